@@ -1,0 +1,183 @@
+"""A bundle on disk: opening it, checking its files, and writing it so that a killed run leaves nothing broken."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from latentrt.engines.errors import BundleError
+from latentrt.engines.manifest import (
+    ENGINE_RECORD,
+    MANIFEST,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    engine_record_from_json,
+    manifest_from_json,
+    manifest_to_json,
+)
+
+Check = Literal["hash", "size"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """An opened bundle. Only files that the manifest or an engine's record names are ever read."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, root: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest of the bundle at `root`. Raises BundleError; files are checked when they are used."""
+        path = Path(root)
+        if not path.is_dir():
+            raise BundleError(f"there is no bundle at '{path}'; make one with `latentrt export CHECKPOINT {path}`")
+        file = path / MANIFEST
+        if not file.is_file():
+            raise BundleError(f"'{path}' is not a bundle: it holds no {MANIFEST}; make one with `latentrt export`")
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BundleError(f"{file} is not text; export the checkpoint again") from None
+        return cls(root=path, manifest=manifest_from_json(text, where=str(file)))
+
+    def path(self, relative: str, *, check: Check = "size") -> Path:
+        """Return the path of a file that the manifest names, after checking its size or its SHA-256."""
+        record = self.manifest.files.get(relative)
+        if record is None:
+            raise BundleError(f"'{relative}' is not named in {self.root / MANIFEST}; export the checkpoint again")
+        return check_file(self.root, relative, record, check=check)
+
+    def engine_directories(self) -> dict[Path, EngineRecord]:
+        """Return the engine directories of this bundle with their records."""
+        found = sorted((self.root / "engines").glob(f"*/{ENGINE_RECORD}"))
+        return {file.parent: read_engine_record(file.parent) for file in found}
+
+
+def read_engine_record(directory: Path) -> EngineRecord:
+    """Read the record of one engine directory. Raises BundleError."""
+    file = directory / ENGINE_RECORD
+    return engine_record_from_json(file.read_text(encoding="utf-8"), where=str(file))
+
+
+def inside(root: Path, relative: str) -> Path:
+    """Join a path that a manifest gave to its root. Raises BundleError where it would lead outside."""
+    pure = PurePosixPath(relative)
+    path = root / relative
+    leaves = pure.is_absolute() or ".." in pure.parts or "\\" in relative or not pure.parts
+    if leaves or not path.resolve().is_relative_to(root.resolve()):
+        raise BundleError(f"the path '{relative}' leads outside the bundle '{root}'; do not use this bundle")
+    return path
+
+
+def check_file(root: Path, relative: str, record: FileRecord, *, check: Check) -> Path:
+    """Return the file's path if it is there and is what was recorded. Raises BundleError."""
+    path = inside(root, relative)
+    if not path.is_file():
+        raise BundleError(f"{path} is missing; copy the bundle again or export the checkpoint again")
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise BundleError(
+            f"{path} holds {size} bytes where its record says {record.bytes}: it is truncated or altered; "
+            "copy the bundle again or export the checkpoint again"
+        )
+    if check == "hash" and hash_file(path) != record.sha256:
+        raise BundleError(
+            f"{path} was altered: its SHA-256 is not the recorded one; "
+            "copy the bundle again or export the checkpoint again"
+        )
+    return path
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_file(root: Path, relative: str) -> FileRecord:
+    """Measure and hash one file of a bundle that is being written."""
+    path = inside(root, relative)
+    return FileRecord(bytes=path.stat().st_size, sha256=hash_file(path))
+
+
+def record_tree(root: Path) -> Mapping[str, FileRecord]:
+    """Measure and hash every file below `root`, by relative path."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {name: record_file(root, name) for name in (path.relative_to(root).as_posix() for path in files)}
+
+
+def write_manifest(root: Path, manifest: Manifest | EngineRecord) -> None:
+    """Write manifest.json, or engine.json for an engine record, in one step."""
+    name = MANIFEST if isinstance(manifest, Manifest) else ENGINE_RECORD
+    with disk_errors(root):
+        beside = root / f".{name}.{os.getpid()}"
+        beside.write_text(manifest_to_json(manifest), encoding="utf-8")
+        _sync(beside)
+        beside.replace(root / name)
+
+
+def staging(target: Path, key: str) -> Path:
+    """Make the directory beside `target` in which work with this key is prepared.
+
+    The same key gives the same directory, so a second run finds what the first one finished.
+    """
+    path = target.parent / f".{target.name}.partial-{key[:12]}"
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def publish(staged: Path, target: Path, *, overwrite: bool = False) -> None:
+    """Put a finished directory in its place: flush it to the disk, then rename. Raises BundleError.
+
+    The old directory stays until the new one is complete. With `overwrite` false, a directory that is there
+    already (another process was faster) wins, and the staged one is dropped.
+    """
+    with disk_errors(target):
+        for path in sorted(staged.rglob("*")):
+            _sync(path)
+        if overwrite and target.exists():
+            aside = target.parent / f".{target.name}.old-{os.getpid()}"
+            target.rename(aside)
+            staged.rename(target)
+            shutil.rmtree(aside)
+        elif target.exists():
+            shutil.rmtree(staged)
+        else:
+            staged.rename(target)
+        _sync(target.parent)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into one sentence."""
+    sentences = {
+        errno.ENOSPC: "the disk is full; free some space and run the command again: it resumes",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the command again: it resumes",
+        errno.EACCES: "permission was denied; choose a directory that you may write to",
+        errno.EROFS: "the file system is read-only; choose a directory that you may write to",
+    }
+    try:
+        yield
+    except OSError as error:
+        sentence = sentences.get(error.errno or 0)
+        if sentence is None:
+            raise
+        raise BundleError(f"{path} could not be written: {sentence}") from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,187 @@
+"""The manifest: everything the runtime must know about a bundle, as frozen dataclasses, and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from latentrt.engines.errors import BundleError
+from latentrt.engines.parsing import ParseError, parse
+from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+ENGINE_RECORD = "engine.json"
+
+Family = Literal["sd1", "sd2"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file of the bundle, by its path relative to the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """One network: its canonical graph, its golden pair, and what it takes and gives.
+
+    `files` are the graph and its external data; the graph comes first.
+    """
+
+    files: tuple[str, ...]
+    golden: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights_bytes: int
+
+    @property
+    def graph(self) -> str:
+        """Return the path of the ONNX graph, relative to the bundle."""
+        return self.files[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSpec:
+    """One text encoder's tokenizer. `max_length` counts the begin and end tokens."""
+
+    file: str
+    max_length: int
+    begin_id: int
+    end_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSchedule:
+    """The noise the checkpoint was trained with, and its scheduler's own habits, in diffusers' terms."""
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+    prediction_type: Prediction
+    timestep_spacing: Spacing
+    steps_offset: int
+    set_alpha_to_one: bool
+    rescale_betas_zero_snr: bool = False
+    trained_betas: tuple[float, ...] | None = None
+    scheduler: str = "DDIMScheduler"  # the checkpoint's own scheduler class, for information
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """The latent space: (channels, height / factor, width / factor), multiplied by `scaling_factor`."""
+
+    channels: int
+    factor: int
+    scaling_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the weights came from: the checkpoint as it was named, its files' SHA-256, the versions at work."""
+
+    checkpoint: str
+    files: Mapping[str, str]
+    tools: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A bundle's table of contents. `default_size` is (width, height) in pixels."""
+
+    schema_version: int
+    producer: str
+    family: Family
+    precision: Precision
+    provenance: Provenance
+    components: Mapping[str, ComponentSpec]
+    tokenizers: Mapping[str, TokenizerSpec]
+    schedule: TrainingSchedule
+    latents: LatentSpec
+    default_size: tuple[int, int]
+    files: Mapping[str, FileRecord]
+
+    def graphs_digest(self) -> str:
+        """Return one SHA-256 over all canonical graphs and their weights, for engine keys."""
+        lines = [
+            f"{name} {path} {self.files[path].sha256}"
+            for name, component in sorted(self.components.items())
+            for path in component.files
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """What lies in one directory of `engines/`: its key, and a spec and a main file for each component.
+
+    The record stands beside the engines, not in the manifest, so that machines sharing one bundle can add
+    theirs without rewriting a common file.
+    """
+
+    schema_version: int
+    key: EngineKey
+    specs: Mapping[str, EngineSpec]
+    entries: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    build_s: float
+
+
+def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
+    """Write a manifest or an engine record as indented JSON."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=False) + "\n"
+
+
+def manifest_from_json(text: str, *, where: str) -> Manifest:
+    """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
+    manifest = _decode(Manifest, text, where=where, mend="export the checkpoint again")
+    _check_references(manifest, where=where)
+    return manifest
+
+
+def engine_record_from_json(text: str, *, where: str) -> EngineRecord:
+    """Read an engine record strictly; `where` is the file's path, for the error. Raises BundleError."""
+    record = _decode(EngineRecord, text, where=where, mend="delete its directory and run `latentrt build`")
+    for component, entry in record.entries.items():
+        if entry not in record.files:
+            raise BundleError(f"{where} $.entries.{component}: '{entry}' is not among $.files; run `latentrt build` again")
+    return record
+
+
+T = TypeVar("T")
+
+
+def _decode(kind: type[T], text: str, *, where: str, mend: str) -> T:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where} is not JSON ({error}); {mend}") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {version}, this latentrt reads up to {SCHEMA_VERSION}; upgrade latentrt"
+        )
+    try:
+        return parse(kind, document)
+    except ParseError as error:
+        raise BundleError(f"{where} {error}; {mend}") from None
+
+
+def _check_references(manifest: Manifest, *, where: str) -> None:
+    named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
+    named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
+    for key, path in named:
+        if path not in manifest.files:
+            raise BundleError(f"{where} $.{key}: '{path}' is not among $.files; export the checkpoint again")
+    if min(manifest.default_size) < 1 or min(manifest.latents.channels, manifest.latents.factor) < 1:
+        raise BundleError(f"{where} $.latents or $.default_size: sizes must be positive; export the checkpoint again")

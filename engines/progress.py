@@ -1,0 +1,65 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+Report = Callable[[str, int, int], None]
+"""Told (what, done, total): once with done = 0 when a unit of work starts, once with done = total at its end."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@contextmanager
+def terminal_report(*, quiet: bool = False) -> Iterator[Report]:
+    """Give a report that draws bars on stderr if that is a terminal, and writes a line for each unit if not."""
+    if quiet:
+        yield silent
+    elif sys.stderr.isatty():
+        with _bars() as progress:
+            yield _bar_report(progress)
+    else:
+        yield _line_report()
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _bar_report(progress: Progress) -> Report:
+    tasks: dict[str, TaskID] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = progress.add_task(what, total=total)
+        progress.update(tasks[what], completed=done, total=total)
+
+    return report
+
+
+def _line_report() -> Report:
+    started: dict[str, float] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in started:
+            started[what] = time.perf_counter()
+            sys.stderr.write(f"{what} …\n")
+        if done >= total:
+            sys.stderr.write(f"{what}: done in {time.perf_counter() - started.pop(what):.1f} s\n")
+        sys.stderr.flush()
+
+    return report

@@ -1,0 +1,109 @@
+"""The contract of an engine: a named function of named arrays, and the key that names what it was built for."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Inputs = Mapping[str, npt.ArrayLike]
+
+DType = Literal["float16", "float32", "int32", "int64", "uint8", "bool"]
+Precision = Literal["fp32", "fp16"]
+BackendName = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output: a fixed axis is a number, a dynamic one has a name (`batch`, `height`, …)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+    def accepts(self, array: Array) -> bool:
+        """Tell whether an array of this dtype and rank fits every fixed axis."""
+        return (
+            array.dtype == np.dtype(self.dtype)
+            and array.ndim == len(self.shape)
+            and all(isinstance(axis, str) or axis == n for axis, n in zip(self.shape, array.shape, strict=True))
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine takes and gives."""
+
+    component: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Engine(Protocol):
+    """A constructed engine is ready; `with` closes it.
+
+    The arrays that a call returns belong to the engine and hold until its next call: copy what must outlive it.
+    One engine serves one thread at a time.
+    """
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineKey:
+    """What an engine was built for. An engine is used only where its whole key matches.
+
+    `device` is the GPU's name or the CPU's instruction set; the fields that only a GPU has are None on a CPU.
+    `graphs` is the SHA-256 over the canonical graphs that were compiled.
+    """
+
+    backend: BackendName
+    backend_version: str
+    device: str
+    precision: Precision
+    graphs: str
+    profiles: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    compute_capability: str | None = None
+    sm_count: int | None = None
+    driver_major: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Return 12 hexadecimal digits that differ when any field does."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def directory(self) -> str:
+        """Return the name of the directory for this key below `engines/`."""
+        slug = re.sub(r"[^a-z0-9]+", "-", f"{self.backend} {self.device} {self.precision}".lower()).strip("-")
+        return f"{slug}-{self.digest}"
+
+    def differences(self, other: EngineKey) -> list[str]:
+        """Name each field in which another key differs, as `field: ours here, theirs there`."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [f"{name}: {mine[name]} here, {theirs[name]} there" for name in mine if mine[name] != theirs[name]]

@@ -1,0 +1,1 @@
+"""Turn a checkpoint into a bundle. The only folder that imports torch."""
