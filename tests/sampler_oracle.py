@@ -1,0 +1,87 @@
+"""diffusers' own schedulers, stepped as its pipelines step them: the oracle of the sampler tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+
+from latentrt.engines.manifest import TrainingSchedule
+from latentrt.engines.spec import Array
+from latentrt.runtime.denoise import denoise
+from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.plan import SamplingPlan
+
+SHAPE = (1, 4, 4, 4)
+
+STABLE_DIFFUSION = TrainingSchedule(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    prediction_type="epsilon",
+    timestep_spacing="leading",
+    steps_offset=1,
+    set_alpha_to_one=False,
+)
+
+
+def network(latents: Array, timesteps: Array) -> Array:
+    """Stand in for a UNet: nonlinear, of the latents and the timestep, float32."""
+    phase = timesteps.reshape(-1, 1, 1, 1) * np.float32(0.01)
+    return np.float32(0.8) * np.sin(latents + phase) + np.float32(0.2) * np.tanh(np.roll(latents, 1, axis=-1))
+
+
+def reference(
+    scheduler: type[SchedulerMixin],
+    schedule: TrainingSchedule,
+    steps: int,
+    *,
+    seed: int = 0,
+    step: dict[str, Any] | None = None,
+    **config: Any,
+) -> list[Array]:
+    """Return the latents before the first step and after each of them."""
+    source = asdict(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
+    source.pop("scheduler")
+    solver: Any = scheduler.from_config(source)
+    solver.set_timesteps(steps)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
+    options = {"generator": generator, **(step or {})}
+    return [latents.numpy(), *_walk(solver, latents, options)]
+
+
+def _walk(solver: Any, latents: torch.Tensor, options: dict[str, Any]) -> list[Array]:
+    path = []
+    for t in solver.timesteps:
+        seen = solver.scale_model_input(latents, t)
+        output = torch.from_numpy(network(seen.float().numpy(), np.array([float(t)], dtype=np.float32)))
+        accepted = _accepted(solver.step, options)
+        latents = solver.step(output, t, latents, **accepted).prev_sample
+        path.append(latents.numpy())
+    return path
+
+
+def _accepted(call: Callable[..., Any], options: dict[str, Any]) -> dict[str, Any]:
+    names = call.__code__.co_varnames[: call.__code__.co_argcount]  # type: ignore[attr-defined]
+    return {name: value for name, value in options.items() if name in names}
+
+
+def replay(plan: SamplingPlan, *, seed: int = 0) -> list[Array]:
+    """Return the same from a plan."""
+    generator = TorchCpuNoise(seed)
+    noise = generator.normal(SHAPE)
+    path = denoise(plan, noise, network, lambda: generator.normal(SHAPE))
+    return [plan.initial_scale * noise, *path]
+
+
+def difference(ours: list[Array], theirs: list[Array]) -> float:
+    """Return the largest difference over the trajectory, relative to the largest latent of its step."""
+    assert len(ours) == len(theirs), f"{len(ours) - 1} stages against {len(theirs) - 1} steps"
+    pairs = zip(ours, theirs, strict=True)
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-3)) for a, b in pairs)
