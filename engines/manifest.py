@@ -154,7 +154,9 @@ def engine_record_from_json(text: str, *, where: str) -> EngineRecord:
     record = _decode(EngineRecord, text, where=where, mend="delete its directory and run `latentrt build`")
     for component, entry in record.entries.items():
         if entry not in record.files:
-            raise BundleError(f"{where} $.entries.{component}: '{entry}' is not among $.files; run `latentrt build` again")
+            raise BundleError(
+                f"{where} $.entries.{component}: '{entry}' is not among $.files; run `latentrt build` again"
+            )
     return record
 
 

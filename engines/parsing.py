@@ -73,7 +73,7 @@ def _union(kinds: tuple[Any, ...], value: object, where: str) -> object:
             return _parse(kind, value, where)
         except ParseError as error:
             errors.append(error)
-    raise errors[0] if len(errors) == 1 else _unexpected(value, " or ".join(_name(kind) for kind in kinds), where)
+    raise (errors[0] if len(errors) == 1 else _unexpected(value, " or ".join(_name(kind) for kind in kinds), where))
 
 
 def _tuple(kinds: tuple[Any, ...], value: object, where: str) -> object:

@@ -1,0 +1,42 @@
+# Two commands for a bare machine: `make demo` and `make test`. Each makes its own environment in .venv.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test test-slow lint setup clean
+
+setup: $(VENV)/.installed
+
+# Without an index for CPU wheels, name the pinned torch first: a plain range would fetch the newest CUDA build.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/latentrt export demo $(DEMO)/shapes
+	$(BIN)/latentrt generate $(DEMO)/shapes "a large red circle on a striped blue background" \
+		--guidance 3 --seed 7 --output $(DEMO)/pictures
+	$(BIN)/latentrt generate $(DEMO)/shapes "a medium yellow star on a plain purple background" \
+		--guidance 3 --seed 7 --output $(DEMO)/pictures
+	$(BIN)/latentrt generate $(DEMO)/shapes "a large green heart on a checkered white background" \
+		--guidance 3 --seed 7 --output $(DEMO)/pictures
+	@echo "the pictures are in $(DEMO)/pictures"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) $(DEMO) .cache

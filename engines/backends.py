@@ -1,0 +1,77 @@
+"""The backends by name: what each can tell, build and load. One row a backend, one module behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from latentrt.engines import onnxruntime
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import EngineError
+from latentrt.engines.gpu import find_gpu
+from latentrt.engines.onnxruntime import OnnxRuntimeOptions
+from latentrt.engines.progress import Report
+from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One way to compile and run graphs.
+
+    unavailable: says in a sentence why it cannot run here, or None
+    key: names what it would build for a bundle on this machine
+    build: compiles every component into a directory, {component: (main file, spec)}
+    load: opens one compiled file
+    """
+
+    unavailable: Callable[[], str | None]
+    key: Callable[[Bundle], EngineKey]
+    build: Callable[[Bundle, Path, Report], Mapping[str, tuple[str, EngineSpec]]]
+    load: Callable[[Path, EngineSpec, int | None], Engine]
+
+
+def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
+    def build(bundle: Bundle, directory: Path, report: Report) -> Mapping[str, tuple[str, EngineSpec]]:
+        return onnxruntime.build(bundle, directory, provider, report)
+
+    def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
+        return onnxruntime.load(file, spec, provider, OnnxRuntimeOptions(threads=threads))
+
+    return Backend(
+        unavailable=partial(onnxruntime.unavailable, provider),
+        key=lambda bundle: onnxruntime.key(bundle, provider),
+        build=build,
+        load=load,
+    )
+
+
+BACKENDS: dict[BackendName, Backend] = {
+    "cpu": _onnxruntime("cpu"),
+    "cuda": _onnxruntime("cuda"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The backend that was chosen, and why."""
+
+    backend: BackendName
+    reason: str
+
+
+def choose(asked: str) -> Choice:
+    """Choose a backend: the one asked for, always; with `auto`, the GPU's if a GPU answers, else the CPU's.
+
+    Raises EngineError where what was asked for is unknown or cannot run here: there is no silent second choice.
+    """
+    if asked == "auto":
+        gpu = find_gpu()
+        if gpu is None:
+            return Choice(backend="cpu", reason="auto: no NVIDIA GPU answers here")
+        return Choice(backend="cuda", reason=f"auto: {gpu.name} answers here")
+    for name in BACKENDS:
+        if name == asked:
+            return Choice(backend=name, reason="as asked")
+    raise EngineError(f"there is no backend '{asked}'; choose one of auto, {', '.join(BACKENDS)}")

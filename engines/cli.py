@@ -1,0 +1,125 @@
+"""The commands that need neither torch nor a prompt: build, inspect, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from latentrt.engines.backends import BACKENDS, choose
+from latentrt.engines.building import build_engines
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.progress import terminal_report
+from latentrt.engines.verification import Row
+from latentrt.engines.verification import verify as verify_bundle
+
+MB = 1e6
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}")
+@click.option("--force", is_flag=True, help="Build again even if the engines are there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the engine record as JSON.")
+def build(bundle: str, backend: str, force: bool, as_json: bool) -> None:
+    """Build BUNDLE's engines for the machine at hand. Engines of other machines stay beside them."""
+    chosen = choose(backend).backend
+    opened = Bundle.open(bundle)
+    with terminal_report(quiet=as_json) as report:
+        record = build_engines(opened, chosen, force=force, report=report)
+    if as_json:
+        click.echo(json.dumps(dataclasses.asdict(record), indent=1))
+    else:
+        size = sum(file.bytes for file in record.files.values()) / MB
+        click.echo(f"engines/{record.key.directory}: {size:.1f} MB, built in {record.build_s:.1f} s")
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect(bundle: str, as_json: bool) -> None:
+    """Show what BUNDLE holds: family, components, sizes, engines."""
+    opened = Bundle.open(bundle)
+    engines = {path.name: dataclasses.asdict(record) for path, record in opened.engine_directories().items()}
+    if as_json:
+        document = {"manifest": dataclasses.asdict(opened.manifest), "engines": engines}
+        click.echo(json.dumps(document, indent=1))
+        return
+    console = Console()
+    _print_heading(opened, console)
+    console.print(_component_table(opened))
+    console.print(_engine_table(opened))
+
+
+def _print_heading(bundle: Bundle, console: Console) -> None:
+    manifest = bundle.manifest
+    size = sum(file.bytes for file in manifest.files.values()) / MB
+    width, height = manifest.default_size
+    lines = {
+        "bundle": f"{bundle.root} ({len(manifest.files)} files, {size:.1f} MB without engines)",
+        "family": f"{manifest.family}, {manifest.schedule.prediction_type}, {manifest.precision}",
+        "checkpoint": manifest.provenance.checkpoint,
+        "picture": f"{width}x{height}, latents 1/{manifest.latents.factor} with {manifest.latents.channels} channels",
+        "made by": f"{manifest.producer}, schema {manifest.schema_version}",
+    }
+    for name, value in lines.items():
+        console.print(f"{name:<11}{value}", highlight=False, soft_wrap=True)
+
+
+def _component_table(bundle: Bundle) -> Table:
+    table = Table("component", "inputs", "outputs", "weights", title="components", title_justify="left")
+    for name, component in bundle.manifest.components.items():
+        inputs, outputs = ("\n".join(map(str, tensors)) for tensors in (component.inputs, component.outputs))
+        table.add_row(name, _plain(inputs), _plain(outputs), f"{component.weights_bytes / MB:.1f} MB")
+    return table
+
+
+def _engine_table(bundle: Bundle) -> Table:
+    table = Table("engines", "backend", "target", "computes in", "size", title="engines", title_justify="left")
+    for path, record in bundle.engine_directories().items():
+        key = record.key
+        size = sum(file.bytes for file in record.files.values()) / MB
+        table.add_row(path.name, f"{key.backend} {key.backend_version}", key.device, key.precision, f"{size:.1f} MB")
+    return table
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@click.command()
+@click.argument("bundle")
+@click.option("--backend", default=None, help=f"Only this one: {', '.join(BACKENDS)}")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def verify(bundle: str, backend: str | None, as_json: bool) -> None:
+    """Check BUNDLE's hashes and recorded outputs on each backend that can run here. Exits with 2 on any fault."""
+    only = choose(backend).backend if backend else None
+    opened = Bundle.open(bundle)
+    with terminal_report(quiet=as_json) as report:
+        rows = list(verify_bundle(opened, backend=only, report=report))
+    if as_json:
+        click.echo(json.dumps([_row_json(row) for row in rows], indent=1))
+    else:
+        Console().print(_verify_table(rows))
+    if not all(row.ok for row in rows):
+        for row in rows:
+            if not row.ok:
+                click.echo(f"latentrt: {row.what}: {row.message}", err=True)
+        sys.exit(2)
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    return dataclasses.asdict(row)
+
+
+def _verify_table(rows: list[Row]) -> Table:
+    table = Table("what", "backend", "ok", "error", "limit", "")
+    for row in rows:
+        error, limit = (f"{value:.1e}" if value is not None else "" for value in (row.error, row.limit))
+        table.add_row(row.what, row.backend, "yes" if row.ok else "NO", error, limit, _plain(row.message))
+    return table

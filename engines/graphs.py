@@ -1,0 +1,136 @@
+"""Edits of ONNX graphs at build time. Imports onnx inside its functions: only building needs it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from latentrt.engines.errors import BundleError, EngineError
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+PIXELS = "pixels"
+
+
+def load_graph(path: Path) -> ModelProto:
+    """Read an ONNX graph without its external weights. Raises BundleError where the file is no graph."""
+    try:
+        import onnx
+    except ImportError:
+        raise EngineError("building engines needs onnx; install it with: pip install 'latentrt[export]'") from None
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except DecodeError:
+        raise BundleError(f"{path} is not an ONNX graph: truncated or altered; export the checkpoint again") from None
+    if not model.graph.node:
+        raise BundleError(f"{path} holds an empty graph: truncated or altered; export the checkpoint again")
+    return model
+
+
+def append_pixel_tail(model: ModelProto) -> None:
+    """Make a VAE decoder end in pixels: (batch, 3, height, width) in -1..1 becomes (batch, height, width, 3), uint8.
+
+    The rounding is that of diffusers' image processor: x / 2 + 0.5, cut to 0..1, times 255, to the nearest even.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    (output,) = graph.output
+    batch, _, height, width = (axis.dim_param or axis.dim_value for axis in output.type.tensor_type.shape.dim)
+    constants = {"half_range": 127.5, "lowest": 0.0, "highest": 255.0}
+    for name, value in constants.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.float32), f"tail.{name}"))
+    graph.node.extend(
+        [
+            helper.make_node("Cast", [output.name], ["tail.wide"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["tail.wide", "tail.half_range"], ["tail.scaled"]),
+            helper.make_node("Add", ["tail.scaled", "tail.half_range"], ["tail.moved"]),
+            helper.make_node("Clip", ["tail.moved", "tail.lowest", "tail.highest"], ["tail.cut"]),
+            helper.make_node("Round", ["tail.cut"], ["tail.rounded"]),
+            helper.make_node("Transpose", ["tail.rounded"], ["tail.last"], perm=[0, 2, 3, 1]),
+            helper.make_node("Cast", ["tail.last"], [PIXELS], to=TensorProto.UINT8),
+        ]
+    )
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, [batch, height, width, 3]))
+
+
+def widen(model: ModelProto, base: Path) -> bool:
+    """Turn a float16 graph into a float32 one that holds the same weights; tell whether there was anything to do.
+
+    ONNX Runtime has next to no float16 kernels on the CPU and would cast every weight at every run. `base` is the
+    directory of the graph's external data, which is read into the graph.
+    """
+    from onnx import TensorProto, external_data_helper
+
+    half = TensorProto.FLOAT16
+    if not any(t.data_type == half for t in model.graph.initializer) and not _has_half_io(model):
+        return False
+    external_data_helper.load_external_data_for_model(model, str(base))
+    for graph in _graphs(model.graph):
+        for tensor in graph.initializer:
+            _widen_tensor(tensor)
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            if info.type.tensor_type.elem_type == half:
+                info.type.tensor_type.elem_type = TensorProto.FLOAT
+        for node in graph.node:
+            _widen_node(node)
+    for function in model.functions:
+        for node in function.node:
+            _widen_node(node)
+    return True
+
+
+def _has_half_io(model: ModelProto) -> bool:
+    from onnx import TensorProto
+
+    infos = (*model.graph.input, *model.graph.output)
+    return any(info.type.tensor_type.elem_type == TensorProto.FLOAT16 for info in infos)
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
+
+
+def _widen_node(node: NodeProto) -> None:
+    from onnx import TensorProto
+
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            _widen_tensor(attribute.t)
+        # `to` of Cast, `dtype` of RandomNormal and EyeLike, `softmax_precision` of Attention: element types
+        if attribute.name in ("to", "dtype", "softmax_precision", "stash_type") and attribute.i == TensorProto.FLOAT16:
+            attribute.i = TensorProto.FLOAT
+
+
+def _widen_tensor(tensor: object) -> None:
+    from onnx import TensorProto, numpy_helper
+
+    assert isinstance(tensor, TensorProto)
+    if tensor.data_type == TensorProto.FLOAT16:
+        values = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+
+def link_data(source: Path, directory: Path) -> None:
+    """Put a graph's external data beside an edited graph, as a hard link where the file system allows one.
+
+    ONNX Runtime refuses external data that lies outside the graph's directory.
+    """
+    target = directory / source.name
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,257 @@
+"""ONNX Runtime: optimises each graph once for the device at hand, saves that, and runs it (`cpu` and `cuda`)."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Literal, Self, cast
+
+import numpy as np
+
+from latentrt.engines import graphs
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import EngineError
+from latentrt.engines.gpu import find_gpu
+from latentrt.engines.progress import Report
+from latentrt.engines.spec import Array, DType, EngineKey, EngineSpec, Inputs, TensorSpec
+
+Provider = Literal["cpu", "cuda"]
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DTYPES: dict[str, DType] = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+# Weights above this lie in a file of their own, which ONNX Runtime maps into memory instead of reading it.
+EXTERNAL_BYTES = 16 << 20
+# Output buffers are kept for this many different input shapes, then the oldest are dropped.
+KEPT_SHAPES = 8
+INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxRuntimeOptions:
+    """How sessions run. `threads` None means one for each physical core."""
+
+    threads: int | None = None
+
+
+def require() -> ModuleType:
+    """Import onnxruntime, or say how to install it."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise EngineError("onnxruntime is not installed; install it with: pip install 'latentrt[cpu]'") from None
+    return cast(ModuleType, onnxruntime)
+
+
+def unavailable(provider: Provider) -> str | None:
+    """Say in one sentence why this provider cannot run here, or return None."""
+    try:
+        ort = require()
+    except EngineError as error:
+        return str(error)
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        return "this onnxruntime has no CUDA provider; install it with: pip install 'latentrt[cuda]'"
+    if provider == "cuda" and find_gpu() is None:
+        return "no NVIDIA GPU answers here"
+    return None
+
+
+def key(bundle: Bundle, provider: Provider) -> EngineKey:
+    """Return the key of the engines that this machine would build for a bundle."""
+    common = {
+        "backend": provider,
+        "backend_version": require().__version__,
+        "graphs": bundle.manifest.graphs_digest(),
+    }
+    if provider == "cpu":
+        return EngineKey(device=instruction_set(), precision="fp32", **common)
+    gpu = find_gpu()
+    if gpu is None:
+        raise EngineError("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
+    return EngineKey(
+        device=gpu.name,
+        compute_capability=gpu.compute_capability,
+        sm_count=gpu.sm_count,
+        driver_major=gpu.driver_major,
+        precision=bundle.manifest.precision,
+        **common,
+    )
+
+
+def instruction_set() -> str:
+    """Return the machine and its widest vector instructions, e.g. `x86_64 avx512f`: graphs are laid out for them."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        flags = set()
+    widest = next((name for name in INSTRUCTION_SETS if name in flags), "baseline")
+    return f"{platform.machine()} {widest}"
+
+
+def build(bundle: Bundle, directory: Path, provider: Provider, report: Report) -> Mapping[str, tuple[str, EngineSpec]]:
+    """Optimise every component's graph into `directory`. Returns {component: (main file, spec)}."""
+    built = {}
+    for component in bundle.manifest.components:
+        what = f"build {component} ({provider})"
+        report(what, 0, 1)
+        built[component] = _build_one(bundle, component, directory, provider)
+        report(what, 1, 1)
+    return built
+
+
+def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provider) -> tuple[str, EngineSpec]:
+    files = [bundle.path(name) for name in bundle.manifest.components[component].files]
+    model = graphs.load_graph(files[0])
+    widened = provider == "cpu" and graphs.widen(model, files[0].parent)
+    if component == "vae_decoder":
+        graphs.append_pixel_tail(model)
+    output = directory / f"{component}.onnx"
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
+        edited = Path(beside) / "model.onnx"
+        _save(model, edited, external=widened)
+        if not widened:
+            for data in files[1:]:
+                graphs.link_data(data, edited.parent)
+        session = _optimise(edited, output, provider, weights=sum(file.stat().st_size for file in files))
+    return output.name, _spec(component, session)
+
+
+def _save(model: Any, path: Path, *, external: bool) -> None:
+    import onnx
+
+    onnx.save(
+        model,
+        str(path),
+        save_as_external_data=external,
+        all_tensors_to_one_file=True,
+        location="widened.data",
+        size_threshold=1024,
+    )
+
+
+def _optimise(graph: Path, output: Path, provider: Provider, *, weights: int) -> Any:
+    ort = require()
+    options = _session_options(provider, threads=None)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.optimized_model_filepath = str(output)
+    if weights > EXTERNAL_BYTES:
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{output.name}.data"
+        )
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    return _session(graph, options, provider)
+
+
+def _session_options(provider: Provider, *, threads: int | None) -> Any:
+    options = require().SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # errors: that a saved graph suits this machine only is what the key says
+    if provider == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
+    return options
+
+
+def _session(path: Path, options: Any, provider: Provider) -> Any:
+    try:
+        session = require().InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+    except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EngineError(
+            f"ONNX Runtime refused {path}: {first}; run `latentrt build --force` on this bundle"
+        ) from error
+    if PROVIDERS[provider] not in session.get_providers():  # it falls back to the CPU without a word
+        raise EngineError(
+            f"ONNX Runtime did not start its {PROVIDERS[provider]} (are CUDA and cuDNN installed?); "
+            "install them with: pip install 'latentrt[cuda]', or choose --backend cpu"
+        )
+    return session
+
+
+def _spec(component: str, session: Any) -> EngineSpec:
+    def tensors(nodes: Any) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name=n.name, dtype=DTYPES[n.type], shape=_shape(n.shape)) for n in nodes)
+
+    return EngineSpec(component=component, inputs=tensors(session.get_inputs()), outputs=tensors(session.get_outputs()))
+
+
+def _shape(axes: Any) -> tuple[int | str, ...]:
+    return tuple(axis if isinstance(axis, int | str) else f"axis{i}" for i, axis in enumerate(axes))
+
+
+def load(file: Path, spec: EngineSpec, provider: Provider, options: OnnxRuntimeOptions) -> OnnxRuntimeEngine:
+    """Open one saved graph as it is: it was optimised when it was built. Raises EngineError."""
+    session_options = _session_options(provider, threads=options.threads)
+    session_options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
+    return OnnxRuntimeEngine(_session(file, session_options, provider), spec)
+
+
+class OnnxRuntimeEngine:
+    """One graph in one session. Output buffers are reused: they hold until the next call with the same shapes."""
+
+    def __init__(self, session: Any, spec: EngineSpec) -> None:
+        self.spec = spec
+        self._session = session
+        self._outputs: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        """Run the graph. Inputs are converted to the spec's dtypes. Raises EngineError on a wrong name or shape."""
+        arrays = self._arrays(inputs)
+        shapes = tuple(array.shape for array in arrays.values())
+        binding = self._session.io_binding()
+        for name, array in arrays.items():
+            binding.bind_cpu_input(name, array)
+        kept = self._outputs.get(shapes)
+        for i, output in enumerate(self.spec.outputs):
+            if kept is None:
+                binding.bind_output(output.name, "cpu")
+            else:
+                binding.bind_ortvalue_output(output.name, kept[i])
+        self._session.run_with_iobinding(binding)
+        if kept is None:
+            kept = self._keep(shapes, binding.get_outputs())
+        return {output.name: value.numpy() for output, value in zip(self.spec.outputs, kept, strict=True)}
+
+    def _arrays(self, inputs: Inputs) -> dict[str, Array]:
+        names = [spec.name for spec in self.spec.inputs]
+        if set(inputs) != set(names):
+            raise EngineError(f"{self.spec.component} takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
+        arrays = {s.name: np.ascontiguousarray(inputs[s.name], dtype=s.dtype) for s in self.spec.inputs}
+        for spec in self.spec.inputs:
+            if not spec.accepts(arrays[spec.name]):
+                raise EngineError(f"{self.spec.component} takes {spec}, found shape {arrays[spec.name].shape}")
+        return arrays
+
+    def _keep(self, shapes: tuple[tuple[int, ...], ...], outputs: list[Any]) -> list[Any]:
+        if len(self._outputs) >= KEPT_SHAPES:
+            del self._outputs[next(iter(self._outputs))]
+        self._outputs[shapes] = outputs
+        return outputs
+
+    def close(self) -> None:
+        """Free the session and its buffers."""
+        self._outputs.clear()
+        self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def default_threads() -> int:
+    """Return how many threads a session takes when it is not told: one for each core this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

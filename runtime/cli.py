@@ -1,0 +1,124 @@
+"""The command that draws: generate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.progress import terminal_report
+from latentrt.runtime.images import save_png
+from latentrt.runtime.pipeline import DEFAULT_SAMPLER, Pipeline, Result, Step
+from latentrt.runtime.samplers import sampler_names
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """`512x768` or `512`: width and height in pixels."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if found is None:
+            self.fail(f"'{value}' is not a size; write it as 512x768", param, ctx)
+        return int(found[1]), int(found[2] or found[1])
+
+
+@click.command()
+@click.argument("bundle")
+@click.argument("prompt")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A directory, or one .png file.")
+@click.option("--negative", "negative_prompt", default="", help="What the picture should not show.")
+@click.option("--steps", default=20, show_default=True)
+@click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance.")
+@click.option("--sampler", default=DEFAULT_SAMPLER, show_default=True, help=", ".join(sampler_names()))
+@click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
+@click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
+@click.option("-n", default=1, show_default=True, help="How many pictures.")
+@click.option("--backend", default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print files, seeds, settings and seconds as JSON.")
+def generate(
+    bundle: str,
+    prompt: str,
+    output: Path,
+    backend: str,
+    threads: int | None,
+    as_json: bool,
+    **request: Any,
+) -> None:
+    """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
+    logging.basicConfig(format="latentrt: %(message)s")
+    if output.suffix.lower() == ".png" and request["n"] > 1:
+        raise RequestError(f"--output: found the file '{output}' for {request['n']} pictures; name a directory")
+    with Pipeline.load(bundle, backend, threads=threads) as pipe:
+        with _progress(quiet=as_json) as on_step:
+            result = pipe(prompt, on_step=on_step, **request)
+        files = _save(result, output)
+        summary = _summary(result, files, load_s=pipe.load_s)
+    click.echo(json.dumps(summary, indent=1) if as_json else _lines(summary))
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Any]:
+    with terminal_report(quiet=quiet) as report:
+
+        def on_step(step: Step) -> None:
+            if step.stage == 1:
+                report("denoise", 0, step.stages)
+            report("denoise", step.stage, step.stages)
+
+        yield on_step
+
+
+def _save(result: Result, output: Path) -> list[Path]:
+    files = []
+    for image, seed, settings in zip(result.images, result.seeds, result.settings, strict=True):
+        file = output if output.suffix.lower() == ".png" else _free_name(output, f"{_slug(settings.prompt)}-{seed}")
+        save_png(image, file, settings, seed)
+        files.append(file)
+    return files
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
+
+
+def _free_name(directory: Path, stem: str) -> Path:
+    """Return a path that no picture has yet: another call's result is never overwritten."""
+    path, copy = directory / f"{stem}.png", 2
+    while path.exists():
+        path, copy = directory / f"{stem}-{copy}.png", copy + 1
+    return path
+
+
+def _summary(result: Result, files: list[Path], *, load_s: float) -> dict[str, Any]:
+    settings = result.settings[0]
+    return {
+        "files": [str(file) for file in files],
+        "seeds": list(result.seeds),
+        "prompt": settings.prompt,
+        "negative_prompt": settings.negative_prompt,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "sampler": settings.sampler,
+        "size": list(settings.size),
+        "backend": result.backend,
+        "reason": result.reason,
+        "seconds": {"load": load_s, **result.seconds},
+        "step_seconds": list(result.step_seconds),
+    }
+
+
+def _lines(summary: dict[str, Any]) -> str:
+    seconds = ", ".join(f"{name} {value:.3f} s" for name, value in summary["seconds"].items())
+    per_step = sum(summary["step_seconds"]) / len(summary["step_seconds"])
+    lines = [*summary["files"], f"backend {summary['backend']} ({summary['reason']})"]
+    return "\n".join([*lines, f"{seconds}; {1e3 * per_step:.1f} ms a step"])
