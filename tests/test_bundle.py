@@ -1,0 +1,234 @@
+"""Attacks on a bundle's files, each refused in one sentence, and the laws of writing one."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentrt.engines import bundle as bundles
+from latentrt.engines.bundle import Bundle, disk_errors, inside, publish, record_file, staging, write_manifest
+from latentrt.engines.errors import BundleError
+from latentrt.engines.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    ComponentSpec,
+    LatentSpec,
+    Manifest,
+    Provenance,
+    TokenizerSpec,
+    TrainingSchedule,
+    manifest_from_json,
+    manifest_to_json,
+)
+from latentrt.engines.spec import TensorSpec
+
+
+def write_bundle(root: Path) -> Manifest:
+    """Write the smallest directory that is a bundle: every file is there and says nothing."""
+    names = ("onnx/unet/model.onnx", "golden/unet.safetensors", "tokenizer/tokenizer.json")
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"the content of {name}")
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        producer="test",
+        family="sd1",
+        precision="fp32",
+        provenance=Provenance(checkpoint="none", files={}, tools={}),
+        components={
+            "unet": ComponentSpec(
+                files=(names[0],),
+                golden=names[1],
+                inputs=(TensorSpec(name="sample", dtype="float32", shape=("batch", 4, "height", "width")),),
+                outputs=(TensorSpec(name="out_sample", dtype="float32", shape=("batch", 4, "height", "width")),),
+                weights_bytes=12,
+            )
+        },
+        tokenizers={"tokenizer": TokenizerSpec(file=names[2], max_length=77, begin_id=0, end_id=1, pad_id=1)},
+        schedule=TrainingSchedule(
+            num_train_timesteps=1000,
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="epsilon",
+            timestep_spacing="leading",
+            steps_offset=1,
+            set_alpha_to_one=False,
+        ),
+        latents=LatentSpec(channels=4, factor=8, scaling_factor=0.18215),
+        default_size=(512, 512),
+        files={name: record_file(root, name) for name in names},
+    )
+    write_manifest(root, manifest)
+    return manifest
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def edit(root: Path, **changes: object) -> None:
+    document = json.loads((root / MANIFEST).read_text())
+    (root / MANIFEST).write_text(json.dumps(document | changes))
+
+
+def test_a_manifest_survives_the_way_to_disk_and_back(root: Path) -> None:
+    manifest = Bundle.open(root).manifest
+    assert manifest_from_json(manifest_to_json(manifest), where="here") == manifest
+
+
+def test_every_file_of_a_whole_bundle_passes_both_checks(root: Path) -> None:
+    opened = Bundle.open(root)
+    for name in opened.manifest.files:
+        assert opened.path(name, check="size") == opened.path(name, check="hash") == root / name
+
+
+def test_a_manifest_from_the_future_is_refused_by_its_version_alone(root: Path) -> None:
+    edit(root, schema_version=SCHEMA_VERSION + 1, something_new=True)
+    with pytest.raises(BundleError, match=r"schema version 2.*reads up to 1; upgrade latentrt"):
+        Bundle.open(root)
+
+
+def test_a_directory_without_a_manifest_and_no_directory_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"holds no manifest\.json"):
+        Bundle.open(tmp_path)
+    with pytest.raises(BundleError, match="there is no bundle at"):
+        Bundle.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": "1"}', "\x00"])
+def test_what_is_no_manifest_is_refused_and_the_file_is_named(root: Path, text: str) -> None:
+    (root / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(root)
+
+
+def test_bytes_that_are_no_text_are_refused(root: Path) -> None:
+    (root / MANIFEST).write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(BundleError, match="is not text"):
+        Bundle.open(root)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("family", "sd9", r"\$\.family: found 'sd9', expected one of sd1, sd2"),
+        ("surprise", 1, r"\$\.surprise: unknown key"),
+        ("default_size", [512], r"\$\.default_size: found \[512\], expected a list of 2"),
+        ("default_size", [512, True], r"\$\.default_size\[1\]: found True, expected a whole number"),
+        ("default_size", [512, -8], "sizes must be positive"),
+        ("precision", 16, r"\$\.precision: found 16, expected one of fp32, fp16"),
+    ],
+)
+def test_a_wrong_entry_is_named_by_its_path(root: Path, key: str, value: object, message: str) -> None:
+    edit(root, **{key: value})
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(root)
+
+
+def test_a_missing_entry_is_named(root: Path) -> None:
+    document = json.loads((root / MANIFEST).read_text())
+    del document["latents"]["factor"]
+    (root / MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"\$\.latents\.factor: missing"):
+        Bundle.open(root)
+
+
+def test_a_truncated_file_is_refused_without_hashing(root: Path) -> None:
+    (root / "onnx/unet/model.onnx").write_text("short")
+    with pytest.raises(BundleError, match="holds 5 bytes where its record says 35: it is truncated or altered"):
+        Bundle.open(root).path("onnx/unet/model.onnx", check="size")
+
+
+def test_an_altered_file_of_the_same_size_is_refused_by_its_hash(root: Path) -> None:
+    file = root / "onnx/unet/model.onnx"
+    file.write_text(file.read_text().replace("content", "CONTENT"))
+    with pytest.raises(BundleError, match="was altered"):
+        Bundle.open(root).path("onnx/unet/model.onnx", check="hash")
+
+
+def test_a_missing_file_is_refused(root: Path) -> None:
+    (root / "onnx/unet/model.onnx").unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        Bundle.open(root).path("onnx/unet/model.onnx")
+
+
+def test_a_file_that_the_manifest_does_not_name_is_never_read(root: Path) -> None:
+    (root / "extra.onnx").write_text("extra")
+    with pytest.raises(BundleError, match="not named"):
+        Bundle.open(root).path("extra.onnx")
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "onnx/../../secret", "", ".", "..\\secret"])
+def test_a_path_that_leaves_the_bundle_is_refused(root: Path, path: str) -> None:
+    (root.parent / "secret").write_text("secret")
+    with pytest.raises(BundleError, match="leads outside the bundle"):
+        inside(root, path)
+
+
+def test_a_link_that_leaves_the_bundle_is_refused(root: Path) -> None:
+    (root.parent / "secret").write_text("secret")
+    (root / "link").symlink_to(root.parent / "secret")
+    with pytest.raises(BundleError, match="leads outside the bundle"):
+        inside(root, "link")
+
+
+@given(st.text())
+def test_no_text_at_all_leads_outside(text: str) -> None:
+    root = Path("/somewhere/bundle")
+    try:
+        path = inside(root, text)
+    except (BundleError, ValueError):  # ValueError: a NUL byte, which no file system takes
+        return
+    assert path.resolve().is_relative_to(root)
+
+
+def test_the_same_work_finds_its_staging_directory_again(tmp_path: Path) -> None:
+    first = staging(tmp_path / "bundle", "a" * 64)
+    assert staging(tmp_path / "bundle", "a" * 64) == first
+    assert staging(tmp_path / "bundle", "b" * 64) != first
+
+
+def test_publishing_replaces_the_old_bundle_only_when_asked(tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    for content, overwrite, expected in (("old", False, "old"), ("lost", False, "old"), ("new", True, "new")):
+        staged = staging(target, content * 4)
+        (staged / "file").write_text(content)
+        publish(staged, target, overwrite=overwrite)
+        assert (target / "file").read_text() == expected
+        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    manifest = write_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BundleError, match="the disk is full; free some space"):
+        write_manifest(tmp_path / "bundle", dataclasses.replace(manifest, producer="other"))
+
+
+def test_an_error_of_the_disk_that_has_no_sentence_is_left_alone() -> None:
+    with pytest.raises(FileNotFoundError), disk_errors(Path("x")):
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_a_killed_write_of_the_manifest_leaves_the_old_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (root / MANIFEST).read_text()
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bundles, "_sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(root, dataclasses.replace(Bundle.open(root).manifest, producer="other"))
+    assert (root / MANIFEST).read_text() == before
