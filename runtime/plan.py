@@ -75,10 +75,15 @@ def basis(rows: int) -> Array:
     return np.eye(rows + 2)
 
 
-def compile_plan(name: str, stages: Iterable[Stage], *, steps: int, initial_scale: float) -> SamplingPlan:
-    """Stack stages into a plan. Raises RequestError if a number in it is not finite."""
+def compile_plan(
+    name: str, stages: Iterable[Stage], *, steps: int, initial_scale: float, end: tuple[float, float]
+) -> SamplingPlan:
+    """Stack stages into a plan. Raises RequestError if a number in it is not finite.
+
+    end: the weights of picture and noise in S[0] after the last stage
+    """
     stack = list(stages)
-    levels = [*(stage.level for stage in stack), (1.0, 0.0)]
+    levels = [*(stage.level for stage in stack), end]
     plan = SamplingPlan(
         sampler=name,
         steps=steps,

@@ -85,7 +85,7 @@ def _cosine(schedule: TrainingSchedule) -> Array:
     # Improved DDPM, arXiv:2102.09672, eq. 17
     times = np.arange(schedule.num_train_timesteps + 1, dtype=np.float64) / schedule.num_train_timesteps
     bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - bars[1:] / bars[:-1], 0.999).astype(np.float32)
+    return np.asarray(np.minimum(1 - bars[1:] / bars[:-1], 0.999), dtype=np.float32)
 
 
 BETAS: dict[str, Callable[[TrainingSchedule], Array]] = {
@@ -151,11 +151,3 @@ def sigma_to_timestep(sigmas: Array, table: Array) -> Array:
     low = np.clip(np.searchsorted(logs, wanted, side="right") - 1, 0, len(logs) - 2)
     share = np.clip((logs[low] - wanted) / (logs[low] - logs[low + 1]), 0, 1)
     return np.asarray((1 - share) * low + share * (low + 1), dtype=np.float64)
-
-
-def karras(high: float, low: float, steps: int) -> Array:
-    """Return noise ratios from high to low, even in the seventh root: (steps,), float64."""
-    # Elucidating the Design Space, arXiv:2206.00364, eq. 5 with rho = 7
-    ramp = np.linspace(0, 1, steps)
-    first, last = high ** (1 / 7), low ** (1 / 7)
-    return np.asarray((first + ramp * (last - first)) ** 7, dtype=np.float64)

@@ -36,34 +36,48 @@ def network(latents: Array, timesteps: Array) -> Array:
     return np.float32(0.8) * np.sin(latents + phase) + np.float32(0.2) * np.tanh(np.roll(latents, 1, axis=-1))
 
 
+def scheduler_of(kind: type[SchedulerMixin], schedule: TrainingSchedule, **config: Any) -> Any:
+    """Return diffusers' scheduler with the configuration that a checkpoint with this schedule has."""
+    source = asdict(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
+    source.pop("scheduler")
+    return kind.from_config(source)
+
+
 def reference(
-    scheduler: type[SchedulerMixin],
+    kind: type[SchedulerMixin],
     schedule: TrainingSchedule,
     steps: int,
     *,
     seed: int = 0,
     step: dict[str, Any] | None = None,
+    double: bool = False,
     **config: Any,
 ) -> list[Array]:
-    """Return the latents before the first step and after each of them."""
-    source = asdict(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
-    source.pop("scheduler")
-    solver: Any = scheduler.from_config(source)
+    """Return the latents before the first step and after each of them.
+
+    double: keep the scheduler's sigmas, and so its coefficients, in double precision
+    """
+    solver = scheduler_of(kind, schedule, **config)
     solver.set_timesteps(steps)
+    if hasattr(solver, "set_begin_index"):
+        solver.set_begin_index(0)  # else it starts at the second of two equal timesteps and runs off its table
     generator = torch.Generator("cpu").manual_seed(seed)
     latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
+    if double:
+        solver.sigmas = solver.sigmas.double()
     options = {"generator": generator, **(step or {})}
-    return [latents.numpy(), *_walk(solver, latents, options)]
+    return [latents.numpy(), *walk(solver, latents, options)]
 
 
-def _walk(solver: Any, latents: torch.Tensor, options: dict[str, Any]) -> list[Array]:
+def walk(solver: Any, latents: torch.Tensor, options: dict[str, Any]) -> list[Array]:
+    """Return the latents after each step of a scheduler whose timesteps are set."""
     path = []
     for t in solver.timesteps:
         seen = solver.scale_model_input(latents, t)
         output = torch.from_numpy(network(seen.float().numpy(), np.array([float(t)], dtype=np.float32)))
         accepted = _accepted(solver.step, options)
         latents = solver.step(output, t, latents, **accepted).prev_sample
-        path.append(latents.numpy())
+        path.append(latents.float().numpy())
     return path
 
 

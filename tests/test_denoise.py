@@ -13,7 +13,7 @@ from latentrt.runtime.denoise import denoise
 from latentrt.runtime.guidance import classifier_free
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.samplers import make_plan
-from sampler_oracle import SHAPE, STABLE_DIFFUSION, network
+from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 
 EXACT = 1e-5  # a weighted sum in float32, of numbers of order one
 

@@ -1,78 +1,217 @@
-"""Which samplers there are: for each its equations and the walk it takes through the noise levels."""
+"""Which samplers there are: for each its equations, its walk through the noise levels, and the names it goes by."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
+from latentrt.engines.manifest import TrainingSchedule
+from latentrt.runtime.plan import Stage
+from latentrt.runtime.samplers.consistency import lcm, tcd
+from latentrt.runtime.samplers.ddim import ddim, ddpm
+from latentrt.runtime.samplers.deis import deis
+from latentrt.runtime.samplers.dpm import multistep, singlestep
+from latentrt.runtime.samplers.edm import SIGMA_ENDS, edm_euler
+from latentrt.runtime.samplers.euler import euler, euler_ancestral, lms
+from latentrt.runtime.samplers.flow import flow_euler, flow_heun, flow_lcm
+from latentrt.runtime.samplers.pndm import plms, pndm
+from latentrt.runtime.samplers.sa import sa_solver
+from latentrt.runtime.samplers.second_order import dpmpp_sde, heun, kdpm2, kdpm2_ancestral
+from latentrt.runtime.samplers.unipc import unipc
+from latentrt.runtime.samplers.walks import (
+    SIGMA,
+    Course,
+    Habits,
+    Walk,
+    consistency_walk,
+    edm_walk,
+    flow_walk,
+    posterior_walk,
+    ratio_walk,
+    stride_walk,
+)
+from latentrt.runtime.schedules import ve_level
 
-from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import Prediction, TrainingSchedule
-from latentrt.runtime.plan import SamplingPlan, Stage, compile_plan
-from latentrt.runtime.samplers.ddim import ddim
-from latentrt.runtime.samplers.dpm import dpmpp_2m
-from latentrt.runtime.samplers.euler import euler, euler_ancestral
-from latentrt.runtime.samplers.walks import Walk, alpha_bar_walk, dpm_walk, sigma_walk
-from latentrt.runtime.schedules import Leg
+FLOW = ("flow_prediction",)
 
-Equations = Callable[[Sequence[Leg], Prediction], Iterator[Stage]]
+Equations = Callable[..., Iterator[Stage]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """One name of the table below."""
+    """One line of the table.
 
-    walk: Callable[..., Walk]
-    equations: Callable[..., Iterator[Stage]]
-    spacing: str | None = None  # of the sigmas; None keeps the checkpoint's timesteps
-    takes_eta: bool = False
+    spaced: can follow a spacing of sigmas such as karras
+    measured: can follow sigmas that the caller gives
+    timed: can follow timesteps that the caller gives
+    eta: the default share of fresh noise, None where that is no option
+    aliases: other names, of the community's interfaces and diffusers' classes; case and punctuation do not matter
+    """
 
+    title: str
+    walk: Callable[[TrainingSchedule, Course], Walk]
+    equations: Equations
+    aliases: tuple[str, ...] = ()
+    spaced: bool = True
+    measured: bool = True
+    timed: bool = True
+    eta: float | None = None
+    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+
+
+def _ratio(habits: Habits) -> Callable[[TrainingSchedule, Course], Walk]:
+    return partial(ratio_walk, habits=habits)
+
+
+_SIGMA = _ratio(SIGMA)
+_KDPM = _ratio(Habits(level=ve_level, extra=False, whole=False, rounds_karras=True))
+_DPM = _ratio(Habits(truncates_cosine=True))
+_DPM_NOISE = _ratio(Habits(truncates_cosine=True, end="lowest"))  # noise prediction is undefined at zero noise
+_SINGLE = _ratio(Habits(fixed_spacing="linspace"))
+_UNIPC = _ratio(Habits())
+_EXPONENTIAL = _ratio(Habits(end="repeat"))
 
 SAMPLERS: Mapping[str, Sampler] = {
-    "ddim": Sampler(alpha_bar_walk, ddim, takes_eta=True),
-    "euler": Sampler(sigma_walk, euler),
-    "euler_karras": Sampler(sigma_walk, euler, "karras"),
-    "euler_ancestral": Sampler(sigma_walk, euler_ancestral),
-    "euler_ancestral_karras": Sampler(sigma_walk, euler_ancestral, "karras"),
-    "dpmpp_2m": Sampler(dpm_walk, dpmpp_2m),
-    "dpmpp_2m_karras": Sampler(dpm_walk, dpmpp_2m, "karras"),
+    "ddim": Sampler(
+        title="DDIM",
+        walk=stride_walk,
+        equations=ddim,
+        aliases=("DDIMScheduler",),
+        spaced=False,
+        measured=False,
+        eta=0.0,
+    ),
+    "ddpm": Sampler(
+        title="DDPM", walk=posterior_walk, equations=ddpm, aliases=("DDPMScheduler",), spaced=False, measured=False
+    ),
+    "plms": Sampler(
+        title="PLMS",
+        walk=stride_walk,
+        equations=plms,
+        aliases=("PNDMScheduler",),
+        spaced=False,
+        measured=False,
+        timed=False,
+    ),
+    "pndm": Sampler(title="PNDM", walk=stride_walk, equations=pndm, spaced=False, measured=False, timed=False),
+    "lms": Sampler(title="LMS", walk=_SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
+    "euler": Sampler(title="Euler", walk=_SIGMA, equations=euler, aliases=("k_euler", "EulerDiscreteScheduler")),
+    "euler_ancestral": Sampler(
+        title="Euler a",
+        walk=_SIGMA,
+        equations=euler_ancestral,
+        aliases=("euler_a", "k_euler_a", "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
+    ),
+    "heun": Sampler(title="Heun", walk=_SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
+    "kdpm2": Sampler(
+        title="DPM2",
+        walk=_KDPM,
+        equations=kdpm2,
+        aliases=("dpm2", "dpm_2", "k_dpm_2", "KDPM2DiscreteScheduler"),
+    ),
+    "kdpm2_ancestral": Sampler(
+        title="DPM2 a",
+        walk=_KDPM,
+        equations=kdpm2_ancestral,
+        aliases=("dpm2_a", "dpm_2_ancestral", "k_dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
+    ),
+    "dpmpp_2m": Sampler(
+        title="DPM++ 2M",
+        walk=_DPM,
+        equations=partial(multistep, kind="dpmpp", order=2),
+        aliases=("k_dpmpp_2m", "DPMSolverMultistepScheduler"),
+    ),
+    "dpmpp_2m_sde": Sampler(title="DPM++ 2M SDE", walk=_DPM, equations=partial(multistep, kind="sde-dpmpp", order=2)),
+    "dpmpp_3m": Sampler(title="DPM++ 3M", walk=_DPM, equations=partial(multistep, kind="dpmpp", order=3)),
+    "dpmpp_3m_sde": Sampler(title="DPM++ 3M SDE", walk=_DPM, equations=partial(multistep, kind="sde-dpmpp", order=3)),
+    "dpmpp_2s": Sampler(
+        title="DPM++ 2S",
+        walk=_SINGLE,
+        equations=partial(singlestep, kind="dpmpp", order=2),
+        aliases=("DPMSolverSinglestepScheduler",),
+    ),
+    "dpmpp_2s_sde": Sampler(
+        title="DPM++ 2S SDE", walk=_SINGLE, equations=partial(singlestep, kind="sde-dpmpp", order=2)
+    ),
+    "dpmpp_3s": Sampler(title="DPM++ 3S", walk=_SINGLE, equations=partial(singlestep, kind="dpmpp", order=3)),
+    "dpmpp_sde": Sampler(
+        title="DPM++ SDE",
+        walk=_SIGMA,
+        equations=dpmpp_sde,
+        aliases=("k_dpmpp_sde", "DPMSolverSDEScheduler"),
+    ),
+    "dpm_2m": Sampler(title="DPM-Solver 2M", walk=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
+    "dpm_2m_sde": Sampler(
+        title="DPM-Solver 2M SDE", walk=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
+    ),
+    "dpm_3m": Sampler(title="DPM-Solver 3M", walk=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
+    "unipc": Sampler(
+        title="UniPC",
+        walk=_UNIPC,
+        equations=partial(unipc, order=2),
+        aliases=("uni_pc_bh2", "UniPCMultistepScheduler"),
+    ),
+    "unipc_3": Sampler(title="UniPC, order 3", walk=_UNIPC, equations=partial(unipc, order=3)),
+    "deis": Sampler(
+        title="DEIS",
+        walk=_EXPONENTIAL,
+        equations=partial(deis, order=2),
+        aliases=("deis_2", "DEISMultistepScheduler"),
+    ),
+    "deis_3": Sampler(title="DEIS, order 3", walk=_EXPONENTIAL, equations=partial(deis, order=3)),
+    "sa_solver": Sampler(title="SA-Solver", walk=_EXPONENTIAL, equations=sa_solver, aliases=("SASolverScheduler",)),
+    "lcm": Sampler(
+        title="LCM",
+        walk=partial(consistency_walk, last=None),
+        equations=lcm,
+        aliases=("LCMScheduler",),
+        spaced=False,
+        measured=False,
+    ),
+    "tcd": Sampler(
+        title="TCD",
+        walk=partial(consistency_walk, last=0),
+        equations=tcd,
+        aliases=("TCDScheduler",),
+        spaced=False,
+        measured=False,
+        eta=0.3,
+    ),
+    "edm_euler": Sampler(
+        title="EDM Euler",
+        walk=partial(edm_walk, high=SIGMA_ENDS[0], low=SIGMA_ENDS[1]),
+        equations=edm_euler,
+        aliases=("EDMEulerScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=("epsilon", "v_prediction"),
+    ),
+    "flow_euler": Sampler(
+        title="Flow Euler",
+        walk=partial(flow_walk, twice=True),
+        equations=flow_euler,
+        aliases=("FlowMatchEulerDiscreteScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=FLOW,
+    ),
+    "flow_heun": Sampler(
+        title="Flow Heun",
+        walk=partial(flow_walk, twice=True),
+        equations=flow_heun,
+        aliases=("FlowMatchHeunDiscreteScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=FLOW,
+    ),
+    "flow_lcm": Sampler(
+        title="Flow LCM",
+        walk=partial(flow_walk, twice=True),
+        equations=flow_lcm,
+        aliases=("FlowMatchLCMScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=FLOW,
+    ),
 }
-
-
-def sampler_names() -> tuple[str, ...]:
-    """Return the canonical names, sorted."""
-    return tuple(sorted(SAMPLERS))
-
-
-def make_plan(sampler: str, schedule: TrainingSchedule, *, steps: int, eta: float = 0.0) -> SamplingPlan:
-    """Compile a sampler to a plan for a checkpoint's training schedule.
-
-    eta: the share of DDPM's noise in DDIM, 0 to 1
-    Raises RequestError when the name is unknown or the number of steps or eta is impossible.
-    """
-    chosen = _find(sampler)
-    _check(sampler, chosen, schedule, steps=steps, eta=eta)
-    walk = chosen.walk(schedule, steps, chosen.spacing)
-    options = {"eta": eta} if chosen.takes_eta else {}
-    with np.errstate(divide="ignore", invalid="ignore"):  # compile_plan refuses what is not finite
-        stages = list(chosen.equations(walk.legs, schedule.prediction_type, **options))
-    return compile_plan(sampler, stages, steps=steps, initial_scale=walk.initial_scale)
-
-
-def _find(sampler: str) -> Sampler:
-    if sampler in SAMPLERS:
-        return SAMPLERS[sampler]
-    near = difflib.get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.4)
-    hint = f"did you mean '{near[0]}'?" if near else "expected one of " + ", ".join(sampler_names())
-    raise RequestError(f"unknown sampler '{sampler}'; {hint}")
-
-
-def _check(name: str, sampler: Sampler, schedule: TrainingSchedule, *, steps: int, eta: float) -> None:
-    if not 1 <= steps <= schedule.num_train_timesteps:
-        raise RequestError(f"steps: found {steps}, expected 1 to {schedule.num_train_timesteps}")
-    if not 0 <= eta <= 1:
-        raise RequestError(f"eta: found {eta}, expected 0 to 1")
-    if eta and not sampler.takes_eta:
-        raise RequestError(f"eta: {name} takes none; it is an option of ddim")

@@ -1,19 +1,21 @@
-"""DDIM, arXiv:2010.02502."""
+"""DDIM, arXiv:2010.02502, and DDPM, arXiv:2006.11239."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from latentrt.engines.manifest import Prediction
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised, noise
-from latentrt.runtime.schedules import Leg
+from latentrt.runtime.samplers.walks import Walk
+
+LEAST_VARIANCE = 1e-20  # the reference keeps DDPM's variance above this
 
 
-def ddim(legs: Sequence[Leg], prediction: Prediction, *, eta: float) -> Iterator[Stage]:
-    """Yield the stages of eqs. 12 and 16: eta 0 is deterministic, eta 1 has the noise of DDPM."""
-    for timestep, here, there in legs:
+def ddim(walk: Walk, prediction: Prediction, *, eta: float) -> Iterator[Stage]:
+    """Yield the stages of DDIM's eqs. 12 and 16: eta 0 is deterministic, eta 1 has the noise of DDPM."""
+    for _, (timestep, here, there) in walk:
         x, m, z = basis(1)
         ratio = (here.alpha / there.alpha) ** 2
         std = eta * there.sigma / here.sigma * math.sqrt(max(1 - ratio, 0.0))
@@ -21,3 +23,15 @@ def ddim(legs: Sequence[Leg], prediction: Prediction, *, eta: float) -> Iterator
         picture, direction = denoised(x, m, here, prediction), noise(x, m, here, prediction)
         step = there.alpha * picture + towards * direction + std * z
         yield Stage(timestep, here, x, (step,), draws=eta > 0)
+
+
+def ddpm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+    """Yield the posterior means and deviations of DDPM's eq. 7, with the smaller of its two variances."""
+    for _, (timestep, here, there) in walk:
+        x, m, z = basis(1)
+        kept = (here.alpha / there.alpha) ** 2
+        picture_weight = there.alpha * (1 - kept) / here.sigma**2
+        latent_weight = math.sqrt(kept) * there.sigma**2 / here.sigma**2
+        std = math.sqrt(max((1 - kept) * there.sigma**2 / here.sigma**2, LEAST_VARIANCE)) if timestep > 0 else 0.0
+        step = picture_weight * denoised(x, m, here, prediction) + latent_weight * x + std * z
+        yield Stage(timestep, here, x, (step,), draws=timestep > 0)
