@@ -65,10 +65,10 @@ def dpmpp_sde(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
     Both moves of a step ride on one Brownian path in sigma, so the second one's noise contains the first one's.
     """
     for _, (timestep, here, there) in walk:
-        x, _, _, m, z = basis(3)
+        x, _, unused, m, z = basis(3)
         picture = denoised(x, m, here, prediction)
         if there.sigma == 0:
-            yield Stage(timestep, here, x / here.size, (picture, x, z))
+            yield Stage(timestep, here, x / here.size, (picture, x, unused))
             continue
         middle = ve_level(math.sqrt(here.sigma * there.sigma))
         down, up = ancestral_split(here.sigma, middle.sigma)
