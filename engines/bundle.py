@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -145,16 +146,26 @@ def publish(staged: Path, target: Path, *, overwrite: bool = False) -> None:
     with disk_errors(target):
         for path in sorted(staged.rglob("*")):
             _sync(path)
-        if overwrite and target.exists():
-            aside = target.parent / f".{target.name}.old-{os.getpid()}"
-            target.rename(aside)
-            staged.rename(target)
-            shutil.rmtree(aside)
-        elif target.exists():
-            shutil.rmtree(staged)
-        else:
-            staged.rename(target)
+        while not _rename_into(staged, target):
+            if not overwrite:
+                shutil.rmtree(staged)
+                break
+            aside = target.parent / f".{target.name}.old-{os.getpid():x}-{time.monotonic_ns():x}"
+            with contextlib.suppress(FileNotFoundError):  # another process moved it first
+                target.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         _sync(target.parent)
+
+
+def _rename_into(staged: Path, target: Path) -> bool:
+    """Rename a directory; return False where one stands in its place."""
+    try:
+        staged.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ class Provenance:
     checkpoint: str
     files: Mapping[str, str]
     tools: Mapping[str, str]
+    export_key: str = ""  # SHA-256 over all that the export depends on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,220 +1,136 @@
-"""The networks of a checkpoint: how each is loaded alone, wrapped for its graph, and fed when it is recorded."""
+"""The networks of a Stable Diffusion checkpoint as a table: what each takes and gives, and how it loads alone.
+
+A shape names its axes. A name that is one of the checkpoint's `dimensions` is a fixed number; any other is dynamic.
+Names of tensors are those of optimum's exporter, so that its pipelines open the graphs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from latentrt.engines.spec import Precision
-from latentrt.export.graphs import GraphPlan
+from latentrt.engines.spec import DType, Precision, TensorSpec
 
-Config = Mapping[str, Any]
-SEQUENCE = 77
+Values = Literal["tokens", "timesteps", "normal", "latents", "pixels"]
+"""What golden inputs of a tensor look like; see golden.py."""
+
+REAL: Mapping[Precision, DType] = {"fp32": "float32", "fp16": "float16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """One set of shapes to record with: pictures in a batch, and latent height and width in units of `multiple`."""
+class Tensor:
+    """One row: dtype None means the bundle's precision. A string with braces is an expression of other axes."""
 
-    batch: int
-    height: int
-    width: int
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: DType | None = None
+    values: Values = "normal"
+
+    def spec(self, dimensions: Mapping[str, int], precision: Precision) -> TensorSpec:
+        """Return the tensor as it is in one checkpoint's graph."""
+        return TensorSpec(
+            name=self.name,
+            dtype=self.dtype or REAL[precision],
+            shape=tuple(_axis(axis, dimensions) for axis in self.shape),
+        )
 
 
-# The graph is exported at the first and must hold at the second too: another batch, another shape.
-EXPORTED, OTHER = Sizes(batch=2, height=2, width=3), Sizes(batch=1, height=4, width=2)
+def _axis(axis: int | str, dimensions: Mapping[str, int]) -> int | str:
+    if isinstance(axis, int):
+        return axis
+    return dimensions.get(axis, axis.format_map(dimensions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
-    """One network of the bundle.
+    """One network.
 
-    folder: where the checkpoint keeps it
-    load: (directory, torch dtype) -> module, ready to be exported
-    plan: config -> what the graph looks like
-    record: (config, sizes) -> inputs by name, torch tensors, float32
+    traced: sizes of the dynamic axes at which it is traced and its golden pair is recorded, in the units below
+    checked: other sizes, odd ones where the network allows them, at which the graph must agree as well
+    units: the dimension that multiplies the sizes of an axis
     """
 
     name: str
-    folder: str
-    load: Callable[[Path, Any], Any]
-    plan: Callable[[Config], GraphPlan]
-    record: Callable[[Config, Sizes], dict[str, Any]]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    traced: Mapping[str, int]
+    checked: Mapping[str, int]
+    units: Mapping[str, str]
+
+    def sizes(self, which: Literal["traced", "checked"], dimensions: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes of the dynamic axes of one of the two cases."""
+        sizes = self.traced if which == "traced" else self.checked
+        return {axis: size * dimensions.get(self.units.get(axis, ""), 1) for axis, size in sizes.items()}
 
 
-def spatial_multiple(config: Config) -> int:
-    """Return what latent sizes must be multiples of for a UNet: it halves them once less than it has levels."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
+PICTURES = ("batch", "picture_channels", "height", "width")
 
-
-def torch_dtype(precision: Precision) -> Any:
-    """Return torch.float16 or torch.float32."""
-    import torch
-
-    return {"fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
-def _load_text_encoder(directory: Path, dtype: Any) -> Any:
-    import torch
-    from transformers import CLIPTextModel
-
-    class TextEncoder(torch.nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Any) -> Any:
-            output = self.model(input_ids)
-            return output.last_hidden_state, output.pooler_output
-
-    model = CLIPTextModel.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True, attn_implementation="sdpa")
-    return TextEncoder(model).eval()
-
-
-def _load_unet(directory: Path, dtype: Any) -> Any:
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    class Unet(torch.nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
-            return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
-
-    model = UNet2DConditionModel.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True)
-    return Unet(model).eval()
-
-
-def _load_vae(directory: Path, dtype: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_pretrained(directory, torch_dtype=dtype, use_safetensors=True)
-
-
-def _load_vae_decoder(directory: Path, dtype: Any) -> Any:
-    import torch
-
-    class Decoder(torch.nn.Module):
-        def __init__(self, vae: Any) -> None:
-            super().__init__()
-            self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
-
-        def forward(self, latent_sample: Any) -> Any:
-            if self.post_quant_conv is not None:
-                latent_sample = self.post_quant_conv(latent_sample)
-            return self.decoder(latent_sample)
-
-    return Decoder(_load_vae(directory, dtype)).eval()
-
-
-def _load_vae_encoder(directory: Path, dtype: Any) -> Any:
-    import torch
-
-    class Encoder(torch.nn.Module):
-        def __init__(self, vae: Any) -> None:
-            super().__init__()
-            self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
-
-        def forward(self, sample: Any) -> Any:
-            moments = self.encoder(sample)
-            return moments if self.quant_conv is None else self.quant_conv(moments)
-
-    return Encoder(_load_vae(directory, dtype)).eval()
-
-
-def _picture_axes(multiple: int) -> dict[int, tuple[str, int]]:
-    return {0: ("batch", 1), 2: ("height", multiple), 3: ("width", multiple)}
-
-
-def _text_plan(config: Config) -> GraphPlan:
-    return GraphPlan(
-        inputs=("input_ids",),
-        outputs={"last_hidden_state": ("batch", SEQUENCE, config["hidden_size"]), "pooler_output": ("batch", config["hidden_size"])},
-        axes={"input_ids": {0: ("batch", 1)}},
+COMPONENTS: Mapping[str, Component] = {
+    component.name: component
+    for component in (
+        Component(
+            name="text_encoder",
+            inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
+            outputs=(
+                Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
+                Tensor(name="pooler_output", shape=("batch", "text_width")),
+            ),
+            traced={"batch": 2},
+            checked={"batch": 3},
+            units={},
+        ),
+        Component(
+            name="unet",
+            inputs=(
+                Tensor(name="sample", shape=LATENTS),
+                # float32: sigma spacings give fractional timesteps, and above 2048 float16 has none.
+                # One entry serves every row, or each row has its own: the graph expands it.
+                Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+                Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "text_width")),
+            ),
+            outputs=(Tensor(name="out_sample", shape=LATENTS),),
+            traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
+            checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
+            units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
+        ),
+        Component(
+            name="vae_decoder",
+            inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
+            outputs=(
+                # Expressions of the input's axes: optimum sizes its output buffers by evaluating them.
+                Tensor(
+                    name="sample",
+                    shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width"),
+                ),
+            ),
+            traced={"batch": 2, "latent_height": 6, "latent_width": 10},
+            checked={"batch": 1, "latent_height": 9, "latent_width": 5},
+            units={},
+        ),
+        Component(
+            name="vae_encoder",
+            inputs=(Tensor(name="sample", shape=PICTURES, values="pixels"),),
+            outputs=(
+                Tensor(
+                    name="latent_parameters",
+                    shape=("batch", "latent_parameters", "height // {factor}", "width // {factor}"),
+                ),
+            ),
+            traced={"batch": 2, "height": 6, "width": 10},
+            checked={"batch": 1, "height": 9, "width": 5},
+            units={"height": "factor", "width": "factor"},
+        ),
     )
+}
 
 
-def _unet_plan(config: Config) -> GraphPlan:
-    return GraphPlan(
-        inputs=("sample", "timestep", "encoder_hidden_states"),
-        outputs={"out_sample": ("batch", config["out_channels"], "height", "width")},
-        axes={
-            "sample": _picture_axes(spatial_multiple(config)),
-            "timestep": {0: ("batch", 1)},
-            "encoder_hidden_states": {0: ("batch", 1), 1: ("sequence", 1)},
-        },
-        spread=("timestep", "sample"),
-    )
+def input_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
+    """Return what a component takes in one checkpoint."""
+    return tuple(tensor.spec(dimensions, precision) for tensor in component.inputs)
 
 
-def _decoder_plan(config: Config) -> GraphPlan:
-    return GraphPlan(
-        inputs=("latent_sample",),
-        outputs={"sample": ("batch", config["out_channels"], "height_pixels", "width_pixels")},
-        axes={"latent_sample": _picture_axes(1)},
-    )
-
-
-def _encoder_plan(config: Config) -> GraphPlan:
-    return GraphPlan(
-        inputs=("sample",),
-        outputs={"latent_parameters": ("batch", 2 * config["latent_channels"], "height_latent", "width_latent")},
-        axes={"sample": _picture_axes(vae_factor(config))},
-    )
-
-
-def vae_factor(config: Config) -> int:
-    """Return how many pixels a side of one latent covers."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
-
-
-def _record_text(config: Config, sizes: Sizes) -> dict[str, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, config["vocab_size"], (sizes.batch, SEQUENCE), generator=generator)
-    end = config.get("eos_token_id", 2)
-    tokens[:, SEQUENCE // 2 :] = min(end, config["vocab_size"] - 1)
-    return {"input_ids": tokens}
-
-
-def _record_unet(config: Config, sizes: Sizes) -> dict[str, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    unit = max(8, spatial_multiple(config))
-    shape = (sizes.batch, config["in_channels"], sizes.height * unit, sizes.width * unit)
-    return {
-        "sample": torch.randn(shape, generator=generator),
-        "timestep": torch.linspace(20.25, 900.0, sizes.batch),
-        "encoder_hidden_states": torch.randn((sizes.batch, SEQUENCE, config["cross_attention_dim"]), generator=generator),
-    }
-
-
-def _record_decoder(config: Config, sizes: Sizes) -> dict[str, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    shape = (sizes.batch, config["latent_channels"], 4 * sizes.height, 4 * sizes.width)
-    return {"latent_sample": torch.randn(shape, generator=generator) / config["scaling_factor"]}
-
-
-def _record_encoder(config: Config, sizes: Sizes) -> dict[str, Any]:
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    unit = 4 * vae_factor(config)
-    shape = (sizes.batch, config["in_channels"], sizes.height * unit, sizes.width * unit)
-    return {"sample": torch.rand(shape, generator=generator) * 2 - 1}
-
-
-COMPONENTS = (
-    Component(name="text_encoder", folder="text_encoder", load=_load_text_encoder, plan=_text_plan, record=_record_text),
-    Component(name="unet", folder="unet", load=_load_unet, plan=_unet_plan, record=_record_unet),
-    Component(name="vae_decoder", folder="vae", load=_load_vae_decoder, plan=_decoder_plan, record=_record_decoder),
-    Component(name="vae_encoder", folder="vae", load=_load_vae_encoder, plan=_encoder_plan, record=_record_encoder),
-)
+def output_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
+    """Return what a component gives in one checkpoint."""
+    return tuple(tensor.spec(dimensions, precision) for tensor in component.outputs)

@@ -1,123 +1,104 @@
-"""torch to ONNX: one module in, one checked graph file out."""
+"""torch to ONNX: one network, one graph, dynamic in batch and size, its weights beside it when they are large."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.errors import CheckpointError
+import onnx_ir as ir
+import torch
+from torch import nn
 
-# From 21 GroupNormalization is one node, from 23 attention is: both reach TensorRT's parser whole.
+from latentrt.engines.spec import TensorSpec
+
+# 23 is the first opset with Attention; GroupNormalization (21) and Gelu (20) are single nodes too.
 OPSET = 23
-# Weights above this go to a file of their own, which runtimes map into memory; protobuf ends at 2 GiB anyway.
+# Weights above this go to a file beside the graph: backends map it into memory, and protobuf ends at 2 GiB.
 EXTERNAL_BYTES = 64 << 20
-DATA_SUFFIX = "_data"  # the ecosystem's: model.onnx_data
+DATA_SUFFIX = "_data"
+# What a trace may assume of an axis. diffusers branches at 64 pictures only to make tensors contiguous: the limit
+# settles that branch, and the graph has none.
+LIMITS: Mapping[str, tuple[int, int]] = {"batch": (1, 63), "tokens": (1, 4096)}
+SIDES = (2, 8192)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphPlan:
-    """How one component becomes a graph.
+def export_graph(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    takes: Sequence[TensorSpec],
+    gives: Sequence[TensorSpec],
+    path: Path,
+) -> list[Path]:
+    """Trace a module and write its graph. Returns the files, the graph first.
 
-    outputs: the shape of each, dynamic axes by name
-    axes: {input: {axis: (name, multiple)}}: dynamic axes; sizes are multiples of `multiple`
+    inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
     """
-
-    inputs: tuple[str, ...]
-    outputs: Mapping[str, tuple[int | str, ...]]
-    axes: Mapping[str, Mapping[int, tuple[str, int]]]
-    spread: tuple[str, str] | None = None  # (small, large): `small` may have one entry or one for each of large's rows
-
-
-def export_graph(module: Any, inputs: Mapping[str, Any], plan: GraphPlan, path: Path) -> None:
-    """Write a torch module as ONNX with dynamic axes. `inputs` are torch tensors by name, in forward's order."""
-    import torch
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with quiet_exporter(), torch.no_grad():
+    arguments = tuple(inputs[spec.name] for spec in takes)
+    with torch.no_grad():
         program = torch.onnx.export(
             module,
-            tuple(inputs[name] for name in plan.inputs),
+            arguments,
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(plan.inputs),
-            output_names=list(plan.outputs),
-            dynamic_shapes=_dynamic_shapes(plan),
+            input_names=[spec.name for spec in takes],
+            output_names=[spec.name for spec in gives],
+            dynamic_shapes=_dynamic_shapes(takes),
             verbose=False,
         )
-        if program is None:
-            raise CheckpointError(f"torch exported nothing for {path.parent.name}")
-        weights = sum(p.numel() * p.element_size() for p in module.parameters())
-        _name_axes(program.model, plan)
-        if plan.spread is not None:
-            _spread(program.model, *plan.spread)
-        _save(program, path, external=weights > EXTERNAL_BYTES)
+    assert program is not None
+    model = program.model
+    _name_axes(model.graph.inputs, takes)
+    _name_axes(model.graph.outputs, gives)
+    _strip(model)
+    return save_graph(model, path)
 
 
-def _save(program: Any, path: Path, *, external: bool) -> None:
-    import onnx_ir
-
-    onnx_ir.save(program.model, path, external_data=f"{path.name}{DATA_SUFFIX}" if external else None)
-
-
-def _dynamic_shapes(plan: GraphPlan) -> tuple[dict[int, Any], ...]:
-    from torch.export import Dim
-
-    roots: dict[str, Any] = {}
-
-    def dim(name: str, multiple: int) -> Any:
-        if multiple == 1:
-            return roots.setdefault(name, Dim(name, min=1, max=1 << 16))
-        return multiple * roots.setdefault(name, Dim(f"{name}_", min=1, max=1 << 13))
-
-    return tuple({i: dim(*axis) for i, axis in plan.axes.get(name, {}).items()} for name in plan.inputs)
+def save_graph(model: ir.Model, path: Path) -> list[Path]:
+    """Write a graph, with its weights in a file of their own when they are large. Returns the files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    large = weights_bytes(model) > EXTERNAL_BYTES
+    ir.save(model, path, external_data=data.name if large else None)
+    return [path, data] if large else [path]
 
 
-def _name_axes(model: Any, plan: GraphPlan) -> None:
-    """Call the inputs' dynamic axes by their plain names, where the exporter writes `8*height_`."""
-    import onnx_ir
-
-    values = {value.name: value for value in model.graph.inputs}
-    for name, axes in plan.axes.items():
-        shape = list(values[name].shape)
-        for i, (axis, _) in axes.items():
-            shape[i] = axis
-        values[name].shape = onnx_ir.Shape(shape)
-    for value in model.graph.outputs:
-        value.shape = onnx_ir.Shape(plan.outputs[value.name])
+def weights_bytes(model: ir.Model) -> int:
+    """Return the size of a graph's weights."""
+    values = (value.const_value for value in model.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)
 
 
-def _spread(model: Any, small: str, large: str) -> None:
-    """Let an input have one entry for all rows of another, or one for each: optimum gives one, batching many."""
-    import onnx_ir
-
-    values = {value.name: value for value in model.graph.inputs}
-    count = onnx_ir.node("Shape", [values[large]], {"start": 0, "end": 1})
-    each = onnx_ir.node("Expand", [values[small], count.outputs[0]])
-    for usage in list(values[small].uses()):
-        usage.node.replace_input_with(usage.idx, each.outputs[0])
-    each.replace_input_with(0, values[small])
-    values[small].shape = onnx_ir.Shape(["steps"])
-    each.outputs[0].dtype = values[small].dtype
-    model.graph.insert_before(model.graph[0], [count, each])
+def _dynamic_shapes(takes: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+    names = {axis for spec in takes for axis in spec.shape if isinstance(axis, str)} - {"steps"}
+    dims = {name: _dim(name) for name in names}
+    return tuple({n: dims[axis] for n, axis in enumerate(spec.shape) if axis in dims} for spec in takes)
 
 
-@contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's warnings and prints, which speak to its own developers, off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._dynamo", "torch.export", "onnxscript", "torch")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+def _dim(name: str) -> Any:
+    low, high = LIMITS.get(name, SIDES)
+    return torch.export.Dim(name, min=low, max=high)
+
+
+def _name_axes(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
+    """Give inputs and outputs the axes of the table. `steps` was traced at 1, where Expand takes any number."""
+    for value, spec in zip(values, specs, strict=True):
+        assert value.name == spec.name, (value.name, spec.name)
+        value.shape = ir.Shape(spec.shape)
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the trace noted of its own process: paths and lines of code, names of intermediate sizes."""
+    outputs = set(model.graph.outputs)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if value not in outputs:
+                value.shape = None
+                value.type = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()

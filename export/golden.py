@@ -1,0 +1,131 @@
+"""Golden pairs: recorded inputs with the float32 outputs of the checkpoint, and the comparison of a graph with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.spec import Array, Precision
+from latentrt.export.components import COMPONENTS, Component, Tensor
+
+Arrays = dict[str, Array]
+Case = tuple[Mapping[str, Array], Mapping[str, Array]]
+"""Inputs and the outputs they must give."""
+
+# The largest difference from torch's float32, over the largest magnitude of the output. float32 graphs do the same
+# arithmetic in another order: 1e-6 was measured, 1e-5 for VAEs, and weights may amplify it. float16 rounds each
+# layer to 11 bits, which grows with depth: 1e-3 to 5e-3 was measured; a graph that lost a layer is off by 1e-1.
+TOLERANCES: Mapping[Precision, float] = {"fp32": 2e-4, "fp16": 3e-2}
+
+
+def make_inputs(
+    component: Component,
+    dimensions: Mapping[str, int],
+    which: Literal["traced", "checked"],
+    *,
+    precision: Precision,
+    scaling_factor: float,
+    seed: int = 0,
+) -> Arrays:
+    """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments."""
+    generator = np.random.default_rng([seed, list(COMPONENTS).index(component.name), which == "checked"])
+    sizes = {**dimensions, **component.sizes(which, dimensions)}
+    made = {}
+    for tensor in component.inputs:
+        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
+        values = _draw(tensor, shape, generator, dimensions, scaling_factor)
+        # Rounded to float16 in both precisions: then a float16 engine and the float32 checkpoint see the same input.
+        if tensor.dtype is None:
+            values = values.astype(np.float16)
+        made[tensor.name] = values.astype(tensor.spec(dimensions, precision).dtype)
+    return made
+
+
+def _draw(
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    generator: np.random.Generator,
+    dimensions: Mapping[str, int],
+    scaling_factor: float,
+) -> Array:
+    if tensor.values == "tokens":
+        ids = generator.integers(0, dimensions["vocabulary"], shape)
+        ids[:, shape[1] // 2 :] = dimensions["end_token"]  # the pooled output is read where the text ends
+        return ids
+    if tensor.values == "timesteps":
+        return np.linspace(999.0, 1.5, shape[0] + 2, dtype=np.float32)[1:-1]  # fractional, as sigma spacings give
+    if tensor.values == "pixels":
+        return generator.uniform(-1.0, 1.0, shape)
+    return generator.standard_normal(shape) / (scaling_factor if tensor.values == "latents" else 1.0)
+
+
+def check_graph(component: str, graph: Path, cases: Sequence[Case], *, precision: Precision) -> float:
+    """Run a graph on each case and return the largest relative difference.
+
+    Raises CheckpointError where it is above the tolerance or not a number.
+    """
+    worst = 0.0
+    session = open_session(graph)
+    for inputs, expected in cases:
+        found = run_session(session, inputs)
+        for name, reference in expected.items():
+            if found[name].shape != reference.shape:
+                raise CheckpointError(
+                    f"{component}: the exported graph gives {name} the shape {found[name].shape} where the checkpoint "
+                    f"gives {reference.shape}; please report it with the checkpoint's name"
+                )
+            worst = _larger(worst, relative_error(found[name], reference))
+    if not worst <= TOLERANCES[precision]:
+        raise CheckpointError(
+            f"{component}: the exported graph differs from the checkpoint by {worst:.1e} of the output's range, "
+            f"more than {TOLERANCES[precision]:.0e}; " + _MENDS[precision]
+        )
+    return worst
+
+
+_MENDS: Mapping[Precision, str] = {
+    "fp32": "please report it with the checkpoint's name",
+    "fp16": "export it with --precision fp32",
+}
+
+
+def _larger(a: float, b: float) -> float:
+    return b if b > a or b != b else a  # not a number wins
+
+
+def relative_error(found: Array, reference: Array) -> float:
+    """Return the largest difference over the largest magnitude of the reference, NaN where something is not finite."""
+    difference = np.abs(found.astype(np.float64) - reference.astype(np.float64)).max()
+    return float(difference / max(float(np.abs(reference).max()), 1e-12))
+
+
+def open_session(graph: Path) -> object:
+    """Open a graph in ONNX Runtime on the CPU, sparing with memory."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are a second copy
+    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+
+
+def run_session(session: object, inputs: Mapping[str, Array]) -> Arrays:
+    """Run a session that `open_session` gave."""
+    names = [output.name for output in session.get_outputs()]  # type: ignore[attr-defined]
+    return dict(zip(names, session.run(names, dict(inputs)), strict=True))  # type: ignore[attr-defined]
+
+
+def save_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    """Write `input.<name>` in the graph's dtypes and `output.<name>` in float32 as safetensors."""
+    from safetensors.numpy import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"input.{name}": array for name, array in inputs.items()}
+    arrays |= {f"output.{name}": array.astype(np.float32) for name, array in outputs.items()}
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(path))

@@ -1,0 +1,78 @@
+"""Fetch a checkpoint's files from the hub: only what the export reads, never a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from latentrt.engines.errors import CheckpointError
+
+FOLDERS = ("text_encoder", "unet", "vae", "vae_decoder", "vae_encoder", "scheduler", "tokenizer")
+READ = (".json", ".txt", ".safetensors", ".onnx", ".onnx_data")
+VARIANTS = ("", ".fp16")  # in order of preference: one of them is fetched
+
+
+def download(name: str, *, revision: str | None) -> Path:
+    """Fetch a repository of the hub into its cache and return the directory. Raises CheckpointError."""
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    except ImportError:
+        raise CheckpointError(
+            f"'{name}' is no directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
+        ) from None
+    try:
+        wanted = choose_files(HfApi().list_repo_files(name, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise CheckpointError(
+            f"'{name}' is no directory here, and the hub refused it ({status}); check the name, "
+            "the revision and your access token"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        return _cached(name, revision, error)
+    except Exception as error:  # each HTTP library of the hub's client has its own kinds of network failure
+        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+            return _cached(name, revision, error)
+        raise
+
+
+def choose_files(files: Iterable[str]) -> list[str]:
+    """Pick what the export reads from a repository's list of files: configs, and one variant of the weights."""
+    known = [file for file in files if _is_ours(PurePosixPath(file))]
+    weights = [file for file in known if file.endswith(".safetensors") or ".safetensors.index" in file]
+    others = [file for file in known if file not in weights]
+    chosen = []
+    for folder in FOLDERS:
+        inside = [file for file in weights if file.startswith(f"{folder}/")]
+        by_variant = [[file for file in inside if _variant(file) == variant] for variant in VARIANTS]
+        chosen += next((group for group in by_variant if group), [])
+    return [*others, *chosen]
+
+
+def _is_ours(path: PurePosixPath) -> bool:
+    if len(path.parts) == 1:
+        return path.name == "model_index.json"
+    return len(path.parts) == 2 and path.parts[0] in FOLDERS and path.suffix in READ
+
+
+def _variant(file: str) -> str:
+    """Return `.fp16` for model.fp16.safetensors, nothing for model.safetensors and its shards."""
+    name = PurePosixPath(file).name
+    marks = name.split(".")[1:]
+    unknown = [f".{mark}" for mark in marks if mark not in ("safetensors", "index", "json")]
+    return unknown[0] if unknown else ""
+
+
+def _cached(name: str, revision: str | None, error: Exception) -> Path:
+    """Fall back on what an earlier run fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"there is no directory '{name}', and the hub could not be reached for it "
+            f"({type(error).__name__}); check the path, or the network"
+        ) from None

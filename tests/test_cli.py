@@ -1,0 +1,131 @@
+"""The command line: what it writes, what it prints, and one sentence with exit code 2 for what a user can mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from latentrt.__main__ import COMMANDS
+from latentrt.engines.manifest import MANIFEST
+
+
+def latentrt(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "latentrt", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def refusal(*arguments: object) -> str:
+    """Run what must be refused: exit code 2 and a last line that is one sentence."""
+    result = latentrt(*arguments, code=2)
+    assert result.stdout == ""
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_help_names_every_command() -> None:
+    text = latentrt("--help").stdout
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_json(command: str) -> None:
+    assert "--json" in latentrt(command, "--help").stdout
+
+
+def test_generate_writes_pictures_with_their_settings(sd1_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("--steps", 2, "--seed", 5, "-n", 2, "--negative", "blue", "--size", "40x32", "-o", tmp_path, "--json")
+    summary = json.loads(latentrt("generate", sd1_bundle, "a red circle", *arguments).stdout)
+    assert summary["seeds"] == [5, 6]
+    assert len(summary["step_seconds"]) == 2
+    for file, seed in zip(summary["files"], summary["seeds"], strict=True):
+        with Image.open(file) as image:
+            assert image.size == (40, 32)
+            lines = image.info["parameters"].splitlines()
+        assert lines[:2] == ["a red circle", "Negative prompt: blue"]
+        assert f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: {seed}, Size: 40x32, Model: sd1" in lines[2]
+
+
+def test_generate_never_overwrites_another_picture(sd1_bundle: Path, tmp_path: Path) -> None:
+    arguments = ("generate", sd1_bundle, "a circle", "--seed", 1, "-o", tmp_path)
+    latentrt(*arguments, "--steps", 1)
+    latentrt(*arguments, "--steps", 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-circle-1-2.png", "a-circle-1.png"]
+
+
+def test_generate_prints_the_seconds_of_each_stage(sd1_bundle: Path, tmp_path: Path) -> None:
+    text = latentrt("generate", sd1_bundle, "a circle", "--steps", 1, "-o", tmp_path / "one.png").stdout
+    assert str(tmp_path / "one.png") in text
+    assert all(word in text for word in ("backend cpu", "load", "encode", "denoise", "decode", "ms a step"))
+
+
+def test_inspect_shows_components_and_engines(sd1_bundle: Path) -> None:
+    text = latentrt("inspect", sd1_bundle).stdout
+    assert all(word in text for word in ("sd1", "epsilon", "unet", "vae_decoder", "x86_64"))
+    document = json.loads(latentrt("inspect", sd1_bundle, "--json").stdout)
+    assert set(document["manifest"]["components"]) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}
+    assert len(document["engines"]) == 1
+
+
+def test_verify_proves_a_bundle_and_finds_an_altered_file(sd1_bundle: Path, tmp_path: Path) -> None:
+    assert all(row["ok"] for row in json.loads(latentrt("verify", sd1_bundle, "--json").stdout))
+    shutil.copytree(sd1_bundle, tmp_path / "bundle")
+    file = tmp_path / "bundle" / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace("circle", "cIrcle"))
+    assert "tokenizer.json was altered" in latentrt("verify", tmp_path / "bundle", code=2).stderr
+    assert "tokenizer.json was altered" in refusal("generate", tmp_path / "bundle", "a circle", "-o", tmp_path)
+
+
+def test_build_says_what_it_built(sd1_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd1_bundle, tmp_path / "bundle")
+    shutil.rmtree(tmp_path / "bundle" / "engines")
+    assert "engines/cpu-" in latentrt("build", tmp_path / "bundle").stdout
+    latentrt("verify", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--size", "33x32"), "size: found 33x32, expected multiples of 4 pixels; the nearest is 32x32"),
+        (("--size", "0x32"), "size: found 0x32, expected multiples of 4"),
+        (("--size", "big"), "'big' is not a size; write it as 512x768"),
+        (("--steps", 0), "steps: found 0, expected 1 to 1000"),
+        (("--sampler", "dpmpp_2n"), "unknown sampler 'dpmpp_2n'; did you mean 'dpmpp_2m'?"),
+        (("--guidance", -1), "guidance: found -1.0, expected a number from 0 up"),
+        (("-n", 0), "n: found 0, expected a whole number of pictures from 1 up"),
+        (("--backend", "gpu"), "there is no backend 'gpu'; choose one of auto, cpu"),
+        (("-n", 2, "-o", "one.png"), "--output: found the file 'one.png' for 2 pictures; name a directory"),
+    ],
+)
+def test_generate_refuses_in_one_sentence(
+    sd1_bundle: Path, tmp_path: Path, arguments: tuple[object, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refusal("generate", sd1_bundle, "a circle", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "build"])
+def test_no_bundle_is_one_sentence_for_every_command(command: str, tmp_path: Path) -> None:
+    assert f"there is no bundle at '{tmp_path / 'x'}'" in refusal(command, tmp_path / "x")
+
+
+def test_a_manifest_from_the_future_is_one_sentence(sd1_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd1_bundle, tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 7}))
+    assert "schema version 7" in refusal("generate", tmp_path / "bundle", "a circle")
+
+
+def test_a_path_that_leaves_the_bundle_is_one_sentence(sd1_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd1_bundle, tmp_path / "bundle")
+    manifest = tmp_path / "bundle" / MANIFEST
+    manifest.write_text(manifest.read_text().replace("tokenizer/tokenizer.json", "../../tokenizer.json"))
+    assert "leads outside the bundle" in refusal("generate", tmp_path / "bundle", "a circle")

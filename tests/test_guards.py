@@ -1,0 +1,98 @@
+"""What keeps the project tidy: one arrow between the folders, no torch in a service, a wheel that holds everything."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("export", "engines", "runtime")
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "optimum")
+LIGHT = ("latentrt", "latentrt.runtime", "latentrt.runtime.pipeline", "latentrt.runtime.cli", "latentrt.engines.cli")
+
+# Importing any of these raises, as on a machine that does not have them.
+FORBID = f"""
+import importlib.abc, sys
+class Wall(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ImportError(name + " is not here")
+sys.meta_path.insert(0, Wall())
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_importing_what_a_service_loads_imports_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    assert run(code).stdout.strip() == "[]"
+
+
+def test_a_picture_is_drawn_where_torch_cannot_be_imported(sd1_bundle: Path) -> None:
+    code = f"""{FORBID}
+from latentrt.runtime.pipeline import Pipeline
+with Pipeline.load({str(sd1_bundle)!r}, "cpu") as pipe:
+    print(pipe("a red circle", steps=2, seed=0, negative_prompt="blue").pixels.shape)
+"""
+    result = run(code)
+    assert result.stdout.strip() == "(1, 32, 32, 3)", result.stderr
+
+
+def test_the_wall_of_the_test_above_holds() -> None:
+    assert "torch is not here" in run(FORBID + "import torch").stderr
+
+
+def test_only_the_command_line_prints() -> None:
+    printing = []
+    for path in sources(*FOLDERS):
+        calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+        if any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls):
+            printing.append(path.relative_to(ROOT).as_posix())
+    assert [path for path in printing if not path.startswith("export/demo/")] == []
+
+
+def test_the_arrow_between_the_folders_holds() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_wheel_holds_every_module_and_the_demo_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"latentrt/{path.relative_to(ROOT).as_posix()}" for path in sources(*FOLDERS)}
+    expected |= {"latentrt/__init__.py", "latentrt/__main__.py", "latentrt/py.typed"}
+    expected |= {
+        f"latentrt/{path.relative_to(ROOT).as_posix()}"
+        for path in (ROOT / "export/demo/checkpoint").rglob("*")
+        if path.is_file()
+    }
+    assert expected <= names
+    assert not any("__pycache__" in name for name in names)
+
+
+def test_every_module_is_imported_by_another_or_is_a_front_door() -> None:
+    doors = {"__init__", "__main__", "cli", "train", "evaluate", "pipeline", "sheet"}
+    text = "\n".join(path.read_text() for path in [*sources(*FOLDERS), *sources("tests", "benchmarks", "src/latentrt")])
+    unused = [path for path in sources(*FOLDERS) if path.stem not in doors and f"{path.stem} import" not in text]
+    unused = [path for path in unused if f"import {path.stem}" not in text]
+    assert unused == []

@@ -1,0 +1,173 @@
+"""What a call of the pipeline promises: seeds, sizes, batches, steps, threads, and what it refuses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentrt.engines.errors import EngineError, RequestError
+from latentrt.runtime.pipeline import Pipeline, Step
+
+QUICK: dict[str, Any] = {"steps": 2, "sampler": "euler_ancestral", "guidance": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(sd1_bundle, "cpu") as opened:
+        yield opened
+
+
+def test_the_same_seed_draws_the_same_picture_and_another_seed_another(pipe: Pipeline) -> None:
+    first, again, other = (pipe("a circle", seed=seed, **QUICK).pixels for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_a_picture_of_a_batch_is_the_picture_of_its_own_seed(pipe: Pipeline) -> None:
+    batch = pipe("a circle", seed=[4, 9, 2], n=3, **QUICK)
+    assert batch.seeds == (4, 9, 2)
+    for seed, pixels in zip(batch.seeds, batch.pixels, strict=True):
+        alone = pipe("a circle", seed=seed, **QUICK).pixels[0]
+        assert np.abs(alone.astype(int) - pixels.astype(int)).max() <= 1  # sums in another order
+
+
+def test_without_a_seed_each_call_draws_its_own_and_tells_it(pipe: Pipeline) -> None:
+    first, second = pipe("a circle", **QUICK), pipe("a circle", **QUICK)
+    assert first.seeds != second.seeds
+    assert np.array_equal(pipe("a circle", seed=first.seeds[0], **QUICK).pixels, first.pixels)
+
+
+def test_the_default_size_is_the_checkpoints_and_any_multiple_is_drawn(pipe: Pipeline) -> None:
+    assert pipe("a circle", **QUICK).pixels.shape == (1, 32, 32, 3)
+    assert pipe("a circle", size=(40, 16), **QUICK).pixels.shape == (1, 16, 40, 3)
+    assert pipe("a circle", size=(40, 16), **QUICK).images[0].size == (40, 16)
+
+
+def test_several_prompts_make_one_batch(pipe: Pipeline) -> None:
+    result = pipe(["a circle", "a square"], n=2, seed=0, **QUICK)
+    assert [settings.prompt for settings in result.settings] == ["a circle"] * 2 + ["a square"] * 2
+    assert result.seeds == (0, 1, 2, 3)
+
+
+def test_guidance_one_needs_no_negative_rows(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    unet = pipe._unet
+
+    def watch(latents: Any, timesteps: Any, text: Any) -> Any:
+        rows.append(len(latents))
+        return unet(latents, timesteps, text)
+
+    monkeypatch.setattr(pipe, "_unet", watch)
+    pipe("a circle", steps=1, guidance=1.0, seed=0)
+    pipe("a circle", steps=1, guidance=2.0, seed=0)
+    assert rows == [1, 2]
+
+
+def test_on_step_is_told_each_stage_and_ends_the_call_by_raising(pipe: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class EnoughError(Exception):
+        pass
+
+    def on_step(step: Step) -> None:
+        assert step.latents.shape == (1, 4, 8, 8)
+        seen.append((step.stage, step.stages))
+        if step.stage == 2:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        pipe("a circle", steps=5, seed=0, on_step=on_step)
+    assert seen == [(1, 5), (2, 5)]
+    assert pipe("a circle", seed=0, **QUICK).pixels.any()  # and the pipeline goes on
+
+
+def test_the_seconds_of_the_stages_fill_the_total(pipe: Pipeline) -> None:
+    result = pipe("a circle", seed=0, **QUICK)
+    assert set(result.seconds) == {"tokenize", "encode", "denoise", "decode", "total"}
+    stages = sum(value for name, value in result.seconds.items() if name != "total")
+    assert 0 < stages <= result.seconds["total"]
+    assert sum(result.step_seconds) <= result.seconds["denoise"]
+
+
+def test_many_threads_get_each_its_own_picture(pipe: Pipeline) -> None:
+    expected = {seed: pipe("a circle", seed=seed, **QUICK).pixels for seed in range(6)}
+    found: dict[int, Any] = {}
+
+    def draw(seed: int) -> None:
+        found[seed] = pipe("a circle", seed=seed, **QUICK).pixels
+
+    threads = [threading.Thread(target=draw, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, pixels in expected.items():
+        assert np.array_equal(found[seed], pixels)
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        ({"prompt": 3}, "prompt: found 3, expected a string or a list of strings"),
+        ({"prompt": []}, "prompt: found "),
+        ({"prompt": ["a", None]}, "prompt: found "),
+        ({"prompt": "\ud800"}, "is not valid Unicode text"),
+        ({"negative_prompt": 3}, "negative_prompt: found 3"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt: found 2 for 1 pictures"),
+        ({"steps": 0}, "steps: found 0"),
+        ({"sampler": "dimm"}, "did you mean 'ddim'"),
+        ({"size": (33, 32)}, "expected multiples of 4"),
+        ({"size": (32.0, 32)}, "expected \\(width, height\\) in whole pixels"),
+        ({"size": (1 << 15, 1 << 15)}, "ask for a smaller picture"),
+        ({"guidance": float("nan")}, "guidance: found nan"),
+        ({"seed": 1.5}, "seed: found 1.5"),
+        ({"seed": [1, 2]}, "seed: found 2 seeds for 1 pictures"),
+        ({"n": 0}, "n: found 0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_sentence(
+    pipe: Pipeline, request_: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        pipe(**({"prompt": "a circle"} | request_))
+
+
+@given(width=st.integers(-9, 200), height=st.integers(-9, 200))
+def test_every_size_is_either_drawable_or_refused(pipe: Pipeline, width: int, height: int) -> None:
+    fits = width > 0 and height > 0 and width % 4 == 0 and height % 4 == 0
+    try:
+        assert pipe._size((width, height)) == (width, height)
+    except RequestError:
+        assert not fits or width % pipe._size_multiple() or height % pipe._size_multiple()
+
+
+@given(st.text())
+def test_any_text_becomes_one_row_of_tokens(pipe: Pipeline, text: str) -> None:
+    try:
+        row = pipe._tokenizer([text])
+    except RequestError:
+        assert any("\ud800" <= letter <= "\udfff" for letter in text)
+        return
+    spec = pipe._tokenizer.spec
+    assert row.shape == (1, spec.max_length)
+    assert row[0, 0] == spec.begin_id
+    assert spec.end_id in row[0]
+
+
+def test_a_closed_pipeline_says_so(sd1_bundle: Path) -> None:
+    opened = Pipeline.load(sd1_bundle, "cpu")
+    opened.close()
+    with pytest.raises(EngineError, match="is closed; load it again"):
+        opened("a circle", **QUICK)
+
+
+def test_a_prompt_that_is_cut_is_said(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    pipe("circle " * 100, seed=0, **QUICK)
+    assert "the last 25 are not used" in caplog.text

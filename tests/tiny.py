@@ -1,0 +1,177 @@
+"""Tiny checkpoints with random weights in the layouts of SD 1.x and SD 2.x, for every test that needs a real model.
+
+They differ wherever real ones do: the text encoder's activation, sizes and padding, linear projections, heads a
+level, the VAE's factor and latent channels, the prediction type, the scheduler's class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+WORDS = ["a", "red", "circle", "on", "blue", "café", "square"]
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+_TEXT: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "projection_dim": 32,
+        "hidden_act": "quick_gelu",
+    },
+    "sd2": {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "projection_dim": 24,
+        "hidden_act": "gelu",
+    },
+}
+_UNET: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 2,
+    },
+    "sd2": {
+        "sample_size": 12,
+        "in_channels": 6,
+        "out_channels": 6,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 48,
+        "attention_head_dim": [1, 2, 4],
+        "use_linear_projection": True,
+    },
+}
+_VAE: dict[str, dict[str, Any]] = {
+    "sd1": {
+        "block_out_channels": (8, 16, 16),
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+    },
+    "sd2": {
+        "block_out_channels": (8, 16),
+        "latent_channels": 6,
+        "scaling_factor": 0.25,
+        "norm_num_groups": 4,
+        "sample_size": 24,
+    },
+}
+_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def save_tiny(directory: Path, *, family: str = "sd1", seed: int = 0) -> Path:
+    """Save a whole tiny checkpoint as a diffusers directory, as `save_pretrained` writes it. Returns the directory."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    vocabulary, merges = clip_vocabulary(WORDS)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text = CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            max_position_embeddings=77,
+            bos_token_id=vocabulary[START],
+            eos_token_id=vocabulary[END],
+            **_TEXT[family],
+        )
+        CLIPTextModel(text).eval().save_pretrained(directory / "text_encoder")
+        UNet2DConditionModel(**_UNET[family]).eval().save_pretrained(directory / "unet")
+        levels = len(_VAE[family]["block_out_channels"])
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+        }
+        AutoencoderKL(**blocks, **_VAE[family]).eval().save_pretrained(directory / "vae")
+    _scheduler(family).save_pretrained(directory / "scheduler")
+    save_tokenizer(directory / "tokenizer", vocabulary, merges, pad="!" if family == "sd2" else END)
+    _write_json(directory / "model_index.json", _model_index(family))
+    return directory
+
+
+def save_tokenizer(directory: Path, vocabulary: Mapping[str, int], merges: list[str], *, pad: str) -> None:
+    """Write the four files that the tokenizers of published SD 1.x and 2.x checkpoints consist of."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_json(directory / "vocab.json", dict(vocabulary))
+    (directory / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), encoding="utf-8")
+    special = {"bos_token": START, "eos_token": END, "pad_token": pad, "unk_token": END}
+    _write_json(directory / "special_tokens_map.json", special)
+    config = {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **special}
+    _write_json(directory / "tokenizer_config.json", config)
+
+
+def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[str]]:
+    """Make a byte-level CLIP vocabulary in which each given word becomes few tokens. Returns entries and merges."""
+    letters = _byte_letters()
+    merges: list[str] = []
+    for word in words:
+        pieces = ["".join(letters[byte] for byte in letter.encode()) for letter in word]
+        symbols = [*pieces[:-1], pieces[-1] + "</w>"]
+        while len(symbols) > 1:
+            pair = f"{symbols[0]} {symbols[1]}"
+            if all(len(piece) == 1 for piece in pieces) and pair not in merges:
+                merges.append(pair)
+            symbols = [symbols[0] + symbols[1], *symbols[2:]]
+    printable = sorted(letters.values(), key=lambda letter: (ord(letter) > 255, letter))
+    entries = [*printable, *(f"{letter}</w>" for letter in printable)]
+    entries = [*dict.fromkeys([*entries, *(merge.replace(" ", "") for merge in merges)]), START, END]
+    return {entry: number for number, entry in enumerate(entries)}, merges
+
+
+def _byte_letters() -> dict[int, str]:
+    """One printable letter for each byte: its own where it has one, the letters from 256 on for the others."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {byte: chr(byte) for byte in own} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _scheduler(family: str) -> Any:
+    from diffusers import DDIMScheduler, PNDMScheduler
+
+    make: Mapping[str, Callable[[], Any]] = {
+        "sd1": lambda: PNDMScheduler(
+            **{k: v for k, v in _SCHEDULE.items() if k != "clip_sample"}, skip_prk_steps=True, steps_offset=1
+        ),
+        "sd2": lambda: DDIMScheduler(
+            **_SCHEDULE, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
+        ),
+    }
+    return make[family]()
+
+
+def _model_index(family: str) -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", type(_scheduler(family)).__name__],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
