@@ -53,8 +53,9 @@ class SamplingPlan:
 
     @property
     def sigmas(self) -> Array:
-        """Return noise over picture in S[0] before each stage and at the end: (K + 1,), float32."""
-        return np.asarray(self.levels[:, 1] / self.levels[:, 0])
+        """Return noise over picture in S[0] before each stage and at the end: (K + 1,), float32, inf for no picture."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(self.levels[:, 1] / self.levels[:, 0])
 
 
 class Stage(NamedTuple):

@@ -47,7 +47,7 @@ def format_plan(plan: SamplingPlan) -> str:
     )
     weights = {f"row {r}": plan.transitions[:, 0, r] for r in range(plan.rows)}
     weights |= {"output": plan.transitions[:, 0, plan.rows], "noise": plan.transitions[:, 0, plan.rows + 1]}
-    plots = [("log sigma", np.log10(np.maximum(plan.sigmas[:-1], 1e-4))), *weights.items()]
+    plots = [("log sigma", np.log10(np.clip(plan.sigmas[:-1], 1e-4, 1e4))), *weights.items()]
     plotted = [[name, _spark(values), f"{values.min():.4g}", f"{values.max():.4g}"] for name, values in plots]
     stages = [
         [str(k), f"{plan.timesteps[k]:.6g}", f"{plan.sigmas[k]:.5g}", *(f"{w[k]:.5g}" for w in weights.values())]

@@ -69,10 +69,12 @@ def reference(
     return [latents.numpy(), *walk(solver, latents, options)]
 
 
-def walk(solver: Any, latents: torch.Tensor, options: dict[str, Any]) -> list[Array]:
-    """Return the latents after each step of a scheduler whose timesteps are set."""
+def walk(
+    solver: Any, latents: torch.Tensor, options: dict[str, Any], timesteps: torch.Tensor | None = None
+) -> list[Array]:
+    """Return the latents after each step of a scheduler whose timesteps are set, or after the last few of them."""
     path = []
-    for t in solver.timesteps:
+    for t in solver.timesteps if timesteps is None else timesteps:
         seen = solver.scale_model_input(latents, t)
         output = torch.from_numpy(network(seen.float().numpy(), np.array([float(t)], dtype=np.float32)))
         accepted = _accepted(solver.step, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -151,6 +152,24 @@ def test_a_plan_from_json_denoises_to_the_same_latents() -> None:
     np.testing.assert_array_equal(
         final(plan, network, noise), final(plan_from_json(plan_to_json(plan)), network, noise)
     )
+
+
+def test_a_plan_can_be_executed_from_its_json_alone() -> None:
+    """All that another runtime needs, in plain Python: SamplingPlan's docstring, on latents of one number."""
+    plan = make_plan("dpmpp_2m_sde_karras", STABLE_DIFFUSION, steps=9)
+    document, draws = json.loads(plan_to_json(plan)), np.random.default_rng(0).standard_normal(10).tolist()
+    rows = len(document["input_rows"][0])
+    state = [document["initial_scale"] * draws[0]] + [0.0] * (rows - 1)
+    for k, timestep in enumerate(document["timesteps"]):
+        seen = sum(w * s for w, s in zip(document["input_rows"][k], state, strict=True))
+        fresh = draws[k + 1] if document["draws_noise"][k] else 0.0
+        terms = [*state, math.sin(seen + timestep), fresh]
+        state = [sum(w * s for w, s in zip(row, terms, strict=True)) for row in document["transitions"][k]]
+
+    given = iter(np.array(draws, dtype=np.float32).reshape(-1, 1, 1, 1, 1))
+    path = denoise(plan, next(given), lambda x, t: np.sin(x + t.reshape(-1, 1, 1, 1)), lambda: next(given))
+    *_, last = path
+    np.testing.assert_allclose(last.item(), state[0], rtol=CONSISTENT)
 
 
 def test_a_printed_plan_has_a_line_for_each_stage() -> None:

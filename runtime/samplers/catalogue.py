@@ -189,7 +189,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "flow_euler": Sampler(
         title="Flow Euler",
-        walk=partial(flow_walk, twice=True),
+        walk=flow_walk,
         equations=flow_euler,
         aliases=("FlowMatchEulerDiscreteScheduler",),
         spaced=False,
@@ -198,7 +198,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "flow_heun": Sampler(
         title="Flow Heun",
-        walk=partial(flow_walk, twice=True),
+        walk=flow_walk,
         equations=flow_heun,
         aliases=("FlowMatchHeunDiscreteScheduler",),
         spaced=False,
@@ -207,7 +207,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "flow_lcm": Sampler(
         title="Flow LCM",
-        walk=partial(flow_walk, twice=True),
+        walk=flow_walk,
         equations=flow_lcm,
         aliases=("FlowMatchLCMScheduler",),
         spaced=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def default_sampler(schedule: TrainingSchedule) -> str:
     return str(find(schedule.scheduler))
 
 
+@functools.cache
 def _known() -> dict[str, Name]:
     plain = {_squash(n): key for key, s in SAMPLERS.items() for n in (key, s.title, *s.aliases)}
     names = {n: Name(key, None) for n, key in plain.items()}

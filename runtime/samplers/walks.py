@@ -188,7 +188,8 @@ def _stations(schedule: TrainingSchedule, course: Course, habits: Habits, table:
 
 def _timesteps(schedule: TrainingSchedule, course: Course, habits: Habits) -> Array:
     if course.timesteps is not None:
-        return np.array(course.timesteps, dtype=np.float32)
+        given = np.array(course.timesteps, dtype=np.float32)
+        return np.trunc(given) if habits.whole else given
     spacing = habits.fixed_spacing or schedule.timestep_spacing
     count = course.steps + (habits.extra and spacing != "trailing")
     timesteps = spaced(spacing, schedule.num_train_timesteps, count, offset=_offset(schedule, habits))[: course.steps]
@@ -219,18 +220,17 @@ def edm_walk(schedule: TrainingSchedule, course: Course, *, high: float, low: fl
     return _walk(legs, schedule, course, initial_scale=math.hypot(high, 1.0))
 
 
-def flow_walk(schedule: TrainingSchedule, course: Course, *, twice: bool) -> Walk:
+def flow_walk(schedule: TrainingSchedule, course: Course) -> Walk:
     """Walk rectified flow's way: sigma falls from 1 evenly, shifted towards the noise as arXiv:2403.03206, eq. 23.
 
-    twice: shift the ends of the way too before it is divided, as one scheduler does
+    The ends are shifted before the way between them is divided and shifted, as the reference does.
     """
     total = schedule.num_train_timesteps
 
     def shifted(sigma: Array) -> Array:
         return np.asarray(course.shift * sigma / (1 + (course.shift - 1) * sigma))
 
-    ends = np.array([1.0, 1 / total])
-    high, low = shifted(ends) if twice else ends
+    high, low = shifted(np.array([1.0, 1 / total]))
     sigmas = np.array(course.sigmas[:-1]) if course.sigmas else shifted(np.linspace(high, low, course.steps))
     levels = [*(Level(1 - float(s), float(s)) for s in sigmas.astype(np.float32)), CLEAN]
     timesteps = [level.sigma * total for level in levels]

@@ -1,0 +1,334 @@
+"""Samplers whose oracle needs arranging, parts of a way, ways that the caller gives, names, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+import types
+from dataclasses import replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.manifest import TrainingSchedule
+from latentrt.engines.spec import Array
+from latentrt.runtime.denoise import denoise
+from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.plan import SamplingPlan
+from latentrt.runtime.samplers import default_sampler, make_plan, sampler_names
+from latentrt.runtime.samplers.catalogue import SAMPLERS
+from latentrt.runtime.samplers.names import find
+from latentrt.runtime.spacings import ALIGNED
+from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, network, replay, scheduler_of, walk
+from tests.test_samplers import ORACLES, TOLERANCES, TRAJECTORY
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+FLOW: Any = replace(STABLE_DIFFUSION, prediction_type="flow_prediction")  # type: ignore[arg-type]
+
+
+# --- DPM++ SDE, whose noise is one Brownian path a step ---
+
+
+class BrownianSteps:
+    """Stand in for diffusers' Brownian tree: the increments of one path, drawn in the order of their use."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.first: tuple[float, torch.Tensor] | None = None
+
+    def __call__(self, sigma: float, sigma_next: float) -> torch.Tensor:
+        fresh = torch.randn(SHAPE, generator=self.generator)
+        width = float(sigma - sigma_next)
+        if self.first is None:
+            self.first = (width, fresh)
+            return fresh
+        (part, earlier), self.first = self.first, None
+        return (math.sqrt(part) * earlier + math.sqrt(width - part) * fresh) / math.sqrt(width)
+
+
+@pytest.fixture
+def sde_scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setitem(sys.modules, "torchsde", types.ModuleType("torchsde"))
+    return importlib.import_module("diffusers.schedulers.scheduling_dpmsolver_sde").DPMSolverSDEScheduler
+
+
+@pytest.mark.parametrize("spacing", [None, "karras"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 2, 9, 30])
+def test_dpmpp_sde_walks_with_diffusers(sde_scheduler: Any, steps: int, prediction: Any, spacing: str | None) -> None:
+    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)
+    solver = scheduler_of(sde_scheduler, schedule, **({f"use_{spacing}_sigmas": True} if spacing else {}))
+    solver.set_timesteps(steps)
+    generator = torch.Generator("cpu").manual_seed(0)
+    latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
+    solver.noise_sampler = BrownianSteps(generator)
+    theirs = [latents.numpy(), *walk(solver, latents.float(), {})]
+    assert difference(replay(make_plan("dpmpp_sde", schedule, steps=steps, spacing=spacing)), theirs) < TRAJECTORY
+
+
+# --- flow matching ---
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("flow_euler", diffusers.FlowMatchEulerDiscreteScheduler),
+        ("flow_heun", diffusers.FlowMatchHeunDiscreteScheduler),
+        ("flow_lcm", diffusers.FlowMatchLCMScheduler),
+    ],
+)
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(steps=st.integers(2, 100), shift=st.sampled_from([1.0, 3.0, 0.5]))
+def test_flow_matching_walks_with_diffusers(name: str, scheduler: Any, steps: int, shift: float) -> None:
+    solver = scheduler(num_train_timesteps=1000, shift=shift)
+    solver.set_timesteps(steps)
+    generator = torch.Generator("cpu").manual_seed(0)
+    solver.scale_model_input = lambda latents, _: latents
+    latents = torch.randn(SHAPE, generator=generator)
+    theirs = [latents.numpy(), *walk(solver, latents, {"generator": generator})]
+    assert difference(replay(make_plan(name, FLOW, steps=steps, shift=shift)), theirs) < TRAJECTORY
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "edm_euler"])
+def test_a_sampler_refuses_a_model_that_predicts_something_else(name: str) -> None:
+    with pytest.raises(RequestError, match=f"{name} needs a model that predicts .*; this one predicts sample"):
+        make_plan(name, replace(STABLE_DIFFUSION, prediction_type="sample"), steps=4)
+
+
+# --- parts of a way ---
+
+# diffusers weights one slope with the coefficients of four here, and repeats other timesteps: we start afresh
+OWN_START = {"lms", "plms", "pndm"}
+OWN_START_NOISE = {"lcm", "tcd"}  # their pipelines choose other timesteps for a strength
+
+
+def start(plan: SamplingPlan, image: Array, generator: TorchCpuNoise) -> list[Array]:
+    noise = generator.normal(SHAPE)
+    path = denoise(plan, noise, network, lambda: generator.normal(SHAPE), image=image)
+    return [plan.levels[0, 0] * image + plan.levels[0, 1] * noise, *path]
+
+
+def diffusers_start(name: str, schedule: TrainingSchedule, steps: int, strength: float, image: Array) -> list[Array]:
+    oracle = ORACLES[name]
+    solver = scheduler_of(oracle.scheduler, schedule, **oracle.config)
+    solver.set_timesteps(steps)
+    begin = (steps - min(int(steps * strength), steps)) * solver.order
+    if hasattr(solver, "set_begin_index"):
+        solver.set_begin_index(begin)
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(SHAPE, generator=generator)
+    latents = solver.add_noise(torch.from_numpy(image), noise, solver.timesteps[begin : begin + 1])
+    return [latents.numpy(), *walk(solver, latents, {"generator": generator}, solver.timesteps[begin:])]
+
+
+@pytest.mark.parametrize("name", sorted({*ORACLES} - OWN_START - OWN_START_NOISE - {"edm_euler"}))
+@pytest.mark.parametrize("strength", [0.3, 0.58, 0.8, 1.0])
+def test_strength_starts_from_an_image_where_diffusers_does(name: str, strength: float) -> None:
+    image = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
+    ours = start(make_plan(name, STABLE_DIFFUSION, steps=25, strength=strength), image, TorchCpuNoise(0))
+    theirs = diffusers_start(name, STABLE_DIFFUSION, 25, strength, image)
+    assert difference(ours, theirs) < TOLERANCES.get(name, TRAJECTORY)
+
+
+@pytest.mark.parametrize("name", ["euler", "ddim", "euler_ancestral"])
+def test_two_plans_that_meet_in_the_middle_are_one(name: str) -> None:
+    whole = make_plan(name, STABLE_DIFFUSION, steps=10)
+    first = make_plan(name, STABLE_DIFFUSION, steps=10, stop=0.6)
+    second = make_plan(name, STABLE_DIFFUSION, steps=10, strength=0.4)
+    np.testing.assert_array_equal(np.concatenate([first.transitions, second.transitions]), whole.transitions)
+    np.testing.assert_array_equal(np.concatenate([first.timesteps, second.timesteps]), whole.timesteps)
+    np.testing.assert_array_equal(first.levels[-1], second.levels[0])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_starts_and_stops_anywhere(name: str) -> None:
+    schedule = replace(STABLE_DIFFUSION, prediction_type=SAMPLERS[name].predictions[0])  # type: ignore[arg-type]
+    plan = make_plan(name, schedule, steps=20, strength=0.75, stop=0.9)
+    assert len(replay(plan)) == plan.stages + 1
+    assert plan.timesteps.max() < make_plan(name, schedule, steps=20).timesteps.max()
+
+
+# --- ways that the caller gives ---
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_2s", "ddpm"])
+def test_timesteps_of_the_callers_choice_are_diffusers(name: str) -> None:
+    timesteps = [999, 850, 736, 645, 545, 455, 343, 233, 124, 24]
+    solver = scheduler_of(ORACLES[name].scheduler, STABLE_DIFFUSION)
+    solver.set_timesteps(timesteps=timesteps)
+    generator = torch.Generator("cpu").manual_seed(0)
+    latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
+    theirs = [latents.numpy(), *walk(solver, latents, {"generator": generator})]
+    assert difference(replay(make_plan(name, STABLE_DIFFUSION, timesteps=timesteps)), theirs) < TRAJECTORY
+
+
+def test_sigmas_of_the_callers_choice_are_diffusers() -> None:
+    sigmas = [*ALIGNED["ays"][:-1], 0.0]
+    solver = scheduler_of(diffusers.EulerDiscreteScheduler, STABLE_DIFFUSION)
+    solver.set_timesteps(sigmas=sigmas)
+    latents = torch.randn(SHAPE, generator=torch.Generator("cpu").manual_seed(0)) * solver.init_noise_sigma
+    theirs = [latents.numpy(), *walk(solver, latents, {})]
+    assert difference(replay(make_plan("euler", STABLE_DIFFUSION, sigmas=sigmas)), theirs) < TRAJECTORY
+    named = make_plan("euler", STABLE_DIFFUSION, steps=10, spacing="ays")
+    np.testing.assert_allclose(named.sigmas, np.float32(sigmas), rtol=1e-6)
+
+
+def test_every_second_of_twenty_aligned_steps_is_a_published_one() -> None:
+    plan = make_plan("dpmpp_2m_ays", STABLE_DIFFUSION, steps=20)
+    np.testing.assert_allclose(plan.sigmas[:-1:2], ALIGNED["ays"][:-1], rtol=1e-5)
+
+
+def test_aligned_steps_are_refused_for_other_noise() -> None:
+    with pytest.raises(RequestError, match=r"published for noise up to 14\.615"):
+        make_plan("euler_ays", replace(STABLE_DIFFUSION, beta_end=0.02), steps=10)
+
+
+def test_simple_spacing_takes_training_ratios_from_the_top() -> None:
+    plan = make_plan("euler_simple", STABLE_DIFFUSION, steps=4)
+    np.testing.assert_allclose(plan.timesteps, [999, 749, 499, 249], atol=1e-2)
+
+
+def test_sgm_uniform_spacing_leaves_the_last_of_one_more_timestep_out() -> None:
+    plan = make_plan("euler_sgm_uniform", STABLE_DIFFUSION, steps=3)
+    np.testing.assert_allclose(plan.timesteps, [999, 666, 333], atol=1e-2)
+
+
+def test_a_timestep_spacing_takes_the_place_of_the_checkpoints() -> None:
+    plan = make_plan("ddim", STABLE_DIFFUSION, steps=4, spacing="trailing")
+    assert plan.timesteps.tolist() == [999, 749, 499, 249]
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("alias", "canonical"),
+    [
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("dpmpp_2m", "dpmpp_2m"),
+        ("DPM++ 2M SDE Exponential", "dpmpp_2m_sde_exponential"),
+        ("DPM++ 3M SDE Karras", "dpmpp_3m_sde_karras"),
+        ("DPM++ SDE Karras", "dpmpp_sde_karras"),
+        ("Euler a", "euler_ancestral"),
+        ("euler", "euler"),
+        ("DPM2 a Karras", "kdpm2_ancestral_karras"),
+        ("dpm_2_ancestral", "kdpm2_ancestral"),
+        ("uni_pc", "unipc"),
+        ("LMS Karras", "lms_karras"),
+        ("k_heun", "heun"),
+        ("PLMS", "plms"),
+        ("LCM", "lcm"),
+        ("Euler SGM Uniform", "euler_sgm_uniform"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
+        ("PNDMScheduler", "plms"),
+        ("UniPCMultistepScheduler", "unipc"),
+    ],
+)
+def test_the_communitys_and_diffusers_names_are_known(alias: str, canonical: str) -> None:
+    assert str(find(alias)) == canonical
+    assert make_plan(alias, STABLE_DIFFUSION, steps=5).sampler == canonical
+
+
+def test_every_diffusers_class_of_an_oracle_is_a_name() -> None:
+    for name, oracle in ORACLES.items():
+        found = find(oracle.scheduler.__name__).sampler
+        assert ORACLES[found].scheduler is oracle.scheduler, name
+
+
+def test_every_canonical_name_makes_a_plan_of_that_name() -> None:
+    for name in sampler_names():
+        prediction = SAMPLERS[find(name).sampler].predictions[0]
+        schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
+        assert make_plan(name, schedule, steps=6).sampler == name
+
+
+def test_a_checkpoints_own_scheduler_gives_the_default() -> None:
+    assert default_sampler(replace(STABLE_DIFFUSION, scheduler="PNDMScheduler")) == "plms"
+    with pytest.raises(RequestError, match="unknown sampler 'VQDiffusionScheduler'"):
+        default_sampler(replace(STABLE_DIFFUSION, scheduler="VQDiffusionScheduler"))
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("dpmp_2m", {"steps": 20}, r"unknown sampler 'dpmp_2m'; did you mean 'dpmpp_2m'"),
+        ("zzz", {"steps": 20}, r"unknown sampler 'zzz'; expected one of ddim, "),
+        ("ddim", {"steps": 5, "clip_sample": True}, r"clip_sample: .* not linear"),
+        ("ddim", {"steps": 5, "thresholding": True}, r"thresholding: .* not linear"),
+        ("euler", {}, r"steps: missing"),
+        ("euler", {"steps": 3, "timesteps": [9, 5]}, r"steps: found 3, expected 2"),
+        ("euler", {"steps": 5, "eta": 0.5}, r"eta: euler takes none"),
+        ("ddim", {"steps": 5, "eta": 1.5}, r"eta: found 1\.5, expected 0 to 1"),
+        ("ddim", {"steps": 5, "strength": -0.1}, r"strength: found -0\.1, expected 0 to 1"),
+        ("ddim", {"steps": 5, "strength": 2.0}, r"strength: found 2\.0, expected 0 to 1"),
+        ("ddim", {"steps": 5, "strength": float("nan")}, r"strength: found nan, expected 0 to 1"),
+        ("ddim", {"steps": 5, "strength": 0.1}, r"leave none of 5 steps to take"),
+        ("ddim", {"steps": 5, "stop": 0.0}, r"leave none of 5 steps to take"),
+        ("ddim", {"steps": 5, "spacing": "karras"}, r"spacing: ddim walks its own timesteps"),
+        ("euler", {"steps": 5, "spacing": "uneven"}, r"spacing: found 'uneven', expected one of leading, "),
+        ("euler_karras", {"steps": 5, "spacing": "beta"}, r"spacing: found 'beta', but 'euler_karras' names another"),
+        ("euler_karras", {"timesteps": [9, 5]}, r"timesteps and karras each say where to step"),
+        ("euler", {"timesteps": [9, 5], "sigmas": [3.0, 0.0]}, r"timesteps and sigmas each say where to step"),
+        ("plms", {"timesteps": [9, 5]}, r"timesteps: plms walks its own"),
+        ("ddim", {"sigmas": [3.0, 0.0]}, r"sigmas: ddim walks whole timesteps"),
+        ("euler", {"timesteps": [5, 9]}, r"timesteps: expected finite numbers that decrease"),
+        ("euler", {"timesteps": [1000, 9]}, r"timesteps: expected finite numbers that decrease, from 999"),
+        ("euler", {"timesteps": []}, r"steps: found 0, expected 1 to 1000"),
+        ("euler", {"sigmas": [float("nan"), 0.0]}, r"sigmas: expected finite numbers"),
+        ("euler", {"sigmas": [3.0, -1.0]}, r"sigmas: expected finite numbers"),
+        ("lcm", {"steps": 51}, r"steps: found 51, expected 1 to 50 for a consistency sampler"),
+        ("pndm", {"steps": 3}, r"steps: found 3, expected 4 or more for pndm; use plms"),
+        ("flow_euler", {"steps": 3}, r"flow_euler needs a model that predicts flow_prediction"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_sentence(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as refusal:
+        make_plan(name, STABLE_DIFFUSION, **options)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", sampler_names())
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_an_impossible_number_of_steps_is_refused(name: str, steps: int) -> None:
+    schedule = replace(STABLE_DIFFUSION, prediction_type=SAMPLERS[find(name).sampler].predictions[0])  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=f"found {steps}, expected 1 to 1000"):
+        make_plan(name, schedule, steps=steps)
+
+
+def test_a_plan_whose_numbers_are_not_finite_is_refused() -> None:
+    schedule = replace(STABLE_DIFFUSION, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(RequestError, match="the plan of ddim with 5 steps has a transitions entry that is not finite"):
+        make_plan("ddim", schedule, steps=5)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None)
+@given(
+    name=st.sampled_from(sampler_names()),
+    steps=st.integers(1, 1000),
+    spacing=st.sampled_from(["leading", "trailing", "linspace"]),
+    strength=st.floats(0, 1),
+    zero_snr=st.booleans(),
+)
+def test_a_request_gives_a_finite_plan_or_a_refusal(
+    name: str, steps: int, spacing: str, strength: float, zero_snr: bool
+) -> None:
+    prediction: Any = SAMPLERS[find(name).sampler].predictions[0]
+    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
+    try:
+        plan = make_plan(name, schedule, steps=steps, spacing=spacing, strength=strength)
+    except RequestError:
+        return
+    assert all(np.isfinite(array).all() for array in (plan.transitions, plan.input_rows, plan.timesteps, plan.levels))
+    assert plan.timesteps.max() < 1000
