@@ -8,7 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
@@ -209,13 +209,16 @@ def _latents(configs: Mapping[str, Mapping[str, Any]], source: Source, root: Pat
 
 def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -> dict[str, int]:
     text, vae, unet = configs["text_encoder"], configs["vae_decoder"], configs["unet"]
+    vocabulary = text.get("vocab_size", 49408)
+    # SD 1.x's configs say 2 for the end token, where CLIP means the largest id
     return {
         "latent_channels": latents.channels,
         "latent_parameters": 2 * latents.channels,
         "picture_channels": vae.get("out_channels", 3),
         "text_width": text.get("hidden_size", 512),
         "context": text.get("max_position_embeddings", 77),
-        "vocabulary": text.get("vocab_size", 49408),
+        "vocabulary": vocabulary,
+        "end_token": vocabulary - 1 if text.get("eos_token_id", 2) == 2 else text["eos_token_id"],
         "factor": latents.factor,
         "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
     }
@@ -291,9 +294,6 @@ def check_safetensors(path: Path) -> None:
         raise damaged from None
     if size != 8 + length + max(ends, default=0):
         raise damaged
-
-
-K = TypeVar("K")
 
 
 def _need(config: Mapping[str, Any], key: str, kind: Any, where: Path, *, default: Any = None) -> Any:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import click
 
@@ -13,25 +12,30 @@ from latentrt.engines.backends import BACKENDS, choose
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
+from latentrt.export.exporting import Exported, export_checkpoint
 
-GIB = 2**30
+MIB = 1 << 20
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    help="Of the graphs. Default: fp32 for the CPU, fp16 for a GPU.",
+)
 @click.option(
     "--backend", "backends", multiple=True, help=f"Build engines for auto, {', '.join(BACKENDS)}; repeatable."
 )
 @click.option("--no-build", is_flag=True, help="Write the canonical graphs only.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle of something else.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub id.")
-@click.option("--json", "as_json", is_flag=True, help="Print how it went as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print how it went as JSON, and no progress.")
 def export(
     checkpoint: str,
     bundle: Path,
-    precision: str,
+    precision: str | None,
     backends: tuple[str, ...],
     no_build: bool,
     overwrite: bool,
@@ -46,31 +50,56 @@ def export(
     if no_build and backends:
         raise CheckpointError("--no-build and --backend exclude each other; give one of them")
     chosen: list[BackendName] = [] if no_build else [choose(name).backend for name in backends or ("auto",)]
-    try:
-        from latentrt.export.exporting import export_checkpoint
-    except ImportError as error:
-        raise CheckpointError(
-            f"exporting needs {error.name}, which is not installed; install it with: pip install 'latentrt[export]'"
-        ) from None
     with terminal_report(quiet=as_json) as report:
-        summary = export_checkpoint(
+        exported = export_checkpoint(
             checkpoint,
             bundle,
-            precision=cast(Precision, precision),
+            precision=cast(Precision | None, precision),
             backends=chosen,
             overwrite=overwrite,
             revision=revision,
             report=report,
         )
-    if as_json:
-        click.echo(json.dumps({**dataclasses.asdict(summary), "rss_ratio": summary.rss_ratio}, indent=1))
-    elif summary.already_there:
-        click.echo(f"{bundle} is there already: the same checkpoint, precision and version")
-    else:
-        for name, part in summary.components.items():
-            how = "resumed" if part.resumed else f"{part.seconds:.1f} s"
-            size = part.spec.weights_bytes / 1e6
-            click.echo(f"{name:<14}{size:>9.1f} MB  {how:>9}  largest error {part.error:.1e} of the range")
-        peak = summary.peak_rss_bytes / GIB
-        ratio = f"{summary.rss_ratio:.1f} times the largest network's weights"
-        click.echo(f"{bundle}: {summary.seconds:.1f} s, peak memory {peak:.2f} GiB, {ratio}")
+    summary = summarise(exported, bundle)
+    click.echo(json.dumps(summary, indent=1) if as_json else _table(summary))
+
+
+def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
+    """Return what an export did as plain data."""
+    return {
+        "bundle": str(bundle),
+        "already_there": exported.already_there,
+        "family": exported.manifest.family,
+        "precision": exported.manifest.precision,
+        "bytes": sum(record.bytes for record in exported.manifest.files.values()),
+        "seconds": round(exported.seconds, 2),
+        "engines": dict(exported.engines),
+        "components": {
+            name: {
+                "weights_bytes": finished.weights_bytes,
+                "seconds": finished.seconds,
+                "peak_rss_bytes": finished.peak_rss_bytes,
+                "peak_rss_over_weights": round(finished.peak_rss_bytes / max(finished.weights_bytes, 1), 2),
+                "error": finished.error,
+                "resumed": name in exported.resumed,
+            }
+            for name, finished in exported.components.items()
+        },
+    }
+
+
+def _table(summary: dict[str, Any]) -> str:
+    head = f"{'component':<13}{'weights':>12}{'seconds':>9}{'peak memory':>14}{'of weights':>12}{'max error':>11}"
+    rows = [
+        f"{name:<13}{row['weights_bytes'] / MIB:>8.1f} MiB{row['seconds']:>9.1f}"
+        f"{row['peak_rss_bytes'] / MIB:>10.0f} MiB{row['peak_rss_over_weights']:>12.2f}{row['error']:>11.1e}"
+        + ("  (from an earlier run)" if row["resumed"] else "")
+        for name, row in summary["components"].items()
+    ]
+    state = "was there already" if summary["already_there"] else "is ready"
+    last = (
+        f"'{summary['bundle']}' {state}: {summary['family']}, {summary['precision']}, "
+        f"{summary['bytes'] / MIB:.1f} MiB, {summary['seconds']:.1f} s, "
+        f"engines: {', '.join(summary['engines']) or 'none'}"
+    )
+    return "\n".join([head, *rows, last] if rows else [last])

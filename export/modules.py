@@ -28,7 +28,7 @@ class TextEncoder(nn.Module):
 class Denoiser(nn.Module):
     """The UNet: latents, timesteps (1,) or (batch,), text → the model's prediction."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
         # The UNet hands the sizes of its skip connections to its upsamplers only where a side is no multiple of
@@ -92,8 +92,7 @@ def load(component: str, folder: Path) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the weights do not fit the config ({_first_line(error)})") from error
     _require_all(folder, found)
-    module = wrap(model).eval().requires_grad_(False)
-    return module
+    return wrap(model).eval().requires_grad_(False)
 
 
 def _require_all(folder: Path, found: Mapping[str, Any]) -> None:
@@ -109,3 +108,12 @@ def _require_all(folder: Path, found: Mapping[str, Any]) -> None:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:200] if lines else type(error).__name__
+
+
+def run(module: nn.Module, inputs: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
+    """Run a float32 module on arrays and return float32 arrays by the names of its outputs."""
+    tensors = [torch.from_numpy(array) for array in inputs.values()]
+    with torch.no_grad():
+        found = module(*(t.float() if t.is_floating_point() else t for t in tensors))
+    found = found if isinstance(found, tuple) else (found,)
+    return {name: tensor.numpy() for name, tensor in zip(outputs, found, strict=True)}

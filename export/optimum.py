@@ -1,109 +1,172 @@
-"""Interchange with optimum: adopting graphs that it exported, and laying out `onnx/` so that it opens ours."""
+"""Interchange with optimum: adopting graphs that it exported, and laying out `onnx/` so that it opens ours.
+
+Needs no torch: a graph that is there already is its own reference.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.graphs import link_data, load_graph
-from latentrt.engines.manifest import ComponentSpec
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.checkpoint import Checkpoint, graph_files
-from latentrt.export.components import EXPORTED, Component
-from latentrt.export.golden import open_graph, run_graph, specs, write_golden
+from latentrt.export.components import Component, input_specs, output_specs
+from latentrt.export.golden import make_inputs, open_session, run_session, save_golden
 from latentrt.export.tokenizer import ClipFiles, write_clip_files
 
-TOKENIZER_CLASSES = ["transformers", "CLIPTokenizer"]
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto
 
 
 def adopt_graph(
-    checkpoint: Checkpoint, part: Component, staged: Path, precision: Precision
-) -> tuple[ComponentSpec, float]:
-    """Copy a graph that was exported already, and record its golden pair with ONNX Runtime: no torch is needed."""
-    graph, golden = f"onnx/{part.name}/model.onnx", f"golden/{part.name}.safetensors"
-    sources = graph_files(checkpoint.folder(part.name))
-    (staged / graph).parent.mkdir(parents=True)
-    for source in sources[1:]:
-        link_data(source, (staged / graph).parent)
-    _copy_graph(sources[0], staged / graph)
-    session = open_graph(staged / graph)
-    takes, gives = specs(session)
-    plan = part.plan(checkpoint.configs[part.name])
-    _check_names(sources[0], part, takes, gives, precision)
-    inputs = part.record(checkpoint.configs[part.name], EXPORTED)
-    if any(spec.name == "timestep" and not spec.shape for spec in takes):
-        inputs["timestep"] = inputs["timestep"][0]
-    outputs = run_graph(session, inputs)
-    write_golden(
-        (inputs, {name: outputs[name].astype("float32") for name in plan.outputs if name in outputs}), staged / golden
-    )
-    files = (graph, *(f"onnx/{part.name}/{source.name}" for source in sources[1:]))
-    weights = sum(source.stat().st_size for source in sources)
-    return ComponentSpec(files=files, golden=golden, inputs=takes, outputs=gives, weights_bytes=weights), 0.0
+    component: Component,
+    folder: Path,
+    graph: Path,
+    golden: Path,
+    *,
+    dimensions: Mapping[str, int],
+    precision: Precision,
+    scaling_factor: float,
+) -> tuple[list[Path], tuple[TensorSpec, ...], tuple[TensorSpec, ...], float]:
+    """Copy a graph that was exported already and record its golden pair with ONNX Runtime.
+
+    Returns the files, the inputs, the outputs and an error of 0. Raises CheckpointError where names, dtypes or shapes
+    are not those of the table.
+    """
+    source, *data = graph_files(folder)
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    for file in data:
+        (graph.parent / file.name).unlink(missing_ok=True)
+        link_data(file, graph.parent)
+    takes = input_specs(component, dimensions, precision)
+    gives = output_specs(component, dimensions, precision)
+    _write_normalised(source, graph, takes, gives)
+    inputs = make_inputs(component, dimensions, "traced", precision=precision, scaling_factor=scaling_factor)
+    others = make_inputs(component, dimensions, "checked", precision=precision, scaling_factor=scaling_factor)
+    session = open_session(graph)
+    outputs = run_session(session, inputs)
+    if component.name != "unet" or _takes_any_size(session, others):
+        run_session(session, others)
+    save_golden(golden, inputs, {spec.name: outputs[spec.name] for spec in gives})
+    return [graph, *(graph.parent / file.name for file in data)], takes, gives, 0.0
 
 
-def _copy_graph(source: Path, target: Path) -> None:
-    """Copy a graph; a whole-number timestep becomes float32, so that the fractions of Karras' steps are not lost."""
+def _takes_any_size(session: object, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a UNet takes odd sizes: optimum's graphs are bound to multiples of the UNet's own factor."""
+    try:
+        run_session(session, inputs)
+    except Exception:
+        return False
+    return True
+
+
+def _write_normalised(
+    source: Path, target: Path, takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]
+) -> None:
+    """Write a graph with the names of axes, the inputs and the float32 timesteps that our tables promise."""
     import onnx
 
     model = load_graph(source)
-    steps = [value for value in model.graph.input if value.name == "timestep"]
-    if not steps or steps[0].type.tensor_type.elem_type != onnx.TensorProto.INT64:
-        shutil.copyfile(source, target)
-        return
-    steps[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    del model.graph.value_info[:]  # what was inferred for whole numbers
+    _require(source, [value.name for value in model.graph.input], [spec.name for spec in takes], exact=True)
+    _require(source, [value.name for value in model.graph.output], [spec.name for spec in gives], exact=False)
+    _free_timestep(model)
+    del model.graph.value_info[:]  # what was inferred before the changes
+    for value in list(model.graph.output):
+        if value.name not in {spec.name for spec in gives}:  # hidden states of each layer, which nothing reads
+            model.graph.output.remove(value)
+    specs = {spec.name: spec for spec in (*takes, *gives)}
+    for value in (*model.graph.input, *model.graph.output):
+        _set_shape(source, value, specs[value.name])
     onnx.save(model, str(target))
-    try:
-        open_graph(target)
-    except CheckpointError:  # a node in it wants whole numbers: keep the graph as it was
-        shutil.copyfile(source, target)
 
 
-def _check_names(
-    source: Path, part: Component, takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...], precision: Precision
-) -> None:
-    expected = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
-    names = [spec.name for spec in gives]
-    if part.name in expected and expected[part.name] not in names:
+def _require(source: Path, found: list[str], expected: list[str], *, exact: bool) -> None:
+    if set(expected) - set(found) or (exact and set(found) - set(expected)):
         raise CheckpointError(
-            f"{source} gives {', '.join(names)}, expected {expected[part.name]}; export it again with optimum 2"
+            f"{source}: found the tensors {', '.join(found)}, expected {', '.join(expected)}; "
+            "export it again with optimum"
         )
-    dtype = {"fp16": "float16", "fp32": "float32"}[precision]
-    floats = {spec.dtype for spec in (*takes, *gives) if spec.name not in ("timestep", "input_ids")}
-    if floats != {dtype}:
-        found = "fp16" if floats == {"float16"} else "fp32"
-        raise CheckpointError(f"{source} computes in {', '.join(sorted(floats))}; export it with --precision {found}")
 
 
-def write_configs(checkpoint: Checkpoint, clip: ClipFiles, folder: Path) -> None:
-    """Write what optimum's pipelines read beside the graphs: configs, scheduler, tokenizer, model_index.json."""
-    for name, config in checkpoint.configs.items():
-        _write_json(folder / name / "config.json", dict(config))
-    _write_json(folder / "scheduler" / "scheduler_config.json", dict(checkpoint.scheduler))
+def _set_shape(source: Path, value: Any, spec: TensorSpec) -> None:
+    import onnx
+
+    found = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+    if found != spec.dtype:
+        other = "fp16" if found == "float16" else "fp32"
+        raise CheckpointError(f"{source}: {spec.name} is {found}, not {spec.dtype}; export it with --precision {other}")
+    shape = value.type.tensor_type.shape
+    del shape.dim[:]
+    for axis in spec.shape:
+        dim = shape.dim.add()
+        if isinstance(axis, str):
+            dim.dim_param = axis
+        else:
+            dim.dim_value = axis
+
+
+def _free_timestep(model: ModelProto) -> None:
+    """Make a whole-number scalar timestep a float32 vector with one entry, or one a row.
+
+    The trace turns the scalar into a vector (Unsqueeze or Reshape), expands it to the batch and casts it to float:
+    without the first node, and with another type, the rest does what it did.
+    """
+    import onnx
+
+    graph = model.graph
+    found = [value for value in graph.input if value.name == "timestep"]
+    if not found:
+        return
+    tensor = found[0].type.tensor_type
+    if len(tensor.shape.dim) == 0:
+        _skip_first_reshape(graph)
+    tensor.elem_type = onnx.TensorProto.FLOAT
+
+
+def _skip_first_reshape(graph: GraphProto) -> None:
+    readers = [node for node in graph.node if "timestep" in node.input]
+    for node in readers:
+        if node.op_type not in ("Unsqueeze", "Reshape"):
+            raise CheckpointError(f"the UNet's timestep feeds {node.op_type}; export it again with optimum 2")
+    for node in readers:
+        for reader in graph.node:
+            for place, name in enumerate(reader.input):
+                if name == node.output[0]:
+                    reader.input[place] = "timestep"
+        graph.node.remove(node)
+
+
+def write_configs(checkpoint: Checkpoint, clip: ClipFiles, folder: Path) -> list[Path]:
+    """Write what optimum's pipelines read beside the graphs. Returns the files."""
+    documents = {f"{name}/config.json": dict(config) for name, config in checkpoint.configs.items()}
+    documents["scheduler/scheduler_config.json"] = dict(checkpoint.scheduler)
+    documents["model_index.json"] = _index(checkpoint)
+    for name, document in documents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
     write_clip_files(clip, folder / "tokenizer")
-    _write_json(folder / "model_index.json", _index(checkpoint))
+    return [*(folder / name for name in documents), *sorted((folder / "tokenizer").iterdir())]
 
 
 def _index(checkpoint: Checkpoint) -> dict[str, Any]:
+    module = "optimum.onnxruntime.modeling_diffusion"
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": checkpoint.index.get("_diffusers_version", "0.36.0"),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": checkpoint.index["scheduler"],
-        "text_encoder": ["optimum.onnxruntime.modeling_diffusion", "ORTModelTextEncoder"],
-        "tokenizer": TOKENIZER_CLASSES,
-        "unet": ["optimum.onnxruntime.modeling_diffusion", "ORTModelUnet"],
-        "vae_decoder": ["optimum.onnxruntime.modeling_diffusion", "ORTModelVaeDecoder"],
-        "vae_encoder": ["optimum.onnxruntime.modeling_diffusion", "ORTModelVaeEncoder"],
+        "scheduler": ["diffusers", checkpoint.schedule.scheduler],
+        "text_encoder": [module, "ORTTextEncoder"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": [module, "ORTUnet"],
+        "vae_decoder": [module, "ORTVaeDecoder"],
+        "vae_encoder": [module, "ORTVaeEncoder"],
     }
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

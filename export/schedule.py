@@ -10,7 +10,7 @@ from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.parsing import ParseError, parse
 
 # What diffusers' scheduler classes assume for an absent key; tests/test_checkpoint.py compares with diffusers.
-_COMMON: Mapping[str, Any] = {
+_COMMON: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
     "beta_end": 0.02,
@@ -22,8 +22,8 @@ _COMMON: Mapping[str, Any] = {
     "rescale_betas_zero_snr": False,
     "trained_betas": None,
 }
-_NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
-_LEADING = {"timestep_spacing": "leading"}
+_NARROW: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
+_LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "DDIMScheduler": _COMMON | _LEADING,
     "DDPMScheduler": _COMMON | _LEADING,
@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 def training_schedule(config: Mapping[str, Any], *, where: str) -> TrainingSchedule:
     """Read scheduler_config.json. `where` is its path, for the error. Raises CheckpointError."""
-    scheduler = config.get("_class_name")
+    scheduler = str(config.get("_class_name"))
     if scheduler not in DEFAULTS:
         raise CheckpointError(
             f"{where}: the scheduler class '{scheduler}' is not supported; expected one of {', '.join(DEFAULTS)}"
