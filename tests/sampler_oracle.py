@@ -48,7 +48,7 @@ def reference(
     schedule: TrainingSchedule,
     steps: int,
     *,
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     step: dict[str, Any] | None = None,
     double: bool = False,
     **config: Any,
@@ -61,7 +61,7 @@ def reference(
     solver.set_timesteps(steps)
     if hasattr(solver, "set_begin_index"):
         solver.set_begin_index(0)  # else it starts at the second of two equal timesteps and runs off its table
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = generator or torch.Generator("cpu").manual_seed(0)
     latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
     if double:
         solver.sigmas = solver.sigmas.double()
@@ -88,9 +88,9 @@ def _accepted(call: Callable[..., Any], options: dict[str, Any]) -> dict[str, An
     return {name: value for name, value in options.items() if name in names}
 
 
-def replay(plan: SamplingPlan, *, seed: int = 0) -> list[Array]:
+def replay(plan: SamplingPlan, *, generator: TorchCpuNoise | None = None) -> list[Array]:
     """Return the same from a plan."""
-    generator = TorchCpuNoise(seed)
+    generator = generator or TorchCpuNoise(0)
     noise = generator.normal(SHAPE)
     path = denoise(plan, noise, network, lambda: generator.normal(SHAPE))
     return [plan.initial_scale * noise, *path]

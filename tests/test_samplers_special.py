@@ -26,7 +26,7 @@ from latentrt.runtime.samplers import default_sampler, make_plan, sampler_names
 from latentrt.runtime.samplers.catalogue import SAMPLERS
 from latentrt.runtime.samplers.names import find
 from latentrt.runtime.spacings import ALIGNED
-from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, network, replay, scheduler_of, walk
+from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, network, reference, replay, scheduler_of, walk
 from tests.test_samplers import ORACLES, TOLERANCES, TRAJECTORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -95,6 +95,41 @@ def test_flow_matching_walks_with_diffusers(name: str, scheduler: Any, steps: in
     latents = torch.randn(SHAPE, generator=generator)
     theirs = [latents.numpy(), *walk(solver, latents, {"generator": generator})]
     assert difference(replay(make_plan(name, FLOW, steps=steps, shift=shift)), theirs) < TRAJECTORY
+
+
+@pytest.mark.parametrize("name", [name for name in ORACLES if "flow_prediction" in SAMPLERS[name].predictions])
+@settings(max_examples=8, derandomize=True, deadline=None)
+@given(steps=st.integers(1, 100), shift=st.sampled_from([1.0, 3.0]))
+def test_a_diffusion_solver_walks_a_flow_with_diffusers(name: str, steps: int, shift: float) -> None:
+    oracle = ORACLES[name]
+    config = {**oracle.config, "use_flow_sigmas": True, "flow_shift": shift}
+    theirs = reference(oracle.scheduler, FLOW, steps, double=oracle.double, **config)
+    ours = replay(make_plan(name, FLOW, steps=steps, shift=shift))
+    assert difference(ours, theirs) < TRAJECTORY
+
+
+@pytest.mark.parametrize("options", [{"spacing": "karras", "steps": 5}, {"timesteps": [9, 5]}])
+def test_a_flow_refuses_what_counts_in_a_diffusions_noise(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"spacing: 'karras' spaces|timesteps: dpmpp_2m walks its own"):
+        make_plan("dpmpp_2m", FLOW, **options)
+
+
+@pytest.mark.parametrize("name", ["flow_euler", "dpmpp_2m"])
+def test_a_flows_own_sigmas_are_shares_of_noise(name: str) -> None:
+    plan = make_plan(name, FLOW, sigmas=[0.9, 0.5, 0.0])
+    np.testing.assert_allclose(plan.levels, [[0.1, 0.9], [0.5, 0.5], [1, 0]], atol=1e-6)
+    np.testing.assert_allclose(plan.timesteps, [900, 500], atol=1e-3)
+    with pytest.raises(RequestError, match=r"sigmas: found 1\.5, expected 1 at most"):
+        make_plan(name, FLOW, sigmas=[1.5, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("name", sorted({*ORACLES} - {"kdpm2", "kdpm2_ancestral"}))
+def test_the_generator_is_left_where_diffusers_leaves_it(name: str) -> None:
+    ours, theirs = TorchCpuNoise(3), torch.Generator("cpu").manual_seed(3)
+    oracle = ORACLES[name]
+    reference(oracle.scheduler, STABLE_DIFFUSION, 5, generator=theirs, **oracle.config)
+    replay(make_plan(name, STABLE_DIFFUSION, steps=5), generator=ours)
+    np.testing.assert_allclose(ours.normal((32,)), torch.randn(32, generator=theirs).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["flow_euler", "edm_euler"])
@@ -281,7 +316,7 @@ def test_a_checkpoints_own_scheduler_gives_the_default() -> None:
         ("euler_karras", {"steps": 5, "spacing": "beta"}, r"spacing: found 'beta', but 'euler_karras' names another"),
         ("euler_karras", {"timesteps": [9, 5]}, r"timesteps and karras each say where to step"),
         ("euler", {"timesteps": [9, 5], "sigmas": [3.0, 0.0]}, r"timesteps and sigmas each say where to step"),
-        ("plms", {"timesteps": [9, 5]}, r"timesteps: plms walks its own"),
+        ("plms", {"timesteps": [9, 5]}, r"timesteps: plms walks its own here"),
         ("ddim", {"sigmas": [3.0, 0.0]}, r"sigmas: ddim walks whole timesteps"),
         ("euler", {"timesteps": [5, 9]}, r"timesteps: expected finite numbers that decrease"),
         ("euler", {"timesteps": [1000, 9]}, r"timesteps: expected finite numbers that decrease, from 999"),

@@ -16,24 +16,24 @@ from latentrt.runtime.samplers.edm import SIGMA_ENDS, edm_euler
 from latentrt.runtime.samplers.euler import euler, euler_ancestral, lms
 from latentrt.runtime.samplers.flow import flow_euler, flow_heun, flow_lcm
 from latentrt.runtime.samplers.pndm import plms, pndm
+from latentrt.runtime.samplers.ratio_walks import (
+    FLOW,
+    SIGMA,
+    Habits,
+    edm_walk,
+    even_flow,
+    flow_walk,
+    full_flow,
+    ratio_walk,
+)
 from latentrt.runtime.samplers.sa import sa_solver
 from latentrt.runtime.samplers.second_order import dpmpp_sde, heun, kdpm2, kdpm2_ancestral
 from latentrt.runtime.samplers.unipc import unipc
-from latentrt.runtime.samplers.walks import (
-    SIGMA,
-    Course,
-    Habits,
-    Walk,
-    consistency_walk,
-    edm_walk,
-    flow_walk,
-    posterior_walk,
-    ratio_walk,
-    stride_walk,
-)
+from latentrt.runtime.samplers.walks import Course, Walk, consistency_walk, posterior_walk, stride_walk
 from latentrt.runtime.schedules import ve_level
 
-FLOW = ("flow_prediction",)
+DIFFUSION = ("epsilon", "v_prediction", "sample")
+ANY = DIFFUSION + FLOW
 
 Equations = Callable[..., Iterator[Stage]]
 
@@ -57,7 +57,7 @@ class Sampler:
     measured: bool = True
     timed: bool = True
     eta: float | None = None
-    predictions: tuple[str, ...] = ("epsilon", "v_prediction", "sample")
+    predictions: tuple[str, ...] = DIFFUSION
 
 
 def _ratio(habits: Habits) -> Callable[[TrainingSchedule, Course], Walk]:
@@ -66,11 +66,11 @@ def _ratio(habits: Habits) -> Callable[[TrainingSchedule, Course], Walk]:
 
 _SIGMA = _ratio(SIGMA)
 _KDPM = _ratio(Habits(level=ve_level, extra=False, whole=False, rounds_karras=True))
-_DPM = _ratio(Habits(truncates_cosine=True))
+_DPM = _ratio(Habits(truncates_cosine=True, flow=even_flow))
 _DPM_NOISE = _ratio(Habits(truncates_cosine=True, end="lowest"))  # noise prediction is undefined at zero noise
-_SINGLE = _ratio(Habits(fixed_spacing="linspace"))
-_UNIPC = _ratio(Habits())
-_EXPONENTIAL = _ratio(Habits(end="repeat"))
+_SINGLE = _ratio(Habits(fixed_spacing="linspace", flow=even_flow))
+_UNIPC = _ratio(Habits(flow=full_flow))
+_EXPONENTIAL = _ratio(Habits(end="repeat", flow=even_flow))
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": Sampler(
@@ -119,22 +119,44 @@ SAMPLERS: Mapping[str, Sampler] = {
     "dpmpp_2m": Sampler(
         title="DPM++ 2M",
         walk=_DPM,
+        predictions=ANY,
         equations=partial(multistep, kind="dpmpp", order=2),
         aliases=("k_dpmpp_2m", "DPMSolverMultistepScheduler"),
     ),
-    "dpmpp_2m_sde": Sampler(title="DPM++ 2M SDE", walk=_DPM, equations=partial(multistep, kind="sde-dpmpp", order=2)),
-    "dpmpp_3m": Sampler(title="DPM++ 3M", walk=_DPM, equations=partial(multistep, kind="dpmpp", order=3)),
-    "dpmpp_3m_sde": Sampler(title="DPM++ 3M SDE", walk=_DPM, equations=partial(multistep, kind="sde-dpmpp", order=3)),
+    "dpmpp_2m_sde": Sampler(
+        title="DPM++ 2M SDE",
+        walk=_DPM,
+        predictions=ANY,
+        equations=partial(multistep, kind="sde-dpmpp", order=2),
+    ),
+    "dpmpp_3m": Sampler(
+        title="DPM++ 3M", walk=_DPM, predictions=ANY, equations=partial(multistep, kind="dpmpp", order=3)
+    ),
+    "dpmpp_3m_sde": Sampler(
+        title="DPM++ 3M SDE",
+        walk=_DPM,
+        predictions=ANY,
+        equations=partial(multistep, kind="sde-dpmpp", order=3),
+    ),
     "dpmpp_2s": Sampler(
         title="DPM++ 2S",
         walk=_SINGLE,
+        predictions=ANY,
         equations=partial(singlestep, kind="dpmpp", order=2),
         aliases=("DPMSolverSinglestepScheduler",),
     ),
     "dpmpp_2s_sde": Sampler(
-        title="DPM++ 2S SDE", walk=_SINGLE, equations=partial(singlestep, kind="sde-dpmpp", order=2)
+        title="DPM++ 2S SDE",
+        walk=_SINGLE,
+        predictions=ANY,
+        equations=partial(singlestep, kind="sde-dpmpp", order=2),
     ),
-    "dpmpp_3s": Sampler(title="DPM++ 3S", walk=_SINGLE, equations=partial(singlestep, kind="dpmpp", order=3)),
+    "dpmpp_3s": Sampler(
+        title="DPM++ 3S",
+        walk=_SINGLE,
+        predictions=ANY,
+        equations=partial(singlestep, kind="dpmpp", order=3),
+    ),
     "dpmpp_sde": Sampler(
         title="DPM++ SDE",
         walk=_SIGMA,
@@ -149,18 +171,26 @@ SAMPLERS: Mapping[str, Sampler] = {
     "unipc": Sampler(
         title="UniPC",
         walk=_UNIPC,
+        predictions=ANY,
         equations=partial(unipc, order=2),
         aliases=("uni_pc_bh2", "UniPCMultistepScheduler"),
     ),
-    "unipc_3": Sampler(title="UniPC, order 3", walk=_UNIPC, equations=partial(unipc, order=3)),
+    "unipc_3": Sampler(title="UniPC, order 3", walk=_UNIPC, predictions=ANY, equations=partial(unipc, order=3)),
     "deis": Sampler(
         title="DEIS",
         walk=_EXPONENTIAL,
+        predictions=ANY,
         equations=partial(deis, order=2),
         aliases=("deis_2", "DEISMultistepScheduler"),
     ),
-    "deis_3": Sampler(title="DEIS, order 3", walk=_EXPONENTIAL, equations=partial(deis, order=3)),
-    "sa_solver": Sampler(title="SA-Solver", walk=_EXPONENTIAL, equations=sa_solver, aliases=("SASolverScheduler",)),
+    "deis_3": Sampler(title="DEIS, order 3", walk=_EXPONENTIAL, predictions=ANY, equations=partial(deis, order=3)),
+    "sa_solver": Sampler(
+        title="SA-Solver",
+        walk=_EXPONENTIAL,
+        predictions=ANY,
+        equations=sa_solver,
+        aliases=("SASolverScheduler",),
+    ),
     "lcm": Sampler(
         title="LCM",
         walk=partial(consistency_walk, last=None),

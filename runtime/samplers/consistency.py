@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from latentrt.engines.manifest import Prediction
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised, noise
 from latentrt.runtime.samplers.walks import Walk
@@ -14,7 +13,7 @@ SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
 
 
-def lcm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def lcm(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield jumps to the picture and back to the next level with fresh noise; the last stays at the picture."""
     for k, (timestep, here, there) in walk:
         x, m, z = basis(1)
@@ -26,7 +25,7 @@ def lcm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(timestep, here, x, (step,), draws=not last)
 
 
-def tcd(walk: Walk, prediction: Prediction, *, eta: float) -> Iterator[Stage]:
+def tcd(walk: Walk, prediction: str, *, eta: float) -> Iterator[Stage]:
     """Yield jumps along the trajectory to s = (1 - eta) * next timestep, and back up to it with fresh noise."""
     for k, (timestep, here, there) in walk:
         x, m, z = basis(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from latentrt.engines.manifest import Prediction
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised, noise
 from latentrt.runtime.samplers.walks import Walk
@@ -13,7 +12,7 @@ from latentrt.runtime.samplers.walks import Walk
 LEAST_VARIANCE = 1e-20  # the reference keeps DDPM's variance above this
 
 
-def ddim(walk: Walk, prediction: Prediction, *, eta: float) -> Iterator[Stage]:
+def ddim(walk: Walk, prediction: str, *, eta: float) -> Iterator[Stage]:
     """Yield the stages of DDIM's eqs. 12 and 16: eta 0 is deterministic, eta 1 has the noise of DDPM."""
     for _, (timestep, here, there) in walk:
         x, m, z = basis(1)
@@ -25,7 +24,7 @@ def ddim(walk: Walk, prediction: Prediction, *, eta: float) -> Iterator[Stage]:
         yield Stage(timestep, here, x, (step,), draws=eta > 0)
 
 
-def ddpm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def ddpm(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield the posterior means and deviations of DDPM's eq. 7, with the smaller of its two variances."""
     for _, (timestep, here, there) in walk:
         x, m, z = basis(1)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from latentrt.engines.manifest import Prediction
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.dpm import FEW
@@ -15,7 +14,7 @@ from latentrt.runtime.samplers.equations import noise
 from latentrt.runtime.samplers.walks import Walk
 
 
-def deis(walk: Walk, prediction: Prediction, *, order: int) -> Iterator[Stage]:
+def deis(walk: Walk, prediction: str, *, order: int) -> Iterator[Stage]:
     """Yield the stages of log-rho AB-DEIS, Table 1: state is the latents and order - 1 past noises."""
     for k, (timestep, here, there) in walk:
         x, *past, m, _ = basis(order)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from latentrt.engines.manifest import Prediction
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised, noise
@@ -76,7 +75,7 @@ def _weights(kind: Kind, here: Level, there: Level) -> Weights:
     return WEIGHTS[kind](here, there, there.half_log_snr - here.half_log_snr)
 
 
-def multistep(walk: Walk, prediction: Prediction, *, kind: Kind, order: int) -> Iterator[Stage]:
+def multistep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterator[Stage]:
     """Yield the stages of the multistep solvers: state is the latents and order - 1 past values."""
     convert = denoised if kind.endswith("dpmpp") else noise
     for k, (timestep, here, there) in walk:
@@ -104,7 +103,7 @@ def _step(w: Weights, x: Array, values: Sequence[Array], lambdas: Sequence[float
     return step + w.slope3 * slope + w.curve3 * curve
 
 
-def singlestep(walk: Walk, prediction: Prediction, *, kind: Kind, order: int) -> Iterator[Stage]:
+def singlestep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterator[Stage]:
     """Yield the stages of the single-step solvers: groups of legs of order 1, 2, .. that all start where the first did.
 
     State is the latents, those at the group's start, and order - 1 past values.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from latentrt.engines.manifest import Prediction
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.walks import Walk
 
@@ -13,7 +12,7 @@ SIGMA_DATA = 0.5
 SIGMA_ENDS = (80.0, 0.002)
 
 
-def edm_euler(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def edm_euler(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield Algorithm 1 without its correction; the model's output counts in units of its own, c_skip and c_out."""
     for _, (timestep, here, there) in walk:
         x, m, _ = basis(1)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from latentrt.engines.manifest import Prediction
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised
@@ -17,12 +16,12 @@ from latentrt.runtime.schedules import Level
 LMS_ORDER = 4
 
 
-def slope(x: Array, m: Array, level: Level, prediction: Prediction) -> Array:
+def slope(x: Array, m: Array, level: Level, prediction: str) -> Array:
     """Return dx / d sigma: the direction of the probability flow, eq. 1."""
     return (x - denoised(x, m, level, prediction)) / level.sigma
 
 
-def euler(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def euler(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield the stages of Algorithm 1 without its second-order correction."""
     for _, (timestep, here, there) in walk:
         x, m, _ = basis(1)
@@ -30,7 +29,7 @@ def euler(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(timestep, here, x / here.size, (step,))
 
 
-def euler_ancestral(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def euler_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield Euler steps that go below the next level and come back to it with fresh noise."""
     for _, (timestep, here, there) in walk:
         x, m, z = basis(1)
@@ -45,7 +44,7 @@ def ancestral_split(here: float, there: float) -> tuple[float, float]:
     return math.sqrt(max(there**2 - up**2, 0.0)), up
 
 
-def lms(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def lms(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield linear multistep stages: up to four past slopes, weighted by the integrals of their Lagrange basis."""
     for k, (timestep, here, there) in walk:
         x, *past, m, _ = basis(LMS_ORDER)

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from latentrt.engines.manifest import Prediction
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.walks import Walk
 
 
-def flow_euler(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def flow_euler(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield straight steps along the velocity."""
     for _, (timestep, here, there) in walk:
         x, m, _ = basis(1)
         yield Stage(timestep, here, x, (x + (there.sigma - here.sigma) * m,))
 
 
-def flow_heun(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def flow_heun(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield steps along the mean of the velocities at both ends; the last step has one evaluation."""
     for k, (timestep, here, there) in walk:
         width = there.sigma - here.sigma
@@ -31,7 +30,7 @@ def flow_heun(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(walk.legs[k + 1].timestep, there, x, (saved + width * (first + m) / 2, saved, first))
 
 
-def flow_lcm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def flow_lcm(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield jumps to the picture and back to the next level with fresh noise."""
     for _, (timestep, here, there) in walk:
         x, m, z = basis(1)

@@ -12,6 +12,7 @@ from latentrt.engines.manifest import Spacing, TrainingSchedule
 from latentrt.runtime.plan import SamplingPlan, compile_plan
 from latentrt.runtime.samplers.catalogue import SAMPLERS, Sampler
 from latentrt.runtime.samplers.names import Name, find
+from latentrt.runtime.samplers.ratio_walks import FLOW
 from latentrt.runtime.samplers.walks import Course, Walk
 from latentrt.runtime.schedules import CLEAN
 from latentrt.runtime.spacings import SPACINGS
@@ -99,6 +100,8 @@ def _check_shares(
             raise RequestError(f"{option}: found {value}, expected 0 to 1")
     if eta is not None and line.eta is None:
         raise RequestError(f"eta: {name} takes none; ddim and tcd do")
+    if name.spacing is not None and str(schedule.prediction_type) in FLOW:
+        raise RequestError(f"spacing: '{name.spacing}' spaces the noise of a diffusion, not of a flow; use shift")
     if str(schedule.prediction_type) not in line.predictions:
         expected = " or ".join(line.predictions)
         raise RequestError(
@@ -147,8 +150,8 @@ def _check_given(
     if len(asked) > 1:
         raise RequestError(f"{asked[0]} and {asked[1]} each say where to step; give one of them")
     if timesteps is not None:
-        if not line.timed:
-            raise RequestError(f"timesteps: {name} walks its own")
+        if not line.timed or str(schedule.prediction_type) in FLOW:
+            raise RequestError(f"timesteps: {name} walks its own here")
         _check_falling("timesteps", timesteps, low=0, high=schedule.num_train_timesteps - 1)
     if sigmas is not None:
         if not line.measured:

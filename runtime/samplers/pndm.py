@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import Prediction
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import noise
@@ -21,7 +20,7 @@ RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 WARM_UP = 3  # Runge-Kutta steps, for the history that the fourth order needs
 
 
-def plms(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def plms(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield PNDM's stages without Runge-Kutta: the first step is done twice, the second time to second order."""
     for k, (timestep, here, there) in walk:
         x, saved, *past, m, _ = basis(5)
@@ -34,7 +33,7 @@ def plms(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(timestep, here, x, (step, x, m, *past[:2]))
 
 
-def pndm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def pndm(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield F-PNDM: three Runge-Kutta steps of four evaluations, then Adams-Bashforth of fourth order.
 
     Raises RequestError on fewer than four steps.
@@ -50,7 +49,7 @@ def pndm(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(timestep, here, x, (step, saved, mean, m, *past[:2]))
 
 
-def _runge_kutta(walk: Walk, k: int, prediction: Prediction) -> Iterator[Stage]:
+def _runge_kutta(walk: Walk, k: int, prediction: str) -> Iterator[Stage]:
     """Yield eq. 13's four evaluations; the first of them is an output for the history."""
     start, goal, half = int(walk.legs[k].timestep), int(walk.legs[k + 1].timestep), walk.stride // 2
     told = (start, goal + half, goal + half, goal)
@@ -64,7 +63,7 @@ def _runge_kutta(walk: Walk, k: int, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(float(timestep), walk.at(timestep), x, (step, saved, mean, *past))
 
 
-def transfer(x: Array, m: Array, here: Level, there: Level, prediction: Prediction) -> Array:
+def transfer(x: Array, m: Array, here: Level, there: Level, prediction: str) -> Array:
     """Return the latents at another level along the noise that the output m implies: eq. 11, which is DDIM's."""
     a, b = here.alpha**2, there.alpha**2
     slope = a * there.sigma + math.sqrt(a * b) * here.sigma

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from latentrt.engines.manifest import Prediction
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised
@@ -15,7 +14,7 @@ from latentrt.runtime.schedules import Level
 NOISY = (200, 800)  # timesteps between which tau is 1, the noise of the reverse SDE; elsewhere it is 0
 
 
-def sa_solver(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def sa_solver(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield Algorithm 1's stages: latents, the last corrected ones, the noise added to them, the last picture."""
     for k, (timestep, here, there) in walk:
         x, saved, added, past, m, z = basis(4)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from latentrt.engines.manifest import Prediction
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised
 from latentrt.runtime.samplers.euler import ancestral_split, slope
@@ -16,7 +15,7 @@ from latentrt.runtime.samplers.walks import Walk
 from latentrt.runtime.schedules import ve_level
 
 
-def heun(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def heun(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield Algorithm 1 of arXiv:2206.00364: an Euler step, then the mean of the slopes at its two ends."""
     for k, (timestep, here, there) in walk:
         width = there.sigma - here.sigma
@@ -30,7 +29,7 @@ def heun(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(walk.legs[k + 1].timestep, there, x / there.size, (saved + width * mean, saved, first))
 
 
-def kdpm2(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def kdpm2(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver-2, arXiv:2206.00927, in sigma: the slope at the middle, in log sigma, makes the step."""
     for _, (timestep, here, there) in walk:
         middle = ve_level(math.sqrt(here.sigma * there.sigma))
@@ -44,7 +43,7 @@ def kdpm2(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved))
 
 
-def kdpm2_ancestral(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def kdpm2_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield kdpm2 steps that go below the next level and come back to it with fresh noise."""
     for _, (timestep, here, there) in walk:
         down, up = ancestral_split(here.sigma, there.sigma)
@@ -59,7 +58,7 @@ def kdpm2_ancestral(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
         yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
 
 
-def dpmpp_sde(walk: Walk, prediction: Prediction) -> Iterator[Stage]:
+def dpmpp_sde(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver++ (2S) with noise: to the middle in log sigma, and with its picture from start to end.
 
     Both moves of a step ride on one Brownian path in sigma, so the second one's noise contains the first one's.

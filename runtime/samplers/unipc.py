@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from latentrt.engines.manifest import Prediction
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised
@@ -15,7 +14,7 @@ from latentrt.runtime.samplers.walks import Walk
 from latentrt.runtime.schedules import Level
 
 
-def unipc(walk: Walk, prediction: Prediction, *, order: int) -> Iterator[Stage]:
+def unipc(walk: Walk, prediction: str, *, order: int) -> Iterator[Stage]:
     """Yield the stages of Algorithms 5 and 6 (data prediction, B2): latents, the last corrected ones, past pictures."""
     for k, (timestep, here, there) in walk:
         x, saved, *past, m, _ = basis(2 + order)
