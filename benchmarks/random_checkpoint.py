@@ -14,7 +14,7 @@ from latentrt.export.checkpoint import DEMO
 
 # SD 1.5's layout. `middle` has its depth and attention at a quarter of its width; `sd15` is full size.
 SHAPES: dict[str, dict[str, Any]] = {
-    "middle": {"unet": (80, 160, 320, 320), "vae": (32, 64, 128, 128), "width": 192, "layers": 6, "heads": 3},
+    "middle": {"unet": (64, 128, 256, 256), "vae": (32, 64, 128, 128), "width": 192, "layers": 6, "heads": 3},
     "sd15": {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512), "width": 768, "layers": 12, "heads": 12},
 }
 PICTURE = {"middle": 32, "sd15": 64}  # latents a side

@@ -15,7 +15,7 @@ import click
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.images import save_png
-from latentrt.runtime.pipeline import DEFAULT_SAMPLER, Pipeline, Result, Step
+from latentrt.runtime.pipeline import Pipeline, Result, Step
 from latentrt.runtime.samplers import sampler_names
 
 
@@ -38,7 +38,7 @@ class Size(click.ParamType[tuple[int, int]]):
 @click.option("--negative", "negative_prompt", default="", help="What the picture should not show.")
 @click.option("--steps", default=20, show_default=True)
 @click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance.")
-@click.option("--sampler", default=DEFAULT_SAMPLER, show_default=True, help=", ".join(sampler_names()))
+@click.option("--sampler", default=None, help=f"Default: the checkpoint's own. One of {', '.join(sampler_names())}")
 @click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
 @click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
 @click.option("-n", default=1, show_default=True, help="How many pictures.")

@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING
 from PIL.PngImagePlugin import PngInfo
 
 from latentrt.engines.bundle import disk_errors
+from latentrt.runtime.samplers.catalogue import SAMPLERS
+from latentrt.runtime.samplers.names import find
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from latentrt.runtime.pipeline import Settings
-
-# The names under which other interfaces list the samplers.
-COMMUNITY_NAMES = {
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_karras": "Euler Karras",
-    "euler_ancestral": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_karras": "DPM++ 2M Karras",
-}
 
 
 def save_png(image: Image, path: Path, settings: Settings, seed: int) -> None:
@@ -41,7 +33,7 @@ def parameters(settings: Settings, seed: int) -> str:
     width, height = settings.size
     pairs = {
         "Steps": settings.steps,
-        "Sampler": COMMUNITY_NAMES.get(settings.sampler, settings.sampler),
+        "Sampler": community_name(settings.sampler),
         "CFG scale": f"{settings.guidance:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
@@ -53,3 +45,9 @@ def parameters(settings: Settings, seed: int) -> str:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
     return "\n".join(lines)
+
+
+def community_name(sampler: str) -> str:
+    """Return the name under which other interfaces list a sampler, e.g. `DPM++ 2M Karras`."""
+    name = find(sampler)
+    return f"{SAMPLERS[name.sampler].title} {(name.spacing or '').capitalize()}".strip()

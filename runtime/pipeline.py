@@ -24,12 +24,11 @@ from latentrt.runtime.guidance import classifier_free
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.prompt import PromptTokenizer
-from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.samplers import default_sampler, make_plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DEFAULT_SAMPLER = "dpmpp_2m_karras"
 MAX_PIXELS = 1 << 26  # a side typed with a digit too many ends here, not in the swap file
 NEEDED = ("text_encoder", "unet", "vae_decoder")
 
@@ -145,7 +144,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] = "",
         steps: int = 20,
         guidance: float = 7.5,
-        sampler: str = DEFAULT_SAMPLER,
+        sampler: str | None = None,
         seed: int | Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
         n: int = 1,
@@ -153,6 +152,8 @@ class Pipeline:
     ) -> Result:
         """Draw n pictures of each prompt.
 
+        sampler: any of `latentrt.runtime.samplers.sampler_names()`, or a name that the community or diffusers has for
+            it; None for the checkpoint's own scheduler
         guidance: the scale of classifier-free guidance; at 1 the negative prompt has no weight and costs nothing
         seed: one for the first picture, the others count up from it; or one for each picture; None draws one at
             random. The same seed gives the picture that diffusers gives with a CPU generator.
@@ -170,7 +171,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str],
         steps: int,
         guidance: float,
-        sampler: str,
+        sampler: str | None,
         seed: int | Sequence[int] | None,
         size: tuple[int, int] | None,
         n: int,
@@ -193,7 +194,7 @@ class Pipeline:
             seeds=_seeds(seed, len(prompts)),
             size=self._size(size),
             guidance=float(guidance),
-            plan=make_plan(sampler, self.manifest.schedule, steps=steps),
+            plan=make_plan(sampler or default_sampler(self.manifest.schedule), self.manifest.schedule, steps=steps),
         )
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -42,8 +42,6 @@ class PromptTokenizer:
             raise RequestError(f"prompt: {text!r} is not valid Unicode text") from None
         room = spec.max_length - 2
         if len(tokens) > room:
-            logger.warning(
-                "the prompt has %d tokens; the last %d are not used", len(tokens), len(tokens) - room
-            )
+            logger.warning("the prompt has %d tokens; the last %d are not used", len(tokens), len(tokens) - room)
         row = [spec.begin_id, *tokens[:room], spec.end_id]
         return row + [spec.pad_id] * (spec.max_length - len(row))
