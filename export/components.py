@@ -63,6 +63,13 @@ class Component:
         sizes = self.traced if which == "traced" else self.checked
         return {axis: size * dimensions.get(self.units.get(axis, ""), 1) for axis, size in sizes.items()}
 
+    def smallest(self, dimensions: Mapping[str, int]) -> dict[str, int]:
+        """Return the least sizes a trace may assume: at least 2 is left where the network is narrowest.
+
+        torch takes an axis of 1 for another network; the graph itself has no such limit, and is checked below it.
+        """
+        return {axis: dimensions[unit] + 1 for axis, unit in self.units.items()}
+
 
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
 PICTURES = ("batch", "picture_channels", "height", "width")

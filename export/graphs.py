@@ -20,7 +20,7 @@ DATA_SUFFIX = "_data"
 # What a trace may assume of an axis. diffusers branches at 64 pictures only to make tensors contiguous: the limit
 # settles that branch, and the graph has none.
 LIMITS: Mapping[str, tuple[int, int]] = {"batch": (1, 63), "tokens": (1, 4096)}
-SIDES = (2, 8192)
+LARGEST_SIDE = 8192
 
 
 def export_graph(
@@ -29,10 +29,13 @@ def export_graph(
     takes: Sequence[TensorSpec],
     gives: Sequence[TensorSpec],
     path: Path,
+    *,
+    smallest: Mapping[str, int],
 ) -> list[Path]:
     """Trace a module and write its graph. Returns the files, the graph first.
 
     inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
+    smallest: the least size of an axis for which the trace holds without a branch of its own
     """
     arguments = tuple(inputs[spec.name] for spec in takes)
     with torch.no_grad():
@@ -43,7 +46,7 @@ def export_graph(
             opset_version=OPSET,
             input_names=[spec.name for spec in takes],
             output_names=[spec.name for spec in gives],
-            dynamic_shapes=_dynamic_shapes(takes),
+            dynamic_shapes=_dynamic_shapes(takes, smallest),
             verbose=False,
         )
     assert program is not None
@@ -69,15 +72,11 @@ def weights_bytes(model: ir.Model) -> int:
     return sum(value.nbytes for value in values if value is not None)
 
 
-def _dynamic_shapes(takes: Sequence[TensorSpec]) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(takes: Sequence[TensorSpec], smallest: Mapping[str, int]) -> tuple[dict[int, Any], ...]:
     names = {axis for spec in takes for axis in spec.shape if isinstance(axis, str)} - {"steps"}
-    dims = {name: _dim(name) for name in names}
+    limits = {name: LIMITS.get(name, (smallest.get(name, 2), LARGEST_SIDE)) for name in names}
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
     return tuple({n: dims[axis] for n, axis in enumerate(spec.shape) if axis in dims} for spec in takes)
-
-
-def _dim(name: str) -> Any:
-    low, high = LIMITS.get(name, SIDES)
-    return torch.export.Dim(name, min=low, max=high)
 
 
 def _name_axes(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:

@@ -118,7 +118,8 @@ def _from_torch(job: Job) -> Made:
         module.half()
     traced = {name: torch.from_numpy(array) for name, array in cases[0][0].items()}
     path = Path(job.root) / graph_path(job.component)
-    files = graphs.export_graph(module, traced, takes, gives, path)
+    smallest = component.smallest(job.dimensions)
+    files = graphs.export_graph(module, traced, takes, gives, path, smallest=smallest)
     del module, traced  # before ONNX Runtime maps the same weights
     error = golden.check_graph(job.component, path, cases, precision=job.precision)
     golden.save_golden(Path(job.root) / golden_path(job.component), *cases[0])
