@@ -107,7 +107,7 @@ def _scales(guidance: float | Array, pictures: int) -> Array:
 def _restore_contrast(mixed: Array, own: Array, guided: Array, rescale: float) -> Array:
     """Return the guided outputs with their deviation moved towards that of the prompt's own outputs."""
     axes = tuple(range(1, mixed.ndim))
-    ratio = own[guided].std(axis=axes, ddof=1, keepdims=True) / mixed[guided].std(axis=axes, ddof=1, keepdims=True)
+    ratio = own[guided].std(axis=axes, keepdims=True) / mixed[guided].std(axis=axes, keepdims=True)
     restored = mixed.copy()
     restored[guided] *= rescale * ratio + (1 - rescale)
     return restored

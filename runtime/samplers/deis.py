@@ -11,6 +11,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.dpm import FEW
 from latentrt.runtime.samplers.equations import noise
+from latentrt.runtime.samplers.quadrature import moment_weights
 from latentrt.runtime.samplers.walks import Walk
 
 
@@ -27,23 +28,12 @@ def deis(walk: Walk, prediction: str, *, order: int) -> Iterator[Stage]:
 
 
 def log_integrals(nodes: Sequence[float], stop: float) -> Array:
-    """Integrate each Lagrange basis polynomial in log rho, of the nodes, over rho from nodes[0] to stop.
+    """Return what each node's value weighs in the integral over rho, from nodes[0] to stop, of their interpolation.
 
-    returns: (len(nodes),), float64
+    The interpolation is a polynomial in log rho. returns: (len(nodes),), float64
     """
-    logs = [math.log(node) for node in nodes]
-    weights = []
-    for i, at in enumerate(logs):
-        others = [other for j, other in enumerate(logs) if j != i]
-        basis_polynomial = np.poly1d(others, r=True) / math.prod(at - other for other in others)
-        weights.append(_antiderivative(basis_polynomial, stop) - _antiderivative(basis_polynomial, nodes[0]))
-    return np.array(weights, dtype=np.float64)
-
-
-def _antiderivative(p: np.poly1d, rho: float) -> float:
-    # the antiderivative of p(log rho) is rho (p - p' + p'' - ..)(log rho): integration by parts
-    log, total, sign = math.log(rho), 0.0, 1.0
-    for n in range(p.order + 1):
-        total += sign * float(p.deriv(n)(log)) if n else float(p(log))
-        sign = -sign
-    return rho * total
+    start, end = nodes[0], math.log(stop / nodes[0])
+    moments = [stop - start]  # of u = log(rho / start), each by parts from the one before
+    for n in range(1, len(nodes)):
+        moments.append(stop * end**n - n * moments[-1])
+    return moment_weights([math.log(node / start) for node in nodes], moments)

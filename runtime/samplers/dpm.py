@@ -1,7 +1,7 @@
 """DPM-Solver, arXiv:2206.00927, and DPM-Solver++, arXiv:2211.01095: multistep and single-step, with and without noise.
 
 The four kinds differ in what is extrapolated, the noise or the picture, and in whether noise is added. Each is
-given by its weights of [latents, D0, D1 (second order), D1, D2 (third order), fresh noise] for a step in lambda.
+given by what the terms of its steps weigh: D0 is the value at the start, D1 and D2 its differences in lambda.
 """
 
 from __future__ import annotations
@@ -22,45 +22,35 @@ Kind = Literal["dpm", "dpmpp", "sde-dpm", "sde-dpmpp"]
 
 
 class Weights(NamedTuple):
-    """What each term of a step weighs."""
+    """What each term of a step weighs: the latents, D0, the D1 of a second-order step, and fresh noise."""
 
     latents: float
-    value: float  # D0
-    slope: float  # D1 of a second-order step
-    slope3: float = 0.0  # D1 of a third-order step
-    curve3: float = 0.0  # D2 of a third-order step
+    value: float
+    slope: float
     fresh: float = 0.0
 
 
 def _dpmpp(here: Level, there: Level, h: float) -> Weights:
-    # Algorithm 2 (2M); third order from the appendix's expansion
+    # arXiv:2211.01095, Algorithm 2
     e, a = math.expm1(-h), there.alpha
-    return Weights(there.sigma / here.sigma, -a * e, -a * e / 2, *_third(a, e, h))
-
-
-def _third(a: float, e: float, h: float) -> tuple[float, float]:
-    if h == 0 or math.isinf(h):  # no step at all, or the last one: never of third order
-        return 0.0, 0.0
-    return a * (e / h + 1), -a * ((e + h) / h**2 - 0.5)
+    return Weights(there.sigma / here.sigma, -a * e, -a * e / 2)
 
 
 def _dpm(here: Level, there: Level, h: float) -> Weights:
     # arXiv:2206.00927, eq. 3.7 and Algorithm 1
     e, s = math.expm1(h), there.sigma
-    third = (0.0, 0.0) if h == 0 else (-s * (e / h - 1), -s * ((e - h) / h**2 - 0.5))
-    return Weights(there.alpha / here.alpha, -s * e, -s * e / 2, *third)
+    return Weights(there.alpha / here.alpha, -s * e, -s * e / 2)
 
 
 def _sde_dpmpp(here: Level, there: Level, h: float) -> Weights:
-    # SDE-DPM-Solver++, appendix A of arXiv:2211.01095: the step doubles and noise fills the variance
+    # arXiv:2211.01095, appendix A: the step in lambda doubles, and noise fills the variance
     e, a = -math.expm1(-2 * h), there.alpha
-    third = (0.0, 0.0) if h == 0 or math.isinf(h) else (a * (1 - e / (2 * h)), a * ((e - 2 * h) / (2 * h) ** 2 - 0.5))
-    return Weights(there.sigma / here.sigma * math.exp(-h), a * e, a * e / 2, *third, fresh=there.sigma * math.sqrt(e))
+    return Weights(there.sigma / here.sigma * math.exp(-h), a * e, a * e / 2, there.sigma * math.sqrt(e))
 
 
 def _sde_dpm(here: Level, there: Level, h: float) -> Weights:
     e, s = math.expm1(h), there.sigma
-    return Weights(there.alpha / here.alpha, -2 * s * e, -s * e, fresh=s * math.sqrt(math.expm1(2 * h)))
+    return Weights(there.alpha / here.alpha, -2 * s * e, -s * e, s * math.sqrt(math.expm1(2 * h)))
 
 
 WEIGHTS: Mapping[Kind, Callable[[Level, Level, float], Weights]] = {
@@ -70,9 +60,21 @@ WEIGHTS: Mapping[Kind, Callable[[Level, Level, float], Weights]] = {
     "sde-dpmpp": _sde_dpmpp,
 }
 
-
-def _weights(kind: Kind, here: Level, there: Level) -> Weights:
-    return WEIGHTS[kind](here, there, there.half_log_snr - here.half_log_snr)
+# what D1 and D2 of a third-order step weigh, of (level at the end, h): the next terms of the same expansions
+THIRD: Mapping[Kind, Callable[[Level, float], tuple[float, float]]] = {
+    "dpm": lambda there, h: (
+        -there.sigma * (math.expm1(h) / h - 1),
+        -there.sigma * ((math.expm1(h) - h) / h**2 - 0.5),
+    ),
+    "dpmpp": lambda there, h: (
+        there.alpha * (math.expm1(-h) / h + 1),
+        -there.alpha * ((math.expm1(-h) + h) / h**2 - 0.5),
+    ),
+    "sde-dpmpp": lambda there, h: (
+        there.alpha * (1 + math.expm1(-2 * h) / (2 * h)),
+        -there.alpha * ((math.expm1(-2 * h) + 2 * h) / (2 * h) ** 2 + 0.5),
+    ),
+}
 
 
 def multistep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterator[Stage]:
@@ -81,26 +83,34 @@ def multistep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterato
     for k, (timestep, here, there) in walk:
         x, *past, m, z = basis(order)
         values = [convert(x, m, here, prediction), *past]
-        degree = 1 if there.sigma == 0 else walk.order(k, order, few=FEW)
+        # to the clean picture, or nowhere (some spacings repeat the least noise): neither has a higher order
+        degree = 1 if there.sigma == 0 or there == here else walk.order(k, order, few=FEW)
         lambdas = [there.half_log_snr, *(walk.legs[k - i].here.half_log_snr for i in range(degree))]
-        step = _step(_weights(kind, here, there), x, values[:degree], lambdas, z)
+        weights = WEIGHTS[kind](here, there, lambdas[0] - lambdas[1])
+        step = weights.latents * x + weights.value * values[0] + weights.fresh * z
+        if degree == 2:
+            step = step + weights.slope * _differences(values, lambdas)[0]
+        if degree == 3:
+            step = step + _third(kind, there, values, lambdas)
         yield Stage(timestep, here, x, (step, *values[: order - 1]), draws=kind.startswith("sde"))
 
 
-def _step(w: Weights, x: Array, values: Sequence[Array], lambdas: Sequence[float], z: Array) -> Array:
-    """Return the next latents. lambdas: where the step ends, then where the values were taken, newest first."""
-    step = w.latents * x + w.value * values[0] + w.fresh * z
-    if len(values) == 1:
-        return step
-    h, h0 = lambdas[0] - lambdas[1], lambdas[1] - lambdas[2]
-    near = h / h0 * (values[0] - values[1])
-    if len(values) == 2:
-        return step + w.slope * near
-    h1 = lambdas[2] - lambdas[3]
-    far = h / h1 * (values[1] - values[2])
-    slope = near + h0 / (h0 + h1) * (near - far)
-    curve = h / (h0 + h1) * (near - far)
-    return step + w.slope3 * slope + w.curve3 * curve
+def _differences(values: Sequence[Array], lambdas: Sequence[float]) -> list[Array]:
+    """Return the divided differences of neighbouring values, for a step from lambdas[1] to lambdas[0]."""
+    h = lambdas[0] - lambdas[1]
+    return [
+        h / (later - earlier) * (new - old)
+        for new, old, later, earlier in zip(values, values[1:], lambdas[1:], lambdas[2:], strict=False)
+    ]
+
+
+def _third(kind: Kind, there: Level, values: Sequence[Array], lambdas: Sequence[float]) -> Array:
+    """Return the part of a third-order step that comes from three values. lambdas: the step's end before theirs."""
+    h, h0, h1 = (lambdas[i] - lambdas[i + 1] for i in range(3))
+    near, far = _differences(values, lambdas)
+    slope_weight, curve_weight = THIRD[kind](there, h)
+    change = (near - far) / (h0 + h1)
+    return slope_weight * (near + h0 * change) + curve_weight * h * change
 
 
 def singlestep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterator[Stage]:
@@ -108,19 +118,19 @@ def singlestep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterat
 
     State is the latents, those at the group's start, and order - 1 past values.
     """
-    convert = denoised if kind.endswith("dpmpp") else noise
+    convert, orders = denoised if kind.endswith("dpmpp") else noise, _group_orders(len(walk.legs), order)
     for k, (timestep, here, there) in walk:
         x, saved, *past, m, z = basis(order + 1)
         values = [convert(x, m, here, prediction), *past]
-        degree = min(_group_orders(len(walk.legs), order)[k], k - walk.begin + 1)
+        degree = min(orders[k], k - walk.begin + 1)
         saved = x if degree == 1 else saved
         levels = [walk.legs[k - i].here for i in range(degree)]
-        w = _weights(kind, levels[-1], there)
-        lambdas = [level.half_log_snr - levels[-1].half_log_snr for level in (there, *levels)]
-        step = w.latents * saved + w.value * values[degree - 1] + w.fresh * z
+        h, h0 = (level.half_log_snr - levels[-1].half_log_snr for level in (there, here))
+        weights = WEIGHTS[kind](levels[-1], there, h)
+        step = weights.latents * saved + weights.value * values[degree - 1] + weights.fresh * z
         if degree > 1:
-            rise = lambdas[0] / lambdas[1] * (values[0] - values[degree - 1])
-            step = step + (w.slope if degree == 2 else w.slope3) * rise
+            slope = weights.slope if degree == 2 else THIRD[kind](there, h)[0]
+            step = step + slope * h / h0 * (values[0] - values[degree - 1])
         yield Stage(timestep, here, x, (step, saved, *values[: order - 1]), draws=kind.startswith("sde"))
 
 

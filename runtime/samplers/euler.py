@@ -10,6 +10,7 @@ import numpy as np
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised
+from latentrt.runtime.samplers.quadrature import moment_weights
 from latentrt.runtime.samplers.walks import Walk
 from latentrt.runtime.schedules import Level
 
@@ -51,17 +52,13 @@ def lms(walk: Walk, prediction: str) -> Iterator[Stage]:
         order = min(k - walk.begin + 1, LMS_ORDER)
         slopes = [slope(x, m, here, prediction), *past[: order - 1]]
         nodes = [walk.legs[k - i].here.sigma for i in range(order)]
-        weights = lagrange_integrals(nodes, here.sigma, there.sigma)
+        weights = lagrange_integrals(nodes, there.sigma)
         step = x + np.tensordot(weights, np.stack(slopes), axes=1)
         yield Stage(timestep, here, x / here.size, (step, slopes[0], *past[: LMS_ORDER - 2]))
 
 
-def lagrange_integrals(nodes: Sequence[float], start: float, stop: float) -> Array:
-    """Integrate each Lagrange basis polynomial of the nodes from start to stop: (len(nodes),), float64."""
-    points, weights = np.polynomial.legendre.leggauss(LMS_ORDER)  # exact to degree 7, and they have 3 at most
-    at = (stop - start) / 2 * points + (stop + start) / 2
-    values = [
-        np.prod([(at - other) / (node - other) for j, other in enumerate(nodes) if j != i], axis=0)
-        for i, node in enumerate(nodes)
-    ]
-    return np.array([(stop - start) / 2 * np.sum(weights * value) for value in values], dtype=np.float64)
+def lagrange_integrals(nodes: Sequence[float], stop: float) -> Array:
+    """Integrate each Lagrange basis polynomial of the nodes from nodes[0] to stop: (len(nodes),), float64."""
+    width = stop - nodes[0]
+    moments = [1 / (n + 1) for n in range(len(nodes))]  # over the step, scaled to run from 0 to 1
+    return width * moment_weights([(node - nodes[0]) / width for node in nodes], moments)

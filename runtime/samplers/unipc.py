@@ -10,6 +10,7 @@ import numpy as np
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised
+from latentrt.runtime.samplers.quadrature import moment_weights
 from latentrt.runtime.samplers.walks import Walk
 from latentrt.runtime.schedules import Level
 
@@ -58,4 +59,4 @@ def _rhos(ratios: Sequence[float], h: float, shift: float) -> Array:
         wanted.append(phi * factorial / shift)
         factorial *= n + 2
         phi = phi / -h - 1 / factorial
-    return np.linalg.solve(np.vander(ratios, increasing=True).T, np.array(wanted))
+    return moment_weights(ratios, wanted)
