@@ -120,12 +120,14 @@ def _course(
     shift: float,
 ) -> Course:
     _check_given(name, line, schedule, timesteps=timesteps, sigmas=sigmas)
+    if not 0 < shift < np.inf or (shift != 1 and str(schedule.prediction_type) not in FLOW):
+        raise RequestError(f"shift: found {shift}, expected a positive number, and 1 where the model is not of a flow")
     given = len(timesteps) if timesteps is not None else len(sigmas) - 1 if sigmas is not None else steps
     if given is None:
         raise RequestError("steps: missing, expected a number of steps (or timesteps, or sigmas)")
     if steps is not None and steps != given:
         raise RequestError(f"steps: found {steps}, expected {given} as timesteps or sigmas have")
-    if not 1 <= given <= schedule.num_train_timesteps:
+    if type(given) is not int or not 1 <= given <= schedule.num_train_timesteps:
         raise RequestError(f"steps: found {given}, expected 1 to {schedule.num_train_timesteps}")
     return Course(
         steps=given,
