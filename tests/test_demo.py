@@ -37,9 +37,7 @@ WHOLE_FOLDER_BYTES = 12_000_000
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-def one_object(
-    shape: str, colour: str, background: str, pattern: str = "plain", radius: float = 30.0
-) -> Scene:
+def one_object(shape: str, colour: str, background: str, pattern: str = "plain", radius: float = 30.0) -> Scene:
     item = Item(shape=shape, colour=colour, centre=(64.0, 64.0), radius=radius)
     return Scene(items=(item,), background=background, pattern=pattern)
 
@@ -120,12 +118,7 @@ def test_training_never_sees_a_held_out_combination() -> None:
 
 
 def test_about_one_combination_in_ten_is_held_out() -> None:
-    flags = [
-        is_held_out(colour, shape, background)
-        for colour in COLOURS
-        for shape in SHAPES
-        for background in COLOURS
-    ]
+    flags = [is_held_out(colour, shape, background) for colour in COLOURS for shape in SHAPES for background in COLOURS]
     assert 0.07 < np.mean(flags) < 0.13
 
 
@@ -208,9 +201,7 @@ def test_a_saved_checkpoint_draws(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a red circle"])
     model = make_state(len(tokenizer), tokenizer.eos_token_id, 0).average
     expected = {name: value.half() for name, value in model.text.state_dict().items()}
-    save_checkpoint(
-        tmp_path, tokenizer=tokenizer, text_encoder=model.text, unet=model.unet, vae=make_autoencoder()
-    )
+    save_checkpoint(tmp_path, tokenizer=tokenizer, text_encoder=model.text, unet=model.unet, vae=make_autoencoder())
     pipeline = load_pipeline(tmp_path)
     for name, value in pipeline.text_encoder.state_dict().items():
         assert torch.equal(value.half(), expected[name]), name

@@ -19,9 +19,7 @@ SCALING = 0.18215
 FACTOR = 8
 # Mean and whitening of the patch colours of 1500 random scenes, in -1 to 1: latents have unit variance.
 COLOUR_MEAN = np.array([0.182, -0.103, -0.152], dtype=np.float32)
-WHITENING = np.array(
-    [[1.669, -0.535, 0.017], [-0.535, 2.185, -0.276], [0.017, -0.276, 1.673]], dtype=np.float32
-)
+WHITENING = np.array([[1.669, -0.535, 0.017], [-0.535, 2.185, -0.276], [0.017, -0.276, 1.673]], dtype=np.float32)
 # Of all directions, this one keeps the nine palette colours furthest apart.
 CONTRAST = np.array([-0.1, -0.46, -0.88], dtype=np.float32) / np.float32(0.35)
 ANCHOR = 16.0  # constant channels this far from the signal make a group norm the same for every picture

@@ -122,10 +122,7 @@ def match_shape(mask: Bits) -> tuple[str, float, float]:
 
 def count_right(verdicts: Iterable[Verdict]) -> dict[str, float]:
     """Share of the verdicts in which each attribute, and all that count, are right."""
-    rows = [
-        (verdict.shape, verdict.colour, verdict.background, verdict.pattern, verdict.right)
-        for verdict in verdicts
-    ]
+    rows = [(verdict.shape, verdict.colour, verdict.background, verdict.pattern, verdict.right) for verdict in verdicts]
     names = ("shape", "colour", "background", "pattern", "right")
     return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
 
@@ -139,9 +136,7 @@ def _read_object(pixels: Pixels, families: NDArray[np.intp], mask: Bits, backgro
     if nearer.sum() < FEWEST_PIXELS:
         return None
     shape, radius, overlap = match_shape(nearer)
-    return Found(
-        shape=shape if overlap >= MATCH else "", colour=COLOURS[colour], radius=radius, overlap=overlap
-    )
+    return Found(shape=shape if overlap >= MATCH else "", colour=COLOURS[colour], radius=radius, overlap=overlap)
 
 
 def _nearer(pixels: Pixels, colour: int, background: int) -> Bits:

@@ -96,9 +96,7 @@ def crop(pictures: Pixels, generator: np.random.Generator, batch: int, side: int
     places = (pictures.shape[1] - side) // FACTOR + 1
     corners = generator.integers(0, places, (batch, 2)) * FACTOR
     rows = generator.integers(0, len(pictures), batch)
-    return np.stack(
-        [pictures[row, y : y + side, x : x + side] for row, (y, x) in zip(rows, corners, strict=True)]
-    )
+    return np.stack([pictures[row, y : y + side, x : x + side] for row, (y, x) in zip(rows, corners, strict=True)])
 
 
 def compute_decoder_loss(

@@ -154,9 +154,7 @@ def make_state(vocabulary: int, end: int, seed: int) -> State:
     average.load_state_dict(model.state_dict())
     model.unet.set_attn_processor(FullPrecisionAttention())
     model.unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     return State(model=model, average=average, optimizer=optimizer)
 
 
@@ -204,9 +202,7 @@ def draw_batch(examples: Examples, size: int, generator: torch.Generator, end: i
     empty = torch.rand(size, generator=generator) < EMPTY_SHARE
     tokens[empty, 1:] = end
     attributes[empty] = UNSAID
-    return Batch(
-        latents=torch.from_numpy(examples.latents[rows]).float(), tokens=tokens, attributes=attributes
-    )
+    return Batch(latents=torch.from_numpy(examples.latents[rows]).float(), tokens=tokens, attributes=attributes)
 
 
 def compute_loss(
@@ -262,7 +258,5 @@ def share_gradients(model: nn.Module) -> None:
     flat = torch.cat([gradient.flatten() for gradient in present])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, mean in zip(
-        present, flat.split_with_sizes([part.numel() for part in present]), strict=True
-    ):
+    for gradient, mean in zip(present, flat.split_with_sizes([part.numel() for part in present]), strict=True):
         gradient.copy_(mean.view_as(gradient))
