@@ -117,13 +117,14 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     if component == "vae_decoder":
         graphs.append_pixel_tail(model)
     output = directory / f"{component}.onnx"
+    large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
-        _save(model, edited, external=widened)
+        _save(model, edited, external=widened and large)
         if not widened:
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
-        session = _optimise(edited, output, provider, weights=sum(file.stat().st_size for file in files))
+        session = _optimise(edited, output, provider, external=large)
     return output.name, _spec(component, session)
 
 
@@ -140,12 +141,12 @@ def _save(model: Any, path: Path, *, external: bool) -> None:
     )
 
 
-def _optimise(graph: Path, output: Path, provider: Provider, *, weights: int) -> Any:
+def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) -> Any:
     ort = require()
     options = _session_options(provider, threads=None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(output)
-    if weights > EXTERNAL_BYTES:
+    if external:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{output.name}.data"
         )

@@ -51,6 +51,12 @@ def demo_bundle(workshop: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd1_half_bundle(workshop: Path, sd1_checkpoint: Path) -> Path:
+    export_checkpoint(str(sd1_checkpoint), workshop / "sd1-fp16", precision="fp16")
+    return workshop / "sd1-fp16"
+
+
+@pytest.fixture(scope="session")
 def demo_half_bundle(workshop: Path) -> Path:
     export_checkpoint("demo", workshop / "shapes-fp16", precision="fp16")
     return workshop / "shapes-fp16"

@@ -181,3 +181,18 @@ def test_a_failed_build_leaves_nothing(copy: Bundle, monkeypatch: pytest.MonkeyP
     with pytest.raises(EngineError):
         build_engines(copy, "cpu")
     assert list((copy.root / "engines").iterdir()) == []
+
+
+@pytest.mark.parametrize("large", [0, 1 << 40], ids=["weights beside the graph", "weights in the graph"])
+def test_an_fp16_bundle_is_built_in_fp32_for_the_cpu(
+    sd1_half_bundle: Path, tmp_path: Path, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "EXTERNAL_BYTES", large)
+    shutil.copytree(sd1_half_bundle, tmp_path / "bundle")
+    bundle = Bundle.open(tmp_path / "bundle")
+    record = build_engines(bundle, "cpu", force=True)
+    assert record.key.precision == "fp32"
+    assert {tensor.dtype for tensor in record.specs["unet"].inputs} == {"float32"}
+    assert any(name.endswith(".data") for name in record.files) == (large == 0)
+    rows = list(verify(bundle, backend="cpu"))
+    assert all(row.ok for row in rows), rows
