@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 
 Family = Literal["sd1", "sd2"]
-Prediction = Literal["epsilon", "v_prediction", "sample"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
 

@@ -12,11 +12,27 @@ from typing import Any
 
 import click
 
+from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
+from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.images import save_png
 from latentrt.runtime.pipeline import Pipeline, Result, Step
-from latentrt.runtime.samplers import sampler_names
+from latentrt.runtime.plan_json import plan_to_json
+from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
+from latentrt.runtime.samplers import make_plan, sampler_names
+
+# The training schedule of the published SD 1.x and 2.x checkpoints.
+STABLE_DIFFUSION = TrainingSchedule(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    prediction_type="epsilon",
+    timestep_spacing="leading",
+    steps_offset=1,
+    set_alpha_to_one=False,
+)
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -122,3 +138,18 @@ def _lines(summary: dict[str, Any]) -> str:
     per_step = sum(summary["step_seconds"]) / len(summary["step_seconds"])
     lines = [*summary["files"], f"backend {summary['backend']} ({summary['reason']})"]
     return "\n".join([*lines, f"{seconds}; {1e3 * per_step:.1f} ms a step"])
+
+
+@click.command()
+@click.option("--plan", default=None, metavar="NAME", help="Print one sampler's table instead of the list.")
+@click.option("--steps", default=20, show_default=True, help="Of the printed plan.")
+@click.option("--bundle", default=None, help="Whose noise schedule the plan is for. Default: Stable Diffusion's own.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON: with --plan, all that another runtime needs.")
+def samplers(plan: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
+    """List the samplers, or print the table of numbers that one of them is."""
+    if plan is None:
+        click.echo(json.dumps(samplers_table(), indent=1) if as_json else format_samplers())
+        return
+    schedule = STABLE_DIFFUSION if bundle is None else Bundle.open(bundle).manifest.schedule
+    table = make_plan(plan, schedule, steps=steps)
+    click.echo((plan_to_json(table) if as_json else format_plan(table)).rstrip())

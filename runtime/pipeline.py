@@ -154,7 +154,8 @@ class Pipeline:
 
         sampler: any of `latentrt.runtime.samplers.sampler_names()`, or a name that the community or diffusers has for
             it; None for the checkpoint's own scheduler
-        guidance: the scale of classifier-free guidance; at 1 the negative prompt has no weight and costs nothing
+        guidance: the scale of classifier-free guidance; at 1 and below, as in diffusers, the prompt alone is followed:
+            the negative prompt is not computed and a step costs half
         seed: one for the first picture, the others count up from it; or one for each picture; None draws one at
             random. The same seed gives the picture that diffusers gives with a CPU generator.
         size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
@@ -219,7 +220,7 @@ class Pipeline:
     def _draw(self, request: _Request, on_step: Callable[[Step], None] | None) -> Result:
         clock = _Clock()
         start = time.perf_counter()
-        guided = request.guidance != 1
+        guided = request.guidance > 1  # as in diffusers: at 1 and below the prompt alone is followed
         with clock("tokenize"):
             tokens = self._tokenizer(request.prompts + (request.negatives if guided else ()))
         with clock("encode"):
@@ -257,7 +258,7 @@ class Pipeline:
         def draw() -> Array:
             return np.stack([generator.normal(shape) for generator in generators])
 
-        denoiser = classifier_free(self._unet, text, negative, request.guidance)
+        denoiser = classifier_free(self._unet, text, negative, request.guidance if negative is not None else 1.0)
         marks = [time.perf_counter()]
         for stage, current in enumerate(denoise(request.plan, draw(), denoiser, draw)):
             latents = current

@@ -129,3 +129,10 @@ def test_a_path_that_leaves_the_bundle_is_one_sentence(sd1_bundle: Path, tmp_pat
     manifest = tmp_path / "bundle" / MANIFEST
     manifest.write_text(manifest.read_text().replace("tokenizer/tokenizer.json", "../../tokenizer.json"))
     assert "leads outside the bundle" in refusal("generate", tmp_path / "bundle", "a circle")
+
+
+def test_samplers_lists_every_name_and_prints_a_plan() -> None:
+    assert "dpmpp_2m" in latentrt("samplers").stdout
+    table = json.loads(latentrt("samplers", "--plan", "DPM++ 2M Karras", "--steps", 6, "--json").stdout)
+    assert len(table["timesteps"]) == len(table["transitions"]) == 6
+    assert "did you mean" in refusal("samplers", "--plan", "dpmpp_2mm")

@@ -66,8 +66,9 @@ def test_guidance_one_needs_no_negative_rows(pipe: Pipeline, monkeypatch: pytest
 
     monkeypatch.setattr(pipe, "_unet", watch)
     pipe("a circle", steps=1, guidance=1.0, seed=0)
+    pipe("a circle", steps=1, guidance=0.0, seed=0)
     pipe("a circle", steps=1, guidance=2.0, seed=0)
-    assert rows == [1, 2]
+    assert rows == [1, 1, 2]
 
 
 def test_on_step_is_told_each_stage_and_ends_the_call_by_raising(pipe: Pipeline) -> None:
