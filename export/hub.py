@@ -9,18 +9,20 @@ from latentrt.engines.errors import CheckpointError
 
 FOLDERS = ("text_encoder", "unet", "vae", "vae_decoder", "vae_encoder", "scheduler", "tokenizer")
 READ = (".json", ".txt", ".safetensors", ".onnx", ".onnx_data")
+NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
 VARIANTS = ("", ".fp16")  # in order of preference: one of them is fetched
 
 
 def download(name: str, *, revision: str | None) -> Path:
     """Fetch a repository of the hub into its cache and return the directory. Raises CheckpointError."""
     try:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import HfApi, logging, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
         raise CheckpointError(
             f"'{name}' is no directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
         ) from None
+    logging.set_verbosity_error()  # its retries, a line each; how it ends is said below
     try:
         wanted = choose_files(HfApi().list_repo_files(name, revision=revision))
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
@@ -33,7 +35,7 @@ def download(name: str, *, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         return _cached(name, revision, error)
     except Exception as error:  # each HTTP library of the hub's client has its own kinds of network failure
-        if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+        if type(error).__module__.startswith(NETWORK_LIBRARIES):
             return _cached(name, revision, error)
         raise
 
