@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -16,13 +17,13 @@ VARIANTS = ("", ".fp16")  # in order of preference: one of them is fetched
 def download(name: str, *, revision: str | None) -> Path:
     """Fetch a repository of the hub into its cache and return the directory. Raises CheckpointError."""
     try:
-        from huggingface_hub import HfApi, logging, snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
         raise CheckpointError(
             f"'{name}' is no directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
         ) from None
-    logging.set_verbosity_error()  # its retries, a line each; how it ends is said below
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
     try:
         wanted = choose_files(HfApi().list_repo_files(name, revision=revision))
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
