@@ -7,7 +7,7 @@ Names of tensors are those of optimum's exporter, so that its pipelines open the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from latentrt.engines.spec import DType, Precision, TensorSpec
@@ -15,6 +15,7 @@ from latentrt.engines.spec import DType, Precision, TensorSpec
 Values = Literal["tokens", "timesteps", "normal", "latents", "pixels"]
 """What golden inputs of a tensor look like; see golden.py."""
 
+Case = Literal["traced", "checked", "odd"]
 REAL: Mapping[Precision, DType] = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -47,8 +48,9 @@ class Component:
     """One network.
 
     traced: sizes of the dynamic axes at which it is traced and its golden pair is recorded, in the units below
-    checked: other sizes, odd ones where the network allows them, at which the graph must agree as well
+    checked: other sizes at which the graph must agree as well
     units: the dimension that multiplies the sizes of an axis
+    odd: what is added to the checked sizes where the network takes any size
     """
 
     name: str
@@ -57,11 +59,14 @@ class Component:
     traced: Mapping[str, int]
     checked: Mapping[str, int]
     units: Mapping[str, str]
+    odd: Mapping[str, int] = field(default_factory=dict)
 
-    def sizes(self, which: Literal["traced", "checked"], dimensions: Mapping[str, int]) -> dict[str, int]:
-        """Return the sizes of the dynamic axes of one of the two cases."""
+    def sizes(self, which: Case, dimensions: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes of the dynamic axes in one of the cases."""
         sizes = self.traced if which == "traced" else self.checked
-        return {axis: size * dimensions.get(self.units.get(axis, ""), 1) for axis, size in sizes.items()}
+        odd = self.odd if which == "odd" else {}
+        units = {axis: dimensions[self.units[axis]] if axis in self.units else 1 for axis in sizes}
+        return {axis: size * units[axis] + odd.get(axis, 0) for axis, size in sizes.items()}
 
     def smallest(self, dimensions: Mapping[str, int]) -> dict[str, int]:
         """Return the least sizes a trace may assume: at least 2 is left where the network is narrowest.
@@ -101,6 +106,7 @@ COMPONENTS: Mapping[str, Component] = {
             traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
             checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
             units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
+            odd={"latent_height": 1, "latent_width": -1},
         ),
         Component(
             name="vae_decoder",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
-from latentrt.export.components import COMPONENTS, Component, Tensor
+from latentrt.export.components import COMPONENTS, Case, Component, Tensor
 
 Arrays = dict[str, Array]
-Case = tuple[Mapping[str, Array], Mapping[str, Array]]
+Pair = tuple[Mapping[str, Array], Mapping[str, Array]]
 """Inputs and the outputs they must give."""
 
 # The largest difference from torch's float32, over the largest magnitude of the output. float32 graphs do the same
@@ -25,14 +24,14 @@ TOLERANCES: Mapping[Precision, float] = {"fp32": 2e-4, "fp16": 3e-2}
 def make_inputs(
     component: Component,
     dimensions: Mapping[str, int],
-    which: Literal["traced", "checked"],
+    which: Case,
     *,
     precision: Precision,
     scaling_factor: float,
     seed: int = 0,
 ) -> Arrays:
     """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments."""
-    generator = np.random.default_rng([seed, list(COMPONENTS).index(component.name), which == "checked"])
+    generator = np.random.default_rng([seed, list(COMPONENTS).index(component.name), which != "traced"])
     sizes = {**dimensions, **component.sizes(which, dimensions)}
     made = {}
     for tensor in component.inputs:
@@ -63,14 +62,14 @@ def _draw(
     return generator.standard_normal(shape) / (scaling_factor if tensor.values == "latents" else 1.0)
 
 
-def check_graph(component: str, graph: Path, cases: Sequence[Case], *, precision: Precision) -> float:
-    """Run a graph on each case and return the largest relative difference.
+def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision: Precision) -> float:
+    """Run a graph on the inputs of each pair and return the largest relative difference.
 
     Raises CheckpointError where it is above the tolerance or not a number.
     """
     worst = 0.0
     session = open_session(graph)
-    for inputs, expected in cases:
+    for inputs, expected in pairs:
         found = run_session(session, inputs)
         for name, reference in expected.items():
             if found[name].shape != reference.shape:

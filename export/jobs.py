@@ -18,8 +18,9 @@ from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export import golden
 from latentrt.export.checkpoint import Source
-from latentrt.export.components import COMPONENTS, input_specs, output_specs
+from latentrt.export.components import COMPONENTS, Case, input_specs, output_specs
 
+CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
 MARKERS = ".finished"  # in the staging directory: one file for each finished component, not part of the bundle
 
 
@@ -108,21 +109,21 @@ def _from_torch(job: Job) -> Made:
     takes = input_specs(component, job.dimensions, job.precision)
     gives = output_specs(component, job.dimensions, job.precision)
     module = modules.load(job.component, Path(job.folder))
-    cases = []
-    for which in ("traced", "checked"):
+    pairs = []
+    for which in CASES:
         inputs = golden.make_inputs(
             component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
         )
-        cases.append((inputs, modules.run(module, inputs, [spec.name for spec in gives])))
+        pairs.append((inputs, modules.run(module, inputs, [spec.name for spec in gives])))
     if job.precision == "fp16":
         module.half()
-    traced = {name: torch.from_numpy(array) for name, array in cases[0][0].items()}
+    traced = {name: torch.from_numpy(array) for name, array in pairs[0][0].items()}
     path = Path(job.root) / graph_path(job.component)
     smallest = component.smallest(job.dimensions)
     files = graphs.export_graph(module, traced, takes, gives, path, smallest=smallest)
     del module, traced  # before ONNX Runtime maps the same weights
-    error = golden.check_graph(job.component, path, cases, precision=job.precision)
-    golden.save_golden(Path(job.root) / golden_path(job.component), *cases[0])
+    error = golden.check_graph(job.component, path, pairs, precision=job.precision)
+    golden.save_golden(Path(job.root) / golden_path(job.component), *pairs[0])
     return files, takes, gives, error
 
 

@@ -1,0 +1,243 @@
+"""The run of an export: resuming, locking, targets that are taken, full disks. Mostly from ONNX graphs: quick."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import BundleError, CheckpointError, EngineError
+from latentrt.export import exporting
+from latentrt.export.components import COMPONENTS
+from latentrt.export.exporting import export_checkpoint
+from latentrt.export.jobs import MARKERS
+
+BLOCK_TORCH = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "diffusers", "transformers"):
+            raise ImportError(f"{name} is not here")
+sys.meta_path.insert(0, Block())
+"""
+
+
+@pytest.fixture
+def graphs(sd1_bundle: Path) -> str:
+    """A directory in optimum's layout: the graphs of a bundle."""
+    return str(sd1_bundle / "onnx")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "latentrt", "export", *map(str, arguments)]
+
+
+def leftovers(target: Path) -> list[str]:
+    return sorted(path.name for path in target.parent.iterdir() if path != target)
+
+
+def test_a_killed_export_leaves_nothing_and_the_next_run_resumes(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    running = subprocess.Popen(command(sd1_checkpoint, target), stderr=subprocess.DEVNULL, start_new_session=True)
+    marker = f".bundle.partial-*/{MARKERS}/text_encoder.json"
+    while not list(tmp_path.glob(marker)):
+        assert running.poll() is None
+        time.sleep(0.05)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not target.exists()
+    assert _ends(running.pid), "a process of the killed export is still running"
+    again = subprocess.run(command(sd1_checkpoint, target, "--json"), check=True, capture_output=True, text=True)
+    summary = json.loads(again.stdout)
+    resumed = {name: row["resumed"] for name, row in summary["components"].items()}
+    assert resumed["text_encoder"]
+    assert not resumed["vae_encoder"]
+    assert set(Bundle.open(target).manifest.components) == set(COMPONENTS)
+    assert leftovers(target) == []
+
+
+def _ends(session: int, seconds: float = 10.0) -> bool:
+    """Tell whether every process of a session is gone within a time."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        listed = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(session)], capture_output=True, text=True)
+        if not [line for line in listed.stdout.splitlines() if " Z" not in line]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_damaged_part_of_an_earlier_run_is_made_again(
+    graphs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "_publish", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            export_checkpoint(graphs, tmp_path / "b", backends=())
+    (staged,) = tmp_path.glob(".b.partial-*")
+    with (staged / "onnx" / "unet" / "model.onnx").open("ab") as file:
+        file.write(b"x")
+    exported = export_checkpoint(graphs, tmp_path / "b", backends=())
+    assert set(exported.resumed) == set(COMPONENTS) - {"unet"}
+
+
+def test_the_same_export_again_does_nothing(graphs: str, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    export_checkpoint(graphs, target)
+    before = (target / "manifest.json").stat().st_mtime_ns
+    exported = export_checkpoint(graphs, target)
+    assert exported.already_there
+    assert (target / "manifest.json").stat().st_mtime_ns == before
+    assert leftovers(target) == []
+    again = subprocess.run(command(graphs, target), check=True, capture_output=True, text=True)
+    assert "was there already" in again.stdout
+
+
+def test_another_bundle_is_replaced_only_when_asked(
+    graphs: str, sd2_bundle: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "bundle"
+    export_checkpoint(str(sd2_bundle / "onnx"), target, backends=())
+    with pytest.raises(BundleError, match="pass --overwrite to replace it"):
+        export_checkpoint(graphs, target, backends=())
+    assert Bundle.open(target).manifest.family == "sd2"
+    export_checkpoint(graphs, target, backends=(), overwrite=True)
+    assert Bundle.open(target).manifest.family == "sd1"
+    assert leftovers(target) == []
+
+
+def test_what_is_not_a_bundle_is_never_replaced(graphs: str, tmp_path: Path) -> None:
+    target = tmp_path / "thesis"
+    target.mkdir()
+    (target / "chapter.txt").write_text("years of work")
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
+        export_checkpoint(graphs, target, overwrite=True)
+    assert (target / "chapter.txt").read_text() == "years of work"
+
+
+def test_an_empty_directory_is_a_good_target(graphs: str, tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    export_checkpoint(graphs, tmp_path / "bundle", backends=())
+    Bundle.open(tmp_path / "bundle")
+
+
+def test_two_exports_at_once_make_one_bundle(graphs: str, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    both = [
+        subprocess.Popen(command(graphs, target, "--json"), stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    summaries = [json.loads(process.communicate()[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(summary["already_there"] for summary in summaries) == [False, True]
+    assert leftovers(target) == []
+
+
+def test_a_backend_that_cannot_build_here_leaves_no_bundle(graphs: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="the backend 'cuda' cannot build here"):
+        export_checkpoint(graphs, tmp_path / "bundle", precision="fp32", backends=("cuda",))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_graphs_of_another_precision_name_the_option(graphs: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="export it with --precision fp32"):
+        export_checkpoint(graphs, tmp_path / "bundle", precision="fp16", backends=())
+
+
+def test_a_full_disk_is_one_sentence(graphs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting, "write_configs", full)
+    with pytest.raises(BundleError, match="the disk is full; free some space and run the command again: it resumes"):
+        export_checkpoint(graphs, tmp_path / "bundle", backends=())
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_disk_that_fills_up_under_the_graphs_is_one_sentence(graphs: str, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        result = subprocess.run(command(graphs, disk / "bundle"), capture_output=True, text=True, check=False)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert result.returncode == 2
+    assert "the disk is full" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_libraries_name_the_extra(
+    sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name))
+    with pytest.raises(CheckpointError, match=r"needs diffusers, .* run: pip install 'latentrt\[export\]'"):
+        export_checkpoint(str(sd1_checkpoint), tmp_path / "bundle")
+
+
+def test_graphs_are_adopted_without_torch(graphs: str, sd1_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(BLOCK_TORCH)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    blocked = subprocess.run([sys.executable, "-c", "import torch"], env=environment, capture_output=True, check=False)
+    assert blocked.returncode != 0
+    subprocess.run(command(graphs, tmp_path / "bundle"), env=environment, check=True, capture_output=True)
+    ours, theirs = Bundle.open(tmp_path / "bundle").manifest, Bundle.open(sd1_bundle).manifest
+    assert (ours.family, ours.latents, ours.schedule) == (theirs.family, theirs.latents, theirs.schedule)
+    assert {n: (c.inputs, c.outputs) for n, c in ours.components.items()} == {
+        n: (c.inputs, c.outputs) for n, c in theirs.components.items()
+    }
+    assert "torch" not in ours.provenance.tools
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: None, "there is no checkpoint at"),
+        (lambda path: path.mkdir(), "it holds no model_index.json"),
+        (lambda path: path.write_bytes(b"x"), "is a single file"),
+    ],
+)
+def test_the_command_refuses_with_one_sentence_and_code_2(tmp_path: Path, make: Any, sentence: str) -> None:
+    make(tmp_path / "checkpoint")
+    result = subprocess.run(
+        command(tmp_path / "checkpoint", tmp_path / "bundle"), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert sentence in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_summary_is_plain_data_and_a_table(graphs: str, tmp_path: Path) -> None:
+    result = subprocess.run(command(graphs, tmp_path / "a", "--json"), capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    unet = json.loads(result.stdout)["components"]["unet"]
+    assert set(unet) >= {"weights_bytes", "seconds", "peak_rss_bytes", "peak_rss_over_weights", "error", "resumed"}
+    result = subprocess.run(command(graphs, tmp_path / "b"), capture_output=True, text=True, check=True)
+    assert all(name in result.stdout for name in (*COMPONENTS, "peak memory", "is ready"))
+    assert "exporting unet: done in" in result.stderr
+
+
+def test_a_moved_bundle_still_opens(sd1_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd1_bundle, tmp_path / "elsewhere")
+    bundle = Bundle.open(tmp_path / "elsewhere")
+    for name in bundle.manifest.files:
+        bundle.path(name, check="hash")
