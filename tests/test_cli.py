@@ -41,8 +41,8 @@ def test_every_command_has_help_and_json(command: str) -> None:
 
 
 def test_generate_writes_pictures_with_their_settings(sd1_bundle: Path, tmp_path: Path) -> None:
-    arguments = ("--steps", 2, "--seed", 5, "-n", 2, "--negative", "blue", "--size", "40x32", "-o", tmp_path, "--json")
-    summary = json.loads(latentrt("generate", sd1_bundle, "a red circle", *arguments).stdout)
+    asked = ("--steps", 2, "--seed", 5, "-n", 2, "--negative", "blue", "--size", "40x32", "--sampler", "dpmpp_2m_karras")
+    summary = json.loads(latentrt("generate", sd1_bundle, "a red circle", *asked, "-o", tmp_path, "--json").stdout)
     assert summary["seeds"] == [5, 6]
     assert len(summary["step_seconds"]) == 2
     for file, seed in zip(summary["files"], summary["seeds"], strict=True):
@@ -50,7 +50,7 @@ def test_generate_writes_pictures_with_their_settings(sd1_bundle: Path, tmp_path
             assert image.size == (40, 32)
             lines = image.info["parameters"].splitlines()
         assert lines[:2] == ["a red circle", "Negative prompt: blue"]
-        assert f"Steps: 2, Sampler: PLMS, CFG scale: 7.5, Seed: {seed}, Size: 40x32, Model: sd1" in lines[2]
+        assert f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: {seed}, Size: 40x32, Model: sd1" in lines[2]
 
 
 def test_generate_never_overwrites_another_picture(sd1_bundle: Path, tmp_path: Path) -> None:

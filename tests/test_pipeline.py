@@ -65,9 +65,9 @@ def test_guidance_one_needs_no_negative_rows(pipe: Pipeline, monkeypatch: pytest
         return unet(latents, timesteps, text)
 
     monkeypatch.setattr(pipe, "_unet", watch)
-    pipe("a circle", steps=1, guidance=1.0, seed=0)
-    pipe("a circle", steps=1, guidance=0.0, seed=0)
-    pipe("a circle", steps=1, guidance=2.0, seed=0)
+    pipe("a circle", steps=1, guidance=1.0, seed=0, sampler="euler")
+    pipe("a circle", steps=1, guidance=0.0, seed=0, sampler="euler")
+    pipe("a circle", steps=1, guidance=2.0, seed=0, sampler="euler")
     assert rows == [1, 1, 2]
 
 
@@ -84,7 +84,7 @@ def test_on_step_is_told_each_stage_and_ends_the_call_by_raising(pipe: Pipeline)
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        pipe("a circle", steps=5, seed=0, on_step=on_step)
+        pipe("a circle", steps=5, seed=0, sampler="euler", on_step=on_step)
     assert seen == [(1, 5), (2, 5)]
     assert pipe("a circle", seed=0, **QUICK).pixels.any()  # and the pipeline goes on
 
@@ -172,3 +172,8 @@ def test_a_closed_pipeline_says_so(sd1_bundle: Path) -> None:
 def test_a_prompt_that_is_cut_is_said(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     pipe("circle " * 100, seed=0, **QUICK)
     assert "the last 25 are not used" in caplog.text
+
+
+def test_the_checkpoints_own_scheduler_is_the_default_sampler(pipe: Pipeline) -> None:
+    assert pipe.manifest.schedule.scheduler == "PNDMScheduler"
+    assert pipe("a circle", steps=2, seed=0).settings[0].sampler == "plms"
