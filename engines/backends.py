@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from latentrt.engines import onnxruntime
+from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
 from latentrt.engines.onnxruntime import OnnxRuntimeOptions
+from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
 
@@ -21,19 +22,23 @@ class Backend:
     """One way to compile and run graphs.
 
     unavailable: says in a sentence why it cannot run here, or None
+    cannot_build: the same of building, which may need less than running
     key: names what it would build for a bundle on this machine
     build: compiles every component into a directory, {component: (main file, spec)}
     load: opens one compiled file
     """
 
     unavailable: Callable[[], str | None]
-    key: Callable[[Bundle], EngineKey]
-    build: Callable[[Bundle, Path, Report], Mapping[str, tuple[str, EngineSpec]]]
+    cannot_build: Callable[[BuildOptions], str | None]
+    key: Callable[[Bundle, BuildOptions], EngineKey]
+    build: Callable[[Bundle, Path, BuildOptions, Report], Mapping[str, tuple[str, EngineSpec]]]
     load: Callable[[Path, EngineSpec, int | None], Engine]
 
 
 def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
-    def build(bundle: Bundle, directory: Path, report: Report) -> Mapping[str, tuple[str, EngineSpec]]:
+    def build(
+        bundle: Bundle, directory: Path, options: BuildOptions, report: Report
+    ) -> Mapping[str, tuple[str, EngineSpec]]:
         return onnxruntime.build(bundle, directory, provider, report)
 
     def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
@@ -41,15 +46,37 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
 
     return Backend(
         unavailable=partial(onnxruntime.unavailable, provider),
-        key=lambda bundle: onnxruntime.key(bundle, provider),
+        cannot_build=lambda options: _shapeless(provider, options) or onnxruntime.unavailable(provider),
+        key=lambda bundle, options: onnxruntime.key(bundle, provider),
         build=build,
         load=load,
+    )
+
+
+def _shapeless(provider: onnxruntime.Provider, options: BuildOptions) -> str | None:
+    return None if options == BuildOptions() else f"{provider} engines take any shape: leave the build options away"
+
+
+def _tensorrt(flavor: tensorrt.Flavor) -> Backend:
+    def build(
+        bundle: Bundle, directory: Path, options: BuildOptions, report: Report
+    ) -> Mapping[str, tuple[str, EngineSpec]]:
+        return tensorrt.build(bundle, directory, flavor, options, report)
+
+    return Backend(
+        unavailable=partial(tensorrt.cannot_run, flavor),
+        cannot_build=partial(tensorrt.cannot_build, flavor),
+        key=lambda bundle, options: tensorrt.key(bundle, flavor, options),
+        build=build,
+        load=lambda file, spec, threads: tensorrt.load(file, spec, flavor),
     )
 
 
 BACKENDS: dict[BackendName, Backend] = {
     "cpu": _onnxruntime("cpu"),
     "cuda": _onnxruntime("cuda"),
+    "tensorrt": _tensorrt("tensorrt"),
+    "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
 }
 
 

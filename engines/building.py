@@ -22,8 +22,11 @@ from latentrt.engines.bundle import (
 )
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.manifest import ENGINE_RECORD, SCHEMA_VERSION, EngineRecord
+from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Engine, EngineKey
+
+DEFAULTS = BuildOptions()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,34 +45,41 @@ class OpenEngines:
 
 
 def build_engines(
-    bundle: Bundle, backend: BackendName, *, force: bool = False, report: Report = silent
+    bundle: Bundle,
+    backend: BackendName,
+    *,
+    options: BuildOptions = DEFAULTS,
+    force: bool = False,
+    report: Report = silent,
 ) -> EngineRecord:
     """Build every component's engine for this machine and put them below the bundle's `engines/`.
 
     Engines that are there already under the same key are kept, unless `force`. Two processes that build the same
     key do not harm each other: each works in a directory of its own, and the last rename wins.
-    Raises EngineError (backend) and BundleError (files).
+    Raises EngineError (backend), BundleError (files) and RequestError (options).
     """
-    reason = BACKENDS[backend].unavailable()
+    reason = BACKENDS[backend].cannot_build(options)
     if reason is not None:
         raise EngineError(f"the backend '{backend}' cannot build here: {reason}")
-    key = BACKENDS[backend].key(bundle)
+    key = BACKENDS[backend].key(bundle, options)
     target = bundle.root / "engines" / key.directory
     if not force and (target / ENGINE_RECORD).is_file():
         return read_engine_record(target)
     staged = staging(target, f"{os.getpid():x}-{time.monotonic_ns():x}"[-12:])
     try:
         with disk_errors(target):
-            record = _build_into(bundle, backend, key, staged, report)
+            record = _build_into(bundle, backend, key, options, staged, report)
         publish(staged, target, overwrite=force)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return record
 
 
-def _build_into(bundle: Bundle, backend: BackendName, key: EngineKey, staged: Path, report: Report) -> EngineRecord:
+def _build_into(
+    bundle: Bundle, backend: BackendName, key: EngineKey, options: BuildOptions, staged: Path, report: Report
+) -> EngineRecord:
     start = time.perf_counter()
-    built = BACKENDS[backend].build(bundle, staged, report)
+    built = BACKENDS[backend].build(bundle, staged, options, report)
     record = EngineRecord(
         schema_version=SCHEMA_VERSION,
         key=key,
@@ -83,11 +93,14 @@ def _build_into(bundle: Bundle, backend: BackendName, key: EngineKey, staged: Pa
 
 
 def find_engines(bundle: Bundle, backend: BackendName) -> tuple[Path, EngineRecord]:
-    """Find the engines that were built for this machine. Raises EngineError, which names the mend."""
+    """Find the engines that were built for this machine. Raises EngineError, which names the mend.
+
+    Shapes and options do not matter here: of several the first by name is taken.
+    """
     reason = BACKENDS[backend].unavailable()
     if reason is not None:
         raise EngineError(f"the backend '{backend}' cannot run here: {reason}")
-    key = BACKENDS[backend].key(bundle)
+    key = BACKENDS[backend].key(bundle, DEFAULTS)
     directory = bundle.root / "engines" / key.directory
     if (directory / ENGINE_RECORD).is_file():
         record = read_engine_record(directory)
@@ -98,6 +111,9 @@ def find_engines(bundle: Bundle, backend: BackendName) -> tuple[Path, EngineReco
             f"({'; '.join(key.differences(record.key))}); "
             f"run `latentrt build {bundle.root} --backend {backend} --force`"
         )
+    for path, record in bundle.engine_directories().items():
+        if record.key.target == key.target and path.name == record.key.directory:
+            return path, record
     raise EngineError(_no_engine(bundle, backend, key))
 
 
@@ -106,8 +122,8 @@ def _no_engine(bundle: Bundle, backend: BackendName, key: EngineKey) -> str:
     others = [record.key for record in bundle.engine_directories().values() if record.key.backend == backend]
     if not others:
         return f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}"
-    closest = min(others, key=lambda other: len(key.differences(other)))
-    return f"the engines in '{bundle.root}' are for another target ({'; '.join(key.differences(closest))}); {mend}"
+    differences = min((key.target.differences(other.target) for other in others), key=len)
+    return f"the engines in '{bundle.root}' are for another target ({'; '.join(differences)}); {mend}"
 
 
 def open_engines(

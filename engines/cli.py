@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -14,24 +17,79 @@ from rich.table import Table
 from latentrt.engines.backends import BACKENDS, choose
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
+from latentrt.engines.stage import STATE_ROWS
 from latentrt.engines.verification import Row
 from latentrt.engines.verification import verify as verify_bundle
 
 MB = 1e6
 
 
+class _Numbers(click.ParamType[tuple[int, ...]]):
+    """Numbers between commas: `1,2,4`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(number) for number in value.split(","))
+        except ValueError:
+            self.fail(f"found '{value}', expected numbers between commas, as in 1,2", param, ctx)
+
+
+class _Sizes(click.ParamType[tuple[tuple[int, int], ...]]):
+    """Sizes in pixels between commas: `512x512,768x512`."""
+
+    name = "sizes"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[tuple[int, int], ...]:
+        if isinstance(value, tuple):
+            return value
+        pairs = [re.fullmatch(r"(\d+)x(\d+)", size) for size in value.split(",")]
+        if not all(pairs):
+            self.fail(f"found '{value}', expected sizes between commas, as in 512x512,768x512", param, ctx)
+        return tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+
+
+_SHAPE_OPTIONS = (
+    click.option("--size", "sizes", type=_Sizes(), default=(), help="Pixels, e.g. 512x512,768x512."),
+    click.option("--batch", "batches", type=_Numbers(), default=(1,), help="Pictures drawn at once, e.g. 1,2,4."),
+    click.option("--tokens", type=_Numbers(), default=(), help="Lengths of the prompt's encoding."),
+    click.option("--compute-capability", metavar="8.9", help="GPU type to build for where there is no GPU."),
+    click.option("--optimization-level", type=int, help="0 to 5: how long the compiler searches."),
+    click.option("--workspace-mb", type=int, help="Scratch memory that one layer may use."),
+    click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime and later versions."),
+    click.option("--refit", is_flag=True, help="Let weights be exchanged later."),
+    click.option("--strip", is_flag=True, help="Leave the weights out; they are put in when loading."),
+    click.option("--state-rows", type=int, default=STATE_ROWS, help="Rows of sampler state to carry."),
+)
+
+
+def _shape_options(command: Callable[..., None]) -> Callable[..., None]:
+    return functools.reduce(lambda inner, option: option(inner), reversed(_SHAPE_OPTIONS), command)
+
+
 @click.command()
 @click.argument("bundle")
 @click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}")
+@_shape_options
 @click.option("--force", is_flag=True, help="Build again even if the engines are there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the engine record as JSON.")
-def build(bundle: str, backend: str, force: bool, as_json: bool) -> None:
-    """Build BUNDLE's engines for the machine at hand. Engines of other machines stay beside them."""
+def build(bundle: str, backend: str, force: bool, as_json: bool, **options: Any) -> None:
+    """Build BUNDLE's engines for the machine at hand. Engines of other machines stay beside them.
+
+    TensorRT's engines are compiled for fixed shapes, each size with each batch; the options about shapes and the
+    compiler are for the backends tensorrt and tensorrt-rtx.
+    """
     chosen = choose(backend).backend
     opened = Bundle.open(bundle)
     with terminal_report(quiet=as_json) as report:
-        record = build_engines(opened, chosen, force=force, report=report)
+        record = build_engines(opened, chosen, options=BuildOptions(**options), force=force, report=report)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=1))
     else:

@@ -44,11 +44,16 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """What an engine takes and gives."""
+    """What an engine takes and gives.
+
+    profiles: where an engine is compiled for fixed shapes, the size of every named axis, a profile at a time and in
+    the engine's own order of profiles; empty where any size will do
+    """
 
     component: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Mapping[str, int], ...] = ()
 
 
 class Engine(Protocol):
@@ -102,6 +107,11 @@ class EngineKey:
         """Return the name of the directory for this key below `engines/`."""
         slug = re.sub(r"[^a-z0-9]+", "-", f"{self.backend} {self.device} {self.precision}".lower()).strip("-")
         return f"{slug}-{self.digest}"
+
+    @property
+    def target(self) -> EngineKey:
+        """Return this key without what was chosen when building: shapes and options. It names where engines run."""
+        return dataclasses.replace(self, profiles=(), options=())
 
     def differences(self, other: EngineKey) -> list[str]:
         """Name each field in which another key differs, as `field: ours here, theirs there`."""

@@ -1,0 +1,170 @@
+"""One graph into one TensorRT plan. What the library says only to its logger is said here in errors."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from latentrt.engines.errors import EngineError
+from latentrt.engines.options import BuildOptions
+from latentrt.engines.progress import Report
+from latentrt.engines.spec import EngineSpec
+
+KEPT_LINES = 3  # of what the logger was told last
+LONGEST_LINE = 400
+POLL_S = 0.1
+
+
+def compile_graph(
+    library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, *, what: str, report: Report
+) -> bytes:
+    """Return the serialized engine of an ONNX graph with its external data beside it.
+
+    library: tensorrt or tensorrt_rtx
+    spec: its profiles become the engine's, in order
+    what: names the work in the report
+    Raises EngineError with the parser's or logger's words; KeyboardInterrupt after the compiler has stopped.
+    """
+    logger = make_logger(library)
+    builder = _given(library.Builder(logger), "no builder could be made", logger)
+    flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = _given(builder.create_network(flags), "no network could be made", logger)
+    _parse(library, network, graph, spec.component, logger)
+    _let_attention_decompose(library, network)
+    config = _configure(library, builder, options, logger)
+    _add_profiles(builder, config, spec, logger)
+    cancelled = threading.Event()
+    config.progress_monitor = make_monitor(library, what, report, cancelled)
+    plan = _build(builder, network, config, cancelled)
+    return bytes(_given(plan, f"{spec.component} could not be compiled", logger))
+
+
+def make_logger(library: ModuleType) -> Any:
+    """Return a logger of the library that keeps its errors in `lines` and prints nothing."""
+
+    class Logger(library.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            library.ILogger.__init__(self)
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (library.ILogger.Severity.INTERNAL_ERROR, library.ILogger.Severity.ERROR):
+                self.lines.append(" ".join(message.split())[:LONGEST_LINE])
+
+    return Logger()
+
+
+def make_monitor(library: ModuleType, what: str, report: Report, cancelled: threading.Event) -> Any:
+    """Return a progress monitor that reports the outermost phase, and stops the build once `cancelled` is set."""
+
+    class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            library.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.steps[phase] = steps
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            if phase in self.steps:
+                report(what, min(step + 1, self.steps[phase] - 1), self.steps[phase])  # the end is the caller's to tell
+            return not cancelled.is_set()
+
+        def phase_finish(self, phase: str) -> None:
+            self.steps.pop(phase, None)
+
+    return Monitor()
+
+
+def _given(result: Any, failure: str, logger: Any) -> Any:
+    """Return what the library returned, unless that is its None for a failure."""
+    if result is None:
+        words = "; ".join(logger.lines[-KEPT_LINES:]) or "the library gave no reason"
+        raise EngineError(f"{failure}: {words}")
+    return result
+
+
+def _parse(library: ModuleType, network: Any, graph: Path, component: str, logger: Any) -> None:
+    parser = library.OnnxParser(network, logger)
+    if parser.parse_from_file(str(graph)):
+        return
+    errors = [parser.get_error(number) for number in range(parser.num_errors)]
+    words = "; ".join(f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in errors[:KEPT_LINES])
+    raise EngineError(f"the graph of {component} was refused by the ONNX parser: {words[: KEPT_LINES * LONGEST_LINE]}")
+
+
+def _let_attention_decompose(library: ModuleType, network: Any) -> None:
+    """Allow attention for which there is no fused kernel (a head size, a mask) to be computed in parts.
+
+    It is still fused where a kernel exists. Without this one such layer fails the whole build.
+    """
+    if not hasattr(library, "IAttentionInputLayer"):
+        return  # before TensorRT 10.14 the parser decomposes Attention itself
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if layer.type == library.LayerType.ATTENTION_INPUT:
+            layer.__class__ = library.IAttentionInputLayer  # the bindings hand out the base class
+            layer.attention.decomposable = True
+
+
+def _configure(library: ModuleType, builder: Any, options: BuildOptions, logger: Any) -> Any:
+    config = _given(builder.create_builder_config(), "no builder configuration could be made", logger)
+    # float32 is float32: the sampler's sums lose three digits in TF32.
+    config.clear_flag(library.BuilderFlag.TF32)
+    flags = {
+        "VERSION_COMPATIBLE": options.version_compatible,
+        "EXCLUDE_LEAN_RUNTIME": options.version_compatible,  # the service brings it: latentrt[tensorrt-lean]
+        "REFIT": options.refit,
+        "STRIP_PLAN": options.strip,
+    }
+    for name, wanted in flags.items():
+        if wanted:
+            config.set_flag(getattr(library.BuilderFlag, name))
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if options.workspace_mb is not None:
+        config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
+    if options.compute_capability is not None:
+        _target(library, config, options.compute_capability)
+    return config
+
+
+def _target(library: ModuleType, config: Any, capability: str) -> None:
+    known = {name: member for name, member in library.ComputeCapability.__members__.items() if name.startswith("SM")}
+    member = known.get("SM" + capability.replace(".", ""))
+    if member is None:
+        served = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
+        raise EngineError(
+            f"--compute-capability: found {capability}, {library.__name__} {library.__version__} serves {served}"
+        )
+    config.num_compute_capabilities = 1
+    if not config.set_compute_capability(member, 0):
+        raise EngineError(f"{library.__name__} {library.__version__} refused compute capability {capability}")
+
+
+def _add_profiles(builder: Any, config: Any, spec: EngineSpec, logger: Any) -> None:
+    for sizes in spec.profiles:
+        profile = builder.create_optimization_profile()
+        for tensor in spec.inputs:
+            shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape)
+            profile.set_shape(tensor.name, shape, shape, shape)
+        if config.add_optimization_profile(profile) < 0:
+            _given(None, f"{spec.component} takes no profile {dict(sizes)}", logger)
+
+
+def _build(builder: Any, network: Any, config: Any, cancelled: threading.Event) -> Any:
+    """Build in a thread of its own, so that Ctrl-C reaches this one while the library works."""
+    result: list[Any] = []
+    worker = threading.Thread(target=lambda: result.append(builder.build_serialized_network(network, config)))
+    worker.start()
+    try:
+        while worker.is_alive():
+            worker.join(POLL_S)
+    except KeyboardInterrupt:
+        cancelled.set()
+        worker.join()
+        raise
+    return result[0] if result else None

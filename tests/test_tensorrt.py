@@ -1,0 +1,333 @@
+"""TensorRT-RTX builds real engines on a machine with no GPU; what the library refuses becomes one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from latentrt.engines import tensorrt, tensorrt_compile
+from latentrt.engines.backends import BACKENDS, choose
+from latentrt.engines.building import build_engines, find_engines, open_engines
+from latentrt.engines.bundle import Bundle, record_file, write_manifest
+from latentrt.engines.cli import build as build_command
+from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.gpu import Gpu, find_gpu
+from latentrt.engines.options import BuildOptions
+from latentrt.engines.verification import verify
+
+ADA = BuildOptions(sizes=((32, 32),), batches=(1, 2), compute_capability="8.9", optimization_level=0)
+GPU = Gpu(name="NVIDIA L4", compute_capability="8.9", sm_count=58, memory_bytes=24 << 30, driver_major=13)
+
+
+@pytest.fixture(scope="module")
+def library() -> Any:
+    try:
+        return tensorrt.require("tensorrt-rtx")
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def built(library: Any, sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A copy of the tiny bundle with engines for compute capability 8.9. Tests read from it."""
+    root = shutil.copytree(sd1_bundle, tmp_path_factory.mktemp("rtx") / "bundle")
+    build_engines(Bundle.open(root), "tensorrt-rtx", options=ADA)
+    return Bundle.open(root)
+
+
+@pytest.fixture
+def copy(sd1_bundle: Path, tmp_path: Path) -> Bundle:
+    return Bundle.open(shutil.copytree(sd1_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: GPU)
+    yield
+
+
+@pytest.fixture
+def no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
+    yield
+
+
+def rtx_record(bundle: Bundle) -> tuple[Path, Any]:
+    ((path, record),) = [
+        (path, record) for path, record in bundle.engine_directories().items() if record.key.backend == "tensorrt-rtx"
+    ]
+    return path, record
+
+
+def test_every_component_is_compiled(built: Bundle) -> None:
+    directory, record = rtx_record(built)
+    assert set(record.entries) == set(built.manifest.components)
+    assert all(record.files[entry].bytes > 10_000 for entry in record.entries.values())
+    assert sorted(path.name for path in directory.iterdir()) == sorted([*record.files, "engine.json"])
+
+
+def test_the_denoiser_is_the_fused_stage_and_the_decoder_ends_in_pixels(built: Bundle) -> None:
+    _, record = rtx_record(built)
+    unet, decoder = record.specs["unet"], record.specs["vae_decoder"]
+    assert [(t.name, t.dtype) for t in unet.inputs] == [
+        ("state", "float32"),
+        ("control", "float32"),
+        ("noise", "float32"),
+        ("guidance", "float32"),
+        ("picture_of_row", "int64"),
+        ("encoder_hidden_states", "float32"),
+    ]
+    assert [str(t) for t in unet.outputs] == [
+        "next_state: float32[pictures, 6, 4, latent_height, latent_width]",
+    ]
+    assert [(t.name, t.dtype) for t in decoder.outputs] == [("pixels", "uint8")]
+
+
+def test_profiles_are_static_one_for_each_shape_a_component_sees(built: Bundle) -> None:
+    _, record = rtx_record(built)
+    latents = {"latent_height": 8, "latent_width": 8} if built.manifest.latents.factor == 4 else {}
+    assert latents, "the tiny bundle's factor changed"
+    assert record.specs["unet"].profiles == tuple(
+        {"pictures": pictures, "rows": rows, "tokens": 77, **latents}
+        for pictures, rows in ((1, 1), (1, 2), (2, 2), (2, 4))
+    )
+    assert record.specs["text_encoder"].profiles == ({"batch": 1}, {"batch": 2}, {"batch": 4})
+    assert record.specs["vae_decoder"].profiles == ({"batch": 1, **latents}, {"batch": 2, **latents})
+    assert record.specs["vae_encoder"].profiles[0] == {"batch": 1, "height": 32, "width": 32}
+
+
+def test_the_key_names_the_target_the_shapes_and_the_options(built: Bundle, library: Any) -> None:
+    _, record = rtx_record(built)
+    key = record.key
+    assert (key.backend, key.backend_version) == ("tensorrt-rtx", library.__version__)
+    assert (key.device, key.compute_capability, key.sm_count) == ("compute capability 8.9", "8.9", None)
+    assert key.profiles[1] == "32x32 pictures 1 rows 2 tokens 77" and len(key.profiles) == 4
+    assert key.options == ("recipe 1", "optimization level 0", "state rows 6")
+
+
+def test_the_same_options_find_what_was_built(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "compile_graph", pytest.fail)
+    assert build_engines(built, "tensorrt-rtx", options=ADA) == rtx_record(built)[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sizes": ((64, 32),)},
+        {"batches": (1,)},
+        {"tokens": (154,)},
+        {"compute_capability": "12.0"},
+        {"optimization_level": 1},
+        {"workspace_mb": 512},
+        {"state_rows": 2},
+        {"refit": True},
+        {"strip": True},
+        {"version_compatible": True},
+    ],
+)
+def test_each_option_makes_a_key_of_its_own(built: Bundle, change: dict[str, Any]) -> None:
+    key = BACKENDS["tensorrt-rtx"].key
+    assert key(built, replace(ADA, **change)).digest != key(built, ADA).digest
+
+
+def test_engines_of_other_shapes_serve_the_same_target(
+    built: Bundle, gpu_here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine that runs them does not know what shapes were chosen where they were built."""
+    ready = replace(BACKENDS["tensorrt-rtx"], unavailable=lambda: None)
+    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", ready)
+    assert find_engines(built, "tensorrt-rtx") == rtx_record(built)
+
+
+def test_engines_of_another_gpu_are_refused_by_name(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(GPU, compute_capability="12.0"))
+    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", replace(BACKENDS["tensorrt-rtx"], unavailable=lambda: None))
+    with pytest.raises(EngineError, match=r"another target \(device: compute capability 12.0 here, .* 8.9 there"):
+        find_engines(built, "tensorrt-rtx")
+
+
+def spoil(bundle: Bundle, component: str, *, op: str | None = None, takes: str | None = None) -> Bundle:
+    """Alter the first node of a graph, and record the altered file as if it had been exported so."""
+    name = bundle.manifest.components[component].graph
+    model = onnx.load(str(bundle.root / name), load_external_data=False)
+    node = model.graph.node[0]
+    node.op_type = op or node.op_type
+    node.input[0] = takes or node.input[0]
+    (bundle.root / name).write_bytes(model.SerializeToString())
+    files = {**bundle.manifest.files, name: record_file(bundle.root, name)}
+    write_manifest(bundle.root, replace(bundle.manifest, files=files))
+    return Bundle.open(bundle.root)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"op": "Frobnicate"}, "refused by the ONNX parser: Frobnicate .*plugin"),
+        ({"takes": "nowhere"}, "refused by the ONNX parser: Shape node_Shape_0: .*input was not registered"),
+    ],
+    ids=["unknown operator", "dangling input"],
+)
+def test_what_the_parser_refuses_is_said_in_its_words(
+    library: Any, copy: Bundle, change: dict[str, str], words: str
+) -> None:
+    with pytest.raises(EngineError, match=f"the graph of text_encoder was {words}"):
+        build_engines(spoil(copy, "text_encoder", **change), "tensorrt-rtx", options=ADA)
+    assert not list((copy.root / "engines").glob("*tensorrt*"))
+    assert not list((copy.root / "engines").glob(".*"))
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="a GPU answers here")
+def test_what_the_compiler_refuses_is_said_in_the_loggers_words(
+    library: Any, copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_compile, "_let_attention_decompose", lambda library, network: None)
+    with pytest.raises(EngineError, match=r"text_encoder could not be compiled: .*Attention .* dedicated kernel"):
+        build_engines(copy, "tensorrt-rtx", options=ADA)
+
+
+def test_ctrl_c_stops_the_compiler_and_leaves_nothing(library: Any, copy: Bundle) -> None:
+    long = replace(ADA, sizes=((64, 64), (96, 96), (128, 128)), batches=(1, 2, 3, 4), optimization_level=5)
+    timer = threading.Timer(2.0, signal.raise_signal, [signal.SIGINT])
+    start = time.monotonic()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        build_engines(copy, "tensorrt-rtx", options=long)
+    assert time.monotonic() - start < 20
+    assert not [path for path in (copy.root / "engines").iterdir() if "tensorrt" in path.name]
+
+
+def test_progress_is_told_from_the_first_step_to_the_last(library: Any, copy: Bundle) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        told.setdefault(what, []).append((done, total))
+
+    build_engines(copy, "tensorrt-rtx", options=replace(ADA, batches=(1,)), report=report)
+    assert list(told) == [f"build {component} (tensorrt-rtx)" for component in copy.manifest.components]
+    for steps in told.values():
+        assert steps[0] == (0, 1) and steps[-1][0] == steps[-1][1]
+        assert [done for done, total in steps if done == total] == [steps[-1][0]]  # the end is told once
+    assert len(told["build unet (tensorrt-rtx)"]) > 3
+
+
+def test_the_command_builds_for_a_fleet(library: Any, copy: Bundle) -> None:
+    words = "--backend tensorrt-rtx --size 32x32 --batch 1 --compute-capability 12.0 --optimization-level 0 --json"
+    result = CliRunner().invoke(build_command, [str(copy.root), *words.split()])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["key"]["compute_capability"] == "12.0"
+    assert len(record["specs"]["unet"]["profiles"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("--size 32", "expected sizes between commas, as in 512x512"), ("--batch two", "expected numbers between commas")],
+)
+def test_the_command_says_how_shapes_are_written(copy: Bundle, words: str, expected: str) -> None:
+    result = CliRunner().invoke(build_command, [str(copy.root), *words.split()])
+    assert result.exit_code == 2 and expected in result.output
+
+
+def test_a_gpu_type_that_the_library_does_not_serve_is_refused(library: Any, copy: Bundle) -> None:
+    with pytest.raises(EngineError, match=r"--compute-capability: found 9\.0, .* serves .*8\.9"):
+        build_engines(copy, "tensorrt-rtx", options=replace(ADA, compute_capability="9.0"))
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="a GPU answers here")
+def test_a_plan_without_a_driver_is_an_error_and_no_crash(built: Bundle) -> None:
+    with pytest.raises(EngineError, match="running tensorrt-rtx engines needs an NVIDIA GPU and none answers here"):
+        open_engines(built, "tensorrt-rtx")
+    directory, record = rtx_record(built)
+    with pytest.raises(EngineError, match="cannot be opened here: running tensorrt-rtx"):
+        BACKENDS["tensorrt-rtx"].load(directory / record.entries["unet"], record.specs["unet"], None)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="a GPU answers here")
+def test_neither_auto_nor_verify_offers_engines_that_cannot_run(built: Bundle) -> None:
+    assert choose("auto").backend == "cpu"
+    assert "tensorrt-rtx" not in {row.backend for row in verify(built)}
+
+
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt-rtx"])
+def test_without_the_library_the_error_is_the_install_command(
+    copy: Bundle, flavor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in tensorrt.MODULES[flavor]:
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(EngineError, match=rf"is not installed; install it with: pip install 'latentrt\[{flavor}\]'"):
+        build_engines(copy, flavor, options=ADA)
+
+
+def test_a_library_whose_shared_objects_are_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        raise FileNotFoundError("libnvinfer.so.11")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(EngineError, match=r"is installed and does not load \(libnvinfer\.so\.11\)"):
+        tensorrt.require("tensorrt")
+
+
+def test_a_library_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": "8.6.0"}))
+    with pytest.raises(EngineError, match=r"tensorrt 8\.6\.0 is too old, 10\.13 is needed"):
+        tensorrt.require("tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"compute_capability": None}, "say what to build for, as in --compute-capability 8.9"),
+        ({"refit": True}, "builds --refit and --strip engines only where an NVIDIA GPU answers"),
+        ({"strip": True}, "builds --refit and --strip engines only where an NVIDIA GPU answers"),
+        ({"version_compatible": True}, "--lean is for tensorrt"),
+    ],
+)
+def test_what_a_machine_without_gpu_cannot_build_is_refused(
+    library: Any, no_gpu_here: None, change: dict[str, Any], words: str
+) -> None:
+    assert words in (BACKENDS["tensorrt-rtx"].cannot_build(replace(ADA, **change)) or "")
+
+
+def test_tensorrt_builds_only_where_its_gpu_is(monkeypatch: pytest.MonkeyPatch, no_gpu_here: None) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", type("new", (), {"__version__": "11.4.0.106"}))
+    reason = BACKENDS["tensorrt"].cannot_build(BuildOptions()) or ""
+    assert "no NVIDIA GPU answers here" in reason and "--backend tensorrt-rtx" in reason
+
+
+def test_tensorrts_key_names_the_gpu_and_its_driver(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch, gpu_here: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", type("new", (), {"__version__": "11.4.0.106"}))
+    key = BACKENDS["tensorrt"].key(copy, BuildOptions())
+    assert (key.device, key.compute_capability, key.sm_count, key.driver_major) == ("NVIDIA L4", "8.9", 58, 13)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (BuildOptions(sizes=((30, 32),)), r"--size: found 30x32, expected multiples of 4"),
+        (BuildOptions(batches=(1, 0)), "--batch: found 0, expected 1 or more"),
+        (BuildOptions(tokens=(-1,)), "--tokens: found -1"),
+        (BuildOptions(optimization_level=6), "--optimization-level: found 6, expected 0 to 5"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(copy: Bundle, options: BuildOptions, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        options.profiles(copy.manifest)
+
+
+def test_the_cpu_takes_no_shapes(copy: Bundle) -> None:
+    with pytest.raises(EngineError, match="cpu engines take any shape: leave the build options away"):
+        build_engines(copy, "cpu", options=BuildOptions(batches=(2,)))
