@@ -106,7 +106,9 @@ def walks_with_diffusers(
     schedule = replace(STABLE_DIFFUSION, prediction_type=prediction, timestep_spacing=timestep_spacing)
     plan = make_plan(name, schedule, steps=steps, spacing=spacing)
     config = {**oracle.config, **({f"use_{spacing}_sigmas": True} if spacing else {})}
-    theirs = reference(oracle.scheduler, schedule, steps, double=oracle.double, **config)
+    # beta crowds sigmas at both ends: in float32 the reference's differences between neighbours are mostly rounding
+    double = oracle.double or spacing == "beta"
+    theirs = reference(oracle.scheduler, schedule, steps, double=double, **config)
     assert difference(replay(plan), theirs) < TOLERANCES.get(name, TRAJECTORY)
 
 
