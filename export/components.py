@@ -50,7 +50,7 @@ class Component:
     traced: sizes of the dynamic axes at which it is traced and its golden pair is recorded, in the units below
     checked: other sizes at which the graph must agree as well
     units: the dimension that multiplies the sizes of an axis
-    odd: what is added to the checked sizes where the network takes any size
+    odd: what is added to the checked sizes where the network takes any size; without it, only multiples of the units
     """
 
     name: str
@@ -68,12 +68,14 @@ class Component:
         units = {axis: dimensions[self.units[axis]] if axis in self.units else 1 for axis in sizes}
         return {axis: size * units[axis] + odd.get(axis, 0) for axis, size in sizes.items()}
 
-    def smallest(self, dimensions: Mapping[str, int]) -> dict[str, int]:
-        """Return the least sizes a trace may assume: at least 2 is left where the network is narrowest.
+    def axes(self, dimensions: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Return (smallest size, what sizes are multiples of) for the axes of which a trace may assume more than 2, 1.
 
-        torch takes an axis of 1 for another network; the graph itself has no such limit, and is checked below it.
+        The smallest leaves at least 2 where the network is narrowest: torch takes an axis of 1 for another network.
+        The graph itself has no such limit, and is checked below it.
         """
-        return {axis: dimensions[unit] + 1 for axis, unit in self.units.items()}
+        units = {axis: dimensions[unit] for axis, unit in self.units.items()}
+        return {axis: (2 * unit, 1 if self.odd else unit) for axis, unit in units.items()}
 
 
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")

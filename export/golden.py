@@ -128,3 +128,15 @@ def save_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, A
     arrays = {f"input.{name}": array for name, array in inputs.items()}
     arrays |= {f"output.{name}": array.astype(np.float32) for name, array in outputs.items()}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(path))
+
+
+def load_golden(path: Path) -> Pair:
+    """Read what `save_golden` wrote."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(str(path))
+    inputs, outputs = (
+        {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
+        for kind in ("input.", "output.")
+    )
+    return inputs, outputs

@@ -30,23 +30,27 @@ def export_graph(
     gives: Sequence[TensorSpec],
     path: Path,
     *,
-    smallest: Mapping[str, int],
+    axes: Mapping[str, tuple[int, int]],
 ) -> list[Path]:
     """Trace a module and write its graph. Returns the files, the graph first.
 
     inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
-    smallest: the least size of an axis for which the trace holds without a branch of its own
+    axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of
     """
     arguments = tuple(inputs[spec.name] for spec in takes)
+    shapes = _dynamic_shapes(takes, axes)
     with torch.no_grad():
+        # Not left to torch.onnx: its own attempt fails on sizes that are halved and rounded, and its fallback, the
+        # strict trace, takes three times as long and holds a second copy of the weights.
+        traced = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
-            module,
+            traced,
             arguments,
             dynamo=True,
             opset_version=OPSET,
             input_names=[spec.name for spec in takes],
             output_names=[spec.name for spec in gives],
-            dynamic_shapes=_dynamic_shapes(takes, smallest),
+            dynamic_shapes=shapes,
             verbose=False,
         )
     assert program is not None
@@ -72,11 +76,19 @@ def weights_bytes(model: ir.Model) -> int:
     return sum(value.nbytes for value in values if value is not None)
 
 
-def _dynamic_shapes(takes: Sequence[TensorSpec], smallest: Mapping[str, int]) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(
+    takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[int, Any], ...]:
     names = {axis for spec in takes for axis in spec.shape if isinstance(axis, str)} - {"steps"}
-    limits = {name: LIMITS.get(name, (smallest.get(name, 2), LARGEST_SIDE)) for name in names}
-    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in limits.items()}
+    dims = {name: _dim(name, *axes.get(name, (2, 1))) for name in names}
     return tuple({n: dims[axis] for n, axis in enumerate(spec.shape) if axis in dims} for spec in takes)
+
+
+def _dim(name: str, smallest: int, multiple: int) -> Any:
+    low, high = LIMITS.get(name, (smallest, LARGEST_SIDE))
+    if multiple == 1:
+        return torch.export.Dim(name, min=low, max=high)
+    return multiple * torch.export.Dim(f"_{name}", min=low // multiple, max=high // multiple)
 
 
 def _name_axes(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:

@@ -1,4 +1,4 @@
-"""One component's work: load it, record golden pairs, write its graph, check it. Runs in a process of its own."""
+"""One component's work: load it, record golden pairs, write its graph, check it. Each stage has its own process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from latentrt.engines.bundle import disk_errors, record_file
 from latentrt.engines.manifest import FileRecord
@@ -21,6 +22,10 @@ from latentrt.export.checkpoint import Source
 from latentrt.export.components import COMPONENTS, Case, input_specs, output_specs
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
+Stage = Literal["make", "check", "adopt"]
+# A graph is checked in another process than the one that made it: torch's tracer keeps the module alive, and with
+# ONNX Runtime's copy the peak would be twice the weights.
+STAGES: Mapping[Source, tuple[Stage, ...]] = {"torch": ("make", "check"), "onnx": ("adopt",)}
 MARKERS = ".finished"  # in the staging directory: one file for each finished component, not part of the bundle
 
 
@@ -35,6 +40,7 @@ class Job:
     precision: Precision
     dimensions: Mapping[str, int]
     scaling_factor: float
+    stage: Stage = "make"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,62 +82,61 @@ def golden_path(component: str) -> str:
 
 
 def run_job(job: Job) -> Finished:
-    """Do one component's work and leave its marker. Raises CheckpointError and BundleError (disk)."""
+    """Do one stage of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
     start = time.perf_counter()
     root = Path(job.root)
+    work: Mapping[Stage, Callable[[Job], Finished]] = {"make": _make, "check": _check, "adopt": _adopt}
     with disk_errors(root):
-        files, takes, gives, error = _from_torch(job) if job.source == "torch" else _from_onnx(job)
-        names = [path.relative_to(root).as_posix() for path in files]
-        finished = Finished(
-            component=job.component,
-            files={name: record_file(root, name) for name in (*names, golden_path(job.component))},
-            inputs=takes,
-            outputs=gives,
-            weights_bytes=_weights_bytes(files[0]),
-            error=error,
-            seconds=round(time.perf_counter() - start, 3),
-            peak_rss_bytes=peak_rss_bytes(),
+        (root / MARKERS).mkdir(exist_ok=True)
+        finished = work[job.stage](job)
+        finished = dataclasses.replace(
+            finished,
+            seconds=round(finished.seconds + time.perf_counter() - start, 3),
+            peak_rss_bytes=max(finished.peak_rss_bytes, peak_rss_bytes()),
         )
-        _write_marker(root, finished)
+        last = job.stage == STAGES[job.source][-1]
+        _write_marker(root, job.component if last else f"{job.component}.made", finished)
     return finished
 
 
-Made = tuple[list[Path], tuple[TensorSpec, ...], tuple[TensorSpec, ...], float]
-"""The graph's files, the graph first; its inputs, its outputs; its error."""
-
-
-def _from_torch(job: Job) -> Made:
+def _make(job: Job) -> Finished:
+    """Load the network, record both pairs, write the graph."""
     import torch
 
     from latentrt.export import graphs, modules
 
-    component = COMPONENTS[job.component]
+    root, component = Path(job.root), COMPONENTS[job.component]
     takes = input_specs(component, job.dimensions, job.precision)
     gives = output_specs(component, job.dimensions, job.precision)
     module = modules.load(job.component, Path(job.folder))
-    pairs = []
-    for which in CASES:
+    for which, path in zip(CASES, _pairs(job), strict=True):
         inputs = golden.make_inputs(
             component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
         )
-        pairs.append((inputs, modules.run(module, inputs, [spec.name for spec in gives])))
+        golden.save_golden(path, inputs, modules.run(module, inputs, [spec.name for spec in gives]))
     if job.precision == "fp16":
         module.half()
-    traced = {name: torch.from_numpy(array) for name, array in pairs[0][0].items()}
-    path = Path(job.root) / graph_path(job.component)
-    smallest = component.smallest(job.dimensions)
-    files = graphs.export_graph(module, traced, takes, gives, path, smallest=smallest)
-    del module, traced  # before ONNX Runtime maps the same weights
-    error = golden.check_graph(job.component, path, pairs, precision=job.precision)
-    golden.save_golden(Path(job.root) / golden_path(job.component), *pairs[0])
-    return files, takes, gives, error
+    traced = {name: torch.from_numpy(array) for name, array in golden.load_golden(_pairs(job)[0])[0].items()}
+    axes = component.axes(job.dimensions)
+    files = graphs.export_graph(module, traced, takes, gives, root / graph_path(job.component), axes=axes)
+    return _finished(job, files, takes, gives)
 
 
-def _from_onnx(job: Job) -> Made:
+def _check(job: Job) -> Finished:
+    """Compare the graph that was made with the recorded pairs."""
+    root = Path(job.root)
+    made = _parse_marker(root / MARKERS / f"{job.component}.made.json")
+    pairs = [golden.load_golden(path) for path in _pairs(job)]
+    graph = root / graph_path(job.component)
+    return dataclasses.replace(made, error=golden.check_graph(job.component, graph, pairs, precision=job.precision))
+
+
+def _adopt(job: Job) -> Finished:
+    """Take over a graph that another exporter made."""
     from latentrt.export import optimum
 
     root = Path(job.root)
-    return optimum.adopt_graph(
+    files, takes, gives = optimum.adopt_graph(
         COMPONENTS[job.component],
         Path(job.folder),
         root / graph_path(job.component),
@@ -139,6 +144,30 @@ def _from_onnx(job: Job) -> Made:
         dimensions=job.dimensions,
         precision=job.precision,
         scaling_factor=job.scaling_factor,
+    )
+    return _finished(job, files, takes, gives)
+
+
+def _pairs(job: Job) -> tuple[Path, Path]:
+    """Return where the golden pair and the pair at odd sizes lie; only the first is part of the bundle."""
+    root = Path(job.root)
+    return root / golden_path(job.component), root / MARKERS / f"{job.component}.odd.safetensors"
+
+
+def _finished(
+    job: Job, files: list[Path], takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]
+) -> Finished:
+    root = Path(job.root)
+    names = [path.relative_to(root).as_posix() for path in files]
+    return Finished(
+        component=job.component,
+        files={name: record_file(root, name) for name in (*names, golden_path(job.component))},
+        inputs=takes,
+        outputs=gives,
+        weights_bytes=_weights_bytes(files[0]),
+        error=0.0,
+        seconds=0.0,
+        peak_rss_bytes=0,
     )
 
 
@@ -162,19 +191,21 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _write_marker(root: Path, finished: Finished) -> None:
-    marker = root / MARKERS / f"{finished.component}.json"
-    marker.parent.mkdir(exist_ok=True)
+def _write_marker(root: Path, name: str, finished: Finished) -> None:
+    marker = root / MARKERS / f"{name}.json"
     beside = marker.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(dataclasses.asdict(finished)), encoding="utf-8")
     beside.replace(marker)
 
 
+def _parse_marker(marker: Path) -> Finished:
+    return parse(Finished, json.loads(marker.read_text(encoding="utf-8")))
+
+
 def read_marker(root: Path, component: str) -> Finished | None:
     """Return what an earlier run left of a component, if all of it is still there and whole."""
-    marker = root / MARKERS / f"{component}.json"
     try:
-        finished = parse(Finished, json.loads(marker.read_text(encoding="utf-8")))
+        finished = _parse_marker(root / MARKERS / f"{component}.json")
         whole = all(record_file(root, name) == record for name, record in finished.files.items())
     except (OSError, ValueError, ParseError):
         return None

@@ -34,10 +34,10 @@ def adopt_graph(
     dimensions: Mapping[str, int],
     precision: Precision,
     scaling_factor: float,
-) -> tuple[list[Path], tuple[TensorSpec, ...], tuple[TensorSpec, ...], float]:
+) -> tuple[list[Path], tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Copy a graph that was exported already and record its golden pair with ONNX Runtime.
 
-    Returns the files, the inputs, the outputs and an error of 0. Raises CheckpointError where names, dtypes or shapes
+    Returns the files, the inputs and the outputs. Raises CheckpointError where names, dtypes or shapes
     are not those of the table.
     """
     source, *data = graph_files(folder)
@@ -57,7 +57,7 @@ def adopt_graph(
     outputs = run_session(session, traced)
     run_session(session, checked)
     save_golden(golden, traced, {spec.name: outputs[spec.name] for spec in gives})
-    return [graph, *(graph.parent / file.name for file in data)], takes, gives, 0.0
+    return [graph, *(graph.parent / file.name for file in data)], takes, gives
 
 
 def _write_normalised(

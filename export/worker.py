@@ -1,7 +1,7 @@
-"""A process that does components' work, each in a fork of its own.
+"""A process that does components' work, each stage in a fork of its own.
 
 The command line's own process never imports torch; this one imports it once; each fork gives all its memory back when
-it ends, and its peak is that of one component.
+it ends, and its peak is that of one stage.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from latentrt.engines.errors import BundleError, CheckpointError, LatentrtError
 from latentrt.engines.parsing import parse
-from latentrt.export.jobs import Finished, Job, run_job
+from latentrt.export.jobs import STAGES, Finished, Job, run_job
 
 ERRORS: dict[str, type[LatentrtError]] = {"CheckpointError": CheckpointError, "BundleError": BundleError}
 PRELOAD = {
@@ -41,6 +41,12 @@ class Worker:
 
     def run(self, job: Job) -> Finished:
         """Have one component done. Raises CheckpointError and BundleError as the work did, RuntimeError for bugs."""
+        *first, last = STAGES[job.source]
+        for stage in first:
+            self._ask(dataclasses.replace(job, stage=stage))
+        return self._ask(dataclasses.replace(job, stage=last))
+
+    def _ask(self, job: Job) -> Finished:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
