@@ -95,6 +95,7 @@ def save_tiny(directory: Path, *, family: str = "sd1", seed: int = 0) -> Path:
             **_TEXT[family],
         )
         CLIPTextModel(text).eval().save_pretrained(directory / "text_encoder")
+        _prefix_keys(directory / "text_encoder" / "model.safetensors")
         UNet2DConditionModel(**_UNET[family]).eval().save_pretrained(directory / "unet")
         levels = len(_VAE[family]["block_out_channels"])
         blocks = {
@@ -142,6 +143,15 @@ def _byte_letters() -> dict[int, str]:
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
     return {byte: chr(byte) for byte in own} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _prefix_keys(file: Path) -> None:
+    """Write the keys that published checkpoints have: transformers 5 leaves out a prefix that version 4 needs."""
+    from safetensors.torch import load_file, save_file
+
+    prefix = "text_model."
+    tensors = {prefix + key.removeprefix(prefix): tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _scheduler(family: str) -> Any:

@@ -1,0 +1,99 @@
+"""Interchange with optimum, in an environment of its own: it refuses the transformers that this project uses.
+
+The environment is made once, below .cache/, and downloads more than a gigabyte; hence slow.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latentrt.engines.bundle import Bundle
+from latentrt.export import golden
+from latentrt.export.exporting import export_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+ENVIRONMENT = Path(__file__).parent.parent / ".cache" / "optimum-venv"
+PEER = Path(__file__).with_name("optimum_peer.py")
+# Pinned, or pip walks back through versions for minutes.
+REQUIREMENTS = (
+    "transformers==4.57.6",
+    "diffusers==0.39.0",
+    "huggingface_hub==0.36.2",
+    "optimum-onnx==0.1.0",
+    "onnxruntime==1.31.1",
+    "torch==2.13.0",
+)
+# float32 through four steps and a decoder, in two runtimes and two versions of diffusers; pictures are in 0..1.
+CLOSE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def peer() -> Path:
+    """The Python of an environment with optimum."""
+    python = ENVIRONMENT / "bin" / "python"
+    done = ENVIRONMENT / "complete"
+    if not done.is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
+        done.touch()
+    return python
+
+
+def run(peer: Path, *arguments: object) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    result = subprocess.run(
+        [str(peer), str(PEER), *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def diffusers_picture(sd1_checkpoint: Path) -> np.ndarray:
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(sd1_checkpoint, safety_checker=None)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    result = pipe(
+        "a red circle",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+        height=32,
+        width=48,
+    )
+    return np.asarray(result.images[0])
+
+
+def test_optimum_opens_a_bundles_graphs_and_draws_diffusers_picture(
+    peer: Path, sd1_bundle: Path, diffusers_picture: np.ndarray, tmp_path: Path
+) -> None:
+    run(peer, "draw", sd1_bundle / "onnx", tmp_path / "picture.npy")
+    assert np.abs(np.load(tmp_path / "picture.npy") - diffusers_picture).max() < CLOSE
+
+
+def test_what_optimum_exported_becomes_a_bundle_that_computes_the_same(
+    peer: Path, sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path
+) -> None:
+    run(peer, "export", sd1_checkpoint, tmp_path / "onnx")
+    exported = export_checkpoint(str(tmp_path / "onnx"), tmp_path / "bundle")
+    theirs, ours = Bundle.open(tmp_path / "bundle"), Bundle.open(sd1_bundle)
+    for name, component in theirs.manifest.components.items():
+        assert component.inputs == ours.manifest.components[name].inputs
+        inputs, _ = golden.load_golden(theirs.root / component.golden)
+        _, outputs = golden.load_golden(ours.root / ours.manifest.components[name].golden)
+        found = golden.run_session(golden.open_session(theirs.root / component.graph), inputs)
+        for tensor, expected in outputs.items():
+            assert golden.relative_error(found[tensor], expected) < CLOSE
+    assert exported.manifest.family == "sd1"
+    run(peer, "draw", tmp_path / "bundle" / "onnx", tmp_path / "again.npy")
+    run(peer, "draw", sd1_bundle / "onnx", tmp_path / "picture.npy")
+    assert np.abs(np.load(tmp_path / "again.npy") - np.load(tmp_path / "picture.npy")).max() < CLOSE
