@@ -1,6 +1,6 @@
 """What `import latentrt.runtime` costs, against importing NumPy and ONNX Runtime alone, in fresh interpreters.
 
-    python benchmarks/import_time.py
+python benchmarks/import_time.py
 """
 
 from __future__ import annotations

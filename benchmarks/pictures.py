@@ -1,6 +1,6 @@
 """The picture of the README and the demo's prompt accuracy, both drawn by the runtime from an exported bundle.
 
-    python benchmarks/pictures.py demo/shapes --accuracy 200 --grid docs/shapes.png
+python benchmarks/pictures.py demo/shapes --accuracy 200 --grid docs/shapes.png
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def accuracy(pipe: Pipeline, count: int, settings: dict[str, object], output: Pa
         verdicts += [check_picture(pixels, scene) for pixels, scene in zip(drawn.pixels, some, strict=True)]
     shares = count_right(verdicts)
     seconds = time.perf_counter() - start
-    print(f"{count} held-out prompts, {settings}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
+    print(
+        f"{count} held-out prompts, {settings}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    )
     document = {"machine": describe(), "prompts": count, **settings, "right": shares, "seconds": seconds}
     output.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """A checkpoint with random weights in a real architecture's configuration: speed and memory need no trained one.
 
-    python benchmarks/random_checkpoint.py middle /tmp/middle
+python benchmarks/random_checkpoint.py middle /tmp/middle
 """
 
 from __future__ import annotations

@@ -194,6 +194,8 @@ def load(file: Path, spec: EngineSpec, provider: Provider, options: OnnxRuntimeO
     """Open one saved graph as it is: it was optimised when it was built. Raises EngineError."""
     session_options = _session_options(provider, threads=options.threads)
     session_options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
+    if spec.component != "unet":  # runs once a picture: its threads must not spin on while the UNet's work
+        session_options.add_session_config_entry("session.force_spinning_stop", "1")
     return OnnxRuntimeEngine(_session(file, session_options, provider), spec)
 
 

@@ -76,9 +76,7 @@ def weights_bytes(model: ir.Model) -> int:
     return sum(value.nbytes for value in values if value is not None)
 
 
-def _dynamic_shapes(
-    takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int]]
-) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int]]) -> tuple[dict[int, Any], ...]:
     names = {axis for spec in takes for axis in spec.shape if isinstance(axis, str)} - {"steps"}
     dims = {name: _dim(name, *axes.get(name, (2, 1))) for name in names}
     return tuple({n: dims[axis] for n, axis in enumerate(spec.shape) if axis in dims} for spec in takes)

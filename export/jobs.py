@@ -154,9 +154,7 @@ def _pairs(job: Job) -> tuple[Path, Path]:
     return root / golden_path(job.component), root / MARKERS / f"{job.component}.odd.safetensors"
 
 
-def _finished(
-    job: Job, files: list[Path], takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]
-) -> Finished:
+def _finished(job: Job, files: list[Path], takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]) -> Finished:
     root = Path(job.root)
     names = [path.relative_to(root).as_posix() for path in files]
     return Finished(

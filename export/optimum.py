@@ -51,8 +51,7 @@ def adopt_graph(
     session = open_session(graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
     traced, checked = (
-        make_inputs(component, dimensions, which, precision=precision, scaling_factor=scaling_factor)
-        for which in CASES
+        make_inputs(component, dimensions, which, precision=precision, scaling_factor=scaling_factor) for which in CASES
     )
     outputs = run_session(session, traced)
     run_session(session, checked)
@@ -60,9 +59,7 @@ def adopt_graph(
     return [graph, *(graph.parent / file.name for file in data)], takes, gives
 
 
-def _write_normalised(
-    source: Path, target: Path, takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]
-) -> None:
+def _write_normalised(source: Path, target: Path, takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]) -> None:
     """Write a graph with the names of axes, the inputs and the float32 timesteps that our tables promise."""
     import onnx
 

@@ -41,7 +41,20 @@ def test_every_command_has_help_and_json(command: str) -> None:
 
 
 def test_generate_writes_pictures_with_their_settings(sd1_bundle: Path, tmp_path: Path) -> None:
-    asked = ("--steps", 2, "--seed", 5, "-n", 2, "--negative", "blue", "--size", "40x32", "--sampler", "dpmpp_2m_karras")
+    asked = (
+        "--steps",
+        2,
+        "--seed",
+        5,
+        "-n",
+        2,
+        "--negative",
+        "blue",
+        "--size",
+        "40x32",
+        "--sampler",
+        "dpmpp_2m_karras",
+    )
     summary = json.loads(latentrt("generate", sd1_bundle, "a red circle", *asked, "-o", tmp_path, "--json").stdout)
     assert summary["seeds"] == [5, 6]
     assert len(summary["step_seconds"]) == 2

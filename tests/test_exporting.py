@@ -107,9 +107,7 @@ def test_the_same_export_again_does_nothing(graphs: str, tmp_path: Path) -> None
     assert "was there already" in again.stdout
 
 
-def test_another_bundle_is_replaced_only_when_asked(
-    graphs: str, sd2_bundle: Path, tmp_path: Path
-) -> None:
+def test_another_bundle_is_replaced_only_when_asked(graphs: str, sd2_bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     export_checkpoint(str(sd2_bundle / "onnx"), target, backends=())
     with pytest.raises(BundleError, match="pass --overwrite to replace it"):
@@ -137,9 +135,7 @@ def test_an_empty_directory_is_a_good_target(graphs: str, tmp_path: Path) -> Non
 
 def test_two_exports_at_once_make_one_bundle(graphs: str, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    both = [
-        subprocess.Popen(command(graphs, target, "--json"), stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    both = [subprocess.Popen(command(graphs, target, "--json"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
     summaries = [json.loads(process.communicate()[0]) for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(summary["already_there"] for summary in summaries) == [False, True]
