@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:  # only a terminal needs rich, and a service that imports the runtime is spared it
+    from rich.progress import Progress, TaskID
 
 Report = Callable[[str, int, int], None]
 """Told (what, done, total): once with done = 0 when a unit of work starts, once with done = total at its end."""
@@ -31,6 +32,9 @@ def terminal_report(*, quiet: bool = False) -> Iterator[Report]:
 
 
 def _bars() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
