@@ -14,7 +14,7 @@ def draw(directory: str, file: str) -> None:
     import numpy as np
     import torch
     from diffusers import DDIMScheduler
-    from optimum.onnxruntime import ORTStableDiffusionPipeline
+    from optimum.onnxruntime import ORTStableDiffusionPipeline  # type: ignore[import-not-found]
 
     pipe = ORTStableDiffusionPipeline.from_pretrained(directory, provider="CPUExecutionProvider")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -32,7 +32,7 @@ def draw(directory: str, file: str) -> None:
 
 def export(checkpoint: str, directory: str) -> None:
     """Export a checkpoint as optimum's own command does."""
-    from optimum.exporters.onnx import main_export
+    from optimum.exporters.onnx import main_export  # type: ignore[import-not-found]
 
     main_export(checkpoint, directory, task="text-to-image", do_validation=False, no_post_process=True)
 

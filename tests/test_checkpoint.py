@@ -81,7 +81,11 @@ def test_absent_keys_of_a_schedule_have_diffusers_defaults(scheduler: str) -> No
 
 
 def test_given_keys_of_a_schedule_are_kept() -> None:
-    given = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    given: dict[str, Any] = {
+        "_class_name": "EulerDiscreteScheduler",
+        "timestep_spacing": "trailing",
+        "prediction_type": "v_prediction",
+    }
     given |= {"rescale_betas_zero_snr": True, "trained_betas": [0.1, 0.2]}
     schedule = training_schedule(given, where="x")
     assert (schedule.timestep_spacing, schedule.prediction_type) == ("trailing", "v_prediction")

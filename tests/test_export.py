@@ -127,14 +127,14 @@ def test_graphs_agree_at_sizes_they_were_not_traced_at(
     generator = np.random.default_rng(3)
     (batch,) = sizes["batch"]
     width = {"sd1": 32, "sd2": 48}[bundle.manifest.family]
-    made = {
+    made: dict[str, Any] = {
         "input_ids": generator.integers(0, 500, (batch, 77)),
         "timestep": np.linspace(3.25, 990.5, batch, dtype=np.float32),
         "encoder_hidden_states": generator.standard_normal((batch, *sizes.get("tokens", (1,)), width)),
     }
     inputs = {}
     for tensor in bundle.manifest.components[component].inputs:
-        shape = (batch, tensor.shape[1] if len(tensor.shape) > 1 else 1, *sizes.get("side", ()))
+        shape = (batch, int((*tensor.shape, 1)[1]) if tensor.name not in made else 1, *sizes.get("side", ()))
         values = made[tensor.name] if tensor.name in made else generator.standard_normal(shape)
         inputs[tensor.name] = values.astype(tensor.dtype)
     found = golden.run_session(session(bundle, component), inputs)

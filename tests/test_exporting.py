@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_sentence(graphs: str, tmp_path: Path, monkeypatch: p
 def test_a_disk_that_fills_up_under_the_graphs_is_one_sentence(graphs: str, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
     mounted = subprocess.run(mount, capture_output=True, check=False)
     if mounted.returncode != 0:
         pytest.skip("mounting a small disk needs root")
