@@ -227,7 +227,15 @@ def test_what_the_compiler_refuses_is_said_in_the_loggers_words(
         build_engines(copy, "tensorrt-rtx", options=ADA)
 
 
-def test_ctrl_c_stops_the_compiler_and_leaves_nothing(library: Any, copy: Bundle) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Make SIGINT raise, as on a terminal: a shell starts its background jobs with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_compiler_and_leaves_nothing(library: Any, copy: Bundle, interruptible: None) -> None:
     long = replace(ADA, sizes=((64, 64), (96, 96), (128, 128)), batches=(1, 2, 3, 4), optimization_level=5)
     timer = threading.Timer(2.0, signal.raise_signal, [signal.SIGINT])
     start = time.monotonic()
