@@ -161,7 +161,7 @@ def verify(bundle: str, backend: str | None, as_json: bool) -> None:
     with terminal_report(quiet=as_json) as report:
         rows = list(verify_bundle(opened, backend=only, report=report))
     if as_json:
-        click.echo(json.dumps([_row_json(row) for row in rows], indent=1))
+        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:
         Console().print(_verify_table(rows))
     if not all(row.ok for row in rows):
@@ -169,10 +169,6 @@ def verify(bundle: str, backend: str | None, as_json: bool) -> None:
             if not row.ok:
                 click.echo(f"latentrt: {row.what}: {row.message}", err=True)
         sys.exit(2)
-
-
-def _row_json(row: Row) -> dict[str, Any]:
-    return dataclasses.asdict(row)
 
 
 def _verify_table(rows: list[Row]) -> Table:

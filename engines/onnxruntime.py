@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -143,7 +142,7 @@ def _save(model: Any, path: Path, *, external: bool) -> None:
 
 def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) -> Any:
     ort = require()
-    options = _session_options(provider, threads=None)
+    options = _session_options(threads=None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(output)
     if external:
@@ -154,12 +153,10 @@ def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) 
     return _session(graph, options, provider)
 
 
-def _session_options(provider: Provider, *, threads: int | None) -> Any:
+def _session_options(*, threads: int | None) -> Any:
     options = require().SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors: that a saved graph suits this machine only is what the key says
-    if provider == "cuda":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "0")
     return options
 
 
@@ -192,7 +189,7 @@ def _shape(axes: Any) -> tuple[int | str, ...]:
 
 def load(file: Path, spec: EngineSpec, provider: Provider, options: OnnxRuntimeOptions) -> OnnxRuntimeEngine:
     """Open one saved graph as it is: it was optimised when it was built. Raises EngineError."""
-    session_options = _session_options(provider, threads=options.threads)
+    session_options = _session_options(threads=options.threads)
     session_options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
     if spec.component != "unet":  # runs once a picture: its threads must not spin on while the UNet's work
         session_options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -253,8 +250,3 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def default_threads() -> int:
-    """Return how many threads a session takes when it is not told: one for each core this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -204,7 +204,7 @@ class Pipeline:
         if len(size) != 2 or any(type(side) is not int for side in size):
             raise RequestError(f"size: found {size!r}, expected (width, height) in whole pixels")
         width, height = size
-        factor = self._size_multiple()
+        factor = self.manifest.latents.factor
         if width < factor or height < factor or width % factor or height % factor:
             nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in size)
             raise RequestError(
@@ -213,9 +213,6 @@ class Pipeline:
         if width * height > MAX_PIXELS:
             raise RequestError(f"size: {width}x{height} is more than {MAX_PIXELS} pixels; ask for a smaller picture")
         return width, height
-
-    def _size_multiple(self) -> int:
-        return self.manifest.latents.factor
 
     def _draw(self, request: _Request, on_step: Callable[[Step], None] | None) -> Result:
         clock = _Clock()
