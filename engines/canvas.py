@@ -1,0 +1,73 @@
+"""The contract of drawing where the engines run: text, state and pixels of a batch stay there from start to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from latentrt.engines.spec import Array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanvasShape:
+    """What one canvas is for. width and height are in pixels; tokens is the length of the prompts' encoding."""
+
+    pictures: int
+    tokens: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageInput:
+    """What one stage takes besides what lies on the canvas: see `stage.fuse_stage` for each array's meaning.
+
+    control: (P, control_width) float32; guidance: (P, M) float32; picture_of_row: (M,) int64
+    noise: (P, C, h, w) float32, or None where it has no weight
+    M may differ from stage to stage: a stage without guidance has a row for each picture, not two.
+    """
+
+    control: Array
+    guidance: Array
+    picture_of_row: Array
+    noise: Array | None = None
+
+
+class Canvas(Protocol):
+    """A batch of pictures where the engines run: on a device, or in this process's own memory.
+
+    `encode`, `write`, `advance` and `decode` put work in a queue, in the order of the calls, and return at once;
+    the arrays they are given may be changed as soon as they return. Only `read` and `pixels` wait. Rows of text are
+    laid out with the prompts of all pictures first and then the negative prompts, so that a stage without guidance
+    uses the first rows of the same buffer. One canvas serves one thread at a time.
+
+    write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …
+    """
+
+    shape: CanvasShape
+    state_rows: int
+
+    def encode(self, inputs: Mapping[str, Array]) -> None:
+        """Run the text encoder, rows of tokens in, and leave its output as the stage's `encoder_hidden_states`."""
+        ...
+
+    def write(self, name: str, array: Array) -> None:
+        """Set an input of the stage that stays the same from stage to stage, or the state to begin with."""
+        ...
+
+    def advance(self, stage: StageInput) -> None:
+        """Run one denoise stage: the state becomes the next state."""
+        ...
+
+    def decode(self) -> None:
+        """Run the VAE on the first row of the state."""
+        ...
+
+    def read(self, name: str) -> Array:
+        """Wait for the queue and return a copy of an input of the stage; `state` is (P, R, C, h, w) float32."""
+        ...
+
+    def pixels(self) -> Array:
+        """Wait for the queue and return the pictures of the last `decode`: (P, height, width, 3), uint8, a copy."""
+        ...
