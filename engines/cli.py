@@ -130,10 +130,11 @@ def _print_heading(bundle: Bundle, console: Console) -> None:
 
 
 def _component_table(bundle: Bundle) -> Table:
-    table = Table("component", "inputs", "outputs", "weights", title="components", title_justify="left")
+    table = Table("component", "inputs", "outputs", "weights", "error", title="components", title_justify="left")
     for name, component in bundle.manifest.components.items():
         inputs, outputs = ("\n".join(map(str, tensors)) for tensors in (component.inputs, component.outputs))
-        table.add_row(name, _plain(inputs), _plain(outputs), f"{component.weights_bytes / MB:.1f} MB")
+        error = "not compared" if component.error is None else f"{component.error:.1e}"
+        table.add_row(name, _plain(inputs), _plain(outputs), f"{component.weights_bytes / MB:.1f} MB", error)
     return table
 
 

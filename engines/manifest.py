@@ -34,7 +34,11 @@ class FileRecord:
 class ComponentSpec:
     """One network: its canonical graph, its golden pair, and what it takes and gives.
 
-    `files` are the graph and its external data; the graph comes first.
+    files: the graph and its external data; the graph comes first
+    error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None where
+        a graph was adopted and there were no weights to compare it with
+    float32_layers: what an fp16 graph computes in fp32, by the checkpoint's own names of modules
+    largest_activation: the largest magnitude that entered or left a layer while golden pairs were recorded in fp32
     """
 
     files: tuple[str, ...]
@@ -42,6 +46,9 @@ class ComponentSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights_bytes: int
+    error: float | None = None
+    float32_layers: tuple[str, ...] = ()
+    largest_activation: float | None = None
 
     @property
     def graph(self) -> str:

@@ -89,10 +89,10 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    head = f"{'component':<13}{'weights':>12}{'seconds':>9}{'peak memory':>14}{'of weights':>12}{'max error':>11}"
+    head = f"{'component':<13}{'weights':>12}{'seconds':>9}{'peak memory':>14}{'of weights':>12}{'max error':>14}"
     rows = [
         f"{name:<13}{row['weights_bytes'] / MIB:>8.1f} MiB{row['seconds']:>9.1f}"
-        f"{row['peak_rss_bytes'] / MIB:>10.0f} MiB{row['peak_rss_over_weights']:>12.2f}{row['error']:>11.1e}"
+        f"{row['peak_rss_bytes'] / MIB:>10.0f} MiB{row['peak_rss_over_weights']:>12.2f}{_error(row['error']):>14}"
         + ("  (from an earlier run)" if row["resumed"] else "")
         for name, row in summary["components"].items()
     ]
@@ -103,3 +103,7 @@ def _table(summary: dict[str, Any]) -> str:
         f"engines: {', '.join(summary['engines']) or 'none'}"
     )
     return "\n".join([head, *rows, last] if rows else [last])
+
+
+def _error(error: float | None) -> str:
+    return "not compared" if error is None else f"{error:.1e}"

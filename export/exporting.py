@@ -234,6 +234,7 @@ def _component_spec(finished: Finished) -> ComponentSpec:
         inputs=finished.inputs,
         outputs=finished.outputs,
         weights_bytes=finished.weights_bytes,
+        error=finished.error,
     )
 
 

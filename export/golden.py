@@ -9,6 +9,7 @@ import numpy as np
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
+from latentrt.engines.verification import relative_error
 from latentrt.export.components import COMPONENTS, Case, Component, Tensor
 
 Arrays = dict[str, Array]
@@ -65,7 +66,7 @@ def _draw(
 def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision: Precision) -> float:
     """Run a graph on the inputs of each pair and return the largest relative difference.
 
-    Raises CheckpointError where it is above the tolerance or not a number.
+    Raises CheckpointError where it is above the tolerance; a value that is not finite makes it infinite.
     """
     worst = 0.0
     session = open_session(graph)
@@ -77,8 +78,8 @@ def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision
                     f"{component}: the exported graph gives {name} the shape {found[name].shape} where the checkpoint "
                     f"gives {reference.shape}; please report it with the checkpoint's name"
                 )
-            worst = _larger(worst, relative_error(found[name], reference))
-    if not worst <= TOLERANCES[precision]:
+            worst = max(worst, relative_error(found[name], reference))
+    if worst > TOLERANCES[precision]:
         raise CheckpointError(
             f"{component}: the exported graph differs from the checkpoint by {worst:.1e} of the output's range, "
             f"more than {TOLERANCES[precision]:.0e}; " + _MENDS[precision]
@@ -90,16 +91,6 @@ _MENDS: Mapping[Precision, str] = {
     "fp32": "please report it with the checkpoint's name",
     "fp16": "export it with --precision fp32",
 }
-
-
-def _larger(a: float, b: float) -> float:
-    return b if b > a or b != b else a  # not a number wins
-
-
-def relative_error(found: Array, reference: Array) -> float:
-    """Return the largest difference over the largest magnitude of the reference, NaN where something is not finite."""
-    difference = np.abs(found.astype(np.float64) - reference.astype(np.float64)).max()
-    return float(difference / max(float(np.abs(reference).max()), 1e-12))
 
 
 def open_session(graph: Path) -> object:

@@ -47,7 +47,7 @@ class Job:
 class Finished:
     """What a finished component left: its files below the bundle, and figures.
 
-    error: the largest difference from torch over the output's range
+    error: the largest difference from torch over the output's range, None where there was no torch to compare with
     peak_rss_bytes: the peak memory of the process that did the work, libraries included
     """
 
@@ -56,7 +56,7 @@ class Finished:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights_bytes: int
-    error: float
+    error: float | None
     seconds: float
     peak_rss_bytes: int
 
@@ -163,7 +163,7 @@ def _finished(job: Job, files: list[Path], takes: tuple[TensorSpec, ...], gives:
         inputs=takes,
         outputs=gives,
         weights_bytes=_weights_bytes(files[0]),
-        error=0.0,
+        error=None,
         seconds=0.0,
         peak_rss_bytes=0,
     )

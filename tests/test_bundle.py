@@ -134,6 +134,15 @@ def test_a_wrong_entry_is_named_by_its_path(root: Path, key: str, value: object,
         Bundle.open(root)
 
 
+def test_a_manifest_from_before_errors_were_recorded_is_read(root: Path) -> None:
+    document = json.loads((root / "manifest.json").read_text())
+    for name in ("error", "float32_layers", "largest_activation"):
+        del document["components"]["unet"][name]
+    (root / "manifest.json").write_text(json.dumps(document))
+    unet = Bundle.open(root).manifest.components["unet"]
+    assert (unet.error, unet.float32_layers, unet.largest_activation) == (None, (), None)
+
+
 def test_a_missing_entry_is_named(root: Path) -> None:
     document = json.loads((root / MANIFEST).read_text())
     del document["latents"]["factor"]

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.verification import relative_error
 from latentrt.export import golden
 from latentrt.export.components import COMPONENTS
 
@@ -109,7 +110,7 @@ def test_golden_outputs_are_those_of_diffusers(bundle: Bundle, checkpoint: Path,
     spec = bundle.manifest.components[component]
     inputs = {tensor.name: arrays[f"input.{tensor.name}"] for tensor in spec.inputs}
     for tensor, expected in zip(spec.outputs, reference(checkpoint, component, inputs), strict=True):
-        assert golden.relative_error(arrays[f"output.{tensor.name}"], expected) < CLOSE
+        assert relative_error(arrays[f"output.{tensor.name}"], expected) < CLOSE
 
 
 SIZES: dict[str, list[dict[str, tuple[int, ...]]]] = {
@@ -139,7 +140,7 @@ def test_graphs_agree_at_sizes_they_were_not_traced_at(
         inputs[tensor.name] = values.astype(tensor.dtype)
     found = golden.run_session(session(bundle, component), inputs)
     for ours, theirs in zip(found.values(), reference(checkpoint, component, inputs), strict=True):
-        assert golden.relative_error(ours, theirs) < CLOSE
+        assert relative_error(ours, theirs) < CLOSE
 
 
 def test_one_timestep_serves_every_row_or_each_row_has_its_own(bundle: Bundle) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.verification import relative_error
 from latentrt.export import golden
 from latentrt.export.exporting import export_checkpoint
 
@@ -92,7 +93,7 @@ def test_what_optimum_exported_becomes_a_bundle_that_computes_the_same(
         _, outputs = golden.load_golden(ours.root / ours.manifest.components[name].golden)
         found = golden.run_session(golden.open_session(theirs.root / component.graph), inputs)
         for tensor, expected in outputs.items():
-            assert golden.relative_error(found[tensor], expected) < CLOSE
+            assert relative_error(found[tensor], expected) < CLOSE
     assert exported.manifest.family == "sd1"
     run(peer, "draw", tmp_path / "bundle" / "onnx", tmp_path / "again.npy")
     run(peer, "draw", sd1_bundle / "onnx", tmp_path / "picture.npy")
