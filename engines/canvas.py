@@ -37,23 +37,29 @@ class StageInput:
 class Canvas(Protocol):
     """A batch of pictures where the engines run: on a device, or in this process's own memory.
 
-    `encode`, `write`, `advance` and `decode` put work in a queue, in the order of the calls, and return at once;
-    the arrays they are given may be changed as soon as they return. Only `read` and `pixels` wait. Rows of text are
-    laid out with the prompts of all pictures first and then the negative prompts, so that a stage without guidance
-    uses the first rows of the same buffer. One canvas serves one thread at a time.
+    `encode`, `write`, `advance`, `decode` and `mark` put work in a queue, in the order of the calls, and return at
+    once; the arrays they are given may be changed as soon as they return. Only `read`, `pixels` and `elapsed` wait.
+    Model rows are laid out with the prompts of all pictures first and then the negative prompts, so that a stage
+    without guidance uses the first rows of the same buffers. One canvas serves one thread at a time.
 
     write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …
     """
 
     shape: CanvasShape
     state_rows: int
+    queued: bool
+    """Whether work goes on behind the host's back: then encoding in place saves a wait."""
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
         """Run the text encoder, rows of tokens in, and leave its output as the stage's `encoder_hidden_states`."""
         ...
 
     def write(self, name: str, array: Array) -> None:
-        """Set an input of the stage that stays the same from stage to stage, or the state to begin with."""
+        """Set an input of the stage that stays the same from stage to stage, or the state to begin with.
+
+        Inputs with an axis of rows may be given more rows than a stage uses: it takes the first ones.
+        What was written stays until it is written again, on the next picture too.
+        """
         ...
 
     def advance(self, stage: StageInput) -> None:
@@ -70,4 +76,12 @@ class Canvas(Protocol):
 
     def pixels(self) -> Array:
         """Wait for the queue and return the pictures of the last `decode`: (P, height, width, 3), uint8, a copy."""
+        ...
+
+    def mark(self) -> None:
+        """Note the time at which the queue comes to this place."""
+        ...
+
+    def elapsed(self) -> tuple[float, ...]:
+        """Wait for the queue and return the seconds between one mark and the next; forget the marks."""
         ...

@@ -22,22 +22,31 @@ UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states")
 
 
 def control_width(state_rows: int) -> int:
-    """Return how many numbers control one stage of one picture: timestep, input row, transition."""
-    return 1 + state_rows + state_rows * (state_rows + 2)
+    """Return how many numbers control one stage of one picture.
+
+    They are, in order: the timestep; the rescaling of guidance (0 for none); the weights of picture and noise in
+    what is kept (see keep_mask); the input row, R; the transition, R * (R + 2), row-major.
+    """
+    return 4 + state_rows + state_rows * (state_rows + 2)
 
 
 def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
     """Return the graph of one denoise stage around a UNet's graph, whose external data stays where it is.
 
-    inputs, for P pictures, R = state_rows and M model rows:
+    inputs, for P pictures, R = state_rows and M model rows, the first P of which are the pictures' own prompts:
         state                 (P, R, C, height, width) float32
-        control               (P, 1 + R + R * (R + 2)) float32: timestep, input row, transition, row-major
+        control               (P, control_width(R)) float32
         noise                 (P, C, height, width) float32
         guidance              (P, M) float32: the matrix G
         picture_of_row        (M,) int64: the picture that each model row belongs to
-        encoder_hidden_states (M, sequence, dim), the UNet's own dtype
+        keep_mask             (P, 1, height, width) float32: 1 where the picture is drawn, 0 where it is kept
+        known                 (P, 2, C, height, width) float32: the clean latents to keep, and their noise
+        condition             (P, channels, height, width) float32: only where the UNet takes more channels than it
+                              gives (an inpainting UNet): what follows the latents
+        encoder_hidden_states and any further input of the UNet: (M, …), the UNet's own dtype
     output:
-        next_state            (P, R, C, height, width) float32: transition @ [state; G @ UNet(rows); noise]
+        next_state            (P, R, C, height, width) float32: transition @ [state; m; noise] with m = G @ UNet(rows),
+                              rescaled; in its first row the masked part is replaced by the known at its level
 
     Raises BundleError where the graph is no UNet of this kind.
     """
@@ -47,12 +56,20 @@ def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
     fused.CopyFrom(unet)
     infos = _unet_inputs(fused)
     (output,) = fused.graph.output
-    nodes = [*_rows_nodes(infos, state_rows), *fused.graph.node, *_advance_nodes(output.name, state_rows)]
+    extra = _channels(infos["sample"]) - _channels(output)
+    nodes = [
+        *_rows_nodes(infos, conditioned=extra > 0),
+        *fused.graph.node,
+        *_guided_nodes(output.name),
+        *_advance_nodes(),
+        *_kept_nodes(state_rows),
+    ]
     for field in (fused.graph.node, fused.graph.input, fused.graph.output, fused.graph.value_info):
         del field[:]  # value_info too: the UNet's batch axis has another name now
     fused.graph.node.extend(nodes)
-    fused.graph.input.extend(_stage_inputs(infos, state_rows))
-    fused.graph.output.append(_info("next_state", "float32", _state_axes(infos["sample"], state_rows)))
+    fused.graph.input.extend(_stage_inputs(infos, state_rows, channels=_channels(output), extra=extra))
+    axes = _state_axes(infos["sample"], state_rows, _channels(output))
+    fused.graph.output.append(_info("next_state", "float32", axes))
     fused.graph.initializer.extend(_constants(state_rows))
     fused.graph.name = "denoise_stage"
     return fused
@@ -60,7 +77,7 @@ def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
 
 def _unet_inputs(model: ModelProto) -> dict[str, ValueInfoProto]:
     infos = {info.name: info for info in model.graph.input}
-    if set(infos) != set(UNET_INPUTS) or len(model.graph.output) != 1:
+    if not set(UNET_INPUTS) <= set(infos) or len(model.graph.output) != 1:
         raise BundleError(
             f"the UNet's graph takes {', '.join(infos)} and gives {len(model.graph.output)} outputs, expected "
             f"{', '.join(UNET_INPUTS)} and one output; export the checkpoint again"
@@ -74,77 +91,158 @@ def _copy(info: ValueInfoProto) -> ValueInfoProto:
     return copy
 
 
-def _rows_nodes(infos: dict[str, ValueInfoProto], state_rows: int) -> list[NodeProto]:
-    """Make the UNet's `sample` and `timestep`, a row each, from state and control."""
+def _channels(info: ValueInfoProto) -> int:
+    return int(info.type.tensor_type.shape.dim[1].dim_value)
+
+
+Line = tuple[str, list[str], list[str], dict[str, Any]]
+"""One node: operator, what it takes, what it gives, its attributes."""
+
+
+def _nodes(table: list[Line]) -> list[NodeProto]:
     from onnx import helper
 
+    return [helper.make_node(op, takes, gives, name=gives[0], **more) for op, takes, gives, more in table]
+
+
+def _rows_nodes(infos: dict[str, ValueInfoProto], *, conditioned: bool) -> list[NodeProto]:
+    """Make the UNet's `sample` and `timestep`, a row each, from state and control."""
     dtypes = {name: info.type.tensor_type.elem_type for name, info in infos.items()}
-    table: list[tuple[str, list[str], list[str], dict[str, Any]]] = [
-        ("Split", ["control", "stage.split"], ["stage.times", "stage.weights", "stage.flat"], {"axis": 1}),
+    latents = "stage.conditioned" if conditioned else "stage.latents"
+    fields = ["stage.times", "stage.rescale", "stage.level", "stage.weights", "stage.flat"]
+    table: list[Line] = [
+        ("Split", ["control", "stage.split"], fields, {"axis": 1}),
         ("Reshape", ["state", "stage.rows"], ["stage.state"], {}),  # (P, R, C * height * width)
         ("Unsqueeze", ["stage.weights", "stage.one"], ["stage.row"], {}),  # (P, 1, R)
         ("MatMul", ["stage.row", "stage.state"], ["stage.mixed"], {}),  # (P, 1, C * height * width)
         ("Shape", ["noise"], ["stage.picture_shape"], {}),
         ("Reshape", ["stage.mixed", "stage.picture_shape"], ["stage.latents"], {}),
-        ("Cast", ["stage.latents"], ["stage.cast"], {"to": dtypes["sample"]}),
+        ("Cast", [latents], ["stage.cast"], {"to": dtypes["sample"]}),
         ("Gather", ["stage.cast", "picture_of_row"], ["sample"], {"axis": 0}),
         ("Squeeze", ["stage.times", "stage.one"], ["stage.time"], {}),
         ("Gather", ["stage.time", "picture_of_row"], ["stage.row_times"], {"axis": 0}),
         ("Cast", ["stage.row_times"], ["timestep"], {"to": dtypes["timestep"]}),
     ]
-    return [helper.make_node(op, takes, gives, name=gives[0], **more) for op, takes, gives, more in table]
+    if conditioned:
+        table.insert(6, ("Concat", ["stage.latents", "condition"], [latents], {"axis": 1}))
+    return _nodes(table)
 
 
-def _advance_nodes(output: str, state_rows: int) -> list[NodeProto]:
-    """Make the next state from the UNet's output: transition @ [state; guidance @ output; noise]."""
-    from onnx import TensorProto, helper
+def _guided_nodes(output: str) -> list[NodeProto]:
+    """Make `stage.model` (P, 1, C * height * width): guidance @ outputs, with the prompts' own contrast restored.
 
-    table: list[tuple[str, list[str], list[str], dict[str, Any]]] = [
+    The rescaling is that of arXiv:2305.08891, eqs. 14 to 16; at 0 its factor is exactly 1.
+    """
+    from onnx import TensorProto
+
+    own, mixed = "stage.own", "stage.guided"
+    table: list[Line] = [
         ("Cast", [output], ["stage.wide"], {"to": TensorProto.FLOAT}),
         ("Reshape", ["stage.wide", "stage.vectors"], ["stage.outputs"], {}),  # (M, C * height * width)
-        ("MatMul", ["guidance", "stage.outputs"], ["stage.guided"], {}),  # (P, C * height * width)
-        ("Unsqueeze", ["stage.guided", "stage.one"], ["stage.model"], {}),
+        ("MatMul", ["guidance", "stage.outputs"], [mixed], {}),  # (P, C * height * width)
+        ("Shape", ["noise"], ["stage.pictures"], {"start": 0, "end": 1}),
+        ("Slice", ["stage.outputs", "stage.zero", "stage.pictures", "stage.zero"], [own], {}),
+        *_variance(own),
+        *_variance(mixed),
+        ("Max", [f"{mixed}.variance", "stage.tiny"], ["stage.divisor"], {}),
+        ("Div", [f"{own}.variance", "stage.divisor"], ["stage.ratio2"], {}),
+        ("Sqrt", ["stage.ratio2"], ["stage.ratio"], {}),  # (P, 1)
+        ("Mul", ["stage.rescale", "stage.ratio"], ["stage.restored"], {}),
+        ("Sub", ["stage.unit", "stage.rescale"], ["stage.unrestored"], {}),
+        ("Add", ["stage.restored", "stage.unrestored"], ["stage.factor"], {}),
+        ("Mul", [mixed, "stage.factor"], ["stage.rescaled"], {}),
+        ("Unsqueeze", ["stage.rescaled", "stage.one"], ["stage.model"], {}),
+    ]
+    return _nodes(table)
+
+
+def _variance(name: str) -> list[Line]:
+    """Make `name.variance` (P, 1) of `name` (P, n)."""
+    return [
+        ("ReduceMean", [name, "stage.one"], [f"{name}.mean"], {}),
+        ("Sub", [name, f"{name}.mean"], [f"{name}.centred"], {}),
+        ("Mul", [f"{name}.centred", f"{name}.centred"], [f"{name}.squares"], {}),
+        ("ReduceMean", [f"{name}.squares", "stage.one"], [f"{name}.variance"], {}),
+    ]
+
+
+def _advance_nodes() -> list[NodeProto]:
+    """Make `stage.next` (P, R, C * height * width): transition @ [state; model; noise]."""
+    table: list[Line] = [
         ("Reshape", ["noise", "stage.vectors"], ["stage.noise_vectors"], {}),
         ("Unsqueeze", ["stage.noise_vectors", "stage.one"], ["stage.noise"], {}),
         ("Concat", ["stage.state", "stage.model", "stage.noise"], ["stage.stack"], {"axis": 1}),
         ("Reshape", ["stage.flat", "stage.square"], ["stage.transition"], {}),  # (P, R, R + 2)
         ("MatMul", ["stage.transition", "stage.stack"], ["stage.next"], {}),
         ("Shape", ["state"], ["stage.state_shape"], {}),
-        ("Reshape", ["stage.next", "stage.state_shape"], ["next_state"], {}),
+        ("Reshape", ["stage.next", "stage.state_shape"], ["stage.unmasked"], {}),
     ]
-    return [helper.make_node(op, takes, gives, name=gives[0], **more) for op, takes, gives, more in table]
+    return _nodes(table)
+
+
+def _kept_nodes(state_rows: int) -> list[NodeProto]:
+    """Make `next_state`: in the first row of `stage.unmasked`, what keep_mask keeps comes from `known`."""
+    parts = ["stage.first", "stage.others"] if state_rows > 1 else ["stage.first"]
+    table: list[Line] = [
+        ("Split", ["stage.unmasked", "stage.parts"], parts, {"axis": 1}),  # (P, 1, C, height, width), …
+        ("Reshape", ["known", "stage.rows"], ["stage.known"], {}),  # (P, 2, C * height * width)
+        ("Unsqueeze", ["stage.level", "stage.one"], ["stage.levels"], {}),  # (P, 1, 2)
+        ("MatMul", ["stage.levels", "stage.known"], ["stage.noised"], {}),  # (P, 1, C * height * width)
+        ("Shape", ["stage.first"], ["stage.first_shape"], {}),
+        ("Reshape", ["stage.noised", "stage.first_shape"], ["stage.kept"], {}),
+        ("Unsqueeze", ["keep_mask", "stage.one"], ["stage.drawn_mask"], {}),  # (P, 1, 1, height, width)
+        ("Sub", ["stage.unit", "stage.drawn_mask"], ["stage.kept_mask"], {}),
+        ("Mul", ["stage.first", "stage.drawn_mask"], ["stage.drawn"], {}),
+        ("Mul", ["stage.kept", "stage.kept_mask"], ["stage.kept_part"], {}),
+        ("Add", ["stage.drawn", "stage.kept_part"], ["stage.latest"], {}),
+        ("Concat", ["stage.latest", *parts[1:]], ["next_state"], {"axis": 1}),
+    ]
+    return _nodes(table)
 
 
 def _constants(state_rows: int) -> list[Any]:
     from onnx import numpy_helper
 
-    values = {
-        "stage.split": [1, state_rows, state_rows * (state_rows + 2)],
+    integers = {
+        "stage.split": [1, 1, 2, state_rows, state_rows * (state_rows + 2)],
         "stage.rows": [0, 0, -1],
         "stage.vectors": [0, -1],
         "stage.square": [0, state_rows, state_rows + 2],
+        "stage.parts": [1, state_rows - 1] if state_rows > 1 else [1],
         "stage.one": [1],
+        "stage.zero": [0],
     }
-    return [numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in values.items()]
+    numbers = {"stage.unit": 1.0, "stage.tiny": 1e-20}
+    arrays = {name: np.array(value, dtype=np.int64) for name, value in integers.items()}
+    arrays |= {name: np.array(value, dtype=np.float32) for name, value in numbers.items()}
+    return [numpy_helper.from_array(array, name) for name, array in arrays.items()]
 
 
-def _stage_inputs(infos: dict[str, ValueInfoProto], state_rows: int) -> list[ValueInfoProto]:
-    text = infos["encoder_hidden_states"]
-    axes = _state_axes(infos["sample"], state_rows)
-    text.type.tensor_type.shape.dim[0].dim_param = "rows"
-    return [
+def _stage_inputs(
+    infos: dict[str, ValueInfoProto], state_rows: int, *, channels: int, extra: int
+) -> list[ValueInfoProto]:
+    axes = _state_axes(infos["sample"], state_rows, channels)
+    pictures, _, _, height, width = axes
+    own = [
         _info("state", "float32", axes),
-        _info("control", "float32", ["pictures", control_width(state_rows)]),
-        _info("noise", "float32", [axes[0], *axes[2:]]),
-        _info("guidance", "float32", ["pictures", "rows"]),
+        _info("control", "float32", [pictures, control_width(state_rows)]),
+        _info("noise", "float32", [pictures, channels, height, width]),
+        _info("guidance", "float32", [pictures, "rows"]),
         _info("picture_of_row", "int64", ["rows"]),
-        text,
+        _info("keep_mask", "float32", [pictures, 1, height, width]),
+        _info("known", "float32", [pictures, 2, channels, height, width]),
     ]
+    if extra:
+        own.append(_info("condition", "float32", [pictures, extra, height, width]))
+    further = [info for name, info in infos.items() if name not in ("sample", "timestep")]
+    for info in further:
+        info.type.tensor_type.shape.dim[0].dim_param = "rows"
+    return [*own, *further]
 
 
-def _state_axes(sample: ValueInfoProto, state_rows: int) -> list[int | str]:
+def _state_axes(sample: ValueInfoProto, state_rows: int, channels: int) -> list[int | str]:
     axes = [axis.dim_param or axis.dim_value for axis in sample.type.tensor_type.shape.dim]
-    return ["pictures", state_rows, *axes[1:]]
+    return ["pictures", state_rows, channels, *axes[2:]]
 
 
 def _info(name: str, dtype: str, axes: list[int | str]) -> ValueInfoProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,14 @@ class Workbench:
 
     def stage(self, **inputs: Array) -> Array:
         return np.asarray(self.fused.run(None, inputs)[0])
+
+    def nothing_kept(self, pictures: Sequence[object]) -> dict[str, Array]:
+        """What keeps no part of any picture."""
+        count, size = len(pictures), (self.channels, 8, 8)
+        return {
+            "keep_mask": np.ones((count, 1, *size[1:]), dtype=np.float32),
+            "known": np.zeros((count, 2, *size), dtype=np.float32),
+        }
 
     def normal(self, seed: int, *shape: int) -> Array:
         return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
@@ -98,8 +106,8 @@ class Picture:
     def __init__(self, bench: Workbench, plan: SamplingPlan, seed: int, *, guided: bool) -> None:
         start, text, negative = bench.noise(seed), bench.text(seed + 50), bench.text(seed + 60)
         self.plan, self.stage = plan, 0
-        self.rows = np.concatenate([negative, text]) if guided else text
-        self.weights = np.array([1 - GUIDANCE, GUIDANCE] if guided else [1], dtype=np.float32)
+        self.rows = [text, negative] if guided else [text]
+        self.weights = [GUIDANCE, 1 - GUIDANCE] if guided else [1.0]
         self.state = np.zeros((STATE_ROWS, *start.shape[1:]), dtype=np.float32)
         self.state[0] = plan.initial_scale * start[0]
         self.draw = draws(seed, start.shape)
@@ -118,12 +126,11 @@ class Picture:
 def advance_together(bench: Workbench, pictures: list[Picture]) -> float:
     """Advance pictures by one stage each in one call; return the largest difference from the loop, of range."""
     state = bench.stage(
+        **bench.nothing_kept(pictures),
         state=np.stack([picture.state for picture in pictures]),
         control=np.stack([pack_control(picture.plan, picture.stage, STATE_ROWS) for picture in pictures]),
         noise=np.stack([picture.take_noise() for picture in pictures]),
-        guidance=guidance_of(pictures),
-        picture_of_row=np.repeat(np.arange(len(pictures)), [len(picture.rows) for picture in pictures]),
-        encoder_hidden_states=np.concatenate([picture.rows for picture in pictures]),
+        **rows_of(pictures),
     )
     worst = 0.0
     for picture, advanced in zip(pictures, state, strict=True):
@@ -133,13 +140,17 @@ def advance_together(bench: Workbench, pictures: list[Picture]) -> float:
     return worst
 
 
-def guidance_of(pictures: list[Picture]) -> Array:
-    matrix = np.zeros((len(pictures), sum(len(picture.rows) for picture in pictures)), dtype=np.float32)
-    start = 0
-    for number, picture in enumerate(pictures):
-        matrix[number, start : start + len(picture.rows)] = picture.weights
-        start += len(picture.rows)
-    return matrix
+def rows_of(pictures: list[Picture]) -> dict[str, Array]:
+    """The prompts of all pictures, then the negative prompts of those that are guided."""
+    owners = [(number, part) for part in (0, 1) for number, one in enumerate(pictures) if part < len(one.rows)]
+    matrix = np.zeros((len(pictures), len(owners)), dtype=np.float32)
+    for row, (number, part) in enumerate(owners):
+        matrix[number, row] = pictures[number].weights[part]
+    return {
+        "guidance": matrix,
+        "picture_of_row": np.array([number for number, _ in owners]),
+        "encoder_hidden_states": np.concatenate([pictures[number].rows[part] for number, part in owners]),
+    }
 
 
 @pytest.mark.parametrize("name", sampler_names())
@@ -179,8 +190,9 @@ def test_control_rows_pad_smaller_plans_with_zeros(bench: Workbench) -> None:
     plan = plan_of("euler", bench.schedule)
     row = pack_control(plan, 3, 3)
     assert row.shape == (control_width(3),) and row.dtype == np.float32
-    np.testing.assert_array_equal(row[:4], [plan.timesteps[3], plan.input_rows[3, 0], 0, 0])
-    transition = row[4:].reshape(3, 5)
+    np.testing.assert_array_equal(row[:4], np.float32([plan.timesteps[3], 0, *plan.levels[4]]))
+    np.testing.assert_array_equal(row[4:7], np.float32([plan.input_rows[3, 0], 0, 0]))
+    transition = row[7:].reshape(3, 5)
     np.testing.assert_array_equal(transition[0, [0, 3, 4]], plan.transitions[3, 0])
     assert np.count_nonzero(transition) == np.count_nonzero(plan.transitions[3])
 

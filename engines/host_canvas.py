@@ -1,0 +1,150 @@
+"""Drawing in this process's own memory: the denoise stage in NumPy around the canonical UNet of any backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.errors import EngineError
+from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.spec import Array, Engine
+
+UNET = "unet"
+
+
+class Control(NamedTuple):
+    """The numbers that control one stage, as `stage.control_width` lists them, for P pictures with R rows of state."""
+
+    timesteps: Array  # (P,)
+    rescale: Array  # (P,)
+    level: Array  # (P, 2)
+    input_row: Array  # (P, R)
+    transition: Array  # (P, R, R + 2)
+
+
+def split_control(control: Array, state_rows: int) -> Control:
+    """Take the rows of numbers apart. control: (P, control_width(state_rows))."""
+    row_end = 4 + state_rows
+    return Control(
+        timesteps=control[:, 0],
+        rescale=control[:, 1],
+        level=control[:, 2:4],
+        input_row=control[:, 4:row_end],
+        transition=control[:, row_end:].reshape(-1, state_rows, state_rows + 2),
+    )
+
+
+class HostCanvas:
+    """A canvas on which every call is done when it returns. It implements `Canvas`.
+
+    engines: text_encoder, unet and vae_decoder, each with its canonical inputs
+    state_rows: what the sampler's plan needs; there is no larger state to carry
+    """
+
+    queued = False
+
+    def __init__(
+        self, engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, *, state_rows: int
+    ) -> None:
+        self.shape, self.state_rows = shape, state_rows
+        self._engines, self._space = engines, space
+        self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
+        self._written: dict[str, Array] = {}
+        self._marks: list[float] = []
+        self._pixels: Array | None = None
+
+    def encode(self, inputs: Mapping[str, Array]) -> None:
+        """Run the text encoder and keep its output as the stage's text."""
+        output = self._engines["text_encoder"](inputs)["last_hidden_state"]
+        self._written["encoder_hidden_states"] = output.reshape(-1, self.shape.tokens, output.shape[-1]).copy()
+
+    def write(self, name: str, array: Array) -> None:
+        """Keep a copy of one of the stage's inputs. Raises EngineError where the state is of another shape."""
+        expected = (self.shape.pictures, self.state_rows, *self._size)
+        if name == "state" and array.shape != expected:
+            raise EngineError(f"state: found shape {array.shape}, expected {expected}")
+        self._written[name] = np.array(array)
+
+    def advance(self, stage: StageInput) -> None:
+        """Run one denoise stage in NumPy around the UNet."""
+        control = split_control(stage.control, self.state_rows)
+        state = self._read("state")
+        outputs = self._unet(np.einsum("pr,pr...->p...", control.input_row, state), control, stage.picture_of_row)
+        guided = np.tensordot(stage.guidance, outputs, axes=1)
+        if control.rescale.any():
+            guided *= contrast_factor(outputs[: len(state)], guided, control.rescale)
+        following = transit(control.transition, state, guided, stage.noise)
+        if "keep_mask" in self._written:
+            following[:, 0] = self._kept(following[:, 0], control.level)
+        self._written["state"] = following
+
+    def _unet(self, latents: Array, control: Control, picture_of_row: Array) -> Array:
+        if "condition" in self._written:
+            latents = np.concatenate([latents, self._written["condition"]], axis=1)
+        own = {"sample": latents[picture_of_row], "timestep": control.timesteps[picture_of_row]}
+        engine = self._engines[UNET]
+        names = [spec.name for spec in engine.spec.inputs if spec.name not in own]
+        inputs = own | {name: self._read(name)[: len(picture_of_row)] for name in names}
+        return np.asarray(engine(inputs)["out_sample"], dtype=np.float32)
+
+    def _kept(self, drawn: Array, level: Array) -> Array:
+        mask, known = self._written["keep_mask"], self._read("known")
+        kept = np.einsum("pk,pk...->p...", level, known)
+        return np.asarray(mask * drawn + (1 - mask) * kept, dtype=np.float32)
+
+    def _read(self, name: str) -> Array:
+        try:
+            return self._written[name]
+        except KeyError:
+            raise EngineError(f"{name} was not written to the canvas before it was needed") from None
+
+    def decode(self) -> None:
+        """Run the VAE on the first row of the state."""
+        latents = self._read("state")[:, 0] / np.float32(self._space.scaling_factor)
+        self._pixels = self._engines["vae_decoder"]({"latent_sample": latents})["pixels"].copy()
+
+    def read(self, name: str) -> Array:
+        """Return a copy of one of the stage's inputs."""
+        return self._read(name).copy()
+
+    def pixels(self) -> Array:
+        """Return the pictures of the last `decode`."""
+        if self._pixels is None:
+            raise EngineError("the canvas has no pixels before `decode`")
+        return self._pixels
+
+    def mark(self) -> None:
+        """Note the time."""
+        self._marks.append(time.perf_counter())
+
+    def elapsed(self) -> tuple[float, ...]:
+        """Return the seconds between the marks and forget them."""
+        seconds, self._marks = np.diff(self._marks), []
+        return tuple(seconds.tolist())
+
+
+def transit(transition: Array, state: Array, output: Array, noise: Array | None) -> Array:
+    """Return transition @ [state; output; noise] for every picture.
+
+    transition: (P, R, R + 2); state: (P, R, C, h, w); output and noise: (P, C, h, w); None is noise of no weight
+    returns: (P, R, C, h, w), float32
+    """
+    parts = [state, output[:, None], *([] if noise is None else [noise[:, None]])]
+    rows = np.concatenate(parts, axis=1).astype(np.float32, copy=False)
+    weights = transition if noise is not None else transition[:, :, :-1]
+    flat = weights @ rows.reshape(*rows.shape[:2], -1)
+    return np.asarray(flat, dtype=np.float32).reshape(state.shape)
+
+
+def contrast_factor(own: Array, guided: Array, rescale: Array) -> Array:
+    """Return what restores the contrast of the prompts' own outputs in the guided ones: (P, 1, 1, 1).
+
+    rescale: (P,), how much of it, 0 to 1. arXiv:2305.08891, eqs. 14 to 16
+    """
+    axes = tuple(range(1, own.ndim))
+    ratio = own.std(axis=axes) / np.maximum(guided.std(axis=axes), 1e-10)
+    return np.asarray(rescale * ratio + (1 - rescale), dtype=np.float32).reshape(-1, 1, 1, 1)
