@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
 from latentrt.export.hub import download
 from latentrt.export.schedule import training_schedule
+from latentrt.export.weights import PICKLES, find_weights
 
 Source = Literal["torch", "onnx"]
 
@@ -25,8 +25,6 @@ FOLDERS: Mapping[Source, Mapping[str, str]] = {
     "torch": {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"},
     "onnx": {name: name for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
 }
-WEIGHTS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a file of weights
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 # A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
 FAMILIES: Mapping[str, Family] = {"quick_gelu": "sd1", "gelu": "sd2"}
 # What is recognised and not supported: by the class of the denoiser, and by a key of the UNet's config.
@@ -230,7 +228,7 @@ def _files(root: Path, source: Source) -> tuple[str, ...]:
     fixed += [path.relative_to(root).as_posix() for path in sorted((root / "tokenizer").iterdir()) if path.is_file()]
     for folder in dict.fromkeys(FOLDERS[source].values()):
         fixed.append(f"{folder}/config.json")
-        weights = graph_files(root / folder) if source == "onnx" else weight_files(root / folder)
+        weights = graph_files(root / folder) if source == "onnx" else find_weights(root / folder).paths
         fixed += [f"{folder}/{path.name}" for path in weights]
     return tuple(fixed)
 
@@ -240,60 +238,6 @@ def graph_files(folder: Path) -> list[Path]:
     if not (folder / "model.onnx").is_file():
         raise CheckpointError(f"{folder} holds no model.onnx; export the checkpoint again with optimum")
     return [folder / "model.onnx", *sorted(path for path in folder.glob("model.onnx*data") if path.is_file())]
-
-
-def weight_variant(folder: Path) -> tuple[str, str | None]:
-    """Return the stem of a network's weights and its variant: None, or `fp16` where that is all there is.
-
-    Raises CheckpointError where there are none, or only pickles.
-    """
-    for variant in (None, "fp16"):
-        for stem in WEIGHTS:
-            middle = "" if variant is None else f".{variant}"
-            names = (f"{stem}{middle}.safetensors", f"{stem}.safetensors.index{middle}.json")
-            if any((folder / name).is_file() for name in names):
-                return stem, variant
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when it is opened; "
-            "convert it to safetensors"
-        )
-    raise CheckpointError(f"{folder} holds no weights ({WEIGHTS[0]}.safetensors); download the whole checkpoint")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return a network's weight files, each checked for its length, and their index. Raises CheckpointError."""
-    stem, variant = weight_variant(folder)
-    middle = "" if variant is None else f".{variant}"
-    index = folder / f"{stem}.safetensors.index{middle}.json"
-    single = folder / f"{stem}{middle}.safetensors"
-    if single.is_file():
-        check_safetensors(single)
-        return [single]
-    shards = sorted({str(name) for name in _read_json(index).get("weight_map", {}).values()})
-    for shard in shards:
-        check_safetensors(folder / shard)
-    return [index, *(folder / shard for shard in shards)]
-
-
-def check_safetensors(path: Path) -> None:
-    """Compare a file's length with what its header promises. Raises CheckpointError."""
-    damaged = CheckpointError(f"{path} is truncated or damaged; download it again")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; download the whole checkpoint")
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise damaged
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    except (ValueError, struct.error, KeyError, TypeError, IndexError):
-        raise damaged from None
-    if size != 8 + length + max(ends, default=0):
-        raise damaged
 
 
 def _need(config: Mapping[str, Any], key: str, kind: Any, where: Path, *, default: Any = None) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.checkpoint import weight_variant
+from latentrt.export.weights import find_weights
 
 
 class TextEncoder(nn.Module):
@@ -79,7 +79,7 @@ def load(component: str, folder: Path) -> nn.Module:
         "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
     }
     kind, wrap, options = rows[component]
-    _, variant = weight_variant(folder)
+    variant = find_weights(folder).variant
     try:
         model, found = kind.from_pretrained(
             str(folder),

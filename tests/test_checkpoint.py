@@ -15,8 +15,9 @@ import pytest
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export import hub
-from latentrt.export.checkpoint import FAMILIES, open_checkpoint, weight_variant
+from latentrt.export.checkpoint import FAMILIES, open_checkpoint
 from latentrt.export.schedule import DEFAULTS, training_schedule
+from latentrt.export.weights import find_weights
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -167,7 +168,7 @@ def test_what_is_not_supported_is_named_with_what_was_recognised(
 def test_weights_in_a_variant_and_in_shards_are_found(copy: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    assert weight_variant(copy / "unet") == ("diffusion_pytorch_model", "fp16")
+    assert find_weights(copy / "unet").variant == "fp16"
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in open_checkpoint(str(copy)).files
     shard = weights.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
     weights.with_name("diffusion_pytorch_model.fp16.safetensors").rename(shard)
