@@ -1,4 +1,4 @@
-"""The commands that need neither torch nor a prompt: build, inspect, verify."""
+"""The commands that need neither torch nor a prompt: build and verify, and the bundle's half of inspect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -97,11 +98,8 @@ def build(bundle: str, backend: str, force: bool, as_json: bool, **options: Any)
         click.echo(f"engines/{record.key.directory}: {size:.1f} MB, built in {record.build_s:.1f} s")
 
 
-@click.command()
-@click.argument("bundle")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(bundle: str, as_json: bool) -> None:
-    """Show what BUNDLE holds: family, components, sizes, engines."""
+def show_bundle(bundle: Path, *, as_json: bool) -> None:
+    """Print what a bundle holds: family, components, sizes, engines. export/inspect_cli.py has the command."""
     opened = Bundle.open(bundle)
     engines = {path.name: dataclasses.asdict(record) for path, record in opened.engine_directories().items()}
     if as_json:

@@ -74,13 +74,13 @@ def read_header(path: Path) -> TensorFile:
         text = file.read(length)
     try:
         document = json.loads(text)
-        metadata = document.pop("__metadata__", None) or {}
+        metadata = {str(key): str(value) for key, value in (document.pop("__metadata__", None) or {}).items()}
         tensors = {str(name): _stored(entry, 8 + length) for name, entry in document.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(path) from None
     if not _fills(tensors, 8 + length, size):
         raise _damaged(path)
-    return TensorFile(path=path, tensors=tensors, metadata={str(key): str(value) for key, value in metadata.items()})
+    return TensorFile(path=path, tensors=tensors, metadata=metadata)
 
 
 def _damaged(path: Path) -> CheckpointError:

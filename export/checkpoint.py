@@ -12,6 +12,7 @@ from typing import Any, Literal
 from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
+from latentrt.export.families import ACTIVATIONS, OTHER_DENOISERS, OTHER_UNETS, name_pipeline
 from latentrt.export.hub import download
 from latentrt.export.schedule import training_schedule
 from latentrt.export.weights import PICKLES, find_weights
@@ -25,26 +26,6 @@ FOLDERS: Mapping[Source, Mapping[str, str]] = {
     "torch": {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"},
     "onnx": {name: name for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
 }
-# A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
-FAMILIES: Mapping[str, Family] = {"quick_gelu": "sd1", "gelu": "sd2"}
-# What is recognised and not supported: by the class of the denoiser, and by a key of the UNet's config.
-OTHER_DENOISERS = {
-    "SD3Transformer2DModel": "Stable Diffusion 3",
-    "FluxTransformer2DModel": "Flux",
-    "Flux2Transformer2DModel": "Flux 2",
-    "PixArtTransformer2DModel": "PixArt",
-    "SanaTransformer2DModel": "Sana",
-    "StableCascadeUNet": "Stable Cascade",
-    "QwenImageTransformer2DModel": "Qwen-Image",
-}
-OTHER_UNETS = (  # (key of unet/config.json, its value, or None for any value but null), what that is
-    ("addition_embed_type", "text_time", "Stable Diffusion XL"),
-    ("addition_embed_type", None, "a UNet with added embeddings"),
-    ("time_cond_proj_dim", None, "a latent consistency UNet with guidance embedding"),
-    ("class_embed_type", None, "a UNet with class embeddings"),
-    ("num_class_embeds", None, "a UNet with class embeddings (an upscaler)"),
-    ("encoder_hid_dim_type", None, "a UNet with image prompts"),
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +71,10 @@ def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
     index = _read_json(root / "model_index.json")
     source = _source(root)
     _refuse_other_denoisers(name, index)
+    _refuse_other_unets(root)
     _require_folders(root, source)
     configs = {component: _read_json(root / folder / "config.json") for component, folder in FOLDERS[source].items()}
-    family = _family(root, source, configs)
+    family = _family(root, configs)
     scheduler = root / "scheduler" / "scheduler_config.json"
     latents = _latents(configs, source, root)
     unet = configs["unet"]
@@ -150,14 +132,14 @@ def _source(root: Path) -> Source:
 
 
 def _refuse_other_denoisers(name: str, index: Mapping[str, Any]) -> None:
-    for role in ("transformer", "unet", "prior", "decoder"):
-        entry = index.get(role)
-        denoiser = entry[-1] if isinstance(entry, list) and entry else None
-        if denoiser in OTHER_DENOISERS:
-            raise CheckpointError(
-                f"'{name}' was recognised as {OTHER_DENOISERS[denoiser]}, which is not supported yet; "
-                "expected Stable Diffusion 1.x or 2.x"
-            )
+    entries = {role: entry[-1] for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
+    other = next((OTHER_DENOISERS[kind] for kind in entries.values() if kind in OTHER_DENOISERS), None)
+    if other is None and "unet" not in entries:
+        other = name_pipeline(str(index.get("_class_name")))
+    if other:
+        raise CheckpointError(
+            f"'{name}' was recognised as {other}, which is not supported yet; expected Stable Diffusion 1.x or 2.x"
+        )
 
 
 def _require_folders(root: Path, source: Source) -> None:
@@ -167,20 +149,26 @@ def _require_folders(root: Path, source: Source) -> None:
             raise CheckpointError(f"'{root}' is incomplete: it holds no {folder}/; download the whole checkpoint")
 
 
-def _family(root: Path, source: Source, configs: Mapping[str, Mapping[str, Any]]) -> Family:
-    unet = configs["unet"]
+def _refuse_other_unets(root: Path) -> None:
+    if not (root / "unet" / "config.json").is_file():
+        return
+    unet = _read_json(root / "unet" / "config.json")
     for key, value, meaning in OTHER_UNETS:
         if unet.get(key) is not None and value in (None, unet[key]):
             raise CheckpointError(
                 f"'{root}' was recognised as {meaning} (unet/config.json says {key}: {unet[key]}), "
                 "which is not supported yet; expected Stable Diffusion 1.x or 2.x"
             )
+
+
+def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
+    unet = configs["unet"]
     text = configs["text_encoder"]
     activation = text.get("hidden_act", "quick_gelu")
-    if activation not in FAMILIES or "CLIPTextModel" not in text.get("architectures", ["CLIPTextModel"]):
+    if activation not in ACTIVATIONS or "CLIPTextModel" not in text.get("architectures", ["CLIPTextModel"]):
         raise CheckpointError(
             f"{root}/text_encoder/config.json: found {text.get('architectures')} with hidden_act '{activation}', "
-            f"expected CLIPTextModel with one of {', '.join(FAMILIES)}; this family is not supported"
+            f"expected CLIPTextModel with one of {', '.join(ACTIVATIONS)}; this family is not supported"
         )
     width = text.get("hidden_size", 512)
     if unet.get("cross_attention_dim") not in (width, [width]):
@@ -188,7 +176,7 @@ def _family(root: Path, source: Source, configs: Mapping[str, Mapping[str, Any]]
             f"{root}: the text encoder is {width} wide but the UNet's cross_attention_dim is "
             f"{unet.get('cross_attention_dim')}; they are not of one checkpoint"
         )
-    return FAMILIES[activation]
+    return ACTIVATIONS[activation]
 
 
 def _latents(configs: Mapping[str, Mapping[str, Any]], source: Source, root: Path) -> LatentSpec:

@@ -68,14 +68,22 @@ def _variant(file: str) -> str:
     return unknown[0] if unknown else ""
 
 
+def find_cached(name: str, *, revision: str | None) -> Path | None:
+    """Return the directory of what an earlier run fetched, None where there is nothing."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None
+
+
 def _cached(name: str, revision: str | None, error: Exception) -> Path:
     """Fall back on what an earlier run fetched."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
+    found = find_cached(name, revision=revision)
+    if found is None:
         raise CheckpointError(
             f"there is no directory '{name}', and the hub could not be reached for it "
             f"({type(error).__name__}); check the path, or the network"
-        ) from None
+        ) from error
+    return found

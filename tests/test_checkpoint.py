@@ -15,7 +15,8 @@ import pytest
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export import hub
-from latentrt.export.checkpoint import FAMILIES, open_checkpoint
+from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.families import ACTIVATIONS
 from latentrt.export.schedule import DEFAULTS, training_schedule
 from latentrt.export.weights import find_weights
 
@@ -145,6 +146,8 @@ def test_a_config_that_is_not_json_is_refused(copy: Path) -> None:
 OTHERS: list[tuple[str, Edit, str]] = [
     ("model_index.json", lambda d: d.update(transformer=["diffusers", "SD3Transformer2DModel"]), "Stable Diffusion 3"),
     ("model_index.json", lambda d: d.update(transformer=["diffusers", "FluxTransformer2DModel"]), "Flux"),
+    ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="WuerstchenDecoderPipeline"), "Wuerstchen"),
+    ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="NewPipeline"), "recognised as NewPipeline"),
     ("unet/config.json", lambda d: d.update(addition_embed_type="text_time"), "Stable Diffusion XL"),
     ("unet/config.json", lambda d: d.update(time_cond_proj_dim=256), "latent consistency"),
     ("unet/config.json", lambda d: d.update(in_channels=9), "inpainting"),
@@ -200,4 +203,4 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
 
 
 def test_every_family_has_an_activation() -> None:
-    assert set(FAMILIES.values()) == {"sd1", "sd2"}
+    assert set(ACTIVATIONS.values()) == {"sd1", "sd2"}

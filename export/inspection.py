@@ -1,0 +1,246 @@
+"""What lies at a path before anything is exported: read from JSON and safetensors headers alone, with no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
+from latentrt.export.checkpoint import DEMO, HUB_ID, graph_files, open_checkpoint
+from latentrt.export.families import LABELS, name_pipeline
+from latentrt.export.hub import find_cached
+from latentrt.export.single_file import SingleFile, name_other, recognise
+from latentrt.export.weights import PICKLES, find_weights
+
+# What shapes cannot tell, said where it matters to whoever chooses steps and guidance.
+DISTILLED = (
+    "whether it was distilled to few steps (LCM, Turbo, Lightning, Hyper) cannot be told from the weights: "
+    "its author's page names the steps and the guidance"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """One network's weights.
+
+    parameters: their number, None where it is a graph, which is not opened
+    dtypes: the share of the bytes that each type has, largest first
+    """
+
+    name: str
+    kind: str
+    parameters: int | None
+    bytes: int
+    dtypes: Mapping[str, float]
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a path holds.
+
+    layout: how it is stored, in words
+    model: what it was recognised as, empty where it was not
+    prediction: what the denoiser predicts and how that is known, None where there is no denoiser
+    notes: what cannot be told, or should be known
+    problem: why it cannot be exported as it is and what mends that, None where it can
+    """
+
+    path: str
+    layout: str
+    model: str
+    networks: tuple[Network, ...]
+    prediction: str | None = None
+    picture: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+def inspect_checkpoint(name: str, *, revision: str | None = None) -> Inspection:
+    """Say what a path that is no bundle holds, or a hub id that was fetched before, or `demo`.
+
+    Raises CheckpointError where there is nothing, or where a file is damaged.
+    """
+    path = DEMO if name == "demo" else Path(name)
+    if not path.exists() and HUB_ID.fullmatch(name):
+        path = find_cached(name, revision=revision) or path
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no bundle at '{name}', nor a checkpoint; give a bundle, a directory, a safetensors file, "
+            "or a hub id that was fetched before"
+        )
+    if path.is_dir():
+        return _inspect_folder(path)
+    if path.suffix in PICKLES:
+        problem = "a pickle can run any code when it is opened, so it was not; look for a safetensors file of the same"
+        return Inspection(path=str(path), layout="a pickle", model="", networks=(), problem=problem)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"'{path}' is neither a directory nor a safetensors file; give a checkpoint or a bundle")
+    return _inspect_file(read_header(path))
+
+
+def _inspect_file(file: TensorFile) -> Inspection:
+    single = recognise(file)
+    if single is None:
+        return _inspect_part(file)
+    networks = {name: (name, tensors, (file.path.name,)) for name, tensors in single.networks().items()}
+    return Inspection(
+        path=str(file.path),
+        layout="a checkpoint in one safetensors file",
+        model=single.label,
+        networks=tuple(_network(name, *row) for name, row in networks.items()),
+        prediction=f"{single.prediction or 'unknown'} ({single.reason})",
+        notes=(DISTILLED, *_title(file), *_absent(single)),
+        problem=_problem(file.path),
+    )
+
+
+def _title(file: TensorFile) -> list[str]:
+    title = file.metadata.get("modelspec.title")
+    return [f"its metadata call it '{title}'"] if title else []
+
+
+def _absent(single: SingleFile) -> list[str]:
+    return [f"it holds no {name}" for name in ("text_encoder", "vae") if name not in single.networks()]
+
+
+def _inspect_part(file: TensorFile) -> Inspection:
+    """Describe a file that is no whole checkpoint of a Stable Diffusion."""
+    name, denoiser = name_other(file)
+    keys = ", ".join(sorted(file.tensors)[:3])
+    if denoiser:
+        problem = f"{name} was recognised by its keys and is not supported; expected {_supported()}"
+    elif name:
+        problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
+    else:
+        problem = f"it is nothing that is known here: {len(file.tensors)} tensors, the first named {keys}"
+    network = _network(name or "unknown", name, file.tensors.values(), (file.path.name,))
+    known = ("ss_base_model_version", "ss_network_dim", "ss_network_alpha", "modelspec.architecture", "modelspec.title")
+    notes = tuple(f"its metadata say {key}: {file.metadata[key]}" for key in known if key in file.metadata)
+    return Inspection(
+        path=str(file.path),
+        layout="one safetensors file",
+        model=name,
+        networks=(network,),
+        notes=notes,
+        problem=problem,
+    )
+
+
+def _inspect_folder(root: Path) -> Inspection:
+    index = _json(root / "model_index.json")
+    if not index:
+        return _inspect_lone_folder(root)
+    onnx = (root / "unet" / "model.onnx").is_file()
+    networks, faults = _folder_networks(root, index)
+    try:
+        checkpoint = open_checkpoint(str(root))
+        problem, model = None, LABELS[checkpoint.family]
+        picture = checkpoint.default_size
+    except CheckpointError as error:
+        problem, model, picture = str(error), name_pipeline(str(index.get("_class_name"))), None
+    scheduler = _json(root / "scheduler" / "scheduler_config.json")
+    prediction = scheduler.get("prediction_type", "epsilon") if scheduler else None
+    return Inspection(
+        path=str(root),
+        layout="a directory in the layout of " + ("optimum (ONNX graphs)" if onnx else "diffusers"),
+        model=model,
+        networks=tuple(networks),
+        prediction=f"{prediction} ({scheduler.get('_class_name')})" if prediction else None,
+        picture=picture,
+        notes=tuple(fault for fault in faults if fault != problem),
+        problem=problem,
+    )
+
+
+def _folder_networks(root: Path, index: Mapping[str, Any]) -> tuple[list[Network], list[str]]:
+    """Measure every network that the index names; returns them, and a sentence for each that is not whole."""
+    networks: list[Network] = []
+    faults: list[str] = []
+    for name, entry in index.items():
+        kind = entry[-1] if isinstance(entry, list) and entry else None
+        if kind is None:
+            continue
+        folder = root / name
+        if not folder.is_dir():
+            faults.append(f"model_index.json names {name} ({kind}), and there is no {name}/")
+        elif (folder / "model.onnx").is_file():
+            networks.append(_graph(name, str(kind), folder))
+        elif _holds_weights(folder):
+            try:
+                networks.append(_folder_network(name, str(kind), folder))
+            except CheckpointError as error:
+                faults.append(str(error))
+    return networks, faults
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(path.suffix in (".safetensors", *PICKLES) for path in folder.iterdir()) or any(folder.glob("*.index.*"))
+
+
+def _folder_network(name: str, kind: str, folder: Path) -> Network:
+    found = find_weights(folder)
+    tensors = [stored for shard in found.shards for stored in shard.tensors.values()]
+    return _network(name, kind, tensors, tuple(f"{folder.name}/{path.name}" for path in found.paths))
+
+
+def _graph(name: str, kind: str, folder: Path) -> Network:
+    files = graph_files(folder)
+    size = sum(path.stat().st_size for path in files)
+    names = tuple(f"{folder.name}/{path.name}" for path in files)
+    return Network(name=name, kind=kind, parameters=None, bytes=size, dtypes={}, files=names)
+
+
+def _inspect_lone_folder(root: Path) -> Inspection:
+    """Describe a folder that is no whole checkpoint, perhaps one network of it."""
+    config = _json(root / "config.json")
+    kind = str(config.get("_class_name") or next(iter(config.get("architectures") or []), ""))
+    networks = (_folder_network(kind, kind, root),) if kind and _holds_weights(root) else ()
+    files = sorted(path.name for path in root.iterdir() if path.suffix == ".safetensors")
+    problem = "it holds no model_index.json: give a directory in diffusers' or optimum's layout"
+    if kind:
+        problem = f"it is one network ({kind}), not a checkpoint; give the directory that it is a part of"
+    elif files:
+        problem += f", or the file itself: {', '.join(files[:3])}"
+    return Inspection(path=str(root), layout="a directory", model=kind, networks=networks, problem=problem)
+
+
+def _network(name: str, kind: str, tensors: Iterable[StoredTensor], files: tuple[str, ...]) -> Network:
+    tensors = list(tensors)
+    total = sum(stored.end - stored.start for stored in tensors)
+    shares: dict[str, float] = {}
+    for stored in tensors:
+        shares[stored.dtype] = shares.get(stored.dtype, 0.0) + (stored.end - stored.start) / max(total, 1)
+    return Network(
+        name=name,
+        kind=kind,
+        parameters=sum(stored.size for stored in tensors),
+        bytes=total,
+        dtypes={dtype: round(share, 4) for dtype, share in sorted(shares.items(), key=lambda row: -row[1])},
+        files=files,
+    )
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        open_checkpoint(str(path))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _supported() -> str:
+    return " or ".join(LABELS.values())
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, an empty one where the file is absent or something else."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
