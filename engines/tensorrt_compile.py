@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from latentrt.engines.errors import EngineError
+from latentrt.engines.interrupting import Cancelled, run_interruptibly
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineSpec
 
 KEPT_LINES = 3  # of what the logger was told last
 LONGEST_LINE = 400
-POLL_S = 0.1
 
 
 def compile_graph(
@@ -27,6 +26,14 @@ def compile_graph(
     what: names the work in the report
     Raises EngineError with the parser's or logger's words; KeyboardInterrupt after the compiler has stopped.
     """
+
+    def work(cancelled: Cancelled) -> bytes:
+        return _compile(library, graph, spec, options, make_monitor(library, what, report, cancelled))
+
+    return run_interruptibly(work)
+
+
+def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, monitor: Any) -> bytes:
     logger = make_logger(library)
     builder = _given(library.Builder(logger), "no builder could be made", logger)
     flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -35,9 +42,10 @@ def compile_graph(
     _let_attention_decompose(library, network)
     config = _configure(library, builder, options, logger)
     _add_profiles(builder, config, spec, logger)
-    cancelled = threading.Event()
-    config.progress_monitor = make_monitor(library, what, report, cancelled)
-    plan = _build(builder, network, config, cancelled)
+    config.progress_monitor = monitor
+    plan = builder.build_serialized_network(network, config)
+    if monitor.error is not None:
+        raise monitor.error
     return bytes(_given(plan, f"{spec.component} could not be compiled", logger))
 
 
@@ -56,22 +64,30 @@ def make_logger(library: ModuleType) -> Any:
     return Logger()
 
 
-def make_monitor(library: ModuleType, what: str, report: Report, cancelled: threading.Event) -> Any:
-    """Return a progress monitor that reports the outermost phase, and stops the build once `cancelled` is set."""
+def make_monitor(library: ModuleType, what: str, report: Report, cancelled: Cancelled) -> Any:
+    """Return a progress monitor that reports the outermost phase, and stops the build once it is cancelled.
+
+    It never raises into the library, which would end the process: what `report` raises is kept in `error`, and stops
+    the build.
+    """
 
     class Monitor(library.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             library.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
+            self.error: BaseException | None = None
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 self.steps[phase] = steps
 
         def step_complete(self, phase: str, step: int) -> bool:
-            if phase in self.steps:
-                report(what, min(step + 1, self.steps[phase] - 1), self.steps[phase])  # the end is the caller's to tell
-            return not cancelled.is_set()
+            try:
+                if phase in self.steps:  # the end is the caller's to tell
+                    report(what, min(step + 1, self.steps[phase] - 1), self.steps[phase])
+            except BaseException as error:
+                self.error = error
+            return self.error is None and not cancelled()
 
         def phase_finish(self, phase: str) -> None:
             self.steps.pop(phase, None)
@@ -153,18 +169,3 @@ def _add_profiles(builder: Any, config: Any, spec: EngineSpec, logger: Any) -> N
             profile.set_shape(tensor.name, shape, shape, shape)
         if config.add_optimization_profile(profile) < 0:
             _given(None, f"{spec.component} takes no profile {dict(sizes)}", logger)
-
-
-def _build(builder: Any, network: Any, config: Any, cancelled: threading.Event) -> Any:
-    """Build in a thread of its own, so that Ctrl-C reaches this one while the library works."""
-    result: list[Any] = []
-    worker = threading.Thread(target=lambda: result.append(builder.build_serialized_network(network, config)))
-    worker.start()
-    try:
-        while worker.is_alive():
-            worker.join(POLL_S)
-    except KeyboardInterrupt:
-        cancelled.set()
-        worker.join()
-        raise
-    return result[0] if result else None
