@@ -117,6 +117,8 @@ def test_the_denoiser_is_the_fused_stage_and_the_decoder_ends_in_pixels(built: B
         ("noise", "float32"),
         ("guidance", "float32"),
         ("picture_of_row", "int64"),
+        ("keep_mask", "float32"),
+        ("known", "float32"),
         ("encoder_hidden_states", "float32"),
     ]
     assert [str(t) for t in unet.outputs] == [
@@ -144,7 +146,7 @@ def test_the_key_names_the_target_the_shapes_and_the_options(built: Bundle, libr
     assert (key.backend, key.backend_version) == ("tensorrt-rtx", library.__version__)
     assert (key.device, key.compute_capability, key.sm_count) == ("compute capability 8.9", "8.9", None)
     assert key.profiles[1] == "32x32 pictures 1 rows 2 tokens 77" and len(key.profiles) == 4
-    assert key.options == ("recipe 1", "optimization level 0", "state rows 6")
+    assert key.options == (f"recipe {tensorrt.RECIPE}", "optimization level 0", "state rows 6")
 
 
 def test_the_same_options_find_what_was_built(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
