@@ -38,7 +38,8 @@ class Canvas(Protocol):
     """A batch of pictures where the engines run: on a device, or in this process's own memory.
 
     `encode`, `write`, `advance`, `decode` and `mark` put work in a queue, in the order of the calls, and return at
-    once; the arrays they are given may be changed as soon as they return. Only `read`, `pixels` and `elapsed` wait.
+    once; the arrays they are given may be changed as soon as they return. Only `read`, `pixels`,
+    `elapsed` and `settle` wait.
     Model rows are laid out with the prompts of all pictures first and then the negative prompts, so that a stage
     without guidance uses the first rows of the same buffers. One canvas serves one thread at a time.
 
@@ -84,4 +85,8 @@ class Canvas(Protocol):
 
     def elapsed(self) -> tuple[float, ...]:
         """Wait for the queue and return the seconds between one mark and the next; forget the marks."""
+        ...
+
+    def settle(self, behind: int) -> None:
+        """Wait until the queue is at most this many marks behind: what paces a caller who watches each stage."""
         ...

@@ -21,3 +21,7 @@ class EngineError(LatentrtError):
 
 class RequestError(LatentrtError, ValueError):
     """What was asked of the runtime cannot be done: a size, a sampler, a prompt, a number of steps."""
+
+
+class DeadlineError(LatentrtError, TimeoutError):
+    """A request was not finished by its deadline."""

@@ -126,6 +126,9 @@ class HostCanvas:
         seconds, self._marks = np.diff(self._marks), []
         return tuple(seconds.tolist())
 
+    def settle(self, behind: int) -> None:
+        """Return at once: nothing is behind."""
+
 
 def transit(transition: Array, state: Array, output: Array, noise: Array | None) -> Array:
     """Return transition @ [state; output; noise] for every picture.

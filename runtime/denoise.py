@@ -1,4 +1,4 @@
-"""The denoising loop: it executes a plan and knows nothing of samplers."""
+"""The denoising loop: it executes a plan on a canvas and knows nothing of samplers."""
 
 from __future__ import annotations
 
@@ -6,47 +6,55 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from latentrt.engines.canvas import Canvas, StageInput
 from latentrt.engines.spec import Array
-from latentrt.runtime.guidance import Denoiser
+from latentrt.runtime.control import pack_control
+from latentrt.runtime.guidance import Guidance, guidance_rows
 from latentrt.runtime.plan import SamplingPlan
 
 
-def denoise(
-    plan: SamplingPlan,
-    noise: Array,
-    denoiser: Denoiser,
-    draw: Callable[[], Array],
-    *,
-    image: Array | None = None,
-) -> Iterator[Array]:
-    """Yield every picture's latents after each stage: (n, C, h, w), float32, a fresh array each time.
+def denoise(canvas: Canvas, plan: SamplingPlan, guidance: Guidance, draw: Callable[[], Array]) -> Iterator[int]:
+    """Advance a canvas stage by stage; yield the number of stages done after each.
 
-    noise: (n, C, h, w), unit normal
-    draw: called at the stages in which the sampler draws, returns unit normals of the same shape
-    image: (n, C, h, w), clean latents to start from instead of noise alone
+    The canvas has its text and its state. draw: called at the stages in which the sampler draws, returns unit
+    normals, (n, C, h, w). A caller that stops iterating leaves the canvas where it is.
     """
-    state = np.zeros((len(noise), plan.rows, *noise.shape[1:]), dtype=np.float32)
+    for k, stage in enumerate(stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows)):
+        canvas.advance(stage)
+        canvas.mark()
+        yield k + 1
+
+
+def stage_inputs(
+    plan: SamplingPlan, guidance: Guidance, draw: Callable[[], Array], *, state_rows: int
+) -> Iterator[StageInput]:
+    """Yield what each stage of a plan takes, the noise being drawn only when it is reached."""
+    pictures = len(guidance.scales)
+    rows = {on: guidance_rows(guidance.scales, guided=on) for on in (False, True)}
+    weighted = plan.uses_noise
+    for k in range(plan.stages):
+        on = bool(guidance.stages[k])
+        control = pack_control(plan, k, state_rows, rescale=guidance.rescale if on else 0.0)
+        noise = draw() if plan.draws_noise[k] else None  # drawn where diffusers draws, even if it weighs nothing
+        matrix, picture_of_row = rows[on]
+        yield StageInput(
+            control=np.broadcast_to(control, (pictures, len(control))),
+            guidance=matrix,
+            picture_of_row=picture_of_row,
+            noise=noise if weighted[k] else None,
+        )
+
+
+def begin(plan: SamplingPlan, noise: Array, *, state_rows: int, image: Array | None = None) -> Array:
+    """Return the state before the first stage: (n, R, C, h, w), float32.
+
+    noise: (n, C, h, w), unit normal; image: the same shape, clean latents to start from instead of noise alone
+    """
+    state = np.zeros((len(noise), state_rows, *noise.shape[1:]), dtype=np.float32)
     state[:, 0] = plan.initial_scale * noise if image is None else blend(plan.levels[0], image, noise)
-    silence = np.zeros_like(noise, dtype=np.float32)
-    for stage in range(plan.stages):
-        latents = np.einsum("r,nr...->n...", plan.input_rows[stage], state)
-        output = denoiser(latents, np.full(len(noise), plan.timesteps[stage], dtype=np.float32))
-        fresh = draw() if plan.draws_noise[stage] else silence
-        state = advance(plan.transitions[stage], state, output, fresh)
-        yield state[:, 0].copy()
+    return state
 
 
 def blend(level: Array, image: Array, noise: Array) -> Array:
     """Return the image at a noise level, one of `plan.levels`: the shape of the image, float32."""
     return np.asarray(level[0] * image + level[1] * noise, dtype=np.float32)
-
-
-def advance(transition: Array, state: Array, output: Array, noise: Array) -> Array:
-    """Return transition @ [state; output; noise] for every picture.
-
-    transition: (R, R + 2); state: (n, R, C, h, w); output, noise: (n, C, h, w)
-    returns: (n, R, C, h, w), float32
-    """
-    rows = np.concatenate([state, output[:, None], noise[:, None]], axis=1).astype(np.float32, copy=False)
-    flat = transition @ rows.reshape(*rows.shape[:2], -1)
-    return np.asarray(flat, dtype=np.float32).reshape(state.shape)

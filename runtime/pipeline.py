@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 
 from latentrt import __version__
 from latentrt.engines.building import OpenEngines, open_engines
 from latentrt.engines.bundle import Bundle, Check
-from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.errors import DeadlineError, EngineError
+from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import Manifest
-from latentrt.engines.spec import Array, Engine
-from latentrt.runtime.denoise import denoise
-from latentrt.runtime.guidance import classifier_free
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.plan import SamplingPlan
+from latentrt.engines.spec import Array
+from latentrt.runtime.denoise import begin, denoise
 from latentrt.runtime.prompt import PromptTokenizer
-from latentrt.runtime.samplers import default_sampler, make_plan
+from latentrt.runtime.request import NOISES, Job, Options, Request, latent_shape, resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_PIXELS = 1 << 26  # a side typed with a digit too many ends here, not in the swap file
 NEEDED = ("text_encoder", "unet", "vae_decoder")
+AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +45,18 @@ class Settings:
     version: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
-    """Told to `on_step` after each stage. `latents` is (n, C, h, w), float32: read it, do not keep it."""
+    """Told to `on_step` after each stage. Raise in it to end the call."""
 
     stage: int
     stages: int
-    latents: Array
+    _canvas: Canvas
+
+    @property
+    def latents(self) -> Array:
+        """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters."""
+        return self._canvas.read("state")[:, 0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,6 +66,7 @@ class Result:
     pixels: (n, height, width, 3), uint8, sRGB
     settings: one for each picture, as are the seeds
     seconds: by stage: tokenize, encode, denoise, decode, total
+    step_seconds: of each stage of the plan, as measured where the engines run
     backend, reason: what ran, and why it was chosen
     """
 
@@ -80,16 +84,6 @@ class Result:
         from PIL import Image
 
         return [Image.fromarray(picture) for picture in self.pixels]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    prompts: tuple[str, ...]
-    negatives: tuple[str, ...]
-    seeds: tuple[int, ...]
-    size: tuple[int, int]
-    guidance: float
-    plan: SamplingPlan
 
 
 class Pipeline:
@@ -141,151 +135,85 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        negative_prompt: str | Sequence[str] = "",
-        steps: int = 20,
-        guidance: float = 7.5,
-        sampler: str | None = None,
-        seed: int | Sequence[int] | None = None,
-        size: tuple[int, int] | None = None,
-        n: int = 1,
         on_step: Callable[[Step], None] | None = None,
+        **options: Unpack[Options],
     ) -> Result:
-        """Draw n pictures of each prompt.
+        """Draw pictures of a prompt. The options are the fields of `Request`; on_step: see `draw`."""
+        return self.draw(Request(prompt=prompt, **options), on_step=on_step)
 
-        sampler: any of `latentrt.runtime.samplers.sampler_names()`, or a name that the community or diffusers has for
-            it; None for the checkpoint's own scheduler
-        guidance: the scale of classifier-free guidance; at 1 and below, as in diffusers, the prompt alone is followed:
-            the negative prompt is not computed and a step costs half
-        seed: one for the first picture, the others count up from it; or one for each picture; None draws one at
-            random. The same seed gives the picture that diffusers gives with a CPU generator.
-        size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
-        on_step: called after each stage; what it raises ends the call
-        Raises RequestError on what cannot be drawn.
+    def draw(self, request: Request, *, on_step: Callable[[Step], None] | None = None) -> Result:
+        """Draw what a request asks for.
+
+        on_step: called after each stage, on the calling thread; what it raises ends the call
+        Raises RequestError on what cannot be drawn, and DeadlineError where the request's time is over.
         """
-        request = self._request(prompt, negative_prompt, steps, guidance, sampler, seed, size, n)
-        with self._lock:
-            return self._draw(request, on_step)
-
-    def _request(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str],
-        steps: int,
-        guidance: float,
-        sampler: str | None,
-        seed: int | Sequence[int] | None,
-        size: tuple[int, int] | None,
-        n: int,
-    ) -> _Request:
-        if type(n) is not int or n < 1:
-            raise RequestError(f"n: found {n!r}, expected a whole number of pictures from 1 up")
-        prompts = tuple(text for text in _texts("prompt", prompt) for _ in range(n))
-        negatives = _texts("negative_prompt", negative_prompt)
-        if len(negatives) == 1:
-            negatives *= len(prompts)
-        if len(negatives) != len(prompts):
-            raise RequestError(
-                f"negative_prompt: found {len(negatives)} for {len(prompts)} pictures, expected one each"
-            )
-        if not np.isfinite(guidance) or guidance < 0:
-            raise RequestError(f"guidance: found {guidance!r}, expected a number from 0 up")
-        return _Request(
-            prompts=prompts,
-            negatives=negatives,
-            seeds=_seeds(seed, len(prompts)),
-            size=self._size(size),
-            guidance=float(guidance),
-            plan=make_plan(sampler or default_sampler(self.manifest.schedule), self.manifest.schedule, steps=steps),
-        )
-
-    def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        if size is None:
-            return self.manifest.default_size
-        if len(size) != 2 or any(type(side) is not int for side in size):
-            raise RequestError(f"size: found {size!r}, expected (width, height) in whole pixels")
-        width, height = size
-        factor = self.manifest.latents.factor
-        if width < factor or height < factor or width % factor or height % factor:
-            nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in size)
-            raise RequestError(
-                f"size: found {width}x{height}, expected multiples of {factor} pixels; the nearest is {nearest}"
-            )
-        if width * height > MAX_PIXELS:
-            raise RequestError(f"size: {width}x{height} is more than {MAX_PIXELS} pixels; ask for a smaller picture")
-        return width, height
-
-    def _draw(self, request: _Request, on_step: Callable[[Step], None] | None) -> Result:
-        clock = _Clock()
         start = time.perf_counter()
-        guided = request.guidance > 1  # as in diffusers: at 1 and below the prompt alone is followed
+        job = resolve(request, self.manifest)
+        end = None if request.deadline is None else start + request.deadline
+        if not self._lock.acquire(timeout=-1 if end is None else max(0.0, end - time.perf_counter())):
+            raise DeadlineError(f"deadline: {request.deadline:g} s were over while another call was drawing")
+        try:
+            return self._draw(job, start, _watcher(job, end, on_step))
+        finally:
+            self._lock.release()
+
+    def _draw(self, job: Job, start: float, watch: Callable[[Step], None] | None) -> Result:
+        if not self._engines:
+            raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
+        clock = _Clock()
         with clock("tokenize"):
-            tokens = self._tokenizer(request.prompts + (request.negatives if guided else ()))
-        with clock("encode"):
-            text = self._encode(tokens)
-        pictures = len(request.prompts)
-        with clock("denoise"):
-            latents, step_seconds = self._denoise(
-                request, text[:pictures], text[pictures:] if guided else None, on_step
-            )
-        with clock("decode"):
-            pixels = self._decode(latents)
+            tokens = self._tokenizer(job.texts)
+        canvas = self._canvas(job, tokens=tokens.shape[1])
+        canvas.mark()
+        canvas.write("encoder_hidden_states", self._encode(tokens))
+        canvas.mark()
+        self._denoise(job, canvas, watch)
+        canvas.decode()
+        canvas.mark()
+        pixels = canvas.pixels()
+        encode, *steps, decode = canvas.elapsed()
+        seconds = {**clock.seconds, "encode": encode, "denoise": sum(steps), "decode": decode}
         return Result(
             pixels=pixels,
-            seeds=request.seeds,
-            settings=tuple(self._settings(request, i) for i in range(pictures)),
-            seconds={**clock.seconds, "total": time.perf_counter() - start},
-            step_seconds=step_seconds,
+            seeds=job.seeds,
+            settings=tuple(self._settings(job, i) for i in range(len(job.prompts))),
+            seconds={**seconds, "total": time.perf_counter() - start},
+            step_seconds=tuple(steps),
             backend=self._opened.choice.backend,
             reason=self._opened.choice.reason,
         )
 
+    def _canvas(self, job: Job, *, tokens: int) -> Canvas:
+        width, height = job.size
+        shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
+        return HostCanvas(self._engines, self.manifest.latents, shape, state_rows=job.plan.rows)
+
     def _encode(self, tokens: Array) -> Array:
         rows, index = np.unique(tokens, axis=0, return_inverse=True)  # the same text is encoded once
-        encoded = self._engine("text_encoder")({"input_ids": rows})["last_hidden_state"]
+        encoded = self._engines["text_encoder"]({"input_ids": rows})["last_hidden_state"]
         return encoded[index.reshape(-1)]
 
-    def _denoise(
-        self, request: _Request, text: Array, negative: Array | None, on_step: Callable[[Step], None] | None
-    ) -> tuple[Array, tuple[float, ...]]:
-        width, height = request.size
-        space = self.manifest.latents
-        shape = (space.channels, height // space.factor, width // space.factor)
-        generators = [TorchCpuNoise(seed) for seed in request.seeds]
+    def _denoise(self, job: Job, canvas: Canvas, watch: Callable[[Step], None] | None) -> None:
+        shape = latent_shape(job.size, self.manifest.latents)
+        generators = [NOISES[job.request.noise](seed) for seed in job.seeds]
 
         def draw() -> Array:
             return np.stack([generator.normal(shape) for generator in generators])
 
-        denoiser = classifier_free(self._unet, text, negative, request.guidance if negative is not None else 1.0)
-        marks = [time.perf_counter()]
-        for stage, current in enumerate(denoise(request.plan, draw(), denoiser, draw)):
-            latents = current
-            marks.append(time.perf_counter())
-            if on_step is not None:
-                on_step(Step(stage=stage + 1, stages=request.plan.stages, latents=latents))
-        return latents, tuple(np.diff(marks).tolist())
+        canvas.write("state", begin(job.plan, draw(), state_rows=canvas.state_rows))
+        for stage in denoise(canvas, job.plan, job.guidance, draw):
+            if watch is not None:
+                canvas.settle(AHEAD)
+                watch(Step(stage=stage, stages=job.plan.stages, _canvas=canvas))
 
-    def _unet(self, latents: Array, timesteps: Array, text: Array) -> Array:
-        inputs = {"sample": latents, "timestep": timesteps, "encoder_hidden_states": text}
-        return self._engine("unet")(inputs)["out_sample"]
-
-    def _decode(self, latents: Array) -> Array:
-        scaled = latents / np.float32(self.manifest.latents.scaling_factor)
-        return self._engine("vae_decoder")({"latent_sample": scaled})["pixels"].copy()
-
-    def _engine(self, component: str) -> Engine:
-        try:
-            return self._engines[component]
-        except KeyError:
-            raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again") from None
-
-    def _settings(self, request: _Request, picture: int) -> Settings:
+    def _settings(self, job: Job, picture: int) -> Settings:
         return Settings(
-            prompt=request.prompts[picture],
-            negative_prompt=request.negatives[picture],
-            steps=request.plan.steps,
-            guidance=request.guidance,
-            sampler=request.plan.sampler,
-            size=request.size,
+            prompt=job.prompts[picture],
+            negative_prompt=job.negatives[picture],
+            steps=job.plan.steps,
+            guidance=float(job.request.guidance),
+            sampler=job.plan.sampler,
+            size=job.size,
             model=self.bundle.root.resolve().name,
             version=f"latentrt {__version__}",
         )
@@ -303,23 +231,20 @@ class Pipeline:
         self.close()
 
 
-def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
-        raise RequestError(f"{name}: found {value!r}, expected a string or a list of strings")
-    return tuple(texts)
+def _watcher(job: Job, end: float | None, on_step: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
+    """Return what looks at each stage: the deadline, then the caller. None where nobody does."""
+    if end is None:
+        return on_step
 
+    def watch(step: Step) -> None:
+        if time.perf_counter() > end:
+            raise DeadlineError(
+                f"deadline: {job.request.deadline:g} s were over after stage {step.stage} of {step.stages}"
+            )
+        if on_step is not None:
+            on_step(step)
 
-def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
-    if seed is None:
-        seed = secrets.randbits(32)
-    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
-        return tuple(int(seed) + i for i in range(pictures))
-    if not isinstance(seed, Sequence) or not all(type(one) is int for one in seed):
-        raise RequestError(f"seed: found {seed!r}, expected a whole number or a list of them")
-    if len(seed) != pictures:
-        raise RequestError(f"seed: found {len(seed)} seeds for {pictures} pictures, expected one each")
-    return tuple(seed)
+    return watch
 
 
 class _Clock:

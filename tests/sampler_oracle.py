@@ -12,9 +12,9 @@ from diffusers import SchedulerMixin
 
 from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import denoise
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.plan import SamplingPlan
+from tests.loop import denoise
 
 SHAPE = (1, 4, 4, 4)
 

@@ -1,30 +1,59 @@
-"""The loop executes any plan, and guidance is a matrix."""
+"""A canvas walks where a plan says, and guidance is a matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from hypothesis import given
+from hypothesis import strategies as st
 
-from latentrt.engines.errors import RequestError
-from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import denoise
-from latentrt.runtime.guidance import Denoiser, Interval, Model, classifier_free, guidance_interval
+from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.host_canvas import HostCanvas
+from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
+from latentrt.runtime.denoise import begin, denoise
+from latentrt.runtime.guidance import Guidance, guidance_rows, guided_stages, plan_guidance
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.samplers import make_plan, sampler_names
+from latentrt.runtime.samplers.catalogue import SAMPLERS
+from latentrt.runtime.samplers.names import find
+from tests import loop
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 
 EXACT = 1e-5  # a weighted sum in float32, of numbers of order one
+WALKED = 1e-4  # of range: the same sums in another order, amplified by guidance over a whole trajectory
+_, CHANNELS, HEIGHT, WIDTH = SHAPE
+SPACE = LatentSpec(channels=CHANNELS, factor=8, scaling_factor=0.5)
 
 
 def prompted(latents: Array, timesteps: Array, text: Array) -> Array:
     """Stand in for a UNet that reads its prompt, one row at a time."""
     return network(latents, timesteps) * text.mean(axis=(1, 2), dtype=np.float32)[:, None, None, None]
+
+
+class Unet:
+    """`prompted` as an engine that notes how many rows it was given."""
+
+    def __init__(self) -> None:
+        names = ("sample", "timestep", "encoder_hidden_states")
+        tensors = tuple(TensorSpec(name=name, dtype="float32", shape=("batch",)) for name in names)
+        self.spec = EngineSpec(component="unet", inputs=tensors, outputs=())
+        self.rows: list[int] = []
+        self.samples: list[Array] = []
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        arrays = {name: np.asarray(value) for name, value in inputs.items()}
+        self.rows.append(len(arrays["sample"]))
+        self.samples.append(arrays["sample"])
+        return {"out_sample": prompted(arrays["sample"], arrays["timestep"], arrays["encoder_hidden_states"])}
 
 
 def text(*means: float) -> Array:
@@ -35,159 +64,218 @@ def latents(count: int, seed: int = 0) -> Array:
     return TorchCpuNoise(seed).normal((count, *SHAPE[1:]))
 
 
-def test_guidance_goes_from_the_negative_output_through_the_prompts() -> None:
-    x, t = latents(2), np.full(2, 10, dtype=np.float32)
-    positive, negative = prompted(x, t, text(1, 2)), prompted(x, t, text(0.5, 0.25))
-    guided = classifier_free(prompted, text(1, 2), text(0.5, 0.25), 7.5)(x, t)
-    np.testing.assert_allclose(guided, negative + 7.5 * (positive - negative), atol=EXACT)
+def canvas_for(plan: SamplingPlan, unet: Any, *, pictures: int = 2, prompts: Array | None = None) -> HostCanvas:
+    shape = CanvasShape(pictures=pictures, tokens=3, width=8 * WIDTH, height=8 * HEIGHT)
+    canvas = HostCanvas({"unet": unet}, SPACE, shape, state_rows=plan.rows)
+    canvas.write("encoder_hidden_states", text(1, 2, 0.5, 0.25) if prompts is None else prompts)
+    return canvas
 
 
-@pytest.mark.parametrize(("negative", "guidance"), [(None, 7.5), (text(0.5, 0.5), 1.0)])
-def test_without_guidance_the_model_sees_one_row_a_picture(negative: Array | None, guidance: float) -> None:
-    seen: list[int] = []
-
-    def counting(x: Array, t: Array, prompt: Array) -> Array:
-        seen.append(len(x))
-        return prompted(x, t, prompt)
-
-    x, t = latents(2), np.full(2, 10, dtype=np.float32)
-    guided = classifier_free(counting, text(1, 2), negative, guidance)(x, t)
-    assert seen == [2]
-    np.testing.assert_array_equal(guided, prompted(x, t, text(1, 2)))
+def walk(canvas: HostCanvas, plan: SamplingPlan, guidance: Guidance, draws: Iterator[Array]) -> list[Array]:
+    """Return the latents after each stage."""
+    canvas.write("state", begin(plan, next(draws), state_rows=plan.rows))
+    return [canvas.read("state")[:, 0] for _ in denoise(canvas, plan, guidance, lambda: next(draws))]
 
 
-def test_a_negative_prompt_of_another_shape_is_refused() -> None:
-    with pytest.raises(RequestError, match=r"found shape \(1, 3, 2\), expected \(2, 3, 2\)"):
-        classifier_free(prompted, text(1, 2), text(0.5), 7.5)
+def noises(count: int) -> Iterator[Array]:
+    generator = TorchCpuNoise(3)
+    while True:
+        yield generator.normal((count, *SHAPE[1:]))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])  # the stand-in is chaotic: more would amplify rounding without end
+@pytest.mark.parametrize("name", sampler_names())
+def test_a_canvas_walks_where_the_plan_says(name: str, scale: float) -> None:
+    prediction = SAMPLERS[find(name).sampler].predictions[0]
+    plan = make_plan(name, replace(STABLE_DIFFUSION, prediction_type=prediction), steps=5)  # type: ignore[arg-type]
+    found = walk(canvas_for(plan, Unet()), plan, plan_guidance(plan, scale, 2), noises(2))
+    draws = noises(2)
+    follow = loop.guided(prompted, text(1, 2), text(0.5, 0.25), scale)
+    for mine, expected in zip(found, loop.denoise(plan, next(draws), follow, lambda: next(draws)), strict=True):
+        np.testing.assert_allclose(mine, expected, atol=WALKED * float(np.abs(expected).max()))
+
+
+def test_without_guidance_the_model_sees_one_row_a_picture() -> None:
+    plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=3), Unet()
+    walk(canvas_for(plan, unet), plan, plan_guidance(plan, 1.0, 2), noises(2))
+    assert unet.rows == [2, 2, 2]
+
+
+def test_outside_its_interval_guidance_costs_nothing() -> None:
+    plan, unet = make_plan("dpmpp_2m_karras", STABLE_DIFFUSION, steps=10), Unet()
+    walk(canvas_for(plan, unet), plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
+    assert unet.rows == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
+
+
+def test_outside_its_interval_the_prompt_alone_is_followed() -> None:
+    plan = make_plan("euler", STABLE_DIFFUSION, steps=4)
+    found = walk(canvas_for(plan, Unet()), plan, plan_guidance(plan, 7.5, 2, interval=(0, 0.5)), noises(2))
+    draws = noises(2)
+
+    def half_guided(x: Array, t: Array) -> Array:
+        on = t[0] >= plan.timesteps[1]
+        return loop.guided(prompted, text(1, 2), text(0.5, 0.25) if on else None, 7.5)(x, t)
+
+    *_, expected = loop.denoise(plan, next(draws), half_guided, lambda: next(draws))
+    np.testing.assert_allclose(found[-1], expected, atol=WALKED * float(np.abs(expected).max()))
+
+
+def test_a_look_ahead_within_a_guided_step_is_guided() -> None:
+    plan = make_plan("heun", STABLE_DIFFUSION, steps=6)
+    for start, stop in ((0.0, 0.5), (0.2, 0.8)):
+        inside = guided_stages(plan, start, stop)
+        assert len(set(inside[1:-1:2] == inside[2::2])) == 1  # the two evaluations of a step stay together
 
 
 def test_pictures_of_one_batch_do_not_touch_each_other() -> None:
     plan, together = make_plan("dpmpp_2m", STABLE_DIFFUSION, steps=4), latents(3)
-    *_, batch = denoise(plan, together, network, lambda: together)
-    for picture, alone in zip(batch, together, strict=True):
-        *_, single = denoise(plan, alone[None], network, lambda: together)
-        np.testing.assert_allclose(single[0], picture, atol=EXACT)
+    prompts = text(1, 2, 3, 0.5, 0.25, 0.1)
+
+    def last(part: slice) -> Array:
+        rows = np.concatenate([prompts[:3][part], prompts[3:][part]])
+        canvas = canvas_for(plan, Unet(), pictures=len(rows) // 2, prompts=rows)
+        guidance = plan_guidance(plan, 3.0, len(rows) // 2)
+        return walk(canvas, plan, guidance, iter([together[part]]))[-1]
+
+    batch = last(slice(None))
+    for i in range(3):
+        np.testing.assert_allclose(batch[i], last(slice(i, i + 1))[0], atol=EXACT)
 
 
 def test_noise_is_drawn_only_where_the_sampler_draws() -> None:
-    drawn: list[int] = []
-
-    def draw() -> Array:
-        drawn.append(1)
-        return latents(1)
-
     for name, expected in (("euler", 0), ("euler_ancestral", 5)):
-        drawn.clear()
-        list(denoise(make_plan(name, STABLE_DIFFUSION, steps=5), latents(1), network, draw))
+        plan, drawn = make_plan(name, STABLE_DIFFUSION, steps=5), []
+
+        def draw(drawn: list[int] = drawn) -> Array:
+            drawn.append(1)
+            return latents(2)
+
+        canvas = canvas_for(plan, Unet())
+        canvas.write("state", begin(plan, latents(2), state_rows=plan.rows))
+        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), draw))
         assert len(drawn) == expected, name
 
 
-def test_every_yielded_array_is_the_callers_to_keep() -> None:
-    plan = make_plan("euler", STABLE_DIFFUSION, steps=3)
-    kept = [(x, x.copy()) for x in denoise(plan, latents(1), network, lambda: latents(1))]
-    assert all(np.array_equal(x, copy) for x, copy in kept)
-
-
 def test_a_model_that_predicts_the_picture_is_believed_by_the_last_step() -> None:
-    picture = latents(1, seed=7)
+    picture = latents(2, seed=7)
+
+    class Sure(Unet):
+        def __call__(self, inputs: Inputs) -> dict[str, Array]:
+            return {"out_sample": picture}
+
     for name in ("euler", "dpmpp_2m", "euler_ancestral", "ddim"):
         schedule = replace(STABLE_DIFFUSION, prediction_type="sample", set_alpha_to_one=True)
         plan = make_plan(name, schedule, steps=6)
-        *_, last = denoise(plan, latents(1), lambda x, t: picture, lambda: latents(1))
+        last = walk(canvas_for(plan, Sure()), plan, plan_guidance(plan, 1.0, 2), noises(2))[-1]
         np.testing.assert_allclose(last, picture, atol=EXACT, err_msg=name)
 
 
 def test_an_image_starts_with_the_noise_of_the_first_stage() -> None:
-    image, noise = latents(1, seed=1), latents(1, seed=2)
-    plan = make_plan("euler", STABLE_DIFFUSION, steps=3)
-    seen: list[Array] = []
-
-    def look(x: Array, t: Array) -> Array:
-        seen.append(x)
-        return network(x, t)
-
-    next(denoise(plan, noise, look, lambda: noise, image=image))
+    image, noise = latents(2, seed=1), latents(2, seed=2)
+    plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=3), Unet()
+    canvas = canvas_for(plan, unet)
+    canvas.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
+    next(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: noise))
     sigma = plan.sigmas[0]
-    np.testing.assert_allclose(seen[0], (image + sigma * noise) / np.hypot(sigma, 1), atol=EXACT)
+    np.testing.assert_allclose(unet.samples[0], (image + sigma * noise) / np.hypot(sigma, 1), atol=EXACT)
 
 
-def rows_seen(plan: SamplingPlan, denoiser_of: Callable[[Model], Denoiser]) -> list[int]:
-    """Return how many rows the model computes at each stage."""
-    seen: list[int] = []
-
-    def counting(x: Array, t: Array, prompt: Array) -> Array:
-        seen.append(len(x))
-        return prompted(x, t, prompt)
-
-    list(denoise(plan, latents(2), denoiser_of(counting), lambda: latents(2)))
-    return seen
-
-
-def test_outside_its_interval_guidance_costs_nothing() -> None:
-    plan = make_plan("dpmpp_2m_karras", STABLE_DIFFUSION, steps=10)
-    interval = guidance_interval(plan, 0.2, 0.75)
-    seen = rows_seen(plan, lambda m: classifier_free(m, text(1, 2), text(0.5, 0.5), 7.5, interval=interval))
-    assert seen == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
+def test_what_is_masked_stays_the_known_picture_at_every_level() -> None:
+    plan, image, noise = make_plan("dpmpp_2m", STABLE_DIFFUSION, steps=5), latents(2, seed=1), latents(2, seed=2)
+    mask = np.zeros((2, 1, HEIGHT, WIDTH), dtype=np.float32)
+    mask[:, :, : HEIGHT // 2] = 1
+    canvas = canvas_for(plan, Unet())
+    canvas.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
+    canvas.write("keep_mask", mask)
+    canvas.write("known", np.stack([image, noise], axis=1))
+    for k in denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: noise):
+        found = canvas.read("state")[:, 0, :, HEIGHT // 2 :]
+        level = plan.levels[k]
+        np.testing.assert_allclose(found, (level[0] * image + level[1] * noise)[:, :, HEIGHT // 2 :], atol=EXACT)
+        assert np.abs(canvas.read("state")[:, 0] - image).max() > 0.1
+    np.testing.assert_allclose(found, image[:, :, HEIGHT // 2 :], atol=EXACT)
 
 
-def test_outside_its_interval_the_output_is_the_prompts_own() -> None:
-    plan = make_plan("euler", STABLE_DIFFUSION, steps=4)
-    guided = classifier_free(prompted, text(1, 2), text(0.5, 0.5), 7.5, interval=guidance_interval(plan, 0, 0.5))
-    everywhere = classifier_free(prompted, text(1, 2), text(0.5, 0.5), 7.5)
-    for k, timestep in enumerate(plan.timesteps):
-        x, t = latents(2), np.full(2, timestep, dtype=np.float32)
-        expected = everywhere(x, t) if k < 2 else prompted(x, t, text(1, 2))
-        np.testing.assert_array_equal(guided(x, t), expected)
+def test_a_unet_with_more_channels_sees_the_condition_after_the_latents() -> None:
+    class Inpainting(Unet):
+        def __call__(self, inputs: Inputs) -> dict[str, Array]:
+            sample = np.asarray(inputs["sample"])
+            self.samples.append(sample)
+            return {"out_sample": sample[:, :CHANNELS]}
 
-
-def test_pictures_at_different_timesteps_are_guided_each_for_itself() -> None:
-    denoiser = classifier_free(prompted, text(1, 2), text(0.5, 0.25), 3.0, interval=Interval(500, 900))
-    x, t = latents(2), np.array([600, 100], dtype=np.float32)
-    found, plain = denoiser(x, t), prompted(x, t, text(1, 2))
-    negative = prompted(x, t, text(0.5, 0.25))
-    np.testing.assert_allclose(found[0], negative[0] + 3 * (plain[0] - negative[0]), atol=EXACT)
-    np.testing.assert_allclose(found[1], plain[1], atol=EXACT)
-
-
-def test_each_picture_may_have_its_own_scale_and_at_one_costs_one_row() -> None:
-    plan = make_plan("euler", STABLE_DIFFUSION, steps=3)
-    scales = np.array([1.0, 5.0], dtype=np.float32)
-    assert rows_seen(plan, lambda m: classifier_free(m, text(1, 2), text(0.5, 0.5), scales)) == [3, 3, 3]
-    x, t = latents(2), np.full(2, 7, dtype=np.float32)
-    found = classifier_free(prompted, text(1, 2), text(0.5, 0.5), scales)(x, t)
-    for i, scale in enumerate((1.0, 5.0)):
-        alone = classifier_free(prompted, text(1, 2)[i : i + 1], text(0.5, 0.5)[:1], scale)(x[i : i + 1], t[:1])
-        np.testing.assert_allclose(found[i], alone[0], atol=EXACT)
+    plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=2), Inpainting()
+    canvas = canvas_for(plan, unet)
+    condition = np.random.default_rng(0).standard_normal((2, 5, HEIGHT, WIDTH), dtype=np.float32)
+    canvas.write("condition", condition)
+    walk(canvas, plan, plan_guidance(plan, 2.0, 2), noises(2))
+    assert unet.samples[0].shape == (4, CHANNELS + 5, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(unet.samples[0][:, CHANNELS:], np.concatenate([condition, condition]))
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
 def test_rescaled_guidance_is_diffusers(rescale: float) -> None:
-    x, t = latents(2), np.full(2, 10, dtype=np.float32)
-    positive, negative = prompted(x, t, text(1, 2)), prompted(x, t, text(0.5, 0.25))
+    plan = make_plan("euler", STABLE_DIFFUSION, steps=1)
+    x, seen = latents(2), []
+
+    class Noting(Unet):
+        def __call__(self, inputs: Inputs) -> dict[str, Array]:
+            outputs = super().__call__(inputs)
+            seen.append(outputs["out_sample"])
+            return outputs
+
+    canvas = canvas_for(plan, Noting())
+    last = walk(canvas, plan, plan_guidance(plan, 7.5, 2, rescale=rescale), iter([x]))[-1]
+    positive, negative = seen[0][:2], seen[0][2:]
     mixed = torch.from_numpy(negative + 7.5 * (positive - negative))
-    expected = rescale_noise_cfg(mixed, torch.from_numpy(positive), guidance_rescale=rescale).numpy()
-    found = classifier_free(prompted, text(1, 2), text(0.5, 0.25), 7.5, rescale=rescale)(x, t)
-    np.testing.assert_allclose(found, expected, atol=EXACT)
+    output = rescale_noise_cfg(mixed, torch.from_numpy(positive), guidance_rescale=rescale).numpy()
+    state = begin(plan, x, state_rows=plan.rows)
+    expected = loop.advance(plan.transitions[0], state, output, np.zeros_like(x))[:, 0]
+    np.testing.assert_allclose(last, expected, atol=WALKED * float(np.abs(expected).max()))
+
+
+@given(st.lists(st.floats(0, 30, width=32), min_size=1, max_size=5), st.booleans())
+def test_the_weights_of_a_pictures_rows_add_up_to_one(scales: list[float], guided: bool) -> None:
+    matrix, picture_of_row = guidance_rows(np.array(scales, dtype=np.float32), guided=guided)
+    assert matrix.shape == (len(scales), len(scales) * (2 if guided else 1))
+    np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
+    assert all(matrix[picture, row] == 0 or picture == picture_of_row[row] for picture, row in np.ndindex(matrix.shape))
+
+
+def test_each_picture_may_have_its_own_scale() -> None:
+    guidance = plan_guidance(make_plan("euler", STABLE_DIFFUSION, steps=3), np.float32([1, 5]), 2)
+    matrix, _ = guidance_rows(guidance.scales, guided=True)
+    np.testing.assert_array_equal(matrix, [[1, 0, 0, 0], [0, 5, 0, -4]])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
 def test_an_impossible_guidance_interval_is_refused(start: float, stop: float) -> None:
     with pytest.raises(RequestError, match=r"guidance interval: .* expected 0 <= start < stop <= 1"):
-        guidance_interval(make_plan("euler", STABLE_DIFFUSION, steps=4), start, stop)
+        guided_stages(make_plan("euler", STABLE_DIFFUSION, steps=4), start, stop)
 
 
 def test_a_guidance_interval_between_two_stages_is_refused() -> None:
     with pytest.raises(RequestError, match=r"no one of 4 stages lies from 0\.3 to 0\.4"):
-        guidance_interval(make_plan("euler", STABLE_DIFFUSION, steps=4), 0.3, 0.4)
+        guided_stages(make_plan("euler", STABLE_DIFFUSION, steps=4), 0.3, 0.4)
 
 
-@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), np.ones(3, dtype=np.float32)])
-def test_a_guidance_scale_that_is_no_number_or_not_one_a_picture_is_refused(guidance: float | Array) -> None:
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, np.ones(3, dtype=np.float32)])
+def test_a_guidance_scale_that_is_no_number_or_not_one_a_picture_is_refused(scale: float | Array) -> None:
     with pytest.raises(RequestError, match="guidance: found"):
-        classifier_free(prompted, text(1, 2), text(0.5, 0.25), guidance)
+        plan_guidance(make_plan("euler", STABLE_DIFFUSION, steps=4), scale, 2)
 
 
 @pytest.mark.parametrize("rescale", [-0.1, 1.5, float("nan")])
 def test_an_impossible_guidance_rescale_is_refused(rescale: float) -> None:
     with pytest.raises(RequestError, match="guidance rescale: found"):
-        classifier_free(prompted, text(1, 2), text(0.5, 0.25), 7.5, rescale=rescale)
+        plan_guidance(make_plan("euler", STABLE_DIFFUSION, steps=4), 7.5, 2, rescale=rescale)
+
+
+def test_what_was_never_written_is_named() -> None:
+    plan = make_plan("euler", STABLE_DIFFUSION, steps=2)
+    canvas = canvas_for(plan, Unet())
+    with pytest.raises(EngineError, match="state was not written"):
+        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: latents(2)))
+    with pytest.raises(EngineError, match=r"state: found shape \(1, 2\), expected \(2, 1, 4"):
+        canvas.write("state", np.zeros((1, 2), dtype=np.float32))
+    with pytest.raises(EngineError, match="no pixels before `decode`"):
+        canvas.pixels()

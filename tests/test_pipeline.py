@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.errors import DeadlineError, EngineError, RequestError
 from latentrt.runtime.pipeline import Pipeline, Step
+from latentrt.runtime.request import Options, Request, check_size
 
 QUICK: dict[str, Any] = {"steps": 2, "sampler": "euler_ancestral", "guidance": 3.0}
 
@@ -56,19 +59,64 @@ def test_several_prompts_make_one_batch(pipe: Pipeline) -> None:
     assert result.seeds == (0, 1, 2, 3)
 
 
-def test_guidance_one_needs_no_negative_rows(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
-    unet = pipe._unet
+@contextmanager
+def rows_counted(pipe: Pipeline) -> Iterator[list[int]]:
+    """Note how many rows the UNet is given at each stage."""
+    rows: list[int] = []
+    engines = pipe._engines
 
-    def watch(latents: Any, timesteps: Any, text: Any) -> Any:
-        rows.append(len(latents))
-        return unet(latents, timesteps, text)
+    class Counting:
+        spec = engines["unet"].spec
 
-    monkeypatch.setattr(pipe, "_unet", watch)
-    pipe("a circle", steps=1, guidance=1.0, seed=0, sampler="euler")
-    pipe("a circle", steps=1, guidance=0.0, seed=0, sampler="euler")
-    pipe("a circle", steps=1, guidance=2.0, seed=0, sampler="euler")
+        def __call__(self, inputs: Any) -> Any:
+            rows.append(len(inputs["sample"]))
+            return unet(inputs)
+
+    unet = engines["unet"]
+    engines["unet"] = Counting()  # type: ignore[assignment]
+    yield rows
+    engines["unet"] = unet
+
+
+def test_guidance_one_needs_no_negative_rows(pipe: Pipeline) -> None:
+    with rows_counted(pipe) as rows:
+        for guidance in (1.0, 0.0, 2.0):
+            pipe("a circle", steps=1, guidance=guidance, seed=0, sampler="euler")
     assert rows == [1, 1, 2]
+
+
+def test_outside_the_guidance_interval_a_step_has_half_the_rows(pipe: Pipeline) -> None:
+    with rows_counted(pipe) as rows:
+        pipe("a circle", steps=4, guidance_interval=(0.25, 0.75), seed=0, sampler="euler")
+    assert rows == [1, 2, 2, 1]
+
+
+def test_a_deadline_ends_the_call_and_says_where(pipe: Pipeline) -> None:
+    with pytest.raises(DeadlineError, match=r"deadline: 1e-09 s were over (while another call|after stage 1 of 2)"):
+        pipe("a circle", deadline=1e-9, **QUICK)
+    assert pipe("a circle", deadline=600, seed=0, **QUICK).pixels.any()
+
+
+def test_a_call_that_waits_for_another_has_its_deadline_too(pipe: Pipeline) -> None:
+    waiting: list[str] = []
+
+    def on_step(step: Step) -> None:
+        def second() -> None:
+            with pytest.raises(DeadlineError, match="while another call was drawing"):
+                pipe("a circle", deadline=0.05, **QUICK)
+            waiting.append("refused")
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+
+    pipe("a circle", steps=1, sampler="euler", seed=0, on_step=on_step)
+    assert waiting == ["refused"]
+
+
+def test_the_noise_of_a_gpus_generator_draws_another_picture(pipe: Pipeline) -> None:
+    cpu, cuda = (pipe("a circle", seed=0, noise=noise, **QUICK).pixels for noise in ("cpu", "cuda"))
+    assert not np.array_equal(cpu, cuda)
 
 
 def test_on_step_is_told_each_stage_and_ends_the_call_by_raising(pipe: Pipeline) -> None:
@@ -131,6 +179,13 @@ def test_many_threads_get_each_its_own_picture(pipe: Pipeline) -> None:
         ({"seed": 1.5}, "seed: found 1.5"),
         ({"seed": [1, 2]}, "seed: found 2 seeds for 1 pictures"),
         ({"n": 0}, "n: found 0"),
+        ({"deadline": 0}, "deadline: found 0, expected seconds above 0"),
+        ({"noise": "gpu"}, "noise: found 'gpu', expected one of cpu, cuda"),
+        ({"guidance": "7"}, "guidance: found '7', expected a number"),
+        ({"guidance_interval": (0.9, 0.1)}, "guidance interval: found 0.9 to 0.1"),
+        ({"guidance_rescale": 2.0}, "guidance rescale: found 2"),
+        ({"spacing": "karas"}, "spacing: found 'karas'"),
+        ({"sampler": "euler", "steps": 3, "timesteps": [900, 10]}, "steps: found 3, expected 2"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_sentence(
@@ -144,7 +199,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_sentence(
 def test_every_size_is_either_drawable_or_refused(pipe: Pipeline, width: int, height: int) -> None:
     fits = width > 0 and height > 0 and width % 4 == 0 and height % 4 == 0
     try:
-        assert pipe._size((width, height)) == (width, height)
+        assert check_size((width, height), pipe.manifest) == (width, height)
     except RequestError:
         assert not fits or width % 4 or height % 4
 
@@ -177,3 +232,13 @@ def test_a_prompt_that_is_cut_is_said(pipe: Pipeline, caplog: pytest.LogCaptureF
 def test_the_checkpoints_own_scheduler_is_the_default_sampler(pipe: Pipeline) -> None:
     assert pipe.manifest.schedule.scheduler == "PNDMScheduler"
     assert pipe("a circle", steps=2, seed=0).settings[0].sampler == "plms"
+
+
+def test_the_keywords_of_a_call_are_the_fields_of_a_request() -> None:
+    fields = {field.name for field in dataclasses.fields(Request)}
+    assert fields == {"prompt", *Options.__annotations__}
+
+
+def test_a_request_is_drawn_as_its_keywords_are(pipe: Pipeline) -> None:
+    request = Request(prompt="a circle", steps=2, sampler="euler_ancestral", guidance=3.0, seed=5)
+    assert np.array_equal(pipe.draw(request).pixels, pipe("a circle", seed=5, **QUICK).pixels)

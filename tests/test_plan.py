@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Prediction, Spacing, TrainingSchedule
 from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import advance, blend, denoise
+from latentrt.runtime.denoise import blend
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.plan_json import plan_from_json, plan_to_json
 from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
 from latentrt.runtime.samplers import make_plan
 from latentrt.runtime.samplers.catalogue import SAMPLERS
 from latentrt.runtime.spacings import SPACINGS
+from tests.loop import advance, denoise
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 
 CONSISTENT = 2e-3  # float32 coefficients of up to a few hundred, whose sum is one

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import denoise
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.samplers import default_sampler, make_plan, sampler_names
 from latentrt.runtime.samplers.catalogue import SAMPLERS
 from latentrt.runtime.samplers.names import find
 from latentrt.runtime.spacings import ALIGNED
+from tests.loop import denoise
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, network, reference, replay, scheduler_of, walk
 from tests.test_samplers import ORACLES, TOLERANCES, TRAJECTORY
 

@@ -19,12 +19,12 @@ from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
 from latentrt.engines.stage import STATE_ROWS, control_width, fuse_stage
 from latentrt.runtime.control import pack_control
-from latentrt.runtime.denoise import denoise
-from latentrt.runtime.guidance import classifier_free
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.samplers import make_plan, sampler_names
 from latentrt.runtime.samplers.catalogue import SAMPLERS
 from latentrt.runtime.samplers.names import find
+from tests.loop import denoise
+from tests.loop import guided as follow
 
 RANGE = 1e-5  # of the largest latent of a stage: the same float32 sums in another order
 STEPS = 6
@@ -111,7 +111,7 @@ class Picture:
         self.state = np.zeros((STATE_ROWS, *start.shape[1:]), dtype=np.float32)
         self.state[0] = plan.initial_scale * start[0]
         self.draw = draws(seed, start.shape)
-        denoiser = classifier_free(bench.model, text, negative if guided else None, GUIDANCE)
+        denoiser = follow(bench.model, text, negative if guided else None, GUIDANCE)
         self.expected: Iterator[Array] = denoise(plan, start, denoiser, draws(seed, start.shape))
 
     @property
