@@ -122,7 +122,7 @@ def save_tokenizer(directory: Path, vocabulary: Mapping[str, int], merges: list[
 
 def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[str]]:
     """Make a byte-level CLIP vocabulary in which each given word becomes few tokens. Returns entries and merges."""
-    letters = _byte_letters()
+    letters = byte_letters()
     merges: list[str] = []
     for word in words:
         pieces = ["".join(letters[byte] for byte in letter.encode()) for letter in word]
@@ -138,7 +138,7 @@ def clip_vocabulary(words: list[str]) -> tuple[dict[str, int], list[str]]:
     return {entry: number for number, entry in enumerate(entries)}, merges
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """One printable letter for each byte: its own where it has one, the letters from 256 on for the others."""
     own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in own]
