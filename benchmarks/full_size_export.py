@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe
 from random_checkpoint import save_random
 
 from latentrt.engines.building import open_engines
@@ -24,6 +23,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.progress import terminal_report
 from latentrt.export.cli import summarise
 from latentrt.export.exporting import export_checkpoint
+from latentrt.runtime.bench.machine import describe
 
 GIB = 1 << 30
 TOKENS = 77

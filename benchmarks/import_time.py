@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from machine import describe
+from latentrt.runtime.bench.machine import describe
 
 CANDIDATES = {
     "nothing": "pass",

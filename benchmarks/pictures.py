@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import describe
 from PIL import Image, ImageDraw, ImageFont
 
 from latentrt.export.demo.checker import check_picture, count_right
 from latentrt.export.demo.wording import ONE_OBJECT, fill, held_out_scenes
+from latentrt.runtime.bench.machine import describe
 from latentrt.runtime.pipeline import Pipeline
 
 TILE, CAPTION, COLUMNS, BATCH = 128, 34, 6, 8

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.progress import silent
 from latentrt.export.exporting import export_checkpoint
+from latentrt.runtime.bench.machine import describe
 from latentrt.runtime.pipeline import Pipeline
 
 STEPS = 8  # the first is left out everywhere: it follows other work and fills caches

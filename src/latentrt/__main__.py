@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
+from typing import Any
 
 import click
 
@@ -20,7 +22,15 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print one as a table of numbers."),
     "inspect": ("latentrt.export.inspect_cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.engines.cli", "verify", "Check a bundle's files and engines."),
+    "bench": ("latentrt.runtime.bench.cli", "bench", "Measure latency by stage, memory and errors; compare results."),
 }
+PROMPT_SETS = {"demo": ("latentrt.export.demo.scoring", "held_out_prompts")}  # checkpoint: (module, attribute)
+
+
+def prompt_set(checkpoint: str, count: int) -> Any:
+    """Return prompts of known answers and their judge: `bench` measures with what lies in `export`."""
+    module, attribute = PROMPT_SETS[checkpoint]
+    return getattr(importlib.import_module(module), attribute)(count)
 
 
 class LazyGroup(click.Group):
@@ -51,7 +61,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line: what the user can mend is one sentence on stderr and exit code 2."""
     try:
-        cli.main(prog_name="latentrt", standalone_mode=True)
+        prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
+        cli.main(prog_name="latentrt", standalone_mode=True, obj=prompt_sets)
     except LatentrtError as error:
         click.echo(f"latentrt: {error}", err=True)
         sys.exit(2)

@@ -1,0 +1,133 @@
+"""The command that measures: bench."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.progress import terminal_report
+from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
+from latentrt.runtime.bench.measure import PROMPT, Asked, run_bench
+from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
+from latentrt.runtime.bench.schema import json_schema
+from latentrt.runtime.bench.text import comparison_text, markdown, report_text
+
+File = click.Path(path_type=Path)
+
+
+class Many(click.ParamType[tuple[Any, ...]]):
+    """Values between commas, each read by `kind`: `1,2,4`."""
+
+    def __init__(self, kind: Any, example: str) -> None:
+        self.name = example
+        self._kind = kind
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            found = tuple(self._kind(part.strip()) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"found '{value}', expected values between commas, as in {self._example}", param, ctx)
+        return found
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if found is None:
+        raise ValueError(text)
+    return int(found[1]), int(found[2] or found[1])
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+@click.command()
+@click.argument("bundle", required=False)
+@click.option("--size", "sizes", type=Many(_size, "256x256,512x512"), default=(), help="Default: the checkpoint's own.")
+@click.option("--batch", "batches", type=Many(_positive, "1,4"), default=(1,), help="Pictures drawn at once.")
+@click.option("--steps", type=Many(_positive, "4,20"), default=(20,), help="Default: 20.")
+@click.option("--sampler", "samplers", type=Many(str, "euler,dpmpp_2m_karras"), default=(None,), help="Default: own.")
+@click.option("--guidance", "guidances", type=Many(float, "1,7.5"), default=(7.5,), help="Default: 7.5.")
+@click.option("--backend", "backends", type=Many(str, "cpu,cuda"), default=("auto",), help="Default: auto.")
+@click.option(
+    "--threads", type=Many(_positive, "1,2"), default=(None,), help="CPU threads. Default: the backend's own."
+)
+@click.option("--prompt", default=PROMPT, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="At most.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="For rounds, at most.")
+@click.option("--cold", type=click.IntRange(min=0), default=3, show_default=True, help="Fresh processes to start.")
+@click.option("--accuracy", type=click.IntRange(min=0), default=0, help="Held-out prompts to score; demo bundles only.")
+@click.option("--golden/--no-golden", default=True, help="Replay the recorded outputs first. Default: yes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order in which variants take turns.")
+@click.option("--json", "json_file", type=File, default=None, help="Write the result; - prints it.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table instead of the text.")
+@click.option("--show", type=File, default=None, help="Show a saved result; nothing is measured.")
+@click.option("--compare", "pair", type=File, nargs=2, default=None, help="Two saved results.")
+@click.option("--tolerance", type=click.FloatRange(min=0), default=TOLERANCE, show_default=True, help="For --compare.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of a result.")
+@click.pass_context
+def bench(
+    ctx: click.Context,
+    /,
+    bundle: str | None,
+    json_file: Path | None,
+    as_markdown: bool,
+    show: Path | None,
+    pair: tuple[Path, Path] | None,
+    tolerance: float,
+    schema: bool,
+    **asked: Any,
+) -> None:
+    """Measure BUNDLE's latency by stage, its memory and its errors; every combination of the options takes turns.
+
+    --compare A B exits with 1 where B is slower than A past the noise of both, and with 2 where they cannot be
+    compared.
+    """
+    logging.basicConfig(format="latentrt: %(message)s")
+    if sum((schema, show is not None, pair is not None, bundle is not None)) != 1:
+        raise RequestError("bench takes one of: a BUNDLE to measure, --show FILE, --compare A B, --schema")
+    if schema:
+        click.echo(json.dumps(json_schema(Report), indent=1))
+    elif pair is not None:
+        _compare(ctx, *pair, tolerance=tolerance)
+    else:
+        report = read_report(show) if show else _measure(str(bundle), json_file, (ctx.obj or {}), asked)
+        _deliver(report, json_file, as_markdown=as_markdown)
+
+
+def _measure(bundle: str, json_file: Path | None, prompt_sets: Any, asked: dict[str, Any]) -> Report:
+    command = shlex.join(["latentrt", *sys.argv[1:]])
+    with terminal_report(quiet=str(json_file) == "-") as progress:
+        return run_bench(bundle, Asked(**asked), command=command, prompt_sets=prompt_sets, progress=progress)
+
+
+def _deliver(report: Report, json_file: Path | None, *, as_markdown: bool) -> None:
+    if json_file is not None and str(json_file) != "-":
+        write_report(report, json_file)
+    if str(json_file) == "-":
+        click.echo(to_json(report), nl=False)
+    else:
+        click.echo(markdown(report) if as_markdown else report_text(report), nl=False)
+
+
+def _compare(ctx: click.Context, before: Path, after: Path, *, tolerance: float) -> None:
+    found = compare(read_report(before), read_report(after), tolerance=tolerance)
+    if undecided(found.changes):
+        raise RequestError("the results hold too few rounds to compare; measure both with --rounds 10 or more")
+    click.echo(comparison_text(found), nl=False)
+    if found.regressed:
+        ctx.exit(1)

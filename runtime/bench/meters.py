@@ -1,0 +1,68 @@
+"""Memory and energy: read from the kernel and, where there is an NVIDIA GPU, from NVML."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def peak_rss() -> int:
+    """Return the most memory this process has had resident since its program started, in bytes.
+
+    From VmHWM: `ru_maxrss` of a process that was started by a larger one begins at that one's peak.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMeter:
+    """NVML's counters of the first visible GPU: all processes on it are in them."""
+
+    _nvml: Any
+    _handle: Any
+
+    def used_bytes(self) -> int:
+        """Return the memory in use."""
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def joules(self) -> float | None:
+        """Return the energy since the driver was loaded, or None where the GPU does not count it (before Volta)."""
+        try:
+            return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
+        except self._nvml.NVMLError:
+            return None
+
+
+def open_gpu_meter() -> GpuMeter | None:
+    """Open NVML on the GPU that CUDA calls the first, or return None: no library, no driver or no GPU."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        return GpuMeter(pynvml, pynvml.nvmlDeviceGetHandleByIndex(_first_visible(pynvml)))
+    except (pynvml.NVMLError, ValueError):
+        return None
+
+
+def _first_visible(pynvml: Any) -> int:
+    """Return NVML's index of CUDA's device 0, found by its PCI bus: NVML does not heed CUDA_VISIBLE_DEVICES."""
+    from cuda.bindings import runtime as cuda
+
+    code, bus = cuda.cudaDeviceGetPCIBusId(32, 0)
+    if code != cuda.cudaError_t.cudaSuccess:
+        raise ValueError("CUDA has no device 0")
+    wanted = bus.decode().strip("\x00").lower()
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        found = pynvml.nvmlDeviceGetPciInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).busId
+        found = (found.decode() if isinstance(found, bytes) else found).lower()
+        if found.endswith(wanted):  # NVML writes eight digits of domain, CUDA four
+            return index
+    raise ValueError(f"NVML does not know the GPU at {wanted}")

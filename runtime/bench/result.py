@@ -1,0 +1,197 @@
+"""The result of a benchmark: frozen dataclasses, their JSON, and nothing else. `latentrt bench --schema` prints it.
+
+Seconds, bytes and joules everywhere; shares lie between 0 and 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from latentrt.engines.bundle import disk_errors
+from latentrt.engines.errors import RequestError
+from latentrt.engines.parsing import ParseError, parse
+from latentrt.runtime.bench.machine import Conditions, Machine
+from latentrt.runtime.bench.rounds import Warmup
+from latentrt.runtime.bench.samples import Summary
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A figure that was measured once in each round: the summary, and every measurement in the order of rounds."""
+
+    summary: Summary
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one variant draws. Two results are compared where these are equal."""
+
+    backend: str
+    threads: int | None
+    width: int
+    height: int
+    batch: int
+    steps: int
+    sampler: str
+    guidance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScore:
+    """How many of the demo's held-out prompts were drawn right: shape, colour and background.
+
+    low, high: 95 % confidence interval of the share
+    """
+
+    prompts: int
+    right: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One way to draw, measured.
+
+    backend, reason: what ran, and why it was chosen
+    seconds: by stage. tokenize, encode, denoise, decode as the pipeline tells them; step is denoise over the number of
+        stages; encode_image is compressing the pictures as PNG; total is from the prompt to pixels; end_to_end has
+        the PNG too. All of them are of a whole batch.
+    denoise_stages: each denoise stage by itself, in the order of the stages; empty where the device runs them in
+        one queue and the host cannot tell
+    steps_per_second: denoise stages of the whole batch a second
+    outside_engines: part of `total` that the host spent outside all engines
+    energy_j: joules of a batch, from NVML's counter of the whole GPU; null where NVML offers none
+    device_bytes: most GPU memory in use after any round over what was in use before loading; null without a GPU
+    prompts: null where the bundle is not the demo's or none were asked for
+    """
+
+    name: str
+    settings: Settings
+    backend: str
+    reason: str
+    engines: str
+    warmup: Warmup
+    seconds: Mapping[str, Measured]
+    denoise_stages: tuple[Summary, ...]
+    steps_per_second: Measured
+    outside_engines: Measured
+    energy_j: Measured | None
+    device_bytes: int | None
+    prompts: PromptScore | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStart:
+    """A fresh process that draws one picture and another, with the files in the system's cache.
+
+    seconds: interpreter until Python runs our first line; import; load until the engines are ready; first, the first
+        picture; second, the next one; total is all before the second
+    peak_rss_bytes: the most memory resident, at the end; loaded_rss_bytes: before the first picture
+    """
+
+    name: str
+    settings: Settings
+    seconds: Mapping[str, Measured]
+    loaded_rss_bytes: Measured
+    peak_rss_bytes: Measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentError:
+    """The largest difference of a component's outputs from those recorded in fp32, over their largest magnitude."""
+
+    backend: str
+    component: str
+    error: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleFacts:
+    """What was measured. graphs is the SHA-256 over the canonical graphs and weights."""
+
+    name: str
+    family: str
+    precision: str
+    checkpoint: str
+    graphs: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How it was measured. rounds is what was reached, of rounds_asked; the seed orders the candidates."""
+
+    rounds: int
+    rounds_asked: int
+    seconds_asked: float
+    seed: int
+    warmup_rule: str
+    prompt: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One run of `latentrt bench`."""
+
+    kind: Literal["latentrt bench"]
+    schema_version: int
+    created: str
+    command: str
+    machine: Machine
+    conditions: Conditions
+    bundle: BundleFacts
+    method: Method
+    variants: tuple[Variant, ...]
+    cold_starts: tuple[ColdStart, ...]
+    errors: tuple[ComponentError, ...]
+
+
+def to_json(report: Report) -> str:
+    """Write a report as JSON."""
+    return json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n"
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write a report in one step: a killed run leaves the old file or none. Raises BundleError."""
+    write_text(to_json(report), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file in one step, with its folder. Raises BundleError."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+
+
+def read_report(path: Path) -> Report:
+    """Read a report strictly. Raises RequestError with the path of what is wrong in it."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read ({error.strerror}); name a file that --json wrote") from None
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON ({error}); name a file that --json wrote") from None
+    if not isinstance(document, dict) or document.get("kind") != "latentrt bench":
+        raise RequestError(f"{path} is no result of `latentrt bench`; name a file that --json wrote")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise RequestError(
+            f"{path} has schema version {document.get('schema_version')}, this latentrt reads {SCHEMA_VERSION}; "
+            "measure again"
+        )
+    try:
+        return parse(Report, document)
+    except ParseError as error:
+        raise RequestError(f"{path} {error}; measure again") from None
