@@ -135,10 +135,15 @@ class Candidate:
         return Draw(
             seconds=_by_stage(result, total) | {"encode_image": end - drawn, "end_to_end": end - start},
             stages=tuple(result.step_seconds),
-            outside=max(0.0, total - self._stopwatch.total) / total,
+            outside=max(0.0, total - self._in_engines(result)) / total,
             joules=None if joules is None or used is None else used - joules,
             device_bytes=self._meter.used_bytes() if self._meter else None,
         )
+
+    def _in_engines(self, result: Result) -> float:
+        """Return the seconds in engines; where a device runs them in a queue, those of its own clock."""
+        on_device = sum(result.seconds[name] for name in ("encode", "denoise", "decode"))
+        return self._stopwatch.total or on_device
 
     def _call(self, seed: int) -> Result:
         return self.pipe(

@@ -69,7 +69,8 @@ class Variant:
     denoise_stages: each denoise stage by itself, in the order of the stages; empty where the device runs them in
         one queue and the host cannot tell
     steps_per_second: denoise stages of the whole batch a second
-    outside_engines: part of `total` that the host spent outside all engines
+    outside_engines: part of `total` that the host spent outside all engines; where a device runs them in a queue, the
+        part outside of the device's own clock, which starts before the text encoder and stops after the VAE
     energy_j: joules of a batch, from NVML's counter of the whole GPU; null where NVML offers none
     device_bytes: most GPU memory in use after any round over what was in use before loading; null without a GPU
     prompts: null where the bundle is not the demo's or none were asked for
