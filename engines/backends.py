@@ -9,9 +9,13 @@ from pathlib import Path
 
 from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
-from latentrt.engines.onnxruntime import OnnxRuntimeOptions
+from latentrt.engines.host_canvas import HostCanvas
+from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
@@ -26,6 +30,7 @@ class Backend:
     key: names what it would build for a bundle on this machine
     build: compiles every component into a directory, {component: (main file, spec)}
     load: opens one compiled file
+    canvas: makes what a batch is drawn on, of opened engines; the last number is how many rows of state it needs
     """
 
     unavailable: Callable[[], str | None]
@@ -33,6 +38,7 @@ class Backend:
     key: Callable[[Bundle, BuildOptions], EngineKey]
     build: Callable[[Bundle, Path, BuildOptions, Report], Mapping[str, tuple[str, EngineSpec]]]
     load: Callable[[Path, EngineSpec, int | None], Engine]
+    canvas: Callable[[Mapping[str, Engine], LatentSpec, CanvasShape, int], Canvas]
 
 
 def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
@@ -50,7 +56,17 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
         key=lambda bundle, options: onnxruntime.key(bundle, provider),
         build=build,
         load=load,
+        canvas=_bound_canvas if provider in onnxruntime.FUSED else _host_canvas,
     )
+
+
+def _host_canvas(engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, state_rows: int) -> Canvas:
+    return HostCanvas(engines, space, shape, state_rows=state_rows)
+
+
+def _bound_canvas(engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, state_rows: int) -> Canvas:
+    bound = {name: engine for name, engine in engines.items() if isinstance(engine, OnnxRuntimeEngine)}
+    return OnnxRuntimeCanvas(bound, space, shape, device="cuda")
 
 
 def _shapeless(provider: onnxruntime.Provider, options: BuildOptions) -> str | None:
@@ -69,6 +85,7 @@ def _tensorrt(flavor: tensorrt.Flavor) -> Backend:
         key=lambda bundle, options: tensorrt.key(bundle, flavor, options),
         build=build,
         load=lambda file, spec, threads: tensorrt.load(file, spec, flavor),
+        canvas=_host_canvas,
     )
 
 

@@ -20,8 +20,9 @@ from latentrt.engines.bundle import (
     staging,
     write_manifest,
 )
+from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.manifest import ENGINE_RECORD, SCHEMA_VERSION, EngineRecord
+from latentrt.engines.manifest import ENGINE_RECORD, SCHEMA_VERSION, EngineRecord, LatentSpec
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Engine, EngineKey
@@ -37,6 +38,10 @@ class OpenEngines:
     choice: Choice
     key: EngineKey
     load_s: float
+
+    def canvas(self, space: LatentSpec, shape: CanvasShape, *, state_rows: int) -> Canvas:
+        """Return what a batch of this shape is drawn on. Raises EngineError where no engine serves the shape."""
+        return BACKENDS[self.choice.backend].canvas(self.engines, space, shape, state_rows)
 
     def close(self) -> None:
         """Close every engine."""

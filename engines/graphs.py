@@ -15,6 +15,8 @@ from latentrt.engines.errors import BundleError, EngineError
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
+    from latentrt.engines.manifest import LatentSpec
+
 PIXELS = "pixels"
 
 
@@ -61,6 +63,38 @@ def append_pixel_tail(model: ModelProto) -> None:
     )
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, [batch, height, width, 3]))
+
+
+def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) -> None:
+    """Make a VAE decoder begin at the sampler's state, where the fused stage leaves it.
+
+    latent_sample (batch, C, latent_height, latent_width) in the graph's dtype becomes
+    state (pictures, state_rows, C, latent_height, latent_width) float32, of which the first row is divided by the
+    scaling factor; the batch axis of the outputs is named `pictures` too.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    (taken,) = graph.input
+    tensor = taken.type.tensor_type
+    batch, *axes = (axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
+    constants = {"first": np.array(0, dtype=np.int64), "scale": np.array(latents.scaling_factor, dtype=np.float32)}
+    graph.initializer.extend(numpy_helper.from_array(value, f"head.{name}") for name, value in constants.items())
+    head = [
+        helper.make_node("Gather", ["state", "head.first"], ["head.latents"], axis=1),
+        helper.make_node("Div", ["head.latents", "head.scale"], ["head.unscaled"]),
+        helper.make_node("Cast", ["head.unscaled"], [taken.name], to=tensor.elem_type),
+    ]
+    nodes = [*head, *graph.node]
+    for field in (graph.node, graph.input, graph.value_info):  # value_info: the batch axis has another name now
+        del field[:]
+    graph.node.extend(nodes)
+    state = ["pictures", state_rows, *axes]
+    graph.input.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, state))
+    for output in graph.output:
+        for axis in output.type.tensor_type.shape.dim:
+            if axis.dim_param == batch:
+                axis.dim_param = "pictures"
 
 
 def widen(model: ModelProto, base: Path) -> bool:

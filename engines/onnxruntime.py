@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 
@@ -16,8 +16,13 @@ from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
+from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import Array, DType, EngineKey, EngineSpec, Inputs, TensorSpec
+from latentrt.engines.stage import STATE_ROWS, fuse_stage
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 Provider = Literal["cpu", "cuda"]
 
@@ -34,6 +39,14 @@ DTYPES: dict[str, DType] = {
 EXTERNAL_BYTES = 16 << 20
 # Output buffers are kept for this many different input shapes, then the oldest are dropped.
 KEPT_SHAPES = 8
+# On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
+FUSED: frozenset[Provider] = frozenset({"cuda"})
+# Counts up when the fused graphs change though the bundle's do not.
+RECIPE = 1
+# Too heavy for the host: when ONNX Runtime has no kernel for one of these on the device, it would run it on the CPU.
+HEAVY = frozenset(
+    {"Attention", "Conv", "ConvTranspose", "Gelu", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
+)
 INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
 
 
@@ -84,6 +97,7 @@ def key(bundle: Bundle, provider: Provider) -> EngineKey:
         sm_count=gpu.sm_count,
         driver_major=gpu.driver_major,
         precision=bundle.manifest.precision,
+        options=(f"recipe {RECIPE}",),
         **common,
     )
 
@@ -113,8 +127,7 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = graphs.load_graph(files[0])
     widened = provider == "cpu" and graphs.widen(model, files[0].parent)
-    if component == "vae_decoder":
-        graphs.append_pixel_tail(model)
+    model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
     output = directory / f"{component}.onnx"
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
@@ -125,6 +138,16 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
                 graphs.link_data(data, edited.parent)
         session = _optimise(edited, output, provider, external=large)
     return output.name, _spec(component, session)
+
+
+def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool) -> ModelProto:
+    if component == "unet" and fused:
+        return fuse_stage(model)
+    if component == "vae_decoder":
+        if fused:
+            graphs.prepend_state_head(model, STATE_ROWS, latents)
+        graphs.append_pixel_tail(model)
+    return model
 
 
 def _save(model: Any, path: Path, *, external: bool) -> None:
@@ -150,7 +173,26 @@ def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) 
             "session.optimized_model_external_initializers_file_name", f"{output.name}.data"
         )
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    return _session(graph, options, provider)
+    if provider != "cpu":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = _session(graph, options, provider)
+    if provider != "cpu":
+        refuse_host_kernels(session, PROVIDERS[provider])
+    return session
+
+
+def refuse_host_kernels(session: Any, provider: str) -> None:
+    """Raise EngineError where heavy operators of a session would run on the CPU, which nobody asked for.
+
+    The session was opened with `session.record_ep_graph_assignment_info`.
+    """
+    parts = session.get_provider_graph_assignment_info()
+    names = {node.op_type for part in parts if part.ep_name != provider for node in part.get_nodes()}
+    if heavy := sorted(names & HEAVY):
+        raise EngineError(
+            f"this ONNX Runtime has no {', '.join(heavy)} for its {provider} and would run it on the CPU; "
+            "install a newer one with: pip install --upgrade 'latentrt[cuda]', or use --backend tensorrt"
+        )
 
 
 def _session_options(*, threads: int | None) -> Any:
@@ -221,6 +263,14 @@ class OnnxRuntimeEngine:
         if kept is None:
             kept = self._keep(shapes, binding.get_outputs())
         return {output.name: value.numpy() for output, value in zip(self.spec.outputs, kept, strict=True)}
+
+    def new_binding(self) -> Any:
+        """Return an empty binding of inputs and outputs to buffers, for `run_bound`."""
+        return self._session.io_binding()
+
+    def run_bound(self, binding: Any) -> None:
+        """Run on a binding's buffers; the work is done when this returns."""
+        self._session.run_with_iobinding(binding)
 
     def _arrays(self, inputs: Inputs) -> dict[str, Array]:
         names = [spec.name for spec in self.spec.inputs]

@@ -17,7 +17,6 @@ from latentrt.engines.building import OpenEngines, open_engines
 from latentrt.engines.bundle import Bundle, Check
 from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import DeadlineError, EngineError
-from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.spec import Array
 from latentrt.runtime.denoise import begin, denoise
@@ -186,7 +185,7 @@ class Pipeline:
     def _canvas(self, job: Job, *, tokens: int) -> Canvas:
         width, height = job.size
         shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
-        return HostCanvas(self._engines, self.manifest.latents, shape, state_rows=job.plan.rows)
+        return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows)
 
     def _encode(self, tokens: Array) -> Array:
         rows, index = np.unique(tokens, axis=0, return_inverse=True)  # the same text is encoded once

@@ -1,0 +1,179 @@
+"""Drawing with ONNX Runtime where its memory is: the fused denoise stage on bound buffers, the state never copied."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.errors import EngineError
+from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.onnxruntime import OnnxRuntimeEngine, require
+from latentrt.engines.spec import Array, TensorSpec
+
+# Inputs of the fused stage that every stage sets, and those that mean nothing until they are written.
+PER_STAGE = ("control", "noise", "guidance", "picture_of_row")
+NEUTRAL = {"keep_mask": 1.0, "known": 0.0}
+
+
+class OnnxRuntimeCanvas:
+    """A canvas whose buffers lie on an ONNX Runtime device. It implements `Canvas`.
+
+    The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
+    its work is done, so nothing is queued.
+
+    engines: text_encoder, the fused unet and the vae_decoder that takes the state
+    device: `cuda` or `cpu`, ONNX Runtime's own name
+    """
+
+    queued = False
+
+    def __init__(
+        self, engines: Mapping[str, OnnxRuntimeEngine], space: LatentSpec, shape: CanvasShape, *, device: str
+    ) -> None:
+        self.shape = shape
+        self._engines, self._device, self._ort = engines, device, require()
+        self._specs = {spec.name: spec for spec in engines["unet"].spec.inputs}
+        self.state_rows = int(self._specs["state"].shape[1])
+        self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
+        self._axes = {
+            "pictures": shape.pictures,
+            "tokens": shape.tokens,
+            "latent_height": self._size[1],
+            "latent_width": self._size[2],
+        }
+        self._host: dict[str, Array] = {}  # what was written, for the inputs with an axis of rows
+        self._values: dict[tuple[str, int], Any] = {}  # (input, rows) -> its buffer; rows is 0 where it has none
+        self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
+        self._bindings: dict[tuple[int, int], Any] = {}  # (rows, which state is read)
+        self._silent = True  # the noise buffer holds zeros
+        self._marks: list[float] = []
+        self._pixels: Array | None = None
+
+    def encode(self, inputs: Mapping[str, Array]) -> None:
+        """Run the text encoder and keep its output as the stage's text."""
+        output = self._engines["text_encoder"](inputs)["last_hidden_state"]
+        self.write("encoder_hidden_states", output.reshape(-1, self.shape.tokens, output.shape[-1]))
+
+    def write(self, name: str, array: Array) -> None:
+        """Copy one of the stage's inputs to the device. Raises EngineError on a wrong name or shape."""
+        spec = self._spec(name)
+        array = np.ascontiguousarray(array, dtype=spec.dtype)
+        sizes = self._axes | ({"rows": len(array)} if "rows" in spec.shape else {})
+        expected = tuple(axis if isinstance(axis, int) else sizes.get(axis) for axis in spec.shape)
+        if array.shape != expected:
+            raise EngineError(f"{name}: found shape {array.shape}, expected {expected}")
+        if name == "state":
+            self._states[0].update_inplace(array)
+        elif "rows" in spec.shape:
+            self._host[name] = array.copy()
+            for known, rows in list(self._values):
+                if known == name and rows <= len(array):
+                    self._values[name, rows].update_inplace(np.ascontiguousarray(array[:rows]))
+        else:
+            self._put(name, 0, array)
+
+    def _spec(self, name: str) -> TensorSpec:
+        try:
+            return self._specs[name]
+        except KeyError:
+            raise EngineError(f"the denoise stage takes no '{name}'; it takes {', '.join(self._specs)}") from None
+
+    def _put(self, name: str, rows: int, array: Array) -> None:
+        value = self._values.get((name, rows))
+        if value is None:
+            self._values[name, rows] = self._on_device(array)
+        else:
+            value.update_inplace(array)
+
+    def _on_device(self, array: Array) -> Any:
+        """Return a buffer on the device that holds a copy: on the CPU ONNX Runtime would only refer to the array."""
+        value = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, self._device, 0)
+        value.update_inplace(array)
+        return value
+
+    def _filled(self, name: str, number: float) -> Any:
+        spec = self._specs[name]
+        shape = tuple(axis if isinstance(axis, int) else self._axes[axis] for axis in spec.shape)
+        return self._on_device(np.full(shape, number, dtype=spec.dtype))
+
+    def advance(self, stage: StageInput) -> None:
+        """Run one denoise stage."""
+        rows = len(stage.picture_of_row)
+        self._put("control", 0, np.ascontiguousarray(stage.control, dtype=np.float32))
+        self._put("guidance", rows, np.ascontiguousarray(stage.guidance, dtype=np.float32))
+        self._put("picture_of_row", rows, np.ascontiguousarray(stage.picture_of_row, dtype=np.int64))
+        self._put_noise(stage.noise)
+        self._engines["unet"].run_bound(self._binding(rows))
+        self._states.reverse()
+
+    def _put_noise(self, noise: Array | None) -> None:
+        if noise is not None:
+            self._put("noise", 0, np.ascontiguousarray(noise, dtype=np.float32))
+        elif ("noise", 0) not in self._values:
+            self._values["noise", 0] = self._filled("noise", 0.0)
+        elif not self._silent:
+            self._put("noise", 0, np.zeros((self.shape.pictures, *self._size), dtype=np.float32))
+        self._silent = noise is None
+
+    def _binding(self, rows: int) -> Any:
+        """Return the stage's inputs and outputs bound, made once for each number of rows and turn of the states."""
+        reads, writes = self._states
+        key = (rows, id(reads))
+        if key not in self._bindings:
+            binding = self._engines["unet"].new_binding()
+            for name, spec in self._specs.items():
+                value = reads if name == "state" else self._input(name, rows if "rows" in spec.shape else 0)
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output("next_state", writes)
+            self._bindings[key] = binding
+        return self._bindings[key]
+
+    def _input(self, name: str, rows: int) -> Any:
+        if (name, rows) not in self._values:
+            if name in NEUTRAL:
+                self._values[name, rows] = self._filled(name, NEUTRAL[name])
+            elif rows and len(self._host.get(name, ())) >= rows:
+                self._values[name, rows] = self._on_device(np.ascontiguousarray(self._host[name][:rows]))
+            else:
+                raise EngineError(f"{name} was not written to the canvas before it was needed")
+        return self._values[name, rows]
+
+    def decode(self) -> None:
+        """Run the VAE on the state, which it finds where the last stage left it."""
+        engine = self._engines["vae_decoder"]
+        binding = engine.new_binding()
+        binding.bind_ortvalue_input("state", self._states[0])
+        binding.bind_output("pixels", "cpu")
+        engine.run_bound(binding)
+        self._pixels = binding.get_outputs()[0].numpy().copy()
+
+    def read(self, name: str) -> Array:
+        """Return a copy of one of the stage's inputs."""
+        self._spec(name)
+        if name == "state":
+            return np.array(self._states[0].numpy())
+        if name in self._host:
+            return self._host[name].copy()
+        return np.array(self._input(name, 0).numpy())
+
+    def pixels(self) -> Array:
+        """Return the pictures of the last `decode`."""
+        if self._pixels is None:
+            raise EngineError("the canvas has no pixels before `decode`")
+        return self._pixels
+
+    def mark(self) -> None:
+        """Note the time."""
+        self._marks.append(time.perf_counter())
+
+    def elapsed(self) -> tuple[float, ...]:
+        """Return the seconds between the marks and forget them."""
+        seconds, self._marks = np.diff(self._marks), []
+        return tuple(seconds.tolist())
+
+    def settle(self, behind: int) -> None:
+        """Return at once: nothing is behind."""

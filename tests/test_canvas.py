@@ -1,0 +1,153 @@
+"""Every canvas draws the picture that NumPy draws: here the one whose buffers ONNX Runtime holds, for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines import onnxruntime
+from latentrt.engines.building import find_engines
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.errors import EngineError
+from latentrt.engines.host_canvas import HostCanvas
+from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
+from latentrt.engines.progress import silent
+from latentrt.engines.spec import Array
+from latentrt.engines.stage import STATE_ROWS
+from latentrt.runtime.denoise import begin, denoise
+from latentrt.runtime.guidance import plan_guidance
+from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.samplers import make_plan
+
+RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, over a whole trajectory
+SHAPE = CanvasShape(pictures=2, tokens=77, width=24, height=32)
+
+Engines = dict[str, OnnxRuntimeEngine]
+
+
+@pytest.fixture(scope="module")
+def bundle(sd1_bundle: Path) -> Bundle:
+    return Bundle.open(sd1_bundle)
+
+
+@pytest.fixture(scope="module")
+def fused(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Engines:
+    """The engines that a GPU would have, on the CPU."""
+    directory = tmp_path_factory.mktemp("fused")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "FUSED", {"cpu"})
+        built = onnxruntime.build(bundle, directory, "cpu", silent)
+    one = OnnxRuntimeOptions(threads=1)
+    return {name: onnxruntime.load(directory / file, spec, "cpu", one) for name, (file, spec) in built.items()}
+
+
+@pytest.fixture(scope="module")
+def canonical(bundle: Bundle) -> Engines:
+    directory, record = find_engines(bundle, "cpu")
+    one = OnnxRuntimeOptions(threads=1)
+    return {
+        name: onnxruntime.load(directory / entry, record.specs[name], "cpu", one)
+        for name, entry in record.entries.items()
+    }
+
+
+def tokens_of(count: int) -> Array:
+    return np.random.default_rng(5).integers(0, 20, (count, 77))
+
+
+def paint(canvas: Canvas, bundle: Bundle, *, sampler: str = "dpmpp_2m", write: Callable[[Canvas], None] | None) -> Any:
+    """Draw two guided pictures; return the latents after each stage and the pixels."""
+    plan = make_plan(sampler, bundle.manifest.schedule, steps=6)
+    generator = TorchCpuNoise(0)
+
+    def draw() -> Array:
+        return generator.normal((2, 4, SHAPE.height // 4, SHAPE.width // 4))
+
+    canvas.encode({"input_ids": tokens_of(4)})
+    canvas.write("state", begin(plan, draw(), state_rows=canvas.state_rows))
+    if write is not None:
+        write(canvas)
+    guidance = plan_guidance(plan, 3.0, 2, interval=(0.2, 0.8), rescale=0.5)
+    path = [canvas.read("state")[:, 0] for _ in denoise(canvas, plan, guidance, draw)]
+    canvas.decode()
+    return path, canvas.pixels()
+
+
+def host(canonical: Engines, bundle: Bundle, sampler: str = "dpmpp_2m") -> HostCanvas:
+    rows = make_plan(sampler, bundle.manifest.schedule, steps=6).rows
+    return HostCanvas(canonical, bundle.manifest.latents, SHAPE, state_rows=rows)
+
+
+def device(fused: Engines, bundle: Bundle) -> OnnxRuntimeCanvas:
+    return OnnxRuntimeCanvas(fused, bundle.manifest.latents, SHAPE, device="cpu")
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for mine, theirs in zip(found[0], expected[0], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=RANGE * float(np.abs(theirs).max()))
+    assert np.abs(found[1].astype(int) - expected[1].astype(int)).max() <= 1
+    assert found[1].shape == (2, SHAPE.height, SHAPE.width, 3)
+
+
+def keep_half(canvas: Canvas) -> None:
+    mask = np.ones((2, 1, SHAPE.height // 4, SHAPE.width // 4), dtype=np.float32)
+    mask[:, :, :3] = 0
+    canvas.write("keep_mask", mask)
+    canvas.write("known", TorchCpuNoise(9).normal((2, 2, 4, *mask.shape[2:])))
+
+
+@pytest.mark.parametrize("write", [None, keep_half])
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", "heun", "unipc_3"])
+def test_bound_buffers_draw_what_numpy_draws(
+    fused: Engines, canonical: Engines, bundle: Bundle, sampler: str, write: Callable[[Canvas], None] | None
+) -> None:
+    """Two stages of six are not guided, so two numbers of rows take turns on one state."""
+    found = paint(device(fused, bundle), bundle, sampler=sampler, write=write)
+    assert_same(found, paint(host(canonical, bundle, sampler), bundle, sampler=sampler, write=write))
+
+
+def test_a_canvas_draws_again_as_it_drew_before(fused: Engines, bundle: Bundle) -> None:
+    canvas = device(fused, bundle)
+    noisy = paint(canvas, bundle, sampler="euler_ancestral", write=None)
+    quiet = paint(canvas, bundle, sampler="dpmpp_2m", write=None)  # the noise of before must not come back
+    assert np.array_equal(paint(canvas, bundle, sampler="euler_ancestral", write=None)[1], noisy[1])
+    assert np.array_equal(paint(device(fused, bundle), bundle, sampler="dpmpp_2m", write=None)[1], quiet[1])
+
+
+def test_what_was_given_may_be_changed_afterwards(fused: Engines, bundle: Bundle) -> None:
+    canvas = device(fused, bundle)
+    state = np.ones((2, STATE_ROWS, 4, 8, 6), dtype=np.float32)
+    text = np.ones((2, 77, 32), dtype=np.float32)
+    canvas.write("state", state)
+    canvas.write("encoder_hidden_states", text)
+    state[:], text[:] = 0, 0
+    assert canvas.read("state").all() and canvas.read("encoder_hidden_states").all()
+
+
+def test_wrong_names_and_shapes_are_refused(fused: Engines, bundle: Bundle) -> None:
+    canvas = device(fused, bundle)
+    with pytest.raises(EngineError, match=r"state: found shape \(2, 4\), expected \(2, 6, 4, 8, 6\)"):
+        canvas.write("state", np.zeros((2, 4)))
+    with pytest.raises(EngineError, match="takes no 'text'; it takes state, control"):
+        canvas.write("text", np.zeros((2, 4)))
+    with pytest.raises(EngineError, match="no pixels before `decode`"):
+        canvas.pixels()
+    plan = make_plan("euler", bundle.manifest.schedule, steps=2)
+    canvas.write("state", np.zeros((2, STATE_ROWS, 4, 8, 6)))
+    with pytest.raises(EngineError, match="encoder_hidden_states was not written"):
+        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
+
+
+def test_heavy_operators_on_the_cpu_are_refused_by_name(sd1_bundle: Path) -> None:
+    options = onnxruntime._session_options(threads=1)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime._session(sd1_bundle / "onnx/unet/model.onnx", options, "cpu")
+    onnxruntime.refuse_host_kernels(session, "CPUExecutionProvider")
+    with pytest.raises(EngineError, match=r"no Attention, Conv, .* for its CUDAExecutionProvider"):
+        onnxruntime.refuse_host_kernels(session, "CUDAExecutionProvider")
