@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.spec import Array
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -78,7 +79,10 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
     (taken,) = graph.input
     tensor = taken.type.tensor_type
     batch, *axes = (axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
-    constants = {"first": np.array(0, dtype=np.int64), "scale": np.array(latents.scaling_factor, dtype=np.float32)}
+    constants: dict[str, Array] = {
+        "first": np.array(0, dtype=np.int64),
+        "scale": np.array(latents.scaling_factor, dtype=np.float32),
+    }
     graph.initializer.extend(numpy_helper.from_array(value, f"head.{name}") for name, value in constants.items())
     head = [
         helper.make_node("Gather", ["state", "head.first"], ["head.latents"], axis=1),
