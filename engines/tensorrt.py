@@ -14,6 +14,7 @@ from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
+from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
@@ -31,7 +32,7 @@ MODULES: dict[Flavor, tuple[str, ...]] = {
 }
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
-RECIPE = 2
+RECIPE = 3
 
 
 def require(flavor: Flavor) -> ModuleType:
@@ -145,7 +146,7 @@ def _build_one(
     report: Report,
 ) -> tuple[str, EngineSpec]:
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
-    model = _edit(graphs.load_graph(files[0]), component, options)
+    model = _edit(graphs.load_graph(files[0]), component, options, bundle.manifest.latents)
     spec = _spec(bundle, component, model, options)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
@@ -158,10 +159,11 @@ def _build_one(
     return output.name, spec
 
 
-def _edit(model: ModelProto, component: str, options: BuildOptions) -> ModelProto:
+def _edit(model: ModelProto, component: str, options: BuildOptions, latents: LatentSpec) -> ModelProto:
     if component == "unet":
         return fuse_stage(model, state_rows=options.state_rows)
     if component == "vae_decoder":
+        graphs.prepend_state_head(model, options.state_rows, latents)
         graphs.append_pixel_tail(model)
     return model
 

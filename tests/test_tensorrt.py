@@ -108,7 +108,7 @@ def test_attention_norms_and_gelu_reach_the_compiler_whole(demo_bundle: Path, co
     assert not DECOMPOSED & set(counts)
 
 
-def test_the_denoiser_is_the_fused_stage_and_the_decoder_ends_in_pixels(built: Bundle) -> None:
+def test_the_denoiser_is_the_fused_stage_and_the_decoder_goes_from_state_to_pixels(built: Bundle) -> None:
     _, record = rtx_record(built)
     unet, decoder = record.specs["unet"], record.specs["vae_decoder"]
     assert [(t.name, t.dtype) for t in unet.inputs] == [
@@ -124,6 +124,7 @@ def test_the_denoiser_is_the_fused_stage_and_the_decoder_ends_in_pixels(built: B
     assert [str(t) for t in unet.outputs] == [
         "next_state: float32[pictures, 6, 4, latent_height, latent_width]",
     ]
+    assert [str(t) for t in decoder.inputs] == ["state: float32[pictures, 6, 4, latent_height, latent_width]"]
     assert [(t.name, t.dtype) for t in decoder.outputs] == [("pixels", "uint8")]
 
 
@@ -136,7 +137,7 @@ def test_profiles_are_static_one_for_each_shape_a_component_sees(built: Bundle) 
         for pictures, rows in ((1, 1), (1, 2), (2, 2), (2, 4))
     )
     assert record.specs["text_encoder"].profiles == ({"batch": 1}, {"batch": 2}, {"batch": 4})
-    assert record.specs["vae_decoder"].profiles == ({"batch": 1, **latents}, {"batch": 2, **latents})
+    assert record.specs["vae_decoder"].profiles == ({"pictures": 1, **latents}, {"pictures": 2, **latents})
     assert record.specs["vae_encoder"].profiles[0] == {"batch": 1, "height": 32, "width": 32}
 
 
