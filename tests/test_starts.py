@@ -1,0 +1,357 @@
+"""A start from an image, with a mask or without, leads to the latents and the picture of diffusers' pipelines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+
+from latentrt.engines.building import open_engines
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import RequestError
+from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.spec import Array, Engine
+from latentrt.runtime.denoise import advance, blend
+from latentrt.runtime.guidance import Denoiser, Model, classifier_free
+from latentrt.runtime.image_sources import read_mask, read_pictures
+from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.plan import SamplingPlan
+from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.starts import (
+    Start,
+    check_latents,
+    conditioned,
+    keep,
+    latent_mask,
+    masked_pixels,
+    sample_latents,
+    start_from_image,
+    start_inpainting,
+)
+from tests.sampler_oracle import STABLE_DIFFUSION, network
+
+# dB of the final latents over their range, and of the pixels over theirs: float32 sums in another order, and random
+# weights that amplify them. A start or a blend that is off by a draw or a level is below 30.
+LEAST = 50.0
+SIZE, STEPS, GUIDANCE, SEED = (32, 24), 7, 2.0, 5
+PROMPT = "a red circle on blue"
+
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "kdpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "kdpm2_ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+}
+# Their stages in the middle of a step: diffusers puts the image back at the level of the step's end, where the model
+# is told the level of its middle. We put it back at the level that the model is told.
+OTHER_MIDDLE = {"kdpm2", "kdpm2_ancestral"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def psnr(found: Array, expected: Array) -> float:
+    assert found.shape == expected.shape
+    error = np.mean((found.astype(np.float64) - expected) ** 2)
+    return math.inf if error == 0 else 20 * math.log10(float(np.ptp(expected))) - 10 * math.log10(error)
+
+
+def photo(width: int = 40, height: int = 40) -> Image.Image:
+    rows, columns = np.indices((height, width)) / np.array([[[height]], [[width]]])
+    colours = np.stack([rows, columns, (rows - 0.5) ** 2 + (columns - 0.5) ** 2 < 0.1], axis=-1)
+    return Image.fromarray((colours * 255).astype(np.uint8))
+
+
+def right_half(width: int = 40, height: int = 40) -> Image.Image:
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[height // 4 :, width // 2 :] = 255
+    return Image.fromarray(mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """The engines of the tiny bundle, and the prompts as the reference encodes them."""
+
+    engines: dict[str, Engine]
+    space: LatentSpec
+    text: Array
+    negative: Array
+
+    def encode(self, pixels: Array) -> Array:
+        return self.engines["vae_encoder"]({"sample": pixels})["latent_parameters"]
+
+    def unet(self, latents: Array, timesteps: Array, text: Array) -> Array:
+        inputs = {"sample": latents, "timestep": timesteps, "encoder_hidden_states": text}
+        return self.engines["unet"](inputs)["out_sample"]
+
+    def decode(self, latents: Array) -> Array:
+        scaled = latents / np.float32(self.space.scaling_factor)
+        return self.engines["vae_decoder"]({"latent_sample": scaled})["pixels"].copy()
+
+    def denoiser(self, model: Model | None = None) -> Denoiser:
+        return classifier_free(model or self.unet, self.text, self.negative, GUIDANCE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks take longer to divide among threads than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def components(sd1_checkpoint: Path) -> dict[str, Any]:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(sd1_checkpoint, safety_checker=None)
+    return dict(pipe.components)
+
+
+@pytest.fixture(scope="module")
+def ours(sd1_bundle: Path, components: dict[str, Any]) -> Iterator[Ours]:
+    pipe = reference(diffusers.StableDiffusionPipeline, components, "ddim")
+    with torch.no_grad():
+        text, negative = (part.numpy() for part in pipe.encode_prompt(PROMPT, "cpu", 1, True))
+    bundle = Bundle.open(sd1_bundle)
+    opened = open_engines(bundle, "cpu", components=("unet", "vae_encoder", "vae_decoder"), threads=1)
+    yield Ours(engines=opened.engines, space=bundle.manifest.latents, text=text, negative=negative)
+    opened.close()
+
+
+def reference(kind: Any, components: dict[str, Any], sampler: str) -> Any:
+    name, options = SAMPLERS[sampler]
+    scheduler = name.from_config(components["scheduler"].config, **options)
+    pipe = kind(**components | {"scheduler": scheduler}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def theirs(pipe: Any, **request: Any) -> tuple[Array, Array]:
+    """Return diffusers' final latents, and its picture: (1, height, width, 3), uint8."""
+    generator = torch.Generator().manual_seed(SEED)
+    call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent", **request}
+    latents = pipe(PROMPT, generator=generator, **call).images
+    with torch.no_grad():
+        decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+    picture = pipe.image_processor.postprocess(decoded, output_type="np")
+    return latents.numpy(), (picture * 255).round().astype(np.uint8)
+
+
+def draw_from(seed: int, shape: tuple[int, ...]) -> Callable[[], Array]:
+    stream = TorchCpuNoise(seed)
+    return lambda: stream.normal(shape)
+
+
+def walk(plan: SamplingPlan, start: Start, denoiser: Denoiser, draw: Callable[[], Array]) -> Array:
+    """Execute a plan by hand, and return the final latents."""
+    state = np.zeros((len(start.noise), plan.rows, *start.noise.shape[1:]), dtype=np.float32)
+    state[:, 0] = plan.initial_scale * start.noise
+    if start.image is not None:
+        state[:, 0] = blend(plan.levels[0], start.image, start.noise)
+    for stage in range(plan.stages):
+        seen = np.einsum("r,nr...->n...", plan.input_rows[stage], state)
+        output = denoiser(seen, np.full(len(seen), plan.timesteps[stage], dtype=np.float32))
+        fresh = draw() if plan.draws_noise[stage] else np.zeros_like(seen)
+        state = advance(plan.transitions[stage], state, output, fresh)
+        state[:, 0] = start.keep(state[:, 0], plan.levels[stage + 1])
+    return state[:, 0]
+
+
+def latent_shape(space: LatentSpec, size: tuple[int, int]) -> tuple[int, ...]:
+    return (1, space.channels, size[1] // space.factor, size[0] // space.factor)
+
+
+def agrees(ours: Ours, latents: Array, expected: tuple[Array, Array]) -> None:
+    assert psnr(latents, expected[0]) >= LEAST
+    assert psnr(ours.decode(latents), expected[1].astype(np.float64)) >= LEAST
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_is_changed_as_diffusers_changes_it(
+    sampler: str, strength: float, ours: Ours, components: dict[str, Any]
+) -> None:
+    pipe = reference(diffusers.StableDiffusionImg2ImgPipeline, components, sampler)
+    expected = theirs(pipe, image=photo(*SIZE), strength=strength)
+
+    plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
+    draw = draw_from(SEED, latent_shape(ours.space, SIZE))
+    pixels = read_pictures(photo(*SIZE), factor=ours.space.factor)
+    start = start_from_image(pixels, ours.encode, draw, scaling_factor=ours.space.scaling_factor)
+    agrees(ours, walk(plan, start, ours.denoiser(), draw), expected)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("sampler", sorted({*SAMPLERS} - OTHER_MIDDLE))
+def test_any_checkpoint_inpaints_as_diffusers_does(
+    sampler: str, strength: float, ours: Ours, components: dict[str, Any]
+) -> None:
+    pipe = reference(diffusers.StableDiffusionInpaintPipeline, components, sampler)
+    width, height = SIZE
+    request = {"image": photo(), "mask_image": right_half(), "width": width, "height": height}
+    expected = theirs(pipe, strength=strength, **request)
+
+    plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
+    draw = draw_from(SEED, latent_shape(ours.space, SIZE))
+    start = inpainting(ours, draw, strength=strength)
+    agrees(ours, walk(plan, start, ours.denoiser(), draw), expected)
+
+
+def inpainting(ours: Ours, draw: Callable[[], Array], **options: Any) -> Start:
+    factor, image = ours.space.factor, photo()
+    return start_inpainting(
+        read_pictures(image, factor=factor, size=SIZE),
+        read_mask(right_half(), size=SIZE, picture_size=image.size),
+        ours.encode,
+        draw,
+        scaling_factor=ours.space.scaling_factor,
+        factor=factor,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("sampler", ["ddim", "euler_ancestral", "dpmpp_2m_karras", "heun"])
+def test_an_inpainting_unet_sees_what_diffusers_shows_it(
+    sampler: str, strength: float, ours: Ours, components: dict[str, Any]
+) -> None:
+    unet = nine_channels(components["unet"])
+    pipe = reference(diffusers.StableDiffusionInpaintPipeline, components | {"unet": unet}, sampler)
+    width, height = SIZE
+    request = {"image": photo(), "mask_image": right_half(), "width": width, "height": height}
+    expected = theirs(pipe, strength=strength, **request)
+
+    def model(latents: Array, timesteps: Array, text: Array) -> Array:
+        with torch.no_grad():
+            inputs = (torch.from_numpy(array) for array in (latents, timesteps, text))
+            return np.asarray(unet(*inputs).sample.numpy())
+
+    plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
+    draw = draw_from(SEED, latent_shape(ours.space, SIZE))
+    start = inpainting(ours, draw, strength=strength, inpainting_model=True)
+    assert start.condition is not None
+    denoiser = conditioned(ours.denoiser(model), start.condition)
+    agrees(ours, walk(plan, start, denoiser, draw), expected)
+
+
+def nine_channels(unet: Any) -> Any:
+    """Return a UNet with the same configuration but for the channels it takes, with weights of its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return type(unet).from_config({**unet.config, "in_channels": 9}).eval()
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, "plms", "lms", "dpmpp_sde", "sa_solver", "dpmpp_3m"])
+def test_the_kept_part_is_always_the_image_at_the_level_that_the_model_is_told(name: str) -> None:
+    """What the model sees outside the mask is image and noise in the shares of its timestep, of unit variance."""
+    plan = make_plan(name, STABLE_DIFFUSION, steps=8, strength=0.7)
+    image, noise = (TorchCpuNoise(seed).normal((1, 4, 4, 4)) for seed in (1, 2))
+    mask = np.zeros((1, 1, 4, 4), dtype=np.float32)
+    mask[..., 2:] = 1
+    start, seen = Start(noise=noise, image=image, kept=image, mask=mask), []
+
+    def look(latents: Array, timesteps: Array) -> Array:
+        seen.append(latents.copy())
+        return network(latents, timesteps)
+
+    last = walk(plan, start, look, lambda: noise)
+    np.testing.assert_array_equal(last[..., :2], image[..., :2])
+    for stage, latents in enumerate(seen):
+        level = plan.levels[stage] / np.hypot(*plan.levels[stage])
+        expected = blend(level, image, noise)[..., :2]
+        np.testing.assert_allclose(latents[..., :2], expected, atol=2e-5, err_msg=str(stage))
+        assert np.abs(latents[..., 2:] - blend(level, image, noise)[..., 2:]).max() > 0.01 or stage == 0
+
+
+def test_latents_of_an_image_are_those_of_diffusers_distribution() -> None:
+    parameters = torch.randn(1, 8, 3, 5, generator=torch.Generator().manual_seed(0)) * 3
+    parameters[0, 4:, 0] = torch.tensor([-99.0, 99.0, -30.0, 20.0, 0.0])  # beyond its limits
+    sample = DiagonalGaussianDistribution(parameters).sample(torch.Generator().manual_seed(9))
+    found = sample_latents(parameters.numpy(), TorchCpuNoise(9).normal((1, 4, 3, 5)), scaling_factor=0.5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, 0.5 * sample.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_latent_mask_is_the_one_of_diffusers() -> None:
+    mask = (np.random.default_rng(0).random((1, 24, 40)) > 0.5).astype(np.float32)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(mask)[:, None], size=(6, 10)).numpy()
+    np.testing.assert_array_equal(latent_mask(mask, 4), expected)
+
+
+def test_a_mask_between_the_latents_is_refused() -> None:
+    mask = np.zeros((1, 16, 16), dtype=np.float32)
+    mask[0, 5:7, 5:7] = 1
+    with pytest.raises(RequestError, match=r"mask: its white parts are smaller than a latent \(4x4 pixels\)"):
+        latent_mask(mask, 4)
+
+
+def test_a_masked_image_is_grey_where_it_is_repainted() -> None:
+    pixels = np.random.default_rng(0).random((1, 4, 6, 3), dtype=np.float32) * 2 - 1
+    mask = np.zeros((1, 4, 6), dtype=np.float32)
+    mask[:, 1:3, 2:] = 1
+    theirs = torch.from_numpy(pixels.transpose(0, 3, 1, 2)) * (torch.from_numpy(mask)[:, None] < 0.5)
+    np.testing.assert_array_equal(masked_pixels(pixels, mask), theirs.numpy().transpose(0, 2, 3, 1))
+
+
+def test_one_image_starts_every_picture_with_its_own_seed(ours: Ours) -> None:
+    pixels = read_pictures(photo(*SIZE), factor=ours.space.factor)
+    shape, scaling = latent_shape(ours.space, SIZE), ours.space.scaling_factor
+    draws = [draw_from(seed, shape) for seed in (4, 8)]
+    both = start_from_image(pixels, ours.encode, lambda: np.concatenate([d() for d in draws]), scaling_factor=scaling)
+    for i, seed in enumerate((4, 8)):
+        alone = start_from_image(pixels, ours.encode, draw_from(seed, shape), scaling_factor=scaling)
+        assert both.image is not None
+        np.testing.assert_array_equal(both.image[i : i + 1], alone.image)
+        np.testing.assert_array_equal(both.noise[i : i + 1], alone.noise)
+
+
+def test_a_start_without_a_mask_keeps_nothing() -> None:
+    latents = TorchCpuNoise(0).normal((2, 4, 3, 3))
+    assert Start(noise=latents).keep(latents, np.array([1.0, 0.5])) is latents
+
+
+def test_keep_is_the_latents_inside_and_the_noisy_image_outside() -> None:
+    latents, image, noise = (TorchCpuNoise(seed).normal((2, 4, 3, 3)) for seed in range(3))
+    mask = np.zeros((1, 1, 3, 3), dtype=np.float32)
+    mask[..., 1] = 1
+    kept = keep(latents, mask, image, noise, np.array([0.8, 0.6], dtype=np.float32))
+    np.testing.assert_array_equal(kept[..., 1], latents[..., 1])
+    np.testing.assert_allclose(kept[..., [0, 2]], (0.8 * image + 0.6 * noise)[..., [0, 2]], rtol=1e-6)
+
+
+# --- latents of the caller ---
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (1, 4, 3, 5), (2, 4, 3, 5)])
+def test_latents_of_the_caller_serve_every_picture(shape: tuple[int, ...]) -> None:
+    latents = TorchCpuNoise(0).normal(shape).astype(np.float64)
+    found = check_latents(latents, pictures=2, shape=(4, 3, 5))
+    assert (found.shape, found.dtype) == ((2, 4, 3, 5), np.float32)
+    np.testing.assert_allclose(found[1], latents.reshape(-1, 4, 3, 5)[-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("latents", "message"),
+    [
+        (np.zeros((3, 4, 3, 5)), r"latents: found shape \(3, 4, 3, 5\), expected \(2, 4, 3, 5\) for this size"),
+        (np.zeros((4, 5, 3)), r"latents: found shape \(4, 5, 3\)"),
+        (np.zeros((2, 4, 3, 5), dtype=np.int64), r"latents: found an array of int64, expected floats"),
+        (np.full((4, 3, 5), np.inf), r"latents: found a number that is not finite"),
+    ],
+)
+def test_what_are_no_latents_is_refused_in_one_sentence(latents: Array, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        check_latents(latents, pictures=2, shape=(4, 3, 5))
