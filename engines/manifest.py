@@ -69,14 +69,17 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSchedule:
-    """The noise the checkpoint was trained with, and its scheduler's own habits, in diffusers' terms."""
+    """The noise the checkpoint was trained with, and its scheduler's own habits, in diffusers' terms.
+
+    timestep_spacing: None where the checkpoint's config leaves it to each scheduler, as Stable Diffusion 1.x does
+    """
 
     num_train_timesteps: int
     beta_start: float
     beta_end: float
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
     prediction_type: Prediction
-    timestep_spacing: Spacing
+    timestep_spacing: Spacing | None
     steps_offset: int
     set_alpha_to_one: bool
     rescale_betas_zero_snr: bool = False

@@ -16,18 +16,17 @@ _COMMON: dict[str, Any] = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
     "prediction_type": "epsilon",
-    "timestep_spacing": "linspace",
+    "timestep_spacing": None,  # diffusers hands no default on to another scheduler's class, and nor do we
     "steps_offset": 0,
     "set_alpha_to_one": True,  # schedulers without the key hand nothing on, so DDIM's own default holds
     "rescale_betas_zero_snr": False,
     "trained_betas": None,
 }
 _NARROW: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012}
-_LEADING: dict[str, Any] = {"timestep_spacing": "leading"}
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "DDIMScheduler": _COMMON | _LEADING,
-    "DDPMScheduler": _COMMON | _LEADING,
-    "PNDMScheduler": _COMMON | _LEADING | {"set_alpha_to_one": False},
+    "DDIMScheduler": _COMMON,
+    "DDPMScheduler": _COMMON,
+    "PNDMScheduler": _COMMON | {"set_alpha_to_one": False},
     "LMSDiscreteScheduler": _COMMON,
     "EulerDiscreteScheduler": _COMMON,
     "EulerAncestralDiscreteScheduler": _COMMON,
@@ -39,8 +38,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "DEISMultistepScheduler": _COMMON,
     "UniPCMultistepScheduler": _COMMON,
     "SASolverScheduler": _COMMON,
-    "LCMScheduler": _COMMON | _NARROW | _LEADING | {"beta_schedule": "scaled_linear"},
-    "TCDScheduler": _COMMON | _NARROW | _LEADING | {"beta_schedule": "scaled_linear"},
+    "LCMScheduler": _COMMON | _NARROW | {"beta_schedule": "scaled_linear"},
+    "TCDScheduler": _COMMON | _NARROW | {"beta_schedule": "scaled_linear"},
 }
 
 

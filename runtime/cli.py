@@ -14,25 +14,13 @@ import click
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.images import save_png
 from latentrt.runtime.pipeline import Pipeline, Result, Step
 from latentrt.runtime.plan_json import plan_to_json
 from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
 from latentrt.runtime.samplers import make_plan, sampler_names
-
-# The training schedule of the published SD 1.x and 2.x checkpoints.
-STABLE_DIFFUSION = TrainingSchedule(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="epsilon",
-    timestep_spacing="leading",
-    steps_offset=1,
-    set_alpha_to_one=False,
-)
+from latentrt.runtime.schedules import STABLE_DIFFUSION
 
 
 class Size(click.ParamType[tuple[int, int]]):

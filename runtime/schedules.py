@@ -15,6 +15,17 @@ import numpy as np
 from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
 
+# The training schedule of the published SD 1.x checkpoints, as their scheduler's config gives it.
+STABLE_DIFFUSION = TrainingSchedule(
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    prediction_type="epsilon",
+    timestep_spacing=None,
+    steps_offset=1,
+    set_alpha_to_one=False,
+)
 FLOOR = np.float32(2**-24)  # alpha-bar at the end of a zero-terminal-SNR schedule, where it is divided by
 
 

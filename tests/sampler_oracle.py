@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,14 @@ from diffusers import SchedulerMixin
 
 from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
+from latentrt.runtime import schedules
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.plan import SamplingPlan
 from tests.loop import denoise
 
 SHAPE = (1, 4, 4, 4)
 
-STABLE_DIFFUSION = TrainingSchedule(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    prediction_type="epsilon",
-    timestep_spacing="leading",
-    steps_offset=1,
-    set_alpha_to_one=False,
-)
+STABLE_DIFFUSION = replace(schedules.STABLE_DIFFUSION, timestep_spacing="leading")
 
 
 def network(latents: Array, timesteps: Array) -> Array:
@@ -40,6 +32,8 @@ def scheduler_of(kind: type[SchedulerMixin], schedule: TrainingSchedule, **confi
     """Return diffusers' scheduler with the configuration that a checkpoint with this schedule has."""
     source = asdict(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
     source.pop("scheduler")
+    if schedule.timestep_spacing is None:
+        source.pop("timestep_spacing")  # as the config has it: each class then takes its own default
     return kind.from_config(source)
 
 

@@ -78,8 +78,16 @@ def test_absent_keys_of_a_schedule_have_diffusers_defaults(scheduler: str) -> No
     parameters = inspect.signature(getattr(diffusers, scheduler).__init__).parameters
     ours = training_schedule({"_class_name": scheduler}, where="x")
     for key in DEFAULTS[scheduler]:
-        if key in parameters:
+        if key in parameters and key != "timestep_spacing":  # left to whichever sampler is asked for
             assert getattr(ours, key) == parameters[key].default, key
+
+
+def test_an_absent_spacing_is_left_to_each_sampler_as_diffusers_leaves_it() -> None:
+    from diffusers import EulerDiscreteScheduler, PNDMScheduler
+
+    config = PNDMScheduler.from_config({"beta_schedule": "scaled_linear", "skip_prk_steps": True}).config
+    assert EulerDiscreteScheduler.from_config(config).config.timestep_spacing == "linspace"
+    assert training_schedule({"_class_name": "PNDMScheduler"}, where="x").timestep_spacing is None
 
 
 def test_given_keys_of_a_schedule_are_kept() -> None:

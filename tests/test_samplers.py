@@ -83,7 +83,7 @@ ELSEWHERE = {"dpmpp_sde", "flow_euler", "flow_heun", "flow_lcm"}  # test_sampler
 # NumPy's advice to diffusers about __array__, and diffusers' about algorithm_type
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-spacings = st.sampled_from(["leading", "trailing", "linspace"])
+spacings = st.sampled_from(["leading", "trailing", "linspace", None])
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def test_every_sampler_has_an_oracle() -> None:
 
 
 def walks_with_diffusers(
-    name: str, spacing: str | None, steps: int, prediction: Prediction, timestep_spacing: Spacing
+    name: str, spacing: str | None, steps: int, prediction: Prediction, timestep_spacing: Spacing | None
 ) -> None:
     # 61 trailing steps: a float quotient makes diffusers take a 62nd step, at timestep -1, and us not
     assume((steps, timestep_spacing) != (61, "trailing"))
@@ -118,7 +118,7 @@ def test_a_plan_walks_with_diffusers(name: str) -> None:
 
     @settings(max_examples=2 * oracle.examples, derandomize=True, deadline=None)
     @given(st.integers(oracle.least, oracle.most), st.sampled_from(oracle.predictions), spacings)
-    def check(steps: int, prediction: Prediction, timestep_spacing: Spacing) -> None:
+    def check(steps: int, prediction: Prediction, timestep_spacing: Spacing | None) -> None:
         walks_with_diffusers(name, None, steps, prediction, timestep_spacing)
 
     check()
@@ -131,7 +131,7 @@ def test_a_spacing_of_sigmas_is_diffusers(name: str, spacing: str) -> None:
 
     @settings(max_examples=oracle.examples // 2, derandomize=True, deadline=None)
     @given(st.integers(oracle.least, oracle.most), st.sampled_from(oracle.predictions), spacings)
-    def check(steps: int, prediction: Prediction, timestep_spacing: Spacing) -> None:
+    def check(steps: int, prediction: Prediction, timestep_spacing: Spacing | None) -> None:
         walks_with_diffusers(name, spacing, steps, prediction, timestep_spacing)
 
     check()

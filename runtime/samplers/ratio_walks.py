@@ -72,7 +72,7 @@ def _timesteps(schedule: TrainingSchedule, course: Course, habits: Habits) -> Ar
     if course.timesteps is not None:
         given = np.array(course.timesteps, dtype=np.float32)
         return np.trunc(given) if habits.whole else given
-    spacing = habits.fixed_spacing or schedule.timestep_spacing
+    spacing = habits.fixed_spacing or schedule.timestep_spacing or "linspace"  # diffusers' default here
     count = course.steps + (habits.extra and spacing != "trailing")
     timesteps = spaced(spacing, schedule.num_train_timesteps, count, offset=_offset(schedule, habits))[: course.steps]
     return np.round(timesteps) if habits.whole else timesteps.astype(np.float32)

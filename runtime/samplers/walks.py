@@ -25,6 +25,7 @@ from latentrt.runtime.schedules import (
     training_sigmas,
 )
 
+LEADING = "leading"  # diffusers' default where timesteps are whole
 CONSISTENCY_STEPS = 50  # latent consistency models are distilled on every 20th of 1000 timesteps
 
 
@@ -135,7 +136,9 @@ def whole_timesteps(schedule: TrainingSchedule, course: Course) -> list[int]:
     if course.timesteps is not None:
         return [int(t) for t in course.timesteps]
     total = schedule.num_train_timesteps
-    timesteps = np.round(spaced(schedule.timestep_spacing, total, course.steps, offset=schedule.steps_offset))
+    timesteps = np.round(
+        spaced(schedule.timestep_spacing or LEADING, total, course.steps, offset=schedule.steps_offset)
+    )
     return [int(t) for t in timesteps.clip(0, total - 1)]
 
 
