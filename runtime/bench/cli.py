@@ -15,6 +15,7 @@ import click
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
+from latentrt.runtime.bench.html import write_page
 from latentrt.runtime.bench.measure import PROMPT, Asked, run_bench
 from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
 from latentrt.runtime.bench.schema import json_schema
@@ -74,6 +75,7 @@ def _positive(text: str) -> int:
 @click.option("--golden/--no-golden", default=True, help="Replay the recorded outputs first. Default: yes.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order in which variants take turns.")
 @click.option("--json", "json_file", type=File, default=None, help="Write the result; - prints it.")
+@click.option("--html", "html_file", type=File, default=None, help="Write one page with plots.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table instead of the text.")
 @click.option("--show", type=File, default=None, help="Show a saved result; nothing is measured.")
 @click.option("--compare", "pair", type=File, nargs=2, default=None, help="Two saved results.")
@@ -85,6 +87,7 @@ def bench(
     /,
     bundle: str | None,
     json_file: Path | None,
+    html_file: Path | None,
     as_markdown: bool,
     show: Path | None,
     pair: tuple[Path, Path] | None,
@@ -106,7 +109,7 @@ def bench(
         _compare(ctx, *pair, tolerance=tolerance)
     else:
         report = read_report(show) if show else _measure(str(bundle), json_file, (ctx.obj or {}), asked)
-        _deliver(report, json_file, as_markdown=as_markdown)
+        _deliver(report, json_file, html_file, as_markdown=as_markdown)
 
 
 def _measure(bundle: str, json_file: Path | None, prompt_sets: Any, asked: dict[str, Any]) -> Report:
@@ -115,9 +118,11 @@ def _measure(bundle: str, json_file: Path | None, prompt_sets: Any, asked: dict[
         return run_bench(bundle, Asked(**asked), command=command, prompt_sets=prompt_sets, progress=progress)
 
 
-def _deliver(report: Report, json_file: Path | None, *, as_markdown: bool) -> None:
+def _deliver(report: Report, json_file: Path | None, html_file: Path | None, *, as_markdown: bool) -> None:
     if json_file is not None and str(json_file) != "-":
         write_report(report, json_file)
+    if html_file is not None:
+        write_page(report, html_file)
     if str(json_file) == "-":
         click.echo(to_json(report), nl=False)
     else:

@@ -82,7 +82,10 @@ def warnings(report: Report) -> list[str]:
         found.append(f"others used {others:.0%} of the cores meanwhile: read ratios, not milliseconds")
     if stolen is not None and stolen > BUSY:
         found.append(f"the host took {stolen:.0%} of the cores' time away: read ratios, not milliseconds")
-    found += [f"{v.name}: was not steady when the rounds began" for v in report.variants if not v.warmup.steady]
+    restless = [variant.name for variant in report.variants if not variant.warmup.steady]
+    if restless:
+        named = "; ".join(restless) if len(restless) <= 4 else f"{len(restless)} of {len(report.variants)} variants"
+        found.append(f"not steady when the rounds began: {named}")
     return found
 
 
