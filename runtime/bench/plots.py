@@ -176,7 +176,14 @@ def _curve(colour: int, variants: Sequence[Variant], across: Scale, up: Scale) -
         drawn.append(line(x, up(100 * score.low), x, up(100 * score.high), kind=f"s{colour} whisker"))
         tip = f"{settings.sampler}, {settings.steps} steps: {score.right} of {score.prompts} right"
         drawn.append(dot(x, up(100 * score.share), kind=f"c{colour}", tip=f"{tip}, {_picture_ms(variant):.0f} ms"))
-        drawn.append(text(x + 5, up(100 * score.share) + 14 + 12 * colour, str(settings.steps), kind="tick"))
+        drawn.append(
+            text(
+                x + 5,
+                up(100 * score.share) + (14 + 12 * colour if score.share > 0.2 else -7),
+                str(settings.steps),
+                kind="tick",
+            )
+        )
     return drawn
 
 
