@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class OpenEngines:
     choice: Choice
     key: EngineKey
     load_s: float
+    load: Callable[[str], Engine]  # opens one more component
 
     def canvas(self, space: LatentSpec, shape: CanvasShape, *, state_rows: int) -> Canvas:
         """Return what a batch of this shape is drawn on. Raises EngineError where no engine serves the shape."""
@@ -151,9 +153,9 @@ def open_engines(
     directory, record = find_engines(bundle, choice.backend)
     for name, file in record.files.items():
         check_file(directory, name, file, check=check)
-    load = BACKENDS[choice.backend].load
-    engines = {
-        name: load(directory / record.entries[name], record.specs[name], threads)
-        for name in (components or tuple(record.entries))
-    }
-    return OpenEngines(engines=engines, choice=choice, key=record.key, load_s=time.perf_counter() - start)
+
+    def load(name: str) -> Engine:
+        return BACKENDS[choice.backend].load(directory / record.entries[name], record.specs[name], threads)
+
+    engines = {name: load(name) for name in (components or tuple(record.entries))}
+    return OpenEngines(engines=engines, choice=choice, key=record.key, load_s=time.perf_counter() - start, load=load)

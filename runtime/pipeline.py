@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 import time
@@ -19,9 +20,10 @@ from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import begin, denoise
+from latentrt.runtime.denoise import denoise
 from latentrt.runtime.prompt import PromptTokenizer
 from latentrt.runtime.request import NOISES, Job, Options, Request, latent_shape, resolve
+from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -199,11 +201,46 @@ class Pipeline:
         def draw() -> Array:
             return np.stack([generator.normal(shape) for generator in generators])
 
-        canvas.write("state", begin(job.plan, draw(), state_rows=canvas.state_rows))
+        start = self._start(job, draw)
+        for name, array in start.inputs(job.plan, state_rows=canvas.state_rows).items():
+            canvas.write(name, array)
         for stage in denoise(canvas, job.plan, job.guidance, draw):
             if watch is not None:
                 canvas.settle(AHEAD)
                 watch(Step(stage=stage, stages=job.plan.stages, _canvas=canvas))
+
+    def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
+        space, latents = self.manifest.latents, job.request.latents
+        shape = latent_shape(job.size, space)
+        given = None if latents is None else check_latents(latents, pictures=len(job.prompts), shape=shape)
+        if job.pixels is None:
+            return Start(noise=draw() if given is None else given)
+        if job.mask is None:
+            start = start_from_image(job.pixels, self._encode_image, draw, scaling_factor=space.scaling_factor)
+        else:
+            start = start_inpainting(
+                job.pixels,
+                job.mask,
+                self._encode_image,
+                draw,
+                scaling_factor=space.scaling_factor,
+                factor=space.factor,
+                strength=job.strength,
+                inpainting_model=self._takes_condition,
+            )
+        return start if given is None else dataclasses.replace(start, noise=given)
+
+    @property
+    def _takes_condition(self) -> bool:
+        """Tell whether the UNet is an inpainting one, with more channels than the latents."""
+        sample = next(spec for spec in self.manifest.components["unet"].inputs if spec.name == "sample")
+        return sample.shape[1] != self.manifest.latents.channels
+
+    def _encode_image(self, pixels: Array) -> Array:
+        name = "vae_encoder"  # loaded when the first image comes: most services draw from text alone
+        if name not in self._engines:
+            self._engines[name] = self._opened.load(name)
+        return self._engines[name]({"sample": pixels})["latent_parameters"]
 
     def _settings(self, job: Job, picture: int) -> Settings:
         return Settings(

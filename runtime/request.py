@@ -5,18 +5,20 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import LatentSpec, Manifest
+from latentrt.engines.spec import Array
 from latentrt.runtime.guidance import ALWAYS, Guidance, plan_guidance
+from latentrt.runtime.image_sources import MAX_PIXELS, Source, decode, read_mask, read_pictures, rounded_size, size_of
 from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.samplers import default_sampler, make_plan
 
-MAX_PIXELS = 1 << 26  # a side typed with a digit too many ends here, not in the swap file
+CHANGES = 0.8  # the strength where none is given: diffusers' own
 NoiseSource = Literal["cpu", "cuda"]
 NOISES = {"cpu": TorchCpuNoise, "cuda": TorchCudaNoise}
 
@@ -38,6 +40,12 @@ class Options(TypedDict, total=False):
     guidance: float
     guidance_interval: tuple[float, float]
     guidance_rescale: float
+    image: Source | Sequence[Source] | None
+    mask: Source | None
+    strength: float | None
+    latents: Array | None
+    variation_seed: int | None
+    variation_strength: float
     noise: NoiseSource
     deadline: float | None
 
@@ -59,6 +67,14 @@ class Request:
         negative prompt is not computed and a step costs half
     guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half
     guidance_rescale: how much of the prompt's own contrast to restore, 0 to 1
+    image: what to start from: a file, its bytes, a Pillow image or an array, one for all pictures or one for each; the
+        size, where none is given, is the first image's own, cut to the VAE's factor
+    mask: with an image: white is drawn again, black is kept
+    strength: how much of the image to change, as the share of the steps to take, 0 to 1; None for 0.8, with a mask
+        for 1
+    latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
+        added to it
+    variation_seed, variation_strength: another seed, and how far to turn each picture's noise towards its noise, 0 to 1
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
     deadline: seconds from the call to the picture, waiting for other calls included; None for no end
     """
@@ -78,6 +94,12 @@ class Request:
     guidance: float = 7.5
     guidance_interval: tuple[float, float] = ALWAYS
     guidance_rescale: float = 0.0
+    image: Source | Sequence[Source] | None = None
+    mask: Source | None = None
+    strength: float | None = None
+    latents: Array | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
     noise: NoiseSource = "cpu"
     deadline: float | None = None
 
@@ -93,6 +115,9 @@ class Job:
     size: tuple[int, int]
     plan: SamplingPlan
     guidance: Guidance
+    pixels: Array | None = None  # (1 or n, height, width, 3), float32, -1 to 1
+    mask: Array | None = None  # (1, height, width), float32
+    strength: float = 1.0
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -109,13 +134,19 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         raise RequestError(f"deadline: found {request.deadline!r}, expected seconds above 0")
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
+    pixels, mask, size = _pictures(request, manifest)
+    if pixels is not None and len(pixels) not in (1, len(prompts)):
+        raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
     plan = _plan(request, manifest)
     return Job(
         request=request,
         prompts=prompts,
         negatives=_negatives(request.negative_prompt, len(prompts)),
         seeds=_seeds(request.seed, len(prompts)),
-        size=check_size(request.size, manifest),
+        size=size,
+        pixels=pixels,
+        mask=mask,
+        strength=_strength(request),
         plan=plan,
         guidance=plan_guidance(
             plan,
@@ -127,6 +158,32 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     )
 
 
+def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array | None, tuple[int, int]]:
+    """Return image and mask as the networks take them, where there are any, and the size to draw."""
+    if request.image is None:
+        for name in ("mask", "strength"):
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name}: it says how to change an image, and there is none; give image too")
+        return None, None, check_size(request.size, manifest)
+    factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
+    if request.mask is None:
+        pixels = read_pictures(request.image, factor=factor, size=size)
+        return pixels, None, check_size((pixels.shape[2], pixels.shape[1]), manifest)
+    if isinstance(request.image, list | tuple):
+        raise RequestError(f"mask: found {len(request.image)} images, expected the one that it masks")
+    image = decode(cast(Source, request.image), name="image")
+    size = check_size(size or rounded_size(size_of(image), factor), manifest)
+    mask = read_mask(request.mask, size=size, picture_size=size_of(image))
+    return read_pictures(image, factor=factor, size=size), mask, size
+
+
+def _strength(request: Request) -> float:
+    if request.image is None:
+        return 1.0
+    default = CHANGES if request.mask is None else 1.0
+    return default if request.strength is None else _number("strength", request.strength)
+
+
 def _plan(request: Request, manifest: Manifest) -> SamplingPlan:
     free = request.timesteps is None and request.sigmas is None
     return make_plan(
@@ -135,6 +192,7 @@ def _plan(request: Request, manifest: Manifest) -> SamplingPlan:
         steps=20 if request.steps is None and free else request.steps,
         spacing=request.spacing,
         eta=request.eta,
+        strength=_strength(request),
         stop=request.stop,
         timesteps=request.timesteps,
         sigmas=request.sigmas,

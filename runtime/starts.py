@@ -12,8 +12,8 @@ import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import blend
-from latentrt.runtime.guidance import Denoiser
+from latentrt.runtime.denoise import begin
+from latentrt.runtime.plan import SamplingPlan
 
 Encoder = Callable[[Array], Array]
 """pixels (m, 3, h, w), float32, -1 to 1 -> latent parameters (m, 2C, h / factor, w / factor): means, log variances"""
@@ -30,9 +30,9 @@ class Start:
 
     noise: (n, C, h, w), unit normal
     image: (n, C, h, w), clean latents that the noise of the plan's first level is added to
-    kept: (n, C, h, w), clean latents that are put back outside the mask after each stage; see `keep`
+    kept: (n, C, h, w), clean latents that are put back outside the mask after each stage
     mask: (1, 1, h, w), 1 where it is repainted
-    condition: (n, 1 + C, h, w), what an inpainting UNet sees beside the latents; see `conditioned`
+    condition: (n, 1 + C, h, w), what an inpainting UNet sees after the latents
     """
 
     noise: Array
@@ -41,14 +41,15 @@ class Start:
     mask: Array | None = None
     condition: Array | None = None
 
-    def keep(self, latents: Array, level: Array) -> Array:
-        """Return latents whose kept part is the image at a noise level; the latents themselves where all is drawn.
-
-        level: of the latents, (2,): after stage k it is `plan.levels[k + 1]`, and after the last one no noise is left
-        """
-        if self.kept is None or self.mask is None:
-            return latents
-        return keep(latents, self.mask, self.kept, self.noise, level)
+    def inputs(self, plan: SamplingPlan, *, state_rows: int) -> dict[str, Array]:
+        """Return what to write to a canvas before the first stage: the state, and what lies beside it."""
+        written = {"state": begin(plan, self.noise, state_rows=state_rows, image=self.image)}
+        if self.kept is not None and self.mask is not None:
+            written["keep_mask"] = np.repeat(self.mask, len(self.noise), axis=0)
+            written["known"] = np.stack([self.kept, self.noise], axis=1)
+        if self.condition is not None:
+            written["condition"] = self.condition
+        return written
 
 
 def start_from_image(pixels: Array, encoder: Encoder, draw: Draw, *, scaling_factor: float) -> Start:
@@ -138,22 +139,6 @@ def inpainting_condition(mask: Array, masked_image: Array) -> Array:
     """
     rows = np.broadcast_to(mask, (len(masked_image), *mask.shape[1:]))
     return np.concatenate([rows, masked_image], axis=1, dtype=np.float32)
-
-
-def conditioned(denoiser: Denoiser, condition: Array) -> Denoiser:
-    """Wrap the denoiser of an inpainting UNet, which takes 1 + 2C channels, into one that takes the C of the latents.
-
-    condition: (n, 1 + C, h, w), of the same pictures
-    """
-    return lambda latents, timesteps: denoiser(np.concatenate([latents, condition], axis=1), timesteps)
-
-
-def keep(latents: Array, mask: Array, image: Array, noise: Array, level: Array) -> Array:
-    """Return the latents inside the mask and the image at a noise level outside: (n, C, h, w), float32.
-
-    mask: (1 or n, 1, h, w), 1 where the latents stay; level: weights of image and noise, (2,)
-    """
-    return np.asarray((1 - mask) * blend(level, image, noise) + mask * latents, dtype=np.float32)
 
 
 def check_latents(latents: Array, *, pictures: int, shape: tuple[int, int, int], name: str = "latents") -> Array:

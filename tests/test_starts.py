@@ -17,11 +17,13 @@ from PIL import Image
 
 from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import CanvasShape
 from latentrt.engines.errors import RequestError
+from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import LatentSpec
-from latentrt.engines.spec import Array, Engine
-from latentrt.runtime.denoise import advance, blend
-from latentrt.runtime.guidance import Denoiser, Model, classifier_free
+from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
+from latentrt.runtime.denoise import blend, denoise
+from latentrt.runtime.guidance import plan_guidance
 from latentrt.runtime.image_sources import read_mask, read_pictures
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.plan import SamplingPlan
@@ -29,8 +31,6 @@ from latentrt.runtime.samplers import make_plan
 from latentrt.runtime.starts import (
     Start,
     check_latents,
-    conditioned,
-    keep,
     latent_mask,
     masked_pixels,
     sample_latents,
@@ -88,21 +88,9 @@ class Ours:
     engines: dict[str, Engine]
     space: LatentSpec
     text: Array
-    negative: Array
 
     def encode(self, pixels: Array) -> Array:
         return self.engines["vae_encoder"]({"sample": pixels})["latent_parameters"]
-
-    def unet(self, latents: Array, timesteps: Array, text: Array) -> Array:
-        inputs = {"sample": latents, "timestep": timesteps, "encoder_hidden_states": text}
-        return self.engines["unet"](inputs)["out_sample"]
-
-    def decode(self, latents: Array) -> Array:
-        scaled = latents / np.float32(self.space.scaling_factor)
-        return self.engines["vae_decoder"]({"latent_sample": scaled})["pixels"].copy()
-
-    def denoiser(self, model: Model | None = None) -> Denoiser:
-        return classifier_free(model or self.unet, self.text, self.negative, GUIDANCE)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,10 +112,10 @@ def components(sd1_checkpoint: Path) -> dict[str, Any]:
 def ours(sd1_bundle: Path, components: dict[str, Any]) -> Iterator[Ours]:
     pipe = reference(diffusers.StableDiffusionPipeline, components, "ddim")
     with torch.no_grad():
-        text, negative = (part.numpy() for part in pipe.encode_prompt(PROMPT, "cpu", 1, True))
+        text = np.concatenate([part.numpy() for part in pipe.encode_prompt(PROMPT, "cpu", 1, True)])
     bundle = Bundle.open(sd1_bundle)
     opened = open_engines(bundle, "cpu", components=("unet", "vae_encoder", "vae_decoder"), threads=1)
-    yield Ours(engines=opened.engines, space=bundle.manifest.latents, text=text, negative=negative)
+    yield Ours(engines=opened.engines, space=bundle.manifest.latents, text=text)
     opened.close()
 
 
@@ -155,28 +143,29 @@ def draw_from(seed: int, shape: tuple[int, ...]) -> Callable[[], Array]:
     return lambda: stream.normal(shape)
 
 
-def walk(plan: SamplingPlan, start: Start, denoiser: Denoiser, draw: Callable[[], Array]) -> Array:
-    """Execute a plan by hand, and return the final latents."""
-    state = np.zeros((len(start.noise), plan.rows, *start.noise.shape[1:]), dtype=np.float32)
-    state[:, 0] = plan.initial_scale * start.noise
-    if start.image is not None:
-        state[:, 0] = blend(plan.levels[0], start.image, start.noise)
-    for stage in range(plan.stages):
-        seen = np.einsum("r,nr...->n...", plan.input_rows[stage], state)
-        output = denoiser(seen, np.full(len(seen), plan.timesteps[stage], dtype=np.float32))
-        fresh = draw() if plan.draws_noise[stage] else np.zeros_like(seen)
-        state = advance(plan.transitions[stage], state, output, fresh)
-        state[:, 0] = start.keep(state[:, 0], plan.levels[stage + 1])
-    return state[:, 0]
+def walk(
+    plan: SamplingPlan, start: Start, ours: Ours, draw: Callable[[], Array], unet: Any = None
+) -> tuple[Array, Array]:
+    """Return the final latents, and the pictures."""
+    width, height = (side * ours.space.factor for side in start.noise.shape[:1:-1])
+    shape = CanvasShape(pictures=len(start.noise), tokens=ours.text.shape[1], width=width, height=height)
+    engines = {**ours.engines, "unet": unet or ours.engines["unet"]}
+    canvas = HostCanvas(engines, ours.space, shape, state_rows=plan.rows)
+    for name, array in {"encoder_hidden_states": ours.text, **start.inputs(plan, state_rows=plan.rows)}.items():
+        canvas.write(name, array)
+    for _ in denoise(canvas, plan, plan_guidance(plan, GUIDANCE, len(start.noise)), draw):
+        pass
+    canvas.decode()
+    return canvas.read("state")[:, 0], canvas.pixels()
 
 
 def latent_shape(space: LatentSpec, size: tuple[int, int]) -> tuple[int, ...]:
     return (1, space.channels, size[1] // space.factor, size[0] // space.factor)
 
 
-def agrees(ours: Ours, latents: Array, expected: tuple[Array, Array]) -> None:
-    assert psnr(latents, expected[0]) >= LEAST
-    assert psnr(ours.decode(latents), expected[1].astype(np.float64)) >= LEAST
+def agrees(found: tuple[Array, Array], expected: tuple[Array, Array]) -> None:
+    assert psnr(found[0], expected[0]) >= LEAST
+    assert psnr(found[1], expected[1].astype(np.float64)) >= LEAST
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
@@ -191,7 +180,7 @@ def test_an_image_is_changed_as_diffusers_changes_it(
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     pixels = read_pictures(photo(*SIZE), factor=ours.space.factor)
     start = start_from_image(pixels, ours.encode, draw, scaling_factor=ours.space.scaling_factor)
-    agrees(ours, walk(plan, start, ours.denoiser(), draw), expected)
+    agrees(walk(plan, start, ours, draw), expected)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
@@ -207,7 +196,7 @@ def test_any_checkpoint_inpaints_as_diffusers_does(
     plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     start = inpainting(ours, draw, strength=strength)
-    agrees(ours, walk(plan, start, ours.denoiser(), draw), expected)
+    agrees(walk(plan, start, ours, draw), expected)
 
 
 def inpainting(ours: Ours, draw: Callable[[], Array], **options: Any) -> Start:
@@ -234,17 +223,42 @@ def test_an_inpainting_unet_sees_what_diffusers_shows_it(
     request = {"image": photo(), "mask_image": right_half(), "width": width, "height": height}
     expected = theirs(pipe, strength=strength, **request)
 
-    def model(latents: Array, timesteps: Array, text: Array) -> Array:
-        with torch.no_grad():
-            inputs = (torch.from_numpy(array) for array in (latents, timesteps, text))
-            return np.asarray(unet(*inputs).sample.numpy())
-
     plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     start = inpainting(ours, draw, strength=strength, inpainting_model=True)
     assert start.condition is not None
-    denoiser = conditioned(ours.denoiser(model), start.condition)
-    agrees(ours, walk(plan, start, denoiser, draw), expected)
+    agrees(walk(plan, start, ours, draw, TorchUnet(unet)), expected)
+
+
+class TorchUnet:
+    """A torch UNet as an engine."""
+
+    names = ("sample", "timestep", "encoder_hidden_states")
+    spec = EngineSpec(
+        component="unet",
+        inputs=tuple(TensorSpec(name=name, dtype="float32", shape=("rows",)) for name in names),
+        outputs=(),
+    )
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        with torch.no_grad():
+            sample = self.unet(*(torch.from_numpy(np.asarray(inputs[name])) for name in self.names)).sample
+        return {"out_sample": sample.numpy()}
+
+
+class StrangeUnet(TorchUnet):
+    """A function as an engine that remembers what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[Array] = []
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        sample = np.array(inputs["sample"])
+        self.seen.append(sample)
+        return {"out_sample": network(sample, np.asarray(inputs["timestep"]))}
 
 
 def nine_channels(unet: Any) -> Any:
@@ -255,25 +269,20 @@ def nine_channels(unet: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", [*SAMPLERS, "plms", "lms", "dpmpp_sde", "sa_solver", "dpmpp_3m"])
-def test_the_kept_part_is_always_the_image_at_the_level_that_the_model_is_told(name: str) -> None:
+def test_the_kept_part_is_always_the_image_at_the_level_that_the_model_is_told(name: str, ours: Ours) -> None:
     """What the model sees outside the mask is image and noise in the shares of its timestep, of unit variance."""
     plan = make_plan(name, STABLE_DIFFUSION, steps=8, strength=0.7)
     image, noise = (TorchCpuNoise(seed).normal((1, 4, 4, 4)) for seed in (1, 2))
     mask = np.zeros((1, 1, 4, 4), dtype=np.float32)
     mask[..., 2:] = 1
-    start, seen = Start(noise=noise, image=image, kept=image, mask=mask), []
-
-    def look(latents: Array, timesteps: Array) -> Array:
-        seen.append(latents.copy())
-        return network(latents, timesteps)
-
-    last = walk(plan, start, look, lambda: noise)
+    start, unet = Start(noise=noise, image=image, kept=image, mask=mask), StrangeUnet()
+    last, _ = walk(plan, start, ours, lambda: noise, unet)
     np.testing.assert_array_equal(last[..., :2], image[..., :2])
-    for stage, latents in enumerate(seen):
+    for stage, latents in enumerate(unet.seen):
         level = plan.levels[stage] / np.hypot(*plan.levels[stage])
-        expected = blend(level, image, noise)[..., :2]
-        np.testing.assert_allclose(latents[..., :2], expected, atol=2e-5, err_msg=str(stage))
-        assert np.abs(latents[..., 2:] - blend(level, image, noise)[..., 2:]).max() > 0.01 or stage == 0
+        expected = blend(level, image, noise)
+        np.testing.assert_allclose(latents[:1, ..., :2], expected[..., :2], atol=2e-5, err_msg=str(stage))
+        assert stage == 0 or np.abs(latents[:1] - expected)[..., 2:].max() > 0.01  # the rest is drawn
 
 
 def test_latents_of_an_image_are_those_of_diffusers_distribution() -> None:
@@ -318,18 +327,18 @@ def test_one_image_starts_every_picture_with_its_own_seed(ours: Ours) -> None:
         np.testing.assert_array_equal(both.noise[i : i + 1], alone.noise)
 
 
-def test_a_start_without_a_mask_keeps_nothing() -> None:
-    latents = TorchCpuNoise(0).normal((2, 4, 3, 3))
-    assert Start(noise=latents).keep(latents, np.array([1.0, 0.5])) is latents
-
-
-def test_keep_is_the_latents_inside_and_the_noisy_image_outside() -> None:
-    latents, image, noise = (TorchCpuNoise(seed).normal((2, 4, 3, 3)) for seed in range(3))
-    mask = np.zeros((1, 1, 3, 3), dtype=np.float32)
-    mask[..., 1] = 1
-    kept = keep(latents, mask, image, noise, np.array([0.8, 0.6], dtype=np.float32))
-    np.testing.assert_array_equal(kept[..., 1], latents[..., 1])
-    np.testing.assert_allclose(kept[..., [0, 2]], (0.8 * image + 0.6 * noise)[..., [0, 2]], rtol=1e-6)
+def test_a_start_writes_what_it_has_and_no_more() -> None:
+    plan, noise = make_plan("euler", STABLE_DIFFUSION, steps=4, strength=0.5), TorchCpuNoise(0).normal((2, 4, 3, 3))
+    image, mask = np.ones_like(noise), np.ones((1, 1, 3, 3), dtype=np.float32)
+    assert set(Start(noise=noise).inputs(plan, state_rows=2)) == {"state"}
+    written = Start(noise=noise, image=image, kept=image, mask=mask).inputs(plan, state_rows=2)
+    assert {name: array.shape for name, array in written.items()} == {
+        "state": (2, 2, 4, 3, 3),
+        "keep_mask": (2, 1, 3, 3),
+        "known": (2, 2, 4, 3, 3),
+    }
+    np.testing.assert_array_equal(written["state"][:, 0], blend(plan.levels[0], image, noise))
+    np.testing.assert_array_equal(written["known"][1], [image[1], noise[1]])
 
 
 # --- latents of the caller ---
