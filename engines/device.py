@@ -190,8 +190,8 @@ class CudaDevice:
 
     def create_event(self, *, timed: bool = False) -> int:
         # Blocking: a thread that waits for a picture sleeps instead of keeping a core busy.
-        waits = self._cuda.cudaEventBlockingSync | self._cuda.cudaEventDisableTiming
-        return int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDefault if timed else waits))
+        untimed = 0 if timed else self._cuda.cudaEventDisableTiming
+        return int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventBlockingSync | untimed))
 
     def record(self, event: int, stream: int) -> None:
         self._call("cudaEventRecord", event, stream)

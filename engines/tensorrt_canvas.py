@@ -1,0 +1,255 @@
+"""Drawing on the device: text, state and pixels stay there, and the host waits once for a finished picture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.errors import EngineError
+from latentrt.engines.spec import Array, EngineSpec
+from latentrt.engines.tensorrt_parts import (
+    ROWS,
+    STATE,
+    Bench,
+    Encoder,
+    Resident,
+    Stage,
+    canvas_axes,
+    make_decoder,
+    make_residents,
+    rows_encoded,
+)
+from latentrt.engines.tensorrt_profiles import Origin
+from latentrt.engines.tensorrt_run import Pass, Place, Program
+from latentrt.engines.work_queue import Holding, Mark, Outbox
+
+# What an input holds before it is written: no part of a picture is kept.
+AT_FIRST = {"keep_mask": 1.0, "known": 0.0}
+# Stages whose numbers may be on their way to the device at once. Longer plans wait for the copy of a stage long past,
+# not for the queue: the device never runs dry.
+SLOTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Programs:
+    """What a canvas runs. text_encoder is None where the text is always written."""
+
+    unet: Program
+    vae_decoder: Program
+    text_encoder: Program | None = None
+
+
+class TensorRTCanvas:
+    """A canvas on the device; see `Canvas` for the methods of that name.
+
+    Everything is allocated when it is constructed: a context for each number of model rows that the UNet is compiled
+    for, as many for the text encoder, and one for the VAE. After each stage the next state is copied over the state,
+    on the device and inside the stage's graph: two buffers in turn would need every graph twice, to save the copy
+    of a megabyte or two on a device that copies terabytes a second.
+    Raises EngineError where the engines are not compiled for the shape, or the device has no room.
+    """
+
+    queued = True
+
+    def __init__(
+        self, place: Place, programs: Programs, shape: CanvasShape, origin: Origin, *, slots: int = SLOTS
+    ) -> None:
+        if origin.factor is None:
+            raise EngineError("a canvas needs to know how many pixels an element of the latents is wide")
+        self.shape = shape
+        self._queue, self._holding = place.queue, Holding(place.queue)
+        self._passes: list[Pass] = []
+        self._closed = ""
+        self._ticks: list[Mark] = []
+        self._idle_ticks: list[Mark] = []
+        self._decoded = False
+        self._text: EngineSpec | None = None
+        bench = Bench(place=place, holding=self._holding, axes=canvas_axes(shape, origin.factor), origin=origin)
+        with self._queue.lock:
+            try:
+                self._set_up(bench, programs, slots)
+            except BaseException:
+                self.close()
+                raise
+
+    def _set_up(self, bench: Bench, programs: Programs, slots: int) -> None:
+        rows = bench.profiles(programs.unet.spec, free=ROWS)
+        self._residents = make_residents(bench, programs.unet, rows[max(rows)])
+        for name, value in AT_FIRST.items():
+            if name in self._residents:
+                shape = self._residents[name].shape
+                self._residents[name].write(np.full(shape, value, dtype=np.float32))
+        self._make_stages(bench, programs.unet, rows, slots)
+        self._encoders: dict[int, Encoder] = {}
+        if programs.text_encoder is not None:
+            self._text = programs.text_encoder.spec
+            self._make_encoders(bench, programs.text_encoder, set(rows))
+        self._make_decoder(bench, programs.vae_decoder)
+        largest = max(resident.size for resident in self._residents.values())
+        self._inbox, self._received = self._holding.pinned(largest), self._holding.mark()
+
+    def _make_stages(self, bench: Bench, unet: Program, rows: Mapping[int, int], slots: int) -> None:
+        next_state = self._holding.allocate(self._residents[STATE].size)
+        self._stages: dict[int, Stage] = {}
+        for number, profile in rows.items():
+            stage = self._stages[number] = Stage(bench, unet, profile, self._residents)
+            self._passes.append(stage.run)
+            stage.bind(next_state)
+        largest = max(stage.block_size for stage in self._stages.values())
+        self._outbox = Outbox(self._queue, self._holding, largest, slots=slots)
+
+    def _make_encoders(self, bench: Bench, program: Program, rows: set[int]) -> None:
+        batch = program.spec.inputs[0].shape[0]
+        for profile in bench.profiles(program.spec, free=str(batch)).values():
+            if rows_encoded(program.spec, profile, self.shape.tokens) in rows:
+                encoder = Encoder(bench, program, profile, self._residents)
+                self._passes.append(encoder.run)
+                self._encoders[encoder.texts] = encoder
+
+    def _make_decoder(self, bench: Bench, program: Program) -> None:
+        shape = (self.shape.pictures, self.shape.height, self.shape.width, 3)
+        size = int(np.prod(shape))
+        self._pixels_address = self._holding.allocate(size)
+        self._pixels, self._finished = self._holding.pinned(size), self._holding.mark()
+        self._decoder = make_decoder(bench, program, self._residents[STATE], self._pixels_address, shape)
+        self._passes.append(self._decoder)
+
+    @property
+    def state_rows(self) -> int:
+        """Return how many rows of state the engines carry."""
+        return self._residents[STATE].shape[1]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"the canvas for {self.shape} {self._closed}")
+
+    def _resident(self, name: str) -> Resident:
+        resident = self._residents.get(name)
+        if resident is None:
+            raise EngineError(f"there is no {name} on this canvas, expected one of {', '.join(self._residents)}")
+        return resident
+
+    def encode(self, inputs: Mapping[str, Array]) -> None:
+        """Run the text encoder. Raises EngineError where it is not compiled for that many texts."""
+        if self._text is None:
+            raise EngineError("no text encoder was opened with this canvas: write encoder_hidden_states")
+        names = [tensor.name for tensor in self._text.inputs]
+        if set(inputs) != set(names):
+            raise EngineError(f"the text encoder takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
+        texts = len(inputs[names[0]])
+        with self._queue.lock:
+            self._check_open()
+            if texts not in self._encoders:
+                raise EngineError(
+                    f"the text encoder is compiled for {sorted(self._encoders)} texts on this canvas, found {texts}"
+                )
+            self._encoders[texts].put(inputs)
+
+    def write(self, name: str, array: Array) -> None:
+        """Set an input of the stage, converted to its type. Raises EngineError on another name or shape."""
+        with self._queue.lock:
+            self._check_open()
+            self._resident(name).write(array)
+
+    def advance(self, stage: StageInput) -> None:
+        """Run one denoise stage. Raises EngineError where it has another number of model rows than compiled for."""
+        with self._queue.lock:
+            self._check_open()
+            rows = len(stage.picture_of_row)
+            if rows not in self._stages:
+                raise EngineError(
+                    f"the denoise stage is compiled for {sorted(self._stages)} model rows at "
+                    f"{self.shape.pictures} pictures, found {rows}: every picture with guidance, or none"
+                )
+            self._stages[rows].put(stage, self._outbox)
+
+    def decode(self) -> None:
+        """Run the VAE on the first row of the state, and copy the pixels to where `pixels` finds them."""
+        with self._queue.lock:
+            self._check_open()
+            if not self._residents[STATE].held:
+                raise EngineError("the canvas has no state to decode; write it first")
+            self._decoder.run()
+            self._queue.device.copy_out(self._pixels, self._pixels_address, self._queue.stream)
+            self._queue.set(self._finished)
+            self._decoded = True
+
+    def pixels(self) -> Array:
+        """Wait for the last `decode` and return a copy of its pictures."""
+        self._check_open()
+        if not self._decoded:
+            raise EngineError("the canvas has no pixels before `decode`")
+        self._queue.reach(self._finished)
+        with self._queue.lock:
+            self._check_open()
+            return self._pixels.reshape(self.shape.pictures, self.shape.height, self.shape.width, 3).copy()
+
+    def read(self, name: str) -> Array:
+        """Wait for the queue and return a copy of what was written, or of the state as it is now."""
+        with self._queue.lock:
+            self._check_open()
+            resident = self._resident(name)
+            if not resident.held:
+                raise EngineError(f"{name} was not written to the canvas")
+            shape, dtype = resident.held_shape, np.dtype(resident.tensor.dtype)
+            block = self._inbox[: int(np.prod(shape)) * dtype.itemsize]
+            self._queue.device.copy_out(block, resident.address, self._queue.stream)
+            self._queue.set(self._received)
+        self._queue.reach(self._received)
+        with self._queue.lock:
+            self._check_open()
+            return block.view(dtype).reshape(shape).copy()
+
+    def mark(self) -> None:
+        """Note the device's own time at which the queue comes to this place."""
+        with self._queue.lock:
+            self._check_open()
+            mark = self._idle_ticks.pop() if self._idle_ticks else self._holding.mark(timed=True)
+            self._queue.set(mark)
+            self._ticks.append(mark)
+
+    def elapsed(self) -> tuple[float, ...]:
+        """Wait for the last mark and return the seconds between the marks; forget them."""
+        self._check_open()
+        marks, self._ticks = self._ticks, []
+        if marks:
+            self._queue.reach(marks[-1])
+        with self._queue.lock:
+            self._check_open()
+            self._idle_ticks += marks
+            device = self._queue.device
+            return tuple(device.elapsed_s(a.event, b.event) for a, b in itertools.pairwise(marks))
+
+    def warm_up(self) -> dict[str, float]:
+        """Run everything once, so that graphs are recorded, then once more; return the device's seconds by pass.
+
+        What was written before is not kept, and marks are forgotten.
+        """
+        with self._queue.lock:
+            self._check_open()
+            for run in self._passes:
+                run.run()
+            self.elapsed()
+            for run in self._passes:
+                self.mark()
+                run.run()
+            self.mark()
+            for name, resident in self._residents.items():
+                if name not in AT_FIRST:
+                    resident.held = 0
+            return dict(zip((run.name for run in self._passes), self.elapsed(), strict=True))
+
+    def close(self, reason: str = "is closed; open the bundle again") -> None:
+        """Wait for the queue and free what the canvas holds. Closing twice is closing once."""
+        with self._queue.lock:
+            if self._closed:
+                return
+            self._closed = reason
+            self._queue.drain()
+            for run in self._passes:
+                run.close()
+            self._holding.close()

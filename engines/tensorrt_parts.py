@@ -1,0 +1,231 @@
+"""What a canvas on the device consists of: inputs that stay there, and passes that are bound to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.errors import EngineError
+from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.tensorrt_profiles import Origin, Shape, input_shapes, nbytes, profiles_for
+from latentrt.engines.tensorrt_run import REBUILD, Pass, Place, Program
+from latentrt.engines.work_queue import Holding, Outbox, align
+
+STATE, NEXT_STATE, PIXELS, ROWS = "state", "next_state", "pixels", "rows"
+# What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often left away.
+PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
+# What the text encoder calls what the stage takes under another name.
+TEXT_NAMES = {"last_hidden_state": "encoder_hidden_states"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bench:
+    """Where the parts of one canvas are made: where they run, what holds their memory, and the sizes of their axes."""
+
+    place: Place
+    holding: Holding
+    axes: Mapping[str, int]
+    origin: Origin
+
+    def profiles(self, spec: EngineSpec, *, free: str = "") -> dict[int, int]:
+        """Return {size of the free axis: profile} of those that fit. Raises EngineError where there is none."""
+        found = profiles_for(spec, self.axes, free=free)
+        if not found:
+            named = {name for sizes in spec.profiles for name in sizes} - {free}
+            raise self.origin.refuse(spec, {name: self.axes[name] for name in self.axes if name in named})
+        return found
+
+
+def canvas_axes(shape: CanvasShape, factor: int) -> dict[str, int]:
+    """Return the size of each axis that an engine's graph may name, but for the model rows."""
+    return {
+        "pictures": shape.pictures,
+        "batch": shape.pictures,
+        "tokens": shape.tokens,
+        "height": shape.height,
+        "width": shape.width,
+        "latent_height": shape.height // factor,
+        "latent_width": shape.width // factor,
+    }
+
+
+def view(array: Array, tensor: TensorSpec, shape: Shape) -> Array:
+    """Return an array as contiguous values of the tensor's type. Raises EngineError where its shape is another."""
+    if np.shape(array) != shape:
+        raise EngineError(f"{tensor.name}: found shape {np.shape(array)}, expected {shape}")
+    return np.ascontiguousarray(array, dtype=tensor.dtype)
+
+
+class Resident:
+    """An input of the stage that stays on the device, with room for the largest number of model rows.
+
+    held: how many entries of its first axis were set, 0 before the first
+    """
+
+    def __init__(self, bench: Bench, tensor: TensorSpec, shape: Shape) -> None:
+        if ROWS in tensor.shape[1:]:
+            raise EngineError(f"{tensor} has its model rows on another axis than the first; {REBUILD}")
+        self.tensor, self.shape = tensor, shape
+        self.by_rows = tensor.shape[0] == ROWS
+        self.size = nbytes(tensor, shape)
+        self.address = bench.holding.allocate(self.size)
+        self.held = 0
+        self._outbox = Outbox(bench.place.queue, bench.holding, self.size)
+
+    def write(self, array: Array) -> None:
+        """Set the values. With an axis of model rows there may be fewer than there is room for, and more: the first."""
+        if self.by_rows and np.ndim(array) == len(self.shape) and len(array):
+            array = array[: self.shape[0]]
+            values = view(array, self.tensor, (len(array), *self.shape[1:]))
+        else:
+            values = view(array, self.tensor, self.shape)
+        self._outbox.send(self.address, [(0, values)])
+        self.held = len(values)
+
+    @property
+    def held_shape(self) -> Shape:
+        """Return the shape of what was set."""
+        return (self.held, *self.shape[1:])
+
+
+class Stage:
+    """The denoise stage for one number of model rows: what changes from stage to stage lies in one block."""
+
+    def __init__(self, bench: Bench, program: Program, profile: int, residents: Mapping[str, Resident]) -> None:
+        self._queue = bench.place.queue
+        self._run = Pass(bench.place, program, profile)
+        self._residents = residents
+        tensors = {tensor.name: tensor for tensor in program.spec.inputs}
+        self._tensors = tuple(tensors[name] for name in PER_STAGE)
+        self._offsets, self.block_size = _layout(self._tensors, self._run.inputs)
+        self._address = bench.holding.allocate(self.block_size)
+        self._quiet = True  # fresh memory is zero
+        self._pictures = self._run.inputs["guidance"][0]
+        self._rows = self._run.inputs["guidance"][1]
+
+    @property
+    def run(self) -> Pass:
+        """Return the pass, for what binds and closes it."""
+        return self._run
+
+    def bind(self, next_state: int) -> None:
+        """Set the addresses. The next state is copied over the state, so that every stage runs on the same two."""
+        state = self._residents[STATE]
+        addresses = {name: resident.address for name, resident in self._residents.items()}
+        addresses |= {name: self._address + offset for name, offset in self._offsets.items()}
+        self._run.bind(addresses | {NEXT_STATE: next_state}, copies=[(state.address, next_state, state.size)])
+
+    def put(self, stage: StageInput, outbox: Outbox) -> None:
+        """Put one stage in the queue, after one copy of what it takes."""
+        for resident in self._residents.values():
+            if resident.held < (self._rows if resident.by_rows else 1):
+                raise EngineError(f"{resident.tensor.name}: a stage needs {self._wanted(resident)}; write it first")
+        arrays = {
+            tensor.name: view(array, tensor, self._run.inputs[tensor.name])
+            for tensor in self._tensors
+            if (array := getattr(stage, tensor.name)) is not None
+        }
+        owners = arrays["picture_of_row"]
+        if owners.min() < 0 or owners.max() >= self._pictures:  # the device would read past the end
+            raise EngineError(f"picture_of_row: found {owners.tolist()}, expected pictures below {self._pictures}")
+        outbox.send(self._address, [(self._offsets[name], array) for name, array in arrays.items()])
+        self._silence(silent="noise" not in arrays)
+        self._run.run()
+
+    def _wanted(self, resident: Resident) -> str:
+        if not resident.held:
+            return "it and it was not written"
+        return f"{self._rows} rows of it and {resident.held} were written"
+
+    def _silence(self, *, silent: bool) -> None:
+        """Clear the noise of an earlier stage: it has no weight, unless it is not finite."""
+        if silent and not self._quiet:
+            size = self.block_size - self._offsets["noise"]
+            self._queue.device.zero(self._address + self._offsets["noise"], size, self._queue.stream)
+        self._quiet = silent
+
+
+def _layout(tensors: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
+    """Lay tensors one after another: {name: offset in bytes}, and the bytes of all."""
+    offsets, end = {}, 0
+    for tensor in tensors:
+        offsets[tensor.name] = end
+        end += align(nbytes(tensor, shapes[tensor.name]))
+    return offsets, end
+
+
+class Encoder:
+    """The text encoder for one number of texts; what it gives lands in the stage's own inputs."""
+
+    def __init__(self, bench: Bench, program: Program, profile: int, residents: Mapping[str, Resident]) -> None:
+        self.run = Pass(bench.place, program, profile)
+        self._tensors = program.spec.inputs
+        sizes = {tensor.name: nbytes(tensor, self.run.inputs[tensor.name]) for tensor in self._tensors}
+        self._addresses = {name: bench.holding.allocate(size) for name, size in sizes.items()}
+        self._outboxes = {name: Outbox(bench.place.queue, bench.holding, size) for name, size in sizes.items()}
+        self._fills: dict[str, tuple[Resident, int]] = {}
+        outputs = {}
+        for tensor in program.spec.outputs:
+            resident = residents.get(TEXT_NAMES.get(tensor.name, tensor.name))
+            shape = self.run.outputs[tensor.name]
+            if resident is None:  # such as CLIP's pooled output, which SD 1.x has no use for
+                outputs[tensor.name] = bench.holding.allocate(nbytes(tensor, shape))
+            else:
+                self._fills[tensor.name] = resident, _rows_filled(tensor, shape, resident)
+                outputs[tensor.name] = resident.address
+        self.run.bind(self._addresses | outputs)
+
+    @property
+    def texts(self) -> int:
+        """Return how many rows of tokens it takes."""
+        return next(iter(self.run.inputs.values()))[0]
+
+    def put(self, inputs: Mapping[str, Array]) -> None:
+        """Put one run in the queue, after the copies of what it takes."""
+        arrays = {t.name: view(inputs[t.name], t, self.run.inputs[t.name]) for t in self._tensors}
+        for name, array in arrays.items():
+            self._outboxes[name].send(self._addresses[name], [(0, array)])
+        self.run.run()
+        for resident, rows in self._fills.values():
+            resident.held = rows
+
+
+def rows_encoded(spec: EngineSpec, profile: int, tokens: int) -> int | None:
+    """Return how many model rows of `tokens` tokens a profile of the text encoder fills, None where none or a part.
+
+    A long prompt is several texts for the encoder: their outputs follow one another as one row does.
+    """
+    texts, length = next(iter(input_shapes(spec, profile).values()))
+    return texts * length // tokens if texts * length % tokens == 0 else None
+
+
+def _rows_filled(tensor: TensorSpec, shape: Shape, resident: Resident) -> int:
+    row = int(np.prod(resident.shape[1:], dtype=np.int64))
+    values = int(np.prod(shape, dtype=np.int64))
+    if tensor.dtype != resident.tensor.dtype or shape[-1] != resident.shape[-1] or values % row:
+        raise EngineError(f"the text encoder gives {tensor}, the stage takes {resident.tensor}; {REBUILD}")
+    return values // row
+
+
+def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Resident]:
+    """Make the inputs that stay, with the shapes of the profile with the most model rows."""
+    names = {tensor.name for tensor in program.spec.inputs}
+    if not {STATE, *PER_STAGE} <= names or {tensor.name for tensor in program.spec.outputs} != {NEXT_STATE}:
+        raise EngineError(f"{program.spec.component} is no fused denoise stage: it takes {', '.join(names)}; {REBUILD}")
+    shapes = input_shapes(program.spec, profile)
+    return {t.name: Resident(bench, t, shapes[t.name]) for t in program.spec.inputs if t.name not in PER_STAGE}
+
+
+def make_decoder(bench: Bench, program: Program, state: Resident, pixels: int, shape: Shape) -> Pass:
+    """Make the VAE's pass: from the state to the pixels, (P, height, width, 3) uint8."""
+    run = Pass(bench.place, program, next(iter(bench.profiles(program.spec).values())))
+    if run.inputs != {STATE: state.shape} or run.outputs != {PIXELS: shape}:
+        raise EngineError(
+            f"{program.spec.component} takes {run.inputs} and gives {run.outputs}, expected {STATE} {state.shape} "
+            f"and {PIXELS} {shape}; {REBUILD}"
+        )
+    run.bind({STATE: state.address, PIXELS: pixels})
+    return run

@@ -1,0 +1,167 @@
+"""The engines of one target, opened on one device: canvases to draw on, and engines for host arrays."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Self
+
+from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.device import Device
+from latentrt.engines.errors import EngineError
+from latentrt.engines.manifest import EngineRecord
+from latentrt.engines.spec import EngineSpec
+from latentrt.engines.tensorrt_canvas import Programs, TensorRTCanvas
+from latentrt.engines.tensorrt_engine import TensorRTEngine
+from latentrt.engines.tensorrt_profiles import Origin
+from latentrt.engines.tensorrt_run import Place, Program, Scratch, open_programs
+from latentrt.engines.work_queue import WorkQueue
+
+# Canvases that are kept: each holds its contexts, buffers and graphs.
+KEPT_CANVASES = 4
+
+
+def open_tensorrt(
+    library: ModuleType,
+    directory: Path,
+    record: EngineRecord,
+    device: Device,
+    *,
+    factor: int,
+    components: Sequence[str] | None = None,
+    graphs: bool = True,
+    canvases: int = KEPT_CANVASES,
+) -> TensorRTSession:
+    """Open the compiled engines in `directory`, read from all files at once.
+
+    library: tensorrt, tensorrt_lean, tensorrt_dispatch or tensorrt_rtx, of the version that the record's key names
+    directory, record: what `find_engines` returns; files are not hashed here
+    device: a `CudaDevice`, which is proof that a driver answers
+    factor: how many pixels an element of the latents is wide, as the manifest says
+    components: the ones to open, None for all
+    graphs: whether passes are recorded as CUDA graphs
+    canvases: how many shapes are kept ready; the one that was used longest ago makes room
+    Raises EngineError with the library's own words, BundleError where a file cannot be read.
+    """
+    origin = Origin(bundle=directory.parent.parent, backend=record.key.backend, factor=factor)
+    names = tuple(record.entries) if components is None else tuple(components)
+    plans = {name: (directory / record.entries[name], record.specs[name]) for name in names}
+    return TensorRTSession(library, plans, device, origin, graphs=graphs, canvases=canvases)
+
+
+def load_engine(
+    library: ModuleType,
+    file: Path,
+    spec: EngineSpec,
+    device: Device,
+    *,
+    backend: str,
+    factor: int | None = None,
+    graphs: bool = True,
+) -> TensorRTEngine:
+    """Open one compiled engine for host arrays. Closing it frees all that was opened for it.
+
+    file: below `engines/KEY/` of its bundle; the other arguments are those of `open_tensorrt`. Raises as that does.
+    """
+    origin = Origin(bundle=file.parent.parent.parent, backend=backend, factor=factor)
+    session = TensorRTSession(library, {spec.component: (file, spec)}, device, origin, graphs=graphs)
+    return session.engine(spec.component, on_close=session.close)
+
+
+class TensorRTSession:
+    """Opened engines with the stream that all of them run in and the scratch memory that they share.
+
+    What it hands out is closed with it. Threads may share it: work of one waits until the other's is in the queue.
+    """
+
+    def __init__(
+        self,
+        library: ModuleType,
+        plans: Mapping[str, tuple[Path, EngineSpec]],
+        device: Device,
+        origin: Origin,
+        *,
+        graphs: bool = True,
+        canvases: int = KEPT_CANVASES,
+    ) -> None:
+        if canvases < 1:
+            raise EngineError(f"canvases: found {canvases}, expected 1 or more")
+        start = time.perf_counter()
+        self._origin, self._kept = origin, canvases
+        self._programs: dict[str, Program] = open_programs(library, plans)
+        queue = WorkQueue(device)
+        self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
+        self._canvases: OrderedDict[CanvasShape, TensorRTCanvas] = OrderedDict()
+        self._engines: list[TensorRTEngine] = []
+        self._closed = False
+        self.load_s = time.perf_counter() - start
+
+    def canvas(self, shape: CanvasShape) -> TensorRTCanvas:
+        """Return the canvas for a shape, the same one every time while it is kept.
+
+        Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
+        the device has no room.
+        """
+        with self._place.queue.lock:
+            self._check_open()
+            if shape not in self._canvases:
+                while len(self._canvases) >= self._kept:
+                    _, oldest = self._canvases.popitem(last=False)
+                    oldest.close("made room for another shape; ask for it again, or keep more canvases")
+                self._canvases[shape] = TensorRTCanvas(self._place, self._drawing(), shape, self._origin)
+            self._canvases.move_to_end(shape)
+            return self._canvases[shape]
+
+    def _drawing(self) -> Programs:
+        missing = [name for name in ("unet", "vae_decoder") if name not in self._programs]
+        if missing:
+            raise EngineError(f"drawing needs {' and '.join(missing)}, opened are {', '.join(self._programs)}")
+        return Programs(
+            unet=self._programs["unet"],
+            vae_decoder=self._programs["vae_decoder"],
+            text_encoder=self._programs.get("text_encoder"),
+        )
+
+    def engine(self, component: str, *, on_close: Callable[[], None] = lambda: None) -> TensorRTEngine:
+        """Return a fresh engine for host arrays. on_close: called once, when it is closed before the session is."""
+        self._check_open()
+        program = self._programs.get(component)
+        if program is None:
+            raise EngineError(f"there is no {component} here, opened are {', '.join(self._programs)}")
+        engine = TensorRTEngine(self._place, program, self._origin, on_close=on_close)
+        self._engines = [*(one for one in self._engines if not one.closed), engine]
+        return engine
+
+    def warm_up(self, shape: CanvasShape) -> dict[str, float]:
+        """Make the canvas for a shape and run all of it; return the device's seconds by pass."""
+        return self.canvas(shape).warm_up()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"the engines of '{self._origin.bundle}' are closed; open the bundle again")
+
+    def close(self) -> None:
+        """Wait for the queue and free everything: contexts and graphs, engines, scratch memory, the stream."""
+        with self._place.queue.lock:
+            if self._closed:
+                return
+            self._closed = True
+            while self._canvases:
+                self._canvases.popitem()[1].close()
+            while self._engines:
+                self._engines.pop().close()
+            self._programs.clear()
+            self._place.scratch.close()
+            self._place.queue.drain()
+            self._place.queue.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
