@@ -1,0 +1,246 @@
+"""A device whose memory is host memory and whose queue is lazy: work runs in order, and only when someone waits.
+
+So whatever would be a race on a GPU is a wrong number here, every time: a pinned slot that is filled again before
+its copy ran, an output that is read before it was waited for, memory that is freed under queued work. What CUDA
+would refuse, or corrupt without a word, is an AssertionError.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from latentrt.engines.errors import EngineError
+from latentrt.engines.spec import Array
+
+Work = Callable[[], None]
+ALIGNMENT = 256
+FRESH = 0xFF  # what fresh memory holds: not-a-number in floats, -1 in integers
+
+
+class Memory:
+    """Allocations of one kind, found by address."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Array] = {}
+
+    def allocate(self, size: int) -> int:
+        raw = np.full(size + ALIGNMENT, FRESH, dtype=np.uint8)
+        start = -raw.ctypes.data % ALIGNMENT
+        block = raw[start : start + size]
+        address = int(block.ctypes.data) if size else int(raw[start:].ctypes.data)
+        self.blocks[address] = block
+        return address
+
+    def resolve(self, address: int, size: int) -> Array:
+        """Return the bytes at an address, which lie in one allocation that is not freed."""
+        for start, block in self.blocks.items():
+            if start <= address and address + size <= start + block.nbytes:
+                return block[address - start : address - start + size]
+        raise AssertionError(f"{size} bytes at {address} are not allocated")
+
+    def free(self, address: int) -> None:
+        assert address in self.blocks, "freed twice, or never allocated"
+        self.blocks.pop(address)[:] = FRESH
+
+
+class HostDevice:
+    """A stand-in for `Device`. calls: what was asked of it, in order; ran: what the queue ran, in order."""
+
+    def __init__(self) -> None:
+        self.memory, self.pinned_memory = Memory(), Memory()
+        self.calls: list[str] = []
+        self.ran: list[str] = []
+        self.out_of_memory_above: int | None = None
+        self._queue: list[tuple[str, Work]] = []
+        self._done = 0
+        self._recording: list[tuple[str, Work]] | None = None
+        self._graphs: dict[int, list[tuple[str, Work]]] = {}
+        self._events: dict[int, tuple[int, bool]] = {}
+        self._handles = iter(range(1, 1 << 30))
+        self._streams: set[int] = set()
+        self._lock = threading.RLock()  # the GPU itself is no Python object: threads may call CUDA together
+
+    # What tests ask.
+
+    def pending(self) -> int:
+        """Return how many pieces of work wait in the queue."""
+        return len(self._queue) - self._done
+
+    def counted(self) -> Counter[str]:
+        """Return how often each method was called."""
+        return Counter(call.split()[0] for call in self.calls)
+
+    def forget(self) -> None:
+        """Start the records anew."""
+        self.calls.clear()
+        self.ran.clear()
+
+    def leftovers(self) -> dict[str, int]:
+        """Return what was made and not freed."""
+        kinds: dict[str, Any] = {
+            "memory": self.memory.blocks,
+            "pinned": self.pinned_memory.blocks,
+            "graphs": self._graphs,
+            "events": self._events,
+            "streams": self._streams,
+        }
+        return {name: len(made) for name, made in kinds.items() if made}
+
+    # How work gets in and out of the queue.
+
+    def put(self, stream: int, label: str, work: Work) -> None:
+        """Queue or record one piece of work. Also what the stand-in library calls."""
+        with self._lock:
+            assert stream in self._streams, "there is no such stream; stream 0 is not to be used"
+            (self._queue if self._recording is None else self._recording).append((label, work))
+
+    def resolve(self, address: int, size: int) -> Array:
+        return self.memory.resolve(address, size)
+
+    @property
+    def recording(self) -> bool:
+        return self._recording is not None
+
+    def _run_to(self, place: int) -> None:
+        while self._done < place:
+            label, work = self._queue[self._done]
+            self._done += 1
+            self.ran.append(label)
+            work()
+
+    def _called(self, call: str) -> None:
+        self.calls.append(call)
+
+    def _idle(self) -> None:
+        assert self._recording is None, "not allowed while the stream is recorded"
+        assert not self.pending(), "freed under queued work"
+
+    # The protocol.
+
+    def allocate(self, size: int) -> int:
+        with self._lock:
+            self._called(f"allocate {size}")
+            assert self._recording is None, "not allowed while the stream is recorded"
+            if self.out_of_memory_above is not None and size > self.out_of_memory_above:
+                raise EngineError("the GPU has 0 MiB free (cudaErrorMemoryAllocation)")
+            return self.memory.allocate(size)
+
+    def free(self, address: int) -> None:
+        with self._lock:
+            self._called("free")
+            self._idle()
+            self.memory.free(address)
+
+    def allocate_pinned(self, size: int) -> Array:
+        with self._lock:
+            self._called(f"allocate_pinned {size}")
+            assert self._recording is None, "not allowed while the stream is recorded"
+            return self.pinned_memory.blocks[self.pinned_memory.allocate(size)]
+
+    def free_pinned(self, block: Array) -> None:
+        with self._lock:
+            self._called("free_pinned")
+            self._idle()
+            self.pinned_memory.free(int(block.ctypes.data))
+
+    def copy_in(self, address: int, block: Array, stream: int) -> None:
+        with self._lock:
+            self._called(f"copy_in {block.nbytes}")
+            self.pinned_memory.resolve(int(block.ctypes.data), block.nbytes)
+            target = self.resolve(address, block.nbytes)
+            self.put(stream, "copy_in", lambda: np.copyto(target, block))
+
+    def copy_out(self, block: Array, address: int, stream: int) -> None:
+        with self._lock:
+            self._called(f"copy_out {block.nbytes}")
+            self.pinned_memory.resolve(int(block.ctypes.data), block.nbytes)
+            source = self.resolve(address, block.nbytes)
+            self.put(stream, "copy_out", lambda: np.copyto(block, source))
+
+    def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        with self._lock:
+            self._called(f"copy {size}")
+            there, here = self.resolve(target, size), self.resolve(source, size)
+            self.put(stream, "copy", lambda: np.copyto(there, here))
+
+    def zero(self, address: int, size: int, stream: int) -> None:
+        with self._lock:
+            self._called(f"zero {size}")
+            block = self.resolve(address, size)
+            self.put(stream, "zero", lambda: block.fill(0))
+
+    def create_stream(self) -> int:
+        self._called("create_stream")
+        self._streams.add(stream := next(self._handles))
+        return stream
+
+    def synchronize(self, stream: int) -> None:
+        with self._lock:
+            self._called("synchronize")
+            assert self._recording is None, "not allowed while the stream is recorded"
+            assert stream in self._streams
+            self._run_to(len(self._queue))
+
+    def destroy_stream(self, stream: int) -> None:
+        self._called("destroy_stream")
+        self._idle()
+        self._streams.remove(stream)
+
+    def begin_capture(self, stream: int) -> None:
+        with self._lock:
+            self._called("begin_capture")
+            assert self._recording is None
+            self._recording = []
+
+    def end_capture(self, stream: int) -> int:
+        with self._lock:
+            self._called("end_capture")
+            assert self._recording is not None
+            graph = next(self._handles)
+            self._graphs[graph], self._recording = self._recording, None
+            return graph
+
+    def launch(self, graph: int, stream: int) -> None:
+        with self._lock:
+            self._called("launch")
+            for label, work in self._graphs[graph]:
+                self.put(stream, label, work)
+
+    def free_graph(self, graph: int) -> None:
+        with self._lock:
+            self._called("free_graph")
+            self._idle()
+            del self._graphs[graph]
+
+    def create_event(self, *, timed: bool = False) -> int:
+        self._events[event := next(self._handles)] = (0, timed)
+        return event
+
+    def record(self, event: int, stream: int) -> None:
+        with self._lock:
+            assert self._recording is None, "an event is not a part of a graph"
+            self._called("record")
+            self._events[event] = (len(self._queue), self._events[event][1])
+
+    def wait(self, event: int) -> None:
+        with self._lock:
+            self._called("wait")
+            self._run_to(self._events[event][0])
+
+    def elapsed_s(self, first: int, second: int) -> float:
+        """Every piece of work takes a thousandth of a second here."""
+        (start, start_timed), (end, end_timed) = self._events[first], self._events[second]
+        assert start_timed and end_timed, "these events keep no time"
+        assert max(start, end) <= self._done, "these events have not happened"
+        return (end - start) / 1e3
+
+    def destroy_event(self, event: int) -> None:
+        del self._events[event]
+
+    def free_bytes(self) -> int:
+        return 1 << 30

@@ -1,0 +1,242 @@
+"""A stand-in for TensorRT's runtime: its engines are ONNX graphs, and its contexts queue ONNX Runtime on a HostDevice.
+
+It is as strict as TensorRT: what TensorRT answers with None or False and a line to the logger, it does too.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import mmap
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from latentrt.engines.spec import Array, EngineSpec
+from latentrt.engines.tensorrt_profiles import input_shapes
+from tests.host_device import ALIGNMENT, FRESH, HostDevice
+
+NAMES = {
+    "tensor(float)": "FLOAT",
+    "tensor(float16)": "HALF",
+    "tensor(int64)": "INT64",
+    "tensor(int32)": "INT32",
+    "tensor(uint8)": "UINT8",
+    "tensor(bool)": "BOOL",
+}
+DTYPES = {
+    "FLOAT": np.float32,
+    "HALF": np.float16,
+    "INT64": np.int64,
+    "INT32": np.int32,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+DataType = enum.Enum("DataType", list(DTYPES))
+TensorIOMode = enum.Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
+Strategy = enum.Enum("Strategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
+Kernels = enum.Enum("Kernels", ["LAZY", "EAGER", "NONE"])
+
+
+class ILogger:
+    Severity = enum.Enum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING"])
+
+    def log(self, severity: Any, message: str) -> None:
+        raise NotImplementedError
+
+
+def plan_bytes(model: Any, spec: EngineSpec) -> bytes:
+    """Return a graph with its profiles, as what is compiled."""
+    profiles = [input_shapes(spec, number) for number in range(len(spec.profiles))]
+    return json.dumps(profiles).encode() + b"\n" + model.SerializeToString()
+
+
+def make_library(device: HostDevice, *, rtx: bool = False) -> Any:
+    """Return a module with TensorRT's names. refuses: names of calls that fail from now on; engines: those alive."""
+    library: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
+    library.__version__ = "0.0.0"
+    library.device, library.refuses, library.engines = device, set(), weakref.WeakSet()
+    library.ILogger, library.DataType, library.TensorIOMode = ILogger, DataType, TensorIOMode
+    library.ExecutionContextAllocationStrategy = Strategy
+    library.Runtime = lambda logger: Runtime(library, logger)
+    if rtx:
+        library.DynamicShapesKernelSpecializationStrategy = Kernels
+    return library
+
+
+class Runtime:
+    def __init__(self, library: Any, logger: Any) -> None:
+        self.library, self.logger = library, logger
+
+    def fails(self, call: str) -> bool:
+        """Tell whether a call shall fail, and give the logger the reason."""
+        if call in self.library.refuses:
+            self.logger.log(ILogger.Severity.ERROR, f"{call}: as the test\n wishes")
+        return call in self.library.refuses
+
+    def deserialize_cuda_engine(self, buffer: mmap.mmap) -> Engine | None:
+        assert isinstance(buffer, mmap.mmap), "a plan is read through a memory map"
+        if self.fails("deserialize_cuda_engine"):
+            return None
+        profiles, _, graph = bytes(buffer).partition(b"\n")
+        try:
+            engine = Engine(self, json.loads(profiles), graph)
+        except ValueError:
+            self.logger.log(ILogger.Severity.ERROR, "the plan has no magic tag")
+            return None
+        self.library.engines.add(engine)
+        return engine
+
+
+class Engine:
+    def __init__(self, runtime: Runtime, profiles: list[dict[str, list[int]]], graph: bytes) -> None:
+        self.runtime = runtime
+        self.profiles = [{name: tuple(shape) for name, shape in profile.items()} for profile in profiles]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # the networks are tiny: threads would only wait for each other
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.inputs = {node.name: node for node in self.session.get_inputs()}
+        self.outputs = {node.name: node for node in self.session.get_outputs()}
+        self.tensors = self.inputs | self.outputs
+        self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(self.profiles)
+
+    def get_tensor_name(self, number: int) -> str:
+        return list(self.tensors)[number]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return TensorIOMode["INPUT" if name in self.inputs else "OUTPUT"]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return DataType[NAMES[self.tensors[name].type]]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(axis if isinstance(axis, int) else -1 for axis in self.tensors[name].shape)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [self.profiles[profile][name]] * 3
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        """A few times what the profile takes in: larger shapes need more."""
+        return 4 * sum(int(np.prod(shape)) for shape in self.profiles[profile].values())
+
+    def create_runtime_config(self) -> Config:
+        return Config()
+
+    def create_execution_context(self, config: Any) -> Context | None:
+        rtx = isinstance(config, Config)
+        assert (config.strategy if rtx else config) is Strategy.USER_MANAGED
+        assert rtx == hasattr(self.runtime.library, "DynamicShapesKernelSpecializationStrategy")
+        if self.runtime.fails("create_execution_context"):
+            return None
+        return CapturableContext(self, config) if rtx else Context(self)
+
+
+class Config:
+    strategy: Any = Strategy.STATIC
+    dynamic_shapes_kernel_specialization_strategy: Any = Kernels.LAZY
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.library = engine, engine.runtime.library
+        self.profile = -1
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.scratch: tuple[int, int] | None = None
+        self.ran = False
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        if self.engine.runtime.fails("set_optimization_profile_async"):
+            return False
+        self.profile = profile
+        self.library.device.put(stream, "profile", lambda: None)
+        return 0 <= profile < self.engine.num_optimization_profiles
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self.engine.runtime.fails("set_input_shape") or shape != self.engine.profiles[self.profile][name]:
+            return False
+        self.shapes[name] = shape
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        missing = [name for name in self.engine.inputs if name not in self.shapes]
+        if not missing:
+            zeros = {name: np.zeros(self.shapes[name], DTYPES[self._type(name)]) for name in self.engine.inputs}
+            found = self.engine.session.run(list(self.engine.outputs), zeros)
+            self.shapes |= {name: array.shape for name, array in zip(self.engine.outputs, found, strict=True)}
+        return missing
+
+    def _type(self, name: str) -> str:
+        return NAMES[self.engine.tensors[name].type]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self.engine.get_device_memory_size_for_profile_v2(self.profile), "too little scratch memory"
+        self.scratch = address, size
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % ALIGNMENT == 0, f"{name} is not aligned"
+        self.addresses[name] = address
+        return not self.engine.runtime.fails("set_tensor_address")
+
+    def execute_async_v3(self, stream: int) -> bool:
+        device: HostDevice = self.library.device
+        assert stream != 0 and set(self.addresses) == set(self.engine.tensors) and self.scratch is not None
+        if self.engine.runtime.fails("execute_async_v3 in capture" if device.recording else "execute_async_v3"):
+            return False
+        if device.recording and not self.ran:
+            self.engine.runtime.logger.log(ILogger.Severity.ERROR, "operation not permitted when stream is capturing")
+            return False
+        self.ran = True
+        device.put(stream, self.name, self._work(dict(self.addresses), self.scratch))
+        return True
+
+    @property
+    def name(self) -> str:
+        return f"run {next(iter(self.engine.outputs))} {self.profile}"
+
+    def _work(self, addresses: Mapping[str, int], scratch: tuple[int, int]) -> Any:
+        """Return the work on the memory that is bound now, as kernels keep the arguments they were launched with."""
+        device, session = self.library.device, self.engine.session
+        blocks = {name: self._array(name, address) for name, address in addresses.items()}
+        block = device.resolve(*scratch)
+
+        def run() -> None:
+            feeds = {name: blocks[name].copy() for name in self.engine.inputs}
+            block.fill(FRESH)
+            for name, array in zip(self.engine.outputs, session.run(list(self.engine.outputs), feeds), strict=True):
+                blocks[name][...] = array
+
+        return run
+
+    def _array(self, name: str, address: int) -> Array:
+        dtype, shape = np.dtype(DTYPES[self._type(name)]), self.shapes[name]
+        block: Array = self.library.device.resolve(address, int(np.prod(shape)) * dtype.itemsize)
+        return block.view(dtype).reshape(shape)
+
+
+class CapturableContext(Context):
+    """TensorRT-RTX's: it can be recorded where it exchanges no kernels later."""
+
+    def __init__(self, engine: Engine, config: Config) -> None:
+        super().__init__(engine)
+        self._eager = config.dynamic_shapes_kernel_specialization_strategy is Kernels.EAGER
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._eager and not self.engine.runtime.fails("is_stream_capturable")
+
+
+def write_plan(file: Path, model: Any, spec: EngineSpec) -> None:
+    """Write a graph as an engine file."""
+    file.write_bytes(plan_bytes(model, spec))
