@@ -79,10 +79,8 @@ class TensorRTCanvas:
     def _set_up(self, bench: Bench, programs: Programs, slots: int) -> None:
         rows = bench.profiles(programs.unet.spec, free=ROWS)
         self._residents = make_residents(bench, programs.unet, rows[max(rows)])
-        for name, value in AT_FIRST.items():
-            if name in self._residents:
-                shape = self._residents[name].shape
-                self._residents[name].write(np.full(shape, value, dtype=np.float32))
+        for name in AT_FIRST.keys() & self._residents.keys():
+            self._write_first(name)
         self._make_stages(bench, programs.unet, rows, slots)
         self._encoders: dict[int, Encoder] = {}
         if programs.text_encoder is not None:
@@ -224,23 +222,42 @@ class TensorRTCanvas:
             device = self._queue.device
             return tuple(device.elapsed_s(a.event, b.event) for a, b in itertools.pairwise(marks))
 
+    def settle(self, behind: int) -> None:
+        """Wait until the queue is at most this many marks behind."""
+        self._check_open()
+        if len(self._ticks) > behind:
+            self._queue.reach(self._ticks[-1 - behind])
+
+    def wipe(self) -> None:
+        """Make the canvas as good as new: nothing written, no marks."""
+        with self._queue.lock:
+            self._check_open()
+            self._idle_ticks += self._ticks
+            self._ticks, self._decoded = [], False
+            for name, resident in self._residents.items():
+                if name in AT_FIRST and resident.written:
+                    self._write_first(name)
+                elif name not in AT_FIRST:
+                    resident.held = 0
+
+    def _write_first(self, name: str) -> None:
+        resident = self._residents[name]
+        resident.write(np.full(resident.shape, AT_FIRST[name], dtype=np.float32))
+        resident.written = False
+
     def warm_up(self) -> dict[str, float]:
         """Run everything once, so that graphs are recorded, then once more; return the device's seconds by pass.
 
-        What was written before is not kept, and marks are forgotten.
+        It leaves the canvas as good as new.
         """
         with self._queue.lock:
-            self._check_open()
             for run in self._passes:
                 run.run()
-            self.elapsed()
+            self.wipe()
             for run in self._passes:
                 self.mark()
                 run.run()
             self.mark()
-            for name, resident in self._residents.items():
-                if name not in AT_FIRST:
-                    resident.held = 0
             return dict(zip((run.name for run in self._passes), self.elapsed(), strict=True))
 
     def close(self, reason: str = "is closed; open the bundle again") -> None:

@@ -62,7 +62,8 @@ def view(array: Array, tensor: TensorSpec, shape: Shape) -> Array:
 class Resident:
     """An input of the stage that stays on the device, with room for the largest number of model rows.
 
-    held: how many entries of its first axis were set, 0 before the first
+    held: how many entries of its first axis are set, 0 before the first
+    written: whether the canvas's user set them
     """
 
     def __init__(self, bench: Bench, tensor: TensorSpec, shape: Shape) -> None:
@@ -73,6 +74,7 @@ class Resident:
         self.size = nbytes(tensor, shape)
         self.address = bench.holding.allocate(self.size)
         self.held = 0
+        self.written = False
         self._outbox = Outbox(bench.place.queue, bench.holding, self.size)
 
     def write(self, array: Array) -> None:
@@ -83,7 +85,7 @@ class Resident:
         else:
             values = view(array, self.tensor, self.shape)
         self._outbox.send(self.address, [(0, values)])
-        self.held = len(values)
+        self.held, self.written = len(values), True
 
     @property
     def held_shape(self) -> Shape:

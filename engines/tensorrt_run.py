@@ -267,7 +267,7 @@ class Pass:
         queue.device.begin_capture(queue.stream)
         try:
             self._enqueue()
-        except EngineError:
+        except BaseException:
             with contextlib.suppress(EngineError):  # the stream must leave capture; the first error is the one to tell
                 queue.device.free_graph(queue.device.end_capture(queue.stream))
             raise

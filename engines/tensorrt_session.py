@@ -100,7 +100,7 @@ class TensorRTSession:
         self.load_s = time.perf_counter() - start
 
     def canvas(self, shape: CanvasShape) -> TensorRTCanvas:
-        """Return the canvas for a shape, the same one every time while it is kept.
+        """Return a blank canvas for a shape: the same one every time, wiped, while it is kept.
 
         Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
         the device has no room.
@@ -113,6 +113,7 @@ class TensorRTSession:
                     oldest.close("made room for another shape; ask for it again, or keep more canvases")
                 self._canvases[shape] = TensorRTCanvas(self._place, self._drawing(), shape, self._origin)
             self._canvases.move_to_end(shape)
+            self._canvases[shape].wipe()
             return self._canvases[shape]
 
     def _drawing(self) -> Programs:

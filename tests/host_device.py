@@ -106,6 +106,18 @@ class HostDevice:
     def recording(self) -> bool:
         return self._recording is not None
 
+    def _transfer(
+        self, label: str, target: tuple[Memory, int], source: tuple[Memory, int], size: int, stream: int
+    ) -> None:
+        """Queue a copy. What it touches must be allocated now, and again when it runs."""
+
+        def work() -> None:
+            np.copyto(target[0].resolve(target[1], size), source[0].resolve(source[1], size))
+
+        target[0].resolve(target[1], size)
+        source[0].resolve(source[1], size)
+        self.put(stream, label, work)
+
     def _run_to(self, place: int) -> None:
         while self._done < place:
             label, work = self._queue[self._done]
@@ -151,28 +163,25 @@ class HostDevice:
     def copy_in(self, address: int, block: Array, stream: int) -> None:
         with self._lock:
             self._called(f"copy_in {block.nbytes}")
-            self.pinned_memory.resolve(int(block.ctypes.data), block.nbytes)
-            target = self.resolve(address, block.nbytes)
-            self.put(stream, "copy_in", lambda: np.copyto(target, block))
+            here, size = int(block.ctypes.data), block.nbytes
+            self._transfer("copy_in", (self.memory, address), (self.pinned_memory, here), size, stream)
 
     def copy_out(self, block: Array, address: int, stream: int) -> None:
         with self._lock:
             self._called(f"copy_out {block.nbytes}")
-            self.pinned_memory.resolve(int(block.ctypes.data), block.nbytes)
-            source = self.resolve(address, block.nbytes)
-            self.put(stream, "copy_out", lambda: np.copyto(block, source))
+            here, size = int(block.ctypes.data), block.nbytes
+            self._transfer("copy_out", (self.pinned_memory, here), (self.memory, address), size, stream)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
         with self._lock:
             self._called(f"copy {size}")
-            there, here = self.resolve(target, size), self.resolve(source, size)
-            self.put(stream, "copy", lambda: np.copyto(there, here))
+            self._transfer("copy", (self.memory, target), (self.memory, source), size, stream)
 
     def zero(self, address: int, size: int, stream: int) -> None:
         with self._lock:
             self._called(f"zero {size}")
-            block = self.resolve(address, size)
-            self.put(stream, "zero", lambda: block.fill(0))
+            self.resolve(address, size)
+            self.put(stream, "zero", lambda: self.resolve(address, size).fill(0))
 
     def create_stream(self) -> int:
         self._called("create_stream")

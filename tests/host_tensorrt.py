@@ -209,12 +209,11 @@ class Context:
     def _work(self, addresses: Mapping[str, int], scratch: tuple[int, int]) -> Any:
         """Return the work on the memory that is bound now, as kernels keep the arguments they were launched with."""
         device, session = self.library.device, self.engine.session
-        blocks = {name: self._array(name, address) for name, address in addresses.items()}
-        block = device.resolve(*scratch)
 
         def run() -> None:
+            blocks = {name: self._array(name, address) for name, address in addresses.items()}
             feeds = {name: blocks[name].copy() for name in self.engine.inputs}
-            block.fill(FRESH)
+            device.resolve(*scratch).fill(FRESH)
             for name, array in zip(self.engine.outputs, session.run(list(self.engine.outputs), feeds), strict=True):
                 blocks[name][...] = array
 
