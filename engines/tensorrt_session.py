@@ -14,7 +14,7 @@ from latentrt.engines.device import Device
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.spec import EngineSpec
-from latentrt.engines.tensorrt_canvas import Programs, TensorRTCanvas
+from latentrt.engines.tensorrt_canvas import SLOTS, Programs, TensorRTCanvas
 from latentrt.engines.tensorrt_engine import TensorRTEngine
 from latentrt.engines.tensorrt_profiles import Origin
 from latentrt.engines.tensorrt_run import Place, Program, Scratch, open_programs
@@ -34,6 +34,7 @@ def open_tensorrt(
     components: Sequence[str] | None = None,
     graphs: bool = True,
     canvases: int = KEPT_CANVASES,
+    slots: int = SLOTS,
 ) -> TensorRTSession:
     """Open the compiled engines in `directory`, read from all files at once.
 
@@ -44,12 +45,13 @@ def open_tensorrt(
     components: the ones to open, None for all
     graphs: whether passes are recorded as CUDA graphs
     canvases: how many shapes are kept ready; the one that was used longest ago makes room
+    slots: how many stages a canvas can have on their way to the device; see `tensorrt_canvas.SLOTS`
     Raises EngineError with the library's own words, BundleError where a file cannot be read.
     """
     origin = Origin(bundle=directory.parent.parent, backend=record.key.backend, factor=factor)
     names = tuple(record.entries) if components is None else tuple(components)
     plans = {name: (directory / record.entries[name], record.specs[name]) for name in names}
-    return TensorRTSession(library, plans, device, origin, graphs=graphs, canvases=canvases)
+    return TensorRTSession(library, plans, device, origin, graphs=graphs, canvases=canvases, slots=slots)
 
 
 def load_engine(
@@ -86,11 +88,12 @@ class TensorRTSession:
         *,
         graphs: bool = True,
         canvases: int = KEPT_CANVASES,
+        slots: int = SLOTS,
     ) -> None:
-        if canvases < 1:
-            raise EngineError(f"canvases: found {canvases}, expected 1 or more")
+        if min(canvases, slots) < 1:
+            raise EngineError(f"canvases and slots: found {canvases} and {slots}, expected 1 or more")
         start = time.perf_counter()
-        self._origin, self._kept = origin, canvases
+        self._origin, self._kept, self._slots = origin, canvases, slots
         self._programs: dict[str, Program] = open_programs(library, plans)
         queue = WorkQueue(device)
         self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
@@ -111,7 +114,8 @@ class TensorRTSession:
                 while len(self._canvases) >= self._kept:
                     _, oldest = self._canvases.popitem(last=False)
                     oldest.close("made room for another shape; ask for it again, or keep more canvases")
-                self._canvases[shape] = TensorRTCanvas(self._place, self._drawing(), shape, self._origin)
+                canvas = TensorRTCanvas(self._place, self._drawing(), shape, self._origin, slots=self._slots)
+                self._canvases[shape] = canvas
             self._canvases.move_to_end(shape)
             self._canvases[shape].wipe()
             return self._canvases[shape]
@@ -139,6 +143,11 @@ class TensorRTSession:
     def warm_up(self, shape: CanvasShape) -> dict[str, float]:
         """Make the canvas for a shape and run all of it; return the device's seconds by pass."""
         return self.canvas(shape).warm_up()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return how much device memory the engines share for what they compute on the way."""
+        return self._place.scratch.size
 
     def _check_open(self) -> None:
         if self._closed:
