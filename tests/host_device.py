@@ -8,7 +8,7 @@ would refuse, or corrupt without a word, is an AssertionError.
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +56,8 @@ class HostDevice:
         self.calls: list[str] = []
         self.ran: list[str] = []
         self.out_of_memory_above: int | None = None
-        self._queue: list[tuple[str, Work]] = []
-        self._done = 0
+        self._queue: deque[tuple[str, Work]] = deque()
+        self._done = 0  # pieces of work that ran and left the queue
         self._recording: list[tuple[str, Work]] | None = None
         self._graphs: dict[int, list[tuple[str, Work]]] = {}
         self._events: dict[int, tuple[int, bool]] = {}
@@ -69,7 +69,11 @@ class HostDevice:
 
     def pending(self) -> int:
         """Return how many pieces of work wait in the queue."""
-        return len(self._queue) - self._done
+        return len(self._queue)
+
+    @property
+    def _end(self) -> int:
+        return self._done + len(self._queue)
 
     def counted(self) -> Counter[str]:
         """Return how often each method was called."""
@@ -97,7 +101,10 @@ class HostDevice:
         """Queue or record one piece of work. Also what the stand-in library calls."""
         with self._lock:
             assert stream in self._streams, "there is no such stream; stream 0 is not to be used"
-            (self._queue if self._recording is None else self._recording).append((label, work))
+            if self._recording is None:
+                self._queue.append((label, work))
+            else:
+                self._recording.append((label, work))
 
     def resolve(self, address: int, size: int) -> Array:
         return self.memory.resolve(address, size)
@@ -120,7 +127,7 @@ class HostDevice:
 
     def _run_to(self, place: int) -> None:
         while self._done < place:
-            label, work = self._queue[self._done]
+            label, work = self._queue.popleft()
             self._done += 1
             self.ran.append(label)
             work()
@@ -193,7 +200,7 @@ class HostDevice:
             self._called("synchronize")
             assert self._recording is None, "not allowed while the stream is recorded"
             assert stream in self._streams
-            self._run_to(len(self._queue))
+            self._run_to(self._end)
 
     def destroy_stream(self, stream: int) -> None:
         self._called("destroy_stream")
@@ -234,7 +241,7 @@ class HostDevice:
         with self._lock:
             assert self._recording is None, "an event is not a part of a graph"
             self._called("record")
-            self._events[event] = (len(self._queue), self._events[event][1])
+            self._events[event] = (self._end, self._events[event][1])
 
     def wait(self, event: int) -> None:
         with self._lock:
