@@ -10,8 +10,8 @@ import numpy as np
 from latentrt.engines.canvas import CanvasShape, StageInput
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.engines.tensorrt_profiles import Origin, Shape, input_shapes, nbytes, profiles_for
-from latentrt.engines.tensorrt_run import REBUILD, Pass, Place, Program
+from latentrt.engines.tensorrt_profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
+from latentrt.engines.tensorrt_run import Pass, Place, Program
 from latentrt.engines.work_queue import Holding, Outbox, align
 
 STATE, NEXT_STATE, PIXELS, ROWS = "state", "next_state", "pixels", "rows"

@@ -12,10 +12,13 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
 
 Shape = tuple[int, ...]
+REBUILD = "run `latentrt build --force` on this bundle"
 
 
 def shape_of(tensor: TensorSpec, sizes: Mapping[str, int]) -> Shape:
-    """Return a tensor's shape under a profile, which gives every named axis a size."""
+    """Return a tensor's shape under a profile. Raises EngineError where that gives a named axis no size."""
+    if missing := [axis for axis in tensor.shape if isinstance(axis, str) and axis not in sizes]:
+        raise EngineError(f"a profile gives {', '.join(missing)} of {tensor} no size; {REBUILD}")
     return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape)
 
 
@@ -39,7 +42,7 @@ def profiles_for(spec: EngineSpec, axes: Mapping[str, int], *, free: str) -> dic
         if unknown := set(sizes) - set(axes) - {free}:
             raise EngineError(
                 f"{spec.component} has an axis named {', '.join(sorted(unknown))}, expected some of "
-                f"{', '.join(axes)}; it was built by another version of latentrt: build it again"
+                f"{', '.join(axes)}; {REBUILD}"
             )
         if all(size == axes[name] for name, size in sizes.items() if name != free):
             found.setdefault(sizes.get(free, axes.get(free, 1)), number)

@@ -18,7 +18,7 @@ from typing import Any
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
 from latentrt.engines.tensorrt_compile import _given, make_logger
-from latentrt.engines.tensorrt_profiles import Shape, input_shapes
+from latentrt.engines.tensorrt_profiles import REBUILD, Shape, input_shapes
 from latentrt.engines.work_queue import WorkQueue
 
 # TensorRT's names of the types that our engines may take and give.
@@ -31,7 +31,6 @@ DTYPES = {
     "BOOL": "bool",
 }
 ANY = -1  # how TensorRT writes an axis whose size the profile gives
-REBUILD = "run `latentrt build --force` on this bundle"
 
 
 @functools.cache
