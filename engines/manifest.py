@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from latentrt.engines.errors import BundleError
@@ -98,11 +98,18 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where the weights came from: the checkpoint as it was named, its files' SHA-256, the versions at work."""
+    """Where the weights came from.
+
+    checkpoint: as it was named
+    files: the SHA-256 of each that was read, by name
+    tools: the versions at work
+    options: what was chosen beside the checkpoint
+    """
 
     checkpoint: str
     files: Mapping[str, str]
     tools: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
     export_key: str = ""  # SHA-256 over all that the export depends on
 
 

@@ -10,9 +10,11 @@ import click
 
 from latentrt.engines.backends import BACKENDS, choose
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.manifest import Prediction
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.exporting import Exported, export_checkpoint
+from latentrt.export.options import CheckpointOptions
 
 MIB = 1 << 20
 
@@ -31,6 +33,12 @@ MIB = 1 << 20
 @click.option("--no-build", is_flag=True, help="Write the canonical graphs only.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle of something else.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub id.")
+@click.option("--vae", default=None, metavar="PATH", help="Take the VAE from another directory or file.")
+@click.option("--tokenizer", default=None, metavar="DIR", help="CLIP's vocabulary, which a single file lacks.")
+@click.option("--config", default=None, metavar="DIR", help="Configs for a single file in sizes of its own.")
+@click.option(
+    "--prediction-type", type=click.Choice(get_args(Prediction)), help="Where the checkpoint does not say it."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print how it went as JSON, and no progress.")
 def export(
     checkpoint: str,
@@ -39,13 +47,13 @@ def export(
     backends: tuple[str, ...],
     no_build: bool,
     overwrite: bool,
-    revision: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn CHECKPOINT into BUNDLE: graphs, recorded outputs, and engines for this machine.
 
-    CHECKPOINT is a directory in diffusers' layout, a hub id, a directory exported by optimum, or `demo`. A run that was
-    killed is resumed by the same command.
+    CHECKPOINT is a directory in diffusers' layout, a single safetensors file, a hub id, a directory exported by
+    optimum, or `demo`. A run that was killed is resumed by the same command.
     """
     if no_build and backends:
         raise CheckpointError("--no-build and --backend exclude each other; give one of them")
@@ -57,7 +65,7 @@ def export(
             precision=cast(Precision | None, precision),
             backends=chosen,
             overwrite=overwrite,
-            revision=revision,
+            options=CheckpointOptions(**options),
             report=report,
         )
     summary = summarise(exported, bundle)

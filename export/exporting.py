@@ -22,10 +22,12 @@ from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.manifest import MANIFEST, SCHEMA_VERSION, ComponentSpec, Manifest, Provenance
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
-from latentrt.export.checkpoint import Checkpoint, Source, open_checkpoint
+from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.components import COMPONENTS
 from latentrt.export.jobs import MARKERS, Finished, Job, read_marker
 from latentrt.export.optimum import write_configs
+from latentrt.export.options import CheckpointOptions
+from latentrt.export.parts import Recipe, Source
 from latentrt.export.tokenizer import read_clip_files, write_tokenizer
 from latentrt.export.worker import start_worker
 
@@ -67,12 +69,12 @@ def export_checkpoint(
     precision: Precision | None = None,
     backends: Sequence[BackendName] = ("cpu",),
     overwrite: bool = False,
-    revision: str | None = None,
+    options: CheckpointOptions | None = None,
     report: Report = silent,
 ) -> Exported:
     """Export a checkpoint to a bundle and build its engines.
 
-    checkpoint: a directory in diffusers' or optimum's layout, a hub id, or `demo`
+    checkpoint: a directory in diffusers' or optimum's layout, a safetensors file, a hub id, or `demo`
     precision: of the graphs; None for what suits the first backend (fp32 on a CPU, fp16 on a GPU)
     backends: whose engines are built for the machine at hand; none is a choice too
     Raises CheckpointError, BundleError and EngineError. A killed export leaves the target as it was; the same call
@@ -80,7 +82,7 @@ def export_checkpoint(
     """
     start = time.perf_counter()
     report("reading the checkpoint", 0, 1)
-    opened = open_checkpoint(checkpoint, revision=revision)
+    opened = open_checkpoint(checkpoint, options=options)
     _require_tools(opened.source)
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     provenance = _provenance(opened, precision)
@@ -106,9 +108,10 @@ def export_checkpoint(
 def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
     files = checkpoint.hashes()
     tools = {name: importlib.metadata.version(name) for name in TOOLS[checkpoint.source]}
-    document = [__version__, SCHEMA_VERSION, precision, files, tools]
+    options = dict(checkpoint.options)
+    document = [__version__, SCHEMA_VERSION, precision, files, tools, options]
     key = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
-    return Provenance(checkpoint=checkpoint.name, files=files, tools=tools, export_key=key)
+    return Provenance(checkpoint=checkpoint.name, files=files, tools=tools, options=options, export_key=key)
 
 
 def _require_tools(source: Source) -> None:
@@ -182,10 +185,14 @@ def _components(
 
 
 def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> Job:
+    network = checkpoint.networks[component]
+    recipe = network if isinstance(network, Recipe) else None
+    folder = staged / MARKERS / "weights" if isinstance(network, Recipe) else network
     return Job(
         component=component,
         source=checkpoint.source,
-        folder=str(checkpoint.folder(component).resolve()),
+        folder=str(folder.resolve()),
+        recipe=recipe,
         root=str(staged.resolve()),
         precision=precision,
         dimensions=checkpoint.dimensions,
@@ -202,7 +209,7 @@ def _manifest(
 ) -> Manifest:
     """Write the files that are not graphs, and describe the bundle."""
     with disk_errors(staged):
-        clip = read_clip_files(checkpoint.root / "tokenizer")
+        clip = read_clip_files(checkpoint.tokenizer, special=checkpoint.special_tokens)
         tokenizer = write_tokenizer(clip, staged, TOKENIZER)
         extras = write_configs(checkpoint, clip, staged / "onnx")
     files = {name: record for component in finished.values() for name, record in component.files.items()}

@@ -10,8 +10,9 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
-from latentrt.export.checkpoint import DEMO, HUB_ID, graph_files, open_checkpoint
+from latentrt.export.checkpoint import DEMO, HUB_ID, open_checkpoint
 from latentrt.export.families import LABELS, name_pipeline
+from latentrt.export.folders import graph_files
 from latentrt.export.hub import find_cached
 from latentrt.export.single_file import SingleFile, name_other, recognise
 from latentrt.export.weights import PICKLES, find_weights

@@ -11,15 +11,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from latentrt.engines.bundle import disk_errors, record_file
+from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import FileRecord
 from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export import golden
-from latentrt.export.checkpoint import Source
 from latentrt.export.components import COMPONENTS, Case, input_specs, output_specs
+from latentrt.export.parts import Recipe, Source
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
 Stage = Literal["make", "check", "adopt"]
@@ -31,7 +35,12 @@ MARKERS = ".finished"  # in the staging directory: one file for each finished co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What one process must know. `folder` holds the weights or the graph, `root` is the staged bundle."""
+    """What one process must know.
+
+    folder: holds the weights or the graph
+    recipe: how to write that folder first, None where it is there
+    root: the staged bundle
+    """
 
     component: str
     source: Source
@@ -40,6 +49,7 @@ class Job:
     precision: Precision
     dimensions: Mapping[str, int]
     scaling_factor: float
+    recipe: Recipe | None = None
     stage: Stage = "make"
 
 
@@ -108,7 +118,7 @@ def _make(job: Job) -> Finished:
     root, component = Path(job.root), COMPONENTS[job.component]
     takes = input_specs(component, job.dimensions, job.precision)
     gives = output_specs(component, job.dimensions, job.precision)
-    module = modules.load(job.component, Path(job.folder))
+    module = _load(job)
     for which, path in zip(CASES, _pairs(job), strict=True):
         inputs = golden.make_inputs(
             component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
@@ -120,6 +130,19 @@ def _make(job: Job) -> Finished:
     axes = component.axes(job.dimensions)
     files = graphs.export_graph(module, traced, takes, gives, root / graph_path(job.component), axes=axes)
     return _finished(job, files, takes, gives)
+
+
+def _load(job: Job) -> nn.Module:
+    """Load the network, from a folder that is written first where there is a recipe for it."""
+    from latentrt.export import conversion, modules
+
+    if job.recipe is None:
+        return modules.load(job.component, Path(job.folder))
+    with conversion.written(job.recipe, Path(job.folder)) as folder:
+        try:
+            return modules.load(job.component, folder)
+        except CheckpointError as error:  # the user knows the file, not the folder made of it
+            raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
 
 
 def _check(job: Job) -> Finished:

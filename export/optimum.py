@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.graphs import link_data, load_graph
 from latentrt.engines.spec import Precision, TensorSpec
-from latentrt.export.checkpoint import Checkpoint, graph_files
+from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.components import Case, Component, input_specs, output_specs
+from latentrt.export.folders import graph_files
 from latentrt.export.golden import make_inputs, open_session, run_session, save_golden
 from latentrt.export.tokenizer import ClipFiles, write_clip_files
 

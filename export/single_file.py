@@ -13,11 +13,12 @@ from latentrt.engines.tensor_files import StoredTensor, TensorFile
 from latentrt.export.families import BASES, DENOISER_PREFIX, INPUTS, OTHER_DENOISER_KEYS, PARTS
 
 FIRST = f"{DENOISER_PREFIX}input_blocks.0.0.weight"
+VAE_PREFIX = "first_stage_model."
 NETWORKS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
     "text_encoder_2": ("conditioner.embedders.1.",),
     "unet": (DENOISER_PREFIX,),
-    "vae": ("first_stage_model.",),
+    "vae": (VAE_PREFIX,),
     "unet (average)": ("model_ema.",),
 }
 ARCHITECTURES: Mapping[str, Prediction] = {  # modelspec.architecture, which trainers write into the metadata
@@ -32,7 +33,7 @@ class SingleFile:
     """What the header of a whole checkpoint says.
 
     family: None where its sizes or inputs are those of no published model that can be exported
-    prediction: None where nothing in the file tells
+    prediction: None where nothing tells; told: whether the file itself does
     reason: how the prediction type is known, or why it is not
     zero_snr: whether it was trained down to no signal at all
     """
@@ -42,6 +43,7 @@ class SingleFile:
     family: Family | None
     input_channels: int
     prediction: Prediction | None
+    told: bool
     reason: str
     zero_snr: bool
 
@@ -65,13 +67,14 @@ def recognise(file: TensorFile) -> SingleFile | None:
     oddities = list(_oddities(file))
     if first.shape[1] != 4:
         oddities.append(INPUTS.get(first.shape[1], f"with {first.shape[1]} input channels"))
-    prediction, reason = _prediction(file, base.family if base else None)
+    prediction, told, reason = _prediction(file, base.family if base else None)
     return SingleFile(
         file=file,
         label=", ".join([base.label if base else "Stable Diffusion in other sizes than the published ones", *oddities]),
         family=base.family if base and not list(_oddities(file)) else None,
         input_channels=first.shape[1],
         prediction=prediction,
+        told=told,
         reason=reason,
         zero_snr="ztsnr" in file.tensors,
     )
@@ -96,17 +99,18 @@ def _oddities(file: TensorFile) -> Iterator[str]:
         yield "with Playground's noise schedule"
 
 
-def _prediction(file: TensorFile, family: Family | None) -> tuple[Prediction | None, str]:
-    """Return the prediction type, and how it is known."""
+def _prediction(file: TensorFile, family: Family | None) -> tuple[Prediction | None, bool, str]:
+    """Return the prediction type, whether the file says it, and how it is known."""
     written = file.metadata.get("modelspec.prediction_type", ""), file.metadata.get("modelspec.architecture", "")
     named = PREDICTIONS.get(written[0]) or ARCHITECTURES.get(written[1])
     if named:
-        return named, "the file's metadata say so"
+        return named, True, "the file's metadata say so"
     if "v_pred" in file.tensors:
-        return "v_prediction", "the file holds the marker v_pred"
+        return "v_prediction", True, "the file holds the marker v_pred"
     if family == "sd2":
-        return None, "SD 2.x was published with epsilon (512x512) and with v_prediction (768x768), in the same shapes"
-    return "epsilon", "as its base; nothing in the file says otherwise"
+        kinds = "epsilon (512x512) and with v_prediction (768x768)"
+        return None, False, f"SD 2.x was published with {kinds}, in the same shapes"
+    return "epsilon", False, "as its base; nothing in the file says otherwise"
 
 
 def name_other(file: TensorFile) -> tuple[str, bool]:

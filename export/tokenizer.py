@@ -38,8 +38,12 @@ class ClipFiles:
     max_length: int
 
 
-def read_clip_files(folder: Path) -> ClipFiles:
-    """Read vocab.json and merges.txt, or the tokenizer.json that replaces them. Raises CheckpointError."""
+def read_clip_files(folder: Path, *, special: Mapping[str, str] | None = None) -> ClipFiles:
+    """Read vocab.json and merges.txt, or the tokenizer.json that replaces them.
+
+    special: special tokens by their roles that hold whatever the folder says
+    Raises CheckpointError.
+    """
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocabulary = _read_json(folder / "vocab.json")
         merges = _read_merges(folder / "merges.txt")
@@ -48,7 +52,8 @@ def read_clip_files(folder: Path) -> ClipFiles:
     else:
         raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; add them")
     config = _read_json(folder / "tokenizer_config.json", optional=True)
-    special = _special_tokens(config, _read_json(folder / "special_tokens_map.json", optional=True))
+    own = _special_tokens(config, _read_json(folder / "special_tokens_map.json", optional=True))
+    special = {**own, **(special or {})}
     for role, token in special.items():
         if token not in vocabulary:
             raise CheckpointError(

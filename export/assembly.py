@@ -1,0 +1,199 @@
+"""Put a checkpoint together from a single file and what it lacks, configs and a vocabulary; or replace its VAE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.tensor_files import TensorFile, read_header
+from latentrt.export.folders import read_configs, read_json
+from latentrt.export.options import CheckpointOptions
+from latentrt.export.parts import FOLDERS, PARTS, Parts, Recipe
+from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
+from latentrt.export.single_file import VAE_PREFIX, SingleFile, name_other, recognise
+from latentrt.export.weights import PICKLES, find_weights
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+def open_file(path: Path, options: CheckpointOptions) -> Parts:
+    """Take apart a checkpoint in one file. Raises CheckpointError, which names every option that is missing."""
+    single = recognise(read_weights_header(path))
+    if single is None:
+        raise CheckpointError(_not_whole(path))
+    configs, scheduler = _given_configs(options.config) if options.config else _published_configs(single, options)
+    if single.told:
+        scheduler = {**scheduler, "prediction_type": single.prediction}
+    tokenizer = _find_tokenizer(options)
+    _require(single, options, tokenizer)
+    assert tokenizer is not None
+    unet = {**configs["unet"], "in_channels": single.input_channels}
+    return Parts(
+        root=path,
+        source="torch",
+        index={"_class_name": "StableDiffusionPipeline"},
+        scheduler={**scheduler, "rescale_betas_zero_snr": True} if single.zero_snr else scheduler,
+        configs={**configs, "unet": unet},
+        networks={name: _recipe(name, path, {**configs, "unet": unet}) for name in configs},
+        tokenizer=tokenizer,
+        special_tokens={"pad_token": PADDING[single.family]} if single.family and not options.config else {},
+        files={path.name: path, **_config_files(options), **_tokenizer_files(tokenizer)},
+    )
+
+
+def read_weights_header(path: Path) -> TensorFile:
+    """Read what a file of weights holds. Raises CheckpointError."""
+    if path.suffix in PICKLES:
+        raise CheckpointError(
+            f"'{path}' is a pickle, which can run any code when it is opened; convert it to safetensors"
+        )
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"'{path}' is no safetensors file; give a checkpoint's file or directory")
+    return read_header(path)
+
+
+def _not_whole(path: Path) -> str:
+    name, denoiser = name_other(read_header(path))
+    if denoiser:
+        return f"'{path}' was recognised as {name}, which is not supported; expected Stable Diffusion 1.x or 2.x"
+    if name:
+        return (
+            f"'{path}' was recognised as {name}, which is no whole checkpoint; give the checkpoint that it belongs to"
+        )
+    return f"'{path}' is no checkpoint that is known here; `latentrt inspect` says what it holds"
+
+
+def _given_configs(name: str) -> tuple[Configs, Mapping[str, Any]]:
+    root = Path(name)
+    if not (root / "unet" / "config.json").is_file():
+        raise CheckpointError(f"--config '{name}' holds no unet/config.json; give a directory in diffusers' layout")
+    return read_configs(root, "torch"), read_json(root / "scheduler" / "scheduler_config.json")
+
+
+def _published_configs(single: SingleFile, options: CheckpointOptions) -> tuple[Configs, Mapping[str, Any]]:
+    if single.family is None:
+        raise CheckpointError(
+            f"'{single.file.path}' was recognised as {single.label}, which is not supported from a single file; "
+            "where its layout is that of Stable Diffusion 1.x or 2.x, pass --config DIRECTORY with its configs"
+        )
+    published = CONFIGS[single.family]
+    prediction = options.prediction_type or single.prediction
+    sizes = SAMPLE_SIZES[single.family]
+    side = sizes.get(prediction, DEFAULT_SAMPLE_SIZE) if prediction else DEFAULT_SAMPLE_SIZE
+    configs = {name: published[folder] for name, folder in FOLDERS["torch"].items()}
+    configs["unet"] = {**configs["unet"], "sample_size": side}
+    return configs, {**published["scheduler"], "prediction_type": prediction}
+
+
+def _require(single: SingleFile, options: CheckpointOptions, tokenizer: Path | None) -> None:
+    """Refuse what lacks something, saying all of it at once."""
+    held = single.networks()
+    if "text_encoder" not in held:
+        raise CheckpointError(f"'{single.file.path}' holds no text encoder; look for a file with the whole checkpoint")
+    needs = []
+    if "vae" not in held and options.vae is None:
+        needs.append("--vae PATH, because it holds no VAE")
+    if single.prediction is None and options.prediction_type is None and options.config is None:
+        needs.append(f"--prediction-type epsilon or v_prediction, because {single.reason}")
+    if tokenizer is None:
+        needs.append("--tokenizer DIRECTORY with CLIP's vocab.json and merges.txt, because a single file holds none")
+    if needs:
+        raise CheckpointError(f"'{single.file.path}' ({single.label}) needs {'; and '.join(needs)}")
+
+
+def _find_tokenizer(options: CheckpointOptions) -> Path | None:
+    """Return the folder with the vocabulary: what was named, that of --config, or one in the hub's cache."""
+    if options.tokenizer:
+        root = Path(options.tokenizer)
+        for folder in (root, root / "tokenizer", root / "onnx" / "tokenizer"):
+            if _holds_vocabulary(folder):
+                return folder
+        raise CheckpointError(
+            f"--tokenizer '{options.tokenizer}' holds neither vocab.json with merges.txt nor tokenizer.json; "
+            "give a tokenizer's directory, or a checkpoint's or a bundle's"
+        )
+    if options.config and _holds_vocabulary(Path(options.config) / "tokenizer"):
+        return Path(options.config) / "tokenizer"
+    return _cached_tokenizer()
+
+
+def _holds_vocabulary(folder: Path) -> bool:
+    return (
+        all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) or (folder / "tokenizer.json").is_file()
+    )
+
+
+def _cached_tokenizer() -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    for repository, folder in VOCABULARIES:
+        found = try_to_load_from_cache(repository, f"{folder}vocab.json")
+        if isinstance(found, str) and _holds_vocabulary(Path(found).parent):
+            return Path(found).parent
+    return None
+
+
+def _config_files(options: CheckpointOptions) -> dict[str, Path]:
+    if options.config is None:
+        return {}
+    root = Path(options.config)
+    names = [f"{folder}/config.json" for folder in dict.fromkeys(FOLDERS["torch"].values())]
+    return {f"config/{name}": root / name for name in (*names, "scheduler/scheduler_config.json")}
+
+
+def _tokenizer_files(folder: Path) -> dict[str, Path]:
+    return {f"tokenizer/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def _recipe(component: str, path: Path, configs: Configs) -> Recipe:
+    return Recipe(
+        part=PARTS[component],
+        config=json.dumps(dict(configs[component])),
+        files=(str(path.resolve()),),
+        layout="original",
+    )
+
+
+def replace_vae(parts: Parts, name: str) -> Parts:
+    """Put another VAE in the place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file."""
+    if parts.source == "onnx":
+        raise CheckpointError(f"--vae '{name}' cannot replace a graph that optimum exported; give diffusers' layout")
+    path = Path(name)
+    if path.is_dir():
+        folder = path / "vae" if (path / "vae").is_dir() else path
+        config = read_json(folder / "config.json")
+        network: Path | Recipe = folder
+        files = [folder / "config.json", *find_weights(folder).paths]
+    elif path.is_file():
+        config = dict(parts.configs["vae_decoder"])
+        network = _vae_recipe(read_weights_header(path), config)
+        files = [path]
+    else:
+        raise CheckpointError(f"--vae '{name}' is not there; give a directory or a safetensors file")
+    kept = {key: file for key, file in parts.files.items() if not key.startswith("vae/")}
+    both = ("vae_decoder", "vae_encoder")
+    return replace(
+        parts,
+        configs={**parts.configs, **dict.fromkeys(both, config)},
+        networks={**parts.networks, **dict.fromkeys(both, network)},
+        files={**kept, **{f"vae/{file.name}": file for file in files}},
+    )
+
+
+def _vae_recipe(file: TensorFile, config: Mapping[str, Any]) -> Recipe:
+    keys = [key.removeprefix(VAE_PREFIX) for key in file.tensors]
+    if "decoder.conv_in.weight" not in keys:
+        raise CheckpointError(f"--vae '{file.path}' holds no VAE; `latentrt inspect` says what it holds")
+    diffusers = any(key.startswith("decoder.up_blocks.") for key in keys)
+    return Recipe(
+        part="vae",
+        config=json.dumps(config),
+        files=(str(file.path.resolve()),),
+        layout="diffusers" if diffusers else "original",
+    )

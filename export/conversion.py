@@ -1,0 +1,134 @@
+"""Write the folder that a network is loaded from: the tensors of a recipe's files under diffusers' names.
+
+The names of the original layout are turned into diffusers' by diffusers' own conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.export.parts import Part, Recipe
+
+Tensors = dict[str, Tensor]
+SHARD_BYTES = 1 << 30  # what is held in memory at once where tensors are changed on their way
+STEMS: Mapping[Part, str] = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+PREFIXES: Mapping[Part, tuple[str, ...]] = {
+    "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model."),
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
+}
+# Left by training, or derived; no network reads them.
+UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.)")
+
+
+@contextmanager
+def written(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """Give a folder with a config and weights to load from; it is gone after the block. Raises CheckpointError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        (folder / "config.json").write_text(recipe.config, encoding="utf-8")
+        _save(folder, STEMS[recipe.part], read_tensors(recipe))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_tensors(recipe: Recipe) -> Tensors:
+    """Return a network's tensors under diffusers' names, mapped from the files. Raises CheckpointError."""
+    tensors = {key: tensor for file in recipe.files for key, tensor in _mapped(Path(file)).items()}
+    if recipe.layout == "diffusers":
+        return tensors
+    prefix = next(prefix for prefix in PREFIXES[recipe.part] if any(key.startswith(prefix) for key in tensors))
+    mine = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix) and not UNUSED.search(key)}
+    converted = _CONVERT[recipe.part](mine, prefix, json.loads(recipe.config))
+    return {key: tensor.contiguous() for key, tensor in converted.items()}
+
+
+def _mapped(file: Path) -> Tensors:
+    with safe_open(file, "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
+def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
+    if prefix.endswith(".model."):
+        model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+        found = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
+        found.pop("text_projection.weight", None)
+    else:
+        found = convert_ldm_clip_checkpoint(tensors)
+    start = "text_model."  # some merges of models have lost it
+    named = {start + key.removeprefix(start): tensor for key, tensor in found.items()}
+    return {key: tensor for key, tensor in named.items() if _layer(key) < config["num_hidden_layers"]}
+
+
+def _layer(key: str) -> int:
+    """Return the number of a layer: published files hold one more than is used."""
+    found = re.search(r"\.layers\.(\d+)\.", key)
+    return int(found[1]) if found else -1
+
+
+def _unet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    return _whole(tensors, convert_ldm_unet_checkpoint(tensors, dict(config)), "UNet")
+
+
+def _vae(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    return _whole(tensors, convert_ldm_vae_checkpoint(tensors, dict(config)), "VAE")
+
+
+_CONVERT = {"text_encoder": _text_encoder, "unet": _unet, "vae": _vae}
+
+
+def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
+    """Refuse a conversion that left something out, which diffusers' does without a word."""
+    lost = len(tensors) - len(converted)
+    if lost:
+        kept = {tensor.data_ptr() for tensor in converted.values()}
+        names = sorted(key for key, tensor in tensors.items() if tensor.data_ptr() not in kept)
+        raise CheckpointError(
+            f"the {network} holds {lost} tensors that its architecture does not have ({', '.join(names[:3])}, …); "
+            "pass --config DIRECTORY with the configs of its own"
+        )
+    return converted
+
+
+def _save(folder: Path, stem: str, tensors: Tensors) -> None:
+    """Write tensors as one file, or as shards where they are many, so that few are in memory at once."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for key, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(key)
+        room -= tensor.nbytes
+    places: dict[str, str] = {}
+    for number, keys in enumerate(shards):
+        name = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

@@ -1,0 +1,100 @@
+"""Take apart a directory in diffusers' layout, or one of optimum's: its documents, its weights, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.export.families import OTHER_DENOISERS, OTHER_UNETS, name_pipeline
+from latentrt.export.parts import FOLDERS, Parts, Source
+from latentrt.export.weights import find_weights
+
+
+def open_folder(root: Path) -> Parts:
+    """Take apart a directory with a model_index.json.
+
+    Raises CheckpointError where it is incomplete, damaged or another model.
+    """
+    index = read_json(root / "model_index.json")
+    source: Source = "onnx" if (root / "unet" / "model.onnx").is_file() else "torch"
+    _refuse_other_denoisers(root, index)
+    _refuse_other_unets(root)
+    _require_folders(root, source)
+    return Parts(
+        root=root,
+        source=source,
+        index=index,
+        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+        configs=read_configs(root, source),
+        networks={component: root / folder for component, folder in FOLDERS[source].items()},
+        tokenizer=root / "tokenizer",
+        files=_files(root, source),
+    )
+
+
+def read_configs(root: Path, source: Source) -> dict[str, Mapping[str, Any]]:
+    """Read the config.json of every network. Raises CheckpointError."""
+    return {component: read_json(root / folder / "config.json") for component, folder in FOLDERS[source].items()}
+
+
+def _refuse_other_denoisers(root: Path, index: Mapping[str, Any]) -> None:
+    entries = {role: entry[-1] for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
+    other = next((OTHER_DENOISERS[kind] for kind in entries.values() if kind in OTHER_DENOISERS), None)
+    if other is None and "unet" not in entries:
+        other = name_pipeline(str(index.get("_class_name")))
+    if other:
+        raise CheckpointError(
+            f"'{root}' was recognised as {other}, which is not supported yet; expected Stable Diffusion 1.x or 2.x"
+        )
+
+
+def _refuse_other_unets(root: Path) -> None:
+    if not (root / "unet" / "config.json").is_file():
+        return
+    unet = read_json(root / "unet" / "config.json")
+    for key, value, meaning in OTHER_UNETS:
+        if unet.get(key) is not None and value in (None, unet[key]):
+            raise CheckpointError(
+                f"'{root}' was recognised as {meaning} (unet/config.json says {key}: {unet[key]}), "
+                "which is not supported yet; expected Stable Diffusion 1.x or 2.x"
+            )
+
+
+def _require_folders(root: Path, source: Source) -> None:
+    needed = (*dict.fromkeys(FOLDERS[source].values()), "scheduler", "tokenizer")
+    for folder in needed:
+        if not (root / folder).is_dir():
+            raise CheckpointError(f"'{root}' is incomplete: it holds no {folder}/; download the whole checkpoint")
+
+
+def _files(root: Path, source: Source) -> dict[str, Path]:
+    """Name every file that the export reads, checking the weights. Raises CheckpointError."""
+    found = [root / "model_index.json", root / "scheduler" / "scheduler_config.json"]
+    found += [path for path in sorted((root / "tokenizer").iterdir()) if path.is_file()]
+    for name in dict.fromkeys(FOLDERS[source].values()):
+        folder = root / name
+        found += [folder / "config.json", *(graph_files(folder) if source == "onnx" else find_weights(folder).paths)]
+    return {path.relative_to(root).as_posix(): path for path in found}
+
+
+def graph_files(folder: Path) -> list[Path]:
+    """Return model.onnx and its external data. Raises CheckpointError."""
+    if not (folder / "model.onnx").is_file():
+        raise CheckpointError(f"{folder} holds no model.onnx; export the checkpoint again with optimum")
+    return [folder / "model.onnx", *sorted(path for path in folder.glob("model.onnx*data") if path.is_file())]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises CheckpointError."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; download the whole checkpoint")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} holds no JSON object; download it again")
+    return document

@@ -1,0 +1,357 @@
+"""A checkpoint in one file exports as its directory does; what the file cannot say is asked for by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file
+
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import CheckpointError, LatentrtError
+from latentrt.engines.manifest import Family
+from latentrt.export import golden, modules
+from latentrt.export.checkpoint import DEMO, open_checkpoint
+from latentrt.export.cli import export
+from latentrt.export.components import COMPONENTS
+from latentrt.export.conversion import read_tensors, written
+from latentrt.export.exporting import export_checkpoint
+from latentrt.export.jobs import Job, run_job
+from latentrt.export.options import CheckpointOptions
+from latentrt.export.parts import Recipe
+from latentrt.export.published import CONFIGS
+from latentrt.export.tokenizer import read_clip_files
+from tests.single_files import checkpoint_tensors, save_header, save_single_file, vae_tensors
+from tests.test_inspection import CLIP, OPEN_CLIP, SD2, published
+
+FAMILIES: tuple[Family, ...] = ("sd1", "sd2")
+# The numbers of the yaml files that the first authors published beside their checkpoints, in their words.
+ORIGINAL_UNET: dict[str, dict[str, Any]] = {
+    "sd1": {"num_heads": 8, "context_dim": 768},
+    "sd2": {"num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True},
+}
+
+
+def original_config(family: str) -> dict[str, Any]:
+    unet = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "attention_resolutions": [4, 2, 1],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": 1,
+        **ORIGINAL_UNET[family],
+    }
+    vae = {"z_channels": 4, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+    params = {
+        "scale_factor": 0.18215,
+        "unet_config": {"params": unet},
+        "first_stage_config": {"params": {"ddconfig": vae}},
+    }
+    return {"model": {"params": params}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_configs_are_those_that_diffusers_derives_from_the_original_ones(family: Family) -> None:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.loaders import single_file_utils as diffusers
+
+    original = original_config(family)
+    rows: list[tuple[str, Any, Callable[..., dict[str, Any]]]] = [
+        ("unet", UNet2DConditionModel, diffusers.create_unet_diffusers_config_from_ldm),
+        ("vae", AutoencoderKL, diffusers.create_vae_diffusers_config_from_ldm),
+    ]
+    for name, kind, create in rows:
+        with torch.device("meta"):
+            theirs = kind.from_config(create(original, {})).config
+            ours = kind.from_config(dict(CONFIGS[family][name]) | {"sample_size": theirs["sample_size"]}).config
+        differing = {key for key in theirs if key[0] != "_" and _plain(theirs[key]) != _plain(ours[key])}
+        assert differing <= {"upcast_attention"}
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+FULL_SIZE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("sd1", {"cross_attention_dim": 768}, CLIP),
+    ("sd2", SD2, OPEN_CLIP),
+]
+
+
+@pytest.mark.parametrize(("family", "unet", "text"), FULL_SIZE, ids=FAMILIES)
+def test_a_file_in_published_sizes_has_all_that_its_networks_need(
+    tmp_path: Path, family: str, unet: dict[str, Any], text: dict[str, Any]
+) -> None:
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    file = save_header(tmp_path / "model.safetensors", published(unet, text))
+    options = CheckpointOptions(tokenizer=str(DEMO), prediction_type="v_prediction")
+    checkpoint = open_checkpoint(str(file), options=options)
+    assert (checkpoint.family, checkpoint.schedule.prediction_type) == (family, "v_prediction")
+    assert checkpoint.default_size == {"sd1": (512, 512), "sd2": (768, 768)}[family]
+    makers: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+        "unet": UNet2DConditionModel.from_config,
+        "vae_decoder": AutoencoderKL.from_config,
+    }
+    for component, make in makers.items():
+        recipe = checkpoint.networks[component]
+        assert isinstance(recipe, Recipe)
+        with torch.device("meta"):
+            expected = make(json.loads(recipe.config)).state_dict()
+        found = {key.removeprefix("text_model."): tensor.shape for key, tensor in read_tensors(recipe).items()}
+        assert found == {key.removeprefix("text_model."): tensor.shape for key, tensor in expected.items()}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def directory(request: pytest.FixtureRequest) -> Path:
+    return Path(request.getfixturevalue(f"{request.param}_checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def file(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_single_file(directory, tmp_path_factory.mktemp("files") / f"{directory.name}.safetensors")
+
+
+def weights(network: Path | Recipe, component: str, folder: Path) -> dict[str, Any]:
+    if isinstance(network, Path):
+        return modules.load(component, network).state_dict()
+    with written(network, folder):
+        found = modules.load(component, folder).state_dict()
+    assert not folder.exists()
+    return found
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_every_weight_of_a_file_is_that_of_its_directory(
+    directory: Path, file: Path, component: str, tmp_path: Path
+) -> None:
+    options = CheckpointOptions(config=str(directory))
+    ours = open_checkpoint(str(file), options=options)
+    theirs = open_checkpoint(str(directory))
+    assert (ours.schedule, ours.latents, ours.default_size, ours.dimensions) == (
+        theirs.schedule,
+        theirs.latents,
+        theirs.default_size,
+        theirs.dimensions,
+    )
+    expected = weights(theirs.networks[component], component, tmp_path)
+    found = weights(ours.networks[component], component, tmp_path / "written")
+    assert list(found) == list(expected)
+    for key, tensor in expected.items():
+        np.testing.assert_array_equal(found[key].numpy(), tensor.numpy(), strict=True)
+
+
+def test_a_file_becomes_the_bundle_of_its_directory(sd2_checkpoint: Path, sd2_bundle: Path, tmp_path: Path) -> None:
+    file = save_single_file(sd2_checkpoint, tmp_path / "model.safetensors")
+    options = CheckpointOptions(config=str(sd2_checkpoint))
+    export_checkpoint(str(file), tmp_path / "bundle", precision="fp32", backends=(), options=options)
+    ours, theirs = Bundle.open(tmp_path / "bundle"), Bundle.open(sd2_bundle)
+    assert ours.manifest.schedule == theirs.manifest.schedule
+    assert ours.manifest.tokenizers == theirs.manifest.tokenizers
+    assert {"model.safetensors", "config/unet/config.json"} < set(ours.manifest.provenance.files)
+    for name, component in theirs.manifest.components.items():
+        pair = load_file(theirs.root / component.golden)
+        for key, array in load_file(ours.root / ours.manifest.components[name].golden).items():
+            np.testing.assert_array_equal(array, pair[key])
+        inputs = {key.removeprefix("input."): array for key, array in pair.items() if key.startswith("input.")}
+        graphs = (bundle.root / bundle.manifest.components[name].graph for bundle in (ours, theirs))
+        first, second = (golden.run_session(golden.open_session(graph), inputs) for graph in graphs)
+        for key in first:
+            np.testing.assert_array_equal(first[key], second[key])
+
+
+def refusal(path: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(str(path), options=CheckpointOptions(**options))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def full_size(tmp_path: Path) -> Path:
+    """SD 2.x at full size, without data, VAE and metadata: nothing is cached either (conftest.py)."""
+    tensors = {key: tensor for key, tensor in published(SD2, OPEN_CLIP).items() if "first_stage" not in key}
+    return save_header(tmp_path / "sd2.safetensors", tensors)
+
+
+def test_all_that_a_file_lacks_is_asked_for_at_once(full_size: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(full_size.parent))
+    sentence = refusal(full_size)
+    assert "(Stable Diffusion 2.x) needs --vae PATH, because it holds no VAE; and --prediction-type epsilon" in sentence
+    assert "; and --tokenizer DIRECTORY with CLIP's vocab.json" in sentence
+    given = {"vae": str(DEMO), "tokenizer": str(DEMO)}
+    assert "needs --prediction-type epsilon or v_prediction, because SD 2.x was published with" in refusal(
+        full_size, **given
+    )
+
+
+@pytest.mark.parametrize(("prediction", "side"), [("epsilon", 512), ("v_prediction", 768)])
+def test_what_sd2_predicts_tells_its_pictures_size(full_size: Path, prediction: Any, side: int) -> None:
+    vae = save_header(full_size.with_name("vae.safetensors"), full_vae())
+    options = CheckpointOptions(vae=str(vae), tokenizer=str(DEMO), prediction_type=prediction)
+    checkpoint = open_checkpoint(str(full_size), options=options)
+    assert (checkpoint.schedule.prediction_type, checkpoint.default_size) == (prediction, (side, side))
+    assert checkpoint.options == {"prediction_type": prediction}
+    assert {"vae/vae.safetensors", "sd2.safetensors", "tokenizer/vocab.json"} <= set(checkpoint.files)
+
+
+def full_vae() -> dict[str, Any]:
+    return {key.removeprefix("first_stage_model."): t for key, t in published({}, {}).items() if "first_stage" in key}
+
+
+def test_what_the_file_says_of_its_prediction_wins_over_configs(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    metadata = {"modelspec.prediction_type": "v"}
+    file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", metadata=metadata)
+    options = CheckpointOptions(config=str(sd1_checkpoint))
+    assert open_checkpoint(str(file), options=options).schedule.prediction_type == "v_prediction"
+    options = CheckpointOptions(config=str(sd1_checkpoint), prediction_type="epsilon")
+    assert open_checkpoint(str(file), options=options).schedule.prediction_type == "epsilon"
+
+
+def test_a_vocabulary_is_found_in_the_hubs_cache(
+    full_size: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "cache" / "models--openai--clip-vit-large-patch14"
+    shutil.copytree(DEMO / "tokenizer", repository / "snapshots" / "0123")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    options = CheckpointOptions(vae=str(DEMO), prediction_type="epsilon")
+    assert open_checkpoint(str(full_size), options=options).tokenizer == repository / "snapshots" / "0123"
+
+
+def test_published_families_pad_as_they_were_trained_whatever_the_vocabulary_says(full_size: Path) -> None:
+    """CLIP's own tokenizer pads with its end token, SD 2.x with an exclamation mark."""
+    options = CheckpointOptions(vae=str(DEMO), prediction_type="epsilon", tokenizer=str(DEMO))
+    checkpoint = open_checkpoint(str(full_size), options=options)
+    assert read_clip_files(checkpoint.tokenizer).special["pad_token"] == "<|endoftext|>"
+    assert read_clip_files(checkpoint.tokenizer, special=checkpoint.special_tokens).special["pad_token"] == "!"
+
+
+def as_is(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    return tensors
+
+
+def in_a_checkpoint(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    return vae_tensors(tensors, config, prefix="first_stage_model.")
+
+
+def alone(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    return vae_tensors(tensors, config, prefix="") | {"loss.logvar": torch.zeros(1)}  # which training leaves
+
+
+@pytest.mark.parametrize("layout", [as_is, in_a_checkpoint, alone])
+def test_a_vae_is_taken_from_a_file(sd1_checkpoint: Path, other_vae: Path, layout: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file as load
+    from safetensors.torch import save_file
+
+    config = json.loads((other_vae / "config.json").read_text())
+    file = tmp_path / "vae.safetensors"
+    tensors = layout(load(other_vae / "diffusion_pytorch_model.safetensors"), config)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+    check_vae(sd1_checkpoint, file, other_vae, tmp_path)
+
+
+def test_a_vae_is_taken_from_a_directory_and_from_a_checkpoint(
+    sd1_checkpoint: Path, other_vae: Path, tmp_path: Path
+) -> None:
+    check_vae(sd1_checkpoint, other_vae, other_vae, tmp_path)
+    check_vae(sd1_checkpoint, other_vae.parent, other_vae, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def other_vae(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("other") / "checkpoint", family="sd1", seed=5) / "vae"
+
+
+def check_vae(checkpoint: Path, given: Path, expected: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(str(checkpoint), options=CheckpointOptions(vae=str(given)))
+    assert not any(name.startswith("vae/") and path.parent == checkpoint / "vae" for name, path in opened.files.items())
+    theirs = modules.load("vae_decoder", expected).state_dict()
+    for key, tensor in weights(opened.networks["vae_decoder"], "vae_decoder", tmp_path / "written").items():
+        np.testing.assert_array_equal(tensor.numpy(), theirs[key].numpy())
+    assert opened.networks["vae_encoder"] == opened.networks["vae_decoder"]
+    assert opened.networks["unet"] == checkpoint / "unet"
+
+
+def test_what_is_no_vae_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    lora = save_header(tmp_path / "a.safetensors", {"x.lora_down.weight": (4, 4)})
+    assert "holds no VAE" in refusal(sd1_checkpoint, vae=str(lora))
+    assert "is not there" in refusal(sd1_checkpoint, vae=str(tmp_path / "absent"))
+    assert "config.json is missing" in refusal(sd1_checkpoint, vae=str(tmp_path))
+
+
+def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    """diffusers' conversion leaves out what it does not know, without a word."""
+    from safetensors.torch import save_file
+
+    tensors = {key: tensor.contiguous() for key, tensor in checkpoint_tensors(sd1_checkpoint).items()}
+    extra, absent = "model.diffusion_model.time_gate.weight", "model.diffusion_model.middle_block.1.proj_in.weight"
+    save_file(tensors | {extra: tensors["betas"].clone()}, tmp_path / "more.safetensors")
+    save_file({key: tensor for key, tensor in tensors.items() if key != absent}, tmp_path / "less.safetensors")
+    for name, words in (
+        ("more", f"the UNet holds 1 tensors that its architecture does not have ({extra}"),
+        ("less", f"{tmp_path}/less.safetensors: 1 of the network's weights are missing"),
+    ):
+        options = CheckpointOptions(config=str(sd1_checkpoint))
+        checkpoint = open_checkpoint(str(tmp_path / f"{name}.safetensors"), options=options)
+        recipe = checkpoint.networks["unet"]
+        assert isinstance(recipe, Recipe)
+        job = Job(
+            component="unet",
+            source="torch",
+            folder=str(tmp_path / "weights"),
+            recipe=recipe,
+            root=str(tmp_path),
+            precision="fp32",
+            dimensions=checkpoint.dimensions,
+            scaling_factor=1.0,
+        )
+        with pytest.raises(CheckpointError) as caught:
+            run_job(job)
+        assert words in str(caught.value)
+
+
+def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
+    named = {
+        "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": (4, 4)}, "recognised as Flux"),
+        "lora": ({"x.lora_down.weight": (4, 4)}, "recognised as LoRA, which is no whole checkpoint"),
+        "what": ({"x.y": (4, 4, 4)}, "no checkpoint that is known here"),
+        "less": (published({"cross_attention_dim": 768}, {}), "holds no text encoder"),
+        "xl": ({"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "pass --config DIRECTORY"),
+    }
+    for name, (tensors, words) in named.items():
+        assert words in refusal(save_header(tmp_path / f"{name}.safetensors", tensors), tokenizer=str(DEMO))
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert "is no safetensors file" in refusal(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--tokenizer", "absent"), "--tokenizer 'absent' holds neither vocab.json with merges.txt nor tokenizer.json"),
+        (("--config", "absent"), "--config 'absent' holds no unet/config.json"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(full_size: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    command = [str(full_size), str(full_size.with_name("bundle")), "--no-build", "--json", *arguments]
+    result = CliRunner().invoke(export, command)
+    assert isinstance(result.exception, LatentrtError)
+    assert sentence in str(result.exception)
