@@ -171,8 +171,8 @@ def verify(bundle: str, backend: str | None, as_json: bool) -> None:
 
 
 def _verify_table(rows: list[Row]) -> Table:
-    table = Table("what", "backend", "ok", "error", "limit", "")
+    table = Table("what", "at", "backend", "ok", "error", "limit", "")
     for row in rows:
         error, limit = (f"{value:.1e}" if value is not None else "" for value in (row.error, row.limit))
-        table.add_row(row.what, row.backend, "yes" if row.ok else "NO", error, limit, _plain(row.message))
+        table.add_row(row.what, row.profile, row.backend, "yes" if row.ok else "NO", error, limit, _plain(row.message))
     return table

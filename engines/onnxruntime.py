@@ -132,7 +132,7 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
-        _save(model, edited, external=widened and large)
+        save_graph(model, edited, external=widened and large)
         if not widened:
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
@@ -150,7 +150,8 @@ def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool
     return model
 
 
-def _save(model: Any, path: Path, *, external: bool) -> None:
+def save_graph(model: Any, path: Path, *, external: bool) -> None:
+    """Write a graph; external: with its weights in a file beside it, as graphs of over 2 GB must be."""
     import onnx
 
     onnx.save(

@@ -17,6 +17,7 @@ from latentrt.engines.gpu import find_gpu
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
+from latentrt.engines.references import write_references
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.stage import fuse_stage
 from latentrt.engines.tensorrt_compile import compile_graph
@@ -121,10 +122,10 @@ def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
 def build(
     bundle: Bundle, directory: Path, flavor: Flavor, options: BuildOptions, report: Report
 ) -> Mapping[str, tuple[str, EngineSpec]]:
-    """Compile every component into `directory`, the UNet as the fused denoise stage.
+    """Compile every component into `directory`, the UNet as the fused denoise stage, the VAE's decoder from the state.
 
-    Returns {component: (main file, spec)}. Raises EngineError with the library's own words, and KeyboardInterrupt
-    after the compiler has stopped.
+    What each must compute at its sizes is written beside it. Returns {component: (main file, spec)}.
+    Raises EngineError with the library's own words, and KeyboardInterrupt after the compiler has stopped.
     """
     library = require(flavor)
     built = {}
@@ -132,6 +133,11 @@ def build(
         what = f"build {component} ({flavor})"
         report(what, 0, 1)
         built[component] = _build_one(library, bundle, component, directory, flavor, options, report)
+        report(what, 1, 1)
+    for component, (_, spec) in built.items():
+        what = f"references of {component} (cpu)"
+        report(what, 0, 1)
+        write_references(bundle, spec, directory)
         report(what, 1, 1)
     return built
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.building import find_engines
 from latentrt.engines.bundle import Bundle, check_file
+from latentrt.engines.canonical import as_canonical
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.progress import Report, silent
+from latentrt.engines.references import Pair, read_golden, read_references
 from latentrt.engines.spec import Array, BackendName, Engine, Precision
 
 # Largest difference allowed, over the range of the expected values. fp32: other kernels, other summation order.
@@ -25,7 +27,11 @@ PIXEL_LEVEL = 1 / 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of the verification's table. `error` and `limit` are parts of the expected range, None for files."""
+    """One line of the verification's table.
+
+    error, limit: parts of the expected range, None for files
+    profile: the sizes at which an engine with fixed shapes was compared, empty for others
+    """
 
     what: str
     backend: str
@@ -33,10 +39,13 @@ class Row:
     message: str
     error: float | None = None
     limit: float | None = None
+    profile: str = ""
 
 
 def verify(bundle: Bundle, *, backend: BackendName | None = None, report: Report = silent) -> Iterator[Row]:
-    """Check the files' hashes, then each component's golden pair on every backend that can run here.
+    """Check the files' hashes, then what each component computes on every backend that can run here.
+
+    Engines that take any shape are compared with the golden pairs; of those with fixed shapes every profile is.
 
     backend: only this one; then it is an error, not a remark, if it cannot run here
     """
@@ -80,41 +89,42 @@ def _verify_engines(
         report(f"verify {component} ({backend})", 0, 1)
         try:
             with BACKENDS[backend].load(directory / entry, record.specs[component], None) as engine:
-                yield _compare(bundle, backend, component, engine, record.key.precision)
+                yield from _compare_all(bundle, backend, component, engine, directory, record)
         except (EngineError, BundleError) as error:
             yield Row(what=component, backend=backend, ok=False, message=str(error))
         report(f"verify {component} ({backend})", 1, 1)
 
 
-def _compare(bundle: Bundle, backend: BackendName, component: str, engine: Engine, precision: Precision) -> Row:
-    inputs, expected = read_golden(bundle, component)
-    outputs = engine(inputs)
-    worst, limit = 0.0, TOLERANCES["fp16" if bundle.manifest.precision == "fp16" else precision]
-    for name, output in outputs.items():
+def _compare_all(
+    bundle: Bundle, backend: BackendName, component: str, engine: Engine, directory: Path, record: EngineRecord
+) -> Iterator[Row]:
+    """Compare with the golden pair; an engine with fixed shapes, in each profile, with the reference of its size."""
+    limit = TOLERANCES["fp16" if bundle.manifest.precision == "fp16" else record.key.precision]
+    space, profiles = bundle.manifest.latents, engine.spec.profiles
+    if not profiles:
+        row = _compare(as_canonical(engine, space), read_golden(bundle, component), limit)
+        yield replace(row, what=component, backend=backend)
+        return
+    for profile, pair in zip(profiles, read_references(bundle, component, directory, record), strict=True):
+        pictures = profile.get("pictures", 1)
+        rows = profile.get("rows", profile.get("batch", pictures))
+        inputs, expected = ({name: np.repeat(a, rows, axis=0) for name, a in side.items()} for side in pair)
+        row = _compare(as_canonical(engine, space, pictures=pictures), (inputs, expected), limit)
+        words = ", ".join(f"{axis} {size}" for axis, size in profile.items())
+        yield replace(row, what=component, backend=backend, profile=words)
+
+
+def _compare(engine: Engine, pair: Pair, limit: float) -> Row:
+    inputs, expected = pair
+    worst = 0.0
+    for name, output in engine(inputs).items():
         target = to_pixels(expected["sample"]) if name == "pixels" else expected[name]
         if name == "pixels":
             limit = max(limit, PIXEL_LEVEL)
         worst = max(worst, relative_error(output, target))
     ok = worst <= limit  # False for NaN too
     message = "agrees with the recorded fp32 outputs" if ok else "drifts from the recorded fp32 outputs"
-    return Row(what=component, backend=backend, ok=ok, message=message, error=worst, limit=limit)
-
-
-def read_golden(bundle: Bundle, component: str) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Read a component's recorded inputs and fp32 outputs, by tensor name. Raises BundleError."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    path = bundle.path(bundle.manifest.components[component].golden, check="hash")
-    try:
-        arrays = load_file(path)
-    except SafetensorError as error:
-        raise BundleError(f"{path} is not a safetensors file ({error}); export the checkpoint again") from None
-    split = {
-        side: {name.removeprefix(side): array for name, array in arrays.items() if name.startswith(side)}
-        for side in ("input.", "output.")
-    }
-    return split["input."], split["output."]
+    return Row(what="", backend="", ok=ok, message=message, error=worst, limit=limit)
 
 
 def relative_error(found: Array, expected: Array) -> float:

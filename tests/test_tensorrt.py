@@ -256,7 +256,11 @@ def test_progress_is_told_from_the_first_step_to_the_last(library: Any, copy: Bu
         told.setdefault(what, []).append((done, total))
 
     build_engines(copy, "tensorrt-rtx", options=replace(ADA, batches=(1,)), report=report)
-    assert list(told) == [f"build {component} (tensorrt-rtx)" for component in copy.manifest.components]
+    components = copy.manifest.components
+    assert list(told) == [
+        *(f"build {component} (tensorrt-rtx)" for component in components),
+        *(f"references of {component} (cpu)" for component in components),
+    ]
     for steps in told.values():
         assert steps[0] == (0, 1) and steps[-1][0] == steps[-1][1]
         assert [done for done, total in steps if done == total] == [steps[-1][0]]  # the end is told once

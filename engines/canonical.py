@@ -1,0 +1,133 @@
+"""Engines that were built for the denoising loop, seen as the checkpoint's own networks: what `verify` compares.
+
+The fused denoise stage with a transition that takes only the model's output is the UNet, and the decoder that begins
+at the sampler's state is the VAE's decoder.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from latentrt.engines.errors import EngineError
+from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs
+from latentrt.engines.stage import control_width
+
+STATE = "state"
+# What an input of the stage holds where it shall have no effect; any that is not named here holds zeros.
+NEUTRAL = {"keep_mask": 1.0}
+# The numbers of `stage.control_width` before the input row: timestep, rescaling, two weights of what is kept.
+HEAD = 4
+
+
+def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = None) -> Engine:
+    """Return an engine with the inputs and outputs of the checkpoint's own network; most are that already.
+
+    pictures: of a UNet, how many pictures its model rows belong to, None for one each; row r belongs to picture
+        r % pictures, and its sample must be that of row r % pictures
+    """
+    if STATE not in {tensor.name for tensor in engine.spec.inputs}:
+        return engine
+    if engine.spec.component == "unet":
+        return _Unet(engine, pictures)
+    return _Decoder(engine, space)
+
+
+class _Wrapper:
+    """What both views share: they close what they wrap, and their `spec` is its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._state = next(tensor for tensor in engine.spec.inputs if tensor.name == STATE)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Return what the wrapped engine takes and gives."""
+        return self._engine.spec
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _state_of(self, latents: Array) -> Array:
+        """Return a state whose first row is (n, C, h, w), the others zeros."""
+        rows = int(self._state.shape[1])
+        state = np.zeros((len(latents), rows, *latents.shape[1:]), dtype=np.float32)
+        state[:, 0] = latents
+        return state
+
+
+class _Decoder(_Wrapper):
+    """Latents as the VAE takes them in, pixels out."""
+
+    def __init__(self, engine: Engine, space: LatentSpec) -> None:
+        super().__init__(engine)
+        self._scale = np.float32(space.scaling_factor)
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        latents = np.asarray(inputs["latent_sample"], dtype=np.float32)
+        return self._engine({STATE: self._state_of(latents * self._scale)})
+
+
+class _Unet(_Wrapper):
+    """Sample, timestep and text in, a row each, the model's output out."""
+
+    def __init__(self, engine: Engine, pictures: int | None) -> None:
+        super().__init__(engine)
+        self._pictures = pictures
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        """Run the stage as often as it takes to see every model row: once for each row of a picture."""
+        sample = np.asarray(inputs["sample"], dtype=np.float32)
+        rows, pictures = len(sample), self._pictures or len(sample)
+        if rows % pictures or any(not np.array_equal(sample[i], sample[i % pictures]) for i in range(rows)):
+            raise EngineError(f"unet: expected {rows} rows of which row r is that of picture r % {pictures}")
+        feeds = self._feeds(inputs, sample[:pictures], rows)
+        turns = []
+        for first in range(0, rows, pictures):
+            guidance = np.eye(pictures, rows, k=first, dtype=np.float32)
+            turns.append(self._engine({**feeds, "guidance": guidance})["next_state"][:, 0].copy())
+        return {"out_sample": np.concatenate(turns)}
+
+    def _feeds(self, inputs: Inputs, sample: Array, rows: int) -> dict[str, npt.ArrayLike]:
+        """Return every input of the stage: made of the UNet's, the UNet's own, or what has no effect."""
+        pictures, _, height, width = sample.shape
+        channels = int(self._state.shape[2])
+        made: Inputs = {
+            STATE: self._state_of(sample[:, :channels]),
+            "control": self._control(np.resize(inputs["timestep"], pictures)),
+            "picture_of_row": np.arange(rows) % pictures,
+            "condition": sample[:, channels:],
+        }
+        sizes = {"pictures": pictures, "rows": rows, "latent_height": height, "latent_width": width}
+        feeds = {}
+        for tensor in self._engine.spec.inputs:
+            if tensor.name in made:
+                feeds[tensor.name] = made[tensor.name]
+            elif tensor.name in inputs:
+                feeds[tensor.name] = inputs[tensor.name]
+            else:
+                shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape)
+                feeds[tensor.name] = np.full(shape, NEUTRAL.get(tensor.name, 0.0), dtype=tensor.dtype)
+        return feeds
+
+    def _control(self, timesteps: Array) -> Array:
+        """Return control that reads the state's first row and writes the model's output over it."""
+        rows = int(self._state.shape[1])
+        row = np.zeros(control_width(rows), dtype=np.float32)
+        row[HEAD] = 1.0  # the input row: the state's first
+        row[HEAD + rows + rows] = 1.0  # the transition, (rows, rows + 2): the model's output into the first row
+        control = np.tile(row, (len(timesteps), 1))
+        control[:, 0] = timesteps
+        return control

@@ -1,0 +1,274 @@
+"""Engines with fixed shapes are compared in every profile: real graphs, with ONNX Runtime in the compiler's place."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from latentrt.engines import onnxruntime, tensorrt
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.building import build_engines, find_engines
+from latentrt.engines.bundle import Bundle, record_file, write_manifest
+from latentrt.engines.canonical import as_canonical
+from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.onnxruntime import OnnxRuntimeOptions
+from latentrt.engines.options import BuildOptions
+from latentrt.engines.references import distinct_sizes, read_golden, read_references, reference_file
+from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
+from latentrt.engines.verification import Row, relative_error, verify
+
+OPTIONS = BuildOptions(sizes=((32, 32), (64, 32)), batches=(1, 2), compute_capability="8.9")
+
+
+class Static:
+    """An engine that takes the shapes of its profiles alone, as a compiled one does."""
+
+    def __init__(self, engine: Any, spec: EngineSpec) -> None:
+        self.engine, self.spec = engine, spec
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        asked = {name: np.shape(array) for name, array in inputs.items()}
+        for sizes in self.spec.profiles:
+            shapes = {t.name: tuple(a if isinstance(a, int) else sizes[a] for a in t.shape) for t in self.spec.inputs}
+            if shapes == asked:
+                return dict(self.engine(inputs))
+        raise EngineError(f"no profile of {self.spec.component} has the shapes {asked}")
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Static:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Broken(Static):
+    """A stage that is wrong in the last row of two guided pictures."""
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        outputs = {name: array.copy() for name, array in super().__call__(inputs).items()}
+        guidance = np.asarray(inputs["guidance"])
+        if guidance.shape == (2, 4) and guidance[1, 3]:
+            outputs["next_state"][1, 0] *= 0.9
+        return outputs
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let `tensorrt-rtx` keep the graphs it is given, and run them on ONNX Runtime."""
+
+    def compile_graph(library: Any, graph: Path, *_: Any, **__: Any) -> bytes:
+        return bytes(onnx.load(str(graph)).SerializeToString())
+
+    def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
+        return Static(onnxruntime.load(file, spec, "cpu", OnnxRuntimeOptions(threads=1)), spec)
+
+    monkeypatch.setattr(tensorrt, "require", lambda flavor: SimpleNamespace(__version__="1.7.1.116"))
+    monkeypatch.setattr(tensorrt, "compile_graph", compile_graph)
+    ready = replace(
+        BACKENDS["tensorrt-rtx"],
+        unavailable=lambda: None,
+        key=lambda bundle, options: tensorrt.key(bundle, "tensorrt-rtx", replace(options, compute_capability="8.9")),
+        load=load,
+    )
+    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", ready)
+    yield
+
+
+def built(bundle: Path, tmp_path: Path) -> Bundle:
+    opened = Bundle.open(shutil.copytree(bundle, tmp_path / "bundle"))
+    build_engines(opened, "tensorrt-rtx", options=OPTIONS)
+    return opened
+
+
+def rows_of(bundle: Bundle) -> list[Row]:
+    return [row for row in verify(bundle, backend="tensorrt-rtx") if row.what != "files"]
+
+
+@pytest.mark.parametrize("name", ["sd1_bundle", "sd1_half_bundle"])
+def test_every_profile_is_compared_and_agrees(
+    name: str, stand_in: None, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    rows = rows_of(built(request.getfixturevalue(name), tmp_path))
+    assert all(row.ok for row in rows), rows
+    unet = [row.profile for row in rows if row.what == "unet"]
+    assert len(unet) == 8 and unet[-1] == "pictures 2, rows 4, tokens 77, latent_height 8, latent_width 16"
+    assert {row.what: sum(other.what == row.what for other in rows) for row in rows} == {
+        "text_encoder": 3,
+        "unet": 8,
+        "vae_decoder": 4,
+        "vae_encoder": 4,
+    }
+
+
+def test_a_profile_that_computes_something_else_is_named(
+    stand_in: None, sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel of one profile is wrong, and only for the rows without a prompt: nothing else may be blamed."""
+    whole = BACKENDS["tensorrt-rtx"].load
+
+    def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
+        engine = whole(file, spec, threads)
+        return Broken(engine, spec) if spec.component == "unet" else engine
+
+    bundle = built(sd1_bundle, tmp_path)
+    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", replace(BACKENDS["tensorrt-rtx"], load=load))
+    bad = [row for row in rows_of(bundle) if not row.ok]
+    assert {row.what for row in bad} == {"unet"}
+    assert len(bad) == 2 and all("rows 4" in row.profile and "drifts" in row.message for row in bad)
+
+
+def test_references_are_what_the_checkpoint_computes(
+    stand_in: None, sd1_bundle: Path, sd1_checkpoint: Path, tmp_path: Path
+) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    bundle = built(sd1_bundle, tmp_path)
+    directory, record = find_engines(bundle, "tensorrt-rtx")
+    inputs, expected = read_references(bundle, "unet", directory, record)[-1]
+    assert inputs["sample"].shape == (1, 4, 8, 16)
+    unet = UNet2DConditionModel.from_pretrained(sd1_checkpoint / "unet")
+    with torch.no_grad():
+        found = unet(**{name: torch.from_numpy(array) for name, array in inputs.items()}).sample.numpy()
+    assert relative_error(found, expected["out_sample"]) < 1e-5
+
+
+def test_where_the_golden_pair_fits_it_is_the_reference(stand_in: None, sd1_bundle: Path, tmp_path: Path) -> None:
+    bundle = built(sd1_bundle, tmp_path)
+    directory, record = find_engines(bundle, "tensorrt-rtx")
+    inputs, outputs = read_references(bundle, "text_encoder", directory, record)[0]
+    golden = read_golden(bundle, "text_encoder")
+    np.testing.assert_array_equal(inputs["input_ids"], golden[0]["input_ids"][:1])
+    np.testing.assert_array_equal(outputs["last_hidden_state"], golden[1]["last_hidden_state"][:1])
+
+
+def test_inputs_that_are_drawn_are_the_same_each_time_and_of_the_networks_own_kind(
+    stand_in: None, sd1_bundle: Path, tmp_path: Path
+) -> None:
+    first, second = (built(sd1_bundle, tmp_path / name) for name in ("first", "second"))
+    arrays = [load_file(find_engines(b, "tensorrt-rtx")[0] / reference_file("vae_encoder")) for b in (first, second)]
+    for name, array in arrays[0].items():
+        np.testing.assert_array_equal(array, arrays[1][name])
+    sample = arrays[0]["1.input.sample"]
+    assert sample.shape == (1, 3, 32, 64)
+    assert -1 <= sample.min() < -0.9 and 0.9 < sample.max() <= 1 and len(np.unique(sample)) > 50
+
+
+def test_one_reference_serves_every_batch_of_a_size(stand_in: None, sd1_bundle: Path, tmp_path: Path) -> None:
+    bundle = built(sd1_bundle, tmp_path)
+    spec = find_engines(bundle, "tensorrt-rtx")[1].specs["unet"]
+    assert len(spec.profiles) == 8 and len(distinct_sizes(spec)) == 2
+
+
+def spoil(bundle: Bundle, change: str) -> None:
+    """Alter the references of the UNet; all but a plain alteration is recorded as if it had been built so."""
+    directory, record = find_engines(bundle, "tensorrt-rtx")
+    file = directory / reference_file("unet")
+    files = dict(record.files)
+    if change == "absent":
+        del files[file.name]
+    elif change == "other shapes":
+        save_file({name: array[..., :4] for name, array in load_file(file).items()}, file)
+        files[file.name] = record_file(directory, file.name)
+    elif change == "no safetensors":
+        file.write_bytes(b"\xff" * 100)
+        files[file.name] = record_file(directory, file.name)
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    write_manifest(directory, replace(record, files=files))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("absent", "holds no unet.references.safetensors: it was built by an older latentrt; run `latentrt build"),
+        ("other shapes", "does not hold the references that its record promises; run `latentrt build"),
+        ("no safetensors", "is not a safetensors file"),
+        ("altered", "was altered: its SHA-256 is not the recorded one"),
+    ],
+)
+def test_references_that_cannot_be_used_are_one_sentence(
+    change: str, words: str, stand_in: None, sd1_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = built(sd1_bundle, tmp_path)
+    spoil(bundle, change)
+    bad = [row for row in rows_of(bundle) if not row.ok]
+    assert len(bad) == 1 and words in bad[0].message
+    with pytest.raises(BundleError, match=words):
+        read_references(bundle, "unet", *find_engines(bundle, "tensorrt-rtx"))
+
+
+@dataclass
+class Recorder:
+    """A fused stage that gives back its state, and remembers what it was given."""
+
+    spec: EngineSpec
+    given: list[dict[str, Array]] = field(default_factory=list)
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        self.given.append({name: np.asarray(array) for name, array in inputs.items()})
+        return {"next_state": self.given[-1]["state"]}
+
+    def close(self) -> None: ...
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def stage_spec(*further: TensorSpec) -> EngineSpec:
+    picture: tuple[int | str, ...] = (4, "latent_height", "latent_width")
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "state": ("pictures", 3, *picture),
+        "control": ("pictures", 4 + 3 + 15),
+        "noise": ("pictures", *picture),
+        "guidance": ("pictures", "rows"),
+        "keep_mask": ("pictures", 1, *picture[1:]),
+        "known": ("pictures", 2, *picture),
+    }
+    inputs = [TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in shapes.items()]
+    inputs.append(TensorSpec(name="picture_of_row", dtype="int64", shape=("rows",)))
+    return EngineSpec(component="unet", inputs=(*inputs, *further), outputs=())
+
+
+def test_what_the_stage_takes_besides_has_no_effect(sd1_bundle: Path) -> None:
+    """An inpainting UNet takes more channels than it gives; what this module does not know is zeros."""
+    further = (
+        TensorSpec(name="condition", dtype="float32", shape=("pictures", 5, "latent_height", "latent_width")),
+        TensorSpec(name="hint", dtype="float32", shape=("pictures", 7)),
+        TensorSpec(name="text_embeds", dtype="float16", shape=("rows", 6)),
+    )
+    stage = Recorder(stage_spec(*further))
+    unet = as_canonical(stage, Bundle.open(sd1_bundle).manifest.latents, pictures=2)
+    draw = np.random.default_rng(0).standard_normal
+    sample = np.tile(draw((2, 9, 2, 2)).astype(np.float32), (2, 1, 1, 1))
+    text = draw((4, 6)).astype(np.float16)
+    unet({"sample": sample, "timestep": np.array([7.0]), "text_embeds": text})
+    assert len(stage.given) == 2
+    for turn, given in enumerate(stage.given):
+        np.testing.assert_array_equal(given["state"][:, 0], sample[:2, :4])
+        np.testing.assert_array_equal(given["condition"], sample[:2, 4:])
+        np.testing.assert_array_equal(given["text_embeds"], text)
+        np.testing.assert_array_equal(given["guidance"], np.eye(2, 4, k=2 * turn))
+        np.testing.assert_array_equal(given["picture_of_row"], [0, 1, 0, 1])
+        np.testing.assert_array_equal(given["control"][:, 0], [7, 7])
+        assert given["keep_mask"].min() == 1 and not given["known"].any() and not given["noise"].any()
+        assert not given["hint"].any() and given["hint"].shape == (2, 7)
+
+
+def test_rows_that_belong_to_no_picture_are_refused(sd1_bundle: Path) -> None:
+    unet = as_canonical(Recorder(stage_spec()), Bundle.open(sd1_bundle).manifest.latents, pictures=2)
+    with pytest.raises(EngineError, match="expected 3 rows of which row r is that of picture r % 2"):
+        unet({"sample": np.zeros((3, 4, 2, 2)), "timestep": np.zeros(3)})
