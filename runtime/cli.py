@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import click
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
+from latentrt.runtime.guidance import ALWAYS
 from latentrt.runtime.images import save_png
 from latentrt.runtime.pipeline import Pipeline, Result, Step
 from latentrt.runtime.plan_json import plan_to_json
 from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
-from latentrt.runtime.samplers import make_plan, sampler_names
+from latentrt.runtime.request import NOISES
+from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
 from latentrt.runtime.schedules import STABLE_DIFFUSION
+from latentrt.runtime.spacings import SPACINGS
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -35,17 +40,68 @@ class Size(click.ParamType[tuple[int, int]]):
         return int(found[1]), int(found[2] or found[1])
 
 
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers between commas: `999,500,10`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(number) for number in str(value).split(","))
+        except ValueError:
+            self.fail(f"found '{value}', expected numbers between commas, as in 999,500,10", param, ctx)
+
+
+class Interval(click.ParamType[tuple[float, float]]):
+    """Two fractions of the steps: `0.2-0.8`."""
+
+    name = "FROM-TO"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([\d.]+)-([\d.]+)", str(value))
+        if found is None:
+            self.fail(f"found '{value}', expected two fractions of the steps, as in 0.2-0.8", param, ctx)
+        return float(found[1]), float(found[2])
+
+
+IMAGE = click.Path(path_type=Path)
+_SAMPLING = (
+    click.option("--steps", type=int, default=None, help="Default: 20."),
+    click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
+    click.option("--spacing", default=None, help=f"Of the steps: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."),
+    click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1, for ddim and tcd."),
+    click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, leaving noise."),
+    click.option("--timesteps", type=Numbers(), default=None, help="What to tell the model, e.g. 999,700,300."),
+    click.option("--sigmas", type=Numbers(), default=None, help="Noise over picture, ending with 0."),
+    click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
+    click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
+    click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),
+)
+_STARTS = (
+    click.option("--image", type=IMAGE, default=None, help="Start from this picture."),
+    click.option("--mask", type=IMAGE, default=None, help="Of that picture: white is drawn again, black is kept."),
+    click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
+    click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
+)
+
+
+def _options(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
 @click.command()
 @click.argument("bundle")
 @click.argument("prompt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A directory, or one .png file.")
 @click.option("--negative", "negative_prompt", default="", help="What the picture should not show.")
-@click.option("--steps", default=20, show_default=True)
-@click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance.")
-@click.option("--sampler", default=None, help=f"Default: the checkpoint's own. One of {', '.join(sampler_names())}")
+@_options(_SAMPLING)
+@_options(_STARTS)
 @click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
 @click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
 @click.option("-n", default=1, show_default=True, help="How many pictures.")
+@click.option("--deadline", type=float, default=None, help="Seconds after which to give up.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds, settings and seconds as JSON.")
@@ -114,6 +170,7 @@ def _summary(result: Result, files: list[Path], *, load_s: float) -> dict[str, A
         "guidance": settings.guidance,
         "sampler": settings.sampler,
         "size": list(settings.size),
+        **settings.further,
         "backend": result.backend,
         "reason": result.reason,
         "seconds": {"load": load_s, **result.seconds},

@@ -37,6 +37,7 @@ def parameters(settings: Settings, seed: int) -> str:
         "CFG scale": f"{settings.guidance:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
+        **{_title(name): _plain(value) for name, value in settings.further.items()},
         "Model": settings.model,
         "Version": settings.version,
     }
@@ -45,6 +46,16 @@ def parameters(settings: Settings, seed: int) -> str:
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
     return "\n".join(lines)
+
+
+def _title(name: str) -> str:
+    return {"strength": "Denoising strength"}.get(name, name.replace("_", " ").capitalize())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def community_name(sampler: str) -> str:

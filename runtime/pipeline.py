@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
@@ -34,7 +34,10 @@ AHEAD = 1  # stages in the queue while a caller watches each: enough that a devi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What one call asked for, resolved: with these and a seed a picture can be drawn again."""
+    """What one call asked for, resolved: with these, its images and a seed a picture can be drawn again.
+
+    further: every other option of the request that was not left at its default, images and latents aside
+    """
 
     prompt: str
     negative_prompt: str
@@ -44,6 +47,7 @@ class Settings:
     size: tuple[int, int]
     model: str
     version: str
+    further: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -252,6 +256,7 @@ class Pipeline:
             size=job.size,
             model=self.bundle.root.resolve().name,
             version=f"latentrt {__version__}",
+            further=job.request.further,
         )
 
     def close(self) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 
@@ -18,6 +19,22 @@ from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.samplers import default_sampler, make_plan
 
+# What changes a picture beside prompt, steps, guidance, sampler, size and seed, and can be written down.
+FURTHER = frozenset(
+    {
+        "spacing",
+        "eta",
+        "stop",
+        "timesteps",
+        "sigmas",
+        "guidance_interval",
+        "guidance_rescale",
+        "strength",
+        "variation_seed",
+        "variation_strength",
+        "noise",
+    }
+)
 CHANGES = 0.8  # the strength where none is given: diffusers' own
 NoiseSource = Literal["cpu", "cuda"]
 NOISES = {"cpu": TorchCpuNoise, "cuda": TorchCudaNoise}
@@ -102,6 +119,13 @@ class Request:
     variation_strength: float = 0.0
     noise: NoiseSource = "cpu"
     deadline: float | None = None
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """Return the options that shape a picture beside the common ones, where they are not at their defaults."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        kept = {name: value for name, (value, default) in values.items() if name in FURTHER and value != default}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

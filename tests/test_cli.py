@@ -79,6 +79,16 @@ def test_generate_prints_the_seconds_of_each_stage(sd1_bundle: Path, tmp_path: P
     assert all(word in text for word in ("backend cpu", "load", "encode", "denoise", "decode", "ms a step"))
 
 
+def test_generate_notes_every_option_that_shaped_the_picture(sd1_bundle: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.png", tmp_path / "second.png"
+    latentrt("generate", sd1_bundle, "a circle", "--steps", 1, "-o", first)
+    asked = ("--image", first, "--strength", 0.5, "--guidance-interval", "0.25-1", "--sigmas", "9,3,1,0.5,0")
+    latentrt("generate", sd1_bundle, "a circle", *asked, "--sampler", "euler", "-o", second)
+    with Image.open(second) as image:
+        text = image.info["parameters"]
+    assert "Sigmas: 9 3 1 0.5 0, Guidance interval: 0.25 1, Denoising strength: 0.5" in text
+
+
 def test_inspect_shows_components_and_engines(sd1_bundle: Path) -> None:
     text = latentrt("inspect", sd1_bundle).stdout
     assert all(word in text for word in ("sd1", "epsilon", "unet", "vae_decoder", "x86_64"))
@@ -112,6 +122,11 @@ def test_build_says_what_it_built(sd1_bundle: Path, tmp_path: Path) -> None:
         (("--steps", 0), "steps: found 0, expected 1 to 1000"),
         (("--sampler", "dpmpp_2mm"), "unknown sampler 'dpmpp_2mm'; did you mean 'dpmpp_2m'?"),
         (("--guidance", -1), "guidance: found -1.0, expected a number from 0 up"),
+        (("--guidance-interval", "0.5"), "found '0.5', expected two fractions of the steps, as in 0.2-0.8"),
+        (("--guidance-interval", "0.5-0.2"), "guidance interval: found 0.5 to 0.2"),
+        (("--timesteps", "9,x"), "found '9,x', expected numbers between commas"),
+        (("--strength", 0.5), "strength: it says how to change an image, and there is none"),
+        (("--image", "nowhere.png"), "image: 'nowhere.png' cannot be read"),
         (("-n", 0), "n: found 0, expected a whole number of pictures from 1 up"),
         (("--backend", "gpu"), "there is no backend 'gpu'; choose one of auto, cpu"),
         (("-n", 2, "-o", "one.png"), "--output: found the file 'one.png' for 2 pictures; name a directory"),
