@@ -110,6 +110,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     assert "it holds no model_index.json" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "words"), [("model.ckpt", "is a pickle"), ("model.safetensors", "is truncated")])
 def test_a_damaged_single_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     assert words in refusal(tmp_path / name)

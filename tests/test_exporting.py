@@ -208,7 +208,7 @@ def test_graphs_are_adopted_without_torch(graphs: str, sd1_bundle: Path, tmp_pat
     [
         (lambda path: None, "there is no checkpoint at"),
         (lambda path: path.mkdir(), "it holds no model_index.json"),
-        (lambda path: path.write_bytes(b"x"), "is a single file"),
+        (lambda path: path.write_bytes(b"x"), "is no safetensors file"),
     ],
 )
 def test_the_command_refuses_with_one_sentence_and_code_2(tmp_path: Path, make: Any, sentence: str) -> None:
