@@ -10,21 +10,23 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header
-from latentrt.export.folders import read_configs, read_json
+from latentrt.export.folders import network_files, open_network, read_configs, read_json
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import FOLDERS, PARTS, Parts, Recipe
+from latentrt.export.pickles import read_pickle_header
 from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
 from latentrt.export.single_file import VAE_PREFIX, SingleFile, name_other, recognise
-from latentrt.export.weights import PICKLES, find_weights
+from latentrt.export.weights import PICKLES
 
 Configs = Mapping[str, Mapping[str, Any]]
 
 
 def open_file(path: Path, options: CheckpointOptions) -> Parts:
     """Take apart a checkpoint in one file. Raises CheckpointError, which names every option that is missing."""
-    single = recognise(read_weights_header(path))
+    file = read_weights_header(path, allow_pickle=options.allow_pickle)
+    single = recognise(file)
     if single is None:
-        raise CheckpointError(_not_whole(path))
+        raise CheckpointError(_not_whole(file))
     configs, scheduler = _given_configs(options.config) if options.config else _published_configs(single, options)
     if single.told:
         scheduler = {**scheduler, "prediction_type": single.prediction}
@@ -45,19 +47,23 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
     )
 
 
-def read_weights_header(path: Path) -> TensorFile:
+def read_weights_header(path: Path, *, allow_pickle: bool) -> TensorFile:
     """Read what a file of weights holds. Raises CheckpointError."""
+    if path.suffix in PICKLES and allow_pickle:
+        return read_pickle_header(path)
     if path.suffix in PICKLES:
         raise CheckpointError(
-            f"'{path}' is a pickle, which can run any code when it is opened; convert it to safetensors"
+            f"'{path}' is a pickle, which can run any code when it is opened; "
+            "convert it to safetensors, or pass --allow-pickle"
         )
     if path.suffix != ".safetensors":
         raise CheckpointError(f"'{path}' is no safetensors file; give a checkpoint's file or directory")
     return read_header(path)
 
 
-def _not_whole(path: Path) -> str:
-    name, denoiser = name_other(read_header(path))
+def _not_whole(file: TensorFile) -> str:
+    path = file.path
+    name, denoiser = name_other(file)
     if denoiser:
         return f"'{path}' was recognised as {name}, which is not supported; expected Stable Diffusion 1.x or 2.x"
     if name:
@@ -160,7 +166,7 @@ def _recipe(component: str, path: Path, configs: Configs) -> Recipe:
     )
 
 
-def replace_vae(parts: Parts, name: str) -> Parts:
+def replace_vae(parts: Parts, name: str, *, allow_pickle: bool = False) -> Parts:
     """Put another VAE in the place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file."""
     if parts.source == "onnx":
         raise CheckpointError(f"--vae '{name}' cannot replace a graph that optimum exported; give diffusers' layout")
@@ -168,11 +174,11 @@ def replace_vae(parts: Parts, name: str) -> Parts:
     if path.is_dir():
         folder = path / "vae" if (path / "vae").is_dir() else path
         config = read_json(folder / "config.json")
-        network: Path | Recipe = folder
-        files = [folder / "config.json", *find_weights(folder).paths]
+        network = open_network("vae", folder, allow_pickle=allow_pickle)
+        files = [folder / "config.json", *network_files(folder, allow_pickle=allow_pickle)]
     elif path.is_file():
         config = dict(parts.configs["vae_decoder"])
-        network = _vae_recipe(read_weights_header(path), config)
+        network = _vae_recipe(read_weights_header(path, allow_pickle=allow_pickle), config)
         files = [path]
     else:
         raise CheckpointError(f"--vae '{name}' is not there; give a directory or a safetensors file")

@@ -65,14 +65,14 @@ def open_checkpoint(name: str, *, options: CheckpointOptions | None = None) -> C
     """
     options = options or CheckpointOptions()
     path = locate(name, revision=options.revision)
-    parts = open_file(path, options) if path.is_file() else open_folder(path)
+    parts = open_file(path, options) if path.is_file() else open_folder(path, allow_pickle=options.allow_pickle)
     return _read(name, _adjust(parts, options))
 
 
 def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     """Put in place what was given beside the checkpoint."""
     if options.vae:
-        parts = replace_vae(parts, options.vae)
+        parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.prediction_type:
         parts = replace(
             parts,

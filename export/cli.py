@@ -36,6 +36,7 @@ MIB = 1 << 20
 @click.option("--vae", default=None, metavar="PATH", help="Take the VAE from another directory or file.")
 @click.option("--tokenizer", default=None, metavar="DIR", help="CLIP's vocabulary, which a single file lacks.")
 @click.option("--config", default=None, metavar="DIR", help="Configs for a single file in sizes of its own.")
+@click.option("--allow-pickle", is_flag=True, help="Open pickles, as weights alone.")
 @click.option(
     "--prediction-type", type=click.Choice(get_args(Prediction)), help="Where the checkpoint does not say it."
 )

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.parts import Part, Recipe
+from latentrt.export.pickles import load_pickle
+from latentrt.export.weights import PICKLES
 
 Tensors = dict[str, Tensor]
 SHARD_BYTES = 1 << 30  # what is held in memory at once where tensors are changed on their way
@@ -62,6 +64,8 @@ def read_tensors(recipe: Recipe) -> Tensors:
 
 
 def _mapped(file: Path) -> Tensors:
+    if file.suffix in PICKLES:  # allowed, or the recipe would not name it
+        return load_pickle(file)
     with safe_open(file, "pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.families import OTHER_DENOISERS, OTHER_UNETS, name_pipeline
-from latentrt.export.parts import FOLDERS, Parts, Source
-from latentrt.export.weights import find_weights
+from latentrt.export.parts import FOLDERS, PARTS, Part, Parts, Recipe, Source
+from latentrt.export.weights import find_pickles, find_weights, has_safetensors
 
 
-def open_folder(root: Path) -> Parts:
+def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     """Take apart a directory with a model_index.json.
 
     Raises CheckpointError where it is incomplete, damaged or another model.
@@ -29,9 +29,12 @@ def open_folder(root: Path) -> Parts:
         index=index,
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         configs=read_configs(root, source),
-        networks={component: root / folder for component, folder in FOLDERS[source].items()},
+        networks={
+            component: open_network(PARTS[component], root / folder, allow_pickle=allow_pickle)
+            for component, folder in FOLDERS[source].items()
+        },
         tokenizer=root / "tokenizer",
-        files=_files(root, source),
+        files=_files(root, source, allow_pickle=allow_pickle),
     )
 
 
@@ -70,14 +73,32 @@ def _require_folders(root: Path, source: Source) -> None:
             raise CheckpointError(f"'{root}' is incomplete: it holds no {folder}/; download the whole checkpoint")
 
 
-def _files(root: Path, source: Source) -> dict[str, Path]:
+def _files(root: Path, source: Source, *, allow_pickle: bool) -> dict[str, Path]:
     """Name every file that the export reads, checking the weights. Raises CheckpointError."""
     found = [root / "model_index.json", root / "scheduler" / "scheduler_config.json"]
     found += [path for path in sorted((root / "tokenizer").iterdir()) if path.is_file()]
     for name in dict.fromkeys(FOLDERS[source].values()):
         folder = root / name
-        found += [folder / "config.json", *(graph_files(folder) if source == "onnx" else find_weights(folder).paths)]
+        graphs = source == "onnx"
+        weights = graph_files(folder) if graphs else network_files(folder, allow_pickle=allow_pickle)
+        found += [folder / "config.json", *weights]
     return {path.relative_to(root).as_posix(): path for path in found}
+
+
+def open_network(part: Part, folder: Path, *, allow_pickle: bool) -> Path | Recipe:
+    """Return a network's folder, or how to write another with safetensors where it may and does hold pickles."""
+    if not allow_pickle or has_safetensors(folder) or not find_pickles(folder):
+        return folder
+    config = json.dumps(read_json(folder / "config.json"))
+    files = tuple(str(path.resolve()) for path in find_pickles(folder))
+    return Recipe(part=part, config=config, files=files, layout="diffusers")
+
+
+def network_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
+    """Return the files with a network's weights. Raises CheckpointError."""
+    if allow_pickle and not has_safetensors(folder) and find_pickles(folder):
+        return find_pickles(folder)
+    return find_weights(folder).paths
 
 
 def graph_files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,7 @@ from latentrt.engines.errors import CheckpointError
 FOLDERS = ("text_encoder", "unet", "vae", "vae_decoder", "vae_encoder", "scheduler", "tokenizer")
 READ = (".json", ".txt", ".safetensors", ".onnx", ".onnx_data")
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
 VARIANTS = ("", ".fp16")  # in order of preference: one of them is fetched
 
 
@@ -62,7 +64,7 @@ def _is_ours(path: PurePosixPath) -> bool:
 
 def _variant(file: str) -> str:
     """Return `.fp16` for model.fp16.safetensors, nothing for model.safetensors and its shards."""
-    name = PurePosixPath(file).name
+    name = SHARD.sub("", PurePosixPath(file).name)
     marks = name.split(".")[1:]
     unknown = [f".{mark}" for mark in marks if mark not in ("safetensors", "index", "json")]
     return unknown[0] if unknown else ""

@@ -46,13 +46,25 @@ def find_weights(folder: Path) -> WeightFiles:
                 return WeightFiles(variant=variant, shards=(read_header(single),), index=None)
             if index.is_file():
                 return WeightFiles(variant=variant, shards=_read_shards(index), index=index)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
+    if pickles := find_pickles(folder):
         raise CheckpointError(
-            f"{folder} holds its weights only as a pickle ({pickles[0]}), which can run any code when it is opened; "
-            "convert it to safetensors"
+            f"{folder} holds its weights only as a pickle ({pickles[0].name}), which can run any code when it is "
+            "opened; convert it to safetensors, or pass --allow-pickle"
         )
     raise CheckpointError(f"{folder} holds no weights ({STEMS[0]}.safetensors); download the whole checkpoint")
+
+
+def find_pickles(folder: Path) -> list[Path]:
+    """Return the pickles that hold a network's weights: those of one variant, the plain one if it is there."""
+    stems = (*STEMS, "pytorch_model")
+    found = sorted(path for path in folder.iterdir() if path.suffix in PICKLES and path.name.startswith(stems))
+    plain = [path for path in found if "." not in path.stem]
+    return plain or [path for path in found if ".fp16" in path.name]
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Say whether a folder holds weights that are no pickle."""
+    return any(folder.glob("*.safetensors"))
 
 
 def _read_shards(index: Path) -> tuple[TensorFile, ...]:
