@@ -6,18 +6,54 @@ python benchmarks/random_checkpoint.py middle /tmp/middle
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentrt.export.checkpoint import DEMO
 
-# SD 1.5's layout. `middle` has its depth and attention at a quarter of its width; `sd15` is full size.
-SHAPES: dict[str, dict[str, Any]] = {
-    "middle": {"unet": (64, 128, 256, 256), "vae": (32, 64, 128, 128), "width": 192, "layers": 6, "heads": 3},
-    "sd15": {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512), "width": 768, "layers": 12, "heads": 12},
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of the three networks. `side` is of the latents; `width`, `layers` and `heads` are the text encoder's."""
+
+    unet: tuple[int, ...]
+    unet_heads: int | tuple[int, ...]
+    vae: tuple[int, ...]
+    side: int
+    width: int
+    layers: int
+    heads: int
+    activation: str = "quick_gelu"
+    linear: bool = False
+    spacing: str = "leading"
+
+
+# `middle` has SD 1.5's depth and attention at a fifth of its width; `sd15` is full size; `turbo` is SD 2.1's layout
+# with SD-Turbo's schedule.
+SHAPES = {
+    "tiny": Shape(unet=(32, 64), unet_heads=4, vae=(16, 16), side=16, width=32, layers=2, heads=2),
+    "middle": Shape(
+        unet=(64, 128, 256, 256), unet_heads=8, vae=(32, 64, 128, 128), side=32, width=192, layers=6, heads=3
+    ),
+    "sd15": Shape(
+        unet=(320, 640, 1280, 1280), unet_heads=8, vae=(128, 256, 512, 512), side=64, width=768, layers=12, heads=12
+    ),
+    "turbo": Shape(
+        unet=(320, 640, 1280, 1280),
+        unet_heads=(5, 10, 20, 20),
+        vae=(128, 256, 512, 512),
+        side=64,
+        width=1024,
+        layers=23,
+        heads=16,
+        activation="gelu",
+        linear=True,
+        spacing="trailing",
+    ),
 }
-PICTURE = {"middle": 32, "sd15": 64}  # latents a side
 
 
 def main() -> None:
@@ -35,51 +71,62 @@ def save_random(shape: str, directory: Path, *, half: bool = False) -> Path:
     torch.manual_seed(0)
     sizes = SHAPES[shape]
     for folder, model in (("text_encoder", _text), ("unet", _unet), ("vae", _vae)):
-        network = model(sizes, PICTURE[shape])
+        network = model(sizes)
         (network.half() if half else network).save_pretrained(directory / folder)
         del network
     for folder in ("tokenizer", "scheduler"):
         shutil.copytree(DEMO / folder, directory / folder, dirs_exist_ok=True)
     shutil.copyfile(DEMO / "model_index.json", directory / "model_index.json")
+    scheduler = directory / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": sizes.spacing}, indent=1))
     return directory
 
 
-def _text(sizes: dict[str, Any], side: int) -> Any:
+def _text(sizes: Shape) -> Any:
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
     config = CLIPTextConfig(
         vocab_size=49408,
-        hidden_size=sizes["width"],
-        intermediate_size=4 * sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        projection_dim=sizes["width"],
+        hidden_size=sizes.width,
+        intermediate_size=4 * sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
+        projection_dim=sizes.width,
+        hidden_act=sizes.activation,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     return CLIPTextModel(config)
 
 
-def _unet(sizes: dict[str, Any], side: int) -> Any:
+def _unet(sizes: Shape) -> Any:
     from diffusers import UNet2DConditionModel
 
+    levels = len(sizes.unet)
     return UNet2DConditionModel(
-        sample_size=side, block_out_channels=sizes["unet"], cross_attention_dim=sizes["width"], attention_head_dim=8
+        sample_size=sizes.side,
+        block_out_channels=sizes.unet,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        cross_attention_dim=sizes.width,
+        attention_head_dim=sizes.unet_heads,
+        use_linear_projection=sizes.linear,
     )
 
 
-def _vae(sizes: dict[str, Any], side: int) -> Any:
+def _vae(sizes: Shape) -> Any:
     from diffusers import AutoencoderKL
 
-    levels = len(sizes["vae"])
+    levels = len(sizes.vae)
     return AutoencoderKL(
-        block_out_channels=sizes["vae"],
+        block_out_channels=sizes.vae,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=2,
         latent_channels=4,
-        sample_size=8 * side,
+        norm_num_groups=min(32, sizes.vae[0]),
+        sample_size=sizes.side * 2 ** (levels - 1),
     )
 
 
