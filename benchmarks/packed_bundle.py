@@ -1,6 +1,7 @@
 """A full-size bundle of random weights in a few megabytes: the weights are sown from seeds, and grow where they run.
 
     python benchmarks/packed_bundle.py make sd15 .cache/packed/sd15.tar.gz      # export, sow, record, pack
+    python benchmarks/packed_bundle.py pack demo/shapes .cache/packed/demo.tar.gz     # as it is, without engines
     python benchmarks/packed_bundle.py unpack .cache/packed/sd15.tar.gz /tmp/sd15
 
 Speed needs the graphs that a user's export gives, not trained weights. `make` exports a random checkpoint of a
@@ -60,13 +61,16 @@ class Hole:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["make", "unpack"])
-    parser.add_argument("source", help="make: a shape of random_checkpoint.py; unpack: a packed bundle.")
+    parser.add_argument("action", choices=["make", "pack", "unpack"])
+    parser.add_argument("source", help="make: a shape of random_checkpoint.py; pack: a bundle; unpack: a packed one.")
     parser.add_argument("target", type=Path)
     parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16")
     arguments = parser.parse_args()
     if arguments.action == "unpack":
         unpack(Path(arguments.source), arguments.target)
+        return
+    if arguments.action == "pack":
+        pack(Path(arguments.source), [], arguments.target)
         return
     with terminal_report() as report, tempfile.TemporaryDirectory() as folder:
         make(arguments.source, arguments.target, precision=arguments.precision, folder=Path(folder), report=report)
@@ -200,7 +204,9 @@ def pack(root: Path, holes: list[Hole], target: Path) -> Path:
     with tarfile.open(target, "w:gz") as archive:
         recipe = json.dumps({"holes": [dataclasses.asdict(hole) for hole in holes]}).encode()
         _add(archive, RECIPE, recipe)
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        for path in sorted(
+            path for path in root.rglob("*") if path.is_file() and path.parts[len(root.parts)] != "engines"
+        ):
             name = path.relative_to(root).as_posix()
             _add(archive, name, b"".join(_kept(path, by_file.get(name, []))))
     return target

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,16 +71,20 @@ def save_random(shape: str, directory: Path, *, half: bool = False) -> Path:
 
     torch.manual_seed(0)
     sizes = SHAPES[shape]
-    for folder, model in (("text_encoder", _text), ("unet", _unet), ("vae", _vae)):
-        network = model(sizes)
+    for folder, network in zip(("text_encoder", "unet", "vae"), make_networks(shape), strict=True):
         (network.half() if half else network).save_pretrained(directory / folder)
-        del network
     for folder in ("tokenizer", "scheduler"):
         shutil.copytree(DEMO / folder, directory / folder, dirs_exist_ok=True)
     shutil.copyfile(DEMO / "model_index.json", directory / "model_index.json")
     scheduler = directory / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": sizes.spacing}, indent=1))
     return directory
+
+
+def make_networks(shape: str) -> Iterator[Any]:
+    """Make the text encoder, the UNet and the VAE with random weights, one at a time."""
+    for make in (_text, _unet, _vae):
+        yield make(SHAPES[shape])
 
 
 def _text(sizes: Shape) -> Any:

@@ -1,0 +1,162 @@
+"""What torch alone reaches on the same shapes: a denoising loop, eager or compiled, and diffusers' pipeline.
+
+Weights are random, of torch's own making: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from plain_unet import SHAPES, UNet
+
+from latentrt.runtime.bench.cold import measured
+from latentrt.runtime.bench.rounds import warm_up
+
+TOKENS, GUIDANCE = 77, 7.5
+PROMPT = "a large red circle on a striped blue background"
+# `reduce-overhead` is torch's name for CUDA graphs.
+COMPILERS: dict[str, Callable[[Any], Any]] = {
+    "eager": lambda module: module,
+    "compiled": lambda module: torch.compile(module, mode="reduce-overhead", fullgraph=True),
+}
+
+
+def loop_seconds(
+    shape: str, how: str, *, side: int, guided: bool, steps: int, device: str, most_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Time a denoising loop around the plain UNet. Yields the figures so far: after warming up, and at the end.
+
+    Euler with classifier-free guidance as two rows, in float16 on a GPU and float32 on a CPU, channels last. The
+    clock runs from the first step to the finished latents, with one wait at the end.
+    """
+    dtype = _dtype(device)
+    sizes = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(device), torch.inference_mode():
+        unet = UNet(sizes).to(dtype).eval().to(memory_format=torch.channels_last)
+        rows = 2 if guided else 1
+        text = torch.randn(rows, TOKENS, sizes.context, dtype=dtype)
+        pooled = torch.randn(rows, sizes.pooled, dtype=dtype) if sizes.pooled else None
+        sigmas = torch.linspace(14.6, 0.0, steps + 1).tolist()
+        times = torch.linspace(999, 1, steps).tolist()
+        run = COMPILERS[how](unet)
+
+        def draw() -> float:
+            x = torch.randn(1, 4, side, side, dtype=torch.float32) * sigmas[0]
+            wait(device)
+            start = time.perf_counter()
+            for sigma, following, at in zip(sigmas[:-1], sigmas[1:], times, strict=True):
+                taken = (x / (sigma**2 + 1) ** 0.5).to(dtype).expand(rows, -1, -1, -1)
+                taken = taken.contiguous(memory_format=torch.channels_last)
+                if how == "compiled":
+                    torch.compiler.cudagraph_mark_step_begin()
+                output = run(taken, torch.full((rows,), at), text, pooled).float()
+                x = x + (following - sigma) * (output[:1] + GUIDANCE * (output[1:] - output[:1]) if guided else output)
+            wait(device)
+            return time.perf_counter() - start
+
+        yield from _timed(draw, steps, device, most_seconds)
+
+
+def _dtype(device: str) -> torch.dtype:
+    if device == "cuda":
+        return torch.float16
+    torch.set_num_threads(1)  # a rehearsal: its times mean nothing, and waiting threads would slow other work
+    return torch.float32
+
+
+def wait(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _timed(draw: Callable[[], float], steps: int, device: str, most_seconds: float) -> Iterator[dict[str, Any]]:
+    start = time.perf_counter()
+    first = draw()
+    warmup = warm_up(draw, most_seconds=most_seconds / 2)
+    figures = {"first_s": first, "steady": warmup.steady, "steps": steps}
+    yield {**figures, "step_s": _summary([seconds / steps for seconds in warmup.seconds])}
+    samples: list[float] = []
+    while len(samples) < 30 and (len(samples) < 3 or time.perf_counter() - start < most_seconds):
+        samples.append(draw() / steps)
+    memory = torch.cuda.max_memory_reserved() if device == "cuda" else None
+    yield {**figures, "step_s": _summary(samples), "device_bytes": memory}
+
+
+def _summary(samples: list[float]) -> dict[str, Any]:
+    whole = measured(samples)
+    summary = {name: getattr(whole.summary, name) for name in ("count", "p50", "p95", "median_low", "median_high")}
+    return {**summary, "samples": samples}
+
+
+def diffusers_seconds(
+    shape: str, how: str, *, size: int, guided: bool, steps: int, device: str, most_seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Time diffusers' own pipeline with random weights, from prompt to picture. Yields the figures so far."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from random_checkpoint import DEMO, make_networks
+    from transformers import CLIPTokenizer
+
+    dtype = _dtype(device)
+    torch.manual_seed(0)
+    with torch.device(device):
+        text_encoder, unet, vae = (network.to(dtype).eval() for network in make_networks(shape))
+    assert isinstance(unet, UNet2DConditionModel) and isinstance(vae, AutoencoderKL)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=CLIPTokenizer.from_pretrained(DEMO / "tokenizer"),
+        unet=unet.to(memory_format=torch.channels_last),
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.unet, pipe.vae.decoder = COMPILERS[how](pipe.unet), COMPILERS[how](pipe.vae.decoder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> float:
+        wait(device)
+        start = time.perf_counter()
+        pipe(
+            PROMPT,
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE if guided else 0.0,
+            width=size,
+            height=size,
+            generator=torch.Generator(device).manual_seed(0),
+            output_type="np",
+        )
+        wait(device)
+        return time.perf_counter() - start
+
+    for figures in _timed(draw, 1, device, most_seconds):
+        yield {**{key: value for key, value in figures.items() if key != "step_s"}, "picture_s": figures["step_s"]}
+
+
+def ceilings(device: str, *, size: int = 8192, copy_bytes: int = 4 << 30) -> dict[str, float]:
+    """Measure what the device reaches: half-precision products of random matrices, and copies, bytes in and out."""
+    dtype = _dtype(device)
+    with torch.device(device), torch.inference_mode():
+        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+        product = _best(lambda: a @ b, device)
+        source = torch.zeros(copy_bytes, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        copied = _best(lambda: target.copy_(source), device)
+    return {"tflops": 2 * size**3 / product / 1e12, "bytes_per_s": 2 * copy_bytes / copied}
+
+
+def _best(work: Callable[[], Any], device: str) -> float:
+    seconds = []
+    for _ in range(8):
+        wait(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            work()
+        wait(device)
+        seconds.append((time.perf_counter() - start) / 5)
+    return sorted(seconds)[len(seconds) // 2]

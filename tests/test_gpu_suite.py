@@ -1,0 +1,224 @@
+"""The GPU suite: its plain UNets are diffusers', its packed bundles grow back, no part takes the others down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latentrt.engines.building import build_engines
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import BundleError
+from latentrt.engines.gpu import find_gpu
+from latentrt.engines.verification import verify
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from gpu_suite import HALF_TFLOPS, MODELS  # noqa: E402
+from packed_bundle import Hole, pack, record_goldens, sow, unpack  # noqa: E402
+from parts import Outcomes, Part, run_parts  # noqa: E402
+from plain_unet import SHAPES, UNet, UNetShape, pass_flops  # noqa: E402
+
+
+def diffusers_unet(shape: UNetShape) -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    more = {}
+    if shape.pooled:
+        more = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shape.pooled,
+        }
+    return UNet2DConditionModel(
+        block_out_channels=shape.channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in shape.depths),
+        up_block_types=tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(shape.depths)),
+        cross_attention_dim=shape.context,
+        attention_head_dim=list(shape.heads),
+        use_linear_projection=shape.linear,
+        transformer_layers_per_block=[depth or 1 for depth in shape.depths],
+        **more,
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_plain_unet_has_the_weights_of_diffusers_unet(name: str) -> None:
+    with torch.device("meta"):
+        ours, theirs = UNet(SHAPES[name]), diffusers_unet(SHAPES[name])
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+
+
+SMALL = {
+    "sd15": SHAPES["tiny"],
+    "turbo": UNetShape(channels=(32, 64), depths=(1, 0), heads=(2, 4), context=24, linear=True),
+    "sdxl": UNetShape(channels=(32, 64, 64), depths=(0, 1, 2), heads=(2, 2, 4), context=24, linear=True, pooled=1600),
+}
+
+
+@pytest.mark.parametrize("layout", SMALL)
+def test_the_plain_unet_computes_what_diffusers_unet_computes(layout: str) -> None:
+    shape = SMALL[layout]
+    torch.manual_seed(0)
+    ours, theirs = UNet(shape).eval(), diffusers_unet(shape).eval()
+    ours.load_state_dict(theirs.state_dict())
+    sample, timestep, text = torch.randn(2, 4, 16, 24), torch.tensor([7.0, 800.0]), torch.randn(2, 9, shape.context)
+    pooled, added = None, {}
+    if shape.pooled:  # 1600 = a pooled text of 64 and six sizes of 256
+        added = {"text_embeds": torch.randn(2, 64), "time_ids": torch.randint(0, 1024, (2, 6)).float()}
+        sizes = theirs.add_time_proj(added["time_ids"].flatten()).reshape(2, -1)
+        pooled = torch.cat([added["text_embeds"], sizes], dim=1)
+    with torch.no_grad():
+        expected = theirs(sample, timestep, text, added_cond_kwargs=added).sample
+        assert torch.allclose(ours(sample, timestep, text, pooled), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.tflop])
+def test_the_floors_are_the_arithmetic_that_torch_counts(name: str) -> None:
+    model = MODELS[name]
+    assert model.tflop is not None and model.shape is not None and model.floor_s is not None
+    assert pass_flops(SHAPES[model.shape], model.size // 8) / 1e12 == pytest.approx(model.tflop, rel=1e-4)
+    assert model.floor_s == pytest.approx(model.rows * model.tflop / HALF_TFLOPS)
+
+
+def test_the_plain_unet_is_traced_whole_by_the_compiler() -> None:
+    torch.manual_seed(0)
+    unet = UNet(SHAPES["tiny"]).eval()
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3.0, 3.0]), torch.randn(2, 5, 32), None)
+    with torch.inference_mode():
+        compiled = torch.compile(unet, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(*inputs), unet(*inputs), atol=1e-5)
+
+
+def test_a_packed_bundle_grows_back_to_the_byte_and_computes_its_goldens(sd1_half_bundle: Path, tmp_path: Path) -> None:
+    root = tmp_path / "sown"
+    shutil.copytree(sd1_half_bundle, root)
+    before = Bundle.open(root).manifest
+    holes = sow(root)
+    record_goldens(root, lambda *_: None)
+    packed = pack(root, holes, tmp_path / "packed.tar.gz")
+    grown = unpack(packed, tmp_path / "grown")
+    files = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(grown) for path in grown.rglob("*") if path.is_file()}
+    assert all((root / file).read_bytes() == (grown / file).read_bytes() for file in files)
+    assert Bundle.open(grown).manifest.graphs_digest() != before.graphs_digest()
+    build_engines(Bundle.open(grown), "cpu")
+    assert all(row.ok for row in verify(Bundle.open(grown), backend="cpu"))
+
+
+def test_packing_leaves_the_sown_weights_away(sd1_half_bundle: Path, tmp_path: Path) -> None:
+    root = tmp_path / "sown"
+    shutil.copytree(sd1_half_bundle, root)
+    holes = sow(root)
+    with tarfile.open(pack(root, holes, tmp_path / "packed.tar.gz")) as archive:
+        kept = sum(member.size for member in archive.getmembers() if member.name != "recipe.json")
+    whole = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    assert whole - kept == sum(hole.bytes for hole in holes) > 0.5 * whole
+
+
+def test_a_seed_that_is_another_is_found_when_it_grows(sd1_half_bundle: Path, tmp_path: Path) -> None:
+    root = tmp_path / "sown"
+    shutil.copytree(sd1_half_bundle, root)
+    holes = sow(root)
+    wrong = [Hole(**{**{f: getattr(holes[0], f) for f in Hole.__dataclass_fields__}, "seed": 999}), *holes[1:]]
+    with pytest.raises(BundleError, match="was altered"):
+        unpack(pack(root, wrong, tmp_path / "packed.tar.gz"), tmp_path / "grown")
+
+
+def test_sown_numbers_have_the_weights_own_mean_and_deviation() -> None:
+    hole = Hole(file="x", offset=0, count=100_000, dtype="float16", mean=0.5, deviation=0.1, seed=3)
+    numbers = np.concatenate(list(hole.blocks())).astype(np.float64)
+    assert (numbers.size, hole.bytes) == (100_000, 200_000)
+    assert numbers.mean() == pytest.approx(0.5, abs=0.002)
+    assert numbers.std() == pytest.approx(0.1, abs=0.002)
+
+
+def part(name: str, code: str, **limits: object) -> Part:
+    lines = f"import sys, json, os, time; result = sys.argv[1]\n{code}"
+    defaults = {"most_s": 20.0, **limits}
+    return Part(name=name, command=(sys.executable, "-c", lines), **defaults)  # type: ignore[arg-type]
+
+
+GOOD = "json.dump({'figure': 1}, open(result, 'w'))"
+
+
+def test_no_part_takes_the_others_down_and_every_one_is_saved(tmp_path: Path) -> None:
+    parts = [
+        part("raises", f"{GOOD}\nraise SystemError('this went wrong')"),
+        part("dies", "os.abort()"),
+        part("hangs", f"{GOOD}\ntime.sleep(60)", most_s=1.5),
+        part("hangs with children", "import subprocess; subprocess.run(['sleep', '60'])", most_s=1.0),
+        part("writes nonsense", "open(result, 'w').write('{')"),
+        part("depends", GOOD, needs=("raises",)),
+        part("is not here", GOOD, missing="no such library"),
+        part("works", GOOD),
+    ]
+    saved: list[list[str]] = []
+    outcomes = run_parts(
+        parts, seconds=60, folder=tmp_path, save=lambda so_far: saved.append(list(so_far.parts)), say=lambda _: None
+    )
+    status = {name: one["status"] for name, one in outcomes.parts.items()}
+    assert status == {
+        "raises": "failed",
+        "dies": "failed",
+        "hangs": "cut off",
+        "hangs with children": "cut off",
+        "writes nonsense": "ok",
+        "depends": "skipped",
+        "is not here": "skipped",
+        "works": "ok",
+    }
+    assert [len(names) for names in saved] == list(range(1, len(parts) + 1))
+    assert outcomes.figures("raises") == outcomes.figures("hangs") == outcomes.figures("works") == {"figure": 1}
+    assert outcomes.figures("writes nonsense") == {}
+    assert "this went wrong" in outcomes.parts["raises"]["why"]
+    assert "SIGABRT" in outcomes.parts["dies"]["why"]
+    assert outcomes.parts["depends"]["why"] == "needs raises"
+
+
+def test_what_there_is_no_time_for_is_skipped_not_begun(tmp_path: Path) -> None:
+    parts = [part("first", "time.sleep(1.2)"), part("long", GOOD, least_s=30.0), part("short", GOOD, least_s=0.1)]
+    outcomes = run_parts(parts, seconds=6, folder=tmp_path, save=lambda _: None, say=lambda _: None)
+    assert [one["status"] for one in outcomes.parts.values()] == ["ok", "skipped", "ok"]
+    assert "s left" in outcomes.parts["long"]["why"]
+    assert Outcomes().figures("nothing") == {}
+
+
+def suite(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="an NVIDIA GPU answers here")
+def test_without_a_gpu_the_suite_says_so_and_exits_with_2(tmp_path: Path) -> None:
+    result = suite("--output", tmp_path / "gpu.json")
+    assert (result.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert "--cpu rehearses the same flow" in result.stderr
+
+
+def test_the_rehearsal_runs_every_kind_of_part_on_the_demo(demo_bundle: Path, tmp_path: Path) -> None:
+    packed = pack(demo_bundle, [], tmp_path / "demo.tar.gz")
+    output = tmp_path / "results" / "gpu.json"
+    result = suite("--cpu", "--bundles", packed.parent, "--output", output, "--seconds", 400)
+    assert result.returncode == 0, result.stdout + result.stderr
+    document = json.loads(output.read_text())
+    parts = document["parts"]
+    ours = ["demo: bundle", "demo: build cpu", "demo: verify cpu", "demo: bench cpu"]
+    assert [parts[name]["status"] for name in ours] == ["ok"] * 4, result.stdout
+    assert {"ceilings", "tiny: torch eager", "tiny: diffusers eager"} <= set(parts)
+    (variant,) = parts["demo: bench cpu"]["figures"]["variants"]
+    assert variant["prompts"]["share"] >= 0.75
+    assert parts["demo: verify cpu"]["figures"]["components"]["unet"]["ok"]
+    assert document["present"]["cpu"] is None
+    assert document["machine"]["versions"]["latentrt"]
+    assert "| demo | latentrt, cpu |" in document["table"] == output.with_suffix(".md").read_text()
