@@ -1,7 +1,7 @@
 """Engines that were built for the denoising loop, seen as the checkpoint's own networks: what `verify` compares.
 
-The fused denoise stage with a transition that takes only the model's output is the UNet, and the decoder that begins
-at the sampler's state is the VAE's decoder.
+The fused denoise stage with a transition that takes only the model's output is the UNet, the decoder that begins
+at the sampler's state is the VAE's decoder, and the text encoder that takes learned words is one without any.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentrt.engines.errors import EngineError
+from latentrt.engines.graphs import EXTRA_EMBEDDINGS
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs
 from latentrt.engines.stage import control_width
@@ -30,7 +31,10 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
     pictures: of a UNet, how many pictures its model rows belong to, None for one each; row r belongs to picture
         r % pictures, and its sample must be that of row r % pictures
     """
-    if STATE not in {tensor.name for tensor in engine.spec.inputs}:
+    names = {tensor.name for tensor in engine.spec.inputs}
+    if EXTRA_EMBEDDINGS in names:
+        return _TextEncoder(engine)
+    if STATE not in names:
         return engine
     if engine.spec.component == "unet":
         return _Unet(engine, pictures)
@@ -38,11 +42,10 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
 
 
 class _Wrapper:
-    """What both views share: they close what they wrap, and their `spec` is its own."""
+    """What all views share: they close what they wrap, and their `spec` is its own."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._state = next(tensor for tensor in engine.spec.inputs if tensor.name == STATE)
 
     @property
     def spec(self) -> EngineSpec:
@@ -60,6 +63,23 @@ class _Wrapper:
     ) -> None:
         self.close()
 
+
+class _TextEncoder(_Wrapper):
+    """Tokens in, none of them from the extra embeddings."""
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        (extra,) = (tensor for tensor in self.spec.inputs if tensor.name == EXTRA_EMBEDDINGS)
+        shape = [axis if isinstance(axis, int) else 1 for axis in extra.shape]
+        return self._engine({**inputs, EXTRA_EMBEDDINGS: np.zeros(shape, dtype=extra.dtype)})
+
+
+class _FromState(_Wrapper):
+    """A view of an engine that reads the sampler's state."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._state = next(tensor for tensor in engine.spec.inputs if tensor.name == STATE)
+
     def _state_of(self, latents: Array) -> Array:
         """Return a state whose first row is (n, C, h, w), the others zeros."""
         rows = int(self._state.shape[1])
@@ -68,7 +88,7 @@ class _Wrapper:
         return state
 
 
-class _Decoder(_Wrapper):
+class _Decoder(_FromState):
     """Latents as the VAE takes them in, pixels out."""
 
     def __init__(self, engine: Engine, space: LatentSpec) -> None:
@@ -80,7 +100,7 @@ class _Decoder(_Wrapper):
         return self._engine({STATE: self._state_of(latents * self._scale)})
 
 
-class _Unet(_Wrapper):
+class _Unet(_FromState):
     """Sample, timestep and text in, a row each, the model's output out."""
 
     def __init__(self, engine: Engine, pictures: int | None) -> None:

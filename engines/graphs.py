@@ -14,11 +14,12 @@ from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.spec import Array
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
     from latentrt.engines.manifest import LatentSpec
 
 PIXELS = "pixels"
+EXTRA_EMBEDDINGS = "extra_embeddings"
 
 
 def load_graph(path: Path) -> ModelProto:
@@ -99,6 +100,54 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
         for axis in output.type.tensor_type.shape.dim:
             if axis.dim_param == batch:
                 axis.dim_param = "pictures"
+
+
+def append_embedding_input(model: ModelProto) -> None:
+    """Let a text encoder read tokens that its table does not hold, from a new input `extra_embeddings` (rows, width).
+
+    The id -1 is the input's first row, -2 its second, and so on. Below zero they need no knowledge of the table's
+    length, and a pooled output that looks for the largest id still finds the end. The input has the table's dtype,
+    and at least one row. A graph whose ids are looked up in no table stays as it is.
+    """
+    from onnx import helper, numpy_helper
+
+    graph = model.graph
+    found = _find_embedding(graph)
+    if found is None:
+        return
+    place, table = found
+    gather = graph.node[place]
+    ids, embedding = gather.input[1], gather.output[0]
+    for name, value in {"zero": 0, "first": -1}.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.int64), f"extra.{name}"))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1], dtype=np.int64), "extra.last_axis"))
+    gather.input[1], gather.output[0] = "extra.table_ids", "extra.from_table"
+    before = [helper.make_node("Max", [ids, "extra.zero"], ["extra.table_ids"])]
+    after = [
+        helper.make_node("Sub", ["extra.first", ids], ["extra.rows"]),
+        helper.make_node("Max", ["extra.rows", "extra.zero"], ["extra.ids"]),
+        helper.make_node("Gather", [EXTRA_EMBEDDINGS, "extra.ids"], ["extra.from_input"]),
+        helper.make_node("Less", [ids, "extra.zero"], ["extra.below"]),
+        helper.make_node("Unsqueeze", ["extra.below", "extra.last_axis"], ["extra.chosen"]),
+        helper.make_node("Where", ["extra.chosen", "extra.from_input", "extra.from_table"], [embedding]),
+    ]
+    nodes = [*graph.node[:place], *before, gather, *after, *graph.node[place + 1 :]]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    shape = ["extra_rows", table.dims[1]]
+    graph.input.append(helper.make_tensor_value_info(EXTRA_EMBEDDINGS, table.data_type, shape))
+
+
+def _find_embedding(graph: GraphProto) -> tuple[int, TensorProto] | None:
+    """Return the place of the node that looks `input_ids` up, and the table, (entries, width)."""
+    tables = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    ids = {"input_ids"}
+    for place, node in enumerate(graph.node):
+        if node.op_type in ("Reshape", "Identity", "Squeeze", "Unsqueeze") and node.input[0] in ids:
+            ids.update(node.output)
+        if node.op_type == "Gather" and node.input[0] in tables and node.input[1] in ids:
+            return place, tables[node.input[0]]
+    return None
 
 
 def widen(model: ModelProto, base: Path) -> bool:

@@ -42,7 +42,7 @@ KEPT_SHAPES = 8
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
 FUSED: frozenset[Provider] = frozenset({"cuda"})
 # Counts up when the fused graphs change though the bundle's do not.
-RECIPE = 1
+RECIPE = 2
 # Too heavy for the host: when ONNX Runtime has no kernel for one of these on the device, it would run it on the CPU.
 HEAVY = frozenset(
     {"Attention", "Conv", "ConvTranspose", "Gelu", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
@@ -147,6 +147,7 @@ def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool
         if fused:
             graphs.prepend_state_head(model, STATE_ROWS, latents)
         graphs.append_pixel_tail(model)
+    graphs.append_embedding_input(model)
     return model
 
 

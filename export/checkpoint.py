@@ -171,6 +171,7 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
         "latent_parameters": 2 * latents.channels,
         "picture_channels": vae.get("out_channels", 3),
         "text_width": text.get("hidden_size", 512),
+        "skipped_layers": text.get("num_hidden_layers", 12) - 1,
         "context": text.get("max_position_embeddings", 77),
         "vocabulary": vocabulary,
         "end_token": vocabulary - 1 if text.get("eos_token_id", 2) == 2 else text["eos_token_id"],

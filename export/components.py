@@ -21,12 +21,16 @@ REAL: Mapping[Precision, DType] = {"fp32": "float32", "fp16": "float16"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """One row: dtype None means the bundle's precision. A string with braces is an expression of other axes."""
+    """One row: dtype None means the bundle's precision. A string with braces is an expression of other axes.
+
+    extra: an output that other exporters do not give, and without which the bundle does less
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: DType | None = None
     values: Values = "normal"
+    extra: bool = False
 
     def spec(self, dimensions: Mapping[str, int], precision: Precision) -> TensorSpec:
         """Return the tensor as it is in one checkpoint's graph."""
@@ -90,6 +94,10 @@ COMPONENTS: Mapping[str, Component] = {
             outputs=(
                 Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
                 Tensor(name="pooler_output", shape=("batch", "text_width")),
+                # What the text is without the last 1, 2, … layers: clip-skip chooses among them.
+                Tensor(
+                    name="skipped_hidden_states", shape=("batch", "skipped_layers", "context", "text_width"), extra=True
+                ),
             ),
             traced={"batch": 2},
             checked={"batch": 3},
@@ -147,5 +155,6 @@ def input_specs(component: Component, dimensions: Mapping[str, int], precision: 
 
 
 def output_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
-    """Return what a component gives in one checkpoint."""
-    return tuple(tensor.spec(dimensions, precision) for tensor in component.outputs)
+    """Return what a component gives in one checkpoint: not what would be empty in it."""
+    specs = (tensor.spec(dimensions, precision) for tensor in component.outputs)
+    return tuple(spec for spec in specs if 0 not in spec.shape)

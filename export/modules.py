@@ -14,15 +14,23 @@ from latentrt.export.weights import find_weights
 
 
 class TextEncoder(nn.Module):
-    """(batch, tokens) int64 → hidden states (batch, tokens, width) and the pooled one (batch, width)."""
+    """(batch, tokens) int64 → hidden states (batch, tokens, width), the pooled one (batch, width), the skipped ones.
 
-    def __init__(self, model: nn.Module) -> None:
+    The last, (batch, layers - 1, tokens, width), are what the text is where the last 1, 2, … layers are left out,
+    after the final norm: diffusers' clip_skip. An encoder of one layer has none.
+    """
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids=input_ids, return_dict=True)
-        return output.last_hidden_state, output.pooler_output
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        states = output.hidden_states[-2:0:-1]  # without the last layer's, which is the first output; nor the tokens
+        if not states:
+            return output.last_hidden_state, output.pooler_output
+        norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5 dropped a level
+        return output.last_hidden_state, output.pooler_output, norm(torch.stack(states, dim=1))
 
 
 class Denoiser(nn.Module):

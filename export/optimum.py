@@ -47,7 +47,7 @@ def adopt_graph(
         (graph.parent / file.name).unlink(missing_ok=True)
         link_data(file, graph.parent)
     takes = input_specs(component, dimensions, precision)
-    gives = output_specs(component, dimensions, precision)
+    gives = _given(component, load_graph(source), output_specs(component, dimensions, precision))
     _write_normalised(source, graph, takes, gives)
     session = open_session(graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
@@ -58,6 +58,13 @@ def adopt_graph(
     run_session(session, checked)
     save_golden(golden, traced, {spec.name: outputs[spec.name] for spec in gives})
     return [graph, *(graph.parent / file.name for file in data)], takes, gives
+
+
+def _given(component: Component, model: ModelProto, gives: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """Leave out the extra outputs that this graph does not have."""
+    found = {value.name for value in model.graph.output}
+    extra = {tensor.name for tensor in component.outputs if tensor.extra}
+    return tuple(spec for spec in gives if spec.name in found or spec.name not in extra)
 
 
 def _write_normalised(source: Path, target: Path, takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]) -> None:

@@ -24,6 +24,7 @@ from latentrt.runtime.denoise import denoise
 from latentrt.runtime.prompt import PromptTokenizer
 from latentrt.runtime.request import NOISES, Job, Options, Request, latent_shape, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
+from latentrt.runtime.text_rows import RowEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -195,8 +196,9 @@ class Pipeline:
 
     def _encode(self, tokens: Array) -> Array:
         rows, index = np.unique(tokens, axis=0, return_inverse=True)  # the same text is encoded once
-        encoded = self._engines["text_encoder"]({"input_ids": rows})["last_hidden_state"]
-        return encoded[index.reshape(-1)]
+        engine = self._engines["text_encoder"]
+        states = RowEncoder(engine, engine.spec)(rows, None, keep_skipped=False)
+        return states.last[index.reshape(-1)]
 
     def _denoise(self, job: Job, canvas: Canvas, watch: Callable[[Step], None] | None) -> None:
         shape = latent_shape(job.size, self.manifest.latents)

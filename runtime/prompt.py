@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from latentrt.engines.errors import BundleError, RequestError
 from latentrt.engines.manifest import TokenizerSpec
@@ -102,6 +103,7 @@ class PromptTokenizer:
             raise BundleError(f"{file} is not a tokenizer ({error}); export the checkpoint again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._learned: dict[int, range] = {}
         self.spec = spec
 
     @property
@@ -113,6 +115,26 @@ class PromptTokenizer:
         """Return token ids: (len(texts), max_length), int64. Raises RequestError on what is not text."""
         chunks = [self.chunks(Prompt(text=text, overflow="truncate"))[0] for text in texts]
         return self.rows([chunk.ids for chunk in chunks])
+
+    def with_words(self, words: Mapping[str, int]) -> PromptTokenizer:
+        """Return a tokenizer that also knows learned words, as diffusers' tokenizer does once they are loaded.
+
+        words: how many tokens each stands for; in their order they get the ids -1, -2, …, see
+            `graphs.append_embedding_input`
+        Raises RequestError on a word that the tokenizer has already.
+        """
+        other = copy.copy(self)
+        other._tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        other._learned, following = dict(self._learned), -1
+        for word, tokens in words.items():
+            if not word.strip() or other._tokenizer.token_to_id(word) is not None:
+                raise RequestError(f"'{word}' cannot be the name of an embedding: the tokenizer has it; choose another")
+            other._tokenizer.add_tokens([AddedToken(word)])
+            added = other._tokenizer.token_to_id(word)
+            assert added is not None
+            other._learned[added] = range(following, following - tokens, -1)
+            following -= tokens
+        return other
 
     def chunks(self, prompt: Prompt) -> tuple[Chunk, ...]:
         """Split a prompt into chunks, at least one. Raises RequestError on what is not text or does not parse."""
@@ -151,13 +173,15 @@ class PromptTokenizer:
         except (TypeError, UnicodeEncodeError):  # lone surrogates are no text
             raise RequestError(f"prompt: {segment.text!r} is not valid Unicode text") from None
         for token, piece in zip(encoding.ids, encoding.tokens, strict=True):
-            yield Token(
-                id=token,
-                weight=segment.weight,
-                segment=number,
-                ends_word=piece.endswith("</w>"),
-                ends_clause=piece == ",</w>",
-            )
+            ids = self._learned.get(token, range(token, token + 1))
+            for id in ids:
+                yield Token(
+                    id=id,
+                    weight=segment.weight,
+                    segment=number,
+                    ends_word=id == ids[-1] and (piece.endswith("</w>") or id < 0),
+                    ends_clause=piece == ",</w>",
+                )
 
 
 def _hint(text: str) -> None:

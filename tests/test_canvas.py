@@ -69,7 +69,7 @@ def paint(canvas: Canvas, bundle: Bundle, *, sampler: str = "dpmpp_2m", write: C
     def draw() -> Array:
         return generator.normal((2, 4, SHAPE.height // 4, SHAPE.width // 4))
 
-    canvas.encode({"input_ids": tokens_of(4)})
+    canvas.encode({"input_ids": tokens_of(4), "extra_embeddings": np.zeros((1, 32))})
     canvas.write("state", begin(plan, draw(), state_rows=canvas.state_rows))
     if write is not None:
         write(canvas)

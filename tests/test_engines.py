@@ -44,19 +44,20 @@ def test_the_decoder_ends_in_the_pixels_of_its_own_sample(sd1_bundle: Path) -> N
 
 def test_outputs_hold_until_the_next_call_with_the_same_shapes(sd1_bundle: Path) -> None:
     engine = open_engines(Bundle.open(sd1_bundle), "cpu").engines["text_encoder"]
-    first = engine({"input_ids": np.zeros((1, 77), dtype=np.int64)})["last_hidden_state"]
+    inputs = {"input_ids": np.zeros((1, 77), dtype=np.int64), "extra_embeddings": np.zeros((1, 32))}
+    first = engine(inputs)["last_hidden_state"]
     kept = first.copy()
-    second = engine({"input_ids": np.ones((1, 77), dtype=np.int64)})["last_hidden_state"]
+    second = engine({**inputs, "input_ids": np.ones((1, 77), dtype=np.int64)})["last_hidden_state"]
     assert np.shares_memory(first, second)
     assert not np.array_equal(second, kept)
 
 
 def test_a_wrong_name_and_a_wrong_shape_are_named(sd1_bundle: Path) -> None:
     engine = open_engines(Bundle.open(sd1_bundle), "cpu").engines["text_encoder"]
-    with pytest.raises(EngineError, match="text_encoder takes input_ids, found tokens"):
+    with pytest.raises(EngineError, match="text_encoder takes input_ids, extra_embeddings, found tokens"):
         engine({"tokens": np.zeros((1, 77))})
     with pytest.raises(EngineError, match=r"takes input_ids: int64\[batch, 77\], found shape \(1, 5\)"):
-        engine({"input_ids": np.zeros((1, 5))})
+        engine({"input_ids": np.zeros((1, 5)), "extra_embeddings": np.zeros((1, 32))})
 
 
 def test_building_again_keeps_what_is_there_unless_forced(copy: Bundle) -> None:

@@ -50,8 +50,11 @@ def reference(checkpoint: Path, component: str, inputs: dict[str, Any]) -> list[
     tensors = [torch.from_numpy(array) for array in inputs.values()]
     with torch.no_grad():
         if component == "text_encoder":
-            text = CLIPTextModel.from_pretrained(checkpoint / "text_encoder")(*tensors)
-            outputs = [text.last_hidden_state, text.pooler_output]
+            model = CLIPTextModel.from_pretrained(checkpoint / "text_encoder")
+            text = model(*tensors, output_hidden_states=True)
+            layers = model.config.num_hidden_layers
+            skipped = [model.final_layer_norm(text.hidden_states[-(skip + 1)]) for skip in range(1, layers)]
+            outputs = [text.last_hidden_state, text.pooler_output, torch.stack(skipped, dim=1)]
         elif component == "unet":
             outputs = [UNet2DConditionModel.from_pretrained(checkpoint / "unet")(*tensors).sample]
         elif component == "vae_decoder":

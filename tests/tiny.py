@@ -27,7 +27,7 @@ _TEXT: dict[str, dict[str, Any]] = {
         "hidden_size": 48,
         "intermediate_size": 96,
         "num_attention_heads": 3,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,
         "projection_dim": 24,
         "hidden_act": "gelu",
     },

@@ -1,0 +1,91 @@
+"""Textual inversion: learned words, each a few rows of the text encoder's token table, from safetensors files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
+
+UNNAMED = "emb_params"  # the community's trainers write no name: the file's own counts
+TWO_ENCODERS = ("clip_l", "clip_g")
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
+LARGEST_BYTES = 16 << 20  # 75 rows of the widest encoder in float32 are 0.4 MB
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Embedding:
+    """A learned word. vectors: (tokens, width), float32: what the prompt's one word `name` stands for."""
+
+    name: str
+    vectors: Array
+
+
+def load_embedding(file: str | os.PathLike[str], *, name: str | None = None) -> Embedding:
+    """Read a textual-inversion embedding.
+
+    file: safetensors, in diffusers' layout (one tensor, named for the word) or the community's (`emb_params`)
+    name: the word in prompts; None for the file's own: the tensor's name, or the file's without its ending
+    Raises RequestError, which names the mend.
+    """
+    path = Path(file)
+    tensors = _read(path)
+    if any(key in tensors for key in TWO_ENCODERS):
+        raise RequestError(
+            f"{path}: found an embedding for SDXL's two text encoders ({', '.join(sorted(tensors))}), expected one of "
+            "SD 1.x or 2.x; use the one that was trained for this checkpoint"
+        )
+    if len(tensors) != 1:
+        raise RequestError(f"{path}: found {len(tensors)} tensors ({_some(tensors)}), expected one embedding")
+    ((key, vectors),) = tensors.items()
+    return Embedding(name=name or (path.stem if key == UNNAMED else key), vectors=_check(path, vectors))
+
+
+def _read(path: Path) -> dict[str, Array]:
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_BYTES + 1)
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read ({error.strerror}); give a .safetensors file") from None
+    if len(content) > LARGEST_BYTES:
+        raise RequestError(f"{path} is larger than {LARGEST_BYTES >> 20} MiB, too large for an embedding")
+    if content.startswith(PICKLES):
+        raise RequestError(
+            f"{path} is a pickle, which can run any code when it is opened; convert it to safetensors first"
+        )
+    try:
+        entries: list[tuple[str, dict[str, object]]] = deserialize(content)  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise RequestError(f"{path} is not a safetensors file ({error}); download it again") from None
+    return {key: _array(path, key, entry) for key, entry in entries}
+
+
+def _array(path: Path, key: str, entry: dict[str, object]) -> Array:
+    kind, shape, data = entry["dtype"], entry["shape"], entry["data"]
+    if kind not in DTYPES:
+        raise RequestError(f"{path}: {key} is {kind}, expected one of {', '.join(DTYPES)}")
+    assert isinstance(shape, list) and isinstance(data, bytes | bytearray)
+    values = np.frombuffer(data, dtype=DTYPES[str(kind)])
+    if kind == "BF16":  # the upper half of a float32
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32).reshape(shape)
+
+
+def _check(path: Path, vectors: Array) -> Array:
+    vectors = vectors[None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or 0 in vectors.shape:
+        raise RequestError(f"{path}: found the shape {vectors.shape}, expected (tokens, width)")
+    if not np.isfinite(vectors).all():
+        raise RequestError(f"{path} holds values that are not finite; its training failed, use another one")
+    return vectors
+
+
+def _some(tensors: dict[str, Array]) -> str:
+    return ", ".join(sorted(tensors)[:3]) + ", …" * (len(tensors) > 3)

@@ -1,0 +1,189 @@
+"""Prompts into what the UNet reads: chunks, weights and learned words, and a cache of what was encoded before."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array, EngineSpec
+from latentrt.runtime.embeddings import Embedding
+from latentrt.runtime.prompt import Chunk, Prompt, PromptTokenizer
+from latentrt.runtime.text_rows import RowEncoder, Run
+from latentrt.runtime.weighting import Ids, is_weighted, needed, weigh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Words:
+    """A tokenizer with the learned words it knows. `number` differs whenever they do."""
+
+    tokenizer: PromptTokenizer
+    embeddings: tuple[Embedding, ...] = ()
+    number: int = 0
+    vectors: Array | None = None  # of all embeddings, (rows, width)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(embedding.name for embedding in self.embeddings)
+
+
+class TextEncoder:
+    """Encodes prompts, and remembers those it has encoded. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        run: Run,
+        spec: EngineSpec,
+        *,
+        cache_entries: int = 1024,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        """Wrap a text encoder.
+
+        run, spec: the engine, or what calls it, which no one else does meanwhile; and the engine's spec
+        cache_entries, cache_bytes: how much is remembered; what was not used for longest is forgotten first
+        """
+        self._plain = tokenizer
+        self._rows = RowEncoder(run, spec)
+        self._words = _Words(tokenizer=tokenizer)
+        self._cache = Cache(cache_entries, cache_bytes)
+        self._lock = threading.Lock()
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Array:
+        """Encode a batch: (len(prompts), tokens, width), in the encoder's dtype.
+
+        A prompt of fewer chunks than another is followed by chunks of the empty prompt. Raises RequestError.
+        """
+        encoded = self.encode(prompts)
+        longest = max(map(len, encoded))
+        if min(map(len, encoded)) < longest:
+            empties = self.encode([Prompt(text="", clip_skip=prompt.clip_skip) for prompt in prompts])
+            pairs = zip(encoded, empties, strict=True)
+            encoded = [np.concatenate([row, *[end] * ((longest - len(row)) // len(end))]) for row, end in pairs]
+        return np.stack(encoded)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Array]:
+        """Encode each prompt by itself: (tokens, width), read-only; the same array for the same prompt.
+
+        tokens is the encoder's context, 77, times the number of chunks. Raises RequestError.
+        """
+        words = self._words
+        found = self._remembered(words, prompts)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if missing:
+            found |= self._encode(words, missing)
+        return [found[prompt] for prompt in prompts]
+
+    def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
+        """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
+
+        So it is where no word has a weight, no layer is skipped and all have the same number of chunks. None where
+        it is not, and where every prompt is remembered: there, calling this encoder is what to do.
+        """
+        words = self._words
+        if any(prompt.clip_skip for prompt in prompts) or len(self._remembered(words, prompts)) == len(set(prompts)):
+            return None
+        chunks = [words.tokenizer.chunks(prompt) for prompt in prompts]
+        if len(set(map(len, chunks))) > 1 or any(is_weighted(chunk) for row in chunks for chunk in row):
+            return None
+        rows = words.tokenizer.rows([chunk.ids for row in chunks for chunk in row])
+        return self._rows.inputs(rows, words.vectors)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Return the learned words that prompts may use."""
+        return self._words.names
+
+    def add(self, embedding: Embedding) -> None:
+        """Let prompts use a learned word. Raises RequestError where it does not fit this encoder."""
+        with self._lock:
+            if embedding.name in self.embeddings:
+                raise RequestError(f"embeddings: '{embedding.name}' is loaded already; remove it first, or rename it")
+            self._learn((*self._words.embeddings, embedding))
+
+    def remove(self, name: str) -> None:
+        """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
+        with self._lock:
+            if name not in self.embeddings:
+                loaded = ", ".join(self.embeddings) or "nothing"
+                raise RequestError(f"embeddings: found {name!r}, expected one that is loaded: {loaded}")
+            self._learn(tuple(embedding for embedding in self._words.embeddings if embedding.name != name))
+
+    def _learn(self, embeddings: tuple[Embedding, ...]) -> None:
+        vectors = None
+        for embedding in embeddings:
+            self._rows.check_vectors(embedding.vectors)
+        if embeddings:
+            vectors = np.concatenate([embedding.vectors for embedding in embeddings])
+            self._rows.check_vectors(vectors)
+        tokenizer = self._plain.with_words({embedding.name: len(embedding.vectors) for embedding in embeddings})
+        number = self._words.number + 1
+        self._words = _Words(tokenizer=tokenizer, embeddings=embeddings, number=number, vectors=vectors)
+        self._cache.clear()  # its entries cannot be found any more
+
+    def _remembered(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Array]:
+        found = {prompt: self._cache.get((words.number, prompt)) for prompt in prompts}
+        return {prompt: array for prompt, array in found.items() if array is not None}
+
+    def _encode(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Array]:
+        for prompt in prompts:
+            self._rows.check_skip(prompt.clip_skip)
+        chunks = {prompt: words.tokenizer.chunks(prompt) for prompt in prompts}
+        wanted = dict.fromkeys(ids for row in chunks.values() for chunk in row for ids in needed(chunk))
+        places = {ids: place for place, ids in enumerate(wanted)}
+        rows = words.tokenizer.rows(list(wanted))
+        states = self._rows(rows, words.vectors, keep_skipped=any(prompt.clip_skip for prompt in prompts))
+        encoded = {}
+        for prompt, row in chunks.items():
+            array = _assemble(row, states.without(prompt.clip_skip), places)
+            array.setflags(write=False)
+            self._cache.put((words.number, prompt), array)
+            encoded[prompt] = array
+        return encoded
+
+
+def _assemble(chunks: Sequence[Chunk], states: Array, places: Mapping[Ids, int]) -> Array:
+    """Weigh chunks and put them one after the other. states: (rows, context, width), by the places of their ids."""
+    return np.concatenate([weigh(chunk, lambda ids: np.asarray(states[places[ids]])) for chunk in chunks])
+
+
+class Cache:
+    """Arrays by key. When one too many is put in, what was not asked for longest goes. Safe for many threads."""
+
+    def __init__(self, entries: int, size: int) -> None:
+        """Hold at most so many arrays, of at most so many bytes together."""
+        self._entries, self._bytes, self._used = entries, size, 0
+        self._arrays: OrderedDict[Hashable, Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Array | None:
+        """Return an array, and count it as the one asked for last."""
+        with self._lock:
+            array = self._arrays.get(key)
+            if array is not None:
+                self._arrays.move_to_end(key)
+            return array
+
+    def put(self, key: Hashable, array: Array) -> None:
+        """Keep an array, or not if it is larger than all there is room for."""
+        with self._lock:
+            self._drop(key)
+            self._arrays[key] = array
+            self._used += array.nbytes
+            while len(self._arrays) > self._entries or self._used > self._bytes:
+                self._drop(next(iter(self._arrays)))
+
+    def _drop(self, key: Hashable) -> None:
+        array = self._arrays.pop(key, None)
+        self._used -= 0 if array is None else array.nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._arrays.clear()
+            self._used = 0

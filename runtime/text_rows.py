@@ -1,0 +1,104 @@
+"""Rows of tokens through the text encoder, whatever its engine was compiled for and its bundle exported with."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.graphs import EXTRA_EMBEDDINGS as EXTRA
+from latentrt.engines.spec import Array, EngineSpec
+
+IDS, STATES = "input_ids", "last_hidden_state"
+SKIPPED = "skipped_hidden_states"  # (batch, skipped layers, context, width), see export.modules.TextEncoder
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowStates:
+    """What rows are encoded to: with all layers, and where the run was told to keep them, without the last ones."""
+
+    last: Array  # (rows, context, width)
+    skipped: Array | None  # (rows, skipped layers, context, width)
+
+    def without(self, clip_skip: int) -> Array:
+        """Return the states without that many of the last layers: (rows, context, width)."""
+        if clip_skip == 0:
+            return self.last
+        assert self.skipped is not None
+        return np.asarray(self.skipped[:, clip_skip - 1])
+
+
+class RowEncoder:
+    """The text encoder's engine, for any number of rows. Safe to use from many threads."""
+
+    def __init__(self, run: Run, spec: EngineSpec) -> None:
+        """Wrap an engine. run: the engine itself, or what calls it, which no one else does meanwhile."""
+        self._run, self._lock = run, threading.Lock()
+        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
+        self._batches = sorted({profile["batch"] for profile in spec.profiles})
+
+    def check_skip(self, clip_skip: int) -> None:
+        """Raise RequestError where the encoder cannot leave out that many layers."""
+        if clip_skip == 0:
+            return
+        if SKIPPED not in self._outputs:
+            raise RequestError(
+                f"clip_skip: found {clip_skip}, but this bundle's text encoder gives no states of earlier layers; "
+                "export the checkpoint again"
+            )
+        layers = self._outputs[SKIPPED].shape[1]
+        if isinstance(layers, int) and clip_skip > layers:
+            raise RequestError(f"clip_skip: found {clip_skip}, expected at most {layers} for this text encoder")
+
+    def check_vectors(self, vectors: Array) -> None:
+        """Raise RequestError where the encoder cannot take these vectors besides its own table's."""
+        if EXTRA not in self._inputs:
+            raise RequestError("embeddings: the engine in use takes none; run `latentrt build --force` on this bundle")
+        rows, width = self._inputs[EXTRA].shape
+        if vectors.shape[1] != width:
+            raise RequestError(
+                f"embeddings: found vectors of width {vectors.shape[1]}, expected {width}; use embeddings that were "
+                "trained for this family of checkpoints"
+            )
+        if isinstance(rows, int) and len(vectors) > rows:
+            raise RequestError(
+                f"embeddings: found {len(vectors)} vectors in all, and the engine was compiled for {rows}; remove some"
+            )
+
+    def inputs(self, rows: Array, vectors: Array | None) -> dict[str, Array]:
+        """Return the engine's inputs for rows of ids, (rows, context); ids below zero are of `vectors`."""
+        if EXTRA not in self._inputs:
+            return {IDS: rows}
+        wanted, width = self._inputs[EXTRA].shape
+        assert isinstance(width, int)
+        own = 0 if vectors is None else len(vectors)
+        extra = np.zeros((wanted if isinstance(wanted, int) else max(1, own), width), dtype=self._inputs[EXTRA].dtype)
+        if vectors is not None:
+            extra[:own] = vectors
+        return {IDS: rows, EXTRA: extra}
+
+    def __call__(self, rows: Array, vectors: Array | None, *, keep_skipped: bool) -> RowStates:
+        """Encode rows of ids, (rows, context)."""
+        names = (STATES, SKIPPED) if keep_skipped else (STATES,)
+        kept: dict[str, list[Array]] = {name: [] for name in names}
+        for part in self._parts(rows):
+            padded = np.concatenate([part, np.repeat(part[-1:], self._batch(len(part)) - len(part), axis=0)])
+            with self._lock:  # the outputs are the engine's own until its next call
+                outputs = self._run(self.inputs(padded, vectors))
+                for name in names:
+                    kept[name].append(outputs[name][: len(part)].copy())
+        arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
+        return RowStates(last=arrays[STATES], skipped=arrays.get(SKIPPED))
+
+    def _parts(self, rows: Array) -> Iterator[Array]:
+        largest = max(self._batches, default=len(rows))
+        return (rows[start : start + largest] for start in range(0, len(rows), largest))
+
+    def _batch(self, rows: int) -> int:
+        """Return the smallest number of rows that the engine is compiled for and that holds these."""
+        return next((batch for batch in self._batches if batch >= rows), rows)

@@ -1,0 +1,108 @@
+"""Files of textual-inversion embeddings: what is read from them, and which are refused."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentrt.engines.errors import RequestError
+from latentrt.runtime.embeddings import Embedding, load_embedding
+
+
+def save(path: Path, **tensors: Any) -> Path:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    return path
+
+
+def draw(*shape: int, dtype: str = "float32") -> Any:
+    import torch
+
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+def test_every_float_type_is_read_as_torch_reads_it(tmp_path: Path, dtype: str) -> None:
+    vectors = draw(3, 32, dtype=dtype)
+    embedding = load_embedding(save(tmp_path / "a.safetensors", **{"<cat>": vectors}))
+    assert embedding.vectors.dtype == np.float32
+    assert np.array_equal(embedding.vectors, vectors.float().numpy())
+
+
+def test_the_word_is_the_tensors_name_the_files_or_the_callers(tmp_path: Path) -> None:
+    from diffusers.loaders.textual_inversion import load_textual_inversion_state_dicts
+
+    one = save(tmp_path / "one.safetensors", **{"<cat>": draw(32)})
+    (theirs,) = load_textual_inversion_state_dicts([str(one)])
+    ours = load_embedding(one)
+    assert [ours.name] == list(theirs)
+    assert np.array_equal(ours.vectors, theirs["<cat>"].numpy()[None])
+    community = save(tmp_path / "easynegative.safetensors", emb_params=draw(4, 32))
+    assert load_embedding(community).name == "easynegative"
+    assert load_embedding(community, name="<bad>").name == "<bad>"
+    assert load_embedding(str(one), name="dog").vectors.shape == (1, 32)
+
+
+def refused(path: Path, sentence: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(sentence)) as caught:
+        load_embedding(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_pickles_are_refused_unopened(tmp_path: Path) -> None:
+    import pickle
+
+    import torch
+
+    torch.save({"string_to_param": {"*": draw(1, 32)}, "name": "x"}, tmp_path / "zip.pt")
+    torch.save({"<cat>": draw(32)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "named.safetensors").write_bytes(pickle.dumps({"<cat>": [1.0]}))
+    for name in ("zip.pt", "old.bin", "named.safetensors"):
+        refused(tmp_path / name, "is a pickle, which can run any code when it is opened; convert it to safetensors")
+
+
+def test_other_contents_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "absent.safetensors", "cannot be read (No such file or directory)")
+    refused(tmp_path, "cannot be read (Is a directory)")
+    file = tmp_path / "a.safetensors"
+    refused(save(file, clip_l=draw(1, 32), clip_g=draw(1, 40)), "SDXL's two text encoders (clip_g, clip_l)")
+    refused(
+        save(file, **{f"layer.{n}": draw(2, 2) for n in range(5)}), "found 5 tensors (layer.0, layer.1, layer.2, …)"
+    )
+    refused(save(file, cat=draw(1, 2, 3)), "found the shape (1, 2, 3), expected (tokens, width)")
+    refused(save(file, cat=draw(0, 3)), "found the shape (0, 3)")
+    refused(save(file, cat=draw(3).int()), "cat is I32, expected one of F64, F32, F16, BF16")
+    refused(save(file, cat=draw(3) / 0), "holds values that are not finite")
+    file.write_bytes(bytes((16 << 20) + 1))
+    refused(file, "is larger than 16 MiB, too large for an embedding")
+
+
+@given(content=st.binary(max_size=200))
+def test_any_bytes_are_refused_with_one_sentence(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(RequestError) as caught:
+        load_embedding(file)
+    assert "\n" not in str(caught.value)
+
+
+@given(cut=st.integers(0, 10_000), place=st.integers(0, 10_000), value=st.integers(0, 255))
+def test_damaged_files_are_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, place: int, value: int
+) -> None:
+    file = save(tmp_path_factory.getbasetemp() / "damaged.safetensors", **{"<cat>": draw(2, 8)})
+    content = bytearray(file.read_bytes())
+    content[place % len(content)] = value
+    file.write_bytes(content[: len(content) - cut % 40])
+    try:
+        assert isinstance(load_embedding(file), Embedding)
+    except RequestError as error:
+        assert str(file) in str(error)
