@@ -14,6 +14,8 @@ from latentrt.engines.spec import Array, EngineSpec
 
 IDS, STATES = "input_ids", "last_hidden_state"
 SKIPPED = "skipped_hidden_states"  # (batch, skipped layers, context, width), see export.modules.TextEncoder
+# An engine of any size is given this many rows at most: a prompt of many weights must not take memory by the gigabyte.
+MOST_ROWS = 8
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
@@ -96,7 +98,7 @@ class RowEncoder:
         return RowStates(last=arrays[STATES], skipped=arrays.get(SKIPPED))
 
     def _parts(self, rows: Array) -> Iterator[Array]:
-        largest = max(self._batches, default=len(rows))
+        largest = max(self._batches, default=MOST_ROWS)
         return (rows[start : start + largest] for start in range(0, len(rows), largest))
 
     def _batch(self, rows: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,14 @@ def test_engines_for_fixed_numbers_of_rows_are_given_those(pair: Pair) -> None:
     assert sizes == [4, 4, 1]
     with pytest.raises(RequestError, match="found 5 vectors in all, and the engine was compiled for 4; remove some"):
         text.add(Embedding(name="<cat>", vectors=np.zeros((5, pair.width), dtype=np.float32)))
+
+
+def test_a_prompt_of_many_weights_is_encoded_in_batches(pair: Pair, fresh: TextEncoder) -> None:
+    words = " ".join(f"(red:0.{n % 5 + 1}) blue" for n in range(20))
+    (many,) = fresh.encode([Prompt(text=words, syntax="weighted")])
+    assert pair.run.rows == [8, 8, 6]  # the prompt, the empty one, and the prompt without each of twenty words
+    half = TextEncoder(pair.tokenizer, pair.run, replace(pair.run.engine.spec, profiles=({"batch": 2},)))
+    assert close(half.encode([Prompt(text=words, syntax="weighted")])[0], many)
 
 
 def test_what_an_older_bundle_cannot_do_is_refused(pair: Pair) -> None:
