@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from random_checkpoint import save_random
 
-from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.opening import open_engines
 from latentrt.engines.progress import terminal_report
 from latentrt.export.cli import summarise
 from latentrt.export.exporting import export_checkpoint

@@ -1,4 +1,4 @@
-"""The backends by name: what each can tell, build and load. One row a backend, one module behind each."""
+"""The backends by name: what each can tell, build and open. One row a backend, one module behind each."""
 
 from __future__ import annotations
 
@@ -6,19 +6,42 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import Canvas, CanvasShape
-from latentrt.engines.errors import EngineError
-from latentrt.engines.gpu import find_gpu
 from latentrt.engines.host_canvas import HostCanvas
-from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What is to be opened. threads: how many CPU threads a run may use, None for the backend's own choice"""
+
+    bundle: Bundle
+    directory: Path
+    record: EngineRecord
+    components: tuple[str, ...]
+    threads: int | None = None
+
+
+class Opened(Protocol):
+    """Engines that were opened together."""
+
+    @property
+    def engines(self) -> dict[str, Engine]: ...
+
+    def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
+        """Return what a batch of this shape is drawn on; state_rows is what the sampler needs. Raises EngineError."""
+        ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +51,36 @@ class Backend:
     unavailable: says in a sentence why it cannot run here, or None
     cannot_build: the same of building, which may need less than running
     key: names what it would build for a bundle on this machine
+    mismatches: names what keeps engines of a key from running here, where it is available; empty where nothing
     build: compiles every component into a directory, {component: (main file, spec)}
-    load: opens one compiled file
-    canvas: makes what a batch is drawn on, of opened engines; the last number is how many rows of state it needs
+    open: opens components of one directory
     """
 
     unavailable: Callable[[], str | None]
     cannot_build: Callable[[BuildOptions], str | None]
     key: Callable[[Bundle, BuildOptions], EngineKey]
+    mismatches: Callable[[Bundle, EngineKey], list[str]]
     build: Callable[[Bundle, Path, BuildOptions, Report], Mapping[str, tuple[str, EngineSpec]]]
-    load: Callable[[Path, EngineSpec, int | None], Engine]
-    canvas: Callable[[Mapping[str, Engine], LatentSpec, CanvasShape, int], Canvas]
+    open: Callable[[Opening], Opened]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sessions:
+    """Engines that share nothing."""
+
+    engines: dict[str, Engine]
+    space: LatentSpec
+    provider: onnxruntime.Provider
+
+    def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
+        if self.provider not in onnxruntime.FUSED:
+            return HostCanvas(self.engines, self.space, shape, state_rows=state_rows)
+        bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
+        return OnnxRuntimeCanvas(bound, self.space, shape, device="cuda")
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
 
 
 def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
@@ -47,26 +89,22 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
     ) -> Mapping[str, tuple[str, EngineSpec]]:
         return onnxruntime.build(bundle, directory, provider, report)
 
-    def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
-        return onnxruntime.load(file, spec, provider, OnnxRuntimeOptions(threads=threads))
+    def open_sessions(opening: Opening) -> Opened:
+        options, record = OnnxRuntimeOptions(threads=opening.threads), opening.record
+        engines: dict[str, Engine] = {
+            name: onnxruntime.load(opening.directory / record.entries[name], record.specs[name], provider, options)
+            for name in opening.components
+        }
+        return _Sessions(engines=engines, space=opening.bundle.manifest.latents, provider=provider)
 
     return Backend(
         unavailable=partial(onnxruntime.unavailable, provider),
         cannot_build=lambda options: _shapeless(provider, options) or onnxruntime.unavailable(provider),
         key=lambda bundle, options: onnxruntime.key(bundle, provider),
+        mismatches=lambda bundle, there: onnxruntime.key(bundle, provider).differences(there),
         build=build,
-        load=load,
-        canvas=_bound_canvas if provider in onnxruntime.FUSED else _host_canvas,
+        open=open_sessions,
     )
-
-
-def _host_canvas(engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, state_rows: int) -> Canvas:
-    return HostCanvas(engines, space, shape, state_rows=state_rows)
-
-
-def _bound_canvas(engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, state_rows: int) -> Canvas:
-    bound = {name: engine for name, engine in engines.items() if isinstance(engine, OnnxRuntimeEngine)}
-    return OnnxRuntimeCanvas(bound, space, shape, device="cuda")
 
 
 def _shapeless(provider: onnxruntime.Provider, options: BuildOptions) -> str | None:
@@ -79,13 +117,16 @@ def _tensorrt(flavor: tensorrt.Flavor) -> Backend:
     ) -> Mapping[str, tuple[str, EngineSpec]]:
         return tensorrt.build(bundle, directory, flavor, options, report)
 
+    def open_on_device(opening: Opening) -> Opened:
+        return tensorrt.open_engines(opening.bundle, opening.directory, opening.record, opening.components, flavor)
+
     return Backend(
         unavailable=partial(tensorrt.cannot_run, flavor),
         cannot_build=partial(tensorrt.cannot_build, flavor),
         key=lambda bundle, options: tensorrt.key(bundle, flavor, options),
+        mismatches=lambda bundle, there: tensorrt.mismatches(bundle, flavor, there),
         build=build,
-        load=lambda file, spec, threads: tensorrt.load(file, spec, flavor),
-        canvas=_host_canvas,
+        open=open_on_device,
     )
 
 
@@ -95,27 +136,3 @@ BACKENDS: dict[BackendName, Backend] = {
     "tensorrt": _tensorrt("tensorrt"),
     "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """The backend that was chosen, and why."""
-
-    backend: BackendName
-    reason: str
-
-
-def choose(asked: str) -> Choice:
-    """Choose a backend: the one asked for, always; with `auto`, the GPU's if a GPU answers, else the CPU's.
-
-    Raises EngineError where what was asked for is unknown or cannot run here: there is no silent second choice.
-    """
-    if asked == "auto":
-        gpu = find_gpu()
-        if gpu is None:
-            return Choice(backend="cpu", reason="auto: no NVIDIA GPU answers here")
-        return Choice(backend="cuda", reason=f"auto: {gpu.name} answers here")
-    for name in BACKENDS:
-        if name == asked:
-            return Choice(backend=name, reason="as asked")
-    raise EngineError(f"there is no backend '{asked}'; choose one of auto, {', '.join(BACKENDS)}")

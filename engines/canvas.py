@@ -47,9 +47,13 @@ class Canvas(Protocol):
     """
 
     shape: CanvasShape
-    state_rows: int
     queued: bool
     """Whether work goes on behind the host's back: then encoding in place saves a wait."""
+
+    @property
+    def state_rows(self) -> int:
+        """Return how many rows of state it carries."""
+        ...
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
         """Run the text encoder, rows of tokens in, and leave its output as the stage's `encoder_hidden_states`."""

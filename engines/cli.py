@@ -15,9 +15,10 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from latentrt.engines.backends import BACKENDS, choose
+from latentrt.engines.backends import BACKENDS
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.choosing import choose, choose_to_build
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.stage import STATE_ROWS
@@ -87,10 +88,11 @@ def build(bundle: str, backend: str, force: bool, as_json: bool, **options: Any)
     TensorRT's engines are compiled for fixed shapes, each size with each batch; the options about shapes and the
     compiler are for the backends tensorrt and tensorrt-rtx.
     """
-    chosen = choose(backend).backend
+    wanted = BuildOptions(**options)
+    chosen = choose_to_build(backend, wanted).backend
     opened = Bundle.open(bundle)
     with terminal_report(quiet=as_json) as report:
-        record = build_engines(opened, chosen, options=BuildOptions(**options), force=force, report=report)
+        record = build_engines(opened, chosen, options=wanted, force=force, report=report)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=1))
     else:
@@ -155,8 +157,8 @@ def _plain(text: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def verify(bundle: str, backend: str | None, as_json: bool) -> None:
     """Check BUNDLE's hashes and recorded outputs on each backend that can run here. Exits with 2 on any fault."""
-    only = choose(backend).backend if backend else None
     opened = Bundle.open(bundle)
+    only = choose(backend, opened).backend if backend else None
     with terminal_report(quiet=as_json) as report:
         rows = list(verify_bundle(opened, backend=only, report=report))
     if as_json:

@@ -6,21 +6,25 @@ import importlib
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
 
 from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.device import CudaDevice
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
-from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.references import write_references
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.stage import fuse_stage
-from latentrt.engines.tensorrt_compile import compile_graph
+from latentrt.engines.tensorrt_compile import capabilities, compile_graph
+from latentrt.engines.tensorrt_session import TensorRTSession, open_tensorrt
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -30,6 +34,13 @@ Flavor = Literal["tensorrt", "tensorrt-rtx"]
 MODULES: dict[Flavor, tuple[str, ...]] = {
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),  # the second alone where no shell package is there
+}
+# What runs engines, the first that is installed in the version that built them. The lean runtime (44 MB) runs those
+# that were built with --lean, and is the one to prefer for them.
+LEAN = "version compatible True"
+RUNTIMES: dict[Flavor, tuple[tuple[str, str | None], ...]] = {  # (module, option that the engines must have)
+    "tensorrt": (("tensorrt_lean", LEAN), ("tensorrt", None)),
+    "tensorrt-rtx": (("tensorrt_rtx", None), ("tensorrt_rtx_bindings", None)),
 }
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
@@ -60,19 +71,61 @@ def _recent(library: ModuleType, flavor: Flavor, install: str) -> ModuleType:
 
 def cannot_run(flavor: Flavor) -> str | None:
     """Say in one sentence why engines cannot run here, or return None. Asks the driver, never the library."""
-    gpu = find_gpu()
-    if gpu is None:
+    if find_gpu() is None:
         return f"running {flavor} engines needs an NVIDIA GPU and none answers here (is cuda-bindings installed?)"
-    return f"this version of latentrt builds {flavor} engines and does not run them yet; use --backend cuda"
+    if not runtimes(flavor):
+        return f"no {flavor} runtime is installed; install it with: pip install 'latentrt[{flavor}]'"
+    return None
+
+
+def runtimes(flavor: Flavor) -> list[ModuleType]:
+    """Import what is installed here that runs engines."""
+    found = []
+    for name, _ in RUNTIMES[flavor]:
+        try:
+            found.append(importlib.import_module(name))
+        except Exception:  # ImportError, and what is raised where shared objects are missing: `require` says which
+            continue
+    return found
+
+
+def runtime_of(flavor: Flavor, key: EngineKey) -> ModuleType | None:
+    """Return the installed runtime that runs engines of this key, None where there is none.
+
+    Versions must be equal. TensorRT-RTX promises nothing else; and a TensorRT plan that leaves its lean runtime out,
+    as --lean does, is run by the lean runtime of the version that built it (NvInferRuntime.h, loadRuntime). One that
+    brings its own would run on later versions, and would run code out of the bundle: we build none.
+    """
+    options = dict(RUNTIMES[flavor])
+    for library in runtimes(flavor):
+        needed = options[library.__name__]
+        if library.__version__ == key.backend_version and (needed is None or needed in key.options):
+            return library
+    return None
+
+
+def mismatches(bundle: Bundle, flavor: Flavor, there: EngineKey) -> list[str]:
+    """Name what keeps engines of a key from running here, as `field: ours here, theirs there`; empty where nothing."""
+    here = _key(bundle, flavor, there.backend_version, options=there.options, profiles=there.profiles)
+    found = here.differences(there)
+    recipe = next((line for line in there.options if line.startswith("recipe ")), "recipe 0")
+    if recipe != f"recipe {RECIPE}":
+        found.append(f"recipe: {RECIPE} here, {recipe.removeprefix('recipe ')} there")
+    if runtime_of(flavor, there) is None:
+        installed = " and ".join(f"{library.__name__} {library.__version__}" for library in runtimes(flavor))
+        found.append(f"backend_version: {installed or 'none'} here, {there.backend_version} there")
+    return found
 
 
 def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
     """Say in one sentence why engines cannot be built here, or return None. TensorRT-RTX needs no GPU for it."""
     try:
-        require(flavor)
+        library = require(flavor)
     except EngineError as error:
         return str(error)
     here = find_gpu()
+    served = capabilities(library) if flavor == "tensorrt-rtx" else []
+    target = options.compute_capability or (here.compute_capability if here else None)
     refusals = {
         "tensorrt searches its kernels on the GPU that it builds for, and no NVIDIA GPU answers here; "
         "build there, or use --backend tensorrt-rtx": flavor == "tensorrt" and here is None,
@@ -84,38 +137,57 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
         and options.version_compatible,
         "tensorrt-rtx builds --refit and --strip engines only where an NVIDIA GPU answers": here is None
         and (options.refit or options.strip),
+        f"{flavor} {library.__version__} serves no compute capability {target}, it serves {', '.join(served)}": (
+            target is not None and served and target not in served
+        ),
     }
     return next((sentence for sentence, applies in refusals.items() if applies), None)
 
 
 def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
-    """Return the key of the engines that these options build. Raises EngineError.
+    """Return the key of the engines that these options build. Raises EngineError."""
+    return _key(
+        bundle,
+        flavor,
+        require(flavor).__version__,
+        capability=options.compute_capability,
+        profiles=tuple(map(str, options.profiles(bundle.manifest))),
+        options=(f"recipe {RECIPE}", *options.key_lines()),
+    )
 
-    TensorRT-RTX finishes its engines for the GPU at hand when they are loaded, so its target is a compute
-    capability; TensorRT's is one GPU with its driver.
+
+def _key(
+    bundle: Bundle,
+    flavor: Flavor,
+    version: str,
+    *,
+    profiles: tuple[str, ...],
+    options: tuple[str, ...],
+    capability: str | None = None,
+) -> EngineKey:
+    """Return a key for the GPU at hand.
+
+    TensorRT-RTX finishes its engines for the GPU that loads them, so its target is a compute capability; TensorRT's
+    is one GPU with its driver.
     """
     gpu = find_gpu()
-    common = {
-        "backend": flavor,
-        "backend_version": require(flavor).__version__,
-        "precision": bundle.manifest.precision,
-        "graphs": bundle.manifest.graphs_digest(),
-        "profiles": tuple(map(str, options.profiles(bundle.manifest))),
-        "options": (f"recipe {RECIPE}", *options.key_lines()),
-    }
-    if flavor == "tensorrt-rtx":
-        capability = options.compute_capability or (gpu.compute_capability if gpu else None)
-        if capability is None:
-            raise EngineError("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
-        return EngineKey(device=f"compute capability {capability}", compute_capability=capability, **common)
-    if gpu is None:
+    if gpu is None and flavor == "tensorrt":
         raise EngineError("the backend 'tensorrt' needs an NVIDIA GPU and none answers here; use --backend cpu")
+    capability = capability or (gpu.compute_capability if gpu else None)
+    if capability is None:
+        raise EngineError("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
+    own = gpu if flavor == "tensorrt" else None
     return EngineKey(
-        device=gpu.name,
-        compute_capability=gpu.compute_capability,
-        sm_count=gpu.sm_count,
-        driver_major=gpu.driver_major,
-        **common,
+        backend=flavor,
+        backend_version=version,
+        device=own.name if own else f"compute capability {capability}",
+        compute_capability=capability,
+        sm_count=own.sm_count if own else None,
+        driver_major=own.driver_major if own else None,
+        precision=bundle.manifest.precision,
+        graphs=bundle.manifest.graphs_digest(),
+        profiles=profiles,
+        options=options,
     )
 
 
@@ -201,6 +273,36 @@ def _tensor(info: ValueInfoProto) -> TensorSpec:
     return TensorSpec(name=info.name, dtype=cast(DType, dtype), shape=shape)
 
 
-def load(file: Path, spec: EngineSpec, flavor: Flavor) -> Engine:
-    """Refuse to open a compiled engine, and say what is missing. Raises EngineError, always for now."""
-    raise EngineError(f"{file} cannot be opened here: {cannot_run(flavor)}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """Engines that share one device's stream and scratch memory. It implements `backends.Opened`."""
+
+    engines: dict[str, Engine]
+    session: TensorRTSession
+
+    def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
+        """Return the canvas of a shape: the same one every time, blank. Raises EngineError."""
+        return self.session.canvas(shape)
+
+    def close(self) -> None:
+        """Wait for the device and free everything."""
+        self.session.close()
+
+
+def open_engines(
+    bundle: Bundle, directory: Path, record: EngineRecord, components: tuple[str, ...], flavor: Flavor
+) -> OnDevice:
+    """Open engines on the first GPU. Raises EngineError and BundleError."""
+    reason = cannot_run(flavor)
+    library = None if reason else runtime_of(flavor, record.key)
+    if library is None:
+        words = reason or "; ".join(mismatches(bundle, flavor, record.key))
+        raise EngineError(f"the engines in {directory} cannot be opened here: {words}")
+    if "strip True" in record.key.options:
+        raise EngineError(
+            f"the engines in {directory} were built with --strip, and this version of latentrt does not put weights "
+            "into engines; build them without it"
+        )
+    factor = bundle.manifest.latents.factor
+    session = open_tensorrt(library, directory, record, CudaDevice(), factor=factor, components=components)
+    return OnDevice(engines={name: session.engine(name) for name in components}, session=session)

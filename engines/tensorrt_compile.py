@@ -148,14 +148,15 @@ def _configure(library: ModuleType, builder: Any, options: BuildOptions, logger:
     return config
 
 
+def capabilities(library: ModuleType) -> list[str]:
+    """Return the compute capabilities that a library builds for, as `8.9`; empty where it cannot be told."""
+    members = getattr(library, "ComputeCapability", None)
+    names = [name[2:] for name in getattr(members, "__members__", ()) if name.startswith("SM")]
+    return [f"{name[:-1]}.{name[-1]}" for name in names]
+
+
 def _target(library: ModuleType, config: Any, capability: str) -> None:
-    known = {name: member for name, member in library.ComputeCapability.__members__.items() if name.startswith("SM")}
-    member = known.get("SM" + capability.replace(".", ""))
-    if member is None:
-        served = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
-        raise EngineError(
-            f"--compute-capability: found {capability}, {library.__name__} {library.__version__} serves {served}"
-        )
+    member = getattr(library.ComputeCapability, "SM" + capability.replace(".", ""))
     config.num_compute_capabilities = 1
     if not config.set_compute_capability(member, 0):
         raise EngineError(f"{library.__name__} {library.__version__} refused compute capability {capability}")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import find_engines
+from latentrt.engines.backends import BACKENDS, Opening
 from latentrt.engines.bundle import Bundle, check_file
 from latentrt.engines.canonical import as_canonical
+from latentrt.engines.choosing import find_engines, serving_engines
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.progress import Report, silent
@@ -53,13 +54,14 @@ def verify(bundle: Bundle, *, backend: BackendName | None = None, report: Report
     ran = 0
     for name in (backend,) if backend else tuple(BACKENDS):
         try:
-            directory, record = find_engines(bundle, name)
+            find_engines(bundle, name)
         except (EngineError, BundleError) as error:
             if backend or isinstance(error, BundleError) or BACKENDS[name].unavailable() is None:
                 yield Row(what="engines", backend=name, ok=False, message=str(error))
             continue
         ran += 1
-        yield from _verify_engines(bundle, name, directory, record, report)
+        for directory, record in serving_engines(bundle, name):
+            yield from _verify_engines(bundle, name, directory, record, report)
     if not ran:
         yield Row(what="engines", backend="any", ok=False, message="no backend here has engines in this bundle")
 
@@ -85,21 +87,23 @@ def _verify_engines(
     except BundleError as error:
         yield Row(what="engines", backend=backend, ok=False, message=str(error))
         return
-    for component, entry in record.entries.items():
+    for component in record.entries:
         report(f"verify {component} ({backend})", 0, 1)
+        opening = Opening(bundle=bundle, directory=directory, record=record, components=(component,))
         try:
-            with BACKENDS[backend].load(directory / entry, record.specs[component], None) as engine:
-                yield from _compare_all(bundle, backend, component, engine, directory, record)
+            with contextlib.closing(BACKENDS[backend].open(opening)) as opened:
+                yield from _compare_all(bundle, backend, opened.engines[component], directory, record)
         except (EngineError, BundleError) as error:
             yield Row(what=component, backend=backend, ok=False, message=str(error))
         report(f"verify {component} ({backend})", 1, 1)
 
 
 def _compare_all(
-    bundle: Bundle, backend: BackendName, component: str, engine: Engine, directory: Path, record: EngineRecord
+    bundle: Bundle, backend: BackendName, engine: Engine, directory: Path, record: EngineRecord
 ) -> Iterator[Row]:
     """Compare with the golden pair; an engine with fixed shapes, in each profile, with the reference of its size."""
     limit = TOLERANCES["fp16" if bundle.manifest.precision == "fp16" else record.key.precision]
+    component = engine.spec.component
     space, profiles = bundle.manifest.latents, engine.spec.profiles
     if not profiles:
         row = _compare(as_canonical(engine, space), read_golden(bundle, component), limit)

@@ -8,9 +8,11 @@ from typing import Any, cast, get_args
 
 import click
 
-from latentrt.engines.backends import BACKENDS, choose
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.choosing import choose_to_build
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Prediction
+from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.exporting import Exported, export_checkpoint
@@ -58,7 +60,9 @@ def export(
     """
     if no_build and backends:
         raise CheckpointError("--no-build and --backend exclude each other; give one of them")
-    chosen: list[BackendName] = [] if no_build else [choose(name).backend for name in backends or ("auto",)]
+    chosen: list[BackendName] = (
+        [] if no_build else [choose_to_build(name, BuildOptions()).backend for name in backends or ("auto",)]
+    )
     with terminal_report(quiet=as_json) as report:
         exported = export_checkpoint(
             checkpoint,

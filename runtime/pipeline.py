@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from latentrt import __version__
-from latentrt.engines.building import OpenEngines, open_engines
 from latentrt.engines.bundle import Bundle, Check
 from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.manifest import Manifest
+from latentrt.engines.opening import OpenEngines, open_engines
 from latentrt.engines.spec import Array
 from latentrt.runtime.denoise import denoise
 from latentrt.runtime.prompt import PromptTokenizer

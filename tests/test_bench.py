@@ -13,9 +13,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
+from latentrt.engines.opening import open_engines
 from latentrt.export.demo.scoring import held_out_prompts
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.compare import compare

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from latentrt.engines import onnxruntime
-from latentrt.engines.building import find_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.choosing import find_engines
 from latentrt.engines.errors import EngineError
 from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from latentrt.engines import building, onnxruntime
-from latentrt.engines.backends import BACKENDS, choose
-from latentrt.engines.building import build_engines, find_engines, open_engines
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.choosing import choose, find_engines
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.manifest import ENGINE_RECORD
+from latentrt.engines.opening import open_engines
 from latentrt.engines.spec import EngineKey
 from latentrt.engines.verification import read_golden, relative_error, to_pixels, verify
 
@@ -145,14 +147,9 @@ def test_nan_is_an_infinite_error() -> None:
     assert relative_error(np.zeros(2), np.zeros(3)) == float("inf")
 
 
-def test_an_unknown_backend_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_backend_is_refused_with_the_names_there_are(sd1_bundle: Path) -> None:
     with pytest.raises(EngineError, match=r"no backend 'cpuu'; choose one of auto, cpu, cuda"):
-        choose("cpuu")
-
-
-def test_auto_takes_the_cpu_only_where_no_gpu_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentrt.engines.backends.find_gpu", lambda: None)
-    assert choose("auto").backend == "cpu"
+        choose("cpuu", Bundle.open(sd1_bundle))
 
 
 def test_a_missing_onnxruntime_is_said_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

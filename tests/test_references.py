@@ -1,99 +1,64 @@
-"""Engines with fixed shapes are compared in every profile: real graphs, with ONNX Runtime in the compiler's place."""
+"""Engines with fixed shapes are compared in every profile: real graphs, on the stand-in for TensorRT."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from latentrt.engines import onnxruntime, tensorrt
-from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import build_engines, find_engines
+from latentrt.engines.backends import BACKENDS, Opened, Opening
+from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle, record_file, write_manifest
 from latentrt.engines.canonical import as_canonical
+from latentrt.engines.choosing import find_engines
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.onnxruntime import OnnxRuntimeOptions
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.references import distinct_sizes, read_golden, read_references, reference_file
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.verification import Row, relative_error, verify
+from tests.stand_in import install
 
-OPTIONS = BuildOptions(sizes=((32, 32), (64, 32)), batches=(1, 2), compute_capability="8.9")
-
-
-class Static:
-    """An engine that takes the shapes of its profiles alone, as a compiled one does."""
-
-    def __init__(self, engine: Any, spec: EngineSpec) -> None:
-        self.engine, self.spec = engine, spec
-
-    def __call__(self, inputs: Inputs) -> dict[str, Array]:
-        asked = {name: np.shape(array) for name, array in inputs.items()}
-        for sizes in self.spec.profiles:
-            shapes = {t.name: tuple(a if isinstance(a, int) else sizes[a] for a in t.shape) for t in self.spec.inputs}
-            if shapes == asked:
-                return dict(self.engine(inputs))
-        raise EngineError(f"no profile of {self.spec.component} has the shapes {asked}")
-
-    def close(self) -> None:
-        self.engine.close()
-
-    def __enter__(self) -> Static:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+OPTIONS = BuildOptions(sizes=((32, 32), (64, 32)), batches=(1, 2))
 
 
-class Broken(Static):
+class Broken:
     """A stage that is wrong in the last row of two guided pictures."""
 
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.spec = engine, engine.spec
+
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
-        outputs = {name: array.copy() for name, array in super().__call__(inputs).items()}
+        outputs = {name: array.copy() for name, array in self.engine(inputs).items()}
         guidance = np.asarray(inputs["guidance"])
         if guidance.shape == (2, 4) and guidance[1, 3]:
             outputs["next_state"][1, 0] *= 0.9
         return outputs
 
+    def close(self) -> None: ...
+    def __enter__(self) -> Broken:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let `tensorrt-rtx` keep the graphs it is given, and run them on ONNX Runtime."""
-
-    def compile_graph(library: Any, graph: Path, *_: Any, **__: Any) -> bytes:
-        return bytes(onnx.load(str(graph)).SerializeToString())
-
-    def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
-        return Static(onnxruntime.load(file, spec, "cpu", OnnxRuntimeOptions(threads=1)), spec)
-
-    monkeypatch.setattr(tensorrt, "require", lambda flavor: SimpleNamespace(__version__="1.7.1.116"))
-    monkeypatch.setattr(tensorrt, "compile_graph", compile_graph)
-    ready = replace(
-        BACKENDS["tensorrt-rtx"],
-        unavailable=lambda: None,
-        key=lambda bundle, options: tensorrt.key(bundle, "tensorrt-rtx", replace(options, compute_capability="8.9")),
-        load=load,
-    )
-    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", ready)
-    yield
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU with TensorRT, but that the engines' graphs run on ONNX Runtime."""
+    install(monkeypatch, tensorrt="11.4.0.106")
 
 
 def built(bundle: Path, tmp_path: Path) -> Bundle:
     opened = Bundle.open(shutil.copytree(bundle, tmp_path / "bundle"))
-    build_engines(opened, "tensorrt-rtx", options=OPTIONS)
+    build_engines(opened, "tensorrt", options=OPTIONS)
     return opened
 
 
 def rows_of(bundle: Bundle) -> list[Row]:
-    return [row for row in verify(bundle, backend="tensorrt-rtx") if row.what != "files"]
+    return [row for row in verify(bundle, backend="tensorrt") if row.what != "files"]
 
 
 @pytest.mark.parametrize("name", ["sd1_bundle", "sd1_half_bundle"])
@@ -116,14 +81,16 @@ def test_a_profile_that_computes_something_else_is_named(
     stand_in: None, sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One kernel of one profile is wrong, and only for the rows without a prompt: nothing else may be blamed."""
-    whole = BACKENDS["tensorrt-rtx"].load
+    whole = BACKENDS["tensorrt"].open
 
-    def load(file: Path, spec: EngineSpec, threads: int | None) -> Engine:
-        engine = whole(file, spec, threads)
-        return Broken(engine, spec) if spec.component == "unet" else engine
+    def open_broken(opening: Opening) -> Opened:
+        opened = whole(opening)
+        if "unet" in opened.engines:
+            opened.engines["unet"] = Broken(opened.engines["unet"])
+        return opened
 
     bundle = built(sd1_bundle, tmp_path)
-    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", replace(BACKENDS["tensorrt-rtx"], load=load))
+    monkeypatch.setitem(BACKENDS, "tensorrt", replace(BACKENDS["tensorrt"], open=open_broken))
     bad = [row for row in rows_of(bundle) if not row.ok]
     assert {row.what for row in bad} == {"unet"}
     assert len(bad) == 2 and all("rows 4" in row.profile and "drifts" in row.message for row in bad)
@@ -136,7 +103,7 @@ def test_references_are_what_the_checkpoint_computes(
     from diffusers import UNet2DConditionModel
 
     bundle = built(sd1_bundle, tmp_path)
-    directory, record = find_engines(bundle, "tensorrt-rtx")
+    directory, record = find_engines(bundle, "tensorrt")
     inputs, expected = read_references(bundle, "unet", directory, record)[-1]
     assert inputs["sample"].shape == (1, 4, 8, 16)
     unet = UNet2DConditionModel.from_pretrained(sd1_checkpoint / "unet")
@@ -147,7 +114,7 @@ def test_references_are_what_the_checkpoint_computes(
 
 def test_where_the_golden_pair_fits_it_is_the_reference(stand_in: None, sd1_bundle: Path, tmp_path: Path) -> None:
     bundle = built(sd1_bundle, tmp_path)
-    directory, record = find_engines(bundle, "tensorrt-rtx")
+    directory, record = find_engines(bundle, "tensorrt")
     inputs, outputs = read_references(bundle, "text_encoder", directory, record)[0]
     golden = read_golden(bundle, "text_encoder")
     np.testing.assert_array_equal(inputs["input_ids"], golden[0]["input_ids"][:1])
@@ -158,7 +125,7 @@ def test_inputs_that_are_drawn_are_the_same_each_time_and_of_the_networks_own_ki
     stand_in: None, sd1_bundle: Path, tmp_path: Path
 ) -> None:
     first, second = (built(sd1_bundle, tmp_path / name) for name in ("first", "second"))
-    arrays = [load_file(find_engines(b, "tensorrt-rtx")[0] / reference_file("vae_encoder")) for b in (first, second)]
+    arrays = [load_file(find_engines(b, "tensorrt")[0] / reference_file("vae_encoder")) for b in (first, second)]
     for name, array in arrays[0].items():
         np.testing.assert_array_equal(array, arrays[1][name])
     sample = arrays[0]["1.input.sample"]
@@ -168,13 +135,13 @@ def test_inputs_that_are_drawn_are_the_same_each_time_and_of_the_networks_own_ki
 
 def test_one_reference_serves_every_batch_of_a_size(stand_in: None, sd1_bundle: Path, tmp_path: Path) -> None:
     bundle = built(sd1_bundle, tmp_path)
-    spec = find_engines(bundle, "tensorrt-rtx")[1].specs["unet"]
+    spec = find_engines(bundle, "tensorrt")[1].specs["unet"]
     assert len(spec.profiles) == 8 and len(distinct_sizes(spec)) == 2
 
 
 def spoil(bundle: Bundle, change: str) -> None:
     """Alter the references of the UNet; all but a plain alteration is recorded as if it had been built so."""
-    directory, record = find_engines(bundle, "tensorrt-rtx")
+    directory, record = find_engines(bundle, "tensorrt")
     file = directory / reference_file("unet")
     files = dict(record.files)
     if change == "absent":
@@ -207,7 +174,7 @@ def test_references_that_cannot_be_used_are_one_sentence(
     bad = [row for row in rows_of(bundle) if not row.ok]
     assert len(bad) == 1 and words in bad[0].message
     with pytest.raises(BundleError, match=words):
-        read_references(bundle, "unet", *find_engines(bundle, "tensorrt-rtx"))
+        read_references(bundle, "unet", *find_engines(bundle, "tensorrt"))
 
 
 @dataclass

@@ -15,12 +15,12 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import CanvasShape
 from latentrt.engines.errors import RequestError
 from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.opening import open_engines
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.runtime.denoise import blend, denoise
 from latentrt.runtime.guidance import plan_guidance

@@ -19,12 +19,14 @@ import pytest
 from click.testing import CliRunner
 
 from latentrt.engines import tensorrt, tensorrt_compile
-from latentrt.engines.backends import BACKENDS, choose
-from latentrt.engines.building import build_engines, find_engines, open_engines
+from latentrt.engines.backends import BACKENDS, Opening
+from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle, record_file, write_manifest
+from latentrt.engines.choosing import choose
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.gpu import Gpu, find_gpu
+from latentrt.engines.opening import open_engines
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.verification import verify
 
@@ -175,22 +177,6 @@ def test_each_option_makes_a_key_of_its_own(built: Bundle, change: dict[str, Any
     assert key(built, replace(ADA, **change)).digest != key(built, ADA).digest
 
 
-def test_engines_of_other_shapes_serve_the_same_target(
-    built: Bundle, gpu_here: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The machine that runs them does not know what shapes were chosen where they were built."""
-    ready = replace(BACKENDS["tensorrt-rtx"], unavailable=lambda: None)
-    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", ready)
-    assert find_engines(built, "tensorrt-rtx") == rtx_record(built)
-
-
-def test_engines_of_another_gpu_are_refused_by_name(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: replace(GPU, compute_capability="12.0"))
-    monkeypatch.setitem(BACKENDS, "tensorrt-rtx", replace(BACKENDS["tensorrt-rtx"], unavailable=lambda: None))
-    with pytest.raises(EngineError, match=r"another target \(device: compute capability 12.0 here, .* 8.9 there"):
-        find_engines(built, "tensorrt-rtx")
-
-
 def spoil(bundle: Bundle, component: str, *, op: str | None = None, takes: str | None = None) -> Bundle:
     """Alter the first node of a graph, and record the altered file as if it had been exported so."""
     name = bundle.manifest.components[component].graph
@@ -286,7 +272,7 @@ def test_the_command_says_how_shapes_are_written(copy: Bundle, words: str, expec
 
 
 def test_a_gpu_type_that_the_library_does_not_serve_is_refused(library: Any, copy: Bundle) -> None:
-    with pytest.raises(EngineError, match=r"--compute-capability: found 9\.0, .* serves .*8\.9"):
+    with pytest.raises(EngineError, match=r"serves no compute capability 9\.0, it serves .*8\.9"):
         build_engines(copy, "tensorrt-rtx", options=replace(ADA, compute_capability="9.0"))
 
 
@@ -295,13 +281,14 @@ def test_a_plan_without_a_driver_is_an_error_and_no_crash(built: Bundle) -> None
     with pytest.raises(EngineError, match="running tensorrt-rtx engines needs an NVIDIA GPU and none answers here"):
         open_engines(built, "tensorrt-rtx")
     directory, record = rtx_record(built)
+    opening = Opening(bundle=built, directory=directory, record=record, components=("unet",))
     with pytest.raises(EngineError, match="cannot be opened here: running tensorrt-rtx"):
-        BACKENDS["tensorrt-rtx"].load(directory / record.entries["unet"], record.specs["unet"], None)
+        BACKENDS["tensorrt-rtx"].open(opening)
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="a GPU answers here")
 def test_neither_auto_nor_verify_offers_engines_that_cannot_run(built: Bundle) -> None:
-    assert choose("auto").backend == "cpu"
+    assert choose("auto", built).backend == "cpu"
     assert "tensorrt-rtx" not in {row.backend for row in verify(built)}
 
 

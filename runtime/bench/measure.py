@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from latentrt.engines.backends import choose
-from latentrt.engines.building import find_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.choosing import choose, find_engines
 from latentrt.engines.progress import Report as Progress
 from latentrt.engines.progress import silent
 from latentrt.runtime.bench.cold import cold_starts, measured
@@ -70,7 +69,7 @@ class Asked:
         schedule = bundle.manifest.schedule
         found = (
             Settings(
-                backend=choose(backend).backend,
+                backend=choose(backend, bundle).backend,
                 threads=threads,
                 width=width,
                 height=height,
@@ -91,9 +90,9 @@ class Asked:
         )
         return tuple(dict.fromkeys(found))  # `--steps 4,4` asks for one
 
-    def reasons(self) -> dict[str, str]:
+    def reasons(self, bundle: Bundle) -> dict[str, str]:
         """Return why each backend was chosen."""
-        choices = [choose(backend) for backend in self.backends]
+        choices = [choose(backend, bundle) for backend in self.backends]
         return {choice.backend: choice.reason for choice in choices}
 
 
@@ -324,7 +323,7 @@ def _variant(
         name=candidate.name,
         settings=candidate.settings,
         backend=candidate.pipe.backend,
-        reason=asked.reasons()[candidate.settings.backend],
+        reason=asked.reasons(candidate.pipe.bundle)[candidate.settings.backend],
         engines=record.key.directory,
         warmup=warmup,
         seconds={name: measured([draw.seconds[name] for draw in draws]) for name in draws[0].seconds},

@@ -1,0 +1,171 @@
+"""Which backend runs here, and which of a bundle's engines: those whose key matches and whose shapes fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.gpu import find_gpu
+from latentrt.engines.manifest import ENGINE_RECORD, EngineRecord
+from latentrt.engines.options import BuildOptions
+from latentrt.engines.spec import BackendName
+
+# The fastest first. `auto` takes the first of these that a bundle has engines for here, or that can build them here.
+FOR_GPUS: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx", "cuda")
+FOR_CPUS: BackendName = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The backend that was chosen, and why."""
+
+    backend: BackendName
+    reason: str
+
+
+def choose(asked: str, bundle: Bundle) -> Choice:
+    """Choose a backend to run a bundle on: the one asked for, always.
+
+    With `auto`, on a machine whose NVIDIA GPU answers: the first of `FOR_GPUS` for which the bundle holds engines of
+    this machine; elsewhere the CPU. Raises EngineError where what was asked for is unknown, and where the bundle
+    holds no engines for the GPU: there is no silent second choice.
+    """
+    if asked != "auto":
+        return _as_asked(asked)
+    gpu = find_gpu()
+    if gpu is None:
+        return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
+    reasons = []
+    for name in FOR_GPUS:
+        try:
+            _, record = find_engines(bundle, name)
+        except EngineError as error:
+            reasons.append(str(error))
+            continue
+        version = record.key.backend_version
+        return Choice(backend=name, reason=f"auto: {gpu.name} answers here, and the bundle's {name} {version} engines")
+    raise EngineError(
+        f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {bundle.root}` on "
+        f"this machine, or choose --backend {FOR_CPUS} ({'; '.join(reasons)})"
+    )
+
+
+def choose_to_build(asked: str, options: BuildOptions) -> Choice:
+    """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here.
+
+    Raises EngineError where there is none.
+    """
+    if asked != "auto":
+        return _as_asked(asked)
+    gpu = find_gpu()
+    if gpu is None:
+        return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
+    refusals = {name: BACKENDS[name].cannot_build(options) for name in FOR_GPUS}
+    best = next((name for name, refusal in refusals.items() if refusal is None), None)
+    if best is None:
+        words = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
+        raise EngineError(f"{gpu.name} answers here and nothing can build engines for it ({words})")
+    return Choice(backend=best, reason=f"auto: {gpu.name} answers here, and {best} can build for it")
+
+
+def _as_asked(asked: str) -> Choice:
+    for name in BACKENDS:
+        if name == asked:
+            return Choice(backend=name, reason="as asked")
+    raise EngineError(f"there is no backend '{asked}'; choose one of auto, {', '.join(BACKENDS)}")
+
+
+def find_engines(
+    bundle: Bundle, backend: BackendName, *, needs: CanvasShape | None = None
+) -> tuple[Path, EngineRecord]:
+    """Find the engines of a backend that run on this machine, and that were compiled for a shape.
+
+    needs: the shape to draw in; None for any, the bundle's own size by preference
+    Raises EngineError, which names the mend, and BundleError where a record contradicts its directory.
+    """
+    reason = BACKENDS[backend].unavailable()
+    if reason is not None:
+        raise EngineError(f"the backend '{backend}' cannot run here: {reason}")
+    serving = serving_engines(bundle, backend)
+    if not serving:
+        raise EngineError(_no_engines(bundle, backend))
+    fitting = [found for found in serving if fits(found[1], needs or _own_shape(bundle), bundle)]
+    if needs is not None and not fitting:
+        raise EngineError(_no_shape(bundle, backend, needs, serving))
+    return (fitting or serving)[0]
+
+
+def serving_engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRecord]]:
+    """Return all engines of an available backend that run on this machine. Raises BundleError."""
+    return [(path, record) for path, record, differences in _engines(bundle, backend) if not differences]
+
+
+def _engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRecord, list[str]]]:
+    found = []
+    for path, record in bundle.engine_directories().items():
+        if record.key.backend != backend:
+            continue
+        differences = BACKENDS[backend].mismatches(bundle, record.key)
+        if path.name != record.key.directory:
+            raise BundleError(
+                f"{path / ENGINE_RECORD} was built for something else than its directory's name says "
+                f"({'; '.join(differences) or 'other shapes or options'}); delete {path} and run "
+                f"`latentrt build {bundle.root} --backend {backend}`"
+            )
+        found.append((path, record, differences))
+    return found
+
+
+def fits(record: EngineRecord, shape: CanvasShape, bundle: Bundle) -> bool:
+    """Tell whether a picture of this shape can be drawn with engines: with those that take any shape, always."""
+    factor = bundle.manifest.latents.factor
+    axes = {
+        "pictures": shape.pictures,
+        "tokens": shape.tokens,
+        "width": shape.width,
+        "height": shape.height,
+        "latent_width": shape.width // factor,
+        "latent_height": shape.height // factor,
+    }
+    return all(
+        not spec.profiles
+        or any(all(axes.get(axis, size) == size for axis, size in profile.items()) for profile in spec.profiles)
+        for spec in record.specs.values()
+    )
+
+
+def _own_shape(bundle: Bundle) -> CanvasShape:
+    width, height = bundle.manifest.default_size
+    tokens = max((tokenizer.max_length for tokenizer in bundle.manifest.tokenizers.values()), default=0)
+    return CanvasShape(pictures=1, tokens=tokens, width=width, height=height)
+
+
+def _no_engines(bundle: Bundle, backend: BackendName) -> str:
+    mend = f"run `latentrt build {bundle.root} --backend {backend}` on this machine"
+    others = sorted((differences for _, _, differences in _engines(bundle, backend)), key=len)
+    if not others:
+        return f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}"
+    return f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {mend}"
+
+
+def _no_shape(
+    bundle: Bundle, backend: BackendName, needs: CanvasShape, serving: list[tuple[Path, EngineRecord]]
+) -> str:
+    profiles = (profile for _, record in serving for profile in record.key.profiles)
+    held = dict.fromkeys(" ".join(word for word in _without_rows(profile)) for profile in profiles)
+    return (
+        f"'{bundle.root}' holds no {backend} engines for {needs.width}x{needs.height} pictures {needs.pictures} "
+        f"tokens {needs.tokens}, and shapes must match exactly; it holds {', '.join(held)}; run `latentrt build "
+        f"{bundle.root} --backend {backend} --size {needs.width}x{needs.height} --batch {needs.pictures} "
+        f"--tokens {needs.tokens}`"
+    )
+
+
+def _without_rows(profile: str) -> list[str]:
+    words = profile.split()
+    start = words.index("rows")
+    return words[:start] + words[start + 2 :]

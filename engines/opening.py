@@ -1,0 +1,109 @@
+"""The engines of a bundle, opened for this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+from latentrt.engines.backends import BACKENDS, Opened, Opening
+from latentrt.engines.bundle import Bundle, Check, check_file
+from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.choosing import Choice, choose, find_engines, fits
+from latentrt.engines.manifest import EngineRecord, LatentSpec
+from latentrt.engines.spec import Engine, EngineKey
+
+_log = logging.getLogger(__name__)
+
+
+class OpenEngines:
+    """The engines of a bundle, ready to run, by component.
+
+    engines: those that were opened; what `load` opens is not added
+    choice: the backend and why it was chosen
+    key: of the engines that were opened first
+    load_s: how long it took to find, check and open them
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        choice: Choice,
+        *,
+        components: tuple[str, ...] | None,
+        needs: CanvasShape | None,
+        threads: int | None,
+        check: Check,
+    ) -> None:
+        start = time.perf_counter()
+        self.choice = choice
+        self._bundle, self._threads, self._check = bundle, threads, check
+        directory, record = find_engines(bundle, choice.backend, needs=needs)
+        self._components = components or tuple(record.entries)
+        self._first = (directory, record)
+        self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
+        self._further: list[Opened] = []
+        self.engines = self._open(directory, record).engines
+        self.key: EngineKey = record.key
+        self.load_s = time.perf_counter() - start
+
+    def _open(self, directory: Path, record: EngineRecord) -> Opened:
+        if directory not in self._opened:
+            self._opened[directory] = (record, self._open_components(directory, record, self._components))
+        return self._opened[directory][1]
+
+    def _open_components(self, directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
+        for name, file in record.files.items():
+            check_file(directory, name, file, check=self._check)
+        _log.info("opening %s: %s (%s)", directory, ", ".join(components), self.choice.reason)
+        opening = Opening(
+            bundle=self._bundle, directory=directory, record=record, components=components, threads=self._threads
+        )
+        return BACKENDS[self.choice.backend].open(opening)
+
+    def load(self, component: str) -> Engine:
+        """Open one more component. Raises EngineError and BundleError."""
+        self._further.append(self._open_components(*self._first, (component,)))
+        return self._further[-1].engines[component]
+
+    def canvas(self, space: LatentSpec, shape: CanvasShape, *, state_rows: int) -> Canvas:
+        """Return what a batch of this shape is drawn on.
+
+        Where the bundle holds engines of several shapes, those that fit are opened when they are first needed, and
+        stay open. Raises EngineError where none fits.
+        """
+        for record, opened in self._opened.values():
+            if fits(record, shape, self._bundle):
+                return opened.canvas(shape, state_rows=state_rows)
+        directory, record = find_engines(self._bundle, self.choice.backend, needs=shape)
+        return self._open(directory, record).canvas(shape, state_rows=state_rows)
+
+    def close(self) -> None:
+        """Close every engine."""
+        for _, opened in self._opened.values():
+            opened.close()
+        for opened in self._further:
+            opened.close()
+        self._opened.clear()
+        self._further.clear()
+
+
+def open_engines(
+    bundle: Bundle,
+    backend: str = "auto",
+    *,
+    components: tuple[str, ...] | None = None,
+    needs: CanvasShape | None = None,
+    threads: int | None = None,
+    check: Check = "hash",
+) -> OpenEngines:
+    """Open the engines of a bundle for this machine, all of them or the named components.
+
+    backend: `auto` or a backend's name; see `choose`
+    needs: the shape that shall be drawn first; None for any, the bundle's own size by preference
+    threads: how many CPU threads a run may use, None for the backend's own choice
+    check: what is compared before a file is opened: its SHA-256, or only its size
+    Raises EngineError and BundleError.
+    """
+    choice = choose(backend, bundle)
+    return OpenEngines(bundle, choice, components=components, needs=needs, threads=threads, check=check)
