@@ -68,6 +68,9 @@ _SHAPE_OPTIONS = (
     click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime and later versions."),
     click.option("--refit", is_flag=True, help="Let weights be exchanged later."),
     click.option("--strip", is_flag=True, help="Leave the weights out; they are put in when loading."),
+    click.option(
+        "--references/--no-references", default=True, help="Compute on the CPU what `latentrt verify` compares with."
+    ),
     click.option("--state-rows", type=int, default=STATE_ROWS, help="Rows of sampler state to carry."),
 )
 

@@ -54,6 +54,8 @@ class BuildOptions:
     refit: weights can be exchanged later
     strip: the engine holds no weights, and is refitted from the graph when it is loaded
     state_rows: rows of state of the largest sampler that the fused denoiser shall carry
+    references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
+        part of the key, for the engines are the same
     """
 
     sizes: tuple[tuple[int, int], ...] = ()
@@ -66,6 +68,7 @@ class BuildOptions:
     refit: bool = False
     strip: bool = False
     state_rows: int = STATE_ROWS
+    references: bool = True
 
     def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
         """Return every combination of sizes, batches and tokens, each with guidance and without.

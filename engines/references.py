@@ -84,7 +84,7 @@ def read_references(bundle: Bundle, component: str, directory: Path, record: Eng
     mend = f"run `latentrt build --force` on '{bundle.root}'"
     name, spec = reference_file(component), record.specs[component]
     if name not in record.files:
-        raise BundleError(f"{directory} holds no {name}: it was built by an older latentrt; {mend}")
+        raise BundleError(f"{directory} holds no {name}, it was built without; {mend}")
     arrays = _read(check_file(directory, name, record.files[name], check="hash"), mend=mend)
     kept = {
         tuple(distinct.items()): (_side(arrays, f"{number}.input."), _side(arrays, f"{number}.output."))

@@ -206,7 +206,7 @@ def build(
         report(what, 0, 1)
         built[component] = _build_one(library, bundle, component, directory, flavor, options, report)
         report(what, 1, 1)
-    for component, (_, spec) in built.items():
+    for component, (_, spec) in built.items() if options.references else ():
         what = f"references of {component} (cpu)"
         report(what, 0, 1)
         write_references(bundle, spec, directory)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def install(patch: pytest.MonkeyPatch, *, gpu: Gpu | None = L4, **versions: str)
         if name in versions:
             library = make_library(device, rtx=name == "tensorrt_rtx")
             library.__name__, library.__version__ = name, versions[name]
+            library.__spec__ = ModuleSpec(name, None)  # transformers looks for it when it is imported
             library.ComputeCapability = enum.Enum("ComputeCapability", ["CURRENT", "SM86", "SM89", "SM120"])
         patch.setitem(sys.modules, name, library)
     patch.setattr(tensorrt, "find_gpu", lambda: gpu)

@@ -139,6 +139,21 @@ def test_one_reference_serves_every_batch_of_a_size(stand_in: None, sd1_bundle: 
     assert len(spec.profiles) == 8 and len(distinct_sizes(spec)) == 2
 
 
+def test_without_references_the_engines_are_the_same_and_verify_says_what_is_missing(
+    stand_in: None, sd1_bundle: Path, tmp_path: Path
+) -> None:
+    first, second = (Bundle.open(shutil.copytree(sd1_bundle, tmp_path / name)) for name in ("first", "second"))
+    records = [
+        build_engines(bundle, "tensorrt", options=replace(OPTIONS, references=wanted))
+        for bundle, wanted in ((first, True), (second, False))
+    ]
+    assert records[0].key == records[1].key
+    assert {name for name in records[0].files if name not in records[1].files} == {
+        reference_file(component) for component in records[0].entries
+    }
+    assert all(not row.ok and "built without" in row.message for row in rows_of(second))
+
+
 def spoil(bundle: Bundle, change: str) -> None:
     """Alter the references of the UNet; all but a plain alteration is recorded as if it had been built so."""
     directory, record = find_engines(bundle, "tensorrt")
@@ -160,7 +175,7 @@ def spoil(bundle: Bundle, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("absent", "holds no unet.references.safetensors: it was built by an older latentrt; run `latentrt build"),
+        ("absent", "holds no unet.references.safetensors, it was built without; run `latentrt build"),
         ("other shapes", "does not hold the references that its record promises; run `latentrt build"),
         ("no safetensors", "is not a safetensors file"),
         ("altered", "was altered: its SHA-256 is not the recorded one"),

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from latentrt.engines.backends import BACKENDS
+from latentrt.engines.choosing import FOR_CPUS
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs
 from latentrt.runtime.pipeline import Pipeline
 
@@ -70,7 +70,7 @@ def time_engines(pipe: Pipeline) -> Stopwatch:
     more of them than a call, and a call would return before the work is done. The device's own clock tells there.
     """
     stopwatch = Stopwatch()
-    if BACKENDS[pipe.backend].canvas is BACKENDS["cpu"].canvas:  # type: ignore[index]
+    if pipe.backend == FOR_CPUS:
         engines = pipe._engines  # the one place outside the pipeline that reaches for them
         engines.update({name: TimedEngine(engine, stopwatch) for name, engine in engines.items()})
     return stopwatch
