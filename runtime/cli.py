@@ -83,6 +83,8 @@ _STARTS = (
     click.option("--image", type=IMAGE, default=None, help="Start from this picture."),
     click.option("--mask", type=IMAGE, default=None, help="Of that picture: white is drawn again, black is kept."),
     click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
+    click.option("--variation-seed", type=int, default=None, help="Turn the noise towards this seed's."),
+    click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),
     click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
 )
 

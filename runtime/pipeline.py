@@ -21,8 +21,9 @@ from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
 from latentrt.engines.spec import Array
 from latentrt.runtime.denoise import denoise
+from latentrt.runtime.mixing import vary
 from latentrt.runtime.prompt import PromptTokenizer
-from latentrt.runtime.request import NOISES, Job, Options, Request, latent_shape, resolve
+from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
 from latentrt.runtime.text_rows import RowEncoder
 
@@ -202,12 +203,12 @@ class Pipeline:
 
     def _denoise(self, job: Job, canvas: Canvas, watch: Callable[[Step], None] | None) -> None:
         shape = latent_shape(job.size, self.manifest.latents)
-        generators = [NOISES[job.request.noise](seed) for seed in job.seeds]
-
-        def draw() -> Array:
-            return np.stack([generator.normal(shape) for generator in generators])
-
+        draw = _stream(job.request.noise, job.seeds, shape)
         start = self._start(job, draw)
+        if job.variations:
+            other = _stream(job.request.noise, job.variations, shape)()
+            varied = vary(start.noise, other, job.request.variation_strength)
+            start = dataclasses.replace(start, noise=varied)
         for name, array in start.inputs(job.plan, state_rows=canvas.state_rows).items():
             canvas.write(name, array)
         for stage in denoise(canvas, job.plan, job.guidance, draw):
@@ -288,6 +289,12 @@ def _watcher(job: Job, end: float | None, on_step: Callable[[Step], None] | None
             on_step(step)
 
     return watch
+
+
+def _stream(source: NoiseSource, seeds: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], Array]:
+    """Return what draws the next unit normals of each seed's own stream: (n, *shape), float32."""
+    generators = [NOISES[source](seed) for seed in seeds]
+    return lambda: np.stack([generator.normal(shape) for generator in generators])
 
 
 class _Clock:

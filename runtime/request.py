@@ -15,6 +15,7 @@ from latentrt.engines.manifest import LatentSpec, Manifest
 from latentrt.engines.spec import Array
 from latentrt.runtime.guidance import ALWAYS, Guidance, plan_guidance
 from latentrt.runtime.image_sources import MAX_PIXELS, Source, decode, read_mask, read_pictures, rounded_size, size_of
+from latentrt.runtime.mixing import variation_seeds
 from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.samplers import default_sampler, make_plan
@@ -91,7 +92,8 @@ class Request:
         for 1
     latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
         added to it
-    variation_seed, variation_strength: another seed, and how far to turn each picture's noise towards its noise, 0 to 1
+    variation_seed, variation_strength: another seed, and how far to turn the noise towards that one's, 0 to 1. The
+        pictures then share the seed, and the variation seed counts up, as in A1111's interface.
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
     deadline: seconds from the call to the picture, waiting for other calls included; None for no end
     """
@@ -130,12 +132,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan."""
+    """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
+
+    variations: the variation seed of each picture, empty where the noise is the seeds' own
+    """
 
     request: Request
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
     seeds: tuple[int, ...]
+    variations: tuple[int, ...]
     size: tuple[int, int]
     plan: SamplingPlan
     guidance: Guidance
@@ -161,12 +167,14 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     pixels, mask, size = _pictures(request, manifest)
     if pixels is not None and len(pixels) not in (1, len(prompts)):
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
+    seeds, variations = _all_seeds(request, len(prompts))
     plan = _plan(request, manifest)
     return Job(
         request=request,
         prompts=prompts,
         negatives=_negatives(request.negative_prompt, len(prompts)),
-        seeds=_seeds(request.seed, len(prompts)),
+        seeds=seeds,
+        variations=variations,
         size=size,
         pixels=pixels,
         mask=mask,
@@ -267,6 +275,19 @@ def _negatives(value: str | Sequence[str], pictures: int) -> tuple[str, ...]:
     if len(negatives) != pictures:
         raise RequestError(f"negative_prompt: found {len(negatives)} for {pictures} pictures, expected one each")
     return negatives
+
+
+def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the seed and the variation seed of each picture; no variation seeds where there is no variation."""
+    if (request.variation_seed is None) != (request.variation_strength == 0):
+        raise RequestError("variation_seed and variation_strength belong together; give both, or none")
+    seeds = _seeds(request.seed, pictures)
+    if request.variation_seed is None:
+        return seeds, ()
+    if isinstance(request.seed, Sequence):
+        raise RequestError("variation_seed: it varies one seed, and seed is a list; give one seed")
+    _number("variation_strength", request.variation_strength)
+    return variation_seeds(seeds[0], _seeds(request.variation_seed, 1)[0], pictures)
 
 
 def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:

@@ -184,6 +184,9 @@ def test_many_threads_get_each_its_own_picture(pipe: Pipeline) -> None:
         ({"guidance": "7"}, "guidance: found '7', expected a number"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance interval: found 0.9 to 0.1"),
         ({"guidance_rescale": 2.0}, "guidance rescale: found 2"),
+        ({"variation_seed": 3}, "variation_seed and variation_strength belong together"),
+        ({"variation_seed": 3, "variation_strength": 1.5}, "variation_strength: found 1.5, expected 0 to 1"),
+        ({"variation_seed": 3, "variation_strength": 0.5, "seed": [1]}, "it varies one seed, and seed is a list"),
         ({"spacing": "karas"}, "spacing: found 'karas'"),
         ({"sampler": "euler", "steps": 3, "timesteps": [900, 10]}, "steps: found 3, expected 2"),
     ],
@@ -232,6 +235,17 @@ def test_a_prompt_that_is_cut_is_said(pipe: Pipeline, caplog: pytest.LogCaptureF
 def test_the_checkpoints_own_scheduler_is_the_default_sampler(pipe: Pipeline) -> None:
     assert pipe.manifest.schedule.scheduler == "PNDMScheduler"
     assert pipe("a circle", steps=2, seed=0).settings[0].sampler == "plms"
+
+
+def test_variations_share_the_seed_and_count_their_own(pipe: Pipeline) -> None:
+    plain = pipe("a circle", seed=3, **QUICK).pixels
+    near, far = (
+        pipe("a circle", seed=3, n=2, variation_seed=8, variation_strength=strength, **QUICK) for strength in (0.01, 1)
+    )
+    assert near.seeds == (3, 3)
+    difference = [np.abs(one.pixels[0].astype(int) - plain[0]).mean() for one in (near, far)]
+    assert 0 < difference[0] < difference[1]
+    assert not np.array_equal(far.pixels[0], far.pixels[1])
 
 
 def test_the_keywords_of_a_call_are_the_fields_of_a_request() -> None:
