@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 
-Family = Literal["sd1", "sd2"]
+Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -68,6 +68,20 @@ class TokenizerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """How one text encoder is read: its networks' outputs stand side by side in what the UNet attends to.
+
+    skip: how many of its last layers are left out unless a request says otherwise
+    pooled: the output that stands for the whole text, None where the UNet takes none of this encoder
+    """
+
+    component: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    skip: int = 0
+    pooled: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSchedule:
     """The noise the checkpoint was trained with, and its scheduler's own habits, in diffusers' terms.
 
@@ -115,7 +129,12 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """A bundle's table of contents. `default_size` is (width, height) in pixels."""
+    """A bundle's table of contents.
+
+    default_size: (width, height) in pixels
+    text_encoders: in the order in which the UNet takes what they give
+    zero_negative: an empty negative prompt is not encoded, but stands for zeros
+    """
 
     schema_version: int
     producer: str
@@ -128,6 +147,8 @@ class Manifest:
     latents: LatentSpec
     default_size: tuple[int, int]
     files: Mapping[str, FileRecord]
+    text_encoders: tuple[TextSpec, ...] = (TextSpec(),)
+    zero_negative: bool = False
 
     def graphs_digest(self) -> str:
         """Return one SHA-256 over all canonical graphs and their weights, for engine keys."""

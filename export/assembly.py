@@ -12,13 +12,14 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header
 from latentrt.export.folders import network_files, open_network, read_configs, read_json
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import FOLDERS, PARTS, Parts, Recipe
+from latentrt.export.parts import PARTS, Parts, Recipe, folders
 from latentrt.export.pickles import read_pickle_header
 from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
 from latentrt.export.single_file import VAE_PREFIX, SingleFile, name_other, recognise
 from latentrt.export.weights import PICKLES
 
 Configs = Mapping[str, Mapping[str, Any]]
+SINGLE = folders("torch", {"text_encoder"})  # the networks of a checkpoint in one file, and their folders in --config
 
 
 def open_file(path: Path, options: CheckpointOptions) -> Parts:
@@ -41,8 +42,10 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
         scheduler={**scheduler, "rescale_betas_zero_snr": True} if single.zero_snr else scheduler,
         configs={**configs, "unet": unet},
         networks={name: _recipe(name, path, {**configs, "unet": unet}) for name in configs},
-        tokenizer=tokenizer,
-        special_tokens={"pad_token": PADDING[single.family]} if single.family and not options.config else {},
+        tokenizers={"tokenizer": tokenizer},
+        special_tokens={"tokenizer": {"pad_token": PADDING[single.family]}}
+        if single.family and not options.config
+        else {},
         files={path.name: path, **_config_files(options), **_tokenizer_files(tokenizer)},
     )
 
@@ -77,7 +80,7 @@ def _given_configs(name: str) -> tuple[Configs, Mapping[str, Any]]:
     root = Path(name)
     if not (root / "unet" / "config.json").is_file():
         raise CheckpointError(f"--config '{name}' holds no unet/config.json; give a directory in diffusers' layout")
-    return read_configs(root, "torch"), read_json(root / "scheduler" / "scheduler_config.json")
+    return read_configs(root, SINGLE), read_json(root / "scheduler" / "scheduler_config.json")
 
 
 def _published_configs(single: SingleFile, options: CheckpointOptions) -> tuple[Configs, Mapping[str, Any]]:
@@ -90,7 +93,7 @@ def _published_configs(single: SingleFile, options: CheckpointOptions) -> tuple[
     prediction = options.prediction_type or single.prediction
     sizes = SAMPLE_SIZES[single.family]
     side = sizes.get(prediction, DEFAULT_SAMPLE_SIZE) if prediction else DEFAULT_SAMPLE_SIZE
-    configs = {name: published[folder] for name, folder in FOLDERS["torch"].items()}
+    configs = {name: published[folder] for name, folder in SINGLE.items()}
     configs["unet"] = {**configs["unet"], "sample_size": side}
     return configs, {**published["scheduler"], "prediction_type": prediction}
 
@@ -149,7 +152,7 @@ def _config_files(options: CheckpointOptions) -> dict[str, Path]:
     if options.config is None:
         return {}
     root = Path(options.config)
-    names = [f"{folder}/config.json" for folder in dict.fromkeys(FOLDERS["torch"].values())]
+    names = [f"{folder}/config.json" for folder in dict.fromkeys(SINGLE.values())]
     return {f"config/{name}": root / name for name in (*names, "scheduler/scheduler_config.json")}
 
 

@@ -16,10 +16,11 @@ from latentrt.export.families import ACTIVATIONS
 from latentrt.export.folders import open_folder
 from latentrt.export.hub import download
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import Parts, Recipe, Source
+from latentrt.export.parts import TEXT_ENCODERS, Parts, Recipe, Source
 from latentrt.export.schedule import training_schedule
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
+CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,7 +31,7 @@ class Checkpoint:
     source: `torch` for weights, `onnx` for graphs that optimum exported
     configs: the parsed config.json of each network
     networks: the folder that each network is loaded from, or how to write one
-    tokenizer: the folder with the vocabulary; special_tokens: what that folder does not decide
+    tokenizers: the folder with each one's vocabulary; special_tokens: what that folder does not decide
     files: what the export reads, by name
     options: choices that changed the result
     dimensions: the sizes that the tables of shapes refer to by name
@@ -43,8 +44,8 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     networks: Mapping[str, Path | Recipe]
-    tokenizer: Path
-    special_tokens: Mapping[str, str]
+    tokenizers: Mapping[str, Path]
+    special_tokens: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Path]
     options: Mapping[str, str]
     schedule: TrainingSchedule
@@ -94,7 +95,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         configs=parts.configs,
         scheduler=parts.scheduler,
         networks=parts.networks,
-        tokenizer=parts.tokenizer,
+        tokenizers=parts.tokenizers,
         special_tokens=parts.special_tokens,
         files=parts.files,
         options=parts.options,
@@ -131,31 +132,40 @@ def locate(name: str, *, revision: str | None = None) -> Path:
 
 def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
     unet = configs["unet"]
-    text = configs["text_encoder"]
-    activation = text.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS or "CLIPTextModel" not in text.get("architectures", ["CLIPTextModel"]):
-        raise CheckpointError(
-            f"{root}/text_encoder/config.json: found {text.get('architectures')} with hidden_act '{activation}', "
-            f"expected CLIPTextModel with one of {', '.join(ACTIVATIONS)}; this family is not supported"
-        )
-    width = text.get("hidden_size", 512)
+    texts = {name: configs[name] for name in TEXT_ENCODERS if name in configs}
+    for name, text in texts.items():
+        kinds, activation = text.get("architectures", CLIP_MODELS), text.get("hidden_act", "quick_gelu")
+        if activation not in ACTIVATIONS or not set(kinds) & set(CLIP_MODELS):
+            raise CheckpointError(
+                f"{root}/{name}/config.json: found {kinds} with hidden_act '{activation}', expected "
+                f"{' or '.join(CLIP_MODELS)} with one of {', '.join(ACTIVATIONS)}; this family is not supported"
+            )
+    width = sum(text.get("hidden_size", 512) for text in texts.values())
     if unet.get("cross_attention_dim") not in (width, [width]):
         raise CheckpointError(
-            f"{root}: the text encoder is {width} wide but the UNet's cross_attention_dim is "
-            f"{unet.get('cross_attention_dim')}; they are not of one checkpoint"
+            f"{root}: the text {'encoder is' if len(texts) == 1 else 'encoders are'} {width} wide but the UNet's "
+            f"cross_attention_dim is {unet.get('cross_attention_dim')}; they are not of one checkpoint"
         )
-    return ACTIVATIONS[activation]
+    if unet.get("addition_embed_type") == "text_time":
+        if "text_encoder_2" not in texts:
+            raise CheckpointError(
+                f"'{root}' was recognised as Stable Diffusion XL by its UNet and holds no text_encoder_2; "
+                "download the whole checkpoint"
+            )
+        return "sdxl" if "text_encoder" in texts else "sdxl_refiner"
+    return ACTIVATIONS[texts["text_encoder"].get("hidden_act", "quick_gelu")]
 
 
 def _latents(parts: Parts) -> LatentSpec:
     where = f"{parts.root}: the VAE's config"
     vae, unet = parts.configs["vae_decoder"], parts.configs["unet"]
     channels = _need(vae, "latent_channels", int, where, default=4)
-    if (unet.get("in_channels", 4), unet.get("out_channels", 4)) != (channels, channels):
+    takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if gives != channels or takes not in (channels, 2 * channels + 1):
         raise CheckpointError(
-            f"{parts.root}: the UNet takes {unet.get('in_channels')} channels and gives {unet.get('out_channels')} "
-            f"where the VAE has {channels} latent channels; "
-            "inpainting and other conditioned UNets are not supported yet"
+            f"{parts.root}: the UNet takes {takes} channels and gives {gives} where the VAE has {channels} latent "
+            f"channels; expected {channels}, or {2 * channels + 1} for inpainting; "
+            "other conditioned UNets are not supported"
         )
     levels = _need(vae, "block_out_channels", list, where)
     scaling = float(_need(vae, "scaling_factor", (int, float), where, default=0.18215))
@@ -163,21 +173,39 @@ def _latents(parts: Parts) -> LatentSpec:
 
 
 def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -> dict[str, int]:
-    text, vae, unet = configs["text_encoder"], configs["vae_decoder"], configs["unet"]
+    """Name the sizes that the tables of shapes refer to; 0 for what a checkpoint has not."""
+    vae, unet = configs["vae_decoder"], configs["unet"]
+    first, second = configs.get("text_encoder", {}), configs.get("text_encoder_2", {})
+    text = first or second
     vocabulary = text.get("vocab_size", 49408)
+    pooled = second.get("projection_dim", 512) if unet.get("addition_embed_type") else 0
     # SD 1.x's configs say 2 for the end token, where CLIP means the largest id
     return {
         "latent_channels": latents.channels,
         "latent_parameters": 2 * latents.channels,
+        "unet_channels": unet.get("in_channels", 4),
         "picture_channels": vae.get("out_channels", 3),
-        "text_width": text.get("hidden_size", 512),
-        "skipped_layers": text.get("num_hidden_layers", 12) - 1,
+        "text_width": first.get("hidden_size", 512),
+        "text_width_2": second.get("hidden_size", 512),
+        "skipped_layers": first.get("num_hidden_layers", 12) - 1,
+        "skipped_layers_2": second.get("num_hidden_layers", 12) - 1,
+        "attention_width": sum(part.get("hidden_size", 512) for part in (first, second) if part),
+        "pooled_width": pooled,
+        "size_numbers": _size_numbers(unet, pooled) if pooled else 0,
+        "guidance_width": unet.get("time_cond_proj_dim") or 0,
         "context": text.get("max_position_embeddings", 77),
         "vocabulary": vocabulary,
         "end_token": vocabulary - 1 if text.get("eos_token_id", 2) == 2 else text["eos_token_id"],
         "factor": latents.factor,
         "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
     }
+
+
+def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:
+    """Return how many numbers of sizes a UNet takes beside the pooled text: 6 for SDXL, 5 for its refiner."""
+    where = "the UNet's config"
+    rest = _need(unet, "projection_class_embeddings_input_dim", int, where) - pooled
+    return int(rest // _need(unet, "addition_time_embed_dim", int, where))
 
 
 def _need(config: Mapping[str, Any], key: str, kind: Any, where: str, *, default: Any = None) -> Any:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from latentrt.engines.spec import DType, Precision, TensorSpec
 
-Values = Literal["tokens", "timesteps", "normal", "latents", "pixels"]
+Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "sizes"]
 """What golden inputs of a tensor look like; see golden.py."""
 
 Case = Literal["traced", "checked", "odd"]
@@ -104,13 +104,34 @@ COMPONENTS: Mapping[str, Component] = {
             units={},
         ),
         Component(
+            name="text_encoder_2",
+            inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
+            outputs=(
+                Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+                Tensor(name="last_hidden_state", shape=("batch", "context", "text_width_2")),
+                Tensor(
+                    name="skipped_hidden_states",
+                    shape=("batch", "skipped_layers_2", "context", "text_width_2"),
+                    extra=True,
+                ),
+            ),
+            traced={"batch": 2},
+            checked={"batch": 3},
+            units={},
+        ),
+        Component(
             name="unet",
             inputs=(
-                Tensor(name="sample", shape=LATENTS),
+                Tensor(name="sample", shape=("batch", "unet_channels", "latent_height", "latent_width")),
                 # float32: sigma spacings give fractional timesteps, and above 2048 float16 has none.
                 # One entry serves every row, or each row has its own: the graph expands it.
                 Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
-                Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "text_width")),
+                Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+                # SDXL: what the whole text is, and the sizes in pixels that the picture was trained to look like.
+                Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+                Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
+                # Latent consistency models: the scale of guidance, which they were distilled with.
+                Tensor(name="timestep_cond", shape=("batch", "guidance_width")),
             ),
             outputs=(Tensor(name="out_sample", shape=LATENTS),),
             traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
@@ -150,8 +171,9 @@ COMPONENTS: Mapping[str, Component] = {
 
 
 def input_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
-    """Return what a component takes in one checkpoint."""
-    return tuple(tensor.spec(dimensions, precision) for tensor in component.inputs)
+    """Return what a component takes in one checkpoint: not what has an axis of 0 there."""
+    specs = (tensor.spec(dimensions, precision) for tensor in component.inputs)
+    return tuple(spec for spec in specs if 0 not in spec.shape)
 
 
 def output_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:

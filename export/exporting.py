@@ -19,7 +19,7 @@ from latentrt import __version__
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle, disk_errors, publish, record_file, staging, write_manifest
 from latentrt.engines.errors import BundleError, CheckpointError
-from latentrt.engines.manifest import MANIFEST, SCHEMA_VERSION, ComponentSpec, Manifest, Provenance
+from latentrt.engines.manifest import MANIFEST, SCHEMA_VERSION, ComponentSpec, Family, Manifest, Provenance, TextSpec
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +47,14 @@ TOOLS: Mapping[Source, tuple[str, ...]] = {
     "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"),
     "onnx": ("onnx", "onnxruntime", "tokenizers"),
 }
-TOKENIZER = "tokenizer/tokenizer.json"
+# What the UNet takes of each text encoder. SDXL's read the layer before the last, whose states have had no norm.
+_POOLED = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
+TEXT_ENCODERS: Mapping[Family, tuple[TextSpec, ...]] = {
+    "sd1": (TextSpec(),),
+    "sd2": (TextSpec(),),
+    "sdxl": (TextSpec(skip=1), _POOLED),
+    "sdxl_refiner": (_POOLED,),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,18 +177,19 @@ def _components(
     checkpoint: Checkpoint, staged: Path, precision: Precision, report: Report
 ) -> tuple[dict[str, Finished], tuple[str, ...]]:
     """Export every component that no earlier run has finished. Returns all of them, and the names of those kept."""
-    found = {name: read_marker(staged, name) for name in COMPONENTS}
+    names = [name for name in COMPONENTS if name in checkpoint.networks]
+    found = {name: read_marker(staged, name) for name in names}
     kept = {name: finished for name, finished in found.items() if finished is not None}
     made = {}
-    if len(kept) < len(COMPONENTS):
+    if len(kept) < len(names):
         with start_worker(checkpoint.source) as worker:
-            for name in COMPONENTS:
+            for name in names:
                 if name not in kept:
                     report(f"exporting {name}", 0, 1)
                     made[name] = worker.run(_job(checkpoint, name, staged, precision))
                     report(f"exporting {name}", 1, 1)
     every = kept | made
-    return {name: every[name] for name in COMPONENTS}, tuple(kept)
+    return {name: every[name] for name in names}, tuple(kept)
 
 
 def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> Job:
@@ -209,11 +217,12 @@ def _manifest(
 ) -> Manifest:
     """Write the files that are not graphs, and describe the bundle."""
     with disk_errors(staged):
-        clip = read_clip_files(checkpoint.tokenizer, special=checkpoint.special_tokens)
-        tokenizer = write_tokenizer(clip, staged, TOKENIZER)
-        extras = write_configs(checkpoint, clip, staged / "onnx")
+        special = checkpoint.special_tokens
+        clips = {name: read_clip_files(path, special=special.get(name)) for name, path in checkpoint.tokenizers.items()}
+        tokenizers = {name: write_tokenizer(clip, staged, f"{name}/tokenizer.json") for name, clip in clips.items()}
+        extras = write_configs(checkpoint, clips, staged / "onnx")
     files = {name: record for component in finished.values() for name, record in component.files.items()}
-    others = (tokenizer.file, *(path.relative_to(staged).as_posix() for path in extras))
+    others = (*(spec.file for spec in tokenizers.values()), *(path.relative_to(staged).as_posix() for path in extras))
     files |= {name: record_file(staged, name) for name in others}
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -222,11 +231,13 @@ def _manifest(
         precision=precision,
         provenance=provenance,
         components={name: _component_spec(component) for name, component in finished.items()},
-        tokenizers={"tokenizer": tokenizer},
+        tokenizers=tokenizers,
         schedule=checkpoint.schedule,
         latents=checkpoint.latents,
         default_size=checkpoint.default_size,
         files=dict(sorted(files.items())),
+        text_encoders=TEXT_ENCODERS[checkpoint.family],
+        zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
     )
 
 

@@ -23,10 +23,8 @@ OTHER_DENOISERS = {
     "StableCascadeUNet": "Stable Cascade",
     "QwenImageTransformer2DModel": "Qwen-Image",
 }
-OTHER_UNETS = (  # (key of unet/config.json, its value, or None for any value but null), what that is
-    ("addition_embed_type", "text_time", "Stable Diffusion XL"),
-    ("addition_embed_type", None, "a UNet with added embeddings"),
-    ("time_cond_proj_dim", None, "a latent consistency UNet with guidance embedding"),
+OTHER_UNETS = (  # (key of unet/config.json, the value besides null that is supported, what any other is)
+    ("addition_embed_type", "text_time", "a UNet with added embeddings"),
     ("class_embed_type", None, "a UNet with class embeddings"),
     ("num_class_embeds", None, "a UNet with class embeddings (an upscaler)"),
     ("encoder_hid_dim_type", None, "a UNet with image prompts"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.families import OTHER_DENOISERS, OTHER_UNETS, name_pipeline
-from latentrt.export.parts import FOLDERS, PARTS, Part, Parts, Recipe, Source
+from latentrt.export.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
 from latentrt.export.weights import find_pickles, find_weights, has_safetensors
 
 
@@ -22,25 +22,32 @@ def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     source: Source = "onnx" if (root / "unet" / "model.onnx").is_file() else "torch"
     _refuse_other_denoisers(root, index)
     _refuse_other_unets(root)
-    _require_folders(root, source)
+    networks = folders(source, _roles(index))
+    tokenizers = [tokenizer for name, tokenizer in TEXT_ENCODERS.items() if name in networks]
+    _require_folders(root, (*dict.fromkeys(networks.values()), "scheduler", *tokenizers))
     return Parts(
         root=root,
         source=source,
         index=index,
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
-        configs=read_configs(root, source),
+        configs=read_configs(root, networks),
         networks={
             component: open_network(PARTS[component], root / folder, allow_pickle=allow_pickle)
-            for component, folder in FOLDERS[source].items()
+            for component, folder in networks.items()
         },
-        tokenizer=root / "tokenizer",
-        files=_files(root, source, allow_pickle=allow_pickle),
+        tokenizers={name: root / name for name in tokenizers},
+        files=_files(root, source, (networks.values(), tokenizers), allow_pickle=allow_pickle),
     )
 
 
-def read_configs(root: Path, source: Source) -> dict[str, Mapping[str, Any]]:
-    """Read the config.json of every network. Raises CheckpointError."""
-    return {component: read_json(root / folder / "config.json") for component, folder in FOLDERS[source].items()}
+def _roles(index: Mapping[str, Any]) -> set[str]:
+    """Return what a checkpoint has, by its model_index.json: an absent part stands there as a pair of nulls."""
+    return {role for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
+
+
+def read_configs(root: Path, networks: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
+    """Read the config.json of every network. networks: the folder of each. Raises CheckpointError."""
+    return {component: read_json(root / folder / "config.json") for component, folder in networks.items()}
 
 
 def _refuse_other_denoisers(root: Path, index: Mapping[str, Any]) -> None:
@@ -50,7 +57,7 @@ def _refuse_other_denoisers(root: Path, index: Mapping[str, Any]) -> None:
         other = name_pipeline(str(index.get("_class_name")))
     if other:
         raise CheckpointError(
-            f"'{root}' was recognised as {other}, which is not supported yet; expected Stable Diffusion 1.x or 2.x"
+            f"'{root}' was recognised as {other}, which is not supported yet; expected Stable Diffusion 1.x, 2.x or XL"
         )
 
 
@@ -58,26 +65,31 @@ def _refuse_other_unets(root: Path) -> None:
     if not (root / "unet" / "config.json").is_file():
         return
     unet = read_json(root / "unet" / "config.json")
-    for key, value, meaning in OTHER_UNETS:
-        if unet.get(key) is not None and value in (None, unet[key]):
+    for key, known, meaning in OTHER_UNETS:
+        if unet.get(key) is not None and unet[key] != known:
             raise CheckpointError(
                 f"'{root}' was recognised as {meaning} (unet/config.json says {key}: {unet[key]}), "
-                "which is not supported yet; expected Stable Diffusion 1.x or 2.x"
+                "which is not supported yet; expected Stable Diffusion 1.x, 2.x or XL"
             )
 
 
-def _require_folders(root: Path, source: Source) -> None:
-    needed = (*dict.fromkeys(FOLDERS[source].values()), "scheduler", "tokenizer")
+def _require_folders(root: Path, needed: Iterable[str]) -> None:
     for folder in needed:
         if not (root / folder).is_dir():
             raise CheckpointError(f"'{root}' is incomplete: it holds no {folder}/; download the whole checkpoint")
 
 
-def _files(root: Path, source: Source, *, allow_pickle: bool) -> dict[str, Path]:
-    """Name every file that the export reads, checking the weights. Raises CheckpointError."""
+def _files(
+    root: Path, source: Source, parts: tuple[Iterable[str], Iterable[str]], *, allow_pickle: bool
+) -> dict[str, Path]:
+    """Name every file that the export reads, checking the weights. Raises CheckpointError.
+
+    parts: the folders of the networks, and those of the tokenizers
+    """
+    networks, tokenizers = parts
     found = [root / "model_index.json", root / "scheduler" / "scheduler_config.json"]
-    found += [path for path in sorted((root / "tokenizer").iterdir()) if path.is_file()]
-    for name in dict.fromkeys(FOLDERS[source].values()):
+    found += [path for name in tokenizers for path in sorted((root / name).iterdir()) if path.is_file()]
+    for name in dict.fromkeys(networks):
         folder = root / name
         graphs = source == "onnx"
         weights = graph_files(folder) if graphs else network_files(folder, allow_pickle=allow_pickle)

@@ -19,6 +19,7 @@ Pair = tuple[Mapping[str, Array], Mapping[str, Array]]
 # The largest difference from torch's float32, over the largest magnitude of the output. float32 graphs do the same
 # arithmetic in another order: 1e-6 was measured, 1e-5 for VAEs, and weights may amplify it. float16 rounds each
 # layer to 11 bits, which grows with depth: the limit is 30 roundings in a row, where a lost layer is off by 1e-1.
+SIZES = (1024, 768, 0, 32, 1024, 768)  # original height and width, crop from top and left, target height and width
 TOLERANCES: Mapping[Precision, float] = {"fp32": 2e-4, "fp16": 3e-2}
 
 
@@ -36,12 +37,15 @@ def make_inputs(
     sizes = {**dimensions, **component.sizes(which, dimensions)}
     made = {}
     for tensor in component.inputs:
+        spec = tensor.spec(dimensions, precision)
+        if 0 in spec.shape:  # this checkpoint's network takes none
+            continue
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
         values = _draw(tensor, shape, generator, dimensions, scaling_factor)
         # Rounded to float16 in both precisions: then a float16 engine and the float32 checkpoint see the same input.
         if tensor.dtype is None:
             values = values.astype(np.float16)
-        made[tensor.name] = values.astype(tensor.spec(dimensions, precision).dtype)
+        made[tensor.name] = values.astype(spec.dtype)
     return made
 
 
@@ -58,6 +62,8 @@ def _draw(
         return ids
     if tensor.values == "timesteps":
         return np.linspace(999.0, 1.5, shape[0] + 2, dtype=np.float32)[1:-1]  # fractional, as sigma spacings give
+    if tensor.values == "sizes":
+        return np.broadcast_to(np.resize(SIZES, shape[1]).astype(np.float32), shape)
     if tensor.values == "pixels":
         return generator.uniform(-1.0, 1.0, shape)
     return generator.standard_normal(shape) / (scaling_factor if tensor.values == "latents" else 1.0)

@@ -9,7 +9,17 @@ from pathlib import Path, PurePosixPath
 
 from latentrt.engines.errors import CheckpointError
 
-FOLDERS = ("text_encoder", "unet", "vae", "vae_decoder", "vae_encoder", "scheduler", "tokenizer")
+FOLDERS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae",
+    "vae_decoder",
+    "vae_encoder",
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+)
 READ = (".json", ".txt", ".safetensors", ".onnx", ".onnx_data")
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
 SHARD = re.compile(r"-\d{5}-of-\d{5}")

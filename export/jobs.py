@@ -136,11 +136,12 @@ def _load(job: Job) -> nn.Module:
     """Load the network, from a folder that is written first where there is a recipe for it."""
     from latentrt.export import conversion, modules
 
+    normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
     if job.recipe is None:
-        return modules.load(job.component, Path(job.folder))
+        return modules.load(job.component, Path(job.folder), normed=normed)
     with conversion.written(job.recipe, Path(job.folder)) as folder:
         try:
-            return modules.load(job.component, folder)
+            return modules.load(job.component, folder, normed=normed)
         except CheckpointError as error:  # the user knows the file, not the folder made of it
             raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,35 @@ from latentrt.export.weights import find_weights
 class TextEncoder(nn.Module):
     """(batch, tokens) int64 → hidden states (batch, tokens, width), the pooled one (batch, width), the skipped ones.
 
-    The last, (batch, layers - 1, tokens, width), are what the text is where the last 1, 2, … layers are left out,
-    after the final norm: diffusers' clip_skip. An encoder of one layer has none.
+    The last, (batch, layers - 1, tokens, width), are what the text is where the last 1, 2, … layers are left out:
+    diffusers' clip_skip. An encoder of one layer has none.
+    normed: whether the skipped states go through the final norm; SDXL's do not
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, normed: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.normed = model, normed
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         output = self.model(input_ids=input_ids, output_hidden_states=True, return_dict=True)
-        states = output.hidden_states[-2:0:-1]  # without the last layer's, which is the first output; nor the tokens
+        return output.last_hidden_state, output.pooler_output, *self.skipped(output.hidden_states)
+
+    def skipped(self, hidden_states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the states that the last 1, 2, … layers did not change yet, as one tensor, if there are any."""
+        states = hidden_states[-2:0:-1]  # without the last layer's, which is an output of its own; nor the tokens
         if not states:
-            return output.last_hidden_state, output.pooler_output
+            return ()
+        stack = torch.stack(tuple(states), dim=1)
         norm = getattr(self.model, "text_model", self.model).final_layer_norm  # transformers 5 dropped a level
-        return output.last_hidden_state, output.pooler_output, norm(torch.stack(states, dim=1))
+        return (norm(stack) if self.normed else stack,)
+
+
+class ProjectedTextEncoder(TextEncoder):
+    """SDXL's second: (batch, tokens) int64 → the projected text (batch, projection), hidden states, skipped ones."""
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(input_ids=input_ids, output_hidden_states=True, return_dict=True)
+        return output.text_embeds, output.last_hidden_state, *self.skipped(output.hidden_states)
 
 
 class Denoiser(nn.Module):
@@ -47,6 +62,69 @@ class Denoiser(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         output: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
         return output
+
+
+class SizedDenoiser(Denoiser):
+    """SDXL's UNet: it also takes the pooled text (batch, pooled width) and the sizes in pixels (batch, numbers)."""
+
+    def forward(  # type: ignore[override]
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+    ) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        output: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return output
+
+
+class ScaledDenoiser(Denoiser):
+    """The UNet of a latent consistency model: it also takes the embedded scale of guidance (batch, guidance width)."""
+
+    def forward(  # type: ignore[override]
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor
+    ) -> Tensor:
+        output: Tensor = self.model(
+            sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, return_dict=False
+        )[0]
+        return output
+
+
+class SizedScaledDenoiser(Denoiser):
+    """SDXL's UNet as a latent consistency model."""
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        time_ids: Tensor,
+        timestep_cond: Tensor,
+    ) -> Tensor:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        output: Tensor = self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=timestep_cond,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output
+
+
+DENOISERS = {  # (takes sizes, takes the scale of guidance)
+    (False, False): Denoiser,
+    (True, False): SizedDenoiser,
+    (False, True): ScaledDenoiser,
+    (True, True): SizedScaledDenoiser,
+}
+
+
+def wrap_denoiser(model: Any) -> nn.Module:
+    """Wrap a UNet with what its config says that it takes."""
+    sized = model.config.addition_embed_type == "text_time"
+    return DENOISERS[sized, model.config.time_cond_proj_dim is not None](model)
 
 
 class Decoder(nn.Module):
@@ -75,14 +153,22 @@ class Encoder(nn.Module):
         return output
 
 
-def load(component: str, folder: Path) -> nn.Module:
-    """Load one network in float32, without gradients. Raises CheckpointError where the weights do not fit."""
+def load(component: str, folder: Path, *, normed: bool = True) -> nn.Module:
+    """Load one network in float32, without gradients. Raises CheckpointError where the weights do not fit.
+
+    normed: of a text encoder, whether the states of earlier layers go through the final norm
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     rows: Mapping[str, tuple[Any, Callable[[Any], nn.Module], dict[str, Any]]] = {
-        "text_encoder": (CLIPTextModel, TextEncoder, {"dtype": torch.float32}),
-        "unet": (UNet2DConditionModel, Denoiser, {"torch_dtype": torch.float32}),
+        "text_encoder": (CLIPTextModel, partial(TextEncoder, normed=normed), {"dtype": torch.float32}),
+        "text_encoder_2": (
+            CLIPTextModelWithProjection,
+            partial(ProjectedTextEncoder, normed=normed),
+            {"dtype": torch.float32},
+        ),
+        "unet": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": torch.float32}),
         "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": torch.float32}),
         "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
     }

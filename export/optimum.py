@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.graphs import link_data, load_graph
+from latentrt.engines.manifest import Family
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.components import Case, Component, input_specs, output_specs
 from latentrt.export.folders import graph_files
 from latentrt.export.golden import make_inputs, open_session, run_session, save_golden
+from latentrt.export.parts import TEXT_ENCODERS
 from latentrt.export.tokenizer import ClipFiles, write_clip_files
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
+PIPELINES: Mapping[Family, str] = {
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
+}
 CASES: tuple[Case, ...] = ("traced", "checked")
 
 
@@ -141,7 +147,7 @@ def _skip_first_reshape(graph: GraphProto) -> None:
         graph.node.remove(node)
 
 
-def write_configs(checkpoint: Checkpoint, clip: ClipFiles, folder: Path) -> list[Path]:
+def write_configs(checkpoint: Checkpoint, clips: Mapping[str, ClipFiles], folder: Path) -> list[Path]:
     """Write what optimum's pipelines read beside the graphs. Returns the files."""
     documents = {f"{name}/config.json": dict(config) for name, config in checkpoint.configs.items()}
     documents["scheduler/scheduler_config.json"] = dict(checkpoint.scheduler)
@@ -150,22 +156,26 @@ def write_configs(checkpoint: Checkpoint, clip: ClipFiles, folder: Path) -> list
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    write_clip_files(clip, folder / "tokenizer")
-    return [*(folder / name for name in documents), *sorted((folder / "tokenizer").iterdir())]
+    for name, clip in clips.items():
+        shutil.rmtree(folder / name, ignore_errors=True)
+        write_clip_files(clip, folder / name)
+    vocabularies = [path for name in clips for path in sorted((folder / name).iterdir())]
+    return [*(folder / name for name in documents), *vocabularies]
 
 
 def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     module = "optimum.onnxruntime.modeling_diffusion"
+    texts = {name: [module, "ORTTextEncoder"] for name in TEXT_ENCODERS if name in checkpoint.networks}
+    vocabularies = {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": PIPELINES.get(checkpoint.family, "StableDiffusionPipeline"),
         "_diffusers_version": checkpoint.index.get("_diffusers_version", "0.36.0"),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", checkpoint.schedule.scheduler],
-        "text_encoder": [module, "ORTTextEncoder"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
+        **texts,
+        **vocabularies,
         "unet": [module, "ORTUnet"],
         "vae_decoder": [module, "ORTVaeDecoder"],
         "vae_encoder": [module, "ORTVaeEncoder"],

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 Source = Literal["torch", "onnx"]
 Layout = Literal["diffusers", "original"]
-Part = Literal["text_encoder", "unet", "vae"]
+Part = Literal["text_encoder", "text_encoder_2", "unet", "vae"]
 # Whose weights a network has: half of a VAE is loaded from the whole.
 PARTS: Mapping[str, Part] = {
     "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
     "unet": "unet",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
 }
-# The folder that a network's weights or graph are in, for each layout.
-FOLDERS: Mapping[Source, Mapping[str, str]] = {
-    "torch": PARTS,
-    "onnx": {name: name for name in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
-}
+TEXT_ENCODERS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def folders(source: Source, roles: Collection[str]) -> dict[str, str]:
+    """Return the folder that each network's weights or graph are in.
+
+    roles: what the checkpoint has, by model_index.json: some families have a second text encoder, one has no first
+    """
+    named = PARTS if source == "torch" else {name: name for name in PARTS}
+    return {name: folder for name, folder in named.items() if name not in TEXT_ENCODERS or name in roles}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +52,8 @@ class Parts:
     root: the directory or the file, for errors
     configs: the parsed config.json of each network
     networks: a folder that can be loaded as it is, or how to write one
-    special_tokens: what the tokenizer's folder is not to decide
+    tokenizers: the folder of each one's vocabulary
+    special_tokens: what a tokenizer's folder is not to decide
     files: whatever the export reads, by the name it has in the bundle's provenance
     options: choices that change the result, for the provenance
     """
@@ -57,7 +64,7 @@ class Parts:
     scheduler: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     networks: Mapping[str, Path | Recipe]
-    tokenizer: Path
+    tokenizers: Mapping[str, Path]
     files: Mapping[str, Path]
-    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    special_tokens: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)

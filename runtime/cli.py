@@ -66,7 +66,7 @@ class Interval(click.ParamType[tuple[float, float]]):
         return float(found[1]), float(found[2])
 
 
-IMAGE = click.Path(path_type=Path)
+FILE = click.Path(path_type=Path)
 _SAMPLING = (
     click.option("--steps", type=int, default=None, help="Default: 20."),
     click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
@@ -79,9 +79,14 @@ _SAMPLING = (
     click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),
 )
+_PROMPTS = (
+    click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
+    click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut long prompts."),
+    click.option("--clip-skip", default=0, help="Leave out this many of the text encoder's last layers."),
+)
 _STARTS = (
-    click.option("--image", type=IMAGE, default=None, help="Start from this picture."),
-    click.option("--mask", type=IMAGE, default=None, help="Of that picture: white is drawn again, black is kept."),
+    click.option("--image", type=FILE, default=None, help="Start from this picture."),
+    click.option("--mask", type=FILE, default=None, help="Of that picture: white is drawn again, black is kept."),
     click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
     click.option("--variation-seed", type=int, default=None, help="Turn the noise towards this seed's."),
     click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),
@@ -98,12 +103,14 @@ def _options(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[...,
 @click.argument("prompt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A directory, or one .png file.")
 @click.option("--negative", "negative_prompt", default="", help="What the picture should not show.")
+@_options(_PROMPTS)
 @_options(_SAMPLING)
 @_options(_STARTS)
 @click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
 @click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
 @click.option("-n", default=1, show_default=True, help="How many pictures.")
 @click.option("--deadline", type=float, default=None, help="Seconds after which to give up.")
+@click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A learned word's safetensors file.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds, settings and seconds as JSON.")
@@ -113,6 +120,7 @@ def generate(
     output: Path,
     backend: str,
     threads: int | None,
+    embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
 ) -> None:
@@ -121,6 +129,8 @@ def generate(
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"--output: found the file '{output}' for {request['n']} pictures; name a directory")
     with Pipeline.load(bundle, backend, threads=threads) as pipe:
+        for embedding in embeddings:
+            pipe.add_embedding(embedding)
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         files = _save(result, output)

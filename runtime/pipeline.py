@@ -20,17 +20,17 @@ from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
 from latentrt.engines.spec import Array
+from latentrt.runtime.conditioning import conditions
 from latentrt.runtime.denoise import denoise
+from latentrt.runtime.embeddings import load_embedding
 from latentrt.runtime.mixing import vary
-from latentrt.runtime.prompt import PromptTokenizer
-from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, resolve
+from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, repaints, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
-from latentrt.runtime.text_rows import RowEncoder
+from latentrt.runtime.texts import Texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NEEDED = ("text_encoder", "unet", "vae_decoder")
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
 
@@ -102,8 +102,7 @@ class Pipeline:
         self._opened = opened
         self._engines = opened.engines
         self._lock = threading.Lock()
-        spec = bundle.manifest.tokenizers["tokenizer"]
-        self._tokenizer = PromptTokenizer(bundle.path(spec.file, check=check), spec)
+        self._texts = Texts(bundle, opened.engines, check=check)
 
     @classmethod
     def load(
@@ -124,7 +123,7 @@ class Pipeline:
         bundle = Bundle.open(path)
         return cls(
             bundle,
-            open_engines(bundle, backend, components=NEEDED, threads=threads, check=check),
+            open_engines(bundle, backend, components=_needed(bundle), threads=threads, check=check),
             check=check,
         )
 
@@ -168,11 +167,17 @@ class Pipeline:
         if not self._engines:
             raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
         clock = _Clock()
+        prompts = job.read(job.prompts)
+        negatives = job.read(job.negatives) if job.guidance.needed else []
         with clock("tokenize"):
-            tokens = self._tokenizer(job.texts)
-        canvas = self._canvas(job, tokens=tokens.shape[1])
+            canvas = self._canvas(job, tokens=self._texts.tokens([*prompts, *negatives]))
+            in_place = self._texts.device_inputs(prompts, negatives) if canvas.queued else None
         canvas.mark()
-        canvas.write("encoder_hidden_states", self._encode(tokens))
+        if in_place is not None:
+            canvas.encode(in_place)
+        else:
+            for name, array in self._texts(prompts, negatives).items():
+                canvas.write(name, array)
         canvas.mark()
         self._denoise(job, canvas, watch)
         canvas.decode()
@@ -195,15 +200,11 @@ class Pipeline:
         shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
         return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows)
 
-    def _encode(self, tokens: Array) -> Array:
-        rows, index = np.unique(tokens, axis=0, return_inverse=True)  # the same text is encoded once
-        engine = self._engines["text_encoder"]
-        states = RowEncoder(engine, engine.spec)(rows, None, keep_skipped=False)
-        return states.last[index.reshape(-1)]
-
     def _denoise(self, job: Job, canvas: Canvas, watch: Callable[[Step], None] | None) -> None:
         shape = latent_shape(job.size, self.manifest.latents)
         draw = _stream(job.request.noise, job.seeds, shape)
+        for name, array in conditions(self.manifest, job, rows=job.rows).items():
+            canvas.write(name, array)
         start = self._start(job, draw)
         if job.variations:
             other = _stream(job.request.noise, job.variations, shape)()
@@ -233,15 +234,9 @@ class Pipeline:
                 scaling_factor=space.scaling_factor,
                 factor=space.factor,
                 strength=job.strength,
-                inpainting_model=self._takes_condition,
+                inpainting_model=repaints(self.manifest),
             )
         return start if given is None else dataclasses.replace(start, noise=given)
-
-    @property
-    def _takes_condition(self) -> bool:
-        """Tell whether the UNet is an inpainting one, with more channels than the latents."""
-        sample = next(spec for spec in self.manifest.components["unet"].inputs if spec.name == "sample")
-        return sample.shape[1] != self.manifest.latents.channels
 
     def _encode_image(self, pixels: Array) -> Array:
         name = "vae_encoder"  # loaded when the first image comes: most services draw from text alone
@@ -262,6 +257,23 @@ class Pipeline:
             further=job.request.further,
         )
 
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Return the learned words (textual inversion) that prompts may use."""
+        return self._texts.embeddings
+
+    def add_embedding(self, file: str | os.PathLike[str], *, name: str | None = None) -> str:
+        """Let prompts use a learned word from a safetensors file; return the word. Raises RequestError."""
+        embedding = load_embedding(file, name=name)
+        with self._lock:
+            self._texts.add(embedding)
+        return embedding.name
+
+    def remove_embedding(self, name: str) -> None:
+        """Make a learned word plain text again. Raises RequestError where there is no such word."""
+        with self._lock:
+            self._texts.remove(name)
+
     def close(self) -> None:
         """Free the engines. A call that is running ends first."""
         with self._lock:
@@ -273,6 +285,11 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _needed(bundle: Bundle) -> tuple[str, ...]:
+    """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
+    return (*(text.component for text in bundle.manifest.text_encoders), "unet", "vae_decoder")
 
 
 def _watcher(job: Job, end: float | None, on_step: Callable[[Step], None] | None) -> Callable[[Step], None] | None:

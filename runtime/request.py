@@ -18,11 +18,16 @@ from latentrt.runtime.image_sources import MAX_PIXELS, Source, decode, read_mask
 from latentrt.runtime.mixing import variation_seeds
 from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.plan import SamplingPlan
+from latentrt.runtime.prompt import Overflow, Prompt
+from latentrt.runtime.prompt_syntax import Syntax
 from latentrt.runtime.samplers import default_sampler, make_plan
 
 # What changes a picture beside prompt, steps, guidance, sampler, size and seed, and can be written down.
 FURTHER = frozenset(
     {
+        "prompt_syntax",
+        "overflow",
+        "clip_skip",
         "spacing",
         "eta",
         "stop",
@@ -33,6 +38,9 @@ FURTHER = frozenset(
         "strength",
         "variation_seed",
         "variation_strength",
+        "original_size",
+        "target_size",
+        "crop",
         "noise",
     }
 )
@@ -45,6 +53,9 @@ class Options(TypedDict, total=False):
     """The fields of a `Request` besides its prompt, as keywords of a call."""
 
     negative_prompt: str | Sequence[str]
+    prompt_syntax: Syntax
+    overflow: Overflow
+    clip_skip: int
     n: int
     seed: int | Sequence[int] | None
     size: tuple[int, int] | None
@@ -64,6 +75,9 @@ class Options(TypedDict, total=False):
     latents: Array | None
     variation_seed: int | None
     variation_strength: float
+    original_size: tuple[int, int] | None
+    target_size: tuple[int, int] | None
+    crop: tuple[int, int]
     noise: NoiseSource
     deadline: float | None
 
@@ -74,6 +88,9 @@ class Request:
 
     prompt: a text, or one for each picture; each is drawn n times
     negative_prompt: what not to show: one for all, or one for each picture
+    prompt_syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads (words:1.2), [words] and BREAK
+    overflow: what becomes of the tokens of a long prompt: further `chunks`, or `truncate` as diffusers does
+    clip_skip: how many of the text encoder's last layers to leave out, counted as diffusers does
     seed: one for the first picture, the others count up from it; or one for each picture; None draws one at random.
         The same seed gives the picture that diffusers gives with a generator of the same kind, see `noise`.
     size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
@@ -94,12 +111,18 @@ class Request:
         added to it
     variation_seed, variation_strength: another seed, and how far to turn the noise towards that one's, 0 to 1. The
         pictures then share the seed, and the variation seed counts up, as in A1111's interface.
+    original_size, target_size: for SDXL, which was told of every picture it saw how large it had been and became:
+        (width, height) in pixels, None for the size drawn
+    crop: for SDXL too: how many pixels were cut off at the top and at the left
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
     deadline: seconds from the call to the picture, waiting for other calls included; None for no end
     """
 
     prompt: str | Sequence[str]
     negative_prompt: str | Sequence[str] = ""
+    prompt_syntax: Syntax = "plain"
+    overflow: Overflow = "chunks"
+    clip_skip: int = 0
     n: int = 1
     seed: int | Sequence[int] | None = None
     size: tuple[int, int] | None = None
@@ -119,6 +142,9 @@ class Request:
     latents: Array | None = None
     variation_seed: int | None = None
     variation_strength: float = 0.0
+    original_size: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
     noise: NoiseSource = "cpu"
     deadline: float | None = None
 
@@ -150,9 +176,17 @@ class Job:
     strength: float = 1.0
 
     @property
-    def texts(self) -> tuple[str, ...]:
-        """Return the text of each model row: the prompts, then the negative prompts if any stage needs them."""
-        return self.prompts + (self.negatives if self.guidance.needed else ())
+    def rows(self) -> int:
+        """Return how many model rows a batch has: the prompts, then the negative prompts if any stage needs them."""
+        return len(self.prompts) * (2 if self.guidance.needed else 1)
+
+    def read(self, texts: Sequence[str]) -> list[Prompt]:
+        """Return texts with how this request reads them. Raises RequestError."""
+        how = self.request
+        return [
+            Prompt(text=text, syntax=how.prompt_syntax, overflow=how.overflow, clip_skip=how.clip_skip)
+            for text in texts
+        ]
 
 
 def resolve(request: Request, manifest: Manifest) -> Job:
@@ -165,9 +199,16 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
     pixels, mask, size = _pictures(request, manifest)
+    if mask is None and repaints(manifest):
+        raise RequestError("mask: this checkpoint repaints a part of an image; give image and mask")
     if pixels is not None and len(pixels) not in (1, len(prompts)):
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
     seeds, variations = _all_seeds(request, len(prompts))
+    guidance = _number("guidance", request.guidance)
+    if "time_ids" not in _unet_inputs(manifest):
+        for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
+            if getattr(request, name) != default:
+                raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; leave it away")
     plan = _plan(request, manifest)
     return Job(
         request=request,
@@ -182,12 +223,27 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         plan=plan,
         guidance=plan_guidance(
             plan,
-            _number("guidance", request.guidance),
+            1.0 if _distilled(manifest) else guidance,
             len(prompts),
             interval=request.guidance_interval,
             rescale=_number("guidance_rescale", request.guidance_rescale),
         ),
     )
+
+
+def _unet_inputs(manifest: Manifest) -> set[str]:
+    return {spec.name for spec in manifest.components["unet"].inputs}
+
+
+def _distilled(manifest: Manifest) -> bool:
+    """Tell whether guidance was distilled into the UNet: then it takes the scale and no negative prompt."""
+    return "timestep_cond" in _unet_inputs(manifest)
+
+
+def repaints(manifest: Manifest) -> bool:
+    """Tell whether the UNet is an inpainting one, which sees mask and masked image beside the latents."""
+    sample = next(spec for spec in manifest.components["unet"].inputs if spec.name == "sample")
+    return sample.shape[1] != manifest.latents.channels
 
 
 def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array | None, tuple[int, int]]:

@@ -31,6 +31,22 @@ class _Words:
         return tuple(embedding.name for embedding in self.embeddings)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Encoding:
+    """One prompt, or a batch of them with an axis before, as the UNet reads it.
+
+    states: (tokens, width); pooled: (pooled width,), None where the encoder is not read for it
+    """
+
+    states: Array
+    pooled: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return how much memory it takes."""
+        return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+
 class TextEncoder:
     """Encodes prompts, and remembers those it has encoded. Safe to use from many threads."""
 
@@ -40,16 +56,20 @@ class TextEncoder:
         run: Run,
         spec: EngineSpec,
         *,
+        skip: int = 0,
+        pooled: str | None = None,
         cache_entries: int = 1024,
         cache_bytes: int = 256 << 20,
     ) -> None:
         """Wrap a text encoder.
 
         run, spec: the engine, or what calls it, which no one else does meanwhile; and the engine's spec
+        skip: how many of its last layers the UNet never reads; a prompt's clip_skip comes on top
+        pooled: the output that stands for a whole text
         cache_entries, cache_bytes: how much is remembered; what was not used for longest is forgotten first
         """
         self._plain = tokenizer
-        self._rows = RowEncoder(run, spec)
+        self._rows, self._skip = RowEncoder(run, spec, pooled=pooled), skip
         self._words = _Words(tokenizer=tokenizer)
         self._cache = Cache(cache_entries, cache_bytes)
         self._lock = threading.Lock()
@@ -59,7 +79,17 @@ class TextEncoder:
 
         A prompt of fewer chunks than another is followed by chunks of the empty prompt. Raises RequestError.
         """
-        encoded = self.encode(prompts)
+        return self.batch(prompts).states
+
+    def batch(self, prompts: Sequence[Prompt]) -> Encoding:
+        """Encode a batch, as `__call__` does, with what stands for each whole text."""
+        encodings = self.encodings(prompts)
+        pooled = [one.pooled for one in encodings if one.pooled is not None]
+        return Encoding(states=self._even(encodings, prompts), pooled=np.stack(pooled) if pooled else None)
+
+    def _even(self, encodings: Sequence[Encoding], prompts: Sequence[Prompt]) -> Array:
+        """Stack states, those of fewer chunks followed by chunks of the empty prompt."""
+        encoded = [one.states for one in encodings]
         longest = max(map(len, encoded))
         if min(map(len, encoded)) < longest:
             empties = self.encode([Prompt(text="", clip_skip=prompt.clip_skip) for prompt in prompts])
@@ -72,12 +102,24 @@ class TextEncoder:
 
         tokens is the encoder's context, 77, times the number of chunks. Raises RequestError.
         """
+        return [one.states for one in self.encodings(prompts)]
+
+    def encodings(self, prompts: Sequence[Prompt]) -> list[Encoding]:
+        """Encode each prompt by itself, as `encode` does, with what stands for its whole text: that of the first chunk.
+
+        Weights do not change what stands for the whole.
+        """
         words = self._words
         found = self._remembered(words, prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
             found |= self._encode(words, missing)
         return [found[prompt] for prompt in prompts]
+
+    def tokens(self, prompts: Sequence[Prompt]) -> int:
+        """Return how many tokens the encoding of the longest of these prompts has. Raises RequestError."""
+        tokenizer = self._words.tokenizer
+        return tokenizer.spec.max_length * max(len(tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts))
 
     def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
         """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
@@ -86,7 +128,11 @@ class TextEncoder:
         it is not, and where every prompt is remembered: there, calling this encoder is what to do.
         """
         words = self._words
-        if any(prompt.clip_skip for prompt in prompts) or len(self._remembered(words, prompts)) == len(set(prompts)):
+        if (
+            self._skip
+            or any(prompt.clip_skip for prompt in prompts)
+            or len(self._remembered(words, prompts)) == len(set(prompts))
+        ):
             return None
         chunks = [words.tokenizer.chunks(prompt) for prompt in prompts]
         if len(set(map(len, chunks))) > 1 or any(is_weighted(chunk) for row in chunks for chunk in row):
@@ -126,24 +172,26 @@ class TextEncoder:
         self._words = _Words(tokenizer=tokenizer, embeddings=embeddings, number=number, vectors=vectors)
         self._cache.clear()  # its entries cannot be found any more
 
-    def _remembered(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Array]:
+    def _remembered(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
         found = {prompt: self._cache.get((words.number, prompt)) for prompt in prompts}
-        return {prompt: array for prompt, array in found.items() if array is not None}
+        return {prompt: encoding for prompt, encoding in found.items() if encoding is not None}
 
-    def _encode(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Array]:
-        for prompt in prompts:
-            self._rows.check_skip(prompt.clip_skip)
+    def _encode(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
+        skips = {prompt: self._skip + prompt.clip_skip for prompt in prompts}
+        for skip in skips.values():
+            self._rows.check_skip(skip)
         chunks = {prompt: words.tokenizer.chunks(prompt) for prompt in prompts}
         wanted = dict.fromkeys(ids for row in chunks.values() for chunk in row for ids in needed(chunk))
         places = {ids: place for place, ids in enumerate(wanted)}
         rows = words.tokenizer.rows(list(wanted))
-        states = self._rows(rows, words.vectors, keep_skipped=any(prompt.clip_skip for prompt in prompts))
+        states = self._rows(rows, words.vectors, keep_skipped=any(skips.values()))
         encoded = {}
         for prompt, row in chunks.items():
-            array = _assemble(row, states.without(prompt.clip_skip), places)
+            array = _assemble(row, states.without(skips[prompt]), places)
             array.setflags(write=False)
-            self._cache.put((words.number, prompt), array)
-            encoded[prompt] = array
+            pooled = None if states.pooled is None else states.pooled[places[row[0].ids]].copy()
+            encoded[prompt] = Encoding(states=array, pooled=pooled)
+            self._cache.put((words.number, prompt), encoded[prompt])
         return encoded
 
 
@@ -153,37 +201,37 @@ def _assemble(chunks: Sequence[Chunk], states: Array, places: Mapping[Ids, int])
 
 
 class Cache:
-    """Arrays by key. When one too many is put in, what was not asked for longest goes. Safe for many threads."""
+    """Encodings by key. When one too many is put in, what was not asked for longest goes. Safe for many threads."""
 
     def __init__(self, entries: int, size: int) -> None:
-        """Hold at most so many arrays, of at most so many bytes together."""
+        """Hold at most so many, of at most so many bytes together."""
         self._entries, self._bytes, self._used = entries, size, 0
-        self._arrays: OrderedDict[Hashable, Array] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Encoding] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable) -> Array | None:
-        """Return an array, and count it as the one asked for last."""
+    def get(self, key: Hashable) -> Encoding | None:
+        """Return an encoding, and count it as the one asked for last."""
         with self._lock:
-            array = self._arrays.get(key)
-            if array is not None:
-                self._arrays.move_to_end(key)
-            return array
+            encoding = self._kept.get(key)
+            if encoding is not None:
+                self._kept.move_to_end(key)
+            return encoding
 
-    def put(self, key: Hashable, array: Array) -> None:
-        """Keep an array, or not if it is larger than all there is room for."""
+    def put(self, key: Hashable, encoding: Encoding) -> None:
+        """Keep an encoding, or not if it is larger than all there is room for."""
         with self._lock:
             self._drop(key)
-            self._arrays[key] = array
-            self._used += array.nbytes
-            while len(self._arrays) > self._entries or self._used > self._bytes:
-                self._drop(next(iter(self._arrays)))
+            self._kept[key] = encoding
+            self._used += encoding.nbytes
+            while len(self._kept) > self._entries or self._used > self._bytes:
+                self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Hashable) -> None:
-        array = self._arrays.pop(key, None)
-        self._used -= 0 if array is None else array.nbytes
+        encoding = self._kept.pop(key, None)
+        self._used -= 0 if encoding is None else encoding.nbytes
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
-            self._arrays.clear()
+            self._kept.clear()
             self._used = 0

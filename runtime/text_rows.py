@@ -21,10 +21,14 @@ Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowStates:
-    """What rows are encoded to: with all layers, and where the run was told to keep them, without the last ones."""
+    """What rows are encoded to: with all layers, and where the run was told to keep them, without the last ones.
+
+    pooled: what stands for a row's whole text, where the encoder is read for it
+    """
 
     last: Array  # (rows, context, width)
     skipped: Array | None  # (rows, skipped layers, context, width)
+    pooled: Array | None = None  # (rows, pooled width)
 
     def without(self, clip_skip: int) -> Array:
         """Return the states without that many of the last layers: (rows, context, width)."""
@@ -37,9 +41,12 @@ class RowStates:
 class RowEncoder:
     """The text encoder's engine, for any number of rows. Safe to use from many threads."""
 
-    def __init__(self, run: Run, spec: EngineSpec) -> None:
-        """Wrap an engine. run: the engine itself, or what calls it, which no one else does meanwhile."""
-        self._run, self._lock = run, threading.Lock()
+    def __init__(self, run: Run, spec: EngineSpec, *, pooled: str | None = None) -> None:
+        """Wrap an engine. run: the engine itself, or what calls it, which no one else does meanwhile.
+
+        pooled: the name of the output that stands for a whole row
+        """
+        self._run, self._lock, self._pooled = run, threading.Lock(), pooled
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
         self._batches = sorted({profile["batch"] for profile in spec.profiles})
@@ -86,7 +93,7 @@ class RowEncoder:
 
     def __call__(self, rows: Array, vectors: Array | None, *, keep_skipped: bool) -> RowStates:
         """Encode rows of ids, (rows, context)."""
-        names = (STATES, SKIPPED) if keep_skipped else (STATES,)
+        names = [STATES, *([SKIPPED] if keep_skipped else []), *([self._pooled] if self._pooled else [])]
         kept: dict[str, list[Array]] = {name: [] for name in names}
         for part in self._parts(rows):
             padded = np.concatenate([part, np.repeat(part[-1:], self._batch(len(part)) - len(part), axis=0)])
@@ -95,7 +102,8 @@ class RowEncoder:
                 for name in names:
                     kept[name].append(outputs[name][: len(part)].copy())
         arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
-        return RowStates(last=arrays[STATES], skipped=arrays.get(SKIPPED))
+        pooled = arrays[self._pooled] if self._pooled else None
+        return RowStates(last=arrays[STATES], skipped=arrays.get(SKIPPED), pooled=pooled)
 
     def _parts(self, rows: Array) -> Iterator[Array]:
         largest = max(self._batches, default=MOST_ROWS)

@@ -184,6 +184,9 @@ def test_many_threads_get_each_its_own_picture(pipe: Pipeline) -> None:
         ({"guidance": "7"}, "guidance: found '7', expected a number"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance interval: found 0.9 to 0.1"),
         ({"guidance_rescale": 2.0}, "guidance rescale: found 2"),
+        ({"prompt": "(circle", "prompt_syntax": "weighted"}, "prompt: .* character 1"),
+        ({"prompt_syntax": "a1111"}, "prompt_syntax: found 'a1111', expected one of plain, weighted"),
+        ({"clip_skip": 9}, "clip_skip: found 9, expected at most 1"),
         ({"variation_seed": 3}, "variation_seed and variation_strength belong together"),
         ({"variation_seed": 3, "variation_strength": 1.5}, "variation_strength: found 1.5, expected 0 to 1"),
         ({"variation_seed": 3, "variation_strength": 0.5, "seed": [1]}, "it varies one seed, and seed is a list"),
@@ -207,19 +210,6 @@ def test_every_size_is_either_drawable_or_refused(pipe: Pipeline, width: int, he
         assert not fits or width % 4 or height % 4
 
 
-@given(st.text())
-def test_any_text_becomes_one_row_of_tokens(pipe: Pipeline, text: str) -> None:
-    try:
-        row = pipe._tokenizer([text])
-    except RequestError:
-        assert any("\ud800" <= letter <= "\udfff" for letter in text)
-        return
-    spec = pipe._tokenizer.spec
-    assert row.shape == (1, spec.max_length)
-    assert row[0, 0] == spec.begin_id
-    assert spec.end_id in row[0]
-
-
 def test_a_closed_pipeline_says_so(sd1_bundle: Path) -> None:
     opened = Pipeline.load(sd1_bundle, "cpu")
     opened.close()
@@ -228,8 +218,26 @@ def test_a_closed_pipeline_says_so(sd1_bundle: Path) -> None:
 
 
 def test_a_prompt_that_is_cut_is_said(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
-    pipe("circle " * 100, seed=0, **QUICK)
+    cut = pipe("circle " * 100, seed=0, overflow="truncate", **QUICK)
     assert "the last 25 are not used" in caplog.text
+    assert not np.array_equal(cut.pixels, pipe("circle " * 100, seed=0, **QUICK).pixels)  # all of it is read
+
+
+def test_weights_skipped_layers_and_learned_words_change_the_picture(pipe: Pipeline, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    plain = pipe("a red circle", seed=0, **QUICK).pixels
+    weighted = pipe("a (red:1.5) circle", seed=0, prompt_syntax="weighted", **QUICK).pixels
+    skipped = pipe("a red circle", seed=0, clip_skip=1, **QUICK).pixels
+    file = tmp_path / "cat.safetensors"
+    save_file({"<cat>": np.ones((2, 32), dtype=np.float32)}, str(file))
+    unknown = pipe("a <cat>", seed=0, **QUICK).pixels
+    assert pipe.add_embedding(file) == "<cat>" and pipe.embeddings == ("<cat>",)
+    learned = pipe("a <cat>", seed=0, **QUICK).pixels
+    pipe.remove_embedding("<cat>")
+    assert np.array_equal(pipe("a <cat>", seed=0, **QUICK).pixels, unknown)
+    pictures = [plain, weighted, skipped, unknown, learned]
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
 
 
 def test_the_checkpoints_own_scheduler_is_the_default_sampler(pipe: Pipeline) -> None:

@@ -17,7 +17,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.runtime.embeddings import Embedding
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
-from latentrt.runtime.text import Cache, TextEncoder
+from latentrt.runtime.text import Cache, Encoding, TextEncoder
 
 # float32 in another order of sums, through two or three layers
 CLOSE = 2e-5
@@ -262,15 +262,18 @@ def test_learning_a_word_forgets_what_was_encoded(pair: Pair, fresh: TextEncoder
 
 
 def test_the_cache_holds_no_more_than_its_bytes() -> None:
+    def encoding(numbers: int) -> Encoding:
+        return Encoding(states=np.zeros(numbers, dtype=np.float32))
+
     cache = Cache(entries=10, size=100)
     for key in range(4):
-        cache.put(key, np.zeros(10, dtype=np.float32))
+        cache.put(key, encoding(10))
     assert [key for key in range(4) if cache.get(key) is not None] == [2, 3]
-    cache.put(2, np.zeros(15, dtype=np.float32))
+    cache.put(2, encoding(15))
     assert [key for key in range(4) if cache.get(key) is not None] == [2, 3]
-    cache.put(5, np.zeros(26, dtype=np.float32))
+    cache.put(5, encoding(26))
     assert [key for key in range(6) if cache.get(key) is not None] == []
-    cache.put(6, np.zeros(25, dtype=np.float32))
+    cache.put(6, encoding(25))
     assert cache.get(6) is not None
 
 

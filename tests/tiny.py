@@ -31,6 +31,22 @@ _TEXT: dict[str, dict[str, Any]] = {
         "projection_dim": 24,
         "hidden_act": "gelu",
     },
+    "sdxl": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "projection_dim": 32,
+        "hidden_act": "quick_gelu",
+    },
+}
+_TEXT_2: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 3,
+    "projection_dim": 40,
+    "hidden_act": "gelu",
 }
 _UNET: dict[str, dict[str, Any]] = {
     "sd1": {
@@ -58,6 +74,30 @@ _UNET: dict[str, dict[str, Any]] = {
         "attention_head_dim": [1, 2, 4],
         "use_linear_projection": True,
     },
+    "sdxl": {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": 80,
+        "attention_head_dim": (1, 2),
+        "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 40,
+    },
+}
+# The same networks taking more: what an inpainting UNet and a latent consistency model add.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "inpainting": {"in_channels": 9},
+    "lcm": {"time_cond_proj_dim": 16},
+    "refiner": {"cross_attention_dim": 48, "projection_class_embeddings_input_dim": 5 * 8 + 40},
 }
 _VAE: dict[str, dict[str, Any]] = {
     "sd1": {
@@ -74,29 +114,36 @@ _VAE: dict[str, dict[str, Any]] = {
         "norm_num_groups": 4,
         "sample_size": 24,
     },
+    "sdxl": {
+        "block_out_channels": (8, 16, 16),
+        "latent_channels": 4,
+        "scaling_factor": 0.13025,
+        "norm_num_groups": 4,
+        "sample_size": 32,
+    },
 }
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
-def save_tiny(directory: Path, *, family: str = "sd1", seed: int = 0) -> Path:
-    """Save a whole tiny checkpoint as a diffusers directory, as `save_pretrained` writes it. Returns the directory."""
+def save_tiny(directory: Path, *, family: str = "sd1", variant: str = "", seed: int = 0) -> Path:
+    """Save a whole tiny checkpoint as a diffusers directory, as `save_pretrained` writes it. Returns the directory.
+
+    variant: one of VARIANTS, for a UNet that takes more
+    """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     vocabulary, merges = clip_vocabulary(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text = CLIPTextConfig(
-            vocab_size=len(vocabulary),
-            max_position_embeddings=77,
-            bos_token_id=vocabulary[START],
-            eos_token_id=vocabulary[END],
-            **_TEXT[family],
-        )
-        CLIPTextModel(text).eval().save_pretrained(directory / "text_encoder")
-        _prefix_keys(directory / "text_encoder" / "model.safetensors")
-        UNet2DConditionModel(**_UNET[family]).eval().save_pretrained(directory / "unet")
+        if variant != "refiner":
+            CLIPTextModel(_text_config(_TEXT[family], vocabulary)).eval().save_pretrained(directory / "text_encoder")
+            _prefix_keys(directory / "text_encoder" / "model.safetensors")
+        if family == "sdxl":
+            second = CLIPTextModelWithProjection(_text_config(_TEXT_2, vocabulary)).eval()
+            second.save_pretrained(directory / "text_encoder_2")
+        UNet2DConditionModel(**_UNET[family] | VARIANTS[variant]).eval().save_pretrained(directory / "unet")
         levels = len(_VAE[family]["block_out_channels"])
         blocks = {
             "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -104,9 +151,24 @@ def save_tiny(directory: Path, *, family: str = "sd1", seed: int = 0) -> Path:
         }
         AutoencoderKL(**blocks, **_VAE[family]).eval().save_pretrained(directory / "vae")
     _scheduler(family).save_pretrained(directory / "scheduler")
-    save_tokenizer(directory / "tokenizer", vocabulary, merges, pad="!" if family == "sd2" else END)
-    _write_json(directory / "model_index.json", _model_index(family))
+    if variant != "refiner":
+        save_tokenizer(directory / "tokenizer", vocabulary, merges, pad="!" if family == "sd2" else END)
+    if family == "sdxl":
+        save_tokenizer(directory / "tokenizer_2", vocabulary, merges, pad="!")
+    _write_json(directory / "model_index.json", _model_index(family, variant))
     return directory
+
+
+def _text_config(sizes: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        max_position_embeddings=77,
+        bos_token_id=vocabulary[START],
+        eos_token_id=vocabulary[END],
+        **sizes,
+    )
 
 
 def save_tokenizer(directory: Path, vocabulary: Mapping[str, int], merges: list[str], *, pad: str) -> None:
@@ -155,7 +217,7 @@ def _prefix_keys(file: Path) -> None:
 
 
 def _scheduler(family: str) -> Any:
-    from diffusers import DDIMScheduler, PNDMScheduler
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 
     make: Mapping[str, Callable[[], Any]] = {
         "sd1": lambda: PNDMScheduler(
@@ -164,11 +226,16 @@ def _scheduler(family: str) -> Any:
         "sd2": lambda: DDIMScheduler(
             **_SCHEDULE, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction"
         ),
+        "sdxl": lambda: EulerDiscreteScheduler(
+            **{k: v for k, v in _SCHEDULE.items() if k != "clip_sample"}, steps_offset=1, timestep_spacing="leading"
+        ),
     }
     return make[family]()
 
 
-def _model_index(family: str) -> dict[str, Any]:
+def _model_index(family: str, variant: str) -> dict[str, Any]:
+    if family == "sdxl":
+        return _xl_index(refiner=variant == "refiner")
     return {
         "_class_name": "StableDiffusionPipeline",
         "_diffusers_version": "0.42.1",
@@ -178,6 +245,27 @@ def _model_index(family: str) -> dict[str, Any]:
         "scheduler": ["diffusers", type(_scheduler(family)).__name__],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _xl_index(*, refiner: bool) -> dict[str, Any]:
+    first: dict[str, list[str | None]] = {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    return {
+        "_class_name": "StableDiffusionXLImg2ImgPipeline" if refiner else "StableDiffusionXLPipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": not refiner,
+        "image_encoder": [None, None],
+        **({"requires_aesthetics_score": True} if refiner else {}),
+        "scheduler": ["diffusers", type(_scheduler("sdxl")).__name__],
+        **{name: [None, None] if refiner else entry for name, entry in first.items()},
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }

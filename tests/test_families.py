@@ -1,0 +1,152 @@
+"""Every family of checkpoints draws diffusers' pictures, from every start that it knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
+from latentrt.export.exporting import export_checkpoint
+from latentrt.runtime.conditioning import embed_guidance
+from latentrt.runtime.pipeline import Pipeline
+from tests.test_pipeline_images import left_half, photo
+from tests.tiny import save_tiny
+
+LEAST = 50.0  # dB over the range of pixels: float32 sums in another order, amplified by random weights
+PROMPT, NEGATIVE = "a red circle on blue", "square"
+SEED, STEPS = 3, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks take longer to divide among threads than to compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
+    """Make a tiny checkpoint and its bundle, once for each kind."""
+    root, known = tmp_path_factory.mktemp("families"), dict[tuple[str, str], tuple[Path, Path]]()
+
+    def make(family: str, variant: str) -> tuple[Path, Path]:
+        if (family, variant) not in known:
+            checkpoint = save_tiny(root / f"{family}{variant}-checkpoint", family=family, variant=variant)
+            export_checkpoint(str(checkpoint), root / f"{family}{variant}", precision="fp32")
+            known[family, variant] = checkpoint, root / f"{family}{variant}"
+        return known[family, variant]
+
+    return make
+
+
+def reference(kind: Any, checkpoint: Path, scheduler: Any, **config: Any) -> Any:
+    pipe = kind.from_pretrained(checkpoint)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, **config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def theirs(pipe: Any, **request: Any) -> Array:
+    generator = torch.Generator().manual_seed(SEED)
+    call = {"prompt": PROMPT, "num_inference_steps": STEPS, "output_type": "np", "generator": generator}
+    return np.asarray((pipe(**call | request).images * 255).round())
+
+
+def ours(bundle: Path, **request: Any) -> Array:
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        return pipe(**{"prompt": PROMPT, "steps": STEPS, "seed": SEED} | request).pixels
+
+
+def psnr(found: Array, expected: Array) -> float:
+    assert found.shape == expected.shape
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    return math.inf if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
+
+
+Make = Callable[[str, str], tuple[Path, Path]]
+
+
+@pytest.mark.parametrize("guidance", [1.5, 6.5])
+def test_a_consistency_model_is_told_its_guidance(made: Make, guidance: float) -> None:
+    checkpoint, bundle = made("sd1", "lcm")
+    pipe = reference(diffusers.StableDiffusionPipeline, checkpoint, diffusers.LCMScheduler)
+    expected = theirs(pipe, guidance_scale=guidance)
+    assert psnr(ours(bundle, guidance=guidance, sampler="lcm"), expected) >= LEAST
+    assert psnr(ours(bundle, guidance=guidance + 2, sampler="lcm"), expected) < LEAST
+
+
+def test_the_embedded_guidance_is_diffusers() -> None:
+    embed = diffusers.StableDiffusionPipeline.get_guidance_scale_embedding
+    for width in (16, 256):
+        expected = embed(None, torch.tensor([6.5]), embedding_dim=width).numpy()[0]
+        np.testing.assert_allclose(embed_guidance(7.5, width), expected, atol=2e-3)  # angles of thousands in float32
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_an_inpainting_unet_repaints_as_diffusers_does(made: Make, strength: float) -> None:
+    checkpoint, bundle = made("sd1", "inpainting")
+    pipe = reference(diffusers.StableDiffusionInpaintPipeline, checkpoint, diffusers.DDIMScheduler, clip_sample=False)
+    images = {"image": photo(), "mask_image": left_half(), "width": 40, "height": 32}
+    expected = theirs(pipe, **images, strength=strength, guidance_scale=2.0)
+    found = ours(bundle, image=photo(), mask=left_half(), strength=strength, guidance=2.0, sampler="ddim")
+    assert psnr(found, expected) >= LEAST
+
+
+def test_an_inpainting_unet_without_a_mask_is_refused(made: Make) -> None:
+    _, bundle = made("sd1", "inpainting")
+    with pytest.raises(RequestError, match="mask: this checkpoint repaints a part of an image"):
+        ours(bundle)
+
+
+def test_sizes_are_for_checkpoints_that_were_told_them(made: Make) -> None:
+    _, bundle = made("sd1", "lcm")
+    with pytest.raises(RequestError, match="crop: this checkpoint was not told the sizes of pictures"):
+        ours(bundle, crop=(3, 4))
+
+
+XL: dict[str, Any] = {"guidance": 5.0, "size": (40, 32)}
+
+
+@pytest.mark.parametrize("negative", [None, NEGATIVE])
+def test_sdxl_draws_the_pictures_of_diffusers(made: Make, negative: str | None) -> None:
+    checkpoint, bundle = made("sdxl", "")
+    pipe = reference(diffusers.StableDiffusionXLPipeline, checkpoint, diffusers.EulerDiscreteScheduler)
+    expected = theirs(pipe, negative_prompt=negative, guidance_scale=5.0, width=40, height=32)
+    assert psnr(ours(bundle, negative_prompt=negative or "", **XL), expected) >= LEAST
+
+
+def test_sdxl_is_told_sizes_and_crops(made: Make) -> None:
+    checkpoint, bundle = made("sdxl", "")
+    pipe = reference(diffusers.StableDiffusionXLPipeline, checkpoint, diffusers.EulerDiscreteScheduler)
+    sizes: dict[str, Any] = {"original_size": (96, 64), "target_size": (80, 64)}
+    told = {name: size[::-1] for name, size in sizes.items()} | {"crops_coords_top_left": (3, 5)}
+    expected = theirs(pipe, guidance_scale=5.0, width=40, height=32, **told)
+    assert psnr(ours(bundle, crop=(3, 5), **sizes, **XL), expected) >= LEAST
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdxl_starts_from_an_image(made: Make, masked: bool) -> None:
+    checkpoint, bundle = made("sdxl", "")
+    kinds = {False: diffusers.StableDiffusionXLImg2ImgPipeline, True: diffusers.StableDiffusionXLInpaintPipeline}
+    pipe = reference(kinds[masked], checkpoint, diffusers.EulerDiscreteScheduler)
+    sizes = {"mask_image": left_half(), "width": 40, "height": 32} if masked else {}
+    expected = theirs(pipe, image=photo(), strength=0.6, guidance_scale=5.0, **sizes)
+    request = {"mask": left_half()} if masked else {}
+    assert psnr(ours(bundle, image=photo(), strength=0.6, guidance=5.0, **request), expected) >= LEAST
+
+
+def test_sdxl_skips_layers_as_diffusers_does(made: Make) -> None:
+    checkpoint, bundle = made("sdxl", "")
+    pipe = reference(diffusers.StableDiffusionXLPipeline, checkpoint, diffusers.EulerDiscreteScheduler)
+    expected = theirs(pipe, clip_skip=1, guidance_scale=1.0, width=32, height=32)
+    assert psnr(ours(bundle, clip_skip=1, guidance=1.0), expected) >= LEAST
