@@ -200,7 +200,7 @@ def rows_encoded(spec: EngineSpec, profile: int, tokens: int) -> int | None:
 
     A long prompt is several texts for the encoder: their outputs follow one another as one row does.
     """
-    texts, length = next(iter(input_shapes(spec, profile).values()))
+    texts, length, *_ = next(iter(input_shapes(spec, profile).values()))
     return texts * length // tokens if texts * length % tokens == 0 else None
 
 

@@ -142,6 +142,11 @@ class Scratch:
         self.address = 0
         self.size = 0
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Return its address and size."""
+        return self.address, self.size
+
     def reserve(self, size: int) -> None:
         """Have at least this many bytes. Growing waits for the queue, and moves the memory."""
         if size <= self.size:
@@ -189,7 +194,7 @@ class Pass:
         self._scratch_bytes = program.engine.get_device_memory_size_for_profile_v2(profile)
         place.scratch.reserve(self._scratch_bytes)
         self._copies: tuple[Copy, ...] = ()
-        self._settled: int | None = None
+        self._settled: tuple[int, int] | None = None
         self._graph: int | None = None
 
     def _given(self, result: Any, failure: str) -> Any:
@@ -232,7 +237,7 @@ class Pass:
 
     def run(self) -> None:
         """Put one run in the queue. Raises EngineError."""
-        if self._settled is None or self._settled != self._place.scratch.address:
+        if self._settled != self._place.scratch.extent:
             self._settle()
         if self._graph is not None:
             self._place.queue.device.launch(self._graph, self._place.queue.stream)
@@ -247,7 +252,7 @@ class Pass:
         self._drop_graph()
         scratch.reserve(self._scratch_bytes)
         self._context.set_device_memory(scratch.address, scratch.size)
-        self._settled = scratch.address
+        self._settled = scratch.extent
 
     def _enqueue(self) -> None:
         queue = self._place.queue

@@ -8,6 +8,7 @@ would refuse, or corrupt without a word, is an AssertionError.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,13 @@ class HostDevice:
         self.calls: list[str] = []
         self.ran: list[str] = []
         self.out_of_memory_above: int | None = None
+        self.capture_pause_s = 0.0  # how long the other threads have after a capture began
         self._queue: deque[tuple[str, Work]] = deque()
         self._done = 0  # pieces of work that ran and left the queue
         self._recording: list[tuple[str, Work]] | None = None
+        self._recorder = 0  # the thread whose work is recorded
         self._graphs: dict[int, list[tuple[str, Work]]] = {}
+        self._launched: dict[int, int] = {}  # where in the queue the last launch of a graph ends
         self._events: dict[int, tuple[int, bool]] = {}
         self._handles = iter(range(1, 1 << 30))
         self._streams: set[int] = set()
@@ -101,6 +105,7 @@ class HostDevice:
         """Queue or record one piece of work. Also what the stand-in library calls."""
         with self._lock:
             assert stream in self._streams, "there is no such stream; stream 0 is not to be used"
+            assert self._recording is None or self._recorder == threading.get_ident(), "recorded for another thread"
             if self._recording is None:
                 self._queue.append((label, work))
             else:
@@ -211,7 +216,8 @@ class HostDevice:
         with self._lock:
             self._called("begin_capture")
             assert self._recording is None
-            self._recording = []
+            self._recording, self._recorder = [], threading.get_ident()
+        time.sleep(self.capture_pause_s)
 
     def end_capture(self, stream: int) -> int:
         with self._lock:
@@ -226,11 +232,12 @@ class HostDevice:
             self._called("launch")
             for label, work in self._graphs[graph]:
                 self.put(stream, label, work)
+            self._launched[graph] = self._end
 
     def free_graph(self, graph: int) -> None:
         with self._lock:
             self._called("free_graph")
-            self._idle()
+            assert self._launched.get(graph, 0) <= self._done, "freed under a launch"
             del self._graphs[graph]
 
     def create_event(self, *, timed: bool = False) -> int:

@@ -57,11 +57,16 @@ def plan_bytes(model: Any, spec: EngineSpec) -> bytes:
     return json.dumps(profiles).encode() + b"\n" + model.SerializeToString()
 
 
-def make_library(device: HostDevice, *, rtx: bool = False) -> Any:
-    """Return a module with TensorRT's names. refuses: names of calls that fail from now on; engines: those alive."""
+def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool = False) -> Any:
+    """Return a module with TensorRT's names.
+
+    refuses: names of calls that fail from now on; silent: without a reason; engines: those alive
+    vague_outputs: as with TensorRT, the shapes of outputs are not known before those of inputs are
+    """
     library: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
     library.__version__ = "0.0.0"
-    library.device, library.refuses, library.engines = device, set(), weakref.WeakSet()
+    library.device, library.engines, library.vague_outputs = device, weakref.WeakSet(), vague_outputs
+    library.refuses, library.silent = set(), False
     library.ILogger, library.DataType, library.TensorIOMode = ILogger, DataType, TensorIOMode
     library.ExecutionContextAllocationStrategy = Strategy
     library.Runtime = lambda logger: Runtime(library, logger)
@@ -76,7 +81,7 @@ class Runtime:
 
     def fails(self, call: str) -> bool:
         """Tell whether a call shall fail, and give the logger the reason."""
-        if call in self.library.refuses:
+        if call in self.library.refuses and not self.library.silent:
             self.logger.log(ILogger.Severity.ERROR, f"{call}: as the test\n wishes")
         return call in self.library.refuses
 
@@ -116,7 +121,8 @@ class Engine:
         return DataType[NAMES[self.tensors[name].type]]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(axis if isinstance(axis, int) else -1 for axis in self.tensors[name].shape)
+        vague = name in self.outputs and self.runtime.library.vague_outputs
+        return tuple(axis if isinstance(axis, int) and not vague else -1 for axis in self.tensors[name].shape)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         return [self.profiles[profile][name]] * 3

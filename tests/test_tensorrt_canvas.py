@@ -191,6 +191,7 @@ def test_a_canvas_is_handed_out_blank(studio: Studio, device: HostDevice) -> Non
         canvas.write("known", np.ones((1, 2, 4, 8, 8)))
         draw_on(canvas, studio, Request())
         canvas.mark()
+        canvas.mark()
         again = session.canvas(ONE)
         assert again is canvas and again.elapsed() == ()
         for call in (again.pixels, again.decode, lambda: again.read("state")):
@@ -264,6 +265,7 @@ def test_threads_share_a_session(studio: Studio, device: HostDevice) -> None:
     requests = [Request(seed=1), Request(shape=TALL, seed=2), Request(shape=TWO, seed=3)]
     wanted = [expected(studio, request) for request in requests]
     found: dict[int, tuple[Array, Array]] = {}
+    device.capture_pause_s = 0.01
     with studio.open(device) as session:
         canvases = [session.canvas(request.shape) for request in requests]
 

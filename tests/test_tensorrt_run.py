@@ -1,0 +1,447 @@
+"""Compiled engines for host arrays, and every refusal on the way to running them as one sentence.
+
+On the stand-in of tests/host_tensorrt.py, but for what the real libraries refuse on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines import tensorrt
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import StageInput
+from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.gpu import find_gpu
+from latentrt.engines.options import BuildOptions
+from latentrt.engines.progress import silent
+from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.stage import STATE_ROWS, control_width
+from latentrt.engines.tensorrt_run import open_program
+from latentrt.engines.tensorrt_session import TensorRTSession, load_engine
+from tests.host_device import HostDevice
+from tests.host_tensorrt import make_library
+from tests.studio import LONG, ONE, TALL, TWO, Request, Studio, assert_same, expected, make_studio, picture
+
+
+@pytest.fixture(scope="module")
+def studio(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    return make_studio(Bundle.open(sd1_bundle), tmp_path_factory.mktemp("plans") / "bundle")
+
+
+@pytest.fixture
+def device() -> Iterator[HostDevice]:
+    device = HostDevice()
+    yield device
+    assert device.leftovers() == {} and not device.recording, "a test leaves nothing on the device"
+
+
+def image(count: int = 1, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
+
+
+def test_an_engine_computes_what_its_graph_computes_with_one_wait(studio: Studio, device: HostDevice) -> None:
+    """Kernel by kernel, then from the graph; inputs of another type are converted, and may change after the call."""
+    with studio.open(device) as session:
+        engine = session.engine("vae_encoder")
+        for seed in range(3):
+            given = image(seed=seed)
+            wanted = studio.run("vae_encoder", sample=given)
+            device.forget()
+            mine = given.astype(np.float64)
+            (found,) = engine({"sample": mine}).values()
+            mine.fill(0)
+            assert device.counted()["wait"] == 1
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert set(device.counted()) == {"copy_in", "launch", "copy_out", "record", "wait"}
+
+
+def test_an_engine_keeps_its_profiles_apart(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device) as session:
+        encode = session.engine("text_encoder")
+        for texts in (1, 4, 2, 4, 1):
+            ids = np.random.default_rng(texts).integers(0, 500, (texts, 77))
+            found = encode({"input_ids": ids})["last_hidden_state"]
+            np.testing.assert_allclose(found, studio.run("text_encoder", input_ids=ids), atol=1e-5)
+        assert device.counted()["begin_capture"] == 4  # the first again: four texts needed more scratch memory
+
+
+def test_an_engine_of_its_own_frees_everything_when_it_is_closed(studio: Studio, device: HostDevice) -> None:
+    library, component = make_library(device), "vae_encoder"
+    file, spec = studio.directory / f"{component}.engine", studio.record.specs[component]
+    with load_engine(library, file, spec, device, backend="tensorrt") as engine:
+        assert engine.spec == spec
+        engine({"sample": image()})
+        assert device.leftovers()
+    assert device.leftovers() == {} and len(library.engines) == 0
+    engine.close()
+    with pytest.raises(EngineError, match="the engine of vae_encoder is closed; open the bundle again"):
+        engine({"sample": image()})
+
+
+def test_a_session_hands_out_engines_as_often_as_asked(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device, components=["vae_encoder"]) as session:
+        session.engine("vae_encoder").close()
+        with session.engine("vae_encoder") as engine:
+            engine({"sample": image()})
+        with pytest.raises(EngineError, match="there is no unet here, opened are vae_encoder"):
+            session.engine("unet")
+        with pytest.raises(EngineError, match="drawing needs unet and vae_decoder, opened are vae_encoder"):
+            session.canvas(ONE)
+
+
+def test_shapes_that_no_engine_has_are_answered_with_the_command_that_builds_them(
+    studio: Studio, device: HostDevice
+) -> None:
+    """The command names what there is as well: the engines it builds replace these."""
+    root = studio.directory.parent.parent
+    build = f"run `latentrt build {root} --backend tensorrt"
+    with studio.open(device) as session:
+        with pytest.raises(EngineError) as caught:
+            session.canvas(replace(ONE, pictures=3, width=512, height=768))
+        words = str(caught.value)
+        assert "unet is not compiled for pictures 3, tokens 77, latent_height 192, latent_width 128" in words
+        assert "pictures 1, rows 2, tokens 154, latent_height 8, latent_width 8; run" in words
+        assert "shapes must match exactly, nothing is padded" in words
+        assert f"{build} --size 32x32,32x48,512x768 --batch 1,2,3 --tokens 77,154`" in words
+        with pytest.raises(EngineError) as caught:
+            session.engine("vae_encoder")({"sample": image(3)})
+        assert "vae_encoder is not compiled for batch 3, height 32, width 32" in str(caught.value)
+        assert f"{build} --size 32x32 --batch 1,3`" in str(caught.value)
+
+
+def test_without_the_factor_the_command_leaves_the_size_to_the_reader(studio: Studio, device: HostDevice) -> None:
+    file, spec = studio.directory / "vae_decoder.engine", studio.record.specs["vae_decoder"]
+    with load_engine(make_library(device), file, spec, device, backend="tensorrt-rtx") as engine:
+        state = np.zeros((1, STATE_ROWS, 4, 9, 9), dtype=np.float32)
+        with pytest.raises(EngineError, match=r"latent_height 9, .* --backend tensorrt-rtx --batch 1,2`"):
+            engine({"state": state})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({"pixels": image()}, "vae_encoder takes sample, found pixels"),
+        ({"sample": image()[0]}, r"vae_encoder takes sample: float32\[.*\], found shape \(3, 32, 32\)"),
+    ],
+)
+def test_an_engine_names_what_it_takes(
+    studio: Studio, device: HostDevice, inputs: Mapping[str, Array], words: str
+) -> None:
+    with studio.open(device) as session, pytest.raises(EngineError, match=words):
+        session.engine("vae_encoder")(inputs)
+
+
+def changed(tensors: tuple[TensorSpec, ...], which: str, **fields: Any) -> tuple[TensorSpec, ...]:
+    return tuple(replace(tensor, **fields) if tensor.name == which else tensor for tensor in tensors)
+
+
+MISMATCHES: dict[str, tuple[Callable[[EngineSpec], EngineSpec], str]] = {
+    "an input it has not": (
+        lambda spec: replace(spec, inputs=changed(spec.inputs, "known", name="kept")),
+        "it takes .*known.*, expected .*kept.*",
+    ),
+    "an output it has not": (
+        lambda spec: replace(spec, outputs=changed(spec.outputs, "next_state", name="latents")),
+        "it gives next_state, expected latents",
+    ),
+    "another type": (
+        lambda spec: replace(spec, inputs=changed(spec.inputs, "noise", dtype="float16")),
+        r"noise is float32\[-1, 4, -1, -1\], expected noise: float16",
+    ),
+    "another number of state rows": (
+        lambda spec: replace(
+            spec, inputs=changed(spec.inputs, "state", shape=("pictures", 2, 4, "latent_height", "latent_width"))
+        ),
+        r"state is float32\[-1, 6, 4, -1, -1\], expected state: float32\[pictures, 2, 4",
+    ),
+    "another rank": (
+        lambda spec: replace(spec, inputs=changed(spec.inputs, "picture_of_row", shape=("rows", 1))),
+        r"picture_of_row is int64\[-1\], expected picture_of_row: int64\[rows, 1\]",
+    ),
+    "another number of profiles": (
+        lambda spec: replace(spec, profiles=spec.profiles[:3]),
+        "it has 8 profiles, expected 3",
+    ),
+    "other profiles": (
+        lambda spec: replace(spec, profiles=(spec.profiles[1], spec.profiles[0], *spec.profiles[2:])),
+        r"guidance in profile 0 is \[\(1, 1\)\], expected \(1, 2\)",
+    ),
+    "a profile without an axis": (
+        lambda spec: replace(spec, profiles=({"pictures": 1, "rows": 1, "tokens": 77}, *spec.profiles[1:])),
+        "a profile gives latent_height, latent_width of state.* no size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_an_engine_that_is_not_what_its_record_says_is_not_opened(
+    studio: Studio, device: HostDevice, name: str
+) -> None:
+    change, words = MISMATCHES[name]
+    specs = studio.record.specs | {"unet": change(studio.record.specs["unet"])}
+    other = replace(studio, record=replace(studio.record, specs=specs))
+    with pytest.raises(EngineError, match=rf"{words}.*; run `latentrt build --force` on this bundle"):
+        other.open(device)
+
+
+def test_an_output_that_turns_out_of_another_size_is_refused(studio: Studio, device: HostDevice) -> None:
+    """The compiler may not know an output's fixed axes before shapes are set."""
+    spec = studio.record.specs["vae_encoder"]
+    outputs = changed(spec.outputs, "latent_parameters", shape=("batch", 9, "height // 4", "width // 4"))
+    specs = studio.record.specs | {"vae_encoder": replace(spec, outputs=outputs)}
+    other = replace(studio, record=replace(studio.record, specs=specs))
+    library = make_library(device, vague_outputs=True)
+    words = r"vae_encoder, profile 0 gives .* as \(1, 8, 8, 8\), expected .*, 9, "
+    with other.open(device, library=library) as session, pytest.raises(EngineError, match=words):
+        session.engine("vae_encoder")({"sample": image()})
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (None, BundleError, r"unet\.engine cannot be read .*No such file"),
+        (b"", BundleError, r"unet\.engine cannot be read .*empty file"),
+        (b"no plan", EngineError, r"cannot load .*unet\.engine \(run .*--force.*\): the plan has no magic tag"),
+    ],
+)
+def test_a_file_that_holds_no_engine_is_one_sentence(
+    studio: Studio, device: HostDevice, tmp_path: Path, content: bytes | None, error: type[Exception], words: str
+) -> None:
+    directory = shutil.copytree(studio.directory, tmp_path / "host")
+    (directory / "unet.engine").unlink()
+    if content is not None:
+        (directory / "unet.engine").write_bytes(content)
+    with pytest.raises(error, match=words):
+        replace(studio, directory=directory).open(device)
+
+
+REFUSALS = {
+    "deserialize_cuda_engine": "cannot load .*engine",
+    "create_execution_context": "unet, profile 0: no context could be made",
+    "set_optimization_profile_async": "unet, profile 0: the profile was refused",
+    "set_input_shape": r"unet, profile 0: state was refused the shape \(1, 6, 4, 8, 8\)",
+    "set_tensor_address": "unet, profile 0: the address of state was refused",
+    "execute_async_v3": "text_encoder, profile 1: it could not be run",
+    "execute_async_v3 in capture": "text_encoder, profile 1: it could not be run",
+}
+
+
+@pytest.mark.parametrize("call", REFUSALS)
+def test_what_the_library_refuses_is_said_in_its_own_words(studio: Studio, device: HostDevice, call: str) -> None:
+    """Afterwards nothing is left on the device, and once the library is well again the same session draws."""
+    library = make_library(device)
+    library.refuses = {call}
+    if call == "deserialize_cuda_engine":
+        with pytest.raises(EngineError, match=rf"{REFUSALS[call]}.*: {call}: as the test wishes"):
+            studio.open(device, library=library)
+        return
+    with studio.open(device, library=library) as session:
+        with pytest.raises(EngineError, match=rf"{REFUSALS[call]}: {call}: as the test wishes"):
+            picture(session.canvas(ONE), studio, Request())
+        assert not device.recording
+        library.refuses = set()
+        assert_same(picture(session.canvas(ONE), studio, Request()), expected(studio, Request()))
+
+
+def test_an_old_failure_is_not_told_as_the_reason_of_a_new_one(studio: Studio, device: HostDevice) -> None:
+    library = make_library(device)
+    with studio.open(device, library=library) as session:
+        canvas = session.canvas(ONE)
+        library.refuses = {"create_execution_context"}
+        with pytest.raises(EngineError):
+            session.canvas(TWO)
+        library.refuses, library.silent = {"set_input_shape"}, True
+        with pytest.raises(EngineError, match=r"was refused the shape .*: the library gave no reason"):
+            session.canvas(TALL)
+        assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+
+
+def test_a_device_without_room_says_so_and_keeps_what_it_has(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device) as session:
+        canvas, held = session.canvas(ONE), device.leftovers()
+        picture(canvas, studio, Request())
+        before = device.leftovers()["memory"]
+        device.out_of_memory_above = session.scratch_bytes
+        with pytest.raises(EngineError, match="cudaErrorMemoryAllocation"):
+            session.canvas(TALL)
+        assert device.leftovers()["pinned"] == held["pinned"] and device.leftovers()["memory"] <= before
+        assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+
+
+def test_rtx_contexts_never_exchange_kernels_under_a_graph(studio: Studio, device: HostDevice) -> None:
+    """The stand-in of TensorRT-RTX lets a context be recorded only if its kernels are final."""
+    with studio.open(device, library=make_library(device, rtx=True)) as session:
+        canvas = session.canvas(ONE)
+        for _ in range(2):
+            assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+        assert device.counted()["begin_capture"] == 3
+
+
+def test_a_context_that_cannot_be_recorded_is_an_error_and_no_slower_picture(
+    studio: Studio, device: HostDevice
+) -> None:
+    library = make_library(device, rtx=True)
+    library.refuses = {"is_stream_capturable"}
+    with studio.open(device, library=library) as session, pytest.raises(EngineError, match=r"or open .* graphs=False"):
+        picture(session.canvas(ONE), studio, Request())
+    with studio.open(device, library=library, graphs=False) as session:
+        assert_same(picture(session.canvas(ONE), studio, Request()), expected(studio, Request()))
+
+
+def numbers(rows: int = 1, **fields: Any) -> StageInput:
+    given: dict[str, Any] = {
+        "control": np.zeros((1, control_width(STATE_ROWS))),
+        "guidance": np.ones((1, rows)),
+        "picture_of_row": np.zeros(rows, dtype=np.int64),
+    }
+    return StageInput(**given | fields)
+
+
+def ready(session: TensorRTSession, *, texts: int = 1) -> Any:
+    canvas = session.canvas(ONE)
+    canvas.write("state", np.zeros((1, STATE_ROWS, 4, 8, 8)))
+    canvas.encode({"input_ids": np.zeros((texts, 77), dtype=np.int64)})
+    return canvas
+
+
+WRONG_STEPS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "no such input": (
+        lambda canvas: canvas.write("latents", np.zeros(3)),
+        "there is no latents on this canvas, expected one of state, keep_mask, known, encoder_hidden_states",
+    ),
+    "a stage's own input": (lambda canvas: canvas.write("noise", np.zeros(3)), "there is no noise on this canvas"),
+    "a state of another size": (
+        lambda canvas: canvas.write("state", np.zeros((1, 2, 4, 8, 8))),
+        r"state: found shape \(1, 2, 4, 8, 8\), expected \(1, 6, 4, 8, 8\)",
+    ),
+    "text of another width": (
+        lambda canvas: canvas.write("encoder_hidden_states", np.zeros((2, 77, 5))),
+        r"encoder_hidden_states: found shape \(2, 77, 5\), expected \(2, 77, 32\)",
+    ),
+    "no text": (
+        lambda canvas: canvas.write("encoder_hidden_states", np.zeros((0, 77, 32))),
+        r"encoder_hidden_states: found shape \(0, 77, 32\), expected \(2, 77, 32\)",
+    ),
+    "other inputs of the encoder": (
+        lambda canvas: canvas.encode({"tokens": np.zeros((1, 77))}),
+        "the text encoder takes input_ids, found tokens",
+    ),
+    "a number of texts": (
+        lambda canvas: canvas.encode({"input_ids": np.zeros((3, 77))}),
+        r"the text encoder is compiled for \[1, 2\] texts on this canvas, found 3",
+    ),
+    "a number of rows": (
+        lambda canvas: canvas.advance(numbers(3)),
+        r"compiled for \[1, 2\] model rows at 1 pictures, found 3: every picture with guidance, or none",
+    ),
+    "a picture that is not there": (
+        lambda canvas: canvas.advance(numbers(picture_of_row=np.array([1]))),
+        r"picture_of_row: found \[1\], expected pictures below 1",
+    ),
+    "a picture before the first": (
+        lambda canvas: canvas.advance(numbers(picture_of_row=np.array([-1]))),
+        r"picture_of_row: found \[-1\]",
+    ),
+    "control of another width": (
+        lambda canvas: canvas.advance(numbers(control=np.zeros((1, 7)))),
+        r"control: found shape \(1, 7\), expected \(1, 58\)",
+    ),
+    "guidance of another shape": (
+        lambda canvas: canvas.advance(numbers(guidance=np.ones((1, 2)))),
+        r"guidance: found shape \(1, 2\), expected \(1, 1\)",
+    ),
+    "noise of another shape": (
+        lambda canvas: canvas.advance(numbers(noise=np.zeros((1, 4, 8, 9)))),
+        r"noise: found shape \(1, 4, 8, 9\), expected \(1, 4, 8, 8\)",
+    ),
+    "too few rows of text": (
+        lambda canvas: canvas.advance(numbers(2)),
+        "encoder_hidden_states: a stage needs 2 rows of it and 1 were written; write it first",
+    ),
+    "pixels of no picture": (lambda canvas: canvas.pixels(), "the canvas has no pixels before `decode`"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_STEPS)
+def test_a_canvas_refuses_what_does_not_fit_it(studio: Studio, device: HostDevice, name: str) -> None:
+    step, words = WRONG_STEPS[name]
+    with studio.open(device) as session:
+        canvas = ready(session)
+        with pytest.raises(EngineError, match=words):
+            step(canvas)
+        assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+
+
+@pytest.mark.parametrize("name", ["state", "encoder_hidden_states"])
+def test_a_canvas_refuses_to_draw_from_what_was_not_written(studio: Studio, device: HostDevice, name: str) -> None:
+    with studio.open(device) as session:
+        canvas = session.canvas(ONE)
+        if name == "state":
+            canvas.encode({"input_ids": np.zeros((1, 77))})
+        else:
+            canvas.write("state", np.zeros((1, STATE_ROWS, 4, 8, 8)))
+        with pytest.raises(EngineError, match=rf"{name}: a stage needs it and it was not written; write it first"):
+            canvas.advance(numbers())
+        with pytest.raises(EngineError, match=f"{name} was not written to the canvas"):
+            canvas.read(name)
+
+
+def test_text_can_be_written_with_more_rows_than_there_is_room_for(studio: Studio, device: HostDevice) -> None:
+    text = np.random.default_rng(0).standard_normal((3, 77, 32)).astype(np.float32)
+    with studio.open(device) as session:
+        canvas = session.canvas(ONE)
+        canvas.write("encoder_hidden_states", text)
+        np.testing.assert_array_equal(canvas.read("encoder_hidden_states"), text[:2])
+        canvas.write("encoder_hidden_states", text[2:])
+        np.testing.assert_array_equal(canvas.read("encoder_hidden_states"), text[2:])
+
+
+def test_without_a_text_encoder_the_text_is_written(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device, components=["unet", "vae_decoder"]) as session:
+        canvas = session.canvas(LONG)
+        with pytest.raises(EngineError, match="no text encoder was opened with this canvas: write encoder_hidden"):
+            canvas.encode({"input_ids": np.zeros((2, 77))})
+
+
+@pytest.mark.parametrize(
+    ("component", "stands_for", "words"),
+    [
+        ("vae_encoder", "unet", "unet is no fused denoise stage: it takes sample; run `latentrt build --force`"),
+        ("vae_encoder", "vae_decoder", r"vae_decoder takes \{'sample'.*, expected state \(1, 6, 4, 8, 8\) and pixels"),
+    ],
+)
+def test_an_engine_in_another_place_is_refused(
+    studio: Studio, device: HostDevice, component: str, stands_for: str, words: str
+) -> None:
+    specs = studio.record.specs | {stands_for: replace(studio.record.specs[component], component=stands_for)}
+    entries = studio.record.entries | {stands_for: studio.record.entries[component]}
+    other = replace(studio, record=replace(studio.record, specs=specs, entries=entries))
+    with other.open(device) as session, pytest.raises(EngineError, match=words):
+        session.canvas(ONE)
+
+
+def test_numbers_that_make_no_sense_are_refused(studio: Studio, device: HostDevice) -> None:
+    for options in ({"canvases": 0}, {"slots": 0}):
+        with pytest.raises(EngineError, match=r"canvases and slots: found .*, expected 1 or more"):
+            studio.open(device, **options)
+
+
+@pytest.mark.skipif(find_gpu() is not None, reason="a GPU answers here")
+def test_what_tensorrt_rtx_says_without_a_driver_reaches_the_user(sd1_bundle: Path, tmp_path: Path) -> None:
+    """The real library, a real engine and the memory map: everything up to the driver that is not there."""
+    try:
+        library = tensorrt.require("tensorrt-rtx")
+    except EngineError as error:
+        pytest.skip(str(error))
+    options = BuildOptions(compute_capability="8.9", optimization_level=0)
+    built = tensorrt.build(Bundle.open(sd1_bundle), tmp_path, "tensorrt-rtx", options, silent)
+    entry, spec = built["text_encoder"]
+    with pytest.raises(EngineError, match=r"cannot load .*text_encoder\.engine .*driver version is insufficient"):
+        open_program(library, tmp_path / entry, spec)
