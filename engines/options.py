@@ -26,10 +26,10 @@ class Profile:
     def __str__(self) -> str:
         return f"{self.width}x{self.height} pictures {self.pictures} rows {self.rows} tokens {self.tokens}"
 
-    def axes(self, component: str, factor: int) -> dict[str, int]:
+    def axes(self, factor: int) -> dict[str, int]:
         """Return the size of each axis that a component's graph may name."""
         return {
-            "batch": self.rows if component == "text_encoder" else self.pictures,
+            "batch": self.pictures,
             "pictures": self.pictures,
             "rows": self.rows,
             "tokens": self.tokens,
@@ -77,6 +77,11 @@ class BuildOptions:
         """
         self._check(manifest.latents.factor)
         lengths = tuple(dict.fromkeys(tokenizer.max_length for tokenizer in manifest.tokenizers.values()))
+        if len(lengths) == 1 and any(tokens % lengths[0] for tokens in self.tokens):
+            raise RequestError(
+                f"--tokens: found {', '.join(map(str, self.tokens))}, expected multiples of {lengths[0]}: a long "
+                "prompt is encoded in parts of that length"
+            )
         combinations = itertools.product(
             self.sizes or (manifest.default_size,), self.batches, ROWS_PER_PICTURE, self.tokens or lengths
         )

@@ -19,6 +19,7 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
 from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.options import BuildOptions
+from latentrt.engines.portions import in_portions
 from latentrt.engines.progress import Report
 from latentrt.engines.references import write_references
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
@@ -43,6 +44,7 @@ RUNTIMES: dict[Flavor, tuple[tuple[str, str | None], ...]] = {  # (module, optio
     "tensorrt-rtx": (("tensorrt_rtx", None), ("tensorrt_rtx_bindings", None)),
 }
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
+TOKENS = "input_ids"  # what text encoders take
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
 RECIPE = 3
 
@@ -251,7 +253,9 @@ def _spec(bundle: Bundle, component: str, model: ModelProto, options: BuildOptio
     named = {axis for tensor in inputs for axis in tensor.shape if isinstance(axis, str)}
     profiles: list[Mapping[str, int]] = []
     for profile in options.profiles(bundle.manifest):
-        axes = profile.axes(component, bundle.manifest.latents.factor)
+        axes = profile.axes(bundle.manifest.latents.factor)
+        if TOKENS in {tensor.name for tensor in inputs}:  # a long prompt is several rows of the text encoder
+            axes["batch"] = profile.rows * max(1, profile.tokens // int(inputs[0].shape[1]))
         if unknown := named - set(axes):
             raise EngineError(
                 f"the graph of {component} has axes named {', '.join(sorted(unknown))}, expected some of "
@@ -305,4 +309,4 @@ def open_engines(
         )
     factor = bundle.manifest.latents.factor
     session = open_tensorrt(library, directory, record, CudaDevice(), factor=factor, components=components)
-    return OnDevice(engines={name: session.engine(name) for name in components}, session=session)
+    return OnDevice(engines={name: in_portions(session.engine(name)) for name in components}, session=session)

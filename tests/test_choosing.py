@@ -23,6 +23,7 @@ from latentrt.engines.manifest import ENGINE_RECORD
 from latentrt.engines.opening import open_engines
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import BackendName, EngineKey
+from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import H200, L4, install
 
 SMALL = BuildOptions(sizes=((32, 32),))
@@ -326,3 +327,25 @@ def test_a_machine_that_lacks_something_is_told_what(
     install(monkeypatch, gpu=gpu, **libraries)
     with pytest.raises(EngineError, match=rf"the backend 'tensorrt' cannot run here: .*{words}"):
         open_engines(copy, "tensorrt")
+
+
+def test_a_long_prompt_is_several_rows_of_the_text_encoder(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tensorrt="11.4.0.106")
+    record = build_engines(copy, "tensorrt", options=replace(SMALL, tokens=(77, 231)))
+    assert [profile["batch"] for profile in record.specs["text_encoder"].profiles] == [1, 3, 2, 6]
+    assert {profile["tokens"] for profile in record.specs["unet"].profiles} == {77, 231}
+
+
+def test_the_pipeline_draws_with_compiled_engines_what_it_draws_on_the_cpu(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in runs the very graphs that the compiler would get, on one CPU: no more than a rounding differs."""
+    device = install(monkeypatch, tensorrt="11.4.0.106")
+    build_engines(copy, "tensorrt", options=BuildOptions(sizes=((32, 32),), batches=(1, 3)))
+    with Pipeline.load(copy.root) as compiled, Pipeline.load(copy.root, "cpu") as plain:
+        for options in ({"n": 1}, {"n": 3}, {"n": 1, "guidance": 1.0}):
+            asked: Any = {"seed": 7, "size": (32, 32), "steps": 3, **options}
+            found, expected = (pipe("a red circle", **asked) for pipe in (compiled, plain))
+            assert found.backend == "tensorrt" and found.reason.startswith("auto: NVIDIA L4 answers here")
+            assert abs(found.pixels.astype(int) - expected.pixels.astype(int)).max() <= 1
+    assert device.leftovers() == {}

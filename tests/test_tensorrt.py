@@ -351,7 +351,8 @@ def test_tensorrts_key_names_the_gpu_and_its_driver(
     [
         (BuildOptions(sizes=((30, 32),)), r"--size: found 30x32, expected multiples of 4"),
         (BuildOptions(batches=(1, 0)), "--batch: found 0, expected 1 or more"),
-        (BuildOptions(tokens=(-1,)), "--tokens: found -1"),
+        (BuildOptions(tokens=(-77,)), "--tokens: found -77, expected 1 or more"),
+        (BuildOptions(tokens=(77, 100)), "--tokens: found 77, 100, expected multiples of 77"),
         (BuildOptions(optimization_level=6), "--optimization-level: found 6, expected 0 to 5"),
     ],
 )
