@@ -74,6 +74,12 @@ def frame_text(encoded: Array, frames: Sequence[Frame]) -> Array:
     return mix_text(encoded[first], encoded[second], weights.reshape(-1, 1, 1))
 
 
+def frame_rows(encoded: Array, frames: Sequence[Frame]) -> Array:
+    """Return what `frame_text` returns, of text or of what stands for a whole one: (b, …) for (K, …)."""
+    flat = frame_text(encoded.reshape(len(encoded), 1, -1), frames)
+    return flat.reshape(len(frames), *encoded.shape[1:])
+
+
 def frame_draw(
     seeds: Sequence[int],
     frames: Sequence[Frame],

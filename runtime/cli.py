@@ -1,12 +1,12 @@
-"""The command that draws: generate."""
+"""The commands that draw: generate, animate, and samplers, which prints what they walk."""
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,87 +15,17 @@ import click
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
-from latentrt.engines.progress import terminal_report
-from latentrt.runtime.guidance import ALWAYS
+from latentrt.engines.progress import Report, terminal_report
+from latentrt.engines.spec import Array
+from latentrt.runtime.animation import KeyFrame
+from latentrt.runtime.cli_options import LOADING, PROMPTS, SAMPLING, STARTS, Key, Size, options_of
 from latentrt.runtime.images import save_png
+from latentrt.runtime.movies import check_movie, save_movie
 from latentrt.runtime.pipeline import Pipeline, Result, Step
 from latentrt.runtime.plan_json import plan_to_json
 from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
-from latentrt.runtime.request import NOISES
 from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
 from latentrt.runtime.schedules import STABLE_DIFFUSION
-from latentrt.runtime.spacings import SPACINGS
-
-
-class Size(click.ParamType[tuple[int, int]]):
-    """`512x768` or `512`: width and height in pixels."""
-
-    name = "WIDTHxHEIGHT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
-        if found is None:
-            self.fail(f"'{value}' is not a size; write it as 512x768", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
-
-
-class Numbers(click.ParamType[tuple[float, ...]]):
-    """Numbers between commas: `999,500,10`."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        try:
-            return tuple(float(number) for number in str(value).split(","))
-        except ValueError:
-            self.fail(f"found '{value}', expected numbers between commas, as in 999,500,10", param, ctx)
-
-
-class Interval(click.ParamType[tuple[float, float]]):
-    """Two fractions of the steps: `0.2-0.8`."""
-
-    name = "FROM-TO"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"([\d.]+)-([\d.]+)", str(value))
-        if found is None:
-            self.fail(f"found '{value}', expected two fractions of the steps, as in 0.2-0.8", param, ctx)
-        return float(found[1]), float(found[2])
-
-
-FILE = click.Path(path_type=Path)
-_SAMPLING = (
-    click.option("--steps", type=int, default=None, help="Default: 20."),
-    click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
-    click.option("--spacing", default=None, help=f"Of the steps: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."),
-    click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1, for ddim and tcd."),
-    click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, leaving noise."),
-    click.option("--timesteps", type=Numbers(), default=None, help="What to tell the model, e.g. 999,700,300."),
-    click.option("--sigmas", type=Numbers(), default=None, help="Noise over picture, ending with 0."),
-    click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
-    click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
-    click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),
-)
-_PROMPTS = (
-    click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
-    click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut long prompts."),
-    click.option("--clip-skip", default=0, help="Leave out this many of the text encoder's last layers."),
-)
-_STARTS = (
-    click.option("--image", type=FILE, default=None, help="Start from this picture."),
-    click.option("--mask", type=FILE, default=None, help="Of that picture: white is drawn again, black is kept."),
-    click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
-    click.option("--variation-seed", type=int, default=None, help="Turn the noise towards this seed's."),
-    click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),
-    click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
-)
-
-
-def _options(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
 @click.command()
@@ -103,16 +33,14 @@ def _options(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[...,
 @click.argument("prompt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A directory, or one .png file.")
 @click.option("--negative", "negative_prompt", default="", help="What the picture should not show.")
-@_options(_PROMPTS)
-@_options(_SAMPLING)
-@_options(_STARTS)
+@options_of(PROMPTS)
+@options_of(SAMPLING)
+@options_of(STARTS)
 @click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
 @click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
 @click.option("-n", default=1, show_default=True, help="How many pictures.")
 @click.option("--deadline", type=float, default=None, help="Seconds after which to give up.")
-@click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A learned word's safetensors file.")
-@click.option("--backend", default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads.")
+@options_of(LOADING)
 @click.option("--json", "as_json", is_flag=True, help="Print files, seeds, settings and seconds as JSON.")
 def generate(
     bundle: str,
@@ -125,17 +53,72 @@ def generate(
     **request: Any,
 ) -> None:
     """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
-    logging.basicConfig(format="latentrt: %(message)s")
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"--output: found the file '{output}' for {request['n']} pictures; name a directory")
-    with Pipeline.load(bundle, backend, threads=threads) as pipe:
-        for embedding in embeddings:
-            pipe.add_embedding(embedding)
+    with _load(bundle, backend, threads=threads, embeddings=embeddings) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         files = _save(result, output)
         summary = _summary(result, files, load_s=pipe.load_s)
     click.echo(json.dumps(summary, indent=1) if as_json else _lines(summary))
+
+
+@click.command()
+@click.argument("bundle")
+@click.argument("keys", metavar="PROMPT@SEED...", nargs=-1, required=True, type=Key())
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .gif, .webp or .mp4 file.")
+@click.option("--frames", default=24, show_default=True, help="How many, key frames included.")
+@click.option("--fps", default=8.0, show_default=True, help="Frames a second.")
+@click.option("--loop", is_flag=True, help="Go on from the last key frame to the first.")
+@click.option("--batch", default=4, show_default=True, help="Frames that are drawn at once.")
+@click.option("--negative", "negative_prompt", default="", help="What no frame should show.")
+@options_of(PROMPTS)
+@options_of(SAMPLING)
+@click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
+@options_of(LOADING)
+@click.option("--json", "as_json", is_flag=True, help="Print file, frames and seconds as JSON.")
+def animate(
+    bundle: str,
+    keys: tuple[KeyFrame, ...],
+    output: Path,
+    frames: int,
+    fps: float,
+    loop: bool,
+    batch: int,
+    negative_prompt: str,
+    backend: str,
+    threads: int | None,
+    embeddings: tuple[Path, ...],
+    as_json: bool,
+    **request: Any,
+) -> None:
+    """Draw an animation from key frame to key frame, each a PROMPT@SEED, and write it as GIF, WebP or MP4."""
+    check_movie(output, fps=fps)
+    keys = tuple(dataclasses.replace(key, negative_prompt=negative_prompt) for key in keys)
+    seconds: list[float] = []
+
+    def drawn(pipe: Pipeline, report: Report) -> Iterator[Array]:
+        done = 0
+        report("frames", done, frames)
+        for result in pipe.animate(keys, frames, batch=batch, loop=loop, **request):
+            done += len(result.pixels)
+            seconds.append(result.seconds["total"])
+            report("frames", done, frames)
+            yield from result.pixels
+
+    with _load(bundle, backend, threads=threads, embeddings=embeddings) as pipe, terminal_report(quiet=as_json) as tell:
+        save_movie(drawn(pipe, tell), output, fps=fps)
+    summary = {"file": str(output), "frames": frames, "fps": fps, "backend": pipe.backend, "seconds": sum(seconds)}
+    line = f"{output}: {frames} frames in {summary['seconds']:.1f} s ({pipe.backend})"
+    click.echo(json.dumps(summary, indent=1) if as_json else line)
+
+
+def _load(bundle: str, backend: str, *, threads: int | None, embeddings: tuple[Path, ...]) -> Pipeline:
+    logging.basicConfig(format="latentrt: %(message)s")
+    pipe = Pipeline.load(bundle, backend, threads=threads)
+    for embedding in embeddings:
+        pipe.add_embedding(embedding)
+    return pipe
 
 
 @contextmanager

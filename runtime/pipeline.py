@@ -7,8 +7,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
@@ -20,6 +20,7 @@ from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
 from latentrt.engines.spec import Array
+from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
 from latentrt.runtime.conditioning import conditions
 from latentrt.runtime.denoise import denoise
 from latentrt.runtime.embeddings import load_embedding
@@ -93,6 +94,23 @@ class Result:
         return [Image.fromarray(picture) for picture in self.pixels]
 
 
+Watch = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Source:
+    """Where a batch's text and noise come from.
+
+    tokens: the length of the text; tokenize_s: what reading it took; write: puts it on a canvas
+    draw: gives the next unit normals of every picture's own stream, (n, C, h, w)
+    """
+
+    tokens: int
+    tokenize_s: float
+    write: Callable[[Canvas], None]
+    draw: Callable[[], Array]
+
+
 class Pipeline:
     """Draws pictures from a bundle. Safe to use from many threads: calls wait for one another."""
 
@@ -141,55 +159,119 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        on_step: Callable[[Step], None] | None = None,
+        on_step: Watch | None = None,
         **options: Unpack[Options],
     ) -> Result:
         """Draw pictures of a prompt. The options are the fields of `Request`; on_step: see `draw`."""
         return self.draw(Request(prompt=prompt, **options), on_step=on_step)
 
-    def draw(self, request: Request, *, on_step: Callable[[Step], None] | None = None) -> Result:
+    def draw(self, request: Request, *, on_step: Watch | None = None) -> Result:
         """Draw what a request asks for.
 
         on_step: called after each stage, on the calling thread; what it raises ends the call
         Raises RequestError on what cannot be drawn, and DeadlineError where the request's time is over.
         """
-        start = time.perf_counter()
         job = resolve(request, self.manifest)
-        end = None if request.deadline is None else start + request.deadline
-        if not self._lock.acquire(timeout=-1 if end is None else max(0.0, end - time.perf_counter())):
-            raise DeadlineError(f"deadline: {request.deadline:g} s were over while another call was drawing")
+        return self._locked(job, lambda watch: self._draw(job, self._prompted(job), watch), on_step)
+
+    def animate(
+        self,
+        keys: Sequence[KeyFrame],
+        frames: int,
+        *,
+        batch: int = 4,
+        loop: bool = False,
+        on_step: Watch | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[Result]:
+        """Draw an animation from key frame to key frame; give its frames in order, a batch of them at a time.
+
+        keys: what to go through; text is mixed on a line and noise on an arc, see `animation`
+        batch: how many frames are drawn at once; every batch is full but the last
+        loop: go on from the last key frame to the first
+        options: of every frame, as in a call; keys bring prompt, negative prompt and seed
+        Raises RequestError.
+        """
+        for part in batches(frames_between(len(keys), frames, loop=loop), batch):
+            nearest = [keys[frame.second if frame.weight > 0.5 else frame.first] for frame in part]
+            own: Options = {
+                "negative_prompt": [key.negative_prompt for key in nearest],
+                "seed": [key.seed for key in nearest],
+            }
+            request = Request(prompt=[key.prompt for key in nearest], **(options | own))
+            job = resolve(request, self.manifest)
+            yield self._locked(job, partial(self._draw_between, job, keys, part), on_step)
+
+    def _locked(self, job: Job, work: Callable[[Watch | None], Result], on_step: Watch | None) -> Result:
+        """Do work alone, with the deadline counted from now."""
+        deadline = job.request.deadline
+        end = None if deadline is None else time.perf_counter() + deadline
+        if not self._lock.acquire(timeout=-1 if deadline is None else deadline):
+            raise DeadlineError(f"deadline: {deadline:g} s were over while another call was drawing")
         try:
-            return self._draw(job, start, _watcher(job, end, on_step))
+            if not self._engines:
+                raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
+            return work(_watcher(job, end, on_step))
         finally:
             self._lock.release()
 
-    def _draw(self, job: Job, start: float, watch: Callable[[Step], None] | None) -> Result:
-        if not self._engines:
-            raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
-        clock = _Clock()
+    def _prompted(self, job: Job) -> _Source:
+        """Return what a request's own prompts and seeds give."""
+        start = time.perf_counter()
         prompts = job.read(job.prompts)
         negatives = job.read(job.negatives) if job.guidance.needed else []
-        with clock("tokenize"):
-            canvas = self._canvas(job, tokens=self._texts.tokens([*prompts, *negatives]))
+        tokens = self._texts.tokens([*prompts, *negatives])
+
+        def write(canvas: Canvas) -> None:
             in_place = self._texts.device_inputs(prompts, negatives) if canvas.queued else None
-        canvas.mark()
-        if in_place is not None:
-            canvas.encode(in_place)
-        else:
+            if in_place is not None:
+                canvas.encode(in_place)
+                return
             for name, array in self._texts(prompts, negatives).items():
                 canvas.write(name, array)
+
+        shape = latent_shape(job.size, self.manifest.latents)
+        return _Source(
+            tokens=tokens,
+            tokenize_s=time.perf_counter() - start,
+            write=write,
+            draw=_stream(job.request.noise, job.seeds, shape),
+        )
+
+    def _draw_between(self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], watch: Watch | None) -> Result:
+        """Draw frames that lie between key frames."""
+        start = time.perf_counter()
+        negatives = job.read([key.negative_prompt for key in keys]) if job.guidance.needed else []
+        texts = self._texts(job.read([key.prompt for key in keys]), negatives)
+        parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
+
+        def write(canvas: Canvas) -> None:
+            for name, array in texts.items():
+                canvas.write(name, np.concatenate([frame_rows(array[part], frames) for part in parts]))
+
+        shape = latent_shape(job.size, self.manifest.latents)
+        draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
+        tokens = texts["encoder_hidden_states"].shape[1]
+        source = _Source(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
+        return self._draw(job, source, watch)
+
+    def _draw(self, job: Job, source: _Source, watch: Watch | None) -> Result:
+        start = time.perf_counter()
+        canvas = self._canvas(job, tokens=source.tokens)
         canvas.mark()
-        self._denoise(job, canvas, watch)
+        source.write(canvas)
+        canvas.mark()
+        self._denoise(job, source, canvas, watch)
         canvas.decode()
         canvas.mark()
         pixels = canvas.pixels()
         encode, *steps, decode = canvas.elapsed()
-        seconds = {**clock.seconds, "encode": encode, "denoise": sum(steps), "decode": decode}
+        seconds = {"tokenize": source.tokenize_s, "encode": encode, "denoise": sum(steps), "decode": decode}
         return Result(
             pixels=pixels,
             seeds=job.seeds,
             settings=tuple(self._settings(job, i) for i in range(len(job.prompts))),
-            seconds={**seconds, "total": time.perf_counter() - start},
+            seconds={**seconds, "total": source.tokenize_s + time.perf_counter() - start},
             step_seconds=tuple(steps),
             backend=self._opened.choice.backend,
             reason=self._opened.choice.reason,
@@ -200,13 +282,13 @@ class Pipeline:
         shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
         return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows)
 
-    def _denoise(self, job: Job, canvas: Canvas, watch: Callable[[Step], None] | None) -> None:
-        shape = latent_shape(job.size, self.manifest.latents)
-        draw = _stream(job.request.noise, job.seeds, shape)
+    def _denoise(self, job: Job, source: _Source, canvas: Canvas, watch: Watch | None) -> None:
+        draw = source.draw
         for name, array in conditions(self.manifest, job, rows=job.rows).items():
             canvas.write(name, array)
         start = self._start(job, draw)
         if job.variations:
+            shape = latent_shape(job.size, self.manifest.latents)
             other = _stream(job.request.noise, job.variations, shape)()
             varied = vary(start.noise, other, job.request.variation_strength)
             start = dataclasses.replace(start, noise=varied)
@@ -292,7 +374,7 @@ def _needed(bundle: Bundle) -> tuple[str, ...]:
     return (*(text.component for text in bundle.manifest.text_encoders), "unet", "vae_decoder")
 
 
-def _watcher(job: Job, end: float | None, on_step: Callable[[Step], None] | None) -> Callable[[Step], None] | None:
+def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None:
     """Return what looks at each stage: the deadline, then the caller. None where nobody does."""
     if end is None:
         return on_step
@@ -312,16 +394,3 @@ def _stream(source: NoiseSource, seeds: Sequence[int], shape: tuple[int, int, in
     """Return what draws the next unit normals of each seed's own stream: (n, *shape), float32."""
     generators = [NOISES[source](seed) for seed in seeds]
     return lambda: np.stack([generator.normal(shape) for generator in generators])
-
-
-class _Clock:
-    """Seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - start

@@ -184,7 +184,7 @@ def test_many_threads_get_each_its_own_picture(pipe: Pipeline) -> None:
         ({"guidance": "7"}, "guidance: found '7', expected a number"),
         ({"guidance_interval": (0.9, 0.1)}, "guidance interval: found 0.9 to 0.1"),
         ({"guidance_rescale": 2.0}, "guidance rescale: found 2"),
-        ({"prompt": "(circle", "prompt_syntax": "weighted"}, "prompt: .* character 1"),
+        ({"prompt": "(circle", "prompt_syntax": "weighted"}, "character 1: .* is never closed"),
         ({"prompt_syntax": "a1111"}, "prompt_syntax: found 'a1111', expected one of plain, weighted"),
         ({"clip_skip": 9}, "clip_skip: found 9, expected at most 1"),
         ({"variation_seed": 3}, "variation_seed and variation_strength belong together"),

@@ -19,6 +19,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "export": ("latentrt.export.cli", "export", "Turn a checkpoint into a bundle."),
     "build": ("latentrt.engines.cli", "build", "Build a bundle's engines for the machine at hand."),
     "generate": ("latentrt.runtime.cli", "generate", "Draw pictures from a prompt."),
+    "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
     "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print one as a table of numbers."),
     "inspect": ("latentrt.export.inspect_cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.engines.cli", "verify", "Check a bundle's files and engines."),

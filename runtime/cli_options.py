@@ -1,0 +1,106 @@
+"""What the commands that draw may be told, and how it is read from the command line."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentrt.runtime.animation import KeyFrame
+from latentrt.runtime.guidance import ALWAYS
+from latentrt.runtime.request import NOISES
+from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
+from latentrt.runtime.spacings import SPACINGS
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """`512x768` or `512`: width and height in pixels."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
+        if found is None:
+            self.fail(f"'{value}' is not a size; write it as 512x768", param, ctx)
+        return int(found[1]), int(found[2] or found[1])
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers between commas: `999,500,10`."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(float(number) for number in str(value).split(","))
+        except ValueError:
+            self.fail(f"found '{value}', expected numbers between commas, as in 999,500,10", param, ctx)
+
+
+class Key(click.ParamType[KeyFrame]):
+    """A key frame: a prompt and its seed, `a red circle@7`."""
+
+    name = "PROMPT@SEED"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> KeyFrame:
+        found = re.fullmatch(r"(.*)@(-?\d+)", str(value), flags=re.DOTALL)
+        if found is None:
+            self.fail(f"found '{value}', expected a prompt, @ and a seed, as in 'a red circle@7'", param, ctx)
+        return KeyFrame(prompt=found[1], seed=int(found[2]))
+
+
+class Interval(click.ParamType[tuple[float, float]]):
+    """Two fractions of the steps: `0.2-0.8`."""
+
+    name = "FROM-TO"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([\d.]+)-([\d.]+)", str(value))
+        if found is None:
+            self.fail(f"found '{value}', expected two fractions of the steps, as in 0.2-0.8", param, ctx)
+        return float(found[1]), float(found[2])
+
+
+FILE = click.Path(path_type=Path)
+SAMPLING = (
+    click.option("--steps", type=int, default=None, help="Default: 20."),
+    click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
+    click.option("--spacing", default=None, help=f"Of the steps: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."),
+    click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1, for ddim and tcd."),
+    click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, leaving noise."),
+    click.option("--timesteps", type=Numbers(), default=None, help="What to tell the model, e.g. 999,700,300."),
+    click.option("--sigmas", type=Numbers(), default=None, help="Noise over picture, ending with 0."),
+    click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
+    click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
+    click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),
+)
+PROMPTS = (
+    click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
+    click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut long prompts."),
+    click.option("--clip-skip", default=0, help="Leave out this many of the text encoder's last layers."),
+)
+STARTS = (
+    click.option("--image", type=FILE, default=None, help="Start from this picture."),
+    click.option("--mask", type=FILE, default=None, help="Of that picture: white is drawn again, black is kept."),
+    click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
+    click.option("--variation-seed", type=int, default=None, help="Turn the noise towards this seed's."),
+    click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),
+    click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
+)
+
+
+def options_of(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda command: functools.reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+LOADING = (
+    click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A learned word's safetensors file."),
+    click.option("--backend", default="auto", show_default=True),
+    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads."),
+)

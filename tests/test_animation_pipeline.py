@@ -1,0 +1,76 @@
+"""Animations through the public class: key frames met exactly, batches that do not matter, no flicker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
+from latentrt.runtime.animation import KeyFrame
+from latentrt.runtime.pipeline import Pipeline
+
+KEYS = [
+    KeyFrame(prompt="a red circle", seed=1),
+    KeyFrame(prompt="a blue square", seed=2, negative_prompt="red"),
+    KeyFrame(prompt="a circle on blue", seed=3),
+]
+QUICK: dict[str, Any] = {"steps": 2, "guidance": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(sd1_bundle, "cpu", threads=1) as opened:
+        yield opened
+
+
+def frames(pipe: Pipeline, count: int, **options: Any) -> Array:
+    return np.concatenate([result.pixels for result in pipe.animate(KEYS, count, **{**QUICK, **options})])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_key_frames_are_the_pictures_drawn_alone(pipe: Pipeline, sampler: str) -> None:
+    found = frames(pipe, 5, sampler=sampler)
+    assert found.shape == (5, 32, 32, 3)
+    for place, key in zip((0, 2, 4), KEYS, strict=True):
+        alone = pipe(key.prompt, negative_prompt=key.negative_prompt, seed=key.seed, sampler=sampler, **QUICK)
+        assert np.abs(found[place].astype(int) - alone.pixels[0].astype(int)).max() <= 1
+    assert not np.array_equal(found[1], found[0]) and not np.array_equal(found[1], found[2])
+
+
+def test_the_size_of_batches_changes_no_frame(pipe: Pipeline) -> None:
+    expected = frames(pipe, 7, sampler="euler_ancestral", batch=7)
+    for batch in (1, 3):
+        found = frames(pipe, 7, sampler="euler_ancestral", batch=batch)
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_every_batch_but_the_last_is_full(pipe: Pipeline) -> None:
+    results = list(pipe.animate(KEYS, 7, batch=3, sampler="euler", **QUICK))
+    assert [len(result.pixels) for result in results] == [3, 3, 1]
+
+
+def test_a_loop_goes_back_to_its_first_key_frame(pipe: Pipeline) -> None:
+    looped = frames(pipe, 6, loop=True, sampler="euler")
+    assert np.array_equal(looped[0], frames(pipe, 5, sampler="euler")[0])
+    assert not np.array_equal(looped[5], looped[4])
+
+
+@pytest.mark.parametrize(
+    ("keys", "count", "options", "sentence"),
+    [
+        (KEYS[:1], 5, {}, "key frames: found 1, expected two at least"),
+        (KEYS, 2, {}, "frames: found 2, expected 3 at least"),
+        (KEYS, 5, {"batch": 0}, "batch: found 0"),
+        (KEYS, 5, {"steps": 0}, "steps: found 0"),
+    ],
+)
+def test_what_cannot_be_animated_is_refused(
+    pipe: Pipeline, keys: list[KeyFrame], count: int, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        list(pipe.animate(keys, count, **{**QUICK, **options}))
