@@ -14,6 +14,7 @@ from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
 from latentrt.export.assembly import open_file, replace_vae
 from latentrt.export.families import ACTIVATIONS
 from latentrt.export.folders import open_folder
+from latentrt.export.fusing import add_loras
 from latentrt.export.hub import download
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import TEXT_ENCODERS, Parts, Recipe, Source
@@ -74,6 +75,8 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     """Put in place what was given beside the checkpoint."""
     if options.vae:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
+    if options.loras:
+        parts = add_loras(parts, options.loras)
     if options.prediction_type:
         parts = replace(
             parts,

@@ -16,7 +16,7 @@ from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.exporting import Exported, export_checkpoint
-from latentrt.export.options import CheckpointOptions
+from latentrt.export.options import CheckpointOptions, LoraOption
 
 MIB = 1 << 20
 
@@ -38,6 +38,7 @@ MIB = 1 << 20
 @click.option("--vae", default=None, metavar="PATH", help="Take the VAE from another directory or file.")
 @click.option("--tokenizer", default=None, metavar="DIR", help="CLIP's vocabulary, which a single file lacks.")
 @click.option("--config", default=None, metavar="DIR", help="Configs for a single file in sizes of its own.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
 @click.option("--allow-pickle", is_flag=True, help="Open pickles, as weights alone.")
 @click.option(
     "--prediction-type", type=click.Choice(get_args(Prediction)), help="Where the checkpoint does not say it."
@@ -51,6 +52,7 @@ def export(
     no_build: bool,
     overwrite: bool,
     as_json: bool,
+    loras: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Turn CHECKPOINT into BUNDLE: graphs, recorded outputs, and engines for this machine.
@@ -70,7 +72,7 @@ def export(
             precision=cast(Precision | None, precision),
             backends=chosen,
             overwrite=overwrite,
-            options=CheckpointOptions(**options),
+            options=CheckpointOptions(loras=tuple(map(LoraOption.parse, loras)), **options),
             report=report,
         )
     summary = summarise(exported, bundle)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.fusing import Changes, find_changes, fuse
 from latentrt.export.parts import Part, Recipe
 from latentrt.export.pickles import load_pickle
 from latentrt.export.weights import PICKLES
@@ -46,7 +47,8 @@ def written(recipe: Recipe, folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         (folder / "config.json").write_text(recipe.config, encoding="utf-8")
-        _save(folder, STEMS[recipe.part], read_tensors(recipe))
+        tensors = read_tensors(recipe)
+        _save(folder, STEMS[recipe.part], tensors, find_changes(recipe, tensors))
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -118,20 +120,25 @@ def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
     return converted
 
 
-def _save(folder: Path, stem: str, tensors: Tensors) -> None:
-    """Write tensors as one file, or as shards where they are many, so that few are in memory at once."""
+def _save(folder: Path, stem: str, tensors: Tensors, changes: Changes) -> None:
+    """Write tensors as one file, or as shards where they are many, so that few changed ones are in memory at once."""
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for key, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
+        size = tensor.numel() * 4 if key in changes else tensor.nbytes
+        if size > room and shards[-1]:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(key)
-        room -= tensor.nbytes
+        room -= size
     places: dict[str, str] = {}
     for number, keys in enumerate(shards):
         name = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        save_file(
+            {key: fuse(tensors[key], changes[key]) if key in changes else tensors[key] for key in keys},
+            folder / name,
+            metadata={"format": "pt"},
+        )
         places |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Prediction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraOption:
+    """A LoRA file, and how strongly it changes the weights."""
+
+    path: str
+    strength: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraOption:
+        """Read `file` or `file:0.8`. Raises CheckpointError."""
+        path, _, number = text.rpartition(":")
+        try:
+            strength = float(number)
+        except ValueError:
+            return cls(path=text)
+        if not path or not math.isfinite(strength):
+            raise CheckpointError(f"--lora '{text}': expected a file and a number, as in style.safetensors:0.8")
+        return cls(path=path, strength=strength)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +38,7 @@ class CheckpointOptions:
     tokenizer: a directory with CLIP's vocabulary, or a checkpoint with one; a single file holds none
     vae: a VAE to take in place of the checkpoint's: a directory or a file
     prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
+    loras: low-rank changes that are added to the weights; their order does not matter
     allow_pickle: whether weights in pickles may be opened
     """
 
@@ -24,4 +47,5 @@ class CheckpointOptions:
     tokenizer: str | None = None
     vae: str | None = None
     prediction_type: Prediction | None = None
+    loras: tuple[LoraOption, ...] = ()
     allow_pickle: bool = False

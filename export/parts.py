@@ -31,18 +31,28 @@ def folders(source: Source, roles: Collection[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fusion:
+    """A LoRA file that is added to the weights."""
+
+    path: str
+    strength: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How to write the folder that a network is loaded from, where there is none as it is needed.
 
     config: the text of its config.json
     files: what holds the weights; files that hold other networks too are read in part
     layout: `original` for the names of the first Stable Diffusion, which single files have
+    loras: what is added, in the order of the sum
     """
 
     part: Part
     config: str
     files: tuple[str, ...]
     layout: Layout
+    loras: tuple[Fusion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

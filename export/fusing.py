@@ -1,0 +1,103 @@
+"""LoRA added to a checkpoint's weights: chosen before anything is exported, summed while a network is written."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentrt.engines.bundle import hash_file
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.lora import Lora, read_lora
+from latentrt.engines.spec import Array
+from latentrt.export.folders import read_json
+from latentrt.export.options import LoraOption
+from latentrt.export.parts import PARTS, Fusion, Parts, Recipe
+from latentrt.export.weights import find_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Changes = Mapping[str, Sequence[Callable[[], Array]]]
+"""What is added to each weight that changes, computed when it is asked for: one weight's is in memory at a time."""
+
+
+def add_loras(parts: Parts, loras: Sequence[LoraOption]) -> Parts:
+    """Have LoRAs added to the networks that they change. Raises CheckpointError where one fits another model.
+
+    The sum is always in the order of the files' hashes, so that it is the same in whichever order they were given.
+    """
+    if parts.source == "onnx":
+        raise CheckpointError("--lora cannot change graphs that optimum exported; give the checkpoint they came from")
+    files = sorted((hash_file(_existing(lora)), lora.strength, lora.path) for lora in loras)
+    fusions = tuple(Fusion(path=str(Path(path).resolve()), strength=strength) for _, strength, path in files)
+    opened = [read_lora(Path(fusion.path)) for fusion in fusions]
+    for lora in opened:
+        for part in set(lora.modules) - set(PARTS.values()):
+            raise CheckpointError(
+                f"{lora.path} changes a {part}, which this checkpoint does not have; "
+                "give a LoRA that was made for its family"
+            )
+    names = [f"lora/{number}-{Path(fusion.path).name}" for number, fusion in enumerate(fusions, start=1)]
+    return replace(
+        parts,
+        networks={
+            component: _with_loras(component, network, opened, fusions) for component, network in parts.networks.items()
+        },
+        files={**parts.files, **{name: Path(fusion.path) for name, fusion in zip(names, fusions, strict=True)}},
+        options={**parts.options, **{n: str(fusion.strength) for n, fusion in zip(names, fusions, strict=True)}},
+    )
+
+
+def _existing(lora: LoraOption) -> Path:
+    if not Path(lora.path).is_file():
+        raise CheckpointError(f"there is no LoRA at '{lora.path}'; write it as FILE or FILE:SCALE")
+    return Path(lora.path)
+
+
+def _with_loras(
+    component: str, network: Path | Recipe, opened: Sequence[Lora], fusions: Sequence[Fusion]
+) -> Path | Recipe:
+    """Return how to write a network with what changes it."""
+    part = PARTS[component]
+    mine = [(lora, fusion) for lora, fusion in zip(opened, fusions, strict=True) if part in lora.modules]
+    if not mine:
+        return network
+    if isinstance(network, Path):
+        weights = find_weights(network)
+        shapes = {key: stored.shape for shard in weights.shards for key, stored in shard.tensors.items()}
+        for lora, _ in mine:  # at once, where the names are known without a conversion
+            lora.match(part, shapes)
+        config = json.dumps(read_json(network / "config.json"))
+        files = tuple(str(shard.path.resolve()) for shard in weights.shards)
+        network = Recipe(part=part, config=config, files=files, layout="diffusers")
+    return replace(network, loras=tuple(fusion for _, fusion in mine))
+
+
+def find_changes(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Changes:
+    """Find what is added to each tensor of a network. Raises CheckpointError where a LoRA fits another model."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    changes: dict[str, list[Callable[[], Array]]] = {}
+    for fusion in recipe.loras:
+        lora = read_lora(Path(fusion.path))
+        for key, module in lora.match(recipe.part, shapes).items():
+            delta = functools.partial(_delta, lora, recipe.part, module, shapes[key], fusion.strength)
+            changes.setdefault(key, []).append(delta)
+    return changes
+
+
+def _delta(lora: Lora, part: str, module: str, shape: tuple[int, ...], strength: float) -> Array:
+    return lora.change(part, module).delta(shape, strength=strength)
+
+
+def fuse(tensor: Tensor, deltas: Sequence[Callable[[], Array]]) -> Tensor:
+    """Return a weight with its changes, in float32: what it was stored in would round small changes away."""
+    import torch
+
+    total = tensor.to(torch.float32, copy=True)
+    for delta in deltas:
+        total += torch.from_numpy(delta())
+    return total
