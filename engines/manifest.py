@@ -103,11 +103,15 @@ class TrainingSchedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSpec:
-    """The latent space: (channels, height / factor, width / factor), multiplied by `scaling_factor`."""
+    """The latent space: (channels, height / factor, width / factor), multiplied by `scaling_factor`.
+
+    preview: what each channel adds to red, green and blue (0 to 255), and last what is there without any
+    """
 
     channels: int
     factor: int
     scaling_factor: float
+    preview: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,3 +230,9 @@ def _check_references(manifest: Manifest, *, where: str) -> None:
             raise BundleError(f"{where} $.{key}: '{path}' is not among $.files; export the checkpoint again")
     if min(manifest.default_size) < 1 or min(manifest.latents.channels, manifest.latents.factor) < 1:
         raise BundleError(f"{where} $.latents or $.default_size: sizes must be positive; export the checkpoint again")
+    preview = manifest.latents.preview
+    if preview is not None and [len(row) for row in preview] != [3] * (manifest.latents.channels + 1):
+        raise BundleError(
+            f"{where} $.latents.preview: expected {manifest.latents.channels + 1} rows of red, green and blue; "
+            "export the checkpoint again"
+        )

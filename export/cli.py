@@ -89,6 +89,7 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
         "bytes": sum(record.bytes for record in exported.manifest.files.values()),
         "seconds": round(exported.seconds, 2),
         "engines": dict(exported.engines),
+        "preview_r_squared": exported.preview_r_squared,
         "components": {
             name: {
                 "weights_bytes": finished.weights_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -28,6 +29,7 @@ from latentrt.export.jobs import MARKERS, Finished, Job, read_marker
 from latentrt.export.optimum import write_configs
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import Recipe, Source
+from latentrt.export.preview import PreviewFit, fit_preview
 from latentrt.export.tokenizer import read_clip_files, write_tokenizer
 from latentrt.export.worker import start_worker
 
@@ -59,7 +61,10 @@ TEXT_ENCODERS: Mapping[Family, tuple[TextSpec, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What an export did. `already_there` says that the bundle was there already and nothing was done."""
+    """What an export did. `already_there` says that the bundle was there already and nothing was done.
+
+    preview_r_squared: the share of the colours' variance that the latent preview explains; None where none was fitted
+    """
 
     manifest: Manifest
     components: Mapping[str, Finished]
@@ -67,6 +72,7 @@ class Exported:
     engines: Mapping[str, str]
     seconds: float
     already_there: bool = False
+    preview_r_squared: float | None = None
 
 
 def export_checkpoint(
@@ -99,7 +105,10 @@ def export_checkpoint(
             shutil.rmtree(staged)
             return _kept(existing, backends, report, start)
         finished, resumed = _components(opened, staged, precision, report)
-        manifest = _manifest(opened, staged, precision, provenance, finished)
+        report("fitting the preview", 0, 1)
+        preview = fit_preview(staged, opened.latents)
+        report("fitting the preview", 1, 1)
+        manifest = _manifest(opened, staged, precision, provenance, finished, preview)
         write_manifest(staged, manifest)
         engines = _build(Bundle.open(staged), backends, report)
         _publish(staged, target, overwrite=overwrite)
@@ -109,6 +118,7 @@ def export_checkpoint(
         resumed=resumed,
         engines=engines,
         seconds=time.perf_counter() - start,
+        preview_r_squared=preview.r_squared,
     )
 
 
@@ -214,6 +224,7 @@ def _manifest(
     precision: Precision,
     provenance: Provenance,
     finished: Mapping[str, Finished],
+    preview: PreviewFit,
 ) -> Manifest:
     """Write the files that are not graphs, and describe the bundle."""
     with disk_errors(staged):
@@ -233,7 +244,7 @@ def _manifest(
         components={name: _component_spec(component) for name, component in finished.items()},
         tokenizers=tokenizers,
         schedule=checkpoint.schedule,
-        latents=checkpoint.latents,
+        latents=dataclasses.replace(checkpoint.latents, preview=preview.weights),
         default_size=checkpoint.default_size,
         files=dict(sorted(files.items())),
         text_encoders=TEXT_ENCODERS[checkpoint.family],
