@@ -12,10 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.manifest import MANIFEST, LatentSpec, Prediction
+from latentrt.engines.opening import open_engines
 from latentrt.engines.spec import Array
 from latentrt.export.demo.drawing import any_scene, draw_scene
 from latentrt.export.preview import GRAPHS, fit_preview, least_squares, made_up_picture, r_squared
