@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
+from latentrt.engines.opening import open_engines
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.runtime.embeddings import Embedding
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
