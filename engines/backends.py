@@ -76,7 +76,7 @@ class _Sessions:
         if self.provider not in onnxruntime.FUSED:
             return HostCanvas(self.engines, self.space, shape, state_rows=state_rows)
         bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
-        return OnnxRuntimeCanvas(bound, self.space, shape, device="cuda")
+        return OnnxRuntimeCanvas(bound, self.space, shape, device=self.provider)
 
     def close(self) -> None:
         for engine in self.engines.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import settings
 
 from latentrt.export.exporting import export_checkpoint
 from tests.tiny import save_tiny
+
+Make = Callable[[str, str], tuple[Path, Path]]
+"""(family, variant) -> a tiny checkpoint and its bundle"""
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
@@ -60,3 +64,19 @@ def sd1_half_bundle(workshop: Path, sd1_checkpoint: Path) -> Path:
 def demo_half_bundle(workshop: Path) -> Path:
     export_checkpoint("demo", workshop / "shapes-fp16", precision="fp16")
     return workshop / "shapes-fp16"
+
+
+@pytest.fixture(scope="session")
+def made(workshop: Path) -> Make:
+    """Make a tiny checkpoint and its bundle, once for each kind."""
+    known = dict[tuple[str, str], tuple[Path, Path]]()
+
+    def make(family: str, variant: str) -> tuple[Path, Path]:
+        if (family, variant) not in known:
+            name = f"{family}-{variant}" if variant else f"{family}-plain"
+            checkpoint = save_tiny(workshop / f"{name}-checkpoint", family=family, variant=variant)
+            export_checkpoint(str(checkpoint), workshop / name, precision="fp32")
+            known[family, variant] = checkpoint, workshop / name
+        return known[family, variant]
+
+    return make

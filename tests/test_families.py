@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.export.exporting import export_checkpoint
 from latentrt.runtime.conditioning import embed_guidance
 from latentrt.runtime.pipeline import Pipeline
+from tests.conftest import Make
 from tests.test_pipeline_images import left_half, photo
-from tests.tiny import save_tiny
 
 LEAST = 50.0  # dB over the range of pixels: float32 sums in another order, amplified by random weights
 PROMPT, NEGATIVE = "a red circle on blue", "square"
@@ -32,21 +31,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], tuple[Path, Path]]:
-    """Make a tiny checkpoint and its bundle, once for each kind."""
-    root, known = tmp_path_factory.mktemp("families"), dict[tuple[str, str], tuple[Path, Path]]()
-
-    def make(family: str, variant: str) -> tuple[Path, Path]:
-        if (family, variant) not in known:
-            checkpoint = save_tiny(root / f"{family}{variant}-checkpoint", family=family, variant=variant)
-            export_checkpoint(str(checkpoint), root / f"{family}{variant}", precision="fp32")
-            known[family, variant] = checkpoint, root / f"{family}{variant}"
-        return known[family, variant]
-
-    return make
 
 
 def reference(kind: Any, checkpoint: Path, scheduler: Any, **config: Any) -> Any:
@@ -71,9 +55,6 @@ def psnr(found: Array, expected: Array) -> float:
     assert found.shape == expected.shape
     error = float(np.mean((found.astype(np.float64) - expected) ** 2))
     return math.inf if error == 0 else 20 * math.log10(255) - 10 * math.log10(error)
-
-
-Make = Callable[[str, str], tuple[Path, Path]]
 
 
 @pytest.mark.parametrize("guidance", [1.5, 6.5])

@@ -78,7 +78,7 @@ ORACLES = {
     "tcd": Oracle(diffusers.TCDScheduler, most=50),
     "edm_euler": Oracle(diffusers.EDMEulerScheduler, predictions=NOT_SAMPLE),
 }
-ELSEWHERE = {"dpmpp_sde", "flow_euler", "flow_heun", "flow_lcm"}  # test_samplers_special.py
+ELSEWHERE = {"dpmpp_sde", "dpmpp_2s_ancestral", "flow_euler", "flow_heun", "flow_lcm"}  # test_samplers_special.py
 
 # NumPy's advice to diffusers about __array__, and diffusers' about algorithm_type
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -34,6 +34,49 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 FLOW: Any = replace(STABLE_DIFFUSION, prediction_type="flow_prediction")  # type: ignore[arg-type]
 
 
+# --- DPM++ 2S a, which diffusers does not have: the steps of k-diffusion, in the lambda of the paper ---
+
+
+def two_stage_ancestral(steps: int, spacing: str | None) -> list[Array]:
+    """Return the latents after each evaluation, in float64, on the sigmas of diffusers' Euler scheduler."""
+    config = {f"use_{spacing}_sigmas": True} if spacing else {}
+    scheduler = scheduler_of(diffusers.EulerDiscreteScheduler, STABLE_DIFFUSION, **config)
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas.double().numpy()
+    table = np.log(((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().numpy())
+    generator = TorchCpuNoise(0)
+    x = generator.normal(SHAPE).astype(np.float64) * float(scheduler.init_noise_sigma)
+    path = [x]
+
+    def picture(x: Array, sigma: float, told: float | None = None) -> Array:
+        t = float(np.interp(math.log(sigma), table, np.arange(len(table)))) if told is None else told
+        seen = (x / math.sqrt(sigma**2 + 1)).astype(np.float32)
+        return np.asarray(x - sigma * network(seen, np.array([t], dtype=np.float32)))
+
+    for sigma, following, told in zip(sigmas[:-1], sigmas[1:], scheduler.timesteps.numpy(), strict=True):
+        denoised = picture(x, sigma, float(told))
+        if following == 0:
+            path.append(denoised)
+            continue
+        up = min(following, math.sqrt(following**2 * (sigma**2 - following**2) / sigma**2))
+        down = math.sqrt(following**2 - up**2)
+        start, end = -math.log(sigma), -math.log(down)
+        middle = math.exp(-(start + (end - start) / 2))
+        half = middle / sigma * x - math.expm1(-(end - start) / 2) * denoised
+        path.append(half)
+        x = down / sigma * x - math.expm1(-(end - start)) * picture(half, middle)
+        x = x + up * generator.normal(SHAPE)
+        path.append(x)
+    return path
+
+
+@pytest.mark.parametrize("spacing", [None, "karras"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_dpmpp_2s_ancestral_takes_the_steps_of_its_paper(steps: int, spacing: str | None) -> None:
+    plan = make_plan("DPM++ 2S a", STABLE_DIFFUSION, steps=steps, spacing=spacing)
+    assert difference(replay(plan), two_stage_ancestral(steps, spacing)) < TRAJECTORY
+
+
 # --- DPM++ SDE, whose noise is one Brownian path a step ---
 
 

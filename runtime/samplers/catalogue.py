@@ -27,7 +27,7 @@ from latentrt.runtime.samplers.ratio_walks import (
     ratio_walk,
 )
 from latentrt.runtime.samplers.sa import sa_solver
-from latentrt.runtime.samplers.second_order import dpmpp_sde, heun, kdpm2, kdpm2_ancestral
+from latentrt.runtime.samplers.second_order import dpmpp_2s_ancestral, dpmpp_sde, heun, kdpm2, kdpm2_ancestral
 from latentrt.runtime.samplers.unipc import unipc
 from latentrt.runtime.samplers.walks import Course, Walk, consistency_walk, posterior_walk, stride_walk
 from latentrt.runtime.schedules import ve_level
@@ -150,6 +150,12 @@ SAMPLERS: Mapping[str, Sampler] = {
         walk=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="sde-dpmpp", order=2),
+    ),
+    "dpmpp_2s_ancestral": Sampler(
+        title="DPM++ 2S a",
+        walk=_SIGMA,
+        equations=dpmpp_2s_ancestral,
+        aliases=("dpmpp_2s_a", "k_dpmpp_2s_a"),
     ),
     "dpmpp_3s": Sampler(
         title="DPM++ 3S",

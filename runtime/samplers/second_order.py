@@ -58,6 +58,24 @@ def kdpm2_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
         yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
 
 
+def dpmpp_2s_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
+    """Yield DPM-Solver++ (2S), arXiv:2211.01095, to below the next level, and back to it with fresh noise."""
+    for _, (timestep, here, there) in walk:
+        x, _, m, _ = basis(2)
+        picture = denoised(x, m, here, prediction)
+        if there.sigma == 0:
+            yield Stage(timestep, here, x / here.size, (picture, x))
+            continue
+        down, up = ancestral_split(here.sigma, there.sigma)
+        middle = ve_level(math.sqrt(here.sigma * down))
+        ratio = middle.sigma / here.sigma
+        yield Stage(timestep, here, x / here.size, (ratio * x + (1 - ratio) * picture, x))
+        x, saved, m, z = basis(2)
+        ratio = down / here.sigma
+        step = ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction) + up * z
+        yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
+
+
 def dpmpp_sde(walk: Walk, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver++ (2S) with noise: to the middle in log sigma, and with its picture from start to end.
 

@@ -1,0 +1,88 @@
+"""The fused stage draws what NumPy draws, for each family, from each start, with samplers of every kind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from latentrt.engines import onnxruntime
+from latentrt.engines.building import build_engines
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
+from latentrt.engines.spec import Array
+from latentrt.runtime.pipeline import Pipeline
+from tests.conftest import Make
+from tests.test_pipeline_images import left_half, photo
+
+LEVELS = 2  # of 255: the same float32 sums in another order, through a whole trajectory
+FAMILIES = [("sd1", ""), ("sd2", ""), ("sd1", "lcm"), ("sd1", "inpainting"), ("sdxl", "")]
+STARTS: dict[str, dict[str, Any]] = {
+    "text": {"size": (40, 32)},
+    "image": {"image": photo(), "strength": 0.7},
+    "mask": {"image": photo(), "mask": left_half(), "strength": 0.7},
+}
+SAMPLERS = ["euler", "dpmpp_2m_karras", "euler_ancestral", "heun", "lcm"]
+
+Draw = Callable[..., Array]
+
+
+@pytest.fixture(scope="module")
+def fused(made: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Draw]]:
+    """Draw with the engines that a GPU would have, on the CPU."""
+    known: dict[tuple[str, str], Pipeline] = {}
+
+    def open_fused(family: str, variant: str) -> Draw:
+        if (family, variant) not in known:
+            copy = tmp_path_factory.mktemp("fused") / "bundle"
+            shutil.copytree(made(family, variant)[1], copy)
+            build_engines(Bundle.open(copy), "cpu", force=True)
+            known[family, variant] = Pipeline.load(copy, "cpu", threads=1)
+        return lambda **request: known[family, variant](**request).pixels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "FUSED", frozenset({"cpu"}))
+        yield open_fused
+    for pipe in known.values():
+        pipe.close()
+
+
+def canonical(bundle: Path, **request: Any) -> Array:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "FUSED", frozenset[str]())
+        with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+            return pipe(**request).pixels
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("family", "variant"), FAMILIES)
+def test_every_family_is_drawn_alike_from_every_start(
+    made: Make, fused: Callable[[str, str], Draw], family: str, variant: str, start: str
+) -> None:
+    if variant == "inpainting" and start != "mask":
+        pytest.skip("an inpainting UNet repaints a part of an image, and nothing else")
+    _, bundle = made(family, variant)
+    draw = fused(family, variant)
+    for sampler in SAMPLERS:
+        request = {"prompt": "a red circle", "steps": 4, "sampler": sampler, "guidance": 3.0, "seed": 1}
+        expected = canonical(bundle, **request, **STARTS[start])
+        found = draw(**request, **STARTS[start])
+        assert np.abs(found.astype(int) - expected.astype(int)).max() <= LEVELS, sampler
+        assert np.ptp(found) > 0
+
+
+def test_the_fused_engines_are_what_drew(fused: Callable[[str, str], Draw], monkeypatch: pytest.MonkeyPatch) -> None:
+    stages: list[object] = []
+    advance = OnnxRuntimeCanvas.advance
+
+    def watch(self: OnnxRuntimeCanvas, stage: Any) -> None:
+        stages.append(stage)
+        advance(self, stage)
+
+    monkeypatch.setattr(OnnxRuntimeCanvas, "advance", watch)
+    fused("sdxl", "")(prompt="a red circle", steps=3, sampler="euler", seed=1)
+    assert len(stages) == 3
