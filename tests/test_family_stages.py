@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ SAMPLERS = ["euler", "dpmpp_2m_karras", "euler_ancestral", "heun", "lcm"]
 Draw = Callable[..., Array]
 
 
+@contextmanager
+def engines_of_a_gpu() -> Iterator[None]:
+    """Let the CPU build and run what a GPU does: the fused stage on bound buffers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "FUSED", frozenset({"cpu"}))
+        yield
+
+
 @pytest.fixture(scope="module")
 def fused(made: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, str], Draw]]:
     """Draw with the engines that a GPU would have, on the CPU."""
@@ -40,22 +49,24 @@ def fused(made: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call
         if (family, variant) not in known:
             copy = tmp_path_factory.mktemp("fused") / "bundle"
             shutil.copytree(made(family, variant)[1], copy)
-            build_engines(Bundle.open(copy), "cpu", force=True)
-            known[family, variant] = Pipeline.load(copy, "cpu", threads=1)
-        return lambda **request: known[family, variant](**request).pixels
+            with engines_of_a_gpu():
+                build_engines(Bundle.open(copy), "cpu", force=True)
+                known[family, variant] = Pipeline.load(copy, "cpu", threads=1)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "FUSED", frozenset({"cpu"}))
-        yield open_fused
+        def draw(**request: Any) -> Array:
+            with engines_of_a_gpu():
+                return known[family, variant](**request).pixels
+
+        return draw
+
+    yield open_fused
     for pipe in known.values():
         pipe.close()
 
 
 def canonical(bundle: Path, **request: Any) -> Array:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "FUSED", frozenset[str]())
-        with Pipeline.load(bundle, "cpu", threads=1) as pipe:
-            return pipe(**request).pixels
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        return pipe(**request).pixels
 
 
 @pytest.mark.parametrize("start", STARTS)
