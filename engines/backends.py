@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -19,16 +20,23 @@ from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
 
+KEPT_CANVASES = 4  # with their buffers, for each backend that has some of its own
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What is to be opened. threads: how many CPU threads a run may use, None for the backend's own choice"""
+    """What is to be opened.
+
+    threads: how many CPU threads a run may use, None for the backend's own choice
+    cuda_graphs: whether a GPU's kernels are recorded once and replayed, None for the backend's own choice
+    """
 
     bundle: Bundle
     directory: Path
     record: EngineRecord
     components: tuple[str, ...]
     threads: int | None = None
+    cuda_graphs: bool | None = None
 
 
 class Opened(Protocol):
@@ -71,14 +79,24 @@ class _Sessions:
     engines: dict[str, Engine]
     space: LatentSpec
     provider: onnxruntime.Provider
+    canvases: OrderedDict[CanvasShape, OnnxRuntimeCanvas] = field(default_factory=OrderedDict)
 
     def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
         if self.provider not in onnxruntime.FUSED:
             return HostCanvas(self.engines, self.space, shape, state_rows=state_rows)
+        canvas = self.canvases.pop(shape, None) or self._bound(shape)
+        self.canvases[shape] = canvas
+        if len(self.canvases) > KEPT_CANVASES:
+            self.canvases.popitem(last=False)
+        canvas.wipe()
+        return canvas
+
+    def _bound(self, shape: CanvasShape) -> OnnxRuntimeCanvas:
         bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
         return OnnxRuntimeCanvas(bound, self.space, shape, device=self.provider)
 
     def close(self) -> None:
+        self.canvases.clear()
         for engine in self.engines.values():
             engine.close()
 
@@ -90,7 +108,8 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
         return onnxruntime.build(bundle, directory, provider, report)
 
     def open_sessions(opening: Opening) -> Opened:
-        options, record = OnnxRuntimeOptions(threads=opening.threads), opening.record
+        options = OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs))
+        record = opening.record
         engines: dict[str, Engine] = {
             name: onnxruntime.load(opening.directory / record.entries[name], record.specs[name], provider, options)
             for name in opening.components
@@ -118,7 +137,14 @@ def _tensorrt(flavor: tensorrt.Flavor) -> Backend:
         return tensorrt.build(bundle, directory, flavor, options, report)
 
     def open_on_device(opening: Opening) -> Opened:
-        return tensorrt.open_engines(opening.bundle, opening.directory, opening.record, opening.components, flavor)
+        return tensorrt.open_engines(
+            opening.bundle,
+            opening.directory,
+            opening.record,
+            opening.components,
+            flavor,
+            graphs=opening.cuda_graphs is not False,
+        )
 
     return Backend(
         unavailable=partial(tensorrt.cannot_run, flavor),

@@ -39,6 +39,7 @@ DTYPES: dict[str, DType] = {
 EXTERNAL_BYTES = 16 << 20
 # Output buffers are kept for this many different input shapes, then the oldest are dropped.
 KEPT_SHAPES = 8
+NO_SETTINGS: Mapping[str, str] = {}
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
 FUSED: frozenset[Provider] = frozenset({"cuda"})
 # Counts up when the fused graphs change though the bundle's do not.
@@ -52,9 +53,10 @@ INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxRuntimeOptions:
-    """How sessions run. `threads` None means one for each physical core."""
+    """How sessions run. `threads` None means one for each physical core; cuda_graph records the UNet's kernels."""
 
     threads: int | None = None
+    cuda_graph: bool = False
 
 
 def require() -> ModuleType:
@@ -204,9 +206,9 @@ def _session_options(*, threads: int | None) -> Any:
     return options
 
 
-def _session(path: Path, options: Any, provider: Provider) -> Any:
+def _session(path: Path, options: Any, provider: Provider, settings: Mapping[str, str] = NO_SETTINGS) -> Any:
     try:
-        session = require().InferenceSession(str(path), options, providers=[PROVIDERS[provider]])
+        session = require().InferenceSession(str(path), options, providers=[(PROVIDERS[provider], dict(settings))])
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EngineError(
@@ -237,7 +239,9 @@ def load(file: Path, spec: EngineSpec, provider: Provider, options: OnnxRuntimeO
     session_options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
     if spec.component != "unet":  # runs once a picture: its threads must not spin on while the UNet's work
         session_options.add_session_config_entry("session.force_spinning_stop", "1")
-    return OnnxRuntimeEngine(_session(file, session_options, provider), spec)
+    recorded = options.cuda_graph and provider == "cuda" and spec.component == "unet"
+    settings = {"enable_cuda_graph": "1"} if recorded else NO_SETTINGS
+    return OnnxRuntimeEngine(_session(file, session_options, provider, settings), spec)
 
 
 class OnnxRuntimeEngine:
@@ -270,9 +274,14 @@ class OnnxRuntimeEngine:
         """Return an empty binding of inputs and outputs to buffers, for `run_bound`."""
         return self._session.io_binding()
 
-    def run_bound(self, binding: Any) -> None:
-        """Run on a binding's buffers; the work is done when this returns."""
-        self._session.run_with_iobinding(binding)
+    def run_bound(self, binding: Any, *, graph: int = 0) -> None:
+        """Run on a binding's buffers; the work is done when this returns.
+
+        graph: where kernels are recorded, the number of this binding's recording: one for each set of buffers
+        """
+        options = require().RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(graph))
+        self._session.run_with_iobinding(binding, options)
 
     def _arrays(self, inputs: Inputs) -> dict[str, Array]:
         names = [spec.name for spec in self.spec.inputs]

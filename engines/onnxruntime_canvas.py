@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from latentrt.engines.spec import Array, TensorSpec
 
 # Inputs of the fused stage that every stage sets, and those that mean nothing until they are written.
 PER_STAGE = ("control", "noise", "guidance", "picture_of_row")
+RECORDINGS = itertools.count(1)  # of one session, which serves many canvases; 0 is ONNX Runtime's default
 NEUTRAL = {"keep_mask": 1.0, "known": 0.0}
 
 
@@ -46,9 +48,10 @@ class OnnxRuntimeCanvas:
             "latent_width": self._size[2],
         }
         self._host: dict[str, Array] = {}  # what was written, for the inputs with an axis of rows
+        self._written: set[str] = set()  # since the canvas was blank
         self._values: dict[tuple[str, int], Any] = {}  # (input, rows) -> its buffer; rows is 0 where it has none
         self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
-        self._bindings: dict[tuple[int, int], Any] = {}  # (rows, which state is read)
+        self._bindings: dict[tuple[int, int], tuple[Any, int]] = {}  # (rows, which state is read) -> it, its number
         self._silent = True  # the noise buffer holds zeros
         self._marks: list[float] = []
         self._pixels: Array | None = None
@@ -66,6 +69,7 @@ class OnnxRuntimeCanvas:
         expected = tuple(axis if isinstance(axis, int) else sizes.get(axis) for axis in spec.shape)
         if array.shape != expected:
             raise EngineError(f"{name}: found shape {array.shape}, expected {expected}")
+        self._written.add(name)
         if name == "state":
             self._states[0].update_inplace(array)
         elif "rows" in spec.shape:
@@ -75,6 +79,16 @@ class OnnxRuntimeCanvas:
                     self._values[name, rows].update_inplace(np.ascontiguousarray(array[:rows]))
         else:
             self._put(name, 0, array)
+
+    def wipe(self) -> None:
+        """Make the canvas blank for another batch: nothing is kept of the last one but the buffers themselves."""
+        for name in self._written & set(NEUTRAL):
+            spec = self._specs[name]
+            shape = tuple(axis if isinstance(axis, int) else self._axes[axis] for axis in spec.shape)
+            self._put(name, 0, np.full(shape, NEUTRAL[name], dtype=spec.dtype))
+        self._written.clear()
+        self._marks.clear()
+        self._pixels = None
 
     def _spec(self, name: str) -> TensorSpec:
         try:
@@ -107,7 +121,8 @@ class OnnxRuntimeCanvas:
         self._put("guidance", rows, np.ascontiguousarray(stage.guidance, dtype=np.float32))
         self._put("picture_of_row", rows, np.ascontiguousarray(stage.picture_of_row, dtype=np.int64))
         self._put_noise(stage.noise)
-        self._engines["unet"].run_bound(self._binding(rows))
+        binding, graph = self._binding(rows)
+        self._engines["unet"].run_bound(binding, graph=graph)
         self._states.reverse()
 
     def _put_noise(self, noise: Array | None) -> None:
@@ -119,9 +134,15 @@ class OnnxRuntimeCanvas:
             self._put("noise", 0, np.zeros((self.shape.pictures, *self._size), dtype=np.float32))
         self._silent = noise is None
 
-    def _binding(self, rows: int) -> Any:
-        """Return the stage's inputs and outputs bound, made once for each number of rows and turn of the states."""
+    def _binding(self, rows: int) -> tuple[Any, int]:
+        """Return the stage's inputs and outputs bound, and a number for the recording of their kernels.
+
+        Made once for each number of rows and turn of the states.
+        """
         reads, writes = self._states
+        missing = [name for name in self._specs if name not in (*PER_STAGE, *NEUTRAL, *self._written)]
+        if missing:
+            raise EngineError(f"{missing[0]} was not written to the canvas before it was needed")
         key = (rows, id(reads))
         if key not in self._bindings:
             binding = self._engines["unet"].new_binding()
@@ -129,7 +150,7 @@ class OnnxRuntimeCanvas:
                 value = reads if name == "state" else self._input(name, rows if "rows" in spec.shape else 0)
                 binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output("next_state", writes)
-            self._bindings[key] = binding
+            self._bindings[key] = binding, next(RECORDINGS)
         return self._bindings[key]
 
     def _input(self, name: str, rows: int) -> Any:

@@ -33,11 +33,13 @@ class OpenEngines:
         components: tuple[str, ...] | None,
         needs: CanvasShape | None,
         threads: int | None,
+        cuda_graphs: bool | None,
         check: Check,
     ) -> None:
         start = time.perf_counter()
         self.choice = choice
-        self._bundle, self._threads, self._check = bundle, threads, check
+        self._bundle, self._check = bundle, check
+        self._threads, self._cuda_graphs = threads, cuda_graphs
         directory, record = find_engines(bundle, choice.backend, needs=needs)
         self._components = components or tuple(record.entries)
         self._first = (directory, record)
@@ -57,7 +59,12 @@ class OpenEngines:
             check_file(directory, name, file, check=self._check)
         _log.info("opening %s: %s (%s)", directory, ", ".join(components), self.choice.reason)
         opening = Opening(
-            bundle=self._bundle, directory=directory, record=record, components=components, threads=self._threads
+            bundle=self._bundle,
+            directory=directory,
+            record=record,
+            components=components,
+            threads=self._threads,
+            cuda_graphs=self._cuda_graphs,
         )
         return BACKENDS[self.choice.backend].open(opening)
 
@@ -95,6 +102,7 @@ def open_engines(
     components: tuple[str, ...] | None = None,
     needs: CanvasShape | None = None,
     threads: int | None = None,
+    cuda_graphs: bool | None = None,
     check: Check = "hash",
 ) -> OpenEngines:
     """Open the engines of a bundle for this machine, all of them or the named components.
@@ -102,8 +110,17 @@ def open_engines(
     backend: `auto` or a backend's name; see `choose`
     needs: the shape that shall be drawn first; None for any, the bundle's own size by preference
     threads: how many CPU threads a run may use, None for the backend's own choice
+    cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
     check: what is compared before a file is opened: its SHA-256, or only its size
     Raises EngineError and BundleError.
     """
     choice = choose(backend, bundle)
-    return OpenEngines(bundle, choice, components=components, needs=needs, threads=threads, check=check)
+    return OpenEngines(
+        bundle,
+        choice,
+        components=components,
+        needs=needs,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+        check=check,
+    )

@@ -294,9 +294,15 @@ class OnDevice:
 
 
 def open_engines(
-    bundle: Bundle, directory: Path, record: EngineRecord, components: tuple[str, ...], flavor: Flavor
+    bundle: Bundle,
+    directory: Path,
+    record: EngineRecord,
+    components: tuple[str, ...],
+    flavor: Flavor,
+    *,
+    graphs: bool = True,
 ) -> OnDevice:
-    """Open engines on the first GPU. Raises EngineError and BundleError."""
+    """Open engines on the first GPU; graphs: whether passes are recorded. Raises EngineError and BundleError."""
     reason = cannot_run(flavor)
     library = None if reason else runtime_of(flavor, record.key)
     if library is None:
@@ -308,5 +314,7 @@ def open_engines(
             "into engines; build them without it"
         )
     factor = bundle.manifest.latents.factor
-    session = open_tensorrt(library, directory, record, CudaDevice(), factor=factor, components=components)
+    session = open_tensorrt(
+        library, directory, record, CudaDevice(), factor=factor, components=components, graphs=graphs
+    )
     return OnDevice(engines={name: in_portions(session.engine(name)) for name in components}, session=session)

@@ -116,7 +116,7 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, opened: OpenEngines, *, check: Check = "hash") -> None:
         self.bundle = bundle
-        self.load_s = opened.load_s
+        self.load_s, self.warm_up_s = opened.load_s, 0.0
         self._opened = opened
         self._engines = opened.engines
         self._lock = threading.Lock()
@@ -129,21 +129,40 @@ class Pipeline:
         backend: str = "auto",
         *,
         threads: int | None = None,
+        cuda_graphs: bool | None = None,
+        warm_up: bool = False,
         check: Check = "hash",
     ) -> Self:
         """Open a bundle and the engines that were built for this machine.
 
         backend: `auto` (the GPU's if one answers, else the CPU's) or a name, which is always obeyed
         threads: CPU threads a run may use; None for the backend's own choice
+        cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
+        warm_up: draw before the first request comes, see `warm_up`; `warm_up_s` tells how long it took
         check: compare the SHA-256 of every file that is opened, or only its `size` (faster for gigabytes)
         Raises BundleError (files) and EngineError (backend), each with the mend.
         """
         bundle = Bundle.open(path)
-        return cls(
-            bundle,
-            open_engines(bundle, backend, components=_needed(bundle), threads=threads, check=check),
-            check=check,
+        opened = open_engines(
+            bundle, backend, components=_needed(bundle), threads=threads, cuda_graphs=cuda_graphs, check=check
         )
+        pipe = cls(bundle, opened, check=check)
+        if warm_up:
+            pipe.warm_up()
+        return pipe
+
+    def warm_up(self, request: Request | None = None) -> float:
+        """Draw what a service will be asked for, twice, and forget it; return and add to `warm_up_s` the seconds.
+
+        request: None for one guided picture of the bundle's own size and, on an inpainting UNet, a grey image
+        The first drawing allocates and chooses kernels, the second one records them where that is done.
+        """
+        start = time.perf_counter()
+        for _ in range(2):
+            self.draw(request or _ordinary(self.manifest))
+        taken = time.perf_counter() - start
+        self.warm_up_s += taken
+        return taken
 
     @property
     def manifest(self) -> Manifest:
@@ -367,6 +386,15 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _ordinary(manifest: Manifest) -> Request:
+    """Return a request like those that come: a few steps, guided, of the bundle's own size."""
+    if not repaints(manifest):
+        return Request(prompt="", steps=3, seed=0)
+    width, height = manifest.default_size
+    grey = np.full((height, width, 3), 127, dtype=np.uint8)
+    return Request(prompt="", steps=3, seed=0, image=grey, mask=np.full((height, width), 255, dtype=np.uint8))
 
 
 def _needed(bundle: Bundle) -> tuple[str, ...]:

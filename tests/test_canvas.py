@@ -120,6 +120,22 @@ def test_a_canvas_draws_again_as_it_drew_before(fused: Engines, bundle: Bundle) 
     assert np.array_equal(paint(device(fused, bundle), bundle, sampler="dpmpp_2m", write=None)[1], quiet[1])
 
 
+def test_a_wiped_canvas_knows_nothing_of_the_last_batch(fused: Engines, bundle: Bundle) -> None:
+    canvas = device(fused, bundle)
+    expected = paint(canvas, bundle, write=None)[1]
+    canvas.wipe()
+    masked = paint(canvas, bundle, write=keep_half)[1]
+    canvas.wipe()
+    assert not np.array_equal(masked, expected)
+    assert np.array_equal(paint(canvas, bundle, write=None)[1], expected)
+    canvas.wipe()
+    with pytest.raises(EngineError, match="no pixels before `decode`"):
+        canvas.pixels()
+    plan = make_plan("euler", bundle.manifest.schedule, steps=2)
+    with pytest.raises(EngineError, match="state was not written"):
+        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
+
+
 def test_what_was_given_may_be_changed_afterwards(fused: Engines, bundle: Bundle) -> None:
     canvas = device(fused, bundle)
     state = np.ones((2, STATE_ROWS, 4, 8, 6), dtype=np.float32)

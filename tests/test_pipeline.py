@@ -264,3 +264,10 @@ def test_the_keywords_of_a_call_are_the_fields_of_a_request() -> None:
 def test_a_request_is_drawn_as_its_keywords_are(pipe: Pipeline) -> None:
     request = Request(prompt="a circle", steps=2, sampler="euler_ancestral", guidance=3.0, seed=5)
     assert np.array_equal(pipe.draw(request).pixels, pipe("a circle", seed=5, **QUICK).pixels)
+
+
+def test_a_warm_up_is_optional_and_told(sd1_bundle: Path, pipe: Pipeline) -> None:
+    assert pipe.warm_up_s == 0
+    with Pipeline.load(sd1_bundle, "cpu", warm_up=True) as warm:
+        assert warm.warm_up_s > 0
+        assert np.array_equal(warm("a circle", seed=0, **QUICK).pixels, pipe("a circle", seed=0, **QUICK).pixels)
