@@ -127,6 +127,7 @@ def test_on_step_is_told_each_stage_and_ends_the_call_by_raising(pipe: Pipeline)
 
     def on_step(step: Step) -> None:
         assert step.latents.shape == (1, 4, 8, 8)
+        assert step.preview.shape == (1, 8, 8, 3) and step.preview.dtype == np.uint8
         seen.append((step.stage, step.stages))
         if step.stage == 2:
             raise EnoughError
