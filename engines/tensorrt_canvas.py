@@ -10,23 +10,23 @@ import numpy as np
 
 from latentrt.engines.canvas import CanvasShape, StageInput
 from latentrt.engines.errors import EngineError
-from latentrt.engines.spec import Array, EngineSpec
+from latentrt.engines.spec import Array
 from latentrt.engines.tensorrt_parts import (
     ROWS,
     STATE,
     Bench,
-    Encoder,
     Resident,
     Stage,
     canvas_axes,
     make_decoder,
     make_residents,
-    rows_encoded,
 )
 from latentrt.engines.tensorrt_profiles import Origin
 from latentrt.engines.tensorrt_run import Pass, Place, Program
+from latentrt.engines.tensorrt_text import TextEncoder, fills
 from latentrt.engines.work_queue import Holding, Mark, Outbox
 
+TEXT = "encoder_hidden_states"
 # What an input holds before it is written: no part of a picture is kept.
 AT_FIRST = {"keep_mask": 1.0, "known": 0.0}
 # Stages whose numbers may be on their way to the device at once. Longer plans wait for the copy of a stage long past,
@@ -47,9 +47,9 @@ class TensorRTCanvas:
     """A canvas on the device; see `Canvas` for the methods of that name.
 
     Everything is allocated when it is constructed: a context for each number of model rows that the UNet is compiled
-    for, as many for the text encoder, and one for the VAE. After each stage the next state is copied over the state,
-    on the device and inside the stage's graph: two buffers in turn would need every graph twice, to save the copy
-    of a megabyte or two on a device that copies terabytes a second.
+    for and for each number of texts that the text encoder is, and one for the VAE. After each stage the next state is
+    copied over the state, on the device and inside the stage's graph: two buffers in turn would need every graph
+    twice, to save the copy of a megabyte or two on a device that copies terabytes a second.
     Raises EngineError where the engines are not compiled for the shape, or the device has no room.
     """
 
@@ -67,7 +67,7 @@ class TensorRTCanvas:
         self._ticks: list[Mark] = []
         self._idle_ticks: list[Mark] = []
         self._decoded = False
-        self._text: EngineSpec | None = None
+        self._text: TextEncoder | None = None
         bench = Bench(place=place, holding=self._holding, axes=canvas_axes(shape, origin.factor), origin=origin)
         with self._queue.lock:
             try:
@@ -82,10 +82,10 @@ class TensorRTCanvas:
         for name in AT_FIRST.keys() & self._residents.keys():
             self._write_first(name)
         self._make_stages(bench, programs.unet, rows, slots)
-        self._encoders: dict[int, Encoder] = {}
-        if programs.text_encoder is not None:
-            self._text = programs.text_encoder.spec
-            self._make_encoders(bench, programs.text_encoder, set(rows))
+        text = self._residents.get(TEXT)
+        if programs.text_encoder is not None and text is not None and fills(programs.text_encoder.spec, text):
+            self._text = TextEncoder(bench, programs.text_encoder, text)
+            self._passes += self._text.passes
         self._make_decoder(bench, programs.vae_decoder)
         largest = max(resident.size for resident in self._residents.values())
         self._inbox, self._received = self._holding.pinned(largest), self._holding.mark()
@@ -99,14 +99,6 @@ class TensorRTCanvas:
             stage.bind(next_state)
         largest = max(stage.block_size for stage in self._stages.values())
         self._outbox = Outbox(self._queue, self._holding, largest, slots=slots)
-
-    def _make_encoders(self, bench: Bench, program: Program, rows: set[int]) -> None:
-        batch = program.spec.inputs[0].shape[0]
-        for profile in bench.profiles(program.spec, free=str(batch)).values():
-            if rows_encoded(program.spec, profile, self.shape.tokens) in rows:
-                encoder = Encoder(bench, program, profile, self._residents)
-                self._passes.append(encoder.run)
-                self._encoders[encoder.texts] = encoder
 
     def _make_decoder(self, bench: Bench, program: Program) -> None:
         shape = (self.shape.pictures, self.shape.height, self.shape.width, 3)
@@ -132,20 +124,16 @@ class TensorRTCanvas:
         return resident
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
-        """Run the text encoder. Raises EngineError where it is not compiled for that many texts."""
-        if self._text is None:
-            raise EngineError("no text encoder was opened with this canvas: write encoder_hidden_states")
-        names = [tensor.name for tensor in self._text.inputs]
-        if set(inputs) != set(names):
-            raise EngineError(f"the text encoder takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
-        texts = len(inputs[names[0]])
+        """Run the text encoder, as often as its compiled numbers of texts need.
+
+        Raises EngineError where there are more texts than model rows, and where the stage does not take what one
+        encoder gives: then the text is to be written.
+        """
         with self._queue.lock:
             self._check_open()
-            if texts not in self._encoders:
-                raise EngineError(
-                    f"the text encoder is compiled for {sorted(self._encoders)} texts on this canvas, found {texts}"
-                )
-            self._encoders[texts].put(inputs)
+            if self._text is None:
+                raise EngineError(f"no text encoder gives what the stage takes on this canvas: write {TEXT}")
+            self._text.put(inputs)
 
     def write(self, name: str, array: Array) -> None:
         """Set an input of the stage, converted to its type. Raises EngineError on another name or shape."""

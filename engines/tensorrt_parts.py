@@ -17,8 +17,6 @@ from latentrt.engines.work_queue import Holding, Outbox, align
 STATE, NEXT_STATE, PIXELS, ROWS = "state", "next_state", "pixels", "rows"
 # What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often left away.
 PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
-# What the text encoder calls what the stage takes under another name.
-TEXT_NAMES = {"last_hidden_state": "encoder_hidden_states"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -157,59 +155,6 @@ def _layout(tensors: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> tup
         offsets[tensor.name] = end
         end += align(nbytes(tensor, shapes[tensor.name]))
     return offsets, end
-
-
-class Encoder:
-    """The text encoder for one number of texts; what it gives lands in the stage's own inputs."""
-
-    def __init__(self, bench: Bench, program: Program, profile: int, residents: Mapping[str, Resident]) -> None:
-        self.run = Pass(bench.place, program, profile)
-        self._tensors = program.spec.inputs
-        sizes = {tensor.name: nbytes(tensor, self.run.inputs[tensor.name]) for tensor in self._tensors}
-        self._addresses = {name: bench.holding.allocate(size) for name, size in sizes.items()}
-        self._outboxes = {name: Outbox(bench.place.queue, bench.holding, size) for name, size in sizes.items()}
-        self._fills: dict[str, tuple[Resident, int]] = {}
-        outputs = {}
-        for tensor in program.spec.outputs:
-            resident = residents.get(TEXT_NAMES.get(tensor.name, tensor.name))
-            shape = self.run.outputs[tensor.name]
-            if resident is None:  # such as CLIP's pooled output, which SD 1.x has no use for
-                outputs[tensor.name] = bench.holding.allocate(nbytes(tensor, shape))
-            else:
-                self._fills[tensor.name] = resident, _rows_filled(tensor, shape, resident)
-                outputs[tensor.name] = resident.address
-        self.run.bind(self._addresses | outputs)
-
-    @property
-    def texts(self) -> int:
-        """Return how many rows of tokens it takes."""
-        return next(iter(self.run.inputs.values()))[0]
-
-    def put(self, inputs: Mapping[str, Array]) -> None:
-        """Put one run in the queue, after the copies of what it takes."""
-        arrays = {t.name: view(inputs[t.name], t, self.run.inputs[t.name]) for t in self._tensors}
-        for name, array in arrays.items():
-            self._outboxes[name].send(self._addresses[name], [(0, array)])
-        self.run.run()
-        for resident, rows in self._fills.values():
-            resident.held = rows
-
-
-def rows_encoded(spec: EngineSpec, profile: int, tokens: int) -> int | None:
-    """Return how many model rows of `tokens` tokens a profile of the text encoder fills, None where none or a part.
-
-    A long prompt is several texts for the encoder: their outputs follow one another as one row does.
-    """
-    texts, length, *_ = next(iter(input_shapes(spec, profile).values()))
-    return texts * length // tokens if texts * length % tokens == 0 else None
-
-
-def _rows_filled(tensor: TensorSpec, shape: Shape, resident: Resident) -> int:
-    row = int(np.prod(resident.shape[1:], dtype=np.int64))
-    values = int(np.prod(shape, dtype=np.int64))
-    if tensor.dtype != resident.tensor.dtype or shape[-1] != resident.shape[-1] or values % row:
-        raise EngineError(f"the text encoder gives {tensor}, the stage takes {resident.tensor}; {REBUILD}")
-    return values // row
 
 
 def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Resident]:

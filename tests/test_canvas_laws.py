@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from latentrt.engines.canvas import Canvas, CanvasShape, StageInput
 from latentrt.engines.graphs import append_pixel_tail, prepend_state_head
@@ -22,12 +22,16 @@ from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.spec import Array
 from latentrt.engines.stage import control_width, fuse_stage
 from latentrt.engines.tensorrt_session import TensorRTSession, open_tensorrt
+from latentrt.engines.tensorrt_text import split_texts
 from latentrt.engines.verification import to_pixels
+from tests.graphs import model_of
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan
 from tests.studio import record_of, spec_of
 
-ROWS, SIZE, TOKENS, WIDTH = 2, (3, 2, 3), 4, 2  # rows of state; latents; the text
+ROWS, SIZE, TOKENS, WIDTH = 2, (3, 2, 3), 4, 2  # rows of state; latents; the text of a row
+CONTEXT = 2  # tokens of one text: a row is two
+COMPILED = (1, 3)  # numbers of texts
 SPACE = LatentSpec(channels=3, factor=1, scaling_factor=0.5)
 CLOSE = 1e-5  # of numbers around 1: the same float32 sums in another order
 SLOTS = 2
@@ -59,14 +63,20 @@ def vae_graph() -> Any:
     return model
 
 
-def model_of(nodes: Any, inputs: Any, outputs: Any, constants: Any) -> Any:
-    infos = [
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name, axes in side.items()]
-        for side in (inputs, outputs)
+def text_graph() -> Any:
+    """Each token is its number over ten, and its negative: (batch, CONTEXT) int64 -> (batch, CONTEXT, WIDTH)."""
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["numbers", "last"], ["column"]),
+        helper.make_node("Mul", ["column", "signs"], ["last_hidden_state"]),
     ]
-    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "sketch", *infos, initializer=tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    constants = {"last": np.array([2]), "signs": np.array([0.1, -0.1], dtype=np.float32)}
+    inputs, outputs = {"input_ids": ["batch", CONTEXT]}, {"last_hidden_state": ["batch", CONTEXT, WIDTH]}
+    return model_of(nodes, inputs, outputs, constants, types={"input_ids": TensorProto.INT64})
+
+
+def text(inputs: Any) -> dict[str, Array]:
+    return {"last_hidden_state": inputs["input_ids"][..., None].astype(np.float32) * np.float32([0.1, -0.1])}
 
 
 def unet(inputs: Any) -> dict[str, Array]:
@@ -84,7 +94,7 @@ def vae(inputs: Any) -> dict[str, Array]:
 
 
 def host_canvas(shape: CanvasShape) -> HostCanvas:
-    engines: Any = {"unet": unet, "vae_decoder": vae}
+    engines: Any = {"unet": unet, "vae_decoder": vae, "text_encoder": text}
     return HostCanvas(engines, SPACE, shape, state_rows=ROWS)
 
 
@@ -96,8 +106,16 @@ def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Te
     latents = {"latent_height": SIZE[1], "latent_width": SIZE[2]}
     pictures = (1, 2)
     stages = [{"pictures": p, "rows": p * m, "tokens": TOKENS, **latents} for p in pictures for m in (1, 2)]
-    models = {"unet": fuse_stage(unet_graph(), state_rows=ROWS), "vae_decoder": vae_graph()}
-    profiles = {"unet": stages, "vae_decoder": [{"pictures": p, **latents} for p in pictures]}
+    models = {
+        "unet": fuse_stage(unet_graph(), state_rows=ROWS),
+        "vae_decoder": vae_graph(),
+        "text_encoder": text_graph(),
+    }
+    profiles = {
+        "unet": stages,
+        "vae_decoder": [{"pictures": p, **latents} for p in pictures],
+        "text_encoder": [{"batch": texts} for texts in COMPILED],
+    }
     record = record_of({name: spec_of(model, name, profiles[name]) for name, model in models.items()})
     for name, model in models.items():
         write_plan(directory / f"{name}.engine", model, record.specs[name])
@@ -116,9 +134,10 @@ seeds = st.integers(0, 1 << 30)
 STEPS = st.one_of(
     st.tuples(st.just("state"), seeds),
     st.tuples(st.sampled_from(["one row a picture", "two rows a picture"]), seeds),
+    st.tuples(st.sampled_from(["one text row a picture", "two text rows a picture"]), seeds),
     st.tuples(st.just("keep"), seeds),
     st.tuples(st.sampled_from(["stage", "stage with noise", "guided stage", "guided stage with noise"]), seeds),
-    st.tuples(st.sampled_from(["read", "decode"]), seeds),
+    st.tuples(st.sampled_from(["read state", "read encoder_hidden_states", "decode"]), seeds),
 )
 
 
@@ -136,9 +155,13 @@ def take(canvas: Canvas, step: str, seed: int) -> Array | None:
         written = {"keep_mask": (normal(1, *SIZE[1:]) > 0).astype(np.float32), "known": normal(2, *SIZE)}
     elif step.endswith("a picture"):
         rows = pictures * (2 if step.startswith("two") else 1)
-        written = {"encoder_hidden_states": draw.standard_normal((rows, TOKENS, WIDTH), dtype=np.float32)}
-    elif step == "read":
-        return canvas.read("state")
+        if "text" in step:
+            canvas.encode({"input_ids": (ids := draw.integers(-9, 9, (rows * TOKENS // CONTEXT, CONTEXT)))})
+            ids.fill(99)
+        else:
+            written = {"encoder_hidden_states": draw.standard_normal((rows, TOKENS, WIDTH), dtype=np.float32)}
+    elif step.startswith("read"):
+        return canvas.read(step.removeprefix("read "))
     elif step == "decode":
         canvas.decode()
         return canvas.pixels()
@@ -177,7 +200,7 @@ def test_any_order_of_calls_gives_what_numpy_gives(
     shape = CanvasShape(pictures=pictures, tokens=TOKENS, width=SIZE[2], height=SIZE[1])
     canvases: list[Canvas] = [sessions[graphs].canvas(shape), host_canvas(shape)]
     rows = 2
-    for step, seed in [("state", begin[0]), ("two rows a picture", begin[1]), *steps, ("decode", 0), ("read", 0)]:
+    for step, seed in [("state", begin[0]), ("two rows a picture", begin[1]), *steps, ("decode", 0), ("read state", 0)]:
         if step.endswith("a picture"):
             rows = 2 if step.startswith("two") else 1
         if step.startswith("guided") and rows == 1:
@@ -187,3 +210,13 @@ def test_any_order_of_calls_gives_what_numpy_gives(
             assert np.isfinite(wanted).all() and found.dtype == wanted.dtype
             close = 1 if wanted.dtype == np.uint8 else CLOSE * max(1.0, float(np.abs(wanted).max()))
             np.testing.assert_allclose(found.astype(float), wanted.astype(float), rtol=0, atol=close)
+
+
+@given(texts=st.integers(1, 40), compiled=st.sets(st.integers(1, 9), min_size=1))
+def test_texts_are_split_without_a_gap_and_only_the_last_run_is_padded(texts: int, compiled: set[int]) -> None:
+    parts = split_texts(texts, compiled)
+    assert [index for _, start, count in parts for index in range(start, start + count)] == list(range(texts))
+    assert all(batch in compiled for batch, _, _ in parts)
+    assert all(batch == count == max(compiled) for batch, _, count in parts[:-1])
+    assert all(batch - count < min({size for size in compiled if size >= count}) for batch, _, count in parts)
+    assert parts[0][0] >= parts[-1][0]  # what a later run leaves at the beginning reaches no other run's place

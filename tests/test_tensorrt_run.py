@@ -5,14 +5,17 @@ On the stand-in of tests/host_tensorrt.py, but for what the real libraries refus
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from latentrt.engines import tensorrt
 from latentrt.engines.bundle import Bundle
@@ -23,11 +26,14 @@ from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.stage import STATE_ROWS, control_width
+from latentrt.engines.tensorrt_profiles import input_shapes
 from latentrt.engines.tensorrt_run import open_program
 from latentrt.engines.tensorrt_session import TensorRTSession, load_engine
+from latentrt.engines.tensorrt_text import STATES
+from tests.graphs import model_of
 from tests.host_device import HostDevice
-from tests.host_tensorrt import make_library
-from tests.studio import LONG, ONE, TALL, TWO, Request, Studio, assert_same, expected, make_studio, picture
+from tests.host_tensorrt import make_library, write_plan
+from tests.studio import LONG, ONE, TALL, TWO, Request, Studio, assert_same, expected, make_studio, picture, spec_of
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +142,19 @@ def test_an_engine_names_what_it_takes(
 ) -> None:
     with studio.open(device) as session, pytest.raises(EngineError, match=words):
         session.engine("vae_encoder")(inputs)
+
+
+def fewer_profiles(studio: Studio, component: str, profiles: Sequence[Mapping[str, int]]) -> Studio:
+    """Return the studio with an engine that is compiled for some profiles only."""
+    directory = Path(tempfile.mkdtemp(dir=studio.directory.parent))
+    for file in studio.directory.iterdir():
+        shutil.copyfile(file, directory / file.name)
+    spec = replace(studio.record.specs[component], profiles=tuple(profiles))
+    shapes = [input_shapes(spec, number) for number in range(len(profiles))]
+    plan = directory / studio.record.entries[component]
+    plan.write_bytes(json.dumps(shapes).encode() + b"\n" + plan.read_bytes().partition(b"\n")[2])
+    record = replace(studio.record, specs=studio.record.specs | {component: spec})
+    return replace(studio, directory=directory, record=record)
 
 
 def changed(tensors: tuple[TensorSpec, ...], which: str, **fields: Any) -> tuple[TensorSpec, ...]:
@@ -333,9 +352,14 @@ WRONG_STEPS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda canvas: canvas.encode({"tokens": np.zeros((1, 77))}),
         "the text encoder takes input_ids, found tokens",
     ),
-    "a number of texts": (
+    "more texts than rows": (
         lambda canvas: canvas.encode({"input_ids": np.zeros((3, 77))}),
-        r"the text encoder is compiled for \[1, 2\] texts on this canvas, found 3",
+        "found 3 texts of 77 tokens, expected rows of 77 tokens, at most 2",
+    ),
+    "no texts": (lambda canvas: canvas.encode({"input_ids": np.zeros((0, 77))}), "found 0 texts of 77 tokens"),
+    "longer texts": (
+        lambda canvas: canvas.encode({"input_ids": np.zeros((1, 154))}),
+        r"input_ids: found shape \(1, 154\), expected \(1, 77\)",
     ),
     "a number of rows": (
         lambda canvas: canvas.advance(numbers(3)),
@@ -406,8 +430,54 @@ def test_text_can_be_written_with_more_rows_than_there_is_room_for(studio: Studi
 def test_without_a_text_encoder_the_text_is_written(studio: Studio, device: HostDevice) -> None:
     with studio.open(device, components=["unet", "vae_decoder"]) as session:
         canvas = session.canvas(LONG)
-        with pytest.raises(EngineError, match="no text encoder was opened with this canvas: write encoder_hidden"):
+        with pytest.raises(
+            EngineError, match="no text encoder gives what the stage takes on this canvas: write encoder_hi"
+        ):
             canvas.encode({"input_ids": np.zeros((2, 77))})
+
+
+def test_half_a_row_of_text_is_refused(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device) as session:
+        canvas = session.canvas(LONG)
+        with pytest.raises(EngineError, match="found 1 texts of 77 tokens, expected rows of 154 tokens, at most 2"):
+            canvas.encode({"input_ids": np.zeros((1, 77))})
+
+
+def test_where_the_stage_takes_what_several_encoders_give_the_text_is_written(
+    studio: Studio, device: HostDevice, tmp_path: Path
+) -> None:
+    """As SDXL's does: its first encoder gives 768 of the 2048 numbers of a token."""
+    directory = shutil.copytree(studio.directory, tmp_path / "host")
+    narrow = model_of(
+        [
+            helper.make_node("Cast", ["input_ids"], ["wide"], to=1),
+            helper.make_node("Unsqueeze", ["wide", "axis"], [STATES]),
+        ],
+        {"input_ids": ["batch", 77]},
+        {STATES: ["batch", 77, 1]},
+        {"axis": np.array([2])},
+        types={"input_ids": TensorProto.INT64},
+    )
+    spec = spec_of(narrow, "text_encoder", [{"batch": 2}])
+    write_plan(directory / "text_encoder.engine", narrow, spec)
+    record = replace(studio.record, specs=studio.record.specs | {"text_encoder": spec})
+    with replace(studio, directory=directory, record=record).open(device) as session:
+        canvas, ids = session.canvas(ONE), np.arange(154).reshape(2, 77)
+        with pytest.raises(EngineError, match="no text encoder gives what the stage takes on this canvas"):
+            canvas.encode({"input_ids": ids})
+        np.testing.assert_array_equal(session.engine("text_encoder")({"input_ids": ids})[STATES][..., 0], ids)
+        canvas.write("encoder_hidden_states", np.zeros((2, 77, 32)))
+
+
+def test_an_encoder_that_is_compiled_for_more_texts_than_fit_is_answered_with_the_command(
+    studio: Studio, device: HostDevice
+) -> None:
+    profiles = studio.record.specs["text_encoder"].profiles
+    with (
+        fewer_profiles(studio, "text_encoder", [profiles[2]]).open(device) as session,
+        pytest.raises(EngineError, match=r"text_encoder is not compiled for batch 2 .* for batch 4; run .*--batch 4,2"),
+    ):
+        session.canvas(ONE).encode({"input_ids": np.zeros((2, 77))})
 
 
 @pytest.mark.parametrize(
