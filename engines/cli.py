@@ -66,6 +66,9 @@ _SHAPE_OPTIONS = (
     click.option("--optimization-level", type=int, help="0 to 5: how long the compiler searches."),
     click.option("--workspace-mb", type=int, help="Scratch memory that one layer may use."),
     click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime and later versions."),
+    click.option(
+        "--timing-cache", type=click.Path(dir_okay=False, path_type=Path), help="File of what the compiler measured."
+    ),
     click.option("--refit", is_flag=True, help="Let weights be exchanged later."),
     click.option("--strip", is_flag=True, help="Leave the weights out; they are put in when loading."),
     click.option(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest
@@ -56,6 +57,7 @@ class BuildOptions:
     state_rows: rows of state of the largest sampler that the fused denoiser shall carry
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
+    timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either
     """
 
     sizes: tuple[tuple[int, int], ...] = ()
@@ -69,6 +71,7 @@ class BuildOptions:
     strip: bool = False
     state_rows: int = STATE_ROWS
     references: bool = True
+    timing_cache: Path | None = None
 
     def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
         """Return every combination of sizes, batches and tokens, each with guidance and without.

@@ -137,6 +137,9 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
         and options.compute_capability is None,
         "--lean is for tensorrt: tensorrt-rtx has no lean runtime": flavor == "tensorrt-rtx"
         and options.version_compatible,
+        "a timing cache changes nothing in tensorrt-rtx's engines, and asks for a GPU: leave --timing-cache away; its "
+        "kernels are compiled where the engines are loaded": flavor == "tensorrt-rtx"
+        and options.timing_cache is not None,
         "tensorrt-rtx builds --refit and --strip engines only where an NVIDIA GPU answers": here is None
         and (options.refit or options.strip),
         f"{flavor} {library.__version__} serves no compute capability {target}, it serves {', '.join(served)}": (

@@ -11,6 +11,7 @@ from latentrt.engines.interrupting import Cancelled, run_interruptibly
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineSpec
+from latentrt.engines.timing_cache import attach_timing_cache, save_timing_cache
 
 KEPT_LINES = 3  # of what the logger was told last
 LONGEST_LINE = 400
@@ -42,11 +43,16 @@ def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildO
     _let_attention_decompose(library, network)
     config = _configure(library, builder, options, logger)
     _add_profiles(builder, config, spec, logger)
+    if options.timing_cache is not None:
+        attach_timing_cache(config, options.timing_cache)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.error is not None:
         raise monitor.error
-    return bytes(_given(plan, f"{spec.component} could not be compiled", logger))
+    compiled = bytes(_given(plan, f"{spec.component} could not be compiled", logger))
+    if options.timing_cache is not None:
+        save_timing_cache(config, options.timing_cache)
+    return compiled
 
 
 def make_logger(library: ModuleType) -> Any:
