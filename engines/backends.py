@@ -12,6 +12,7 @@ from typing import Protocol
 from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.errors import EngineError
 from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions
@@ -107,6 +108,11 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
     ) -> Mapping[str, tuple[str, EngineSpec]]:
         return onnxruntime.build(bundle, directory, provider, report)
 
+    def key(bundle: Bundle, options: BuildOptions) -> EngineKey:
+        if words := _shapeless(provider, options):
+            raise EngineError(words)
+        return onnxruntime.key(bundle, provider)
+
     def open_sessions(opening: Opening) -> Opened:
         options = OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs))
         record = opening.record
@@ -119,7 +125,7 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
     return Backend(
         unavailable=partial(onnxruntime.unavailable, provider),
         cannot_build=lambda options: _shapeless(provider, options) or onnxruntime.unavailable(provider),
-        key=lambda bundle, options: onnxruntime.key(bundle, provider),
+        key=key,
         mismatches=lambda bundle, there: onnxruntime.key(bundle, provider).differences(there),
         build=build,
         open=open_sessions,

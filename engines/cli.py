@@ -87,18 +87,25 @@ def _shape_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}")
 @_shape_options
 @click.option("--force", is_flag=True, help="Build again even if the engines are there.")
+@click.option("--store", metavar="URL", help="Fetch the engines from here, or build and publish them here.")
+@click.option("--fetch-only", is_flag=True, help="Fetch them from the store, and build nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print the engine record as JSON.")
-def build(bundle: str, backend: str, force: bool, as_json: bool, **options: Any) -> None:
+def build(
+    bundle: str, backend: str, force: bool, store: str | None, fetch_only: bool, as_json: bool, **options: Any
+) -> None:
     """Build BUNDLE's engines for the machine at hand. Engines of other machines stay beside them.
 
     TensorRT's engines are compiled for fixed shapes, each size with each batch; the options about shapes and the
-    compiler are for the backends tensorrt and tensorrt-rtx.
+    compiler are for the backends tensorrt and tensorrt-rtx. A store holds engines by their key, which names the GPU,
+    the versions and the options: a fleet builds once for each kind of machine, and the others fetch.
     """
     wanted = BuildOptions(**options)
     chosen = choose_to_build(backend, wanted).backend
     opened = Bundle.open(bundle)
     with terminal_report(quiet=as_json) as report:
-        record = build_engines(opened, chosen, options=wanted, force=force, report=report)
+        record = build_engines(
+            opened, chosen, options=wanted, force=force, store=store, fetch_only=fetch_only, report=report
+        )
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(record), indent=1))
     else:

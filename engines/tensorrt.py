@@ -154,11 +154,23 @@ def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
     return _key(
         bundle,
         flavor,
-        require(flavor).__version__,
+        _version(flavor, options),
         capability=options.compute_capability,
         profiles=tuple(map(str, options.profiles(bundle.manifest))),
         options=(f"recipe {RECIPE}", *options.key_lines()),
     )
+
+
+def _version(flavor: Flavor, options: BuildOptions) -> str:
+    """Return the builder's version; where only a runtime is installed its own, for engines that come from a store."""
+    try:
+        return str(require(flavor).__version__)
+    except EngineError:
+        needed = dict(RUNTIMES[flavor])
+        for library in runtimes(flavor):
+            if needed[library.__name__] in (None, *options.key_lines()):
+                return str(library.__version__)
+        raise
 
 
 def _key(
