@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -27,9 +28,10 @@ from latentrt.runtime.embeddings import load_embedding
 from latentrt.runtime.mixing import vary
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.preview import preview
+from latentrt.runtime.prompt import PromptTokenizer
 from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, repaints, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
-from latentrt.runtime.texts import Texts
+from latentrt.runtime.texts import Texts, read_tokenizers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -126,13 +128,13 @@ class _Source:
 class Pipeline:
     """Draws pictures from a bundle. Safe to use from many threads: calls wait for one another."""
 
-    def __init__(self, bundle: Bundle, opened: OpenEngines, *, check: Check = "hash") -> None:
+    def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
         self.bundle = bundle
         self.load_s, self.warm_up_s = opened.load_s, 0.0
         self._opened = opened
         self._engines = opened.engines
         self._lock = threading.Lock()
-        self._texts = Texts(bundle, opened.engines, check=check)
+        self._texts = Texts(bundle.manifest, opened.engines, tokenizers)
 
     @classmethod
     def load(
@@ -155,10 +157,16 @@ class Pipeline:
         Raises BundleError (files) and EngineError (backend), each with the mend.
         """
         bundle = Bundle.open(path)
-        opened = open_engines(
-            bundle, backend, components=_needed(bundle), threads=threads, cuda_graphs=cuda_graphs, check=check
-        )
-        pipe = cls(bundle, opened, check=check)
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            reading = beside.submit(read_tokenizers, bundle, check=check)
+            opened = open_engines(
+                bundle, backend, components=_needed(bundle), threads=threads, cuda_graphs=cuda_graphs, check=check
+            )
+        try:
+            pipe = cls(bundle, opened, reading.result())
+        except Exception:
+            opened.close()
+            raise
         if warm_up:
             pipe.warm_up()
         return pipe

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from latentrt.engines.bundle import Bundle, Check
+from latentrt.engines.manifest import Manifest
 from latentrt.engines.spec import Array, Engine
 from latentrt.runtime.embeddings import Embedding
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
@@ -15,18 +16,24 @@ from latentrt.runtime.text import TextEncoder
 STATES, POOLED = "encoder_hidden_states", "text_embeds"  # the UNet's names
 
 
+def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenizer]:
+    """Read the bundle's tokenizers, by name. Raises BundleError."""
+    specs = bundle.manifest.tokenizers
+    return {name: PromptTokenizer(bundle.path(spec.file, check=check), spec) for name, spec in specs.items()}
+
+
 class Texts:
     """The encoders of a bundle, in the order in which the UNet takes what they give."""
 
-    def __init__(self, bundle: Bundle, engines: Mapping[str, Engine], *, check: Check) -> None:
-        self._zero_negative = bundle.manifest.zero_negative
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, PromptTokenizer]
+    ) -> None:
+        self._zero_negative = manifest.zero_negative
         self._encoders: dict[str, TextEncoder] = {}
-        for text in bundle.manifest.text_encoders:
-            spec = bundle.manifest.tokenizers[text.tokenizer]
-            tokenizer = PromptTokenizer(bundle.path(spec.file, check=check), spec)
+        for text in manifest.text_encoders:
             engine = engines[text.component]
             self._encoders[text.component] = TextEncoder(
-                tokenizer, engine, engine.spec, skip=text.skip, pooled=text.pooled
+                tokenizers[text.tokenizer], engine, engine.spec, skip=text.skip, pooled=text.pooled
             )
 
     def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt]) -> dict[str, Array]:
