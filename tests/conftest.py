@@ -1,8 +1,13 @@
-"""What many tests share: tiny checkpoints, the bundles exported from them, and the demo's. Made once a session."""
+"""What many tests share: tiny checkpoints, the bundles exported from them, and the demo's. Made once."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +17,8 @@ from hypothesis import settings
 from latentrt.export.exporting import export_checkpoint
 from tests.tiny import save_tiny
 
+ROOT = Path(__file__).parent.parent
+FORGOTTEN_S = 6 * 3600
 Make = Callable[[str, str], tuple[Path, Path]]
 """(family, variant) -> a tiny checkpoint and its bundle"""
 
@@ -21,19 +28,48 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for what the whole session shares. Tests read from it and never write into it."""
-    return tmp_path_factory.mktemp("workshop")
+def workshop() -> Path:
+    """A directory for what tests share. They read from it and never write into it.
+
+    It outlives the session: exporting takes most of the suite's time, and gives the same while no source changes.
+    """
+    shelf = ROOT / ".cache" / "workshops"
+    workshop = shelf / _sources()
+    workshop.mkdir(parents=True, exist_ok=True)
+    for old in set(shelf.iterdir()) - {workshop}:
+        if time.time() - old.stat().st_mtime > FORGOTTEN_S:  # another session may be at work in a younger one
+            shutil.rmtree(old, ignore_errors=True)
+    return workshop
+
+
+def _sources() -> str:
+    """Return a digest of all that a shared bundle depends on: our code and the libraries."""
+    files = sorted(path for folder in ("export", "engines", "tests") for path in (ROOT / folder).rglob("*.py"))
+    made_of = [*files, *sorted((ROOT / "export" / "demo" / "checkpoint").rglob("*.*")), ROOT / "constraints.txt"]
+    digest = hashlib.sha256(sys.version.encode())
+    for path in made_of:
+        if "test_" not in path.name and path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _tiny(path: Path, **options: str) -> Path:
+    """Return a tiny checkpoint, made where there is none yet; in one step, so that a killed run leaves no half."""
+    if not path.is_dir():
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            save_tiny(Path(beside) / path.name, **options)
+            (Path(beside) / path.name).rename(path)
+    return path
 
 
 @pytest.fixture(scope="session")
 def sd1_checkpoint(workshop: Path) -> Path:
-    return save_tiny(workshop / "sd1-checkpoint", family="sd1")
+    return _tiny(workshop / "sd1-checkpoint", family="sd1")
 
 
 @pytest.fixture(scope="session")
 def sd2_checkpoint(workshop: Path) -> Path:
-    return save_tiny(workshop / "sd2-checkpoint", family="sd2")
+    return _tiny(workshop / "sd2-checkpoint", family="sd2")
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +110,7 @@ def made(workshop: Path) -> Make:
     def make(family: str, variant: str) -> tuple[Path, Path]:
         if (family, variant) not in known:
             name = f"{family}-{variant}" if variant else f"{family}-plain"
-            checkpoint = save_tiny(workshop / f"{name}-checkpoint", family=family, variant=variant)
+            checkpoint = _tiny(workshop / f"{name}-checkpoint", family=family, variant=variant)
             export_checkpoint(str(checkpoint), workshop / name, precision="fp32")
             known[family, variant] = checkpoint, workshop / name
         return known[family, variant]
