@@ -97,6 +97,8 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
                 "peak_rss_bytes": finished.peak_rss_bytes,
                 "peak_rss_over_weights": round(finished.peak_rss_bytes / max(finished.weights_bytes, 1), 2),
                 "error": finished.error,
+                "float32_layers": finished.float32_layers,
+                "largest_activation": finished.largest_activation,
                 "resumed": name in exported.resumed,
             }
             for name, finished in exported.components.items()

@@ -264,6 +264,8 @@ def _component_spec(finished: Finished) -> ComponentSpec:
         outputs=finished.outputs,
         weights_bytes=finished.weights_bytes,
         error=finished.error,
+        float32_layers=finished.float32_layers,
+        largest_activation=finished.largest_activation,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ OPSET = 23
 # Weights above this go to a file beside the graph: backends map it into memory, and protobuf ends at 2 GiB.
 EXTERNAL_BYTES = 64 << 20
 DATA_SUFFIX = "_data"
+SCOPES = "pkg.torch.onnx.name_scopes"
 # What a trace may assume of an axis. diffusers branches at 64 pictures only to make tensors contiguous: the limit
 # settles that branch, and the graph has none.
 LIMITS: Mapping[str, tuple[int, int]] = {"batch": (1, 63), "tokens": (1, 4096)}
@@ -32,7 +35,19 @@ def export_graph(
     *,
     axes: Mapping[str, tuple[int, int]],
 ) -> list[Path]:
-    """Trace a module and write its graph. Returns the files, the graph first.
+    """Trace a module and write its graph. Returns the files, the graph first. The arguments are `trace_graph`'s."""
+    return save_graph(trace_graph(module, inputs, takes, gives, axes=axes), path)
+
+
+def trace_graph(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    takes: Sequence[TensorSpec],
+    gives: Sequence[TensorSpec],
+    *,
+    axes: Mapping[str, tuple[int, int]],
+) -> ir.Model:
+    """Return a module's graph, whose weights are the module's own memory.
 
     inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
     axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of
@@ -57,8 +72,9 @@ def export_graph(
     model = program.model
     _name_axes(model.graph.inputs, takes)
     _name_axes(model.graph.outputs, gives)
+    _name_nodes(model)
     _strip(model)
-    return save_graph(model, path)
+    return model
 
 
 def save_graph(model: ir.Model, path: Path) -> list[Path]:
@@ -94,6 +110,25 @@ def _name_axes(values: Sequence[ir.Value], specs: Sequence[TensorSpec]) -> None:
     for value, spec in zip(values, specs, strict=True):
         assert value.name == spec.name, (value.name, spec.name)
         value.shape = ir.Shape(spec.shape)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name each node for its module and operator, as in `up_blocks.1.resnets.0.conv1/Conv`.
+
+    Compilers and the list of what stays in float32 speak of nodes: these names are the checkpoint's own.
+    """
+    modules: dict[ir.Node | None, str] = {}
+    seen: Counter[str] = Counter()
+    for node in model.graph:
+        # ['', 'model', 'model.conv_in', 'conv2d']: the wrapper, the modules inside one another, the operation
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        before = next((value.producer() for value in node.inputs if value is not None), None)
+        # what the exporter put together of several nodes has no scopes: it stands where its input was made
+        module = scopes[-2].removeprefix("model").removeprefix(".") if scopes else modules.get(before, "")
+        modules[node] = "" if module.startswith("_") else module
+        name = f"{modules[node]}/{node.op_type}".removeprefix("/")
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
 
 
 def _strip(model: ir.Model) -> None:

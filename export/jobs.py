@@ -1,4 +1,7 @@
-"""One component's work: load it, record golden pairs, write its graph, check it. Each stage has its own process."""
+"""One component's work: load it, record golden pairs, write its graph, narrow or check it.
+
+Each stage has its own process.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,10 +30,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
-Stage = Literal["make", "check", "adopt"]
+Stage = Literal["make", "check", "narrow", "adopt"]
 # A graph is checked in another process than the one that made it: torch's tracer keeps the module alive, and with
 # ONNX Runtime's copy the peak would be twice the weights.
-STAGES: Mapping[Source, tuple[Stage, ...]] = {"torch": ("make", "check"), "onnx": ("adopt",)}
+STAGES: Mapping[tuple[Source, Precision], tuple[Stage, ...]] = {
+    ("torch", "fp32"): ("make", "check"),
+    ("torch", "fp16"): ("make", "narrow"),
+    ("onnx", "fp32"): ("adopt",),
+    ("onnx", "fp16"): ("adopt",),
+}
 MARKERS = ".finished"  # in the staging directory: one file for each finished component, not part of the bundle
 
 
@@ -52,6 +61,11 @@ class Job:
     recipe: Recipe | None = None
     stage: Stage = "make"
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the stages that finish the component, in order."""
+        return STAGES[self.source, self.precision]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
@@ -59,6 +73,7 @@ class Finished:
 
     error: the largest difference from torch over the output's range, None where there was no torch to compare with
     peak_rss_bytes: the peak memory of the process that did the work, libraries included
+    float32_layers, largest_activation: as in the manifest
     """
 
     component: str
@@ -69,6 +84,8 @@ class Finished:
     error: float | None
     seconds: float
     peak_rss_bytes: int
+    float32_layers: tuple[str, ...] = ()
+    largest_activation: float | None = None
 
     @property
     def graph_files(self) -> tuple[str, ...]:
@@ -95,7 +112,12 @@ def run_job(job: Job) -> Finished:
     """Do one stage of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
     start = time.perf_counter()
     root = Path(job.root)
-    work: Mapping[Stage, Callable[[Job], Finished]] = {"make": _make, "check": _check, "adopt": _adopt}
+    work: Mapping[Stage, Callable[[Job], Finished]] = {
+        "make": _make,
+        "check": _check,
+        "narrow": _narrow,
+        "adopt": _adopt,
+    }
     with disk_errors(root):
         (root / MARKERS).mkdir(exist_ok=True)
         finished = work[job.stage](job)
@@ -104,32 +126,39 @@ def run_job(job: Job) -> Finished:
             seconds=round(finished.seconds + time.perf_counter() - start, 3),
             peak_rss_bytes=max(finished.peak_rss_bytes, peak_rss_bytes()),
         )
-        last = job.stage == STAGES[job.source][-1]
+        last = job.stage == job.stages[-1]
         _write_marker(root, job.component if last else f"{job.component}.made", finished)
     return finished
 
 
 def _make(job: Job) -> Finished:
-    """Load the network, record both pairs, write the graph."""
+    """Load the network, record both pairs, write its graph in float32."""
     import torch
 
     from latentrt.export import graphs, modules
 
-    root, component = Path(job.root), COMPONENTS[job.component]
-    takes = input_specs(component, job.dimensions, job.precision)
-    gives = output_specs(component, job.dimensions, job.precision)
+    component = COMPONENTS[job.component]
+    takes = input_specs(component, job.dimensions, "fp32")
+    gives = output_specs(component, job.dimensions, "fp32")
     module = _load(job)
     for which, path in zip(CASES, _pairs(job), strict=True):
         inputs = golden.make_inputs(
             component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
         )
         golden.save_golden(path, inputs, modules.run(module, inputs, [spec.name for spec in gives]))
-    if job.precision == "fp16":
-        module.half()
-    traced = {name: torch.from_numpy(array) for name, array in golden.load_golden(_pairs(job)[0])[0].items()}
+    inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
+    traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
     axes = component.axes(job.dimensions)
-    files = graphs.export_graph(module, traced, takes, gives, root / graph_path(job.component), axes=axes)
-    return _finished(job, files, takes, gives)
+    files = graphs.export_graph(module, traced, takes, gives, _traced_graph(job), axes=axes)
+    return _finished(job, files if job.precision == "fp32" else [])
+
+
+def _traced_graph(job: Job) -> Path:
+    """Return where the float32 graph is written: in the bundle, or beside it where a float16 one is made of it."""
+    root = Path(job.root)
+    if job.precision == "fp32":
+        return root / graph_path(job.component)
+    return root / MARKERS / f"{job.component}.float32" / "model.onnx"
 
 
 def _load(job: Job) -> nn.Module:
@@ -148,11 +177,37 @@ def _load(job: Job) -> nn.Module:
 
 def _check(job: Job) -> Finished:
     """Compare the graph that was made with the recorded pairs."""
-    root = Path(job.root)
-    made = _parse_marker(root / MARKERS / f"{job.component}.made.json")
     pairs = [golden.load_golden(path) for path in _pairs(job)]
-    graph = root / graph_path(job.component)
-    return dataclasses.replace(made, error=golden.check_graph(job.component, graph, pairs, precision=job.precision))
+    error = golden.check_graph(job.component, _traced_graph(job), pairs, precision=job.precision)
+    return dataclasses.replace(_made(job), error=error)
+
+
+def _narrow(job: Job) -> Finished:
+    """Make a float16 graph of the float32 one, and compare it with the recorded pairs."""
+    from latentrt.export import precision
+
+    made, wide = _made(job), _traced_graph(job)
+    narrowed = precision.narrow_graph(
+        wide,
+        Path(job.root) / graph_path(job.component),
+        [golden.load_golden(path) for path in _pairs(job)],
+        component=job.component,
+        takes=made.inputs,
+        gives=made.outputs,
+    )
+    shutil.rmtree(wide.parent)
+    return dataclasses.replace(
+        made,
+        files=_records(job, narrowed.files),
+        weights_bytes=_weights_bytes(narrowed.files[0]),
+        error=narrowed.error,
+        float32_layers=narrowed.float32_layers,
+        largest_activation=narrowed.largest,
+    )
+
+
+def _made(job: Job) -> Finished:
+    return _parse_marker(Path(job.root) / MARKERS / f"{job.component}.made.json")
 
 
 def _adopt(job: Job) -> Finished:
@@ -160,7 +215,7 @@ def _adopt(job: Job) -> Finished:
     from latentrt.export import optimum
 
     root = Path(job.root)
-    files, takes, gives = optimum.adopt_graph(
+    files = optimum.adopt_graph(
         COMPONENTS[job.component],
         Path(job.folder),
         root / graph_path(job.component),
@@ -169,7 +224,7 @@ def _adopt(job: Job) -> Finished:
         precision=job.precision,
         scaling_factor=job.scaling_factor,
     )
-    return _finished(job, files, takes, gives)
+    return _finished(job, files)
 
 
 def _pairs(job: Job) -> tuple[Path, Path]:
@@ -178,19 +233,25 @@ def _pairs(job: Job) -> tuple[Path, Path]:
     return root / golden_path(job.component), root / MARKERS / f"{job.component}.odd.safetensors"
 
 
-def _finished(job: Job, files: list[Path], takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]) -> Finished:
-    root = Path(job.root)
-    names = [path.relative_to(root).as_posix() for path in files]
+def _finished(job: Job, files: list[Path]) -> Finished:
+    """Describe a component; without files, one whose graph is not there yet."""
+    component = COMPONENTS[job.component]
     return Finished(
         component=job.component,
-        files={name: record_file(root, name) for name in (*names, golden_path(job.component))},
-        inputs=takes,
-        outputs=gives,
-        weights_bytes=_weights_bytes(files[0]),
+        files=_records(job, files),
+        inputs=input_specs(component, job.dimensions, job.precision),
+        outputs=output_specs(component, job.dimensions, job.precision),
+        weights_bytes=_weights_bytes(files[0]) if files else 0,
         error=None,
         seconds=0.0,
         peak_rss_bytes=0,
     )
+
+
+def _records(job: Job, files: list[Path]) -> dict[str, FileRecord]:
+    root = Path(job.root)
+    names = [path.relative_to(root).as_posix() for path in files]
+    return {name: record_file(root, name) for name in (*names, golden_path(job.component))}
 
 
 def _weights_bytes(graph: Path) -> int:

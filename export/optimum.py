@@ -41,11 +41,11 @@ def adopt_graph(
     dimensions: Mapping[str, int],
     precision: Precision,
     scaling_factor: float,
-) -> tuple[list[Path], tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+) -> list[Path]:
     """Copy a graph that was exported already and record its golden pair with ONNX Runtime.
 
-    Returns the files, the inputs and the outputs. Raises CheckpointError where names, dtypes or shapes
-    are not those of the table.
+    Returns the files, the graph first. Raises CheckpointError where names, dtypes or shapes are not those of the
+    table.
     """
     source, *data = graph_files(folder)
     graph.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def adopt_graph(
     outputs = run_session(session, traced)
     run_session(session, checked)
     save_golden(golden, traced, {spec.name: outputs[spec.name] for spec in gives})
-    return [graph, *(graph.parent / file.name for file in data)], takes, gives
+    return [graph, *(graph.parent / file.name for file in data)]
 
 
 def _given(component: Component, model: ModelProto, gives: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from latentrt.engines.errors import BundleError, CheckpointError, LatentrtError
 from latentrt.engines.parsing import parse
-from latentrt.export.jobs import STAGES, Finished, Job, run_job
+from latentrt.export.jobs import Finished, Job, run_job
 
 ERRORS: dict[str, type[LatentrtError]] = {"CheckpointError": CheckpointError, "BundleError": BundleError}
 PRELOAD = {
@@ -41,7 +41,7 @@ class Worker:
 
     def run(self, job: Job) -> Finished:
         """Have one component done. Raises CheckpointError and BundleError as the work did, RuntimeError for bugs."""
-        *first, last = STAGES[job.source]
+        *first, last = job.stages
         for stage in first:
             self._ask(dataclasses.replace(job, stage=stage))
         return self._ask(dataclasses.replace(job, stage=last))
