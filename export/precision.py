@@ -255,9 +255,5 @@ class _Forms:
 
 def _half(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
     """Return a weight in float16, converted only when it is written: all of them at once would be another copy."""
-    return ir.LazyTensor(
-        lambda: ir.Tensor(tensor.numpy().astype(np.float16)),
-        dtype=HALF,
-        shape=ir.Shape(tensor.shape.numpy()),
-        name=name,
-    )
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(lambda: ir.Tensor(tensor.numpy().astype(np.float16)), dtype=HALF, shape=shape, name=name)
