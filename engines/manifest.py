@@ -55,6 +55,15 @@ class ComponentSpec:
         """Return the path of the ONNX graph, relative to the bundle."""
         return self.files[0]
 
+    def float32_note(self, *, names: int = 4) -> str | None:
+        """Say in a line what an fp16 graph computes in fp32, with the first names; None where that is nothing."""
+        if not self.float32_layers:
+            return None
+        shown, more = self.float32_layers[:names], len(self.float32_layers) - names
+        rest = f" and {more} more" if more > 0 else ""
+        reach = "" if self.largest_activation is None else f" (its values reach {self.largest_activation:.2g})"
+        return f"{len(self.float32_layers)} layers compute in fp32{reach}: {', '.join(shown)}{rest}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerSpec:

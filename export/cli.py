@@ -98,6 +98,7 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
                 "peak_rss_over_weights": round(finished.peak_rss_bytes / max(finished.weights_bytes, 1), 2),
                 "error": finished.error,
                 "float32_layers": finished.float32_layers,
+                "float32_note": exported.manifest.components[name].float32_note(),
                 "largest_activation": finished.largest_activation,
                 "resumed": name in exported.resumed,
             }
@@ -120,7 +121,8 @@ def _table(summary: dict[str, Any]) -> str:
         f"{summary['bytes'] / MIB:.1f} MiB, {summary['seconds']:.1f} s, "
         f"engines: {', '.join(summary['engines']) or 'none'}"
     )
-    return "\n".join([head, *rows, last] if rows else [last])
+    notes = [f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]]
+    return "\n".join([head, *rows, *notes, last] if rows else [last])
 
 
 def _error(error: float | None) -> str:

@@ -94,9 +94,20 @@ def compare(component: str, found: Mapping[str, Array], expected: Mapping[str, A
 def require_close(component: str, error: float, *, precision: Precision) -> None:
     """Raise CheckpointError where a graph's error is above the tolerance of its precision."""
     if error > TOLERANCES[precision]:
+        by = f"{error:.1e} of the output's range, more than {TOLERANCES[precision]:.0e}"
+        by = "infinity: something is not finite" if error == float("inf") else by
         raise CheckpointError(
-            f"{component}: the exported graph differs from the checkpoint by {error:.1e} of the output's range, "
-            f"more than {TOLERANCES[precision]:.0e}; " + _MENDS[precision]
+            f"{component}: the exported graph differs from the checkpoint by {by}; {_MENDS[precision]}"
+        )
+
+
+def require_finite(component: str, outputs: Mapping[str, Array]) -> None:
+    """Raise CheckpointError where the checkpoint's own outputs are not numbers: nothing could be compared with them."""
+    broken = [name for name, array in outputs.items() if not np.isfinite(array).all()]
+    if broken:
+        raise CheckpointError(
+            f"{component}: the checkpoint's own {', '.join(broken)} is not finite in float32; its weights are damaged, "
+            "download them again"
         )
 
 

@@ -145,7 +145,9 @@ def _make(job: Job) -> Finished:
         inputs = golden.make_inputs(
             component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
         )
-        golden.save_golden(path, inputs, modules.run(module, inputs, [spec.name for spec in gives]))
+        outputs = modules.run(module, inputs, [spec.name for spec in gives])
+        golden.require_finite(job.component, outputs)
+        golden.save_golden(path, inputs, outputs)
     inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
     traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
     axes = component.axes(job.dimensions)

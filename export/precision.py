@@ -79,11 +79,19 @@ def narrow_graph(
 
 
 def out_of_range(model: ir.Model, ranges: Ranges) -> list[ir.Node]:
-    """Return the nodes that take or give values beyond the limit, or take weights that float16 cannot hold."""
+    """Return the nodes that float16 cannot compute.
+
+    They take or give values beyond the limit, take weights that float16 cannot hold, or are attentions whose logits
+    are beyond the limit.
+    """
     wide = {name for name, largest in ranges.values.items() if not largest <= LIMIT}  # not a number is wide too
-    wide |= {name for name, largest in ranges.logits.items() if not largest <= LIMIT}
     wide |= {name for name, weight in model.graph.initializers.items() if not _fits(weight)}
-    return [node for node in model.graph if _computes(node) and any(value.name in wide for value in _values(node))]
+    loud = {name for name, largest in ranges.logits.items() if not largest <= LIMIT}
+    return [
+        node
+        for node in model.graph
+        if _computes(node) and (any(value.name in wide for value in _values(node)) or node.outputs[0].name in loud)
+    ]
 
 
 def all_but_matrix_work(model: ir.Model, ranges: Ranges) -> list[ir.Node]:
