@@ -38,7 +38,8 @@ class ComponentSpec:
     error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None where
         a graph was adopted and there were no weights to compare it with
     float32_layers: what an fp16 graph computes in fp32, by the checkpoint's own names of modules
-    largest_activation: the largest magnitude that entered or left a layer while golden pairs were recorded in fp32
+    largest_activation: the largest magnitude that the golden inputs cause in the graph in fp32, attention's logits
+        included; None in fp32 bundles, where nothing depends on it
     """
 
     files: tuple[str, ...]

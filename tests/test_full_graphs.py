@@ -18,7 +18,7 @@ from torch import nn
 from latentrt.engines.spec import TensorSpec
 from latentrt.export import graphs, precision
 from latentrt.export.graph_types import FLOAT, HALF, infer_types
-from latentrt.export.modules import Denoiser
+from latentrt.export.modules import wrap_denoiser
 
 LATENTS = ("batch", 4, "latent_height", "latent_width")
 # From the unet/config.json of runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and
@@ -54,30 +54,12 @@ WHOLE = {
 DECOMPOSED = {"Softmax", "InstanceNormalization", "ReduceMean", "Erf", "Tanh"}
 
 
-class Conditioned(Denoiser):
-    """SDXL's UNet, which is told the pooled text and the sizes of the picture."""
-
-    def forward(  # type: ignore[override]
-        self,
-        sample: torch.Tensor,
-        timestep: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        text_embeds: torch.Tensor,
-        time_ids: torch.Tensor,
-    ) -> torch.Tensor:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        output: torch.Tensor = self.model(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
-        return output
-
-
-def weightless(config: dict[str, Any], wrap: type[Denoiser]) -> nn.Module:
+def weightless(config: dict[str, Any]) -> nn.Module:
     """Return a UNet whose every weight is one number in another shape."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        module = wrap(UNet2DConditionModel(**config))
+        module = wrap_denoiser(UNet2DConditionModel(**config))
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             one = torch.full((), 0.01).expand(weight.shape)
@@ -109,7 +91,7 @@ def narrowed(request: pytest.FixtureRequest) -> Iterator[tuple[str, ir.Model]]:
     sizes = {"batch": 2, "steps": 1, "tokens": 77, "latent_height": 16, "latent_width": 24}
     takes, gives = specs(name, "float32"), [TensorSpec(name="out_sample", dtype="float32", shape=LATENTS)]
     inputs = {s.name: torch.zeros([sizes[a] if isinstance(a, str) else a for a in s.shape]) for s in takes}
-    module = weightless(CONFIGS[name], Conditioned if name == "sdxl" else Denoiser)
+    module = weightless(CONFIGS[name])
     axes = {"latent_height": (16, 1), "latent_width": (16, 1)}
     model = graphs.trace_graph(module, inputs, takes, gives, axes=axes)
     infer_types(model)
