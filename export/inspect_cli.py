@@ -50,7 +50,7 @@ def _print(inspection: Inspection, console: Console) -> None:
         console.print(_networks(inspection))
     for note in inspection.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    verdict = f"cannot be exported: {inspection.problem}" if inspection.problem else "can be exported"
+    verdict = f"cannot be exported as it is: {inspection.problem}" if inspection.problem else "can be exported"
     console.print(verdict, highlight=False, markup=False, soft_wrap=True)
 
 

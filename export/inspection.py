@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.lora import read_lora
 from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
 from latentrt.export.checkpoint import DEMO, HUB_ID, open_checkpoint
 from latentrt.export.families import LABELS, name_pipeline
@@ -119,9 +120,10 @@ def _inspect_part(file: TensorFile) -> Inspection:
         problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
     else:
         problem = f"it is nothing that is known here: {len(file.tensors)} tensors, the first named {keys}"
+    changes = _changes(file) if name == "LoRA" else []
     network = _network(name or "unknown", name, file.tensors.values(), (file.path.name,))
     known = ("ss_base_model_version", "ss_network_dim", "ss_network_alpha", "modelspec.architecture", "modelspec.title")
-    notes = tuple(f"its metadata say {key}: {file.metadata[key]}" for key in known if key in file.metadata)
+    notes = (*changes, *(f"its metadata say {key}: {file.metadata[key]}" for key in known if key in file.metadata))
     return Inspection(
         path=str(file.path),
         layout="one safetensors file",
@@ -130,6 +132,20 @@ def _inspect_part(file: TensorFile) -> Inspection:
         notes=notes,
         problem=problem,
     )
+
+
+def _changes(file: TensorFile) -> list[str]:
+    """Say how many modules a LoRA changes, and by what rank; or why it cannot be read."""
+    try:
+        lora = read_lora(file.path)
+    except CheckpointError as error:
+        return [str(error)]
+    sentences = []
+    for part, modules in lora.modules.items():
+        ranks = sorted({lora.rank(part, module) for module in modules})
+        told = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        sentences.append(f"it changes {len(modules)} modules of the {part}, by rank {told}")
+    return [*sentences, "it is added to a checkpoint with: latentrt export CHECKPOINT BUNDLE --lora FILE:SCALE"]
 
 
 def _inspect_folder(root: Path) -> Inspection:

@@ -159,8 +159,13 @@ def adapter_metadata(factors: list[Factors], *, prefix: bool = True) -> dict[str
     for part in sorted({row.part for row in factors}):
         mine = [row for row in factors if row.part == part]
         start = f"{part}." if prefix else ""
-        document |= {f"{start}r": 4, f"{start}lora_alpha": mine[0].alpha}
-        document[f"{start}alpha_pattern"] = {row.module: row.alpha for row in mine[1:]}
+        document |= {
+            f"{start}r": mine[0].rank,
+            f"{start}lora_alpha": mine[0].alpha,
+            f"{start}rank_pattern": {row.module: row.rank for row in mine[1:]},
+            f"{start}alpha_pattern": {row.module: row.alpha for row in mine[1:]},
+            f"{start}target_modules": [row.module for row in mine],
+        }
     return document
 
 

@@ -188,6 +188,17 @@ def test_parts_and_additions_are_named(tmp_path: Path, key: str, label: str) -> 
     assert "is a part or an addition" in inspection.problem
 
 
+def test_a_loras_changes_are_counted(tmp_path: Path) -> None:
+    tensors: dict[str, tuple[int, ...]] = {}
+    for name, rank in (("unet_conv_in", 4), ("unet_conv_out", 8), ("te_text_model_encoder_layers_0_mlp_fc1", 2)):
+        tensors |= {f"lora_{name}.lora_down.weight": (rank, 4), f"lora_{name}.lora_up.weight": (4, rank)}
+    file = save_header(tmp_path / "a.safetensors", tensors, metadata={"ss_base_model_version": "sd_v1"})
+    notes = inspect_checkpoint(str(file)).notes
+    assert "it changes 2 modules of the unet, by rank 4 to 8" in notes
+    assert "it changes 1 modules of the text_encoder, by rank 2" in notes
+    assert "its metadata say ss_base_model_version: sd_v1" in notes
+
+
 def test_what_nobody_knows_is_said_with_a_name_from_inside(tmp_path: Path) -> None:
     inspection = inspect_checkpoint(str(save_header(tmp_path / "a.safetensors", {"x.y": (4,), "z": (2, 2, 2)})))
     assert (inspection.model, inspection.problem) == (
