@@ -1,7 +1,7 @@
 """LoRAs against diffusers and PEFT themselves, in an environment of their own: PEFT is no dependency of ours.
 
 Not compared, because diffusers 0.42 changes nothing there or stops: alphas that differ between modules in kohya's and
-diffusers' own files, and the UNet's original names for an SD 1.x pipeline. For those tests/test_lora.py has the formula.
+diffusers' own files, and original names of the UNet with SD 1.x. tests/test_lora.py has the formula for those.
 """
 
 from __future__ import annotations
