@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header
+from latentrt.export.families import SUPPORTED
 from latentrt.export.folders import network_files, open_network, read_configs, read_json
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import PARTS, Parts, Recipe, folders
+from latentrt.export.parts import PARTS, TEXT_ENCODERS, Parts, Recipe, folders
 from latentrt.export.pickles import read_pickle_header
 from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
 from latentrt.export.single_file import VAE_PREFIX, SingleFile, name_other, recognise
 from latentrt.export.weights import PICKLES
 
 Configs = Mapping[str, Mapping[str, Any]]
-SINGLE = folders("torch", {"text_encoder"})  # the networks of a checkpoint in one file, and their folders in --config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """What a single file does not hold: the configs of its networks, its scheduler's and its pipeline's."""
+
+    configs: Configs
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any]
 
 
 def open_file(path: Path, options: CheckpointOptions) -> Parts:
@@ -28,26 +37,29 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
     single = recognise(file)
     if single is None:
         raise CheckpointError(_not_whole(file))
-    configs, scheduler = _given_configs(options.config) if options.config else _published_configs(single, options)
-    if single.told:
-        scheduler = {**scheduler, "prediction_type": single.prediction}
-    tokenizer = _find_tokenizer(options)
-    _require(single, options, tokenizer)
-    assert tokenizer is not None
-    unet = {**configs["unet"], "in_channels": single.input_channels}
+    networks = folders("torch", single.networks())
+    documents = _given(options.config, networks) if options.config else _published(single, networks, options)
+    tokenizers = _find_tokenizers(networks, options)
+    _require(single, options, tokenizers)
+    padding = PADDING[single.family] if single.family and not options.config else {}
+    configs = {**documents.configs, "unet": {**documents.configs["unet"], "in_channels": single.input_channels}}
     return Parts(
         root=path,
         source="torch",
-        index={"_class_name": "StableDiffusionPipeline"},
-        scheduler={**scheduler, "rescale_betas_zero_snr": True} if single.zero_snr else scheduler,
-        configs={**configs, "unet": unet},
-        networks={name: _recipe(name, path, {**configs, "unet": unet}) for name in configs},
-        tokenizers={"tokenizer": tokenizer},
-        special_tokens={"tokenizer": {"pad_token": PADDING[single.family]}}
-        if single.family and not options.config
-        else {},
-        files={path.name: path, **_config_files(options), **_tokenizer_files(tokenizer)},
+        index=documents.index,
+        scheduler=_scheduler(single, documents.scheduler),
+        configs=configs,
+        networks={name: _recipe(name, path, config) for name, config in configs.items()},
+        tokenizers=tokenizers,
+        special_tokens={name: {"pad_token": padding[name]} for name in tokenizers if name in padding},
+        files={path.name: path, **_config_files(options, networks), **_tokenizer_files(tokenizers)},
     )
+
+
+def _scheduler(single: SingleFile, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scheduler's config with what the file itself says."""
+    told = {"prediction_type": single.prediction} if single.told else {}
+    return {**scheduler, **told, **({"rescale_betas_zero_snr": True} if single.zero_snr else {})}
 
 
 def read_weights_header(path: Path, *, allow_pickle: bool) -> TensorFile:
@@ -68,7 +80,7 @@ def _not_whole(file: TensorFile) -> str:
     path = file.path
     name, denoiser = name_other(file)
     if denoiser:
-        return f"'{path}' was recognised as {name}, which is not supported; expected Stable Diffusion 1.x or 2.x"
+        return f"'{path}' was recognised as {name}, which is not supported; expected {SUPPORTED}"
     if name:
         return (
             f"'{path}' was recognised as {name}, which is no whole checkpoint; give the checkpoint that it belongs to"
@@ -76,57 +88,80 @@ def _not_whole(file: TensorFile) -> str:
     return f"'{path}' is no checkpoint that is known here; `latentrt inspect` says what it holds"
 
 
-def _given_configs(name: str) -> tuple[Configs, Mapping[str, Any]]:
+def _given(name: str, networks: Mapping[str, str]) -> Documents:
     root = Path(name)
     if not (root / "unet" / "config.json").is_file():
         raise CheckpointError(f"--config '{name}' holds no unet/config.json; give a directory in diffusers' layout")
-    return read_configs(root, SINGLE), read_json(root / "scheduler" / "scheduler_config.json")
+    return Documents(
+        configs=read_configs(root, networks),
+        scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
+        index=read_json(root / "model_index.json"),
+    )
 
 
-def _published_configs(single: SingleFile, options: CheckpointOptions) -> tuple[Configs, Mapping[str, Any]]:
+def _published(single: SingleFile, networks: Mapping[str, str], options: CheckpointOptions) -> Documents:
     if single.family is None:
         raise CheckpointError(
             f"'{single.file.path}' was recognised as {single.label}, which is not supported from a single file; "
-            "where its layout is that of Stable Diffusion 1.x or 2.x, pass --config DIRECTORY with its configs"
+            "where its networks are those of Stable Diffusion 1.x, 2.x or XL, pass --config DIRECTORY with its configs"
         )
     published = CONFIGS[single.family]
     prediction = options.prediction_type or single.prediction
-    sizes = SAMPLE_SIZES[single.family]
-    side = sizes.get(prediction, DEFAULT_SAMPLE_SIZE) if prediction else DEFAULT_SAMPLE_SIZE
-    configs = {name: published[folder] for name, folder in SINGLE.items()}
-    configs["unet"] = {**configs["unet"], "sample_size": side}
-    return configs, {**published["scheduler"], "prediction_type": prediction}
+    side = SAMPLE_SIZES.get(single.family, {}).get(prediction or "epsilon", DEFAULT_SAMPLE_SIZE)
+    configs = {name: published[folder] for name, folder in networks.items() if folder in published}
+    return Documents(
+        configs={**configs, "unet": {"sample_size": side, **configs["unet"]}},
+        scheduler={**published["scheduler"], "prediction_type": prediction},
+        index=published["index"],
+    )
 
 
-def _require(single: SingleFile, options: CheckpointOptions, tokenizer: Path | None) -> None:
+def _require(single: SingleFile, options: CheckpointOptions, tokenizers: Mapping[str, Path]) -> None:
     """Refuse what lacks something, saying all of it at once."""
     held = single.networks()
-    if "text_encoder" not in held:
-        raise CheckpointError(f"'{single.file.path}' holds no text encoder; look for a file with the whole checkpoint")
+    expected = [name for name in CONFIGS[single.family] if name in TEXT_ENCODERS] if single.family else []
+    absent = [name for name in expected if name not in held]
+    if absent or not set(held) & set(TEXT_ENCODERS):
+        raise CheckpointError(
+            f"'{single.file.path}' ({single.label}) holds no {' and no '.join(absent or ['text_encoder'])}; "
+            "look for a file with the whole checkpoint"
+        )
     needs = []
     if "vae" not in held and options.vae is None:
         needs.append("--vae PATH, because it holds no VAE")
     if single.prediction is None and options.prediction_type is None and options.config is None:
         needs.append(f"--prediction-type epsilon or v_prediction, because {single.reason}")
-    if tokenizer is None:
+    if any(tokenizer not in tokenizers for encoder, tokenizer in TEXT_ENCODERS.items() if encoder in held):
         needs.append("--tokenizer DIRECTORY with CLIP's vocab.json and merges.txt, because a single file holds none")
     if needs:
         raise CheckpointError(f"'{single.file.path}' ({single.label}) needs {'; and '.join(needs)}")
 
 
-def _find_tokenizer(options: CheckpointOptions) -> Path | None:
-    """Return the folder with the vocabulary: what was named, that of --config, or one in the hub's cache."""
+def _find_tokenizers(networks: Mapping[str, str], options: CheckpointOptions) -> dict[str, Path]:
+    """Return the folder with each text encoder's vocabulary: what was named, that of --config, or the hub's cache.
+
+    One vocabulary serves both encoders where there is no second. Empty where there is none at all.
+    """
+    found = {}
+    for encoder, name in TEXT_ENCODERS.items():
+        folder = _find_tokenizer(name, options) if encoder in networks else None
+        if folder:
+            found[name] = folder
+    return found
+
+
+def _find_tokenizer(name: str, options: CheckpointOptions) -> Path | None:
     if options.tokenizer:
         root = Path(options.tokenizer)
-        for folder in (root, root / "tokenizer", root / "onnx" / "tokenizer"):
+        for folder in (root, root / name, root / "tokenizer", root / "onnx" / name, root / "onnx" / "tokenizer"):
             if _holds_vocabulary(folder):
                 return folder
         raise CheckpointError(
             f"--tokenizer '{options.tokenizer}' holds neither vocab.json with merges.txt nor tokenizer.json; "
             "give a tokenizer's directory, or a checkpoint's or a bundle's"
         )
-    if options.config and _holds_vocabulary(Path(options.config) / "tokenizer"):
-        return Path(options.config) / "tokenizer"
+    if options.config:
+        return next((path for path in (Path(options.config) / name,) if _holds_vocabulary(path)), _cached_tokenizer())
     return _cached_tokenizer()
 
 
@@ -148,25 +183,26 @@ def _cached_tokenizer() -> Path | None:
     return None
 
 
-def _config_files(options: CheckpointOptions) -> dict[str, Path]:
+def _config_files(options: CheckpointOptions, networks: Mapping[str, str]) -> dict[str, Path]:
     if options.config is None:
         return {}
-    root = Path(options.config)
-    names = [f"{folder}/config.json" for folder in dict.fromkeys(SINGLE.values())]
-    return {f"config/{name}": root / name for name in (*names, "scheduler/scheduler_config.json")}
+    names = [f"{folder}/config.json" for folder in dict.fromkeys(networks.values())]
+    names += ["scheduler/scheduler_config.json", "model_index.json"]
+    return {f"config/{name}": Path(options.config) / name for name in names}
 
 
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
-    return {f"tokenizer/{path.name}": path for path in sorted(folder.iterdir()) if path.is_file()}
+def _tokenizer_files(tokenizers: Mapping[str, Path]) -> dict[str, Path]:
+    return {
+        f"{name}/{path.name}": path
+        for name, folder in tokenizers.items()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
 
 
-def _recipe(component: str, path: Path, configs: Configs) -> Recipe:
-    return Recipe(
-        part=PARTS[component],
-        config=json.dumps(dict(configs[component])),
-        files=(str(path.resolve()),),
-        layout="original",
-    )
+def _recipe(component: str, path: Path, config: Mapping[str, Any]) -> Recipe:
+    text = json.dumps(dict(config))
+    return Recipe(part=PARTS[component], config=text, files=(str(path.resolve()),), layout="original")
 
 
 def replace_vae(parts: Parts, name: str, *, allow_pickle: bool = False) -> Parts:

@@ -28,11 +28,17 @@ Tensors = dict[str, Tensor]
 SHARD_BYTES = 1 << 30  # what is held in memory at once where tensors are changed on their way
 STEMS: Mapping[Part, str] = {
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
 PREFIXES: Mapping[Part, tuple[str, ...]] = {
-    "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model."),
+    "text_encoder": (
+        "cond_stage_model.transformer.",
+        "cond_stage_model.model.",
+        "conditioner.embedders.0.transformer.",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
 }
@@ -78,11 +84,15 @@ def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> T
     if prefix.endswith(".model."):
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
         found = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
-        found.pop("text_projection.weight", None)
+        if "CLIPTextModelWithProjection" not in config["architectures"]:
+            found.pop("text_projection.weight", None)
     else:
         found = convert_ldm_clip_checkpoint(tensors)
     start = "text_model."  # some merges of models have lost it
-    named = {start + key.removeprefix(start): tensor for key, tensor in found.items()}
+    named = {
+        key if key == "text_projection.weight" else start + key.removeprefix(start): tensor
+        for key, tensor in found.items()
+    }
     return {key: tensor for key, tensor in named.items() if _layer(key) < config["num_hidden_layers"]}
 
 
@@ -104,7 +114,7 @@ def _vae(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
     return _whole(tensors, convert_ldm_vae_checkpoint(tensors, dict(config)), "VAE")
 
 
-_CONVERT = {"text_encoder": _text_encoder, "unet": _unet, "vae": _vae}
+_CONVERT = {"text_encoder": _text_encoder, "text_encoder_2": _text_encoder, "unet": _unet, "vae": _vae}
 
 
 def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from latentrt.engines.manifest import Family
 from latentrt.engines.tensor_files import TensorFile
 
+SUPPORTED = "Stable Diffusion 1.x, 2.x or XL"
 # A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
 ACTIVATIONS: Mapping[str, Family] = {"quick_gelu": "sd1", "gelu": "sd2"}
 # Recognised in a directory and not supported: by the class of the denoiser, and by a key of the UNet's config.
@@ -89,8 +90,8 @@ class Base:
 BASES: Mapping[int, Base] = {
     768: Base(label="Stable Diffusion 1.x", family="sd1", channels=320),
     1024: Base(label="Stable Diffusion 2.x", family="sd2", channels=320),
-    1280: Base(label="Stable Diffusion XL refiner", family=None, channels=384),
-    2048: Base(label="Stable Diffusion XL", family=None, channels=320),
+    1280: Base(label="Stable Diffusion XL refiner", family="sdxl_refiner", channels=384),
+    2048: Base(label="Stable Diffusion XL", family="sdxl", channels=320),
 }
 INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
     5: "with a depth map",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.families import OTHER_DENOISERS, OTHER_UNETS, name_pipeline
+from latentrt.export.families import OTHER_DENOISERS, OTHER_UNETS, SUPPORTED, name_pipeline
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
 from latentrt.export.weights import find_pickles, find_weights, has_safetensors
 
@@ -56,9 +56,7 @@ def _refuse_other_denoisers(root: Path, index: Mapping[str, Any]) -> None:
     if other is None and "unet" not in entries:
         other = name_pipeline(str(index.get("_class_name")))
     if other:
-        raise CheckpointError(
-            f"'{root}' was recognised as {other}, which is not supported yet; expected Stable Diffusion 1.x, 2.x or XL"
-        )
+        raise CheckpointError(f"'{root}' was recognised as {other}, which is not supported yet; expected {SUPPORTED}")
 
 
 def _refuse_other_unets(root: Path) -> None:
@@ -69,7 +67,7 @@ def _refuse_other_unets(root: Path) -> None:
         if unet.get(key) is not None and unet[key] != known:
             raise CheckpointError(
                 f"'{root}' was recognised as {meaning} (unet/config.json says {key}: {unet[key]}), "
-                "which is not supported yet; expected Stable Diffusion 1.x, 2.x or XL"
+                f"which is not supported yet; expected {SUPPORTED}"
             )
 
 

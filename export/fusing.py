@@ -35,8 +35,9 @@ def add_loras(parts: Parts, loras: Sequence[LoraOption]) -> Parts:
     files = sorted((hash_file(_existing(lora)), lora.strength, lora.path) for lora in loras)
     fusions = tuple(Fusion(path=str(Path(path).resolve()), strength=strength) for _, strength, path in files)
     opened = [read_lora(Path(fusion.path)) for fusion in fusions]
+    present = {PARTS[component] for component in parts.networks}
     for lora in opened:
-        for part in set(lora.modules) - set(PARTS.values()):
+        for part in sorted(set(lora.modules) - present):
             raise CheckpointError(
                 f"{lora.path} changes a {part}, which this checkpoint does not have; "
                 "give a LoRA that was made for its family"

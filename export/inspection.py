@@ -11,10 +11,11 @@ from typing import Any
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora import read_lora
 from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
-from latentrt.export.checkpoint import DEMO, HUB_ID, open_checkpoint
-from latentrt.export.families import LABELS, name_pipeline
+from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
+from latentrt.export.families import INPUTS, LABELS, SUPPORTED, name_pipeline
 from latentrt.export.folders import graph_files
 from latentrt.export.hub import find_cached
+from latentrt.export.parts import TEXT_ENCODERS
 from latentrt.export.single_file import SingleFile, name_other, recognise
 from latentrt.export.weights import PICKLES, find_weights
 
@@ -107,7 +108,9 @@ def _title(file: TensorFile) -> list[str]:
 
 
 def _absent(single: SingleFile) -> list[str]:
-    return [f"it holds no {name}" for name in ("text_encoder", "vae") if name not in single.networks()]
+    networks = single.networks()
+    absent = [] if set(networks) & set(TEXT_ENCODERS) else ["text encoder"]
+    return [f"it holds no {name}" for name in (*absent, *(() if "vae" in networks else ("VAE",)))]
 
 
 def _inspect_part(file: TensorFile) -> Inspection:
@@ -115,7 +118,7 @@ def _inspect_part(file: TensorFile) -> Inspection:
     name, denoiser = name_other(file)
     keys = ", ".join(sorted(file.tensors)[:3])
     if denoiser:
-        problem = f"{name} was recognised by its keys and is not supported; expected {_supported()}"
+        problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED}"
     elif name:
         problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
     else:
@@ -156,7 +159,7 @@ def _inspect_folder(root: Path) -> Inspection:
     networks, faults = _folder_networks(root, index)
     try:
         checkpoint = open_checkpoint(str(root))
-        problem, model = None, LABELS[checkpoint.family]
+        problem, model = None, ", ".join([LABELS[checkpoint.family], *_additions(checkpoint)])
         picture = checkpoint.default_size
     except CheckpointError as error:
         problem, model, picture = str(error), name_pipeline(str(index.get("_class_name"))), None
@@ -172,6 +175,14 @@ def _inspect_folder(root: Path) -> Inspection:
         notes=tuple(fault for fault in faults if fault != problem),
         problem=problem,
     )
+
+
+def _additions(checkpoint: Checkpoint) -> list[str]:
+    """Name what a UNet takes beyond its family's."""
+    unet, channels = checkpoint.configs["unet"], checkpoint.latents.channels
+    takes = unet.get("in_channels", channels)
+    more = [INPUTS.get(takes - channels + 4, f"with {takes} input channels")] if takes != channels else []
+    return more + (["for latent consistency"] if unet.get("time_cond_proj_dim") else [])
 
 
 def _folder_networks(root: Path, index: Mapping[str, Any]) -> tuple[list[Network], list[str]]:
@@ -248,10 +259,6 @@ def _problem(path: Path) -> str | None:
     except CheckpointError as error:
         return str(error)
     return None
-
-
-def _supported() -> str:
-    return " or ".join(LABELS.values())
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -65,20 +65,47 @@ _SCHEDULER: Config = {
     "clip_sample": False,
     "trained_betas": None,
 }
+_CLIP_L: Config = {
+    **_TEXT,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+_OPEN_CLIP_G: Config = {
+    **_TEXT,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+_UNET_XL: Config = {
+    **_UNET,
+    "sample_size": 128,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+}
+_VAE_XL: Config = {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+_SCHEDULER_XL: Config = {
+    **_SCHEDULER,
+    "_class_name": "EulerDiscreteScheduler",
+    "interpolation_type": "linear",
+    "timestep_spacing": "leading",
+    "use_karras_sigmas": False,
+}
 CONFIGS: Mapping[Family, Mapping[str, Config]] = {
     "sd1": {
-        "text_encoder": {
-            **_TEXT,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "projection_dim": 768,
-            "hidden_act": "quick_gelu",
-        },
+        "text_encoder": _CLIP_L,
         "unet": {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
         "vae": _VAE,
         "scheduler": {**_SCHEDULER, "_class_name": "PNDMScheduler", "skip_prk_steps": True},
+        "index": {"_class_name": "StableDiffusionPipeline"},
     },
     "sd2": {
         "text_encoder": {
@@ -99,13 +126,56 @@ CONFIGS: Mapping[Family, Mapping[str, Config]] = {
         },
         "vae": _VAE,
         "scheduler": {**_SCHEDULER, "_class_name": "DDIMScheduler"},
+        "index": {"_class_name": "StableDiffusionPipeline"},
+    },
+    "sdxl": {
+        "text_encoder": _CLIP_L,
+        "text_encoder_2": _OPEN_CLIP_G,
+        "unet": {
+            **_UNET_XL,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "vae": _VAE_XL,
+        "scheduler": _SCHEDULER_XL,
+        "index": {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+    },
+    "sdxl_refiner": {
+        "text_encoder_2": _OPEN_CLIP_G,
+        "unet": {
+            **_UNET_XL,
+            "block_out_channels": [384, 768, 1536, 1536],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": 4,
+            "attention_head_dim": [6, 12, 24, 24],
+            "cross_attention_dim": 1280,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        "vae": _VAE_XL,
+        "scheduler": _SCHEDULER_XL,
+        "index": {
+            "_class_name": "StableDiffusionXLImg2ImgPipeline",
+            "force_zeros_for_empty_prompt": False,
+            "requires_aesthetics_score": True,
+        },
     },
 }
-# Latents a side of the pictures it was trained on, by what it predicts.
-SAMPLE_SIZES: Mapping[Family, Mapping[Prediction, int]] = {"sd1": {}, "sd2": {"v_prediction": 96}}
+# Latents a side of the pictures it was trained on, where what it predicts decides that.
+SAMPLE_SIZES: Mapping[Family, Mapping[Prediction, int]] = {"sd2": {"v_prediction": 96}}
 DEFAULT_SAMPLE_SIZE = 64
-PADDING: Mapping[Family, str] = {"sd1": "<|endoftext|>", "sd2": "!"}
-# Where the vocabulary, the same for both, may lie in the hub's cache: a repository and a folder of it.
+PADDING: Mapping[Family, Mapping[str, str]] = {  # by tokenizer
+    "sd1": {"tokenizer": "<|endoftext|>"},
+    "sd2": {"tokenizer": "!"},
+    "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+    "sdxl_refiner": {"tokenizer_2": "!"},
+}
+# Where the vocabulary, the same for all, may lie in the hub's cache: a repository and a folder of it.
 VOCABULARIES = (
     ("openai/clip-vit-large-patch14", ""),
     ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),

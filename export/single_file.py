@@ -15,8 +15,8 @@ from latentrt.export.families import BASES, DENOISER_PREFIX, INPUTS, OTHER_DENOI
 FIRST = f"{DENOISER_PREFIX}input_blocks.0.0.weight"
 VAE_PREFIX = "first_stage_model."
 NETWORKS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0."),
-    "text_encoder_2": ("conditioner.embedders.1.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer."),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
     "unet": (DENOISER_PREFIX,),
     "vae": (VAE_PREFIX,),
     "unet (average)": ("model_ema.",),

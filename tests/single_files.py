@@ -104,9 +104,9 @@ def vae_tensors(vae: Mapping[str, Any], config: Mapping[str, Any], *, prefix: st
     }
 
 
-def clip_tensors(text: Mapping[str, Any]) -> dict[str, Any]:
+def clip_tensors(text: Mapping[str, Any], *, prefix: str = "cond_stage_model.transformer.") -> dict[str, Any]:
     """Return the tensors of SD 1.x's text encoder as they are in a single file."""
-    return {f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}": t for key, t in text.items()}
+    return {f"{prefix}text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in text.items()}
 
 
 def open_clip_tensors(text: Mapping[str, Any], *, prefix: str = "cond_stage_model.model.") -> dict[str, Any]:
@@ -125,7 +125,8 @@ def open_clip_tensors(text: Mapping[str, Any], *, prefix: str = "cond_stage_mode
         elif not re.search(r"self_attn\.[kv]_proj", key) and "position_ids" not in key:
             found[_replace(key, OPEN_CLIP)] = tensor
     width = text["final_layer_norm.weight"].shape[0]
-    found |= {"text_projection": torch.zeros(width, width), "logit_scale": torch.tensor(4.6)}
+    projection = found.pop("text_projection.weight", torch.zeros(width, width))
+    found |= {"text_projection": projection.T, "logit_scale": torch.tensor(4.6)}
     return {prefix + key: tensor for key, tensor in found.items()}
 
 
@@ -138,12 +139,18 @@ def checkpoint_tensors(directory: Path) -> dict[str, Any]:
         (file,) = (directory / folder).glob("*.safetensors")
         return load_file(file), json.loads((directory / folder / "config.json").read_text())
 
-    text, config = read("text_encoder")
-    encode = clip_tensors if config["hidden_act"] == "quick_gelu" else open_clip_tensors
+    if not (directory / "text_encoder_2").is_dir():
+        text, config = read("text_encoder")
+        texts = clip_tensors(text) if config["hidden_act"] == "quick_gelu" else open_clip_tensors(text)
+    elif (directory / "text_encoder").is_dir():
+        texts = clip_tensors(read("text_encoder")[0], prefix="conditioner.embedders.0.transformer.")
+        texts |= open_clip_tensors(read("text_encoder_2")[0], prefix="conditioner.embedders.1.model.")
+    else:
+        texts = open_clip_tensors(read("text_encoder_2")[0], prefix="conditioner.embedders.0.model.")
     return {
         "alphas_cumprod": torch.linspace(1, 0, 1000),
         "betas": torch.linspace(0, 1, 1000),
-        **encode(text),
+        **texts,
         **vae_tensors(*read("vae"), prefix="first_stage_model."),
         **unet_tensors(*read("unet")),
     }

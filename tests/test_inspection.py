@@ -22,6 +22,7 @@ from latentrt.export.inspection import Inspection, inspect_checkpoint
 from latentrt.export.single_file import recognise
 from tests.single_files import clip_tensors, open_clip_tensors, save_header, save_single_file, unet_tensors, vae_tensors
 from tests.test_guards import FORBID
+from tests.tiny import save_tiny
 
 XL: dict[str, Any] = {
     "cross_attention_dim": 2048,
@@ -55,32 +56,50 @@ OPEN_CLIP = {
     "num_attention_heads": 16,
     "hidden_act": "gelu",
 }
-# (the UNet's config, the text encoder's, what it is, its prediction type, parameters of the published UNet in millions)
-PUBLISHED: list[tuple[dict[str, Any], dict[str, Any], str, str | None, float]] = [
-    ({"cross_attention_dim": 768}, CLIP, "Stable Diffusion 1.x", "epsilon", 859.52),
-    ({"cross_attention_dim": 768, "in_channels": 9}, CLIP, "Stable Diffusion 1.x, for inpainting", "epsilon", 859.54),
-    (SD2, OPEN_CLIP, "Stable Diffusion 2.x", None, 865.91),
-    (SD2 | {"in_channels": 5}, OPEN_CLIP, "Stable Diffusion 2.x, with a depth map", None, 865.91),
-    (XL, {}, "Stable Diffusion XL", "epsilon", 2567.46),
-    (REFINER, {}, "Stable Diffusion XL refiner", "epsilon", 2259.53),
+OPEN_CLIP_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+Texts = dict[str, dict[str, Any]]
+ONE: Texts = {"cond_stage_model.transformer.": CLIP}
+OPEN: Texts = {"cond_stage_model.model.": OPEN_CLIP}
+TWO: Texts = {"conditioner.embedders.0.transformer.": CLIP, "conditioner.embedders.1.model.": OPEN_CLIP_G}
+SECOND: Texts = {"conditioner.embedders.0.model.": OPEN_CLIP_G}
+# (the UNet's config, the text encoders' by their keys' beginning, what it is, its prediction type,
+# parameters of the published UNet in millions)
+PUBLISHED: list[tuple[dict[str, Any], Texts, str, str | None, float]] = [
+    ({"cross_attention_dim": 768}, ONE, "Stable Diffusion 1.x", "epsilon", 859.52),
+    ({"cross_attention_dim": 768, "in_channels": 9}, ONE, "Stable Diffusion 1.x, for inpainting", "epsilon", 859.54),
+    (SD2, OPEN, "Stable Diffusion 2.x", None, 865.91),
+    (SD2 | {"in_channels": 5}, OPEN, "Stable Diffusion 2.x, with a depth map", None, 865.91),
+    (XL, TWO, "Stable Diffusion XL", "epsilon", 2567.46),
+    (XL | {"in_channels": 9}, {}, "Stable Diffusion XL, for inpainting", "epsilon", 2567.48),
+    (REFINER, SECOND, "Stable Diffusion XL refiner", "epsilon", 2259.53),
 ]
 IDS = [row[2] for row in PUBLISHED]
 
 
-def published(unet: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a whole file at full size, without their data."""
+def published(unet: Mapping[str, Any], texts: Texts) -> dict[str, Any]:
+    """The tensors of a whole file at full size, without their data. texts: by what the keys begin with."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
         denoiser = UNet2DConditionModel(**unet)
         levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, **levels)
-        encoder = CLIPTextModel(CLIPTextConfig(**text)).state_dict() if text else {}
-        encode = open_clip_tensors if text.get("hidden_act") == "gelu" else clip_tensors
+        tensors = {}
+        for prefix, config in texts.items():
+            kind = CLIPTextModelWithProjection if config is OPEN_CLIP_G else CLIPTextModel
+            encode = clip_tensors if prefix.endswith("transformer.") else open_clip_tensors
+            tensors |= encode(kind(CLIPTextConfig(**config)).state_dict(), prefix=prefix)
         return {
-            **(encode(encoder) if encoder else {}),
+            **tensors,
             **vae_tensors(vae.state_dict(), vae.config, prefix="first_stage_model."),
             **unet_tensors(denoiser.state_dict(), denoiser.config),
         }
@@ -90,7 +109,7 @@ def published(unet: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any
 def test_files_in_published_sizes_are_recognised(
     tmp_path: Path,
     unet: dict[str, Any],
-    text: dict[str, Any],
+    text: Texts,
     label: str,
     prediction: str | None,
     millions: float,
@@ -105,7 +124,7 @@ def test_files_in_published_sizes_are_recognised(
     assert networks["unet"].parameters == pytest.approx(millions * 1e6, rel=1e-5)
     assert networks["vae"].parameters == pytest.approx(83.65e6, rel=1e-3)
     assert networks["unet"].dtypes == {"F16": 1.0}
-    assert ("it holds no text_encoder" in inspection.notes) == (not text)
+    assert ("it holds no text encoder" in inspection.notes) == (not text)
     assert any("cannot be told from the weights" in note for note in inspection.notes)
 
 
@@ -156,8 +175,7 @@ def test_files_of_other_models_are_named(tmp_path: Path, name: str, label: str) 
     inspection = inspect_checkpoint(str(file))
     assert inspection.model == label
     assert inspection.problem == (
-        f"{label} was recognised by its keys and is not supported; "
-        "expected Stable Diffusion 1.x or Stable Diffusion 2.x"
+        f"{label} was recognised by its keys and is not supported; expected Stable Diffusion 1.x, 2.x or XL"
     )
 
 
@@ -240,19 +258,31 @@ def test_everything_that_is_missing_is_named_at_once(sd1_checkpoint: Path, tmp_p
 
 def test_a_directory_of_another_model_is_named(sd1_checkpoint: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint"))
-    shutil.rmtree(root / "text_encoder")  # as in the refiner
+    shutil.rmtree(root / "text_encoder")
     for file, change in (
-        ("model_index.json", {"_class_name": "StableDiffusionXLImg2ImgPipeline"}),
-        ("unet/config.json", {"addition_embed_type": "text_time"}),
+        ("model_index.json", {"_class_name": "StableDiffusionUpscalePipeline"}),
+        ("unet/config.json", {"num_class_embeds": 1000}),
     ):
         document = json.loads((root / file).read_text()) | change
         (root / file).write_text(json.dumps(document))
     inspection = inspect_checkpoint(str(root))
-    assert inspection.model == "Stable Diffusion XL"
+    assert inspection.model == "Stable Diffusion's upscaler"
     assert inspection.problem is not None
-    assert (
-        "recognised as Stable Diffusion XL (unet/config.json says addition_embed_type: text_time)" in inspection.problem
-    )
+    assert "(an upscaler) (unet/config.json says num_class_embeds: 1000)" in inspection.problem
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "label"),
+    [
+        ("sdxl", "", "Stable Diffusion XL"),
+        ("sdxl", "refiner", "Stable Diffusion XL refiner"),
+        ("sd1", "inpainting", "Stable Diffusion 1.x, for inpainting"),
+        ("sdxl", "lcm", "Stable Diffusion XL, for latent consistency"),
+    ],
+)
+def test_families_and_their_variants_are_told_apart(family: str, variant: str, label: str, tmp_path: Path) -> None:
+    inspection = inspect_checkpoint(str(save_tiny(tmp_path / "a", family=family, variant=variant)))
+    assert (inspection.model, inspection.problem) == (label, None)
 
 
 def test_one_network_is_named_by_its_class(sd1_checkpoint: Path) -> None:

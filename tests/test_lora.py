@@ -41,6 +41,7 @@ from tests.lora_files import (
 from tests.single_files import save_header, save_single_file, unet_key
 from tests.test_inspection import REFINER, SD2, XL
 from tests.test_parity import LIMITS, NEGATIVE, PROMPT, Reference, psnr
+from tests.tiny import save_tiny
 
 CLOSE = 1e-6  # of weights of size one: float32 sums of a handful of products
 
@@ -340,6 +341,25 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
 def test_what_does_not_fit_is_refused_by_name(sd1_checkpoint: Path, name: str, tmp_path: Path) -> None:
     tensors, words = REFUSED[name]
     assert re.search(words, refusal(sd1_checkpoint, save(tmp_path / "a.safetensors", tensors)))
+
+
+def test_both_text_encoders_of_sdxl_are_changed(tmp_path: Path) -> None:
+    """Their modules have the same names; kohya tells them apart by te1 and te2."""
+    root = save_tiny(tmp_path / "checkpoint", family="sdxl")
+    generator, rows = np.random.default_rng(1), []
+    for part, width in (("text_encoder", 32), ("text_encoder_2", 48)):
+        down, up = (generator.uniform(-1, 1, size).astype(np.float32) for size in ((2, width), (width, 2)))
+        module = "text_model.encoder.layers.0.self_attn.k_proj"
+        rows.append(Factors(part=part, module=module, down=down, up=up, alpha=1.0))
+    tensors: Tensors = {}
+    for row, name in zip(rows, ("lora_te1", "lora_te2"), strict=True):
+        start = f"{name}_{row.module.replace('.', '_')}"
+        tensors |= {f"{start}.lora_down.weight": row.down, f"{start}.lora_up.weight": row.up}
+        tensors[f"{start}.alpha"] = np.array(row.alpha)
+    checkpoint = with_loras(root, (save(tmp_path / "a.safetensors", tensors), 0.5))
+    for row in rows:
+        check_fused(root, fused(checkpoint, row.part, tmp_path / row.part), row.part, [(row, 0.5)])
+    assert checkpoint.networks["unet"] == root / "unet"
 
 
 def test_what_it_was_made_for_is_told_where_the_file_says_it(sd1_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from latentrt.engines.manifest import Family
 from latentrt.export import golden, modules
 from latentrt.export.checkpoint import DEMO, open_checkpoint
 from latentrt.export.cli import export
-from latentrt.export.components import COMPONENTS
 from latentrt.export.conversion import read_tensors, written
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.jobs import Job, run_job
@@ -29,13 +29,34 @@ from latentrt.export.parts import Recipe
 from latentrt.export.published import CONFIGS
 from latentrt.export.tokenizer import read_clip_files
 from tests.single_files import checkpoint_tensors, save_header, save_single_file, vae_tensors
-from tests.test_inspection import CLIP, OPEN_CLIP, SD2, published
+from tests.test_inspection import ONE, OPEN, REFINER, SD2, SECOND, TWO, XL, Texts, published
+from tests.tiny import save_tiny
 
-FAMILIES: tuple[Family, ...] = ("sd1", "sd2")
+FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl", "sdxl_refiner")
 # The numbers of the yaml files that the first authors published beside their checkpoints, in their words.
 ORIGINAL_UNET: dict[str, dict[str, Any]] = {
     "sd1": {"num_heads": 8, "context_dim": 768},
     "sd2": {"num_head_channels": 64, "context_dim": 1024, "use_linear_in_transformer": True},
+    "sdxl": {
+        "num_head_channels": 64,
+        "context_dim": 2048,
+        "use_linear_in_transformer": True,
+        "attention_resolutions": [4, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [1, 2, 10],
+        "num_classes": "sequential",
+        "adm_in_channels": 2816,
+    },
+    "sdxl_refiner": {
+        "model_channels": 384,
+        "num_head_channels": 64,
+        "context_dim": [1280, 1280, 1280, 1280],
+        "use_linear_in_transformer": True,
+        "attention_resolutions": [4, 2],
+        "transformer_depth": 4,
+        "num_classes": "sequential",
+        "adm_in_channels": 2560,
+    },
 }
 
 
@@ -52,7 +73,7 @@ def original_config(family: str) -> dict[str, Any]:
     }
     vae = {"z_channels": 4, "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2}
     params = {
-        "scale_factor": 0.18215,
+        "scale_factor": 0.13025 if "xl" in family else 0.18215,
         "unet_config": {"params": unet},
         "first_stage_config": {"params": {"ddconfig": vae}},
     }
@@ -75,54 +96,70 @@ def test_published_configs_are_those_that_diffusers_derives_from_the_original_on
             theirs = kind.from_config(create(original, {})).config
             ours = kind.from_config(dict(CONFIGS[family][name]) | {"sample_size": theirs["sample_size"]}).config
         differing = {key for key in theirs if key[0] != "_" and _plain(theirs[key]) != _plain(ours[key])}
-        assert differing <= {"upcast_attention"}
+        assert differing <= {"upcast_attention", "force_upcast"}
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-FULL_SIZE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("sd1", {"cross_attention_dim": 768}, CLIP),
-    ("sd2", SD2, OPEN_CLIP),
-]
+FULL_SIZE: dict[str, tuple[dict[str, Any], Texts, tuple[int, int]]] = {
+    "sd1": ({"cross_attention_dim": 768}, ONE, (512, 512)),
+    "sd2": (SD2, OPEN, (768, 768)),
+    "sdxl": (XL, TWO, (1024, 1024)),
+    "sdxl_refiner": (REFINER, SECOND, (1024, 1024)),
+}
 
 
-@pytest.mark.parametrize(("family", "unet", "text"), FULL_SIZE, ids=FAMILIES)
-def test_a_file_in_published_sizes_has_all_that_its_networks_need(
-    tmp_path: Path, family: str, unet: dict[str, Any], text: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("family", FULL_SIZE)
+def test_a_file_in_published_sizes_has_all_that_its_networks_need(tmp_path: Path, family: str) -> None:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    file = save_header(tmp_path / "model.safetensors", published(unet, text))
+    unet, texts, picture = FULL_SIZE[family]
+    file = save_header(tmp_path / "model.safetensors", published(unet, texts))
     options = CheckpointOptions(tokenizer=str(DEMO), prediction_type="v_prediction")
     checkpoint = open_checkpoint(str(file), options=options)
     assert (checkpoint.family, checkpoint.schedule.prediction_type) == (family, "v_prediction")
-    assert checkpoint.default_size == {"sd1": (512, 512), "sd2": (768, 768)}[family]
+    assert checkpoint.default_size == picture
     makers: dict[str, Callable[[dict[str, Any]], Any]] = {
         "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
+        "text_encoder_2": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
         "unet": UNet2DConditionModel.from_config,
         "vae_decoder": AutoencoderKL.from_config,
     }
-    for component, make in makers.items():
-        recipe = checkpoint.networks[component]
+    for component, recipe in checkpoint.networks.items():
+        if component == "vae_encoder":
+            continue
         assert isinstance(recipe, Recipe)
         with torch.device("meta"):
-            expected = make(json.loads(recipe.config)).state_dict()
+            expected = makers[component](json.loads(recipe.config)).state_dict()
         found = {key.removeprefix("text_model."): tensor.shape for key, tensor in read_tensors(recipe).items()}
         assert found == {key.removeprefix("text_model."): tensor.shape for key, tensor in expected.items()}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def directory(request: pytest.FixtureRequest) -> Path:
-    return Path(request.getfixturevalue(f"{request.param}_checkpoint"))
+    assert len(checkpoint.tokenizers) == len(texts)
 
 
 @pytest.fixture(scope="module")
-def file(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_single_file(directory, tmp_path_factory.mktemp("files") / f"{directory.name}.safetensors")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Make a tiny directory of a family, and the same as one file."""
+
+    @functools.cache
+    def make(family: str) -> tuple[Path, Path]:
+        root = tmp_path_factory.mktemp(family)
+        name, _, variant = family.partition("_")
+        directory = save_tiny(root / "checkpoint", family=name, variant=variant)
+        return directory, save_single_file(directory, root / "model.safetensors")
+
+    return make
+
+
+CASES = [
+    (family, component)
+    for family in FAMILIES
+    for component in ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
+    if (component != "text_encoder_2" or "xl" in family) and (component != "text_encoder" or "refiner" not in family)
+]
 
 
 def weights(network: Path | Recipe, component: str, folder: Path) -> dict[str, Any]:
@@ -134,13 +171,15 @@ def weights(network: Path | Recipe, component: str, folder: Path) -> dict[str, A
     return found
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize(("family", "component"), CASES)
 def test_every_weight_of_a_file_is_that_of_its_directory(
-    directory: Path, file: Path, component: str, tmp_path: Path
+    tiny: Any, family: str, component: str, tmp_path: Path
 ) -> None:
+    directory, file = tiny(family)
     options = CheckpointOptions(config=str(directory))
     ours = open_checkpoint(str(file), options=options)
     theirs = open_checkpoint(str(directory))
+    assert (ours.family, ours.tokenizers.keys()) == (family, theirs.tokenizers.keys())
     assert (ours.schedule, ours.latents, ours.default_size, ours.dimensions) == (
         theirs.schedule,
         theirs.latents,
@@ -183,7 +222,7 @@ def refusal(path: Path, **options: Any) -> str:
 @pytest.fixture
 def full_size(tmp_path: Path) -> Path:
     """SD 2.x at full size, without data, VAE and metadata: nothing is cached either (conftest.py)."""
-    tensors = {key: tensor for key, tensor in published(SD2, OPEN_CLIP).items() if "first_stage" not in key}
+    tensors = {key: tensor for key, tensor in published(SD2, OPEN).items() if "first_stage" not in key}
     return save_header(tmp_path / "sd2.safetensors", tensors)
 
 
@@ -230,15 +269,16 @@ def test_a_vocabulary_is_found_in_the_hubs_cache(
     (repository / "refs" / "main").write_text("0123")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     options = CheckpointOptions(vae=str(DEMO), prediction_type="epsilon")
-    assert open_checkpoint(str(full_size), options=options).tokenizer == repository / "snapshots" / "0123"
+    assert open_checkpoint(str(full_size), options=options).tokenizers["tokenizer"] == repository / "snapshots" / "0123"
 
 
 def test_published_families_pad_as_they_were_trained_whatever_the_vocabulary_says(full_size: Path) -> None:
     """CLIP's own tokenizer pads with its end token, SD 2.x with an exclamation mark."""
     options = CheckpointOptions(vae=str(DEMO), prediction_type="epsilon", tokenizer=str(DEMO))
     checkpoint = open_checkpoint(str(full_size), options=options)
-    assert read_clip_files(checkpoint.tokenizer).special["pad_token"] == "<|endoftext|>"
-    assert read_clip_files(checkpoint.tokenizer, special=checkpoint.special_tokens).special["pad_token"] == "!"
+    folder, special = checkpoint.tokenizers["tokenizer"], checkpoint.special_tokens["tokenizer"]
+    assert read_clip_files(folder).special["pad_token"] == "<|endoftext|>"
+    assert read_clip_files(folder, special=special).special["pad_token"] == "!"
 
 
 def as_is(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -276,8 +316,6 @@ def test_a_vae_is_taken_from_a_directory_and_from_a_checkpoint(
 
 @pytest.fixture(scope="module")
 def other_vae(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.tiny import save_tiny
-
     return save_tiny(tmp_path_factory.mktemp("other") / "checkpoint", family="sd1", seed=5) / "vae"
 
 
@@ -334,7 +372,8 @@ def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
         "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": (4, 4)}, "recognised as Flux"),
         "lora": ({"x.lora_down.weight": (4, 4)}, "recognised as LoRA, which is no whole checkpoint"),
         "what": ({"x.y": (4, 4, 4)}, "no checkpoint that is known here"),
-        "less": (published({"cross_attention_dim": 768}, {}), "holds no text encoder"),
+        "less": (published({"cross_attention_dim": 768}, {}), "holds no text_encoder"),
+        "half": (published(XL, SECOND), "(Stable Diffusion XL) holds no text_encoder;"),
         "xl": ({"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "pass --config DIRECTORY"),
     }
     for name, (tensors, words) in named.items():
