@@ -6,16 +6,13 @@ at the sampler's state is the VAE's decoder, and the text encoder that takes lea
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import numpy as np
 import numpy.typing as npt
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import EXTRA_EMBEDDINGS
 from latentrt.engines.manifest import LatentSpec
-from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs
+from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.stage import control_width
 
 STATE = "state"
@@ -41,30 +38,7 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
     return _Decoder(engine, space)
 
 
-class _Wrapper:
-    """What all views share: they close what they wrap, and their `spec` is its own."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def spec(self) -> EngineSpec:
-        """Return what the wrapped engine takes and gives."""
-        return self._engine.spec
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class _TextEncoder(_Wrapper):
+class _TextEncoder(EngineView):
     """Tokens in, none of them from the extra embeddings."""
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
@@ -73,7 +47,7 @@ class _TextEncoder(_Wrapper):
         return self._engine({**inputs, EXTRA_EMBEDDINGS: np.zeros(shape, dtype=extra.dtype)})
 
 
-class _FromState(_Wrapper):
+class _FromState(EngineView):
     """A view of an engine that reads the sampler's state."""
 
     def __init__(self, engine: Engine) -> None:

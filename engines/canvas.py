@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 
 
@@ -94,3 +98,31 @@ class Canvas(Protocol):
     def settle(self, behind: int) -> None:
         """Wait until the queue is at most this many marks behind: what paces a caller who watches each stage."""
         ...
+
+
+class ImmediateCanvas:
+    """What canvases share on which every call is done when it returns: the host's clock, and the last pictures."""
+
+    queued = False
+
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+        self._pixels: Array | None = None
+
+    def pixels(self) -> Array:
+        """Return the pictures of the last `decode`."""
+        if self._pixels is None:
+            raise EngineError("the canvas has no pixels before `decode`")
+        return self._pixels
+
+    def mark(self) -> None:
+        """Note the time."""
+        self._marks.append(time.perf_counter())
+
+    def elapsed(self) -> tuple[float, ...]:
+        """Return the seconds between the marks and forget them."""
+        seconds, self._marks = np.diff(self._marks), []
+        return tuple(seconds.tolist())
+
+    def settle(self, behind: int) -> None:
+        """Return at once: nothing is behind."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.canvas import CanvasShape, ImmediateCanvas, StageInput
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.spec import Array, Engine
@@ -38,24 +37,21 @@ def split_control(control: Array, state_rows: int) -> Control:
     )
 
 
-class HostCanvas:
+class HostCanvas(ImmediateCanvas):
     """A canvas on which every call is done when it returns. It implements `Canvas`.
 
     engines: text_encoder, unet and vae_decoder, each with its canonical inputs
     state_rows: what the sampler's plan needs; there is no larger state to carry
     """
 
-    queued = False
-
     def __init__(
         self, engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, *, state_rows: int
     ) -> None:
+        super().__init__()
         self.shape, self.state_rows = shape, state_rows
         self._engines, self._space = engines, space
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
         self._written: dict[str, Array] = {}
-        self._marks: list[float] = []
-        self._pixels: Array | None = None
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
         """Run the text encoder and keep its output as the stage's text."""
@@ -110,24 +106,6 @@ class HostCanvas:
     def read(self, name: str) -> Array:
         """Return a copy of one of the stage's inputs."""
         return self._read(name).copy()
-
-    def pixels(self) -> Array:
-        """Return the pictures of the last `decode`."""
-        if self._pixels is None:
-            raise EngineError("the canvas has no pixels before `decode`")
-        return self._pixels
-
-    def mark(self) -> None:
-        """Note the time."""
-        self._marks.append(time.perf_counter())
-
-    def elapsed(self) -> tuple[float, ...]:
-        """Return the seconds between the marks and forget them."""
-        seconds, self._marks = np.diff(self._marks), []
-        return tuple(seconds.tolist())
-
-    def settle(self, behind: int) -> None:
-        """Return at once: nothing is behind."""
 
 
 def transit(transition: Array, state: Array, output: Array, noise: Array | None) -> Array:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.canvas import CanvasShape, ImmediateCanvas, StageInput
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, require
@@ -21,7 +20,7 @@ RECORDINGS = itertools.count(1)  # of one session, which serves many canvases; 0
 NEUTRAL = {"keep_mask": 1.0, "known": 0.0}
 
 
-class OnnxRuntimeCanvas:
+class OnnxRuntimeCanvas(ImmediateCanvas):
     """A canvas whose buffers lie on an ONNX Runtime device. It implements `Canvas`.
 
     The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
@@ -31,11 +30,10 @@ class OnnxRuntimeCanvas:
     device: `cuda` or `cpu`, ONNX Runtime's own name
     """
 
-    queued = False
-
     def __init__(
         self, engines: Mapping[str, OnnxRuntimeEngine], space: LatentSpec, shape: CanvasShape, *, device: str
     ) -> None:
+        super().__init__()
         self.shape = shape
         self._engines, self._device, self._ort = engines, device, require()
         self._specs = {spec.name: spec for spec in engines["unet"].spec.inputs}
@@ -53,8 +51,6 @@ class OnnxRuntimeCanvas:
         self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
         self._bindings: dict[tuple[int, int], tuple[Any, int]] = {}  # (rows, which state is read) -> it, its number
         self._silent = True  # the noise buffer holds zeros
-        self._marks: list[float] = []
-        self._pixels: Array | None = None
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
         """Run the text encoder and keep its output as the stage's text."""
@@ -180,21 +176,3 @@ class OnnxRuntimeCanvas:
         if name in self._host:
             return self._host[name].copy()
         return np.array(self._input(name, 0).numpy())
-
-    def pixels(self) -> Array:
-        """Return the pictures of the last `decode`."""
-        if self._pixels is None:
-            raise EngineError("the canvas has no pixels before `decode`")
-        return self._pixels
-
-    def mark(self) -> None:
-        """Note the time."""
-        self._marks.append(time.perf_counter())
-
-    def elapsed(self) -> tuple[float, ...]:
-        """Return the seconds between the marks and forget them."""
-        seconds, self._marks = np.diff(self._marks), []
-        return tuple(seconds.tolist())
-
-    def settle(self, behind: int) -> None:
-        """Return at once: nothing is behind."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import numpy as np
 
-from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs
+from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 
 BATCH = "batch"
 
@@ -21,17 +18,12 @@ def in_portions(engine: Engine) -> Engine:
     return _InPortions(engine) if any(BATCH in profile for profile in engine.spec.profiles) else engine
 
 
-class _InPortions:
+class _InPortions(EngineView):
     """Largest portions first; the last one is filled up with copies of the last row, whose outputs are dropped."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._batches = sorted({profile[BATCH] for profile in engine.spec.profiles}, reverse=True)
-
-    @property
-    def spec(self) -> EngineSpec:
-        """Return the spec of the engine inside."""
-        return self._engine.spec
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         """Run the engine as often as it takes. The arrays that are returned hold until the next call."""
@@ -47,18 +39,6 @@ class _InPortions:
             found.append({name: array.copy() for name, array in self._engine(portion).items()})
             start += size
         return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
-
-    def close(self) -> None:
-        """Close the engine inside."""
-        self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _take(array: Array, start: int, size: int) -> Array:

@@ -77,6 +77,30 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+class EngineView:
+    """What engines around an engine share: the spec is the inner one's own, and closing closes it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Return what the inner engine takes and gives."""
+        return self._engine.spec
+
+    def close(self) -> None:
+        """Close the inner engine."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineKey:
     """What an engine was built for. An engine is used only where its whole key matches.

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
-from typing import Self
 
 from latentrt.engines.choosing import FOR_CPUS
-from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs
+from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.runtime.pipeline import Pipeline
 
 
@@ -31,17 +29,12 @@ class Stopwatch:
         return sum(self.seconds.values())
 
 
-class TimedEngine:
+class TimedEngine(EngineView):
     """An engine that tells a stopwatch how long each call took."""
 
     def __init__(self, engine: Engine, stopwatch: Stopwatch) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._stopwatch = stopwatch
-
-    @property
-    def spec(self) -> EngineSpec:
-        """Return the spec of the engine inside."""
-        return self._engine.spec
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         """Run the engine inside."""
@@ -49,18 +42,6 @@ class TimedEngine:
         outputs = self._engine(inputs)
         self._stopwatch.add(self.spec.component, time.perf_counter() - start)
         return outputs
-
-    def close(self) -> None:
-        """Close the engine inside."""
-        self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def time_engines(pipe: Pipeline) -> Stopwatch:
