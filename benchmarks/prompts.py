@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from latentrt.engines.building import open_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.opening import open_engines
 from latentrt.runtime.bench.machine import describe
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
 from latentrt.runtime.text import TextEncoder

@@ -102,8 +102,10 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
                 axis.dim_param = "pictures"
 
 
-def append_embedding_input(model: ModelProto) -> None:
+def append_embedding_input(model: ModelProto, *, rows: int | None = None) -> None:
     """Let a text encoder read tokens that its table does not hold, from a new input `extra_embeddings` (rows, width).
+
+    rows: how many, for engines with fixed shapes; None for any number
 
     The id -1 is the input's first row, -2 its second, and so on. Below zero they need no knowledge of the table's
     length, and a pooled output that looks for the largest id still finds the end. The input has the table's dtype,
@@ -134,7 +136,7 @@ def append_embedding_input(model: ModelProto) -> None:
     nodes = [*graph.node[:place], *before, gather, *after, *graph.node[place + 1 :]]
     del graph.node[:]
     graph.node.extend(nodes)
-    shape = ["extra_rows", table.dims[1]]
+    shape = [rows or "extra_rows", table.dims[1]]
     graph.input.append(helper.make_tensor_value_info(EXTRA_EMBEDDINGS, table.data_type, shape))
 
 

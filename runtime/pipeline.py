@@ -258,7 +258,7 @@ class Pipeline:
         """Return what a request's own prompts and seeds give."""
         start = time.perf_counter()
         prompts = job.read(job.prompts)
-        negatives = job.read(job.negatives) if job.guidance.needed else []
+        negatives = job.read(job.negatives, negative=True) if job.guidance.needed else []
         tokens = self._texts.tokens([*prompts, *negatives])
 
         def write(canvas: Canvas) -> None:
@@ -280,8 +280,8 @@ class Pipeline:
     def _draw_between(self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], watch: Watch | None) -> Result:
         """Draw frames that lie between key frames."""
         start = time.perf_counter()
-        negatives = job.read([key.negative_prompt for key in keys]) if job.guidance.needed else []
-        texts = self._texts(job.read([key.prompt for key in keys]), negatives)
+        negatives = [key.negative_prompt for key in keys] if job.guidance.needed else []
+        texts = self._texts(job.read([key.prompt for key in keys]), job.read(negatives, negative=True))
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
         def write(canvas: Canvas) -> None:

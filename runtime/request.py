@@ -90,7 +90,7 @@ class Request:
     negative_prompt: what not to show: one for all, or one for each picture
     prompt_syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads (words:1.2), [words] and BREAK
     overflow: what becomes of the tokens of a long prompt: further `chunks`, or `truncate` as diffusers does
-    clip_skip: how many of the text encoder's last layers to leave out, counted as diffusers does
+    clip_skip: how many of the text encoder's last layers to leave out for the prompt, counted as diffusers does
     seed: one for the first picture, the others count up from it; or one for each picture; None draws one at random.
         The same seed gives the picture that diffusers gives with a generator of the same kind, see `noise`.
     size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
@@ -180,13 +180,13 @@ class Job:
         """Return how many model rows a batch has: the prompts, then the negative prompts if any stage needs them."""
         return len(self.prompts) * (2 if self.guidance.needed else 1)
 
-    def read(self, texts: Sequence[str]) -> list[Prompt]:
-        """Return texts with how this request reads them. Raises RequestError."""
-        how = self.request
-        return [
-            Prompt(text=text, syntax=how.prompt_syntax, overflow=how.overflow, clip_skip=how.clip_skip)
-            for text in texts
-        ]
+    def read(self, texts: Sequence[str], *, negative: bool = False) -> list[Prompt]:
+        """Return texts with how this request reads them. Raises RequestError.
+
+        negative: they are negative prompts, for which no layer is left out, as in diffusers
+        """
+        how, skip = self.request, 0 if negative else self.request.clip_skip
+        return [Prompt(text=text, syntax=how.prompt_syntax, overflow=how.overflow, clip_skip=skip) for text in texts]
 
 
 def resolve(request: Request, manifest: Manifest) -> Job:

@@ -118,8 +118,11 @@ class TextEncoder:
 
     def tokens(self, prompts: Sequence[Prompt]) -> int:
         """Return how many tokens the encoding of the longest of these prompts has. Raises RequestError."""
-        tokenizer = self._words.tokenizer
-        return tokenizer.spec.max_length * max(len(tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts))
+        words = self._words
+        found = self._remembered(words, prompts)
+        known = (len(encoding.states) for encoding in found.values())
+        new = (len(words.tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)
+        return max(*known, *(words.tokenizer.spec.max_length * chunks for chunks in new), 0)
 
     def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
         """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.

@@ -36,6 +36,14 @@ class Counted:
         return self.engine(inputs)
 
 
+def mend_clip_skip() -> None:
+    """Give transformers' text encoder the level that transformers 5 dropped and diffusers 0.42 looks for."""
+    from transformers import CLIPTextModel
+
+    if not hasattr(CLIPTextModel, "text_model"):
+        CLIPTextModel.text_model = property(lambda model: model)
+
+
 def open_tokenizer(bundle: Path) -> PromptTokenizer:
     spec = Bundle.open(bundle).manifest.tokenizers["tokenizer"]
     return PromptTokenizer(bundle / spec.file, spec)
@@ -46,7 +54,6 @@ class Pair:
 
     def __init__(self, family: str, bundle: Path, checkpoint: Path) -> None:
         from diffusers import StableDiffusionPipeline
-        from transformers import CLIPTextModel
 
         self.width = WIDTHS[family]
         self.run = Counted(bundle)
@@ -54,8 +61,7 @@ class Pair:
         self.text = TextEncoder(self.tokenizer, self.run, self.run.engine.spec)
         self.checkpoint = checkpoint
         self.pipe = StableDiffusionPipeline.from_pretrained(checkpoint, safety_checker=None)
-        if not hasattr(CLIPTextModel, "text_model"):  # diffusers 0.42 looks for a level that transformers 5 dropped
-            CLIPTextModel.text_model = property(lambda model: model)
+        mend_clip_skip()
 
     def diffusers(self, text: str, **options: Any) -> Array:
         import torch

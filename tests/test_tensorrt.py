@@ -128,6 +128,8 @@ def test_the_denoiser_is_the_fused_stage_and_the_decoder_goes_from_state_to_pixe
     ]
     assert [str(t) for t in decoder.inputs] == ["state: float32[pictures, 6, 4, latent_height, latent_width]"]
     assert [(t.name, t.dtype) for t in decoder.outputs] == [("pixels", "uint8")]
+    text = record.specs["text_encoder"]
+    assert [str(t) for t in text.inputs] == ["input_ids: int64[batch, 77]", "extra_embeddings: float32[64, 32]"]
 
 
 def test_profiles_are_static_one_for_each_shape_a_component_sees(built: Bundle) -> None:
