@@ -44,6 +44,7 @@ from tests.sampler_oracle import STABLE_DIFFUSION, network
 LEAST = 50.0
 SIZE, STEPS, GUIDANCE, SEED = (32, 24), 7, 2.0, 5
 PROMPT = "a red circle on blue"
+TCD_ETA = 0.3  # the sampler's own
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {"clip_sample": False}),
@@ -52,6 +53,8 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
     "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {"clip_sample": False}),
+    "tcd": (diffusers.TCDScheduler, {"clip_sample": False}),
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "kdpm2": (diffusers.KDPM2DiscreteScheduler, {}),
     "kdpm2_ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
@@ -130,7 +133,9 @@ def reference(kind: Any, components: dict[str, Any], sampler: str) -> Any:
 def theirs(pipe: Any, **request: Any) -> tuple[Array, Array]:
     """Return diffusers' final latents, and its picture: (1, height, width, 3), uint8."""
     generator = torch.Generator().manual_seed(SEED)
-    call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent", **request}
+    # diffusers' pipelines give every scheduler that takes it an eta of 0, whatever is that scheduler's own
+    eta = TCD_ETA if isinstance(pipe.scheduler, diffusers.TCDScheduler) else 0.0
+    call = {"eta": eta, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent", **request}
     latents = pipe(PROMPT, generator=generator, **call).images
     with torch.no_grad():
         decoded = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
