@@ -64,19 +64,24 @@ def vae_graph() -> Any:
 
 
 def text_graph() -> Any:
-    """Each token is its number over ten, and its negative: (batch, CONTEXT) int64 -> (batch, CONTEXT, WIDTH)."""
+    """Each token is its number over ten, and its negative, moved by what is the same for all texts."""
     nodes = [
         helper.make_node("Cast", ["input_ids"], ["numbers"], to=TensorProto.FLOAT),
         helper.make_node("Unsqueeze", ["numbers", "last"], ["column"]),
-        helper.make_node("Mul", ["column", "signs"], ["last_hidden_state"]),
+        helper.make_node("Mul", ["column", "signs"], ["apart"]),
+        helper.make_node("Add", ["apart", "shift"], ["last_hidden_state"]),
     ]
     constants = {"last": np.array([2]), "signs": np.array([0.1, -0.1], dtype=np.float32)}
-    inputs, outputs = {"input_ids": ["batch", CONTEXT]}, {"last_hidden_state": ["batch", CONTEXT, WIDTH]}
+    inputs, outputs = (
+        {"input_ids": ["batch", CONTEXT], "shift": [1, WIDTH]},
+        {"last_hidden_state": ["batch", CONTEXT, WIDTH]},
+    )
     return model_of(nodes, inputs, outputs, constants, types={"input_ids": TensorProto.INT64})
 
 
 def text(inputs: Any) -> dict[str, Array]:
-    return {"last_hidden_state": inputs["input_ids"][..., None].astype(np.float32) * np.float32([0.1, -0.1])}
+    apart = inputs["input_ids"][..., None].astype(np.float32) * np.float32([0.1, -0.1])
+    return {"last_hidden_state": apart + inputs["shift"]}
 
 
 def unet(inputs: Any) -> dict[str, Array]:
@@ -156,8 +161,10 @@ def take(canvas: Canvas, step: str, seed: int) -> Array | None:
     elif step.endswith("a picture"):
         rows = pictures * (2 if step.startswith("two") else 1)
         if "text" in step:
-            canvas.encode({"input_ids": (ids := draw.integers(-9, 9, (rows * TOKENS // CONTEXT, CONTEXT)))})
+            ids, shift = draw.integers(-9, 9, (rows * TOKENS // CONTEXT, CONTEXT)), normal(WIDTH)[:1]
+            canvas.encode({"input_ids": ids, "shift": shift})
             ids.fill(99)
+            shift.fill(np.nan)
         else:
             written = {"encoder_hidden_states": draw.standard_normal((rows, TOKENS, WIDTH), dtype=np.float32)}
     elif step.startswith("read"):
