@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -31,9 +32,12 @@ class Texts:
         self._zero_negative = manifest.zero_negative
         self._encoders: dict[str, TextEncoder] = {}
         for text in manifest.text_encoders:
-            engine = engines[text.component]
             self._encoders[text.component] = TextEncoder(
-                tokenizers[text.tokenizer], engine, engine.spec, skip=text.skip, pooled=text.pooled
+                tokenizers[text.tokenizer],
+                partial(_run, engines, text.component),  # the engine may be wrapped later, by what times it
+                engines[text.component].spec,
+                skip=text.skip,
+                pooled=text.pooled,
             )
 
     def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt]) -> dict[str, Array]:
@@ -75,6 +79,10 @@ class Texts:
     def remove(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
         next(iter(self._encoders.values())).remove(name)
+
+
+def _run(engines: Mapping[str, Engine], component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    return engines[component](inputs)
 
 
 def _even(states: Array, tokens: int) -> Array:

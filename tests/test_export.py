@@ -16,7 +16,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.verification import relative_error
 from latentrt.export import golden
-from latentrt.export.components import COMPONENTS
+from tests.tiny import NETWORKS
 
 FAMILIES = ("sd1", "sd2")
 # Over the output's range: float32 in another order of operations, through a network of a dozen layers.
@@ -74,7 +74,7 @@ def test_the_manifest_names_every_file_but_the_engines(bundle: Bundle) -> None:
 
 def test_the_manifest_says_what_the_checkpoint_is(bundle: Bundle, checkpoint: Path) -> None:
     manifest = bundle.manifest
-    assert set(manifest.components) == set(COMPONENTS)
+    assert set(manifest.components) == set(NETWORKS)
     assert set(manifest.provenance.files) == {
         path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()
     }
@@ -83,7 +83,7 @@ def test_the_manifest_says_what_the_checkpoint_is(bundle: Bundle, checkpoint: Pa
     assert manifest.components["unet"].weights_bytes == pytest.approx(weights, rel=0.05)
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", NETWORKS)
 def test_graphs_have_the_tensors_of_the_manifest(bundle: Bundle, component: str) -> None:
     spec = bundle.manifest.components[component]
     model = graph(bundle, component).graph
@@ -107,7 +107,7 @@ def test_tensors_have_the_names_of_the_ecosystem(sd1_bundle: Path) -> None:
     assert str(decoder.outputs[0]) == "sample: float32[batch, 3, 4 * latent_height, 4 * latent_width]"
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", NETWORKS)
 def test_golden_outputs_are_those_of_diffusers(bundle: Bundle, checkpoint: Path, component: str) -> None:
     arrays = load_file(bundle.root / bundle.manifest.components[component].golden)
     spec = bundle.manifest.components[component]
@@ -168,7 +168,7 @@ def test_attention_and_normalisation_are_single_nodes(sd1_bundle: Path) -> None:
 
 
 def test_graphs_hold_nothing_of_the_machine_that_made_them(bundle: Bundle) -> None:
-    for component in COMPONENTS:
+    for component in NETWORKS:
         data = (bundle.root / bundle.manifest.components[component].graph).read_bytes()
         assert not any(word in data for word in (b"site-packages", b"File \\", b"forward", str(Path.cwd()).encode()))
 

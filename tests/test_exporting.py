@@ -19,12 +19,13 @@ import pytest
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import BundleError, CheckpointError, EngineError
 from latentrt.export import exporting
-from latentrt.export.components import COMPONENTS
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.jobs import MARKERS
+from tests.tiny import NETWORKS
 
 BLOCK_TORCH = """
 import sys
+from tests.tiny import NETWORKS
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "diffusers", "transformers"):
@@ -63,7 +64,7 @@ def test_a_killed_export_leaves_nothing_and_the_next_run_resumes(sd1_checkpoint:
     resumed = {name: row["resumed"] for name, row in summary["components"].items()}
     assert resumed["text_encoder"]
     assert not resumed["vae_encoder"]
-    assert set(Bundle.open(target).manifest.components) == set(COMPONENTS)
+    assert set(Bundle.open(target).manifest.components) == set(NETWORKS)
     assert leftovers(target) == []
 
 
@@ -92,7 +93,7 @@ def test_a_damaged_part_of_an_earlier_run_is_made_again(
     with (staged / "onnx" / "unet" / "model.onnx").open("ab") as file:
         file.write(b"x")
     exported = export_checkpoint(graphs, tmp_path / "b", backends=())
-    assert set(exported.resumed) == set(COMPONENTS) - {"unet"}
+    assert set(exported.resumed) == set(NETWORKS) - {"unet"}
 
 
 def test_the_same_export_again_does_nothing(graphs: str, tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_the_summary_is_plain_data_and_a_table(graphs: str, tmp_path: Path) -> N
     assert unet["error"] is None  # optimum's layout holds no weights to compare the graph with
     assert set(unet) >= {"weights_bytes", "seconds", "peak_rss_bytes", "peak_rss_over_weights", "error", "resumed"}
     result = subprocess.run(command(graphs, tmp_path / "b"), capture_output=True, text=True, check=True)
-    assert all(name in result.stdout for name in (*COMPONENTS, "peak memory", "is ready", "not compared"))
+    assert all(name in result.stdout for name in (*NETWORKS, "peak memory", "is ready", "not compared"))
     assert "exporting unet: done in" in result.stderr
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 WORDS = ["a", "red", "circle", "on", "blue", "café", "square"]
+# The networks of SD 1.x and 2.x; SDXL's have a second text encoder.
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 _TEXT: dict[str, dict[str, Any]] = {
