@@ -58,8 +58,6 @@ class TensorRTCanvas:
     def __init__(
         self, place: Place, programs: Programs, shape: CanvasShape, origin: Origin, *, slots: int = SLOTS
     ) -> None:
-        if origin.factor is None:
-            raise EngineError("a canvas needs to know how many pixels an element of the latents is wide")
         self.shape = shape
         self._queue, self._holding = place.queue, Holding(place.queue)
         self._passes: list[Pass] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -22,11 +22,9 @@ class TensorRTEngine:
     with what else runs in the same place.
     """
 
-    def __init__(
-        self, place: Place, program: Program, origin: Origin, *, on_close: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, place: Place, program: Program, origin: Origin) -> None:
         self.spec = program.spec
-        self._place, self._origin, self._on_close = place, origin, on_close
+        self._place, self._origin = place, origin
         self._program: Program | None = program  # None once closed
         self._desks: dict[int, _Desk] = {}
 
@@ -86,7 +84,6 @@ class TensorRTEngine:
         with self._place.queue.lock:
             while self._desks:
                 self._desks.popitem()[1].close()
-        self._on_close()
 
     def __enter__(self) -> Self:
         return self

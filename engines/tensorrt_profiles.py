@@ -53,12 +53,12 @@ def profiles_for(spec: EngineSpec, axes: Mapping[str, int], *, free: str) -> dic
 class Origin:
     """Where engines came from, for the command that builds others beside them.
 
-    factor: how many pixels an element of the latents is wide; None where that is not known
+    factor: how many pixels an element of the latents is wide
     """
 
     bundle: Path
     backend: str
-    factor: int | None = None
+    factor: int
 
     def refuse(self, spec: EngineSpec, asked: Mapping[str, int]) -> EngineError:
         """Return the error that no profile fits what was asked, with the shapes there are and the mend."""
@@ -85,7 +85,7 @@ class Origin:
     def _size(self, sizes: Mapping[str, int]) -> str | None:
         if {"width", "height"} <= set(sizes):
             return f"{sizes['width']}x{sizes['height']}"
-        if self.factor is not None and {"latent_width", "latent_height"} <= set(sizes):
+        if {"latent_width", "latent_height"} <= set(sizes):
             return f"{sizes['latent_width'] * self.factor}x{sizes['latent_height'] * self.factor}"
         return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Self
@@ -52,25 +52,6 @@ def open_tensorrt(
     names = tuple(record.entries) if components is None else tuple(components)
     plans = {name: (directory / record.entries[name], record.specs[name]) for name in names}
     return TensorRTSession(library, plans, device, origin, graphs=graphs, canvases=canvases, slots=slots)
-
-
-def load_engine(
-    library: ModuleType,
-    file: Path,
-    spec: EngineSpec,
-    device: Device,
-    *,
-    backend: str,
-    factor: int | None = None,
-    graphs: bool = True,
-) -> TensorRTEngine:
-    """Open one compiled engine for host arrays. Closing it frees all that was opened for it.
-
-    file: below `engines/KEY/` of its bundle; the other arguments are those of `open_tensorrt`. Raises as that does.
-    """
-    origin = Origin(bundle=file.parent.parent.parent, backend=backend, factor=factor)
-    session = TensorRTSession(library, {spec.component: (file, spec)}, device, origin, graphs=graphs)
-    return session.engine(spec.component, on_close=session.close)
 
 
 class TensorRTSession:
@@ -130,13 +111,13 @@ class TensorRTSession:
             text_encoder=self._programs.get("text_encoder"),
         )
 
-    def engine(self, component: str, *, on_close: Callable[[], None] = lambda: None) -> TensorRTEngine:
-        """Return a fresh engine for host arrays. on_close: called once, when it is closed before the session is."""
+    def engine(self, component: str) -> TensorRTEngine:
+        """Return a fresh engine for host arrays. Raises EngineError where the component was not opened."""
         self._check_open()
         program = self._programs.get(component)
         if program is None:
             raise EngineError(f"there is no {component} here, opened are {', '.join(self._programs)}")
-        engine = TensorRTEngine(self._place, program, self._origin, on_close=on_close)
+        engine = TensorRTEngine(self._place, program, self._origin)
         self._engines = [*(one for one in self._engines if not one.closed), engine]
         return engine
 

@@ -28,7 +28,7 @@ from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.stage import STATE_ROWS, control_width
 from latentrt.engines.tensorrt_profiles import input_shapes
 from latentrt.engines.tensorrt_run import open_program
-from latentrt.engines.tensorrt_session import TensorRTSession, load_engine
+from latentrt.engines.tensorrt_session import TensorRTSession
 from latentrt.engines.tensorrt_text import STATES
 from tests.graphs import model_of
 from tests.host_device import HostDevice
@@ -78,17 +78,16 @@ def test_an_engine_keeps_its_profiles_apart(studio: Studio, device: HostDevice) 
         assert device.counted()["begin_capture"] == 4  # the first again: four texts needed more scratch memory
 
 
-def test_an_engine_of_its_own_frees_everything_when_it_is_closed(studio: Studio, device: HostDevice) -> None:
-    library, component = make_library(device), "vae_encoder"
-    file, spec = studio.directory / f"{component}.engine", studio.record.specs[component]
-    with load_engine(library, file, spec, device, backend="tensorrt") as engine:
-        assert engine.spec == spec
-        engine({"sample": image()})
-        assert device.leftovers()
-    assert device.leftovers() == {} and len(library.engines) == 0
-    engine.close()
-    with pytest.raises(EngineError, match="the engine of vae_encoder is closed; open the bundle again"):
-        engine({"sample": image()})
+def test_a_closed_engine_says_so_and_leaves_the_others(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device) as session:
+        other = session.engine("text_encoder")
+        with session.engine("vae_encoder") as engine:
+            assert engine.spec == studio.record.specs["vae_encoder"]
+            engine({"sample": image()})
+        engine.close()
+        with pytest.raises(EngineError, match="the engine of vae_encoder is closed; open the bundle again"):
+            engine({"sample": image()})
+        other({"input_ids": np.zeros((1, 77))})
 
 
 def test_a_session_hands_out_engines_as_often_as_asked(studio: Studio, device: HostDevice) -> None:
@@ -120,14 +119,6 @@ def test_shapes_that_no_engine_has_are_answered_with_the_command_that_builds_the
             session.engine("vae_encoder")({"sample": image(3)})
         assert "vae_encoder is not compiled for batch 3, height 32, width 32" in str(caught.value)
         assert f"{build} --size 32x32 --batch 1,3`" in str(caught.value)
-
-
-def test_without_the_factor_the_command_leaves_the_size_to_the_reader(studio: Studio, device: HostDevice) -> None:
-    file, spec = studio.directory / "vae_decoder.engine", studio.record.specs["vae_decoder"]
-    with load_engine(make_library(device), file, spec, device, backend="tensorrt-rtx") as engine:
-        state = np.zeros((1, STATE_ROWS, 4, 9, 9), dtype=np.float32)
-        with pytest.raises(EngineError, match=r"latent_height 9, .* --backend tensorrt-rtx --batch 1,2`"):
-            engine({"state": state})
 
 
 @pytest.mark.parametrize(
