@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -58,7 +59,8 @@ def _tiny(path: Path, **options: str) -> Path:
     if not path.is_dir():
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
             save_tiny(Path(beside) / path.name, **options)
-            (Path(beside) / path.name).rename(path)
+            with contextlib.suppress(OSError):  # another process of this session was faster
+                (Path(beside) / path.name).rename(path)
     return path
 
 
