@@ -46,7 +46,7 @@ RUNTIMES: dict[Flavor, tuple[tuple[str, str | None], ...]] = {  # (module, optio
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
 TOKENS = "input_ids"  # what text encoders take
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
-RECIPE = 4
+RECIPE = 5
 # Rows of the input that learned words are looked up in: a handful of embeddings of the longest kind.
 LEARNED_TOKENS = 64
 

@@ -142,6 +142,8 @@ def _configure(library: ModuleType, builder: Any, options: BuildOptions, logger:
         "REFIT": options.refit,
         "STRIP_PLAN": options.strip,
     }
+    # TensorRT-RTX allows a pass to be recorded as a CUDA graph only where it allocates nothing itself.
+    flags["REQUIRE_USER_ALLOCATION"] = hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION")
     for name, wanted in flags.items():
         if wanted:
             config.set_flag(getattr(library.BuilderFlag, name))
