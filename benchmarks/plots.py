@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 COLOURS = ("#2a78d6", "#1baf7a", "#eda100", "#008300", "#4a3aa7", "#e34948")
 INK, SOFT, RULE = "#1d1d1b", "#66655f", "#e4e3de"
@@ -141,6 +142,7 @@ def peers(result: Result) -> Figure:
         axes.annotate(f"{ratio['estimate']:.2f}", (end, i), (5, -3), textcoords="offset points", fontsize=8)
         rows[i] = (f"{name} (steps alone)" if steps_alone else name, ratio, steps_alone)
     axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.margins(x=0.12)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
@@ -174,6 +176,7 @@ def _curve(axes: Axes, points: list[Any], title: str, value: Callable[[Any], flo
     axes.fill_between(xs, [1e3 * point["end_to_end"]["lowest"] for point in points], spans, alpha=0.15)
     axes.plot(xs, medians, marker="o", markersize=4)
     axes.set(xlabel=title, ylim=(0, 1.08 * max(spans)), xlim=(0, 1.05 * max(xs)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=all(x == int(x) for x in xs)))
     axes.set_title("milliseconds, end to end")
 
 
@@ -181,6 +184,8 @@ def _exports(axes: Axes, exports: Mapping[str, Any]) -> None:
     rows = sorted((c["parameters"] / 1e6, c["seconds"]) for one in exports.values() for c in one["components"].values())
     axes.scatter([x for x, _ in rows], [y for _, y in rows], s=16)
     axes.set(xlabel="million parameters of a component", xscale="log", ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title("seconds to export it")
 
 
@@ -188,7 +193,8 @@ def _loads(axes: Axes, exports: Mapping[str, Any]) -> None:
     for check, label in (("hash", "hashing every file"), ("size", "comparing sizes")):
         rows = sorted((one["bytes"] / 1e6, 1e3 * one["load_s"][check]["p50"]) for one in exports.values())
         axes.plot([x for x, _ in rows], [y for _, y in rows], marker="o", markersize=4, label=label)
-    axes.set(xlabel="megabytes of the bundle", ylim=(0, None), xlim=(0, None))
+    axes.set(xlabel="megabytes of the bundle", xlim=(0, None))
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set_title("milliseconds to load it")
     axes.legend()
 
