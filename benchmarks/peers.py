@@ -12,6 +12,7 @@ the model, is in the table with the reason. Sizes of installation and times of i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -343,6 +344,10 @@ class Worker:
         """End the process."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what was not sent any more
+                    pipe.close()
 
 
 Drawn = dict[str, list[tuple[float | None, float | None]]]  # by peer, by round: seconds of the batch, of a step

@@ -153,8 +153,8 @@ def peers(result: Result) -> Figure:
 
 
 def scaling(result: Result) -> Figure:
-    """Six curves: the time against size, batch, steps and threads; export against parameters; load against bytes."""
-    figure, grid = pyplot.subplots(2, 3, figsize=(10.5, 6), layout="constrained")
+    """The time against size, batch, steps and threads; export against parameters; load against bytes."""
+    figure, grid = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
     places = iter(grid.flat)
     values: dict[str, tuple[str, Callable[[Any], float]]] = {
         "size": ("megapixels", lambda s: s["width"] * s["height"] / 1e6),
@@ -164,8 +164,10 @@ def scaling(result: Result) -> Figure:
     }
     for name, (title, value) in values.items():
         _curve(next(places), result["curves"][name], title, value)
-    _exports(next(places), result["exports"])
+    _exports(next(places), result["exports"], "seconds", 1.0, "seconds to export it")
+    _exports(next(places), result["exports"], "peak_rss_bytes", 2**-20, "MiB resident at most meanwhile")
     _loads(next(places), result["exports"])
+    next(places).set_axis_off()
     return _with_footer(figure)
 
 
@@ -180,13 +182,14 @@ def _curve(axes: Axes, points: list[Any], title: str, value: Callable[[Any], flo
     axes.set_title("milliseconds, end to end")
 
 
-def _exports(axes: Axes, exports: Mapping[str, Any]) -> None:
-    rows = sorted((c["parameters"] / 1e6, c["seconds"]) for one in exports.values() for c in one["components"].values())
+def _exports(axes: Axes, exports: Mapping[str, Any], key: str, unit: float, title: str) -> None:
+    components = [component for one in exports.values() for component in one["components"].values()]
+    rows = sorted((component["parameters"] / 1e6, component[key] * unit) for component in components)
     axes.scatter([x for x, _ in rows], [y for _, y in rows], s=16)
     axes.set(xlabel="million parameters of a component", xscale="log", ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("seconds to export it")
+    axes.set_title(title)
 
 
 def _loads(axes: Axes, exports: Mapping[str, Any]) -> None:

@@ -1,0 +1,158 @@
+"""The comparison with peers, the scaling curves and the plots: real runs on the tiny model, in this environment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import peers  # noqa: E402
+import plots  # noqa: E402
+import scaling  # noqa: E402
+
+from latentrt.runtime.bench.measure import Asked, run_bench  # noqa: E402
+from latentrt.runtime.bench.result import to_json  # noqa: E402
+
+HERE = peers.Environment(installs=(), imports="import latentrt.runtime.pipeline")
+
+
+def asked(**changes: Any) -> argparse.Namespace:
+    given = {"model": "sd1", "batch": 2, "steps": 3, "threads": 1, "rounds": 7, "seconds": 60.0, "imports": 1}
+    return argparse.Namespace(**given | changes)
+
+
+def settle(cache: Path, environment: str) -> None:
+    """Make an environment of a peer that is this one."""
+    folder = cache / "environments" / environment
+    (folder / "bin").mkdir(parents=True)
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (folder / "complete").write_text(json.dumps(peers.ENVIRONMENTS[environment].installs))
+
+
+@pytest.fixture
+def job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    found = {
+        "checkpoint": str(sd1_checkpoint),
+        "bundle": str(sd1_bundle),
+        "cache": str(tmp_path),
+        "prompt": "a red circle",
+        "steps": 3,
+        "guidance": 3.0,
+        "width": 32,
+        "height": 32,
+        "batch": 2,
+        "threads": 1,
+    }
+    monkeypatch.setattr(peers, "make_job", lambda arguments, cache: found)
+    broken = peers.Environment(installs=(("--there-is-no-such-option",),))
+    for name, environment in {"latentrt": HERE, "diffusers": HERE, "sdcpp": HERE, "optimum": broken}.items():
+        monkeypatch.setitem(peers.ENVIRONMENTS, name, environment)
+    for name in ("latentrt", "diffusers", "sdcpp"):
+        settle(tmp_path, name)
+    return found
+
+
+def test_peers_take_turns_and_those_that_cannot_are_in_the_table_with_the_reason(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    document = peers.compare(asked(cache=tmp_path), ["latentrt", "plain", "diffusers", "sdcpp", "optimum"])
+    assert set(document["peers"]) == {"latentrt", "plain", "diffusers"}
+    ours = document["peers"]["latentrt"]
+    assert ours["batch_ratio"] == {"estimate": 1.0, "low": 1.0, "high": 1.0}
+    assert all(len(one["step"]["samples"]) == 7 for one in document["peers"].values())
+    assert document["peers"]["plain"]["batch"] is None  # its loop ends with latents
+    assert document["peers"]["diffusers"]["batch_ratio"]["estimate"] > 0
+    assert "stable_diffusion_cpp" in document["missing"]["sdcpp"]
+    assert "no such option" in document["missing"]["optimum"]
+    table = document["table"].splitlines()
+    assert len(table) == 2 + 5
+    assert len({line.count("|") for line in table}) == 1
+    json.dumps(document, allow_nan=False)
+    plots.draw(document, tmp_path / "peers.png")
+    assert width(tmp_path / "peers.png") > 800
+
+
+def test_a_worker_that_dies_on_the_way_is_left_out_with_its_last_words(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'load_s': 0.1}), flush=True)\n"
+        "sys.stdin.readline()\n"
+        "sys.exit('the model fell over')\n"
+    )
+    monkeypatch.setattr(peers, "WORKER", worker)
+    made = peers.Worker("latentrt", job, tmp_path)
+    with pytest.raises(peers.PeerError, match="ended with code 1: the model fell over"):
+        made.draw()
+    with pytest.raises(peers.PeerError):
+        made.draw()
+    made.close()
+
+
+def test_a_worker_that_hangs_is_ended(job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(peers, "WORKER", worker)
+    monkeypatch.setattr(peers, "LOAD_S", 0.5)
+    with pytest.raises(peers.PeerError, match="no answer within 0 s"):
+        peers.Worker("latentrt", job, tmp_path)
+
+
+def test_every_peer_has_an_environment_and_a_way_to_draw() -> None:
+    import peer_worker
+
+    assert set(peers.PEERS) == set(peer_worker.WAYS)
+    assert {peer.environment for peer in peers.PEERS.values()} <= set(peers.ENVIRONMENTS)
+    assert {peer.convert for peer in peers.PEERS.values() if peer.convert} <= set(peers.ENVIRONMENTS)
+
+
+def test_scaling_curves_grow_one_number_each_and_are_plotted(sd1_bundle: Path, tmp_path: Path) -> None:
+    given = argparse.Namespace(
+        bundle=str(sd1_bundle), sizes=(32, 64), batches=(1, 2), steps=(1, 3), threads=(1, 2), seconds=0.1
+    )
+    curves = {}
+    for name, one in scaling.curves_asked(given).items():
+        points = curves[name] = scaling.curve(str(sd1_bundle), one, lambda *_: None)
+        changed = {key for key in points[0]["settings"] if len({point["settings"][key] for point in points}) > 1}
+        assert changed == ({"width", "height"} if name == "size" else {name})
+        assert all(point["end_to_end"]["count"] >= 3 for point in points)
+    components = {"unet": {"parameters": 10**6, "seconds": 3.0, "peak_rss_bytes": 10**9}}
+    exports = {"sd1": {"components": components, "bytes": 10**6, "load_s": scaling.load_seconds(sd1_bundle)}}
+    result = {"kind": "latentrt scaling", "curves": curves, "exports": exports, "created": "", "machine": machine()}
+    assert len(scaling.format_lines(result).splitlines()) == 8 + 2
+    plots.draw(result, tmp_path / "scaling.png")
+    assert width(tmp_path / "scaling.png") > 1000
+
+
+def width(picture: Path) -> int:
+    with Image.open(picture) as image:
+        return image.width
+
+
+def machine() -> dict[str, object]:
+    from latentrt.runtime.bench.machine import describe
+
+    return describe()
+
+
+def test_a_report_of_bench_is_plotted(sd1_bundle: Path, tmp_path: Path) -> None:
+    quick = Asked(steps=(1, 2), rounds=3, seconds=0.1, cold=0, golden=False)
+    report = json.loads(to_json(run_bench(str(sd1_bundle), quick)))
+    plots.draw(report, tmp_path / "stages.png")
+    scores = ({"share": share, "low": share - 0.1, "high": share + 0.1} for share in (0.2, 0.9))
+    for variant, score in zip(report["variants"], scores, strict=True):
+        variant["prompts"] = score
+    plots.draw(report, tmp_path / "accuracy.png")
+    assert len({(tmp_path / name).read_bytes() for name in ("stages.png", "accuracy.png")}) == 2
