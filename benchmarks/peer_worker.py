@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ def latentrt(job: Job) -> Draw:
     from latentrt.runtime.pipeline import Pipeline
 
     pipe = Pipeline.load(job["bundle"], "cpu", threads=job["threads"])
+    fresh = count(1)
 
     def draw() -> Drawn:
         start = time.perf_counter()
         result = pipe(
-            job["prompt"],
+            f"{job['prompt']}, {next(fresh)}",  # texts are remembered, and the others encode theirs each time
             n=job["batch"],
             steps=job["steps"],
             guidance=job["guidance"],

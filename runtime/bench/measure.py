@@ -6,7 +6,7 @@ import dataclasses
 import io
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from latentrt.engines.bundle import Bundle
@@ -111,7 +111,14 @@ class Candidate:
     """One variant, ready to draw."""
 
     def __init__(
-        self, name: str, settings: Settings, pipe: Pipeline, stopwatch: Stopwatch, meter: GpuMeter | None, asked: Asked
+        self,
+        name: str,
+        settings: Settings,
+        pipe: Pipeline,
+        stopwatch: Stopwatch,
+        meter: GpuMeter | None,
+        asked: Asked,
+        fresh: Iterator[int],
     ) -> None:
         self.name = name
         self.settings = settings
@@ -119,6 +126,7 @@ class Candidate:
         self._stopwatch = stopwatch
         self._meter = meter
         self._asked = asked
+        self._fresh = fresh
 
     def draw(self, seed: int) -> Draw:
         """Draw one batch with this seed and tell what it took."""
@@ -146,7 +154,7 @@ class Candidate:
 
     def _call(self, seed: int) -> Result:
         return self.pipe(
-            self._asked.prompt,
+            f"{self._asked.prompt}, {next(self._fresh)}",  # a pipeline remembers the texts that it has encoded
             n=self.settings.batch,
             steps=self.settings.steps,
             sampler=self.settings.sampler,
@@ -257,7 +265,8 @@ def _measure(
         for backend, threads in dict.fromkeys((s.backend, s.threads) for _, s in named):
             pipe = Pipeline.load(path, backend, threads=threads)
             pipes[backend, threads] = pipe, time_engines(pipe)
-        candidates = [Candidate(name, s, *pipes[s.backend, s.threads], meter, asked) for name, s in named]
+        fresh = itertools.count(1)
+        candidates = [Candidate(name, s, *pipes[s.backend, s.threads], meter, asked, fresh) for name, s in named]
         warmups = _warm_up(candidates, asked, progress)
         draws = _rounds(candidates, asked, progress)
         scores = _scores(candidates, asked, prompts, progress)

@@ -131,7 +131,11 @@ class BundleFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """How it was measured. rounds is what was reached, of rounds_asked; the seed orders the candidates."""
+    """How it was measured. rounds is what was reached, of rounds_asked; the seed orders the candidates.
+
+    prompt: of every picture, each time with another number behind it, so that its text is encoded anew; the empty
+        negative prompt is the same each time, and remembered
+    """
 
     rounds: int
     rounds_asked: int
