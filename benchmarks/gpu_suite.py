@@ -41,7 +41,12 @@ REHEARSAL = "cpu"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """One model of the suite. tflop: of one UNet pass for one row at `size`; shape: its name in plain_unet.py."""
+    """One model of the suite.
+
+    tflop: of one UNet pass for one row at `size`
+    shape: its name in plain_unet.py; None for no peers
+    ours: whether latentrt draws it; exported: whether the suite makes its bundle where --bundles has none
+    """
 
     shape: str | None
     size: int
@@ -49,7 +54,8 @@ class Model:
     guidance: float
     sampler: str
     tflop: float | None
-    served: bool = True
+    ours: bool = True
+    exported: bool = True
 
     @property
     def rows(self) -> int:
@@ -66,9 +72,9 @@ MODELS = {
     "demo": Model(shape=None, size=128, steps=20, guidance=3.0, sampler="dpmpp_2m_karras", tflop=None),
     "sd15": Model(shape="sd15", size=512, steps=20, guidance=7.5, sampler="euler", tflop=0.80327),
     "turbo": Model(shape="turbo", size=512, steps=1, guidance=0.0, sampler="euler", tflop=0.80426),
-    "sdxl": Model(shape="sdxl", size=1024, steps=20, guidance=7.5, sampler="euler", tflop=6.76124, served=False),
+    "sdxl": Model(shape="sdxl", size=1024, steps=20, guidance=7.5, sampler="euler", tflop=6.76124, exported=False),
 }
-TINY = Model(shape="tiny", size=64, steps=2, guidance=7.5, sampler="euler", tflop=None, served=False)
+TINY = Model(shape="tiny", size=64, steps=2, guidance=7.5, sampler="euler", tflop=None, ours=False)
 
 
 def main() -> None:
@@ -146,10 +152,8 @@ def plan(
     device = "cpu" if rehearsal else "cuda"
     parts = [_part("ceilings", {"device": device}, most_s=40, missing=present["torch"])]
     for name, model in models.items():
-        if model.served:
+        if model.ours:
             parts += _our_parts(name, model, backends, present, bundles, work, rehearsal=rehearsal)
-        elif not rehearsal:
-            parts.append(_part(f"{name}: bundle", {}, most_s=1, missing="latentrt has no family for it yet"))
         if model.shape is not None:
             parts += _peer_parts(name, model, present, device)
     return parts
@@ -183,12 +187,22 @@ def _our_parts(
     return parts
 
 
+def _no_bundle(name: str, model: Model, present: Mapping[str, str | None], bundles: Path, work: Path) -> str | None:
+    """Say why there can be no bundle of a model, or return None."""
+    if any(path.exists() for path in (work / name, bundles / name, bundles / f"{name}.tar.gz")):
+        return None
+    if not model.exported:
+        return f"{bundles} has no {name}.tar.gz, and the suite does not export it"
+    absent = present["torch"] or present["diffusers"]
+    return absent and f"{bundles} has no {name}.tar.gz, and exporting one needs torch and diffusers: {absent}"
+
+
 def _peer_parts(name: str, model: Model, present: Mapping[str, str | None], device: str) -> list[Part]:
     facts = {"model": name, "device": device}
     missing = {"torch": present["torch"], "diffusers": present["torch"] or present["diffusers"]}
     hows = ("eager",) if device == "cpu" else ("eager", "compiled")
     peers = [(library, how) for library in ("torch", "diffusers") for how in hows]
-    if not model.served and device != "cpu":
+    if not model.exported:  # random_checkpoint.py, of which diffusers' pipeline is made, does not have it
         peers = [(library, how) for library, how in peers if library == "torch"]
     return [
         _part(
@@ -250,10 +264,6 @@ def do_bundle(facts: Mapping[str, Any], done: Keep) -> None:
 
 def export(model: str, root: Path) -> None:
     """Export the demo, or a random checkpoint of a real size, in float16."""
-    for package in ("torch", "diffusers"):
-        if importlib.util.find_spec(package) is None:
-            sys.stderr.write(f"no bundle in --bundles, and {package}, which exporting needs, is not installed\n")
-            sys.exit(2)
     from random_checkpoint import save_random
 
     from latentrt.export.exporting import export_checkpoint
@@ -368,7 +378,7 @@ def format_table(models: Mapping[str, Model], backends: tuple[str, ...], outcome
     ]
     lines = [head, ["---"] * len(head)]
     for name, model in models.items():
-        lines += [_our_row(name, model, backend, outcomes) for backend in backends if model.served]
+        lines += [_our_row(name, model, backend, outcomes) for backend in backends if model.ours]
         if model.shape is not None:
             ways = [f"{library} {how}" for library in ("torch", "diffusers") for how in ("eager", "compiled")]
             lines += [_peer_row(name, model, way, outcomes) for way in ways if f"{name}: {way}" in outcomes.parts]

@@ -26,7 +26,7 @@ from latentrt.runtime.bench.meters import open_gpu_meter
 from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
 from latentrt.runtime.bench.schema import json_schema
 from latentrt.runtime.bench.text import markdown, report_text
-from latentrt.runtime.bench.timing import time_engines
+from latentrt.runtime.bench.timing import TimedPipeline
 from latentrt.runtime.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
@@ -156,23 +156,21 @@ def test_the_same_settings_twice_are_measured_once(sd1_bundle: Path) -> None:
 def test_timed_engines_give_the_same_picture_and_count_their_seconds(sd1_bundle: Path) -> None:
     with Pipeline.load(sd1_bundle, "cpu") as pipe:
         plain = pipe("a circle", steps=2, seed=1).pixels
-    with Pipeline.load(sd1_bundle, "cpu") as pipe:
-        stopwatch = time_engines(pipe)
+    with TimedPipeline.load(sd1_bundle, "cpu") as pipe:
         result = pipe("a circle", steps=2, seed=1)
     assert np.array_equal(result.pixels, plain)
-    assert set(stopwatch.seconds) == {"text_encoder", "unet", "vae_decoder"}
-    assert 0 < stopwatch.total < result.seconds["total"]
+    assert set(pipe.stopwatch.seconds) == {"text_encoder", "unet", "vae_decoder"}
+    assert 0 < pipe.stopwatch.total < result.seconds["total"]
 
 
 def test_every_draw_encodes_its_text_anew(sd1_bundle: Path) -> None:
-    with Pipeline.load(sd1_bundle, "cpu") as pipe:
+    with TimedPipeline.load(sd1_bundle, "cpu") as pipe:
         (settings,) = Asked(steps=(1,)).variants(pipe.bundle)
-        stopwatch = time_engines(pipe)
-        candidate = Candidate("one", settings, pipe, stopwatch, None, Asked(), itertools.count())
+        candidate = Candidate("one", settings, pipe, None, Asked(), itertools.count())
         for _ in range(3):
             drawn = candidate.draw(0)
-            assert stopwatch.seconds["text_encoder"] > 0
-            assert drawn.seconds["end_to_end"] > drawn.seconds["total"] > stopwatch.total
+            assert pipe.stopwatch.seconds["text_encoder"] > 0
+            assert drawn.seconds["end_to_end"] > drawn.seconds["total"] > pipe.stopwatch.total
 
 
 def test_peak_memory_is_of_this_program_and_does_not_shrink() -> None:

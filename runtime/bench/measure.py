@@ -29,9 +29,9 @@ from latentrt.runtime.bench.result import (
 )
 from latentrt.runtime.bench.rounds import RULE, Warmup, take_turns, warm_up
 from latentrt.runtime.bench.samples import summarise
-from latentrt.runtime.bench.timing import Stopwatch, time_engines
+from latentrt.runtime.bench.timing import TimedPipeline
 from latentrt.runtime.images import parameters
-from latentrt.runtime.pipeline import Pipeline, Result
+from latentrt.runtime.pipeline import Result
 from latentrt.runtime.samplers import default_sampler, make_plan
 
 PROMPT = "a large red circle on a striped blue background"
@@ -114,8 +114,7 @@ class Candidate:
         self,
         name: str,
         settings: Settings,
-        pipe: Pipeline,
-        stopwatch: Stopwatch,
+        pipe: TimedPipeline,
         meter: GpuMeter | None,
         asked: Asked,
         fresh: Iterator[int],
@@ -123,14 +122,13 @@ class Candidate:
         self.name = name
         self.settings = settings
         self.pipe = pipe
-        self._stopwatch = stopwatch
         self._meter = meter
         self._asked = asked
         self._fresh = fresh
 
     def draw(self, seed: int) -> Draw:
         """Draw one batch with this seed and tell what it took."""
-        self._stopwatch.reset()
+        self.pipe.stopwatch.reset()
         joules = self._meter.joules() if self._meter else None
         start = time.perf_counter()
         result = self._call(seed)
@@ -150,7 +148,7 @@ class Candidate:
     def _in_engines(self, result: Result) -> float:
         """Return the seconds in engines; where a device runs them in a queue, those of its own clock."""
         on_device = sum(result.seconds[name] for name in ("encode", "denoise", "decode"))
-        return self._stopwatch.total or on_device
+        return self.pipe.stopwatch.total or on_device
 
     def _call(self, seed: int) -> Result:
         return self.pipe(
@@ -260,19 +258,18 @@ def _measure(
 ) -> tuple[tuple[Variant, ...], int]:
     meter = open_gpu_meter()
     before = meter.used_bytes() if meter else 0
-    pipes: dict[tuple[str, int | None], tuple[Pipeline, Stopwatch]] = {}
+    pipes: dict[tuple[str, int | None], TimedPipeline] = {}
     try:
         for backend, threads in dict.fromkeys((s.backend, s.threads) for _, s in named):
-            pipe = Pipeline.load(path, backend, threads=threads)
-            pipes[backend, threads] = pipe, time_engines(pipe)
+            pipes[backend, threads] = TimedPipeline.load(path, backend, threads=threads)
         fresh = itertools.count(1)
-        candidates = [Candidate(name, s, *pipes[s.backend, s.threads], meter, asked, fresh) for name, s in named]
+        candidates = [Candidate(name, s, pipes[s.backend, s.threads], meter, asked, fresh) for name, s in named]
         warmups = _warm_up(candidates, asked, progress)
         draws = _rounds(candidates, asked, progress)
         scores = _scores(candidates, asked, prompts, progress)
         variants = tuple(_variant(c, asked, warmups[c.name], draws[c.name], scores[c.name], before) for c in candidates)
     finally:
-        for pipe, _ in pipes.values():
+        for pipe in pipes.values():
             pipe.close()
     return variants, len(next(iter(draws.values())))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 
+from latentrt.engines.bundle import Bundle
 from latentrt.engines.choosing import FOR_CPUS
+from latentrt.engines.opening import OpenEngines
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.runtime.pipeline import Pipeline
 
@@ -44,14 +46,16 @@ class TimedEngine(EngineView):
         return outputs
 
 
-def time_engines(pipe: Pipeline) -> Stopwatch:
-    """Put a timed engine around each of a pipeline's engines. Returns the stopwatch that they share.
+class TimedPipeline(Pipeline):
+    """A pipeline with a timed engine around each of its engines; `stopwatch` tells the seconds in all of them.
 
     Where a device runs its engines in a queue they stay as they are and the stopwatch stays at zero: the queue needs
     more of them than a call, and a call would return before the work is done. The device's own clock tells there.
     """
-    stopwatch = Stopwatch()
-    if pipe.backend == FOR_CPUS:
-        engines = pipe._engines  # the one place outside the pipeline that reaches for them
-        engines.update({name: TimedEngine(engine, stopwatch) for name, engine in engines.items()})
-    return stopwatch
+
+    def __init__(self, bundle: Bundle, opened: OpenEngines, *rest: Any) -> None:
+        self.stopwatch = Stopwatch()
+        if opened.choice.backend == FOR_CPUS:
+            timed = {name: TimedEngine(engine, self.stopwatch) for name, engine in opened.engines.items()}
+            opened.engines.update(timed)
+        super().__init__(bundle, opened, *rest)
