@@ -175,7 +175,9 @@ def _our_parts(
     rehearsal: bool,
 ) -> list[Part]:
     root = str((work / name).absolute())
-    parts = [_part(f"{name}: bundle", {"root": root, "model": name, "bundles": str(bundles.absolute())}, most_s=240)]
+    source = {"root": root, "model": name, "bundles": str(bundles.absolute())}
+    missing = _no_bundle(name, model, present, bundles, work)
+    parts = [_part(f"{name}: bundle", source, most_s=240, missing=missing)]
     for backend in backends:
         facts = {"root": root, "backend": backend, "model": name, "rehearsal": rehearsal}
         build, verify, bench = (f"{name}: {verb} {backend}" for verb in ("build", "verify", "bench"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.choosing import FOR_CPUS
