@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,8 +156,7 @@ def _no_engines(bundle: Bundle, backend: BackendName) -> str:
 def _no_shape(
     bundle: Bundle, backend: BackendName, needs: CanvasShape, serving: list[tuple[Path, EngineRecord]]
 ) -> str:
-    profiles = (profile for _, record in serving for profile in record.key.profiles)
-    held = dict.fromkeys(" ".join(word for word in _without_rows(profile)) for profile in profiles)
+    held = dict.fromkeys(shape for _, record in serving for shape in shapes_of(record))
     return (
         f"'{bundle.root}' holds no {backend} engines for {needs.width}x{needs.height} pictures {needs.pictures} "
         f"tokens {needs.tokens}, and shapes must match exactly; it holds {', '.join(held)}; run `latentrt build "
@@ -165,7 +165,6 @@ def _no_shape(
     )
 
 
-def _without_rows(profile: str) -> list[str]:
-    words = profile.split()
-    start = words.index("rows")
-    return words[:start] + words[start + 2 :]
+def shapes_of(record: EngineRecord) -> list[str]:
+    """Return the shapes that engines were compiled for, `512x512 pictures 1 tokens 77`; empty for any shape."""
+    return list(dict.fromkeys(re.sub(r" rows \d+", "", profile) for profile in record.key.profiles))

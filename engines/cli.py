@@ -18,7 +18,7 @@ from rich.table import Table
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.choosing import choose, choose_to_build
+from latentrt.engines.choosing import choose, choose_to_build, shapes_of
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.stage import STATE_ROWS
@@ -155,11 +155,14 @@ def _component_table(bundle: Bundle) -> Table:
 
 
 def _engine_table(bundle: Bundle) -> Table:
-    table = Table("engines", "backend", "target", "computes in", "size", title="engines", title_justify="left")
+    table = Table(
+        "engines", "backend", "target", "computes in", "shapes", "size", title="engines", title_justify="left"
+    )
     for path, record in bundle.engine_directories().items():
         key = record.key
         size = sum(file.bytes for file in record.files.values()) / MB
-        table.add_row(path.name, f"{key.backend} {key.backend_version}", key.device, key.precision, f"{size:.1f} MB")
+        library, shapes = f"{key.backend} {key.backend_version}", "\n".join(shapes_of(record)) or "any"
+        table.add_row(path.name, library, key.device, key.precision, shapes, f"{size:.1f} MB")
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from latentrt.engines.device import CudaDevice
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
 from latentrt.engines.manifest import EngineRecord, LatentSpec
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.options import BuildOptions, Profile
 from latentrt.engines.portions import in_portions
 from latentrt.engines.progress import Report
 from latentrt.engines.references import write_references
@@ -244,7 +244,7 @@ def _build_one(
 ) -> tuple[str, EngineSpec]:
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = _edit(graphs.load_graph(files[0]), component, options, bundle.manifest.latents)
-    spec = _spec(bundle, component, model, options)
+    spec = spec_of(component, model, options.profiles(bundle.manifest), factor=bundle.manifest.latents.factor)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
         edited.write_bytes(model.SerializeToString())
@@ -266,12 +266,17 @@ def _edit(model: ModelProto, component: str, options: BuildOptions, latents: Lat
     return model
 
 
-def _spec(bundle: Bundle, component: str, model: ModelProto, options: BuildOptions) -> EngineSpec:
+def spec_of(component: str, model: ModelProto, profiles: Iterable[Profile], *, factor: int) -> EngineSpec:
+    """Return what the engine of a graph takes and gives, with the sizes of its axes in each profile.
+
+    factor: how many pixels an element of the latents is wide
+    Raises EngineError where the graph names an axis that no profile has a size for.
+    """
     inputs = tuple(_tensor(info) for info in model.graph.input)
     named = {axis for tensor in inputs for axis in tensor.shape if isinstance(axis, str)}
-    profiles: list[Mapping[str, int]] = []
-    for profile in options.profiles(bundle.manifest):
-        axes = profile.axes(bundle.manifest.latents.factor)
+    found: list[Mapping[str, int]] = []
+    for profile in profiles:
+        axes = profile.axes(factor)
         if TOKENS in {tensor.name for tensor in inputs}:  # a long prompt is several rows of the text encoder
             axes["batch"] = profile.rows * max(1, profile.tokens // int(inputs[0].shape[1]))
         if unknown := named - set(axes):
@@ -280,10 +285,10 @@ def _spec(bundle: Bundle, component: str, model: ModelProto, options: BuildOptio
                 f"{', '.join(axes)}; export the checkpoint again"
             )
         sizes = {name: size for name, size in axes.items() if name in named}
-        if sizes not in profiles:  # the VAE does not see guidance, nor the text encoder a size
-            profiles.append(sizes)
+        if sizes not in found:  # the VAE does not see guidance, nor the text encoder a size
+            found.append(sizes)
     outputs = tuple(_tensor(info) for info in model.graph.output)
-    return EngineSpec(component=component, inputs=inputs, outputs=outputs, profiles=tuple(profiles))
+    return EngineSpec(component=component, inputs=inputs, outputs=outputs, profiles=tuple(found))
 
 
 def _tensor(info: ValueInfoProto) -> TensorSpec:

@@ -149,7 +149,8 @@ class Pipeline:
     ) -> Self:
         """Open a bundle and the engines that were built for this machine.
 
-        backend: `auto` (the GPU's if one answers, else the CPU's) or a name, which is always obeyed
+        backend: `auto` (where a GPU answers the bundle's fastest engines for it, else the CPU's) or a name, which is
+            always obeyed
         threads: CPU threads a run may use; None for the backend's own choice
         cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
         warm_up: draw before the first request comes, see `warm_up`; `warm_up_s` tells how long it took

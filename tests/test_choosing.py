@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle, record_file, write_manifest
 from latentrt.engines.canvas import CanvasShape
-from latentrt.engines.choosing import choose, choose_to_build, find_engines, serving_engines
+from latentrt.engines.choosing import choose, choose_to_build, find_engines, serving_engines, shapes_of
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.gpu import Gpu
 from latentrt.engines.manifest import ENGINE_RECORD
 from latentrt.engines.opening import open_engines
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import BackendName, EngineKey
+from latentrt.export.inspect_cli import inspect
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import H200, L4, install
 
@@ -231,6 +233,18 @@ def test_a_shape_that_no_engine_has_names_those_there_are_and_the_command(
         find_engines(copy, "tensorrt", needs=shape)
     held = ("32x32 pictures 1 tokens 77", "32x64 pictures 1 tokens 77", "32x64 pictures 2 tokens 77")
     assert all(words in str(caught.value) for words in held)
+
+
+def test_inspect_shows_the_shapes_there_are(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, tensorrt="11.4.0.106")
+    build_engines(copy, "tensorrt", options=replace(TALL, references=False))
+    assert [shapes_of(record) for record in copy.engine_directories().values()] == [
+        [],
+        ["32x64 pictures 1 tokens 77", "32x64 pictures 2 tokens 77"],
+    ]
+    monkeypatch.setenv("COLUMNS", "200")
+    table = CliRunner().invoke(inspect, [str(copy.root)]).output
+    assert "32x64 pictures 2 tokens 77" in table and " any " in table
 
 
 def test_what_was_chosen_is_logged_once(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from latentrt.engines import onnxruntime
 from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle, record_file, write_manifest
@@ -152,6 +153,18 @@ def test_without_references_the_engines_are_the_same_and_verify_says_what_is_mis
         reference_file(component) for component in records[0].entries
     }
     assert all(not row.ok and "built without" in row.message for row in rows_of(second))
+
+
+def test_fused_engines_that_take_any_shape_are_compared_with_the_golden_pairs(
+    sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime's engines for CUDA are, here on the CPU."""
+    monkeypatch.setattr(onnxruntime, "FUSED", {"cpu"})
+    bundle = Bundle.open(shutil.copytree(sd1_bundle, tmp_path / "bundle"))
+    record = build_engines(bundle, "cpu", force=True)
+    assert "state" in {tensor.name for tensor in record.specs["unet"].inputs}
+    rows = [row for row in verify(bundle, backend="cpu") if row.what != "files"]
+    assert len(rows) == 4 and all(row.ok and row.profile == "" for row in rows), rows
 
 
 def spoil(bundle: Bundle, change: str) -> None:
