@@ -14,18 +14,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import BundleError, CheckpointError, EngineError
+from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
 from latentrt.export import exporting
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.jobs import MARKERS
+from latentrt.runtime.pipeline import Pipeline
 from tests.tiny import NETWORKS
 
 BLOCK_TORCH = """
 import sys
-from tests.tiny import NETWORKS
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("torch", "diffusers", "transformers"):
@@ -202,6 +203,24 @@ def test_graphs_are_adopted_without_torch(graphs: str, sd1_bundle: Path, tmp_pat
         n: (c.inputs, c.outputs) for n, c in theirs.components.items()
     }
     assert "torch" not in ours.provenance.tools
+
+
+def test_what_a_graph_does_not_give_is_not_promised(graphs: str, sd1_bundle: Path, tmp_path: Path) -> None:
+    """As optimum exports it: without the layers that clip-skip chooses among."""
+    shutil.copytree(graphs, tmp_path / "onnx")
+    file = tmp_path / "onnx" / "text_encoder" / "model.onnx"
+    model = onnx.load(str(file))
+    model.graph.output.remove(next(value for value in model.graph.output if value.name == "skipped_hidden_states"))
+    onnx.save(model, str(file))
+    ours = export_checkpoint(str(tmp_path / "onnx"), tmp_path / "bundle").manifest.components["text_encoder"]
+    full = Bundle.open(sd1_bundle).manifest.components["text_encoder"].outputs
+    assert [spec for spec in full if spec not in ours.outputs] == [
+        spec for spec in full if spec.name == "skipped_hidden_states"
+    ]
+    with Pipeline.load(tmp_path / "bundle", "cpu") as pipe:
+        assert pipe("a red circle", steps=2, seed=0).pixels.any()
+        with pytest.raises(RequestError, match=r"clip_skip: found 1, but .* export the checkpoint again"):
+            pipe("a red circle", steps=2, clip_skip=1)
 
 
 @pytest.mark.parametrize(
