@@ -19,6 +19,7 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.choosing import choose, choose_to_build, shapes_of
+from latentrt.engines.manifest import Provenance
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.stage import STATE_ROWS
@@ -137,12 +138,17 @@ def _print_heading(bundle: Bundle, console: Console) -> None:
     lines = {
         "bundle": f"{bundle.root} ({len(manifest.files)} files, {size:.1f} MB without engines)",
         "family": f"{manifest.family}, {manifest.schedule.prediction_type}, {manifest.precision}",
-        "checkpoint": manifest.provenance.checkpoint,
+        "checkpoint": ", ".join([manifest.provenance.checkpoint, *_options(manifest.provenance)]),
         "picture": f"{width}x{height}, latents 1/{manifest.latents.factor} with {manifest.latents.channels} channels",
         "made by": f"{manifest.producer}, schema {manifest.schema_version}",
     }
     for name, value in lines.items():
         console.print(f"{name:<11}{value}", highlight=False, soft_wrap=True)
+
+
+def _options(provenance: Provenance) -> list[str]:
+    """Return what was chosen beside the checkpoint: LoRAs with their strengths, a prediction type."""
+    return [f"{name} {value}" for name, value in provenance.options.items()]
 
 
 def _component_table(bundle: Bundle) -> Table:

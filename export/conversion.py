@@ -131,9 +131,9 @@ def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
 
 
 def _save(folder: Path, stem: str, tensors: Tensors, changes: Changes) -> None:
-    """Write tensors as one file, or as shards where they are many, so that few changed ones are in memory at once."""
+    """Write tensors as shards: of what was changed, one shard is in memory at a time."""
     shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
+    total, room = 0, SHARD_BYTES
     for key, tensor in tensors.items():
         size = tensor.numel() * 4 if key in changes else tensor.nbytes
         if size > room and shards[-1]:
@@ -141,15 +141,13 @@ def _save(folder: Path, stem: str, tensors: Tensors, changes: Changes) -> None:
             room = SHARD_BYTES
         shards[-1].append(key)
         room -= size
+        total += size
     places: dict[str, str] = {}
     for number, keys in enumerate(shards):
         name = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        save_file(
-            {key: fuse(tensors[key], changes[key]) if key in changes else tensors[key] for key in keys},
-            folder / name,
-            metadata={"format": "pt"},
-        )
+        shard = {key: fuse(tensors.pop(key), changes.get(key, ())) for key in keys}
+        save_file(shard, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(keys, name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")

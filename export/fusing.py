@@ -95,9 +95,14 @@ def _delta(lora: Lora, part: str, module: str, shape: tuple[int, ...], strength:
 
 
 def fuse(tensor: Tensor, deltas: Sequence[Callable[[], Array]]) -> Tensor:
-    """Return a weight with its changes, in float32: what it was stored in would round small changes away."""
+    """Return a weight with its changes, in float32: what it was stored in would round small changes away.
+
+    A weight that nothing changes is returned as it is.
+    """
     import torch
 
+    if not deltas:
+        return tensor
     total = tensor.to(torch.float32, copy=True)
     for delta in deltas:
         total += torch.from_numpy(delta())

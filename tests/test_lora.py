@@ -447,6 +447,8 @@ def test_pictures_are_those_of_diffusers_with_the_same_loras(
     options = CheckpointOptions(config=str(sd1_checkpoint), loras=loras)
     exported = export_checkpoint(str(file), tmp_path / "bundle", precision="fp32", options=options)
     assert sorted(exported.manifest.provenance.options.values()) == ["-0.5", "0.75"]
+    assert {"model.safetensors", "config/unet/config.json"} < set(exported.manifest.provenance.files)
+    assert exported.manifest.tokenizers["tokenizer"].max_length == 77
     request = {"guidance_scale": 3.0, "num_inference_steps": 4}
     reference = Reference(sd1_checkpoint)
     without = reference("euler", [3, 4], **request)
