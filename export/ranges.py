@@ -33,8 +33,8 @@ class Ranges:
 
     @property
     def largest(self) -> float:
-        """Return the largest of all, attention's products included."""
-        return max((*self.values.values(), *self.logits.values()))
+        """Return the largest finite one of all, attention's products included: masks may hold infinities."""
+        return max((each for each in (*self.values.values(), *self.logits.values()) if np.isfinite(each)), default=0.0)
 
     def __or__(self, other: Ranges) -> Ranges:
         """Return the larger of both at each place."""
