@@ -184,7 +184,7 @@ def _our_parts(
         parts += [
             _part(build, facts, most_s=200, needs=(f"{name}: bundle",), missing=present[backend] or present["onnx"]),
             _part(verify, facts, most_s=60, needs=(build,)),
-            _part(bench, facts, most_s=60, least_s=8, needs=(build,)),
+            _part(bench, facts, most_s=240 if rehearsal else 60, least_s=8, needs=(build,)),
         ]
     return parts
 

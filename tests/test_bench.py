@@ -252,7 +252,9 @@ def test_an_error_that_grew_and_accuracy_that_fell_are_regressions(report: Repor
     worse = dataclasses.replace(
         report, errors=tuple(dataclasses.replace(error, error=0.5 * error.limit) for error in report.errors)
     )
-    assert {c.figure for c in compare(report, worse).regressed} == {"text_encoder", "unet", "vae_encoder"}
+    found = {change.figure for change in compare(report, worse).regressed}
+    # Pixels differ by one level or by none: whether half the limit is growth depends on the machine's rounding.
+    assert found - {"vae_decoder"} == {"text_encoder", "unet", "vae_encoder"}
 
 
 def test_a_comparison_names_what_differs_of_the_machine(report: Report) -> None:

@@ -209,7 +209,7 @@ def test_without_a_gpu_the_suite_says_so_and_exits_with_2(tmp_path: Path) -> Non
 def test_the_rehearsal_runs_every_kind_of_part_on_the_demo(demo_bundle: Path, tmp_path: Path) -> None:
     packed = pack(demo_bundle, [], tmp_path / "demo.tar.gz")
     output = tmp_path / "results" / "gpu.json"
-    result = suite("--cpu", "--bundles", packed.parent, "--output", output, "--seconds", 400)
+    result = suite("--cpu", "--bundles", packed.parent, "--output", output, "--seconds", 900)
     assert result.returncode == 0, result.stdout + result.stderr
     document = json.loads(output.read_text())
     parts = document["parts"]
