@@ -18,7 +18,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.engines.spec import Array
 from latentrt.runtime.animation import KeyFrame
-from latentrt.runtime.cli_options import LOADING, PROMPTS, SAMPLING, STARTS, Key, Size, options_of
+from latentrt.runtime.cli_options import DECODING, LOADING, PROMPTS, SAMPLING, STARTS, Key, Size, options_of
 from latentrt.runtime.images import save_png
 from latentrt.runtime.movies import check_movie, save_movie
 from latentrt.runtime.pipeline import Pipeline, Result, Step
@@ -36,6 +36,7 @@ from latentrt.runtime.schedules import STABLE_DIFFUSION
 @options_of(PROMPTS)
 @options_of(SAMPLING)
 @options_of(STARTS)
+@options_of(DECODING)
 @click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
 @click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
 @click.option("-n", default=1, show_default=True, help="How many pictures.")
@@ -74,6 +75,7 @@ def generate(
 @click.option("--negative", "negative_prompt", default="", help="What no frame should show.")
 @options_of(PROMPTS)
 @options_of(SAMPLING)
+@options_of(DECODING)
 @click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
 @options_of(LOADING)
 @click.option("--json", "as_json", is_flag=True, help="Print file, frames and seconds as JSON.")

@@ -93,6 +93,9 @@ STARTS = (
     click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),
     click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
 )
+DECODING = (
+    click.option("--tile", type=int, default=None, help="Decode large pictures in tiles of so many pixels, blended."),
+)
 
 
 def options_of(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

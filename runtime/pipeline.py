@@ -32,6 +32,7 @@ from latentrt.runtime.prompt import PromptTokenizer
 from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, repaints, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
 from latentrt.runtime.texts import Texts, read_tokenizers
+from latentrt.runtime.tiling import Grid, decode_tiles, encode_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -297,16 +298,15 @@ class Pipeline:
 
     def _draw(self, job: Job, source: _Source, watch: Watch | None) -> Result:
         start = time.perf_counter()
-        canvas = self._canvas(job, tokens=source.tokens)
+        decode = self._decoder(job, tokens=source.tokens)
+        canvas = self._canvas(job, job.size, tokens=source.tokens)
         canvas.mark()
         source.write(canvas)
         canvas.mark()
         self._denoise(job, source, canvas, watch)
-        canvas.decode()
-        canvas.mark()
-        pixels = canvas.pixels()
-        encode, *steps, decode = canvas.elapsed()
-        seconds = {"tokenize": source.tokenize_s, "encode": encode, "denoise": sum(steps), "decode": decode}
+        pixels = decode(canvas)
+        encode, *steps, decode_s = canvas.elapsed()
+        seconds = {"tokenize": source.tokenize_s, "encode": encode, "denoise": sum(steps), "decode": decode_s}
         return Result(
             pixels=pixels,
             seeds=job.seeds,
@@ -317,8 +317,26 @@ class Pipeline:
             reason=self._opened.choice.reason,
         )
 
-    def _canvas(self, job: Job, *, tokens: int) -> Canvas:
-        width, height = job.size
+    def _decoder(self, job: Job, *, tokens: int) -> Callable[[Canvas], Array]:
+        """Return what decodes a canvas and then sets a mark: at once, or in tiles.
+
+        The tiles' canvas is asked for before anything is drawn: where no engine fits it, the error comes early.
+        """
+        grid, factor = job.grid, self.manifest.latents.factor
+        if grid is None:
+            return _decode_whole
+        size = (grid.columns.tile * factor, grid.rows.tile * factor)
+        tiles = self._canvas(job, size, tokens=tokens)
+
+        def decode(canvas: Canvas) -> Array:
+            pixels = decode_tiles(canvas.read("state")[:, 0], tiles, grid, factor=factor)
+            canvas.mark()
+            return pixels
+
+        return decode
+
+    def _canvas(self, job: Job, size: tuple[int, int], *, tokens: int) -> Canvas:
+        width, height = size
         shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
         return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows)
 
@@ -342,17 +360,17 @@ class Pipeline:
 
     def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
         space, latents = self.manifest.latents, job.request.latents
-        shape = latent_shape(job.size, space)
+        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, grid=job.grid)
         given = None if latents is None else check_latents(latents, pictures=len(job.prompts), shape=shape)
         if job.pixels is None:
             return Start(noise=draw() if given is None else given)
         if job.mask is None:
-            start = start_from_image(job.pixels, self._encode_image, draw, scaling_factor=space.scaling_factor)
+            start = start_from_image(job.pixels, encoder, draw, scaling_factor=space.scaling_factor)
         else:
             start = start_inpainting(
                 job.pixels,
                 job.mask,
-                self._encode_image,
+                encoder,
                 draw,
                 scaling_factor=space.scaling_factor,
                 factor=space.factor,
@@ -361,7 +379,10 @@ class Pipeline:
             )
         return start if given is None else dataclasses.replace(start, noise=given)
 
-    def _encode_image(self, pixels: Array) -> Array:
+    def _encode_image(self, pixels: Array, *, grid: Grid | None) -> Array:
+        if grid is not None:
+            encoder = partial(self._encode_image, grid=None)
+            return encode_tiles(pixels, encoder, grid, factor=self.manifest.latents.factor)
         name = "vae_encoder"  # loaded when the first image comes: most services draw from text alone
         if name not in self._engines:
             self._engines[name] = self._opened.load(name)
@@ -408,6 +429,12 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _decode_whole(canvas: Canvas) -> Array:
+    canvas.decode()
+    canvas.mark()
+    return canvas.pixels()
 
 
 def _ordinary(manifest: Manifest) -> Request:

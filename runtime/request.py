@@ -21,6 +21,7 @@ from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.prompt import Overflow, Prompt
 from latentrt.runtime.prompt_syntax import Syntax
 from latentrt.runtime.samplers import default_sampler, make_plan
+from latentrt.runtime.tiling import Grid, plan_tiles
 
 # What changes a picture beside prompt, steps, guidance, sampler, size and seed, and can be written down.
 FURTHER = frozenset(
@@ -42,6 +43,7 @@ FURTHER = frozenset(
         "target_size",
         "crop",
         "noise",
+        "tile",
     }
 )
 CHANGES = 0.8  # the strength where none is given: diffusers' own
@@ -79,6 +81,7 @@ class Options(TypedDict, total=False):
     target_size: tuple[int, int] | None
     crop: tuple[int, int]
     noise: NoiseSource
+    tile: int | None
     deadline: float | None
 
 
@@ -115,6 +118,8 @@ class Request:
         (width, height) in pixels, None for the size drawn
     crop: for SDXL too: how many pixels were cut off at the top and at the left
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
+    tile: decode, and read an image, in tiles of so many pixels a side, which overlap and are blended: a large picture
+        then takes the VAE no more memory than a tile; None for the whole picture at once
     deadline: seconds from the call to the picture, waiting for other calls included; None for no end
     """
 
@@ -146,6 +151,7 @@ class Request:
     target_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     noise: NoiseSource = "cpu"
+    tile: int | None = None
     deadline: float | None = None
 
     @property
@@ -174,6 +180,7 @@ class Job:
     pixels: Array | None = None  # (1 or n, height, width, 3), float32, -1 to 1
     mask: Array | None = None  # (1, height, width), float32
     strength: float = 1.0
+    grid: Grid | None = None  # the tiles that the VAE sees, None for the whole picture
 
     @property
     def rows(self) -> int:
@@ -220,6 +227,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         pixels=pixels,
         mask=mask,
         strength=_strength(request),
+        grid=plan_tiles(size, request.tile, factor=manifest.latents.factor),
         plan=plan,
         guidance=plan_guidance(
             plan,
