@@ -24,10 +24,13 @@ class _InPortions(EngineView):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self._batches = sorted({profile[BATCH] for profile in engine.spec.profiles}, reverse=True)
+        # Not a row each: the text encoder's second table
+        self._shared = {tensor.name for tensor in engine.spec.inputs if tensor.shape[0] != BATCH}
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         """Run the engine as often as it takes. The arrays that are returned hold until the next call."""
-        rows = {name: np.asarray(array) for name, array in inputs.items()}
+        rows = {name: np.asarray(array) for name, array in inputs.items() if name not in self._shared}
+        shared = {name: array for name, array in inputs.items() if name in self._shared}
         count = len(next(iter(rows.values())))
         if count in self._batches:
             return self._engine(inputs)
@@ -36,7 +39,7 @@ class _InPortions(EngineView):
         while start < count:
             size = next((batch for batch in self._batches if batch <= count - start), self._batches[-1])
             portion = {name: _take(array, start, size) for name, array in rows.items()}
-            found.append({name: array.copy() for name, array in self._engine(portion).items()})
+            found.append({name: array.copy() for name, array in self._engine({**portion, **shared}).items()})
             start += size
         return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
 

@@ -1,9 +1,9 @@
-"""Rows of tokens through the text encoder, whatever its engine was compiled for and its bundle exported with."""
+"""Rows of tokens through the text encoder, whatever its bundle was exported with."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from latentrt.engines.spec import Array, EngineSpec
 
 IDS, STATES = "input_ids", "last_hidden_state"
 SKIPPED = "skipped_hidden_states"  # (batch, skipped layers, context, width), see export.modules.TextEncoder
-# An engine of any size is given this many rows at most: a prompt of many weights must not take memory by the gigabyte.
+# At a time: a prompt of many weights is many rows, and must not take memory by the gigabyte.
 MOST_ROWS = 8
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
@@ -49,7 +49,6 @@ class RowEncoder:
         self._run, self._lock, self._pooled = run, threading.Lock(), pooled
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in spec.outputs}
-        self._batches = sorted({profile["batch"] for profile in spec.profiles})
 
     def check_skip(self, clip_skip: int) -> None:
         """Raise RequestError where the encoder cannot leave out that many layers."""
@@ -95,20 +94,11 @@ class RowEncoder:
         """Encode rows of ids, (rows, context)."""
         names = [STATES, *([SKIPPED] if keep_skipped else []), *([self._pooled] if self._pooled else [])]
         kept: dict[str, list[Array]] = {name: [] for name in names}
-        for part in self._parts(rows):
-            padded = np.concatenate([part, np.repeat(part[-1:], self._batch(len(part)) - len(part), axis=0)])
+        for start in range(0, len(rows), MOST_ROWS):
             with self._lock:  # the outputs are the engine's own until its next call
-                outputs = self._run(self.inputs(padded, vectors))
+                outputs = self._run(self.inputs(rows[start : start + MOST_ROWS], vectors))
                 for name in names:
-                    kept[name].append(outputs[name][: len(part)].copy())
+                    kept[name].append(outputs[name].copy())
         arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
         pooled = arrays[self._pooled] if self._pooled else None
         return RowStates(last=arrays[STATES], skipped=arrays.get(SKIPPED), pooled=pooled)
-
-    def _parts(self, rows: Array) -> Iterator[Array]:
-        largest = max(self._batches, default=MOST_ROWS)
-        return (rows[start : start + largest] for start in range(0, len(rows), largest))
-
-    def _batch(self, rows: int) -> int:
-        """Return the smallest number of rows that the engine is compiled for and that holds these."""
-        return next((batch for batch in self._batches if batch >= rows), rows)

@@ -15,6 +15,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import RequestError
 from latentrt.engines.opening import open_engines
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.runtime import text_rows
 from latentrt.runtime.embeddings import Embedding
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
 from latentrt.runtime.text import Cache, Encoding, TextEncoder
@@ -322,39 +323,36 @@ def test_plain_batches_can_be_encoded_where_the_engine_is(pair: Pair, fresh: Tex
     assert np.array_equal(found, fresh(long))
 
 
-def test_engines_for_fixed_numbers_of_rows_are_given_those(pair: Pair) -> None:
-    sizes: list[int] = []
+def test_an_engine_with_a_fixed_table_is_given_all_of_it(pair: Pair) -> None:
+    """As engines with fixed shapes have it: rows that no word uses are zeros."""
+    tables: list[Array] = []
 
     def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        sizes.append(len(inputs["input_ids"]))
-        assert inputs["extra_embeddings"].shape == (4, pair.width)
+        tables.append(inputs["extra_embeddings"])
         return pair.run(inputs)
 
-    ids, _ = pair.run.engine.spec.inputs
+    spec = pair.run.engine.spec
     extra = TensorSpec(name="extra_embeddings", dtype="float32", shape=(4, pair.width))
-    spec = EngineSpec(
-        component="text_encoder",
-        inputs=(ids, extra),
-        outputs=pair.run.engine.spec.outputs,
-        profiles=({"batch": 4}, {"batch": 1}, {"batch": 2}),
-    )
-    text = TextEncoder(pair.tokenizer, run, spec)
-    prompts = [Prompt(text="a " * n) for n in range(1, 8)]
-    for row, prompt in zip(text(prompts), prompts, strict=True):
-        assert close(row, pair.diffusers(prompt.text))
-    assert sizes == [4, 4]  # seven rows: four, then three in an engine for four
-    text.encode([Prompt(text="red")])
-    assert sizes == [4, 4, 1]
+    text = TextEncoder(pair.tokenizer, run, replace(spec, inputs=(spec.inputs[0], extra)))
+    text.add(Embedding(name="<cat>", vectors=np.ones((3, pair.width), dtype=np.float32)))
+    text.encode([Prompt(text="a <cat>")])
+    (table,) = tables
+    assert table.shape == (4, pair.width)
+    assert table[:3].all() and not table[3].any()
     with pytest.raises(RequestError, match="found 5 vectors in all, and the engine was compiled for 4; remove some"):
-        text.add(Embedding(name="<cat>", vectors=np.zeros((5, pair.width), dtype=np.float32)))
+        text.add(Embedding(name="<dog>", vectors=np.ones((2, pair.width), dtype=np.float32)))
 
 
-def test_a_prompt_of_many_weights_is_encoded_in_batches(pair: Pair, fresh: TextEncoder) -> None:
+def test_a_prompt_of_many_weights_is_encoded_in_batches(
+    pair: Pair, fresh: TextEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = " ".join(f"(red:0.{n % 5 + 1}) blue" for n in range(20))
     (many,) = fresh.encode([Prompt(text=words, syntax="weighted")])
     assert pair.run.rows == [8, 8, 6]  # the prompt, the empty one, and the prompt without each of twenty words
-    half = TextEncoder(pair.tokenizer, pair.run, replace(pair.run.engine.spec, profiles=({"batch": 2},)))
-    assert close(half.encode([Prompt(text=words, syntax="weighted")])[0], many)
+    monkeypatch.setattr(text_rows, "MOST_ROWS", 100)
+    (together,) = pair.text.encode([Prompt(text=words, syntax="weighted")])
+    assert pair.run.rows[3:] == [22]
+    assert close(together, many)
 
 
 def test_what_an_older_bundle_cannot_do_is_refused(pair: Pair) -> None:
