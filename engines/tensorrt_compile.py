@@ -19,7 +19,7 @@ LONGEST_LINE = 400
 
 def compile_graph(
     library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, *, what: str, report: Report
-) -> bytes:
+) -> memoryview:
     """Return the serialized engine of an ONNX graph with its external data beside it.
 
     library: tensorrt or tensorrt_rtx
@@ -28,13 +28,13 @@ def compile_graph(
     Raises EngineError with the parser's or logger's words; KeyboardInterrupt after the compiler has stopped.
     """
 
-    def work(cancelled: Cancelled) -> bytes:
+    def work(cancelled: Cancelled) -> memoryview:
         return _compile(library, graph, spec, options, make_monitor(library, what, report, cancelled))
 
     return run_interruptibly(work)
 
 
-def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, monitor: Any) -> bytes:
+def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, monitor: Any) -> memoryview:
     logger = make_logger(library)
     builder = _given(library.Builder(logger), "no builder could be made", logger)
     flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -49,7 +49,7 @@ def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildO
     plan = builder.build_serialized_network(network, config)
     if monitor.error is not None:
         raise monitor.error
-    compiled = bytes(_given(plan, f"{spec.component} could not be compiled", logger))
+    compiled = memoryview(_given(plan, f"{spec.component} could not be compiled", logger))  # no copy: gigabytes
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache)
     return compiled

@@ -91,7 +91,7 @@ def compile_denoiser(graph: Path, side: int) -> dict[str, Any]:
         "library": f"tensorrt-rtx {library.__version__}",
         "seconds": round(time.perf_counter() - start, 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "engine_bytes": len(plan),
+        "engine_bytes": plan.nbytes,
     }
 
 

@@ -184,6 +184,7 @@ def spoil(bundle: Bundle, component: str, *, op: str | None = None, takes: str |
     name = bundle.manifest.components[component].graph
     model = onnx.load(str(bundle.root / name), load_external_data=False)
     node = model.graph.node[0]
+    node.name = "spoilt"
     node.op_type = op or node.op_type
     node.input[0] = takes or node.input[0]
     (bundle.root / name).write_bytes(model.SerializeToString())
@@ -195,8 +196,8 @@ def spoil(bundle: Bundle, component: str, *, op: str | None = None, takes: str |
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"op": "Frobnicate"}, "refused by the ONNX parser: Frobnicate \\S+: .+"),
-        ({"takes": "nowhere"}, "refused by the ONNX parser: Shape \\S+: .*input was not registered"),
+        ({"op": "Frobnicate"}, "refused by the ONNX parser: Frobnicate spoilt: .+"),
+        ({"takes": "nowhere"}, "refused by the ONNX parser: Shape spoilt: .*input was not registered"),
     ],
     ids=["unknown operator", "dangling input"],
 )
