@@ -255,7 +255,9 @@ class _Forms:
 
     def _cast(self, value: ir.Value, dtype: ir.DataType, user: ir.Node | None) -> ir.Value:
         origin, kind = value.producer(), dtype.name.lower()
-        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"{origin.name if origin else value.name}/{kind}")
+        number = f"_{value.index()}" if value.index() else ""  # of a Split's parts
+        name = f"{origin.name if origin is not None else value.name}/{kind}{number}"
+        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
         result = cast.outputs[0]
         result.name, result.type = f"{value.name}.{kind}", ir.TensorType(dtype)
         if user is None:

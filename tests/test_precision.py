@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,9 +27,10 @@ from latentrt.engines.spec import TensorSpec
 from latentrt.engines.verification import verify
 from latentrt.export import golden, graphs, modules, precision, ranges
 from latentrt.export.exporting import export_checkpoint
-from latentrt.export.graph_types import HALF, load_typed
+from latentrt.export.graph_types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
 from latentrt.export.inspect_cli import inspect
 from latentrt.export.precision import LARGEST, LIMIT
+from latentrt.export.ranges import Ranges
 
 # Over the output's range: a handful of layers, each rounded to 11 bits.
 CLOSE = 1e-2
@@ -296,6 +298,65 @@ def test_a_bundle_says_how_far_it_is_from_the_checkpoint(sd1_half_bundle: Path) 
         assert component.largest_activation is not None and component.largest_activation < LIMIT
         assert component.float32_layers == ()
         assert component.float32_note() is None
+
+
+def well_typed(model: ir.Model) -> None:
+    """Check that each node's inputs are of one type wherever the standard says so, as a strongly typed network must."""
+    written = [value.dtype for value in model.graph.outputs]
+    for node in model.graph:
+        rules, bound = schema(node), {}
+        for place, value in enumerate(node.inputs):
+            if value is not None:
+                rule = formal(rules.inputs, place)
+                assert value.dtype is not None and allows(rules, rule, value.dtype), node
+                assert bound.setdefault(rule.type_str, value.dtype) == value.dtype, node
+    infer_types(model)
+    assert [value.dtype for value in model.graph.outputs] == written
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(component=st.sampled_from(["text_encoder", "unet", "vae_decoder", "vae_encoder"]), data=st.data())
+def test_any_choice_of_float32_layers_makes_a_well_typed_graph(
+    sd1_bundle: Path, sd1_half_bundle: Path, component: str, data: st.DataObject
+) -> None:
+    wide, half = (Bundle.open(path).manifest.components[component] for path in (sd1_bundle, sd1_half_bundle))
+    model = load_typed(sd1_bundle / wide.graph)
+    nodes = [node for node in model.graph if any(value.dtype == FLOAT for value in node.outputs)]
+    kept = data.draw(st.sets(st.sampled_from(nodes)), label="kept") if nodes else set()
+    precision.narrow(model, kept, takes=half.inputs, gives=half.outputs)
+    well_typed(model)
+    assert {value.name for value in model.graph.outputs} == {tensor.name for tensor in half.outputs}
+    assert all(value.dtype == FLOAT for node in kept for value in node.outputs)
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder"])
+def test_matrix_work_alone_is_more_exact_and_leaves_attention_whole(
+    component: str, sd1_bundle: Path, sd1_half_bundle: Path, tmp_path: Path
+) -> None:
+    wide, half = (Bundle.open(path).manifest.components[component] for path in (sd1_bundle, sd1_half_bundle))
+    model = load_typed(sd1_bundle / wide.graph)
+    kept = precision.all_but_matrix_work(model, Ranges(values={}, logits={}))
+    precision.narrow(model, kept, takes=half.inputs, gives=half.outputs)
+    well_typed(model)
+    for node in model.graph:
+        if node.op_type in precision.MATRIX_WORK:
+            assert node.outputs[0].dtype == HALF
+        if node.op_type == "Attention":  # bias, reshape and transpose stand between it and its products
+            for value in node.inputs[:3]:
+                before = list(_until_product(value))
+                assert "Cast" not in before and before[-1] == "MatMul"
+    graphs.save_graph(model, tmp_path / "model.onnx")
+    pair = golden.load_golden(sd1_half_bundle / half.golden)
+    error = ranges.rounding_error(tmp_path / "model.onnx", [pair], component=component)
+    assert half.error is not None and error < half.error
+
+
+def _until_product(value: ir.Value | None) -> Iterator[str]:
+    while value is not None and (node := value.producer()) is not None:
+        yield node.op_type
+        if node.op_type == "MatMul":
+            return
+        value = next(each for each in node.inputs if each is not None and not each.is_initializer())
 
 
 LOUD = {
