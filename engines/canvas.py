@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ class StageInput:
 
     control: (P, control_width) float32; guidance: (P, M) float32; picture_of_row: (M,) int64
     noise: (P, C, h, w) float32, or None where it has no weight
+    scales: the ControlNets that run at this stage, each with what multiplies its residuals: (M,) float32
     M may differ from stage to stage: a stage without guidance has a row for each picture, not two.
     """
 
@@ -36,6 +37,7 @@ class StageInput:
     guidance: Array
     picture_of_row: Array
     noise: Array | None = None
+    scales: Mapping[str, Array] = field(default_factory=dict)
 
 
 class Canvas(Protocol):
@@ -47,7 +49,8 @@ class Canvas(Protocol):
     Model rows are laid out with the prompts of all pictures first and then the negative prompts, so that a stage
     without guidance uses the first rows of the same buffers. One canvas serves one thread at a time.
 
-    write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …
+    write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …; and what a
+    ControlNet follows, `residuals.hint_of` its component
     """
 
     shape: CanvasShape

@@ -10,6 +10,7 @@ import numpy as np
 from latentrt.engines.canvas import CanvasShape, ImmediateCanvas, StageInput
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.residuals import COND, NEXT, SCALE, hint_of, is_residual, level_axes
 from latentrt.engines.spec import Array, Engine
 
 UNET = "unet"
@@ -40,7 +41,7 @@ def split_control(control: Array, state_rows: int) -> Control:
 class HostCanvas(ImmediateCanvas):
     """A canvas on which every call is done when it returns. It implements `Canvas`.
 
-    engines: text_encoder, unet and vae_decoder, each with its canonical inputs
+    engines: text_encoder, unet, vae_decoder and ControlNets, each with its canonical inputs
     state_rows: what the sampler's plan needs; there is no larger state to carry
     """
 
@@ -69,7 +70,7 @@ class HostCanvas(ImmediateCanvas):
         """Run one denoise stage in NumPy around the UNet."""
         control = split_control(stage.control, self.state_rows)
         state = self._read("state")
-        outputs = self._unet(np.einsum("pr,pr...->p...", control.input_row, state), control, stage.picture_of_row)
+        outputs = self._unet(np.einsum("pr,pr...->p...", control.input_row, state), control, stage)
         guided = np.tensordot(stage.guidance, outputs, axes=1)
         if control.rescale.any():
             guided *= contrast_factor(outputs[: len(state)], guided, control.rescale)
@@ -78,14 +79,34 @@ class HostCanvas(ImmediateCanvas):
             following[:, 0] = self._kept(following[:, 0], control.level)
         self._written["state"] = following
 
-    def _unet(self, latents: Array, control: Control, picture_of_row: Array) -> Array:
+    def _unet(self, latents: Array, control: Control, stage: StageInput) -> Array:
+        owners = stage.picture_of_row
+        own = {"sample": latents[owners], "timestep": control.timesteps[owners]}
+        added = self._residuals(own, stage)
         if "condition" in self._written:
-            latents = np.concatenate([latents, self._written["condition"]], axis=1)
-        own = {"sample": latents[picture_of_row], "timestep": control.timesteps[picture_of_row]}
-        engine = self._engines[UNET]
-        names = [spec.name for spec in engine.spec.inputs if spec.name not in own]
-        inputs = own | {name: self._read(name)[: len(picture_of_row)] for name in names}
-        return np.asarray(engine(inputs)["out_sample"], dtype=np.float32)
+            own["sample"] = np.concatenate([own["sample"], self._written["condition"][owners]], axis=1)
+        return np.asarray(self._run(UNET, own | added)["out_sample"], dtype=np.float32)
+
+    def _residuals(self, own: Mapping[str, Array], stage: StageInput) -> dict[str, Array]:
+        """Return what the stage's ControlNets add to the UNet: nothing, where it takes nothing of the kind."""
+        rows = len(stage.picture_of_row)
+        axes = {"batch": rows, **level_axes(*self._size[1:])}
+        added = {
+            spec.name: np.zeros([axis if isinstance(axis, int) else axes[axis] for axis in spec.shape], spec.dtype)
+            for spec in self._engines[UNET].spec.inputs
+            if is_residual(spec.name)
+        }
+        for component, scale in stage.scales.items():
+            hint = self._read(hint_of(component))[stage.picture_of_row]
+            given = self._run(component, {**own, **added, COND: hint, SCALE: scale})
+            added = {name: given[NEXT + name] for name in added}
+        return added
+
+    def _run(self, component: str, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a network on what is given, and on what was written, a row for each of the sample's."""
+        engine, rows = self._engines[component], len(given["sample"])
+        names = [spec.name for spec in engine.spec.inputs if spec.name not in given]
+        return engine({**given, **{name: self._read(name)[:rows] for name in names}})
 
     def _kept(self, drawn: Array, level: Array) -> Array:
         mask, known = self._written["keep_mask"], self._read("known")

@@ -11,7 +11,10 @@ from typing import Any
 from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
+from latentrt.engines.residuals import PREFIX
 from latentrt.export.assembly import open_file, replace_vae
+from latentrt.export.components import residual_dimensions
+from latentrt.export.controlnets import add_controlnets, per_level
 from latentrt.export.families import ACTIVATIONS
 from latentrt.export.folders import open_folder
 from latentrt.export.fusing import add_loras
@@ -77,6 +80,8 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.loras:
         parts = add_loras(parts, options.loras)
+    if options.controlnets:
+        parts = add_controlnets(parts, options.controlnets, allow_pickle=options.allow_pickle)
     if options.prediction_type:
         parts = replace(
             parts,
@@ -105,7 +110,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         schedule=training_schedule(parts.scheduler, where=f"{parts.root}: the scheduler's config"),
         latents=latents,
         default_size=(sample * latents.factor, sample * latents.factor),
-        dimensions=_dimensions(parts.configs, latents),
+        dimensions=_dimensions(parts.configs, latents) | _residuals(parts.configs),
     )
 
 
@@ -202,6 +207,14 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
         "factor": latents.factor,
         "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
     }
+
+
+def _residuals(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Name the sizes of what ControlNets add to the UNet; there is nothing to add where there is none."""
+    if not any(name.startswith(PREFIX) for name in configs):
+        return {"down_residuals": 0}
+    channels = configs["unet"]["block_out_channels"]
+    return residual_dimensions(channels, per_level(configs["unet"].get("layers_per_block", 2), len(channels)))
 
 
 def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:

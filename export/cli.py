@@ -16,7 +16,7 @@ from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.exporting import Exported, export_checkpoint
-from latentrt.export.options import CheckpointOptions, LoraOption
+from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
 
 MIB = 1 << 20
 
@@ -39,6 +39,13 @@ MIB = 1 << 20
 @click.option("--tokenizer", default=None, metavar="DIR", help="CLIP's vocabulary, which a single file lacks.")
 @click.option("--config", default=None, metavar="DIR", help="Configs for a single file in sizes of its own.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
+@click.option(
+    "--controlnet",
+    "controlnets",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Add a ControlNet to the bundle, under a name; repeatable.",
+)
 @click.option("--allow-pickle", is_flag=True, help="Open pickles, as weights alone.")
 @click.option(
     "--prediction-type", type=click.Choice(get_args(Prediction)), help="Where the checkpoint does not say it."
@@ -53,6 +60,7 @@ def export(
     overwrite: bool,
     as_json: bool,
     loras: tuple[str, ...],
+    controlnets: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Turn CHECKPOINT into BUNDLE: graphs, recorded outputs, and engines for this machine.
@@ -72,7 +80,11 @@ def export(
             precision=cast(Precision | None, precision),
             backends=chosen,
             overwrite=overwrite,
-            options=CheckpointOptions(loras=tuple(map(LoraOption.parse, loras)), **options),
+            options=CheckpointOptions(
+                loras=tuple(map(LoraOption.parse, loras)),
+                controlnets=tuple(map(ControlNetOption.parse, controlnets)),
+                **options,
+            ),
             report=report,
         )
     summary = summarise(exported, bundle)

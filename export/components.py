@@ -6,13 +6,14 @@ Names of tensors are those of optimum's exporter, so that its pipelines open the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from latentrt.engines.residuals import COND, NEXT, PREFIX, SCALE, level_axes, residual_names
 from latentrt.engines.spec import DType, Precision, TensorSpec
 
-Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "sizes"]
+Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
 """What golden inputs of a tensor look like; see golden.py."""
 
 Case = Literal["traced", "checked", "odd"]
@@ -55,6 +56,8 @@ class Component:
     checked: other sizes at which the graph must agree as well
     units: the dimension that multiplies the sizes of an axis
     odd: what is added to the checked sizes where the network takes any size; without it, only multiples of the units
+    controlled: where the residuals of ControlNets stand: among the inputs, or among the outputs too
+    follows: axes that a trace is not told of: their sizes follow from the others'
     """
 
     name: str
@@ -64,26 +67,69 @@ class Component:
     checked: Mapping[str, int]
     units: Mapping[str, str]
     odd: Mapping[str, int] = field(default_factory=dict)
+    controlled: Literal["no", "takes", "gives"] = "no"
+    follows: tuple[str, ...] = ()
+
+    def takes(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """Return every input that a checkpoint's network has: not what has an axis of 0 there."""
+        every = self.inputs if self.controlled == "no" else (*self.inputs, *residuals(dimensions))
+        return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
+
+    def gives(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """Return every output that is not empty in a checkpoint."""
+        added = residuals(dimensions) if self.controlled == "gives" else ()
+        every = (*self.outputs, *(replace(tensor, name=NEXT + tensor.name) for tensor in added))
+        return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
 
     def sizes(self, which: Case, dimensions: Mapping[str, int]) -> dict[str, int]:
         """Return the sizes of the dynamic axes in one of the cases."""
         sizes = self.traced if which == "traced" else self.checked
         odd = self.odd if which == "odd" else {}
         units = {axis: dimensions[self.units[axis]] if axis in self.units else 1 for axis in sizes}
-        return {axis: size * units[axis] + odd.get(axis, 0) for axis, size in sizes.items()}
+        found = {axis: size * units[axis] + odd.get(axis, 0) for axis, size in sizes.items()}
+        if self.controlled == "no":
+            return found
+        height, width = found["latent_height"], found["latent_width"]
+        pixels = {"height": height * dimensions["factor"], "width": width * dimensions["factor"]}
+        return found | pixels | level_axes(height, width)
 
-    def axes(self, dimensions: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    def axes(self, dimensions: Mapping[str, int]) -> dict[str, tuple[int, int] | None]:
         """Return (smallest size, what sizes are multiples of) for the axes of which a trace may assume more than 2, 1.
+
+        None is for an axis whose size follows from the others'.
 
         The smallest leaves at least 2 where the network is narrowest: torch takes an axis of 1 for another network.
         The graph itself has no such limit, and is checked below it.
         """
         units = {axis: dimensions[unit] for axis, unit in self.units.items()}
-        return {axis: (2 * unit, 1 if self.odd else unit) for axis, unit in units.items()}
+        named = {axis: (2 * unit, 1 if self.odd else unit) for axis, unit in units.items()}
+        following = (*self.follows, *(level_axes(1, 1) if self.controlled != "no" else ()))
+        return named | dict.fromkeys(following)
 
 
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
 PICTURES = ("batch", "picture_channels", "height", "width")
+
+CONTROLNET = Component(
+    name="controlnet",
+    inputs=(
+        Tensor(name="sample", shape=LATENTS),
+        Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+        Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+        Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+        Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
+        # What it follows, from 0 to 1, and how strongly: it multiplies the residuals.
+        Tensor(name=COND, shape=("batch", "picture_channels", "height", "width"), values="unit"),
+        Tensor(name=SCALE, shape=("batch",), dtype="float32", values="unit"),
+    ),
+    outputs=(),
+    traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
+    checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
+    units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
+    odd={"latent_height": 1, "latent_width": -1},
+    controlled="gives",
+    follows=("height", "width"),
+)
 
 COMPONENTS: Mapping[str, Component] = {
     component.name: component
@@ -134,6 +180,7 @@ COMPONENTS: Mapping[str, Component] = {
                 Tensor(name="timestep_cond", shape=("batch", "guidance_width")),
             ),
             outputs=(Tensor(name="out_sample", shape=LATENTS),),
+            controlled="takes",
             traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
             checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
             units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
@@ -166,17 +213,60 @@ COMPONENTS: Mapping[str, Component] = {
             checked={"batch": 1, "height": 9, "width": 5},
             units={"height": "factor", "width": "factor"},
         ),
+        CONTROLNET,
     )
 }
 
 
+def component_of(name: str) -> Component:
+    """Return a component's row: every ControlNet, `controlnet_NAME`, has the same one."""
+    return replace(CONTROLNET, name=name) if name.startswith(PREFIX) else COMPONENTS[name]
+
+
+def row_of(name: str) -> int:
+    """Return the place of a component's row in the table."""
+    return list(COMPONENTS).index(CONTROLNET.name if name.startswith(PREFIX) else name)
+
+
+def residuals(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """Return the residuals of a checkpoint's ControlNets; none where it has no ControlNet."""
+    downs = dimensions["down_residuals"]
+    return tuple(
+        Tensor(
+            name=name,
+            shape=(
+                "batch",
+                dimensions[f"{name}_channels"],
+                f"latent_height_{dimensions[f'{name}_divisor']}",
+                f"latent_width_{dimensions[f'{name}_divisor']}",
+            ),
+        )
+        for name in (residual_names(downs) if downs else ())
+    )
+
+
+def residual_dimensions(channels: Sequence[int], layers: Sequence[int]) -> dict[str, int]:
+    """Return the dimensions of a UNet's residuals: how many there are, the channels of each, and how much smaller.
+
+    channels, layers: of each level. After a level's layers its downsampler leaves one more, but at the last level.
+    """
+    rows = [(channels[0], 1)]
+    for level, (width, depth) in enumerate(zip(channels, layers, strict=True)):
+        rows += [(width, 2**level)] * depth
+        if level < len(channels) - 1:
+            rows.append((width, 2 ** (level + 1)))
+    every = [*rows, (channels[-1], 2 ** (len(channels) - 1))]
+    found = {"down_residuals": len(rows)}
+    for name, (width, divisor) in zip(residual_names(len(rows)), every, strict=True):
+        found |= {f"{name}_channels": width, f"{name}_divisor": divisor}
+    return found
+
+
 def input_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
-    """Return what a component takes in one checkpoint: not what has an axis of 0 there."""
-    specs = (tensor.spec(dimensions, precision) for tensor in component.inputs)
-    return tuple(spec for spec in specs if 0 not in spec.shape)
+    """Return what a component takes in one checkpoint."""
+    return tuple(tensor.spec(dimensions, precision) for tensor in component.takes(dimensions))
 
 
 def output_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
-    """Return what a component gives in one checkpoint: not what would be empty in it."""
-    specs = (tensor.spec(dimensions, precision) for tensor in component.outputs)
-    return tuple(spec for spec in specs if 0 not in spec.shape)
+    """Return what a component gives in one checkpoint."""
+    return tuple(tensor.spec(dimensions, precision) for tensor in component.gives(dimensions))

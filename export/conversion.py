@@ -31,6 +31,7 @@ STEMS: Mapping[Part, str] = {
     "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "controlnet": "diffusion_pytorch_model",
 }
 PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "text_encoder": (
@@ -41,6 +42,7 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
+    "controlnet": ("control_model.", ""),
 }
 # Left by training, or derived; no network reads them.
 UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.)")
@@ -114,7 +116,20 @@ def _vae(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
     return _whole(tensors, convert_ldm_vae_checkpoint(tensors, dict(config)), "VAE")
 
 
-_CONVERT = {"text_encoder": _text_encoder, "text_encoder_2": _text_encoder, "unet": _unet, "vae": _vae}
+def _controlnet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    converted = convert_controlnet_checkpoint(tensors, dict(config))
+    return _whole(tensors, {key: t for key, t in converted.items() if t is not None}, "ControlNet")
+
+
+_CONVERT = {
+    "text_encoder": _text_encoder,
+    "text_encoder_2": _text_encoder,
+    "unet": _unet,
+    "vae": _vae,
+    "controlnet": _controlnet,
+}
 
 
 def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:

@@ -24,7 +24,7 @@ from latentrt.engines.manifest import MANIFEST, SCHEMA_VERSION, ComponentSpec, F
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
-from latentrt.export.components import COMPONENTS
+from latentrt.export.components import row_of
 from latentrt.export.jobs import MARKERS, Finished, Job, read_marker
 from latentrt.export.optimum import write_configs
 from latentrt.export.options import CheckpointOptions
@@ -187,7 +187,7 @@ def _components(
     checkpoint: Checkpoint, staged: Path, precision: Precision, report: Report
 ) -> tuple[dict[str, Finished], tuple[str, ...]]:
     """Export every component that no earlier run has finished. Returns all of them, and the names of those kept."""
-    names = [name for name in COMPONENTS if name in checkpoint.networks]
+    names = sorted(checkpoint.networks, key=lambda name: (row_of(name), name))
     found = {name: read_marker(staged, name) for name in names}
     kept = {name: finished for name, finished in found.items() if finished is not None}
     made = {}

@@ -118,6 +118,7 @@ class Part:
         )
 
 
+CONTROLNET = "ControlNet"
 LORA_ENDS = (
     ".lora_down.weight",
     ".lora.down.weight",
@@ -131,7 +132,7 @@ PARTS: tuple[Part, ...] = (
     Part(label="LoRA with learned magnitudes (DoRA)", ends=(".dora_scale", ".lora_magnitude_vector")),
     Part(label="LoRA", ends=LORA_ENDS),
     Part(label="IP-Adapter", starts=("ip_adapter.", "image_proj.")),
-    Part(label="ControlNet", starts=("control_model.", "controlnet_", "input_hint_block.")),
+    Part(label=CONTROLNET, starts=("control_model.", "controlnet_", "input_hint_block.")),
     Part(label="T2I-Adapter", starts=("adapter.", "body.0.")),
     Part(label="textual inversion embedding", starts=("emb_params", "string_to_param")),
     Part(label="tiny VAE (TAESD)", starts=("encoder.layers.", "decoder.layers.", "taesd_")),

@@ -10,7 +10,7 @@ import numpy as np
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
 from latentrt.engines.verification import relative_error
-from latentrt.export.components import COMPONENTS, Case, Component, Tensor
+from latentrt.export.components import Case, Component, Tensor, row_of
 
 Arrays = dict[str, Array]
 Pair = tuple[Mapping[str, Array], Mapping[str, Array]]
@@ -33,13 +33,11 @@ def make_inputs(
     seed: int = 0,
 ) -> Arrays:
     """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments."""
-    generator = np.random.default_rng([seed, list(COMPONENTS).index(component.name), which != "traced"])
+    generator = np.random.default_rng([seed, row_of(component.name), which != "traced"])
     sizes = {**dimensions, **component.sizes(which, dimensions)}
     made = {}
-    for tensor in component.inputs:
+    for tensor in component.takes(dimensions):
         spec = tensor.spec(dimensions, precision)
-        if 0 in spec.shape:  # this checkpoint's network takes none
-            continue
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
         values = _draw(tensor, shape, generator, dimensions, scaling_factor)
         # Rounded to float16 in both precisions: then a float16 engine and the float32 checkpoint see the same input.
@@ -66,6 +64,8 @@ def _draw(
         return np.linspace(999.0, 1.5, shape[0] + 2, dtype=np.float32)[1:-1]  # fractional, as sigma spacings give
     if tensor.values == "sizes":
         return np.broadcast_to(np.resize(SIZES, shape[1]).astype(np.float32), shape)
+    if tensor.values == "unit":
+        return generator.uniform(0.0, 1.0, shape)
     if tensor.values == "pixels":
         return generator.uniform(-1.0, 1.0, shape)
     return generator.standard_normal(shape) / (scaling_factor if tensor.values == "latents" else 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ def export_graph(
     gives: Sequence[TensorSpec],
     path: Path,
     *,
-    axes: Mapping[str, tuple[int, int]],
+    axes: Mapping[str, tuple[int, int] | None],
 ) -> list[Path]:
     """Trace a module and write its graph. Returns the files, the graph first. The arguments are `trace_graph`'s."""
     return save_graph(trace_graph(module, inputs, takes, gives, axes=axes), path)
@@ -45,15 +46,18 @@ def trace_graph(
     takes: Sequence[TensorSpec],
     gives: Sequence[TensorSpec],
     *,
-    axes: Mapping[str, tuple[int, int]],
+    axes: Mapping[str, tuple[int, int] | None],
 ) -> ir.Model:
     """Return a module's graph, whose weights are the module's own memory.
 
     inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
-    axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of
+    axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of; None where its
+        size follows from the others'
     """
     arguments = tuple(inputs[spec.name] for spec in takes)
-    shapes = _dynamic_shapes(takes, axes)
+    shapes: Any = _dynamic_shapes(takes, axes)
+    if any(taken.kind is taken.VAR_POSITIONAL for taken in inspect.signature(module.forward).parameters.values()):
+        shapes = (shapes,)
     with torch.no_grad():
         # Not left to torch.onnx: its own attempt fails on sizes that are halved and rounded, and its fallback, the
         # strict trace, takes three times as long and holds a second copy of the weights.
@@ -92,9 +96,12 @@ def weights_bytes(model: ir.Model) -> int:
     return sum(value.nbytes for value in values if value is not None)
 
 
-def _dynamic_shapes(takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int]]) -> tuple[dict[int, Any], ...]:
+def _dynamic_shapes(
+    takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int] | None]
+) -> tuple[dict[int, Any], ...]:
     names = {axis for spec in takes for axis in spec.shape if isinstance(axis, str)} - {"steps"}
-    dims = {name: _dim(name, *axes.get(name, (2, 1))) for name in names}
+    limits = {name: axes.get(name, (2, 1)) for name in names}
+    dims = {name: torch.export.Dim.AUTO if limit is None else _dim(name, *limit) for name, limit in limits.items()}
     return tuple({n: dims[axis] for n, axis in enumerate(spec.shape) if axis in dims} for spec in takes)
 
 

@@ -12,7 +12,8 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora import read_lora
 from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
-from latentrt.export.families import INPUTS, LABELS, SUPPORTED, name_pipeline
+from latentrt.export.controlnets import KIND, per_level
+from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, SUPPORTED, name_pipeline
 from latentrt.export.folders import graph_files
 from latentrt.export.hub import find_cached
 from latentrt.export.parts import TEXT_ENCODERS
@@ -117,7 +118,9 @@ def _inspect_part(file: TensorFile) -> Inspection:
     """Describe a file that is no whole checkpoint of a Stable Diffusion."""
     name, denoiser = name_other(file)
     keys = ", ".join(sorted(file.tensors)[:3])
-    if denoiser:
+    if name == CONTROLNET:
+        problem = _addition(file.path, _base_of(file))
+    elif denoiser:
         problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED}"
     elif name:
         problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
@@ -134,6 +137,21 @@ def _inspect_part(file: TensorFile) -> Inspection:
         networks=(network,),
         notes=notes,
         problem=problem,
+    )
+
+
+def _base_of(file: TensorFile) -> str | None:
+    """Return what a ControlNet in a file was made for, by the width of the text that it attends to."""
+    widths = (stored.shape[-1] for key, stored in file.tensors.items() if key.endswith(".attn2.to_k.weight"))
+    base = BASES.get(next(widths, 0))
+    return base.label if base else None
+
+
+def _addition(path: Path, base: str | None) -> str:
+    """Say what becomes of a ControlNet. base: what it was made for, where that is known"""
+    return (
+        "a ControlNet is an addition, not a checkpoint; add it to " + (f"one of {base}" if base else "its own") + " "
+        f"with: latentrt export CHECKPOINT BUNDLE --controlnet NAME={path}"
     )
 
 
@@ -230,7 +248,10 @@ def _inspect_lone_folder(root: Path) -> Inspection:
     networks = (_folder_network(kind, kind, root),) if kind and _holds_weights(root) else ()
     files = sorted(path.name for path in root.iterdir() if path.suffix == ".safetensors")
     problem = "it holds no model_index.json: give a directory in diffusers' or optimum's layout"
-    if kind:
+    if kind == KIND:
+        base = BASES.get(max(per_level(config.get("cross_attention_dim", 1280), 1)))
+        problem = _addition(root, base.label if base else None)
+    elif kind:
         problem = f"it is one network ({kind}), not a checkpoint; give the directory that it is a part of"
     elif files:
         problem += f", or the file itself: {', '.join(files[:3])}"

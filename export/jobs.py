@@ -23,7 +23,7 @@ from latentrt.engines.manifest import FileRecord
 from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export import golden
-from latentrt.export.components import COMPONENTS, Case, input_specs, output_specs
+from latentrt.export.components import Case, component_of, input_specs, output_specs
 from latentrt.export.parts import Recipe, Source
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _make(job: Job) -> Finished:
 
     from latentrt.export import graphs, modules
 
-    component = COMPONENTS[job.component]
+    component = component_of(job.component)
     takes = input_specs(component, job.dimensions, "fp32")
     gives = output_specs(component, job.dimensions, "fp32")
     module = _load(job)
@@ -168,11 +168,12 @@ def _load(job: Job) -> nn.Module:
     from latentrt.export import conversion, modules
 
     normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
+    takes = tuple(tensor.name for tensor in component_of(job.component).takes(job.dimensions))
     if job.recipe is None:
-        return modules.load(job.component, Path(job.folder), normed=normed)
+        return modules.load(job.component, Path(job.folder), takes=takes, normed=normed)
     with conversion.written(job.recipe, Path(job.folder)) as folder:
         try:
-            return modules.load(job.component, folder, normed=normed)
+            return modules.load(job.component, folder, takes=takes, normed=normed)
         except CheckpointError as error:  # the user knows the file, not the folder made of it
             raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
 
@@ -218,7 +219,7 @@ def _adopt(job: Job) -> Finished:
 
     root = Path(job.root)
     files = optimum.adopt_graph(
-        COMPONENTS[job.component],
+        component_of(job.component),
         Path(job.folder),
         root / graph_path(job.component),
         root / golden_path(job.component),
@@ -239,7 +240,7 @@ def _pairs(job: Job) -> tuple[Path, Path]:
 
 def _finished(job: Job, files: list[Path]) -> Finished:
     """Describe a component; without files, one whose graph is not there yet."""
-    component = COMPONENTS[job.component]
+    component = component_of(job.component)
     return Finished(
         component=job.component,
         files=_records(job, files),

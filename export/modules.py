@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.residuals import COND, DOWN, MID, PREFIX, SCALE, is_residual
 from latentrt.export.weights import find_weights
 
 
@@ -121,8 +122,64 @@ DENOISERS = {  # (takes sizes, takes the scale of guidance)
 }
 
 
-def wrap_denoiser(model: Any) -> nn.Module:
-    """Wrap a UNet with what its config says that it takes."""
+class ControlledDenoiser(Denoiser):
+    """A UNet that ControlNets may steer: after its other inputs it takes a residual for each skip connection, and one
+    for its middle. names: of the inputs, in their order
+    """
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        super().__init__(model)
+        self.names = tuple(names)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = dict(zip(self.names, tensors, strict=True))
+        output: Tensor = self.model(
+            given["sample"],
+            given["timestep"],
+            given["encoder_hidden_states"],
+            timestep_cond=given.get("timestep_cond"),
+            added_cond_kwargs=_added(given),
+            down_block_additional_residuals=[t for name, t in given.items() if name.startswith(DOWN)],
+            mid_block_additional_residual=given[MID],
+            return_dict=False,
+        )[0]
+        return output
+
+
+class ControlNet(nn.Module):
+    """A UNet's inputs, a picture to follow, scales (batch,) and residuals → the residuals with scale times its own.
+
+    names: of the inputs, in their order
+    """
+
+    def __init__(self, model: Any, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, tensors, strict=True))
+        down, middle = self.model(
+            given["sample"],
+            given["timestep"],
+            given["encoder_hidden_states"],
+            given[COND],
+            added_cond_kwargs=_added(given),
+            return_dict=False,
+        )
+        scale = given[SCALE].to(middle.dtype)[:, None, None, None]
+        before = [tensor for name, tensor in given.items() if is_residual(name)]
+        return tuple(total + scale * own for total, own in zip(before, (*down, middle), strict=True))
+
+
+def _added(given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return what SDXL's networks take beside the text."""
+    return {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
+
+
+def wrap_denoiser(model: Any, takes: Sequence[str] = ()) -> nn.Module:
+    """Wrap a UNet with what its config says that it takes, and with residuals where `takes` names them."""
+    if MID in takes:
+        return ControlledDenoiser(model, takes)
     sized = model.config.addition_embed_type == "text_time"
     return DENOISERS[sized, model.config.time_cond_proj_dim is not None](model)
 
@@ -153,12 +210,13 @@ class Encoder(nn.Module):
         return output
 
 
-def load(component: str, folder: Path, *, normed: bool = True) -> nn.Module:
+def load(component: str, folder: Path, *, takes: Sequence[str] = (), normed: bool = True) -> nn.Module:
     """Load one network in float32, without gradients. Raises CheckpointError where the weights do not fit.
 
+    takes: the names of its inputs, for networks that ControlNets have to do with
     normed: of a text encoder, whether the states of earlier layers go through the final norm
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     rows: Mapping[str, tuple[Any, Callable[[Any], nn.Module], dict[str, Any]]] = {
@@ -168,11 +226,12 @@ def load(component: str, folder: Path, *, normed: bool = True) -> nn.Module:
             partial(ProjectedTextEncoder, normed=normed),
             {"dtype": torch.float32},
         ),
-        "unet": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": torch.float32}),
+        "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": torch.float32}),
+        "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": torch.float32}),
         "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": torch.float32}),
         "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
     }
-    kind, wrap, options = rows[component]
+    kind, wrap, options = rows["controlnet" if component.startswith(PREFIX) else component]
     variant = find_weights(folder).variant
     try:
         model, found = kind.from_pretrained(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Prediction
+
+CONTROL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it is part of the names of files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,25 @@ class LoraOption:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlNetOption:
+    """A ControlNet's directory or file, and the name that requests use for it."""
+
+    name: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> ControlNetOption:
+        """Read `canny=directory`. Raises CheckpointError."""
+        name, equals, path = text.partition("=")
+        if not equals or not path or not CONTROL_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"--controlnet '{text}': expected a name of letters, digits, - and _, then = and a directory or file, "
+                "as in canny=./controlnet-canny"
+            )
+        return cls(name=name, path=path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointOptions:
     """Choices that go with a checkpoint. None is "as the checkpoint says".
 
@@ -39,6 +61,7 @@ class CheckpointOptions:
     vae: a VAE to take in place of the checkpoint's: a directory or a file
     prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
     loras: low-rank changes that are added to the weights; their order does not matter
+    controlnets: ControlNets that requests may use; their order does not matter
     allow_pickle: whether weights in pickles may be opened
     """
 
@@ -48,4 +71,5 @@ class CheckpointOptions:
     vae: str | None = None
     prediction_type: Prediction | None = None
     loras: tuple[LoraOption, ...] = ()
+    controlnets: tuple[ControlNetOption, ...] = ()
     allow_pickle: bool = False

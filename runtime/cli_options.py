@@ -15,6 +15,7 @@ from latentrt.runtime.guidance import ALWAYS
 from latentrt.runtime.request import NOISES
 from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
 from latentrt.runtime.spacings import SPACINGS
+from latentrt.runtime.steering import Control
 
 
 class Size(click.ParamType[tuple[int, int]]):
@@ -53,6 +54,29 @@ class Key(click.ParamType[KeyFrame]):
         return KeyFrame(prompt=found[1], seed=int(found[2]))
 
 
+class Followed(click.ParamType[Control]):
+    """What to follow: `edges=edges.png`, `edges=edges.png:0.8`, `edges=edges.png:0.8:0.2:0.9`."""
+
+    name = "NAME=IMAGE[:SCALE[:START:STOP]]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Control:
+        number = r"-?[\d.]+"
+        found = re.fullmatch(rf"([^=]+)=(.+?)(?::({number})(?::({number}):({number}))?)?", str(value))
+        if found is None or (":" in found[2] and not Path(found[2]).exists()):
+            self.fail(
+                f"found '{value}', expected a ControlNet's name, = and an image, then a scale, then where to start and "
+                "to stop, as in edges=edges.png:0.8:0.2:0.9",
+                param,
+                ctx,
+            )
+        name, image, *numbers = found.groups()
+        try:
+            values = [float(text) for text in numbers if text is not None]
+        except ValueError:
+            self.fail(f"found '{value}', expected numbers behind the image, as in 0.8:0.2:0.9", param, ctx)
+        return Control(name=name, image=image, **dict(zip(("scale", "start", "stop"), values, strict=False)))
+
+
 class Interval(click.ParamType[tuple[float, float]]):
     """Two fractions of the steps: `0.2-0.8`."""
 
@@ -88,6 +112,7 @@ PROMPTS = (
 STARTS = (
     click.option("--image", type=FILE, default=None, help="Start from this picture."),
     click.option("--mask", type=FILE, default=None, help="Of that picture: white is drawn again, black is kept."),
+    click.option("--control", "controls", type=Followed(), multiple=True, help="Follow a picture; repeatable."),
     click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
     click.option("--variation-seed", type=int, default=None, help="Turn the noise towards this seed's."),
     click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),

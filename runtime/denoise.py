@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -11,22 +11,36 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.control import pack_control
 from latentrt.runtime.guidance import Guidance, guidance_rows
 from latentrt.runtime.plan import SamplingPlan
+from latentrt.runtime.steering import Steering, scales_at
 
 
-def denoise(canvas: Canvas, plan: SamplingPlan, guidance: Guidance, draw: Callable[[], Array]) -> Iterator[int]:
+def denoise(
+    canvas: Canvas,
+    plan: SamplingPlan,
+    guidance: Guidance,
+    draw: Callable[[], Array],
+    *,
+    steering: Sequence[Steering] = (),
+) -> Iterator[int]:
     """Advance a canvas stage by stage; yield the number of stages done after each.
 
     The canvas has its text and its state. draw: called at the stages in which the sampler draws, returns unit
-    normals, (n, C, h, w). A caller that stops iterating leaves the canvas where it is.
+    normals, (n, C, h, w). steering: what is followed, whose pixels are on the canvas. A caller that stops iterating
+    leaves the canvas where it is.
     """
-    for k, stage in enumerate(stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows)):
+    for k, stage in enumerate(stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows, steering=steering)):
         canvas.advance(stage)
         canvas.mark()
         yield k + 1
 
 
 def stage_inputs(
-    plan: SamplingPlan, guidance: Guidance, draw: Callable[[], Array], *, state_rows: int
+    plan: SamplingPlan,
+    guidance: Guidance,
+    draw: Callable[[], Array],
+    *,
+    state_rows: int,
+    steering: Sequence[Steering] = (),
 ) -> Iterator[StageInput]:
     """Yield what each stage of a plan takes, the noise being drawn only when it is reached."""
     pictures = len(guidance.scales)
@@ -42,6 +56,7 @@ def stage_inputs(
             guidance=matrix,
             picture_of_row=picture_of_row,
             noise=noise if weighted[k] else None,
+            scales=scales_at(steering, k, len(picture_of_row)),
         )
 
 

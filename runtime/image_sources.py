@@ -47,6 +47,16 @@ def read_pictures(
     return np.stack([_signed(_fitted(picture, size, name)) for picture in pictures])
 
 
+def read_hints(sources: Source | Sequence[Source], *, size: tuple[int, int], name: str) -> Array:
+    """Return what ControlNets follow: (n, height, width, 3), float32, 0 to 1. Otherwise as `read_pictures`."""
+    return np.stack([_fitted(decode(source, name=name), size, name) for source in _listed(sources, name)])
+
+
+def first_of(sources: Source | Sequence[Source], *, name: str) -> Image.Image | Array:
+    """Return the first of some pictures, decoded. Raises RequestError."""
+    return decode(_listed(sources, name)[0], name=name)
+
+
 def read_mask(mask: Source, *, size: tuple[int, int], picture_size: tuple[int, int], name: str = "mask") -> Array:
     """Return a mask at the size of the picture to draw: (1, height, width), float32, 1 where it is repainted, else 0.
 

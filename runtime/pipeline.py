@@ -20,6 +20,7 @@ from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.manifest import LatentSpec, Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
+from latentrt.engines.residuals import PREFIX, hint_of
 from latentrt.engines.spec import Array
 from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
 from latentrt.runtime.conditioning import conditions
@@ -352,7 +353,9 @@ class Pipeline:
             start = dataclasses.replace(start, noise=varied)
         for name, array in start.inputs(job.plan, state_rows=canvas.state_rows).items():
             canvas.write(name, array)
-        for stage in denoise(canvas, job.plan, job.guidance, draw):
+        for one in job.steering:
+            canvas.write(hint_of(one.component), one.pixels)
+        for stage in denoise(canvas, job.plan, job.guidance, draw, steering=job.steering):
             if watch is not None:
                 canvas.settle(AHEAD)
                 space = self.manifest.latents
@@ -448,7 +451,9 @@ def _ordinary(manifest: Manifest) -> Request:
 
 def _needed(bundle: Bundle) -> tuple[str, ...]:
     """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
-    return (*(text.component for text in bundle.manifest.text_encoders), "unet", "vae_decoder")
+    texts = (text.component for text in bundle.manifest.text_encoders)
+    controlnets = (name for name in bundle.manifest.components if name.startswith(PREFIX))
+    return (*texts, "unet", *controlnets, "vae_decoder")
 
 
 def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None:

@@ -14,13 +14,23 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import LatentSpec, Manifest
 from latentrt.engines.spec import Array
 from latentrt.runtime.guidance import ALWAYS, Guidance, plan_guidance
-from latentrt.runtime.image_sources import MAX_PIXELS, Source, decode, read_mask, read_pictures, rounded_size, size_of
+from latentrt.runtime.image_sources import (
+    MAX_PIXELS,
+    Source,
+    decode,
+    first_of,
+    read_mask,
+    read_pictures,
+    rounded_size,
+    size_of,
+)
 from latentrt.runtime.mixing import variation_seeds
 from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.prompt import Overflow, Prompt
 from latentrt.runtime.prompt_syntax import Syntax
 from latentrt.runtime.samplers import default_sampler, make_plan
+from latentrt.runtime.steering import Control, Steering, steer
 from latentrt.runtime.tiling import Grid, plan_tiles
 
 # What changes a picture beside prompt, steps, guidance, sampler, size and seed, and can be written down.
@@ -73,6 +83,7 @@ class Options(TypedDict, total=False):
     guidance_rescale: float
     image: Source | Sequence[Source] | None
     mask: Source | None
+    controls: Sequence[Control]
     strength: float | None
     latents: Array | None
     variation_seed: int | None
@@ -108,6 +119,8 @@ class Request:
     image: what to start from: a file, its bytes, a Pillow image or an array, one for all pictures or one for each; the
         size, where none is given, is the first image's own, cut to the VAE's factor
     mask: with an image: white is drawn again, black is kept
+    controls: images to follow, each with one of the bundle's ControlNets; the size, where neither it nor an image is
+        given, is that of the first
     strength: how much of the image to change, as the share of the steps to take, 0 to 1; None for 0.8, with a mask
         for 1
     latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
@@ -143,6 +156,7 @@ class Request:
     guidance_rescale: float = 0.0
     image: Source | Sequence[Source] | None = None
     mask: Source | None = None
+    controls: Sequence[Control] = ()
     strength: float | None = None
     latents: Array | None = None
     variation_seed: int | None = None
@@ -159,7 +173,8 @@ class Request:
         """Return the options that shape a picture beside the common ones, where they are not at their defaults."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         kept = {name: value for name, (value, default) in values.items() if name in FURTHER and value != default}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+        followed = {"controls": [str(control) for control in self.controls]} if self.controls else {}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()} | followed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -181,6 +196,7 @@ class Job:
     mask: Array | None = None  # (1, height, width), float32
     strength: float = 1.0
     grid: Grid | None = None  # the tiles that the VAE sees, None for the whole picture
+    steering: tuple[Steering, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -228,6 +244,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         mask=mask,
         strength=_strength(request),
         grid=plan_tiles(size, request.tile, factor=manifest.latents.factor),
+        steering=steer(request.controls, manifest, pictures=len(prompts), size=size, stages=plan.stages),
         plan=plan,
         guidance=plan_guidance(
             plan,
@@ -260,7 +277,7 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
         for name in ("mask", "strength"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name}: it says how to change an image, and there is none; give image too")
-        return None, None, check_size(request.size, manifest)
+        return None, None, check_size(request.size or _controlled_size(request, manifest), manifest)
     factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
     if request.mask is None:
         pixels = read_pictures(request.image, factor=factor, size=size)
@@ -271,6 +288,15 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
     size = check_size(size or rounded_size(size_of(image), factor), manifest)
     mask = read_mask(request.mask, size=size, picture_size=size_of(image))
     return read_pictures(image, factor=factor, size=size), mask, size
+
+
+def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | None:
+    """Return the size of the first image to follow, cut to the VAE's factor; None where there is none."""
+    first = next(iter(request.controls), None) if isinstance(request.controls, list | tuple) else None
+    if not isinstance(first, Control):
+        return None
+    name = f"controls, '{first.name}'"
+    return rounded_size(size_of(first_of(first.image, name=name)), manifest.latents.factor, name=name)
 
 
 def _strength(request: Request) -> float:

@@ -10,18 +10,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 from latentrt.export.exporting import export_checkpoint
-from tests.tiny import save_tiny
+from latentrt.export.options import CheckpointOptions, ControlNetOption
+from tests.tiny import save_controlnet, save_tiny
 
 ROOT = Path(__file__).parent.parent
 FORGOTTEN_S = 6 * 3600
 Make = Callable[[str, str], tuple[Path, Path]]
 """(family, variant) -> a tiny checkpoint and its bundle"""
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A tiny checkpoint, ControlNets for it by name, and the bundle of all."""
+
+    checkpoint: Path
+    networks: dict[str, Path]
+    bundle: Path
+
+
+Steer = Callable[[str, str], Steered]
+"""(family, variant) -> a checkpoint with ControlNets"""
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
@@ -60,6 +76,15 @@ def _tiny(path: Path, **options: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
             save_tiny(Path(beside) / path.name, **options)
             with contextlib.suppress(OSError):  # another process of this session was faster
+                (Path(beside) / path.name).rename(path)
+    return path
+
+
+def _controlnet(path: Path, **options: Any) -> Path:
+    if not path.is_dir():
+        with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+            save_controlnet(Path(beside) / path.name, **options)
+            with contextlib.suppress(OSError):
                 (Path(beside) / path.name).rename(path)
     return path
 
@@ -115,6 +140,29 @@ def made(workshop: Path) -> Make:
             checkpoint = _tiny(workshop / f"{name}-checkpoint", family=family, variant=variant)
             export_checkpoint(str(checkpoint), workshop / name, precision="fp32")
             known[family, variant] = checkpoint, workshop / name
+        return known[family, variant]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def steered(workshop: Path, made: Make) -> Steer:
+    """Make a tiny checkpoint, two ControlNets for it, and the bundle of all three, once for each kind."""
+    known = dict[tuple[str, str], Steered]()
+
+    def make(family: str, variant: str) -> Steered:
+        if (family, variant) not in known:
+            checkpoint, _ = made(family, variant)
+            networks = {
+                name: _controlnet(workshop / f"{family}-{name}", family=family, seed=seed)
+                for seed, name in enumerate(("edges", "depth"), start=1)
+            }
+            bundle = workshop / f"{family}-{variant or 'plain'}-steered"
+            options = CheckpointOptions(
+                controlnets=tuple(ControlNetOption(name=name, path=str(path)) for name, path in networks.items())
+            )
+            export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
+            known[family, variant] = Steered(checkpoint=checkpoint, networks=networks, bundle=bundle)
         return known[family, variant]
 
     return make

@@ -161,6 +161,33 @@ def save_tiny(directory: Path, *, family: str = "sd1", variant: str = "", seed: 
     return directory
 
 
+def save_controlnet(
+    directory: Path, *, family: str = "sd1", seed: int = 1, reads: tuple[int, ...] | None = None
+) -> Path:
+    """Save a tiny ControlNet for a tiny checkpoint. A new one adds nothing, and this one much.
+
+    reads: the channels of what reads the picture to follow, which halves it between them; None for the VAE's halvings
+    """
+    import torch
+    from diffusers import ControlNetModel
+
+    sizes = {k: v for k, v in _UNET[family].items() if k not in ("sample_size", "out_channels", "up_block_types")}
+    reads = reads or (8, 16, 16)[: len(_VAE[family]["block_out_channels"])]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ControlNetModel(**sizes, conditioning_embedding_out_channels=reads).eval()
+        zero = (
+            network.controlnet_cond_embedding.conv_out,
+            *network.controlnet_down_blocks,
+            network.controlnet_mid_block,
+        )
+        for module in zero:
+            for weight in module.parameters():
+                torch.nn.init.normal_(weight, std=0.3)
+    network.save_pretrained(directory)
+    return directory
+
+
 def _text_config(sizes: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Any:
     from transformers import CLIPTextConfig
 

@@ -1,0 +1,35 @@
+"""What a ControlNet adds to a UNet, by name: a residual for each of its skip connections, and one for its middle.
+
+A ControlNet is a component of its own. It takes the residuals so far and gives them with its own added, so that
+several of them form a chain that ends in the UNet.
+"""
+
+from __future__ import annotations
+
+PREFIX = "controlnet_"  # of the component's name; what follows is the name that requests use
+DOWN, MID = "down_residual_", "mid_residual"
+NEXT = "next_"  # before the name of a residual, where it is an output
+COND, SCALE = "controlnet_cond", "scale"
+# A UNet halves its latents from level to level, rounding up. No published one has more than four levels.
+DIVISORS = (1, 2, 4, 8, 16, 32)
+
+
+def hint_of(component: str) -> str:
+    """Return the name under which a canvas is given the picture that a ControlNet follows: (P, 3, height, width)."""
+    return f"{component}.{COND}"
+
+
+def is_residual(name: str) -> bool:
+    """Tell whether an input is one of the residuals."""
+    return name.startswith(DOWN) or name == MID
+
+
+def residual_names(downs: int) -> tuple[str, ...]:
+    """Return the names of a UNet's residuals: of its skip connections from the first on, then of its middle."""
+    return (*(f"{DOWN}{number}" for number in range(downs)), MID)
+
+
+def level_axes(latent_height: int, latent_width: int) -> dict[str, int]:
+    """Return the sides of the levels of a UNet: `latent_height_N` is the height over N, rounded up."""
+    sides = {"latent_height": latent_height, "latent_width": latent_width}
+    return {f"{axis}_{n}": -(-side // n) for axis, side in sides.items() for n in DIVISORS}

@@ -1,0 +1,173 @@
+"""ControlNets that are exported beside a checkpoint: found, and checked against the UNet that they steer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.residuals import PREFIX
+from latentrt.engines.tensor_files import TensorFile
+from latentrt.export.assembly import read_weights_header
+from latentrt.export.folders import network_files, open_network, read_json
+from latentrt.export.options import ControlNetOption
+from latentrt.export.parts import Parts, Recipe
+
+KIND = "ControlNetModel"
+MARK = "controlnet_cond_embedding.conv_in.weight"  # of diffusers' names
+ORIGINAL_MARKS = ("control_model.input_hint_block.0.weight", "input_hint_block.0.weight")
+EMBEDDING = (16, 32, 96, 256)  # channels of what reads the picture to follow, in every published one
+# What a file of weights alone does not say is as in the UNet that it was copied from, under the same keys.
+COPIED = (
+    "act_fn",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "attention_head_dim",
+    "block_out_channels",
+    "cross_attention_dim",
+    "down_block_types",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "layers_per_block",
+    "mid_block_scale_factor",
+    "norm_eps",
+    "norm_num_groups",
+    "num_attention_heads",
+    "only_cross_attention",
+    "projection_class_embeddings_input_dim",
+    "resnet_time_scale_shift",
+    "transformer_layers_per_block",
+    "upcast_attention",
+    "use_linear_projection",
+)
+# Keys of a config that must be absent or have this value, and what any other is.
+PLAIN: tuple[tuple[str, Any, str], ...] = (
+    ("global_pool_conditions", False, "one that sees the whole picture at once"),
+    ("class_embed_type", None, "one with class embeddings"),
+    ("num_class_embeds", None, "one with class embeddings"),
+    ("encoder_hid_dim_type", None, "one with image prompts"),
+    ("conditioning_channels", 3, "one for other pictures than RGB"),
+)
+
+
+def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
+    """Add ControlNets to a checkpoint's networks. Raises CheckpointError where one is missing or made for another."""
+    if parts.source == "onnx":
+        raise CheckpointError(
+            "--controlnet needs a UNet that takes residuals, and optimum exported this one without; "
+            "give the checkpoint that it came from"
+        )
+    for option in sorted(options, key=lambda option: option.name):
+        component = PREFIX + option.name
+        if component in parts.networks:
+            raise CheckpointError(f"--controlnet: the name '{option.name}' was given twice; give each its own")
+        parts = _add(parts, component, option, allow_pickle=allow_pickle)
+    return parts
+
+
+def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+    path = Path(option.path).expanduser()
+    config: Mapping[str, Any]
+    network: Path | Recipe
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        _require_kind(option, config)
+        network = open_network("controlnet", path, allow_pickle=allow_pickle)
+        files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
+    elif path.is_file():
+        config, network = _from_file(option, read_weights_header(path, allow_pickle=allow_pickle), parts)
+        files = [path]
+    else:
+        raise CheckpointError(f"{_name(option)} is not there; give a directory or a safetensors file")
+    _check(option, config, parts)
+    return replace(
+        parts,
+        configs={**parts.configs, component: config},
+        networks={**parts.networks, component: network},
+        files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
+    )
+
+
+def _name(option: ControlNetOption) -> str:
+    return f"--controlnet {option.name}='{option.path}'"
+
+
+def _require_kind(option: ControlNetOption, config: Mapping[str, Any]) -> None:
+    kind = config.get("_class_name", KIND)
+    if kind != KIND:
+        raise CheckpointError(f"{_name(option)} was recognised as {kind}, which is not supported; expected a {KIND}")
+
+
+def _from_file(option: ControlNetOption, file: TensorFile, parts: Parts) -> tuple[Mapping[str, Any], Recipe]:
+    """Return the config that a file's weights have as a copy of the checkpoint's UNet, and how to write its folder."""
+    original = any(mark in file.tensors for mark in ORIGINAL_MARKS)
+    if not original and MARK not in file.tensors:
+        raise CheckpointError(f"{_name(option)} holds no ControlNet; `latentrt inspect` says what it holds")
+    unet = parts.configs["unet"]
+    embedding = EMBEDDING if original else _embedding(file)
+    config = {key: unet[key] for key in COPIED if key in unet}
+    config |= {"in_channels": _latent_channels(parts), "conditioning_embedding_out_channels": embedding}
+    recipe = Recipe(
+        part="controlnet",
+        config=json.dumps(config),
+        files=(str(file.path.resolve()),),
+        layout="original" if original else "diffusers",
+    )
+    return config, recipe
+
+
+def _embedding(file: TensorFile) -> tuple[int, ...]:
+    """Return the channels of what reads the picture to follow: every other of its blocks has more than the last."""
+    stem = MARK.removesuffix("conv_in.weight")
+    widths = [file.tensors[MARK].shape[0]]
+    while (key := f"{stem}blocks.{2 * len(widths) - 1}.weight") in file.tensors:
+        widths.append(file.tensors[key].shape[0])
+    return tuple(widths)
+
+
+def _latent_channels(parts: Parts) -> int:
+    return int(parts.configs["vae_decoder"].get("latent_channels", 4))
+
+
+def _check(option: ControlNetOption, config: Mapping[str, Any], parts: Parts) -> None:
+    """Refuse a ControlNet whose residuals or inputs are not those of the checkpoint's UNet."""
+    for key, plain, meaning in PLAIN:
+        if config.get(key, plain) != plain:
+            raise CheckpointError(
+                f"{_name(option)} was recognised as {meaning} (its config says {key}: {config[key]}), which is not "
+                "supported; give a plain ControlNet"
+            )
+    unet, channels = parts.configs["unet"], _latent_channels(parts)
+    levels = len(unet["block_out_channels"])
+    factor = 2 ** (len(parts.configs["vae_decoder"]["block_out_channels"]) - 1)
+
+    def both(key: str, default: int) -> tuple[Any, Any]:
+        return per_level(config.get(key, default), levels), per_level(unet.get(key, default), levels)
+
+    needs: dict[str, tuple[Any, Any]] = {  # what it has, what it needs
+        "in_channels": (config.get("in_channels", 4), channels),
+        "block_out_channels": (list(config.get("block_out_channels", ())), list(unet["block_out_channels"])),
+        "layers_per_block": both("layers_per_block", 2),
+        "cross_attention_dim": both("cross_attention_dim", 1280),
+        "addition_embed_type": (config.get("addition_embed_type"), unet.get("addition_embed_type")),
+        "pixels a latent": (2 ** (len(config.get("conditioning_embedding_out_channels", EMBEDDING)) - 1), factor),
+    }
+    for what, (found, expected) in needs.items():
+        if found != expected:
+            raise CheckpointError(
+                f"{_name(option)} was made for another checkpoint: its {what} is {_short(found)} where this one's is "
+                f"{_short(expected)}; give a ControlNet for this family"
+            )
+
+
+def per_level(value: Any, levels: int) -> list[Any]:
+    """Return a config's value for each level of a network: one stands for all."""
+    return list(value) if isinstance(value, list | tuple) else [value] * levels
+
+
+def _short(value: Any) -> str:
+    same = isinstance(value, list) and len(set(value)) == 1
+    return str(value[0] if same else value)
