@@ -150,7 +150,9 @@ def _base_of(file: TensorFile) -> str | None:
 def _addition(path: Path, base: str | None) -> str:
     """Say what becomes of a ControlNet. base: what it was made for, where that is known"""
     return (
-        "a ControlNet is an addition, not a checkpoint; add it to " + (f"one of {base}" if base else "its own") + " "
+        "a ControlNet is a part or an addition, not a checkpoint; add it to "
+        + (f"one of {base}" if base else "its own")
+        + " "
         f"with: latentrt export CHECKPOINT BUNDLE --controlnet NAME={path}"
     )
 
