@@ -35,6 +35,8 @@ class ComponentSpec:
     """One network: its canonical graph, its golden pair, and what it takes and gives.
 
     files: the graph and its external data; the graph comes first
+    weights: which initializer of the graph holds which of the checkpoint's weights, see `weights`; None where that is
+        not known, and the weights cannot be changed later
     error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None where
         a graph was adopted and there were no weights to compare it with
     float32_layers: what an fp16 graph computes in fp32, by the checkpoint's own names of modules
@@ -47,6 +49,7 @@ class ComponentSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     weights_bytes: int
+    weights: str | None = None
     error: float | None = None
     float32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
@@ -234,6 +237,7 @@ def _decode(kind: type[T], text: str, *, where: str, mend: str) -> T:
 
 def _check_references(manifest: Manifest, *, where: str) -> None:
     named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
+    named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
     named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
     for key, path in named:
         if path not in manifest.files:

@@ -20,6 +20,8 @@ from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import Array, DType, EngineKey, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.stage import STATE_ROWS, fuse_stage
+from latentrt.engines.weight_places import GraphValues, places
+from latentrt.engines.weights import GraphWeights, built_record, read_weights, write_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -139,6 +141,10 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
         session = _optimise(edited, output, provider, external=large)
+        if record := bundle.manifest.components[component].weights:
+            known = read_weights(bundle.path(record), GraphWeights)
+            canonical, built = GraphValues(model, edited), GraphValues(graphs.load_graph(output), output)
+            write_weights(directory / built_record(component), places(known, canonical, built))
     return output.name, _spec(component, session)
 
 

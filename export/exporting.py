@@ -263,6 +263,7 @@ def _component_spec(finished: Finished) -> ComponentSpec:
         inputs=finished.inputs,
         outputs=finished.outputs,
         weights_bytes=finished.weights_bytes,
+        weights=finished.weights,
         error=finished.error,
         float32_layers=finished.float32_layers,
         largest_activation=finished.largest_activation,

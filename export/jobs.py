@@ -22,6 +22,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import FileRecord
 from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import Precision, TensorSpec
+from latentrt.engines.weights import graph_record, write_weights
 from latentrt.export import golden
 from latentrt.export.components import Case, component_of, input_specs, output_specs
 from latentrt.export.parts import Recipe, Source
@@ -97,6 +98,12 @@ class Finished:
         """Return the golden pair's path."""
         return golden_path(self.component)
 
+    @property
+    def weights(self) -> str | None:
+        """Return the path of the record of weights, None where there is none."""
+        record = graph_record(self.component)
+        return record if record in self.files else None
+
 
 def graph_path(component: str) -> str:
     """Return where a component's graph lies in a bundle."""
@@ -135,7 +142,7 @@ def _make(job: Job) -> Finished:
     """Load the network, record both pairs, write its graph in float32."""
     import torch
 
-    from latentrt.export import graphs, modules
+    from latentrt.export import graphs, modules, weight_names
 
     component = component_of(job.component)
     takes = input_specs(component, job.dimensions, "fp32")
@@ -151,7 +158,10 @@ def _make(job: Job) -> Finished:
     inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
     traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
     axes = component.axes(job.dimensions)
-    files = graphs.export_graph(module, traced, takes, gives, _traced_graph(job), axes=axes)
+    model = graphs.trace_graph(module, traced, takes, gives, axes=axes)
+    if job.component in weight_names.NAMED:
+        write_weights(Path(job.root) / graph_record(job.component), weight_names.name_weights(model, module))
+    files = graphs.save_graph(model, _traced_graph(job))
     return _finished(job, files if job.precision == "fp32" else [])
 
 
@@ -256,7 +266,9 @@ def _finished(job: Job, files: list[Path]) -> Finished:
 def _records(job: Job, files: list[Path]) -> dict[str, FileRecord]:
     root = Path(job.root)
     names = [path.relative_to(root).as_posix() for path in files]
-    return {name: record_file(root, name) for name in (*names, golden_path(job.component))}
+    record = graph_record(job.component)
+    others = [golden_path(job.component), *([record] if (root / record).is_file() else [])]
+    return {name: record_file(root, name) for name in (*names, *others)}
 
 
 def _weights_bytes(graph: Path) -> int:

@@ -1,0 +1,139 @@
+"""Where a checkpoint's weights lie in a graph or in a file: what it takes to change them without the checkpoint.
+
+An export notes for each network which initializer of its graph holds which weight, in `weights/<component>.json`. A
+build notes in which of its files each of them came to lie, and in which order of axes, in `<component>.weights.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from latentrt.engines.errors import BundleError
+from latentrt.engines.parsing import ParseError, parse
+from latentrt.engines.spec import Array
+
+AS_NAMED, TRANSPOSED = "as named", "transposed"
+# Convolutions that ONNX Runtime has laid out for vectors of so many channels, in the notation of oneDNN:
+# (outputs / 16, inputs, height, width, 16) and (outputs / 16, inputs / 16, height, width, 16 inputs, 16 outputs).
+BLOCKED = re.compile(r"O(?P<inputs>[iI])hw(?:(\d+)i)?(?P<block>\d+)o")
+LAYOUTS = (AS_NAMED, TRANSPOSED, "OIhw16i16o", "Oihw16o", "OIhw8i8o", "Oihw8o", "OIhw4i4o", "Oihw4o")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphWeight:
+    """Which initializer of a canonical graph holds a weight.
+
+    shape: the weight's own, in the checkpoint
+    layout: how the initializer's axes follow from the weight's, one of LAYOUTS
+    """
+
+    initializer: str
+    layout: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltWeight:
+    """Where a weight lies in what was built.
+
+    initializer: its name there; shape and layout: as in `GraphWeight`
+    stored: the shape as it is stored
+    file, offset: in which file beside the record, and how many bytes from its beginning
+    """
+
+    initializer: str
+    layout: str
+    shape: tuple[int, ...]
+    stored: tuple[int, ...]
+    dtype: Literal["float32", "float16"]
+    file: str
+    offset: int
+
+    def read(self, directory: Path) -> Array:
+        """Map the weight as it is stored into memory."""
+        return np.memmap(directory / self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.stored)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphWeights:
+    """The record that an export writes, by the checkpoint's names of weights."""
+
+    weights: Mapping[str, GraphWeight]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltWeights:
+    """The record that a build writes, by the checkpoint's names of weights."""
+
+    weights: Mapping[str, BuiltWeight]
+
+
+Record = TypeVar("Record", GraphWeights, BuiltWeights)
+
+
+def graph_record(component: str) -> str:
+    """Return the path of an export's record below the bundle."""
+    return f"weights/{component}.json"
+
+
+def built_record(component: str) -> str:
+    """Return the name of a build's record beside its engines."""
+    return f"{component}.weights.json"
+
+
+def write_weights(path: Path, record: GraphWeights | BuiltWeights) -> None:
+    """Write a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dataclasses.asdict(record)) + "\n", encoding="utf-8")
+
+
+def read_weights(path: Path, kind: type[Record]) -> Record:
+    """Read a record. Raises BundleError."""
+    try:
+        return parse(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ParseError) as error:
+        raise BundleError(f"{path} {error}; export the checkpoint again") from None
+
+
+def arrange(weight: Array, layout: str) -> Array:
+    """Return a weight in a layout. Channels that fill a block up are zeros.
+
+    weight: (outputs, inputs, …), as the checkpoint has it
+    """
+    if layout == AS_NAMED:
+        return weight
+    if layout == TRANSPOSED:
+        return np.ascontiguousarray(weight.T)
+    found = BLOCKED.fullmatch(layout)
+    assert found is not None, layout
+    block = int(found["block"])
+    outputs, inputs, height, width = weight.shape
+    blocks = -(-outputs // block)
+    padded = np.pad(weight, ((0, blocks * block - outputs), (0, 0), (0, 0), (0, 0)))
+    if found["inputs"] == "i":
+        axes = padded.reshape(blocks, block, inputs, height, width).transpose(0, 2, 3, 4, 1)
+    else:
+        axes = padded.reshape(blocks, block, inputs // block, block, height, width).transpose(0, 2, 4, 5, 3, 1)
+    return np.ascontiguousarray(axes).reshape(blocks * block, inputs, height, width)
+
+
+def fits(layout: str, shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """Tell whether a weight of a shape can lie in a layout as an array of another shape."""
+    if layout == AS_NAMED:
+        return shape == stored
+    if layout == TRANSPOSED:
+        return len(shape) == 2 and shape[::-1] == stored
+    found = BLOCKED.fullmatch(layout)
+    assert found is not None, layout
+    block = int(found["block"])
+    if len(shape) != 4 or (found["inputs"] == "I" and shape[1] % block):
+        return False
+    return stored == (-(-shape[0] // block) * block, *shape[1:])

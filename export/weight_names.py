@@ -1,0 +1,68 @@
+"""Which initializer of a traced graph holds which weight of the module: checked by value, not by name alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import get_args
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from latentrt.engines.lora_names import Part
+from latentrt.engines.weights import AS_NAMED, TRANSPOSED, GraphWeight, GraphWeights
+
+NAMED = frozenset(get_args(Part))  # the components whose weights can be changed later: those that LoRAs are made for
+MATRIX_WORK = ("Conv", "Gemm", "MatMul")  # their second input is the weight
+WRAPPED = "model."  # how `modules` names the checkpoint's own network
+
+
+def name_weights(model: ir.Model, module: nn.Module) -> GraphWeights:
+    """Find the weights of a module's linear layers and convolutions in its graph, whose nodes are named for modules.
+
+    Where layers share an initializer, because their weights are equal, each gets one of its own.
+    """
+    tensors = {name.removeprefix(WRAPPED): tensor for name, tensor in module.state_dict().items()}
+    found: dict[str, GraphWeight] = {}
+    for node in list(model.graph):
+        name = (node.name or "").rpartition("/")[0] + ".weight"
+        value = node.inputs[1] if node.op_type in MATRIX_WORK else None
+        if name in found or name not in tensors or value is None or not value.is_initializer():
+            continue
+        layout = _layout(value, tensors[name])
+        if layout is not None:
+            own = _own(model.graph, node, value)
+            shape = tuple(tensors[name].shape)
+            found[name] = GraphWeight(initializer=str(own.name), layout=layout, shape=shape)
+    return GraphWeights(weights=found)
+
+
+def _layout(value: ir.Value, tensor: Tensor) -> str | None:
+    """Return how an initializer holds a weight, None where it does not."""
+    assert value.const_value is not None
+    stored, weight = value.const_value.numpy(), tensor.detach().numpy()
+    if stored.shape == weight.shape and np.array_equal(stored, weight):
+        return AS_NAMED
+    if weight.ndim == 2 and stored.shape == weight.shape[::-1] and np.array_equal(stored, weight.T):
+        return TRANSPOSED
+    return None
+
+
+def _own(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """Return an initializer that only this node reads, in the place of one that others read too."""
+    if len(value.uses()) == 1:
+        return value
+    own = ir.Value(name=f"{node.name}.weight", shape=value.shape, type=value.type, const_value=value.const_value)
+    graph.register_initializer(own)
+    node.replace_input_with(1, own)
+    return own
+
+
+def absent(record: GraphWeights, module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Return the matrices of a module that a record does not have, with their shapes: embeddings, if all is well."""
+    tensors = {name.removeprefix(WRAPPED): tensor for name, tensor in module.state_dict().items()}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.ndim > 1 and name not in record.weights
+    }
