@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from latentrt.engines import onnxruntime, tensorrt
+from latentrt.engines.adapting import Changes
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import EngineError
-from latentrt.engines.host_canvas import HostCanvas
-from latentrt.engines.manifest import EngineRecord, LatentSpec
-from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions
-from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
+from latentrt.engines.manifest import EngineRecord
+from latentrt.engines.onnxruntime import OnnxRuntimeOptions
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.progress import Report
+from latentrt.engines.sessions import Sessions
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
-
-KEPT_CANVASES = 4  # with their buffers, for each backend that has some of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +42,13 @@ class Opened(Protocol):
 
     @property
     def engines(self) -> dict[str, Engine]: ...
+
+    def adapt(self, changes: Mapping[str, Changes]) -> None:
+        """Change the weights of components, from the base's; what is not named is as in the base again.
+
+        Raises EngineError before anything is changed. What drew before must be asked for again.
+        """
+        ...
 
     def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
         """Return what a batch of this shape is drawn on; state_rows is what the sampler needs. Raises EngineError."""
@@ -73,35 +77,6 @@ class Backend:
     open: Callable[[Opening], Opened]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sessions:
-    """Engines that share nothing."""
-
-    engines: dict[str, Engine]
-    space: LatentSpec
-    provider: onnxruntime.Provider
-    canvases: OrderedDict[CanvasShape, OnnxRuntimeCanvas] = field(default_factory=OrderedDict)
-
-    def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
-        if self.provider not in onnxruntime.FUSED:
-            return HostCanvas(self.engines, self.space, shape, state_rows=state_rows)
-        canvas = self.canvases.pop(shape, None) or self._bound(shape)
-        self.canvases[shape] = canvas
-        if len(self.canvases) > KEPT_CANVASES:
-            self.canvases.popitem(last=False)
-        canvas.wipe()
-        return canvas
-
-    def _bound(self, shape: CanvasShape) -> OnnxRuntimeCanvas:
-        bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
-        return OnnxRuntimeCanvas(bound, self.space, shape, device=self.provider)
-
-    def close(self) -> None:
-        self.canvases.clear()
-        for engine in self.engines.values():
-            engine.close()
-
-
 def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
     def build(
         bundle: Bundle, directory: Path, options: BuildOptions, report: Report
@@ -114,13 +89,14 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
         return onnxruntime.key(bundle, provider)
 
     def open_sessions(opening: Opening) -> Opened:
-        options = OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs))
-        record = opening.record
-        engines: dict[str, Engine] = {
-            name: onnxruntime.load(opening.directory / record.entries[name], record.specs[name], provider, options)
-            for name in opening.components
-        }
-        return _Sessions(engines=engines, space=opening.bundle.manifest.latents, provider=provider)
+        return Sessions(
+            opening.bundle,
+            opening.directory,
+            opening.record,
+            opening.components,
+            provider,
+            options=OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs)),
+        )
 
     return Backend(
         unavailable=partial(onnxruntime.unavailable, provider),

@@ -6,10 +6,11 @@ all else.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,35 @@ class Lora:
         own = (alpha for name, alpha in patterns.items() if f"_{module}".endswith(f"_{name}"))
         alpha = next(own, config.get("lora_alpha", rank))
         return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def find_deltas(
+    lora: Lora, part: str, shapes: Mapping[str, tuple[int, ...]], *, strength: float
+) -> dict[str, Callable[[], Array]]:
+    """Find what a file adds to each weight of a network, computed when it is asked for: float32, of the weight's shape.
+
+    shapes, raises: as in `Lora.match`
+    """
+    return {
+        name: functools.partial(_delta, lora, part, module, shapes[name], strength)
+        for name, module in lora.match(part, shapes).items()
+    }
+
+
+def _delta(lora: Lora, part: str, module: str, shape: tuple[int, ...], strength: float) -> Array:
+    return lora.change(part, module).delta(shape, strength=strength)
+
+
+def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
+    """Read `file` or `file:0.8`. Raises CheckpointError."""
+    path, _, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        return text, 1.0
+    if not path or not math.isfinite(strength):
+        raise CheckpointError(f"{option} '{text}': expected a file and a number, as in style.safetensors:0.8")
+    return path, strength
 
 
 def read_lora(path: Path) -> Lora:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from latentrt.engines.adapting import NOTHING, Changes, keys_of
 from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.bundle import Bundle, Check, check_file
 from latentrt.engines.canvas import Canvas, CanvasShape
@@ -45,13 +47,16 @@ class OpenEngines:
         self._first = (directory, record)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
+        self._changes: Mapping[str, Changes] = NOTHING
         self.engines = self._open(directory, record).engines
         self.key: EngineKey = record.key
         self.load_s = time.perf_counter() - start
 
     def _open(self, directory: Path, record: EngineRecord) -> Opened:
         if directory not in self._opened:
-            self._opened[directory] = (record, self._open_components(directory, record, self._components))
+            opened = self._open_components(directory, record, self._components)
+            self._opened[directory] = (record, opened)
+            opened.adapt(self._changes)
         return self._opened[directory][1]
 
     def _open_components(self, directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
@@ -72,6 +77,25 @@ class OpenEngines:
         """Open one more component. Raises EngineError and BundleError."""
         self._further.append(self._open_components(*self._first, (component,)))
         return self._further[-1].engines[component]
+
+    def adapt(self, changes: Mapping[str, Changes]) -> bool:
+        """Change the weights of components, always from the base's; tell whether there was anything to do.
+
+        What is not named is as in the base again. What drew before must be asked for again with `canvas`.
+        Raises EngineError; then no weights are changed at all.
+        """
+        if keys_of(changes) == keys_of(self._changes):
+            return False
+        self._changes = NOTHING
+        try:
+            for _, opened in self._opened.values():
+                opened.adapt(changes)
+        except Exception:
+            for _, opened in self._opened.values():
+                opened.adapt(NOTHING)
+            raise
+        self._changes = changes
+        return True
 
     def canvas(self, space: LatentSpec, shape: CanvasShape, *, state_rows: int) -> Canvas:
         """Return what a batch of this shape is drawn on.

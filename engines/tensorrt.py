@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
 
 from latentrt.engines import graphs
+from latentrt.engines.adapting import Changes
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.device import CudaDevice
@@ -306,6 +307,14 @@ class OnDevice:
 
     engines: dict[str, Engine]
     session: TensorRTSession
+
+    def adapt(self, changes: Mapping[str, Changes]) -> None:
+        """Raise EngineError where weights shall change."""
+        if changes:
+            raise EngineError(
+                "this version of latentrt does not change the weights of tensorrt's engines; add the LoRA when "
+                "exporting: latentrt export --lora, or draw with --backend cpu or cuda"
+            )
 
     def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
         """Return the canvas of a shape: the same one every time, blank. Raises EngineError."""

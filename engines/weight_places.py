@@ -38,7 +38,7 @@ class GraphValues:
     """The initializers of a graph on the disk, mapped and not read."""
 
     def __init__(self, model: ModelProto, path: Path) -> None:
-        """Take a graph's initializers; their own data lies in the file at `path`, or in those that they name beside it."""
+        """Take a graph's initializers; their data lies in the file at `path`, or in those that they name beside it."""
         self._path = path
         self.tensors = {t.name: t for t in model.graph.initializer if t.data_type in DTYPES and len(t.dims) > 1}
         self._text = b""
@@ -109,9 +109,7 @@ def _spots(
             return
 
 
-def _equal(
-    weight: Array, layout: str, names: Iterable[str], built: GraphValues
-) -> Iterator[tuple[str, str, Stored]]:
+def _equal(weight: Array, layout: str, names: Iterable[str], built: GraphValues) -> Iterator[tuple[str, str, Stored]]:
     arranged = arrange(weight, layout) if names else weight
     for name in names:
         stored = built.get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import Lora, read_lora
+from latentrt.engines.lora import Lora, find_deltas, read_lora
 from latentrt.engines.spec import Array
 from latentrt.export.folders import read_json
 from latentrt.export.options import LoraOption
@@ -84,14 +83,9 @@ def find_changes(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Changes:
     changes: dict[str, list[Callable[[], Array]]] = {}
     for fusion in recipe.loras:
         lora = read_lora(Path(fusion.path))
-        for key, module in lora.match(recipe.part, shapes).items():
-            delta = functools.partial(_delta, lora, recipe.part, module, shapes[key], fusion.strength)
+        for key, delta in find_deltas(lora, recipe.part, shapes, strength=fusion.strength).items():
             changes.setdefault(key, []).append(delta)
     return changes
-
-
-def _delta(lora: Lora, part: str, module: str, shape: tuple[int, ...], strength: float) -> Array:
-    return lora.change(part, module).delta(shape, strength=strength)
 
 
 def fuse(tensor: Tensor, deltas: Sequence[Callable[[], Array]]) -> Tensor:

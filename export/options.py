@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.lora import split_strength
 from latentrt.engines.manifest import Prediction
 
 CONTROL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it is part of the names of files
@@ -22,13 +22,7 @@ class LoraOption:
     @classmethod
     def parse(cls, text: str) -> LoraOption:
         """Read `file` or `file:0.8`. Raises CheckpointError."""
-        path, _, number = text.rpartition(":")
-        try:
-            strength = float(number)
-        except ValueError:
-            return cls(path=text)
-        if not path or not math.isfinite(strength):
-            raise CheckpointError(f"--lora '{text}': expected a file and a number, as in style.safetensors:0.8")
+        path, strength = split_strength(text)
         return cls(path=path, strength=strength)
 
 

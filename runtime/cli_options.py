@@ -10,8 +10,10 @@ from typing import Any
 
 import click
 
+from latentrt.engines.lora import split_strength
 from latentrt.runtime.animation import KeyFrame
 from latentrt.runtime.guidance import ALWAYS
+from latentrt.runtime.loras import Lora
 from latentrt.runtime.request import NOISES
 from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
 from latentrt.runtime.spacings import SPACINGS
@@ -77,6 +79,16 @@ class Followed(click.ParamType[Control]):
         return Control(name=name, image=image, **dict(zip(("scale", "start", "stop"), values, strict=False)))
 
 
+class LoraFile(click.ParamType[Lora]):
+    """A LoRA file and its scale: `style.safetensors:0.8`, or the file alone."""
+
+    name = "FILE[:SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        file, scale = split_strength(str(value))
+        return Lora(file=file, scale=scale)
+
+
 class Interval(click.ParamType[tuple[float, float]]):
     """Two fractions of the steps: `0.2-0.8`."""
 
@@ -108,6 +120,7 @@ PROMPTS = (
     click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
     click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut long prompts."),
     click.option("--clip-skip", default=0, help="Leave out this many of the text encoder's last layers."),
+    click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Add a LoRA to the weights; repeatable."),
 )
 STARTS = (
     click.option("--image", type=FILE, default=None, help="Start from this picture."),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 import numpy as np
 
 from latentrt import __version__
+from latentrt.engines.adapting import Changes, keys_of
 from latentrt.engines.bundle import Bundle, Check
 from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.errors import DeadlineError, EngineError
@@ -26,6 +27,7 @@ from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, fra
 from latentrt.runtime.conditioning import conditions
 from latentrt.runtime.denoise import denoise
 from latentrt.runtime.embeddings import load_embedding
+from latentrt.runtime.loras import Loras
 from latentrt.runtime.mixing import vary
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.preview import preview
@@ -89,7 +91,8 @@ class Result:
 
     pixels: (n, height, width, 3), uint8, sRGB
     settings: one for each picture, as are the seeds
-    seconds: by stage: tokenize, encode, denoise, decode, total
+    seconds: by stage: adapt, tokenize, encode, denoise, decode, total; adapt is what it took to change the weights from
+        those of the call before, 0 where they were the same
     step_seconds: of each stage of the plan, as measured where the engines run
     backend, reason: what ran, and why it was chosen
     """
@@ -137,6 +140,7 @@ class Pipeline:
         self._engines = opened.engines
         self._lock = threading.Lock()
         self._texts = Texts(bundle.manifest, opened.engines, tokenizers)
+        self._loras = Loras(bundle)
 
     @classmethod
     def load(
@@ -216,6 +220,12 @@ class Pipeline:
         job = resolve(request, self.manifest)
         return self._locked(job, lambda watch: self._draw(job, self._prompted(job), watch), on_step)
 
+    def _adapt(self, changes: Mapping[str, Changes]) -> float:
+        """Have the engines compute with changed weights. Returns the seconds it took, 0 where they do already."""
+        start = time.perf_counter()
+        self._texts.adapt(keys_of(changes))
+        return time.perf_counter() - start if self._opened.adapt(changes) else 0.0
+
     def animate(
         self,
         keys: Sequence[KeyFrame],
@@ -245,7 +255,8 @@ class Pipeline:
             yield self._locked(job, partial(self._draw_between, job, keys, part), on_step)
 
     def _locked(self, job: Job, work: Callable[[Watch | None], Result], on_step: Watch | None) -> Result:
-        """Do work alone, with the deadline counted from now."""
+        """Do work alone, with the weights that its request asks for and the deadline counted from now."""
+        changes = self._loras.changes(job.request.loras)
         deadline = job.request.deadline
         end = None if deadline is None else time.perf_counter() + deadline
         if not self._lock.acquire(timeout=-1 if deadline is None else deadline):
@@ -253,7 +264,10 @@ class Pipeline:
         try:
             if not self._engines:
                 raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
-            return work(_watcher(job, end, on_step))
+            adapt_s = self._adapt(changes)
+            result = work(_watcher(job, end, on_step))
+            seconds = {"adapt": adapt_s, **result.seconds, "total": adapt_s + result.seconds["total"]}
+            return dataclasses.replace(result, seconds=seconds)
         finally:
             self._lock.release()
 

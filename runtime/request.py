@@ -6,6 +6,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from latentrt.runtime.image_sources import (
     rounded_size,
     size_of,
 )
+from latentrt.runtime.loras import Lora, check_loras
 from latentrt.runtime.mixing import variation_seeds
 from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.plan import SamplingPlan
@@ -86,6 +88,7 @@ class Options(TypedDict, total=False):
     controls: Sequence[Control]
     strength: float | None
     latents: Array | None
+    loras: Sequence[Lora]
     variation_seed: int | None
     variation_strength: float
     original_size: tuple[int, int] | None
@@ -125,6 +128,7 @@ class Request:
         for 1
     latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
         added to it
+    loras: low-rank changes of the weights, which are added to the base's for this call; their order does not matter
     variation_seed, variation_strength: another seed, and how far to turn the noise towards that one's, 0 to 1. The
         pictures then share the seed, and the variation seed counts up, as in A1111's interface.
     original_size, target_size: for SDXL, which was told of every picture it saw how large it had been and became:
@@ -159,6 +163,7 @@ class Request:
     controls: Sequence[Control] = ()
     strength: float | None = None
     latents: Array | None = None
+    loras: Sequence[Lora] = ()
     variation_seed: int | None = None
     variation_strength: float = 0.0
     original_size: tuple[int, int] | None = None
@@ -174,7 +179,9 @@ class Request:
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         kept = {name: value for name, (value, default) in values.items() if name in FURTHER and value != default}
         followed = {"controls": [str(control) for control in self.controls]} if self.controls else {}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()} | followed
+        changed = {"loras": [str(lora) for lora in self.loras]} if self.loras else {}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+        return plain | followed | changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -221,6 +228,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         raise RequestError(f"deadline: found {request.deadline!r}, expected seconds above 0")
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
+    request = dataclasses.replace(request, loras=check_loras(request.loras))
     pixels, mask, size = _pictures(request, manifest)
     if mask is None and repaints(manifest):
         raise RequestError("mask: this checkpoint repaints a part of an image; give image and mask")

@@ -71,6 +71,7 @@ class TextEncoder:
         self._plain = tokenizer
         self._rows, self._skip = RowEncoder(run, spec, pooled=pooled), skip
         self._words = _Words(tokenizer=tokenizer)
+        self.weights = ""  # names those that the engine has now, if they are not the base's
         self._cache = Cache(cache_entries, cache_bytes)
         self._lock = threading.Lock()
 
@@ -176,7 +177,7 @@ class TextEncoder:
         self._cache.clear()  # its entries cannot be found any more
 
     def _remembered(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
-        found = {prompt: self._cache.get((words.number, prompt)) for prompt in prompts}
+        found = {prompt: self._cache.get((words.number, self.weights, prompt)) for prompt in prompts}
         return {prompt: encoding for prompt, encoding in found.items() if encoding is not None}
 
     def _encode(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
@@ -194,7 +195,7 @@ class TextEncoder:
             array.setflags(write=False)
             pooled = None if states.pooled is None else states.pooled[places[row[0].ids]].copy()
             encoded[prompt] = Encoding(states=array, pooled=pooled)
-            self._cache.put((words.number, prompt), encoded[prompt])
+            self._cache.put((words.number, self.weights, prompt), encoded[prompt])
         return encoded
 
 

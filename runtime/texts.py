@@ -67,6 +67,11 @@ class Texts:
         (encoder,) = self._encoders.values()
         return encoder.device_inputs([*prompts, *negatives])
 
+    def adapt(self, weights: Mapping[str, str]) -> None:
+        """Remember from now on what engines with other weights give, by component; the base's where none is named."""
+        for component, encoder in self._encoders.items():
+            encoder.weights = weights.get(component, "")
+
     @property
     def embeddings(self) -> tuple[str, ...]:
         """Return the learned words that prompts may use."""

@@ -59,11 +59,13 @@ class Factors:
 
 
 def weight_shapes(root: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight of a checkpoint's UNet and text encoder, by part and name."""
+    """Return the shape of every weight of a checkpoint's UNet and text encoders, by part and name."""
     from safetensors.numpy import load_file
 
     found = {}
-    for part in ("unet", "text_encoder"):
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if not (root / part).is_dir():
+            continue
         (file,) = (root / part).glob("*.safetensors")
         found |= {f"{part}:{key}": array.shape for key, array in load_file(file).items()}
     return found
@@ -88,6 +90,25 @@ def make_factors(
     return found
 
 
+def every_layer(root: Path, *, seed: int, part: str | None = None) -> list[Factors]:
+    """Make random changes for every linear layer and convolution of every network; part: of one of them alone."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for key, (outputs, *inputs) in weight_shapes(root).items():
+        network, _, name = key.partition(":")
+        if not inputs or "embedding.weight" in name or "embeddings." in name or part not in (None, network):
+            continue
+        rank = int(generator.integers(1, 4))
+        down, up = generator.uniform(-0.1, 0.1, (rank, *inputs)), generator.uniform(-0.3, 0.3, (outputs, rank))
+        module = name.removesuffix(".weight")
+        arrays = {
+            "down": down.astype(np.float32),
+            "up": up.reshape(-1, rank, *(1 for _ in inputs[1:])).astype(np.float32),
+        }
+        found.append(Factors(part=network, module=module, alpha=float(rank) / 2, **arrays))
+    return found
+
+
 def _pair(name: str, factors: Factors, down: str, up: str) -> Tensors:
     return {f"{name}{down}": factors.down, f"{name}{up}": factors.up}
 
@@ -100,7 +121,7 @@ def kohya(factors: list[Factors], *, original: bool = False) -> Tensors:
         if original and row.part == "unet":
             key = unet_key(f"{module}.weight", layers=1, attended=(1,))
             module = key.removesuffix(".weight")
-        prefix = {"unet": "lora_unet", "text_encoder": "lora_te"}[row.part]
+        prefix = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}[row.part]
         name = f"{prefix}_{module.replace('.', '_')}"
         tensors |= _pair(name, row, ".lora_down.weight", ".lora_up.weight")
         tensors[f"{name}.alpha"] = np.array(row.alpha, np.float32)

@@ -163,7 +163,7 @@ class Candidate:
 
 
 def _by_stage(result: Result, total: float) -> dict[str, float]:
-    stages = {name: seconds for name, seconds in result.seconds.items() if name != "total"}
+    stages = {name: seconds for name, seconds in result.seconds.items() if name not in ("total", "adapt")}
     count = len(result.step_seconds) or result.settings[0].steps
     return {**stages, "step": stages["denoise"] / count, "total": total}
 

@@ -1,0 +1,90 @@
+"""Weights that are changed while engines are open: always the base's weights and what is added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import EngineError
+from latentrt.engines.manifest import EngineRecord
+from latentrt.engines.spec import Array
+from latentrt.engines.weights import BuiltWeight, BuiltWeights, arrange, built_record, read_weights
+
+Delta = Callable[[], Array]
+"""What is added to a weight, computed when it is asked for: float32, of the weight's shape in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Changes:
+    """What is added to a network's weights, in the order of the sum.
+
+    key: the same for the same changes, and never for others
+    """
+
+    key: str
+    deltas: Mapping[str, Sequence[Delta]]
+
+
+NOTHING: Mapping[str, Changes] = {}
+
+
+def keys_of(changes: Mapping[str, Changes]) -> dict[str, str]:
+    """Return the key of each component's changes."""
+    return {component: change.key for component, change in changes.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptable:
+    """The weights of the engines in one directory, read when the first one is to be changed.
+
+    files: what the records' files are relative to
+    command: what builds the engines again
+    """
+
+    record: EngineRecord
+    directory: Path
+    files: Path
+    command: str
+    _known: dict[str, Mapping[str, BuiltWeight]] = field(default_factory=dict)
+
+    def weights(self, component: str) -> Mapping[str, BuiltWeight]:
+        """Return where a component's weights lie. Raises EngineError where nobody noted it when it was built."""
+        if component not in self._known:
+            name = built_record(component)
+            if name not in self.record.files:
+                raise EngineError(
+                    f"the engines in {self.directory} were built without a note of where {component}'s weights lie, so "
+                    f"no LoRA can be added to them; run `{self.command}`"
+                )
+            self._known[component] = read_weights(self.directory / name, BuiltWeights).weights
+        return self._known[component]
+
+    def check(self, component: str, changes: Changes) -> None:
+        """Raise EngineError where something cannot be changed here."""
+        known = self.weights(component)
+        if strange := sorted(set(changes.deltas) - set(known)):
+            raise EngineError(
+                f"{component}: {len(strange)} of the weights that change ({strange[0]}, …) cannot be told from others "
+                f"in the engines of {self.directory}; add the LoRA when exporting: latentrt export --lora"
+            )
+
+    def changed(self, component: str, name: str, deltas: Sequence[Delta]) -> tuple[str, Array]:
+        """Return the name of the initializer that holds a weight, and its changed values as they are stored.
+
+        The sum is made in float32 and rounded once.
+        """
+        place = self.weights(component)[name]
+        total = place.read(self.files).astype(np.float32)
+        for delta in deltas:
+            total += arrange(delta(), place.layout)
+        return place.initializer, total.astype(place.dtype, copy=False)
+
+
+def adaptable(bundle: Bundle, directory: Path, record: EngineRecord) -> Adaptable:
+    """Return the weights of engines whose own files hold them."""
+    command = f"latentrt build {bundle.root} --backend {record.key.backend} --force"
+    return Adaptable(record=record, directory=directory, files=directory, command=command)

@@ -1,0 +1,418 @@
+"""LoRAs of a request: the pictures of diffusers with the same weights, always from the base, and nothing is mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latentrt.__main__ import cli
+from latentrt.engines import onnxruntime, sessions
+from latentrt.engines.bundle import Bundle, write_manifest
+from latentrt.engines.errors import BundleError, EngineError, RequestError
+from latentrt.engines.manifest import manifest_from_json
+from latentrt.engines.spec import Array
+from latentrt.engines.weights import LAYOUTS, BuiltWeights, GraphWeights, arrange, fits, read_weights
+from latentrt.runtime.loras import Lora
+from latentrt.runtime.pipeline import Pipeline
+from tests.conftest import Make
+from tests.lora_files import WRITERS, Factors, every_layer, kohya, make_factors, peft, save, weight_shapes
+from tests.test_families import LEAST, one_thread, psnr, reference, theirs
+
+__all__ = ["one_thread"]
+
+PROMPT = "a red circle on blue"
+CALL: Mapping[str, Any] = {"prompt": PROMPT, "steps": 3, "seed": 3, "sampler": "euler", "guidance": 4.0}
+PIPELINES = {
+    "sd1": diffusers.StableDiffusionPipeline,
+    "sd2": diffusers.StableDiffusionPipeline,
+    "sdxl": diffusers.StableDiffusionXLPipeline,
+}
+Choice = Sequence[tuple[list[Factors], float]]
+
+
+def their_picture(family: str, checkpoint: Path, choice: Choice) -> Array:
+    """Draw with diffusers after adding strength * alpha / rank * up down to its own weights, with torch."""
+    pipe = reference(PIPELINES[family], checkpoint, diffusers.EulerDiscreteScheduler)
+    for rows, strength in choice:
+        for row in rows:
+            weight = getattr(pipe, row.part).get_submodule(_inner(pipe, row)).weight
+            up, down = torch.from_numpy(row.up).double(), torch.from_numpy(row.down).double()
+            product = torch.tensordot(up.reshape(len(up), row.rank), down, dims=1)
+            weight.data += (strength * row.alpha / row.rank * product).float()
+    return theirs(pipe, prompt=PROMPT, num_inference_steps=3, guidance_scale=4.0)
+
+
+def _inner(pipe: Any, row: Factors) -> str:
+    """Return a module's name in the library's version at hand: transformers 5 has dropped a level."""
+    names = {name for name, _ in getattr(pipe, row.part).named_modules()}
+    return row.module if row.module in names else row.module.removeprefix("text_model.")
+
+
+def loras(*choice: tuple[Path, float]) -> list[Lora]:
+    return [Lora(file=file, scale=scale) for file, scale in choice]
+
+
+def draw(pipe: Pipeline, *choice: tuple[Path, float], **more: Any) -> Array:
+    return pipe(**{**CALL, **more}, loras=loras(*choice)).pixels
+
+
+@pytest.fixture
+def pipe(made: Make) -> Iterator[Pipeline]:
+    with Pipeline.load(made("sd1", "")[1], "cpu", threads=1) as pipe:
+        yield pipe
+
+
+@pytest.fixture(scope="module")
+def styles(made: Make, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three LoRAs for SD 1.x: every layer, attention and convolutions with alphas, and one more."""
+    root, folder = made("sd1", "")[0], tmp_path_factory.mktemp("loras")
+    return [
+        save(folder / "every.safetensors", kohya(every_layer(root, seed=1))),
+        save(folder / "some.safetensors", peft(make_factors(root, seed=2))),
+        save(folder / "text.safetensors", kohya(every_layer(root, seed=3, part="text_encoder"))),
+    ]
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_every_layer_of_every_network_changes_as_in_diffusers(made: Make, family: str, tmp_path: Path) -> None:
+    """Linear layers, convolutions and text encoders, two files with alphas, one of them taken backwards."""
+    checkpoint, bundle = made(family, "")
+    first, second = every_layer(checkpoint, seed=1), every_layer(checkpoint, seed=2)
+    files = [save(tmp_path / f"{n}.safetensors", kohya(rows)) for n, rows in enumerate((first, second))]
+    expected = their_picture(family, checkpoint, [(first, 0.8), (second, -0.5)])
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        found = draw(pipe, (files[0], 0.8), (files[1], -0.5))
+        base = draw(pipe)
+    assert psnr(found, expected) >= LEAST
+    assert psnr(base, expected) < 30
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_format_draws_the_picture_of_diffusers(made: Make, pipe: Pipeline, writer: str, tmp_path: Path) -> None:
+    checkpoint, _ = made("sd1", "")
+    rows = make_factors(checkpoint, seed=5, size=0.1)
+    file = save(tmp_path / "a.safetensors", WRITERS[writer](rows))
+    assert psnr(draw(pipe, (file, 0.7)), their_picture("sd1", checkpoint, [(rows, 0.7)])) >= LEAST
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "text_encoder_2"])
+def test_one_network_alone_may_change(made: Make, part: str, tmp_path: Path) -> None:
+    checkpoint, bundle = made("sdxl", "")
+    rows = every_layer(checkpoint, seed=6, part=part)
+    file = save(tmp_path / "a.safetensors", kohya(rows))
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        found, base = draw(pipe, (file, 1.0)), draw(pipe)
+    assert psnr(found, their_picture("sdxl", checkpoint, [(rows, 1.0)])) >= LEAST
+    assert psnr(found, base) < LEAST
+
+
+def test_a_choice_gives_the_same_picture_whatever_was_drawn_before(pipe: Pipeline, styles: list[Path]) -> None:
+    """A, B, A: bit for bit, where sessions are kept and where they were dropped in between."""
+    plain = draw(pipe)
+    first = draw(pipe, (styles[0], 0.8))
+    others = [draw(pipe, (style, scale)) for style in styles[1:] for scale in (0.5, 1.0, -1.0)]
+    assert all(not np.array_equal(first, other) for other in [plain, *others])
+    np.testing.assert_array_equal(draw(pipe, (styles[0], 0.8)), first)
+    np.testing.assert_array_equal(draw(pipe), plain)
+    np.testing.assert_array_equal(draw(pipe, (styles[0], 0.8)), first)
+
+
+def test_the_first_and_the_last_picture_without_any_are_those_of_a_pipeline_that_knows_none(
+    made: Make, styles: list[Path]
+) -> None:
+    pictures = []
+    for changed in (False, True):
+        with Pipeline.load(made("sd1", "")[1], "cpu", threads=1) as pipe:
+            if changed:
+                draw(pipe, (styles[0], 1.0))
+            pictures.append(draw(pipe))
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_no_scale_is_no_lora(pipe: Pipeline, styles: list[Path]) -> None:
+    result = pipe(**CALL, loras=loras((styles[0], 0.0)))
+    assert result.seconds["adapt"] == 0
+    np.testing.assert_array_equal(result.pixels, draw(pipe))
+
+
+def test_the_order_of_several_makes_no_difference(pipe: Pipeline, styles: list[Path]) -> None:
+    choice = [(styles[0], 0.4), (styles[1], 0.7), (styles[2], -0.3)]
+    found = draw(pipe, *choice)
+    result = pipe(**CALL, loras=loras(*reversed(choice)))
+    np.testing.assert_array_equal(result.pixels, found)
+    assert result.seconds["adapt"] == 0  # nothing was to be changed
+
+
+def test_what_the_change_took_is_told(pipe: Pipeline, styles: list[Path]) -> None:
+    seconds = [pipe(**CALL, loras=loras((style, 1.0))).seconds for style in (styles[0], styles[1], styles[1])]
+    assert [one["adapt"] > 0 for one in seconds] == [True, True, False]
+    for one in seconds:
+        assert one["total"] >= one["adapt"] + one["denoise"]
+
+
+def test_text_is_not_remembered_across_text_encoders(pipe: Pipeline, styles: list[Path]) -> None:
+    changed = draw(pipe, (styles[2], 1.0))
+    plain = draw(pipe)
+    assert not np.array_equal(plain, changed)
+    np.testing.assert_array_equal(draw(pipe, (styles[2], 1.0)), changed)
+
+
+def test_a_file_that_was_written_again_is_read_again(
+    made: Make, pipe: Pipeline, styles: list[Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "style.safetensors"
+    shutil.copyfile(styles[0], file)
+    assert np.array_equal(draw(pipe, (file, 1.0)), draw(pipe, (styles[0], 1.0)))
+    file.unlink()
+    shutil.copyfile(styles[1], file)
+    assert np.array_equal(draw(pipe, (file, 1.0)), draw(pipe, (styles[1], 1.0)))
+
+
+def test_few_changed_sessions_are_kept(pipe: Pipeline, styles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second turn of as many choices as are kept opens nothing; of one more, everything."""
+    opened: list[Path] = []
+    load = onnxruntime.load
+
+    def counted(file: Path, *rest: Any, **more: Any) -> Any:
+        opened.append(file)
+        return load(file, *rest, **more)
+
+    monkeypatch.setattr(onnxruntime, "load", counted)
+    for scales, expected in (((0.1, 0.2), 2), ((0.1, 0.2), 0), ((0.3, 0.1, 0.2), 3)):
+        opened.clear()
+        for scale in scales:
+            draw(pipe, (styles[1], scale))
+        assert len([file for file in opened if file.stem == "unet"]) == expected
+    assert sessions.KEPT_ADAPTED == 2
+
+
+def test_an_animation_is_drawn_with_them(pipe: Pipeline, styles: list[Path]) -> None:
+    from latentrt.runtime.animation import KeyFrame
+
+    keys = [KeyFrame(prompt=PROMPT, seed=3), KeyFrame(prompt="a green square", seed=4)]
+    (result,) = pipe.animate(keys, 2, steps=3, sampler="euler", guidance=4.0, loras=loras((styles[0], 1.0)))
+    np.testing.assert_array_equal(result.pixels[:1], draw(pipe, (styles[0], 1.0)))
+
+
+def test_threads_with_different_choices_wait_for_one_another(pipe: Pipeline, styles: list[Path]) -> None:
+    choices: list[list[tuple[Path, float]]] = [[], [(styles[0], 0.8)], [(styles[1], 1.0)], [(styles[2], 1.0)]]
+    expected = [draw(pipe, *choice) for choice in choices]
+    found: dict[tuple[int, int], Array] = {}
+
+    def work(thread: int) -> None:
+        for turn in range(3):
+            place = (thread + turn) % len(choices)
+            found[thread, turn] = draw(pipe, *choices[place])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 12
+    for (thread, turn), pixels in found.items():
+        np.testing.assert_array_equal(pixels, expected[(thread + turn) % len(choices)])
+
+
+def test_an_fp16_bundle_changes_too(sd1_half_bundle: Path, sd1_checkpoint: Path, tmp_path: Path) -> None:
+    """Its weights are float16's; the sums are not rounded to it on the CPU, which computes in float32."""
+    rows = every_layer(sd1_checkpoint, seed=1)
+    file = save(tmp_path / "a.safetensors", kohya(rows))
+    expected = their_picture("sd1", sd1_checkpoint, [(rows, 0.5)])
+    with Pipeline.load(sd1_half_bundle, "cpu", threads=1) as pipe:
+        plain, found, again = draw(pipe), draw(pipe, (file, 0.5)), draw(pipe)
+    assert psnr(found, expected) >= 35
+    assert psnr(plain, expected) < 30
+    np.testing.assert_array_equal(plain, again)
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_every_matrix_of_a_checkpoint_is_found_in_the_graph_and_in_what_is_built(made: Make, family: str) -> None:
+    checkpoint, root = made(family, "")
+    bundle = Bundle.open(root)
+    (directory,) = bundle.engine_directories()
+    shapes = {key: shape for key, shape in weight_shapes(checkpoint).items() if len(shape) > 1}
+    for part in ("unet", *(text.component for text in bundle.manifest.text_encoders)):
+        expected = {
+            key.removeprefix(f"{part}:").removeprefix("text_model."): shape
+            for key, shape in shapes.items()
+            if key.startswith(f"{part}:") and "embedding.weight" not in key and "position_embedding" not in key
+        }
+        record = bundle.manifest.components[part].weights
+        assert record is not None
+        graph = read_weights(bundle.path(record, check="hash"), GraphWeights).weights
+        assert {name.removeprefix("text_model."): weight.shape for name, weight in graph.items()} == expected
+        built = read_weights(directory / f"{part}.weights.json", BuiltWeights).weights
+        assert set(built) == set(graph)
+
+
+def test_layers_whose_weights_are_equal_change_alone(made: Make, tmp_path: Path) -> None:
+    """An exporter keeps equal weights once; each layer gets its own, and what cannot be told apart is refused."""
+    from safetensors.torch import load_file, save_file
+
+    from latentrt.export.exporting import export_checkpoint
+
+    root = tmp_path / "twins"
+    shutil.copytree(made("sd1", "")[0], root)
+    (file,) = (root / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    stem = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    tensors[f"{stem}.to_k.weight"] = tensors[f"{stem}.to_q.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    export_checkpoint(str(root), tmp_path / "bundle", precision="fp32")
+    rows = [row for row in every_layer(root, seed=1, part="unet") if row.module == f"{stem}.to_k"]
+    rows = [dataclasses.replace(row, up=row.up * 30) for row in rows]
+    lora = save(tmp_path / "a.safetensors", kohya(rows))
+    with Pipeline.load(tmp_path / "bundle", "cpu", threads=1) as pipe:
+        found, base = draw(pipe, (lora, 1.0)), draw(pipe)
+    expected = their_picture("sd1", root, [(rows, 1.0)])
+    assert psnr(found, expected) >= LEAST
+    assert psnr(base, expected) < LEAST
+
+
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 3),
+    kernel=st.sampled_from([1, 3]),
+    block=st.booleans(),
+)
+def test_layouts_keep_every_number_and_add_up(layout: str, outputs: int, inputs: int, kernel: int, block: bool) -> None:
+    """What is arranged holds the weight's numbers and zeros, and sums may be made before or after."""
+    shape = (outputs, inputs * 16 if block else inputs, *(() if layout == "transposed" else (kernel, kernel)))
+    generator = np.random.default_rng(outputs)
+    first, second = (generator.uniform(1, 2, shape).astype(np.float32) for _ in range(2))
+    stored = [candidate for candidate in _shapes_of(layout, shape) if fits(layout, shape, candidate)]
+    if not stored:
+        return
+    found = arrange(first, layout)
+    assert [found.shape] == stored
+    np.testing.assert_array_equal(np.sort(found[found != 0]), np.sort(first.ravel()))
+    np.testing.assert_array_equal(arrange(first + second, layout), found + arrange(second, layout))
+
+
+def _shapes_of(layout: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    padded = [(-(-shape[0] // block) * block, *shape[1:]) for block in (4, 8, 16)]
+    return list(dict.fromkeys([shape, shape[::-1], *padded]))
+
+
+def refusal(pipe: Pipeline, *choice: Any, error: type[Exception] = RequestError) -> str:
+    with pytest.raises(error) as caught:
+        pipe(**CALL, loras=list(choice))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def matrices(name: str, inputs: int = 16, outputs: int = 16) -> dict[str, Array]:
+    down, up = np.ones((2, inputs), np.float32), np.ones((outputs, 2), np.float32)
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+
+
+TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+REFUSED: Mapping[str, tuple[dict[str, Array], str]] = {
+    "another model": (matrices("lora_unet_down_blocks_9_attentions_0_proj_in"), "are not in this checkpoint's unet"),
+    "another width": (matrices(TO_Q, inputs=32), "do not fit"),
+    "another network": (
+        matrices("lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+        "changes a text_encoder_2, which this bundle (sd1) does not have",
+    ),
+    "no lora": ({"x.weight": np.ones((2, 2), np.float32)}, "is no tensor of a LoRA"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_changes(
+    pipe: Pipeline, styles: list[Path], name: str, tmp_path: Path
+) -> None:
+    tensors, words = REFUSED[name]
+    before = draw(pipe, (styles[0], 1.0))
+    strange = save(tmp_path / "a.safetensors", tensors)
+    assert words in refusal(pipe, *loras((styles[1], 1.0), (strange, 1.0)))
+    result = pipe(**CALL, loras=loras((styles[0], 1.0)))
+    assert result.seconds["adapt"] == 0
+    np.testing.assert_array_equal(result.pixels, before)
+
+
+def test_what_is_no_choice_is_refused(pipe: Pipeline, styles: list[Path], tmp_path: Path) -> None:
+    assert "there is no LoRA at" in refusal(pipe, Lora(file=tmp_path / "nowhere.safetensors"))
+    assert "found the scale nan" in refusal(pipe, Lora(file=styles[0], scale=float("nan")))
+    assert "expected a list of Lora" in refusal(pipe, str(styles[0]))
+
+
+def test_a_bundle_of_an_older_export_is_refused(made: Make, styles: list[Path], tmp_path: Path) -> None:
+    old = _copy(made("sd1", "")[1], tmp_path / "old", lambda bundle: _without_records(bundle))
+    with Pipeline.load(old, "cpu", threads=1) as pipe:
+        words = refusal(pipe, Lora(file=styles[0]))
+        assert draw(pipe).any()
+    assert "was exported without a note" in words
+    assert "export --overwrite" in words
+
+
+def test_engines_of_an_older_build_are_refused(made: Make, styles: list[Path], tmp_path: Path) -> None:
+    def forget(root: Path) -> None:
+        (record,) = root.glob("engines/*/engine.json")
+        document = json.loads(record.read_text())
+        document["files"] = {name: file for name, file in document["files"].items() if "weights" not in name}
+        record.write_text(json.dumps(document))
+
+    old = _copy(made("sd1", "")[1], tmp_path / "old", forget)
+    with Pipeline.load(old, "cpu", threads=1) as pipe:
+        words = refusal(pipe, Lora(file=styles[0]), error=EngineError)
+    assert f"run `latentrt build {old} --backend cpu --force`" in words
+
+
+def test_an_altered_note_is_refused(made: Make, styles: list[Path], tmp_path: Path) -> None:
+    def alter(root: Path) -> None:
+        note = root / "weights" / "unet.json"
+        note.write_text(note.read_text().replace("transposed", "as  named!", 1))
+
+    altered = _copy(made("sd1", "")[1], tmp_path / "altered", alter)
+    with Pipeline.load(altered, "cpu", threads=1) as pipe:
+        assert "SHA-256" in refusal(pipe, Lora(file=styles[0]), error=BundleError)
+
+
+def _copy(bundle: Path, target: Path, change: Callable[[Path], None]) -> Path:
+    shutil.copytree(bundle, target)
+    change(target)
+    return target
+
+
+def _without_records(root: Path) -> None:
+    text = (root / "manifest.json").read_text()
+    manifest = manifest_from_json(text, where=str(root))
+    plain = {name: dataclasses.replace(part, weights=None) for name, part in manifest.components.items()}
+    write_manifest(root, dataclasses.replace(manifest, components=plain))
+
+
+def test_generate_adds_them_and_tells_what_it_took(made: Make, styles: list[Path], tmp_path: Path) -> None:
+    from PIL import Image
+
+    bundle = made("sd1", "")[1]
+    options = ["--steps", "3", "--sampler", "euler", "--guidance", "4", "--seed", "3", "--backend", "cpu"]
+    chosen = ["--lora", f"{styles[0]}:0.8", "--lora", f"{styles[1]}:-0.5"]
+    command = ["generate", str(bundle), PROMPT, *options, *chosen, "-o"]
+    done = CliRunner().invoke(cli, [*command, str(tmp_path / "a.png")])
+    assert done.exit_code == 0, done.output
+    assert "adapt " in done.output
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        expected = draw(pipe, (styles[0], 0.8), (styles[1], -0.5))
+    picture = Image.open(tmp_path / "a.png")
+    assert psnr(np.asarray(picture)[None], expected) >= LEAST
+    assert "every.safetensors:0.8 some.safetensors:-0.5" in picture.text["parameters"]  # type: ignore[attr-defined]
+    told = CliRunner().invoke(cli, [*command, str(tmp_path / "b.png"), "--json"])
+    assert json.loads(told.output)["loras"] == ["every.safetensors:0.8", "some.safetensors:-0.5"]
+    plain = CliRunner().invoke(cli, ["generate", str(bundle), PROMPT, *options, "-o", str(tmp_path / "c.png")])
+    assert "adapt " not in plain.output
