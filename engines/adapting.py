@@ -12,7 +12,7 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.spec import Array
-from latentrt.engines.weights import BuiltWeight, BuiltWeights, arrange, built_record, read_weights
+from latentrt.engines.weights import BuiltWeights, arrange, built_record, read_weights
 
 Delta = Callable[[], Array]
 """What is added to a weight, computed when it is asked for: float32, of the weight's shape in the checkpoint."""
@@ -49,9 +49,9 @@ class Adaptable:
     directory: Path
     files: Path
     command: str
-    _known: dict[str, Mapping[str, BuiltWeight]] = field(default_factory=dict)
+    _known: dict[str, BuiltWeights] = field(default_factory=dict)
 
-    def weights(self, component: str) -> Mapping[str, BuiltWeight]:
+    def weights(self, component: str) -> BuiltWeights:
         """Return where a component's weights lie. Raises EngineError where nobody noted it when it was built."""
         if component not in self._known:
             name = built_record(component)
@@ -60,12 +60,12 @@ class Adaptable:
                     f"the engines in {self.directory} were built without a note of where {component}'s weights lie, so "
                     f"no LoRA can be added to them; run `{self.command}`"
                 )
-            self._known[component] = read_weights(self.directory / name, BuiltWeights).weights
+            self._known[component] = read_weights(self.directory / name, BuiltWeights)
         return self._known[component]
 
     def check(self, component: str, changes: Changes) -> None:
         """Raise EngineError where something cannot be changed here."""
-        known = self.weights(component)
+        known = self.weights(component).weights
         if strange := sorted(set(changes.deltas) - set(known)):
             raise EngineError(
                 f"{component}: {len(strange)} of the weights that change ({strange[0]}, …) cannot be told from others "
@@ -77,11 +77,18 @@ class Adaptable:
 
         The sum is made in float32 and rounded once.
         """
-        place = self.weights(component)[name]
+        place = self.weights(component).weights[name]
         total = place.read(self.files).astype(np.float32)
         for delta in deltas:
             total += arrange(delta(), place.layout)
         return place.initializer, total.astype(place.dtype, copy=False)
+
+    def base(self, component: str, initializer: str) -> Array | None:
+        """Return an initializer's values in the base, None where they are not known."""
+        known = self.weights(component)
+        named = {weight.initializer: weight for weight in known.weights.values()}
+        place = named.get(initializer) or known.others.get(initializer)
+        return None if place is None else np.array(place.read(self.files))
 
 
 def adaptable(bundle: Bundle, directory: Path, record: EngineRecord) -> Adaptable:

@@ -14,6 +14,7 @@ from latentrt.engines.gpu import find_gpu
 from latentrt.engines.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import BackendName
+from latentrt.engines.tensorrt_refit import REFITTABLE
 
 # The fastest first. `auto` takes the first of these that a bundle has engines for here, or that can build them here.
 FOR_GPUS: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx", "cuda")
@@ -95,6 +96,7 @@ def find_engines(
     if not serving:
         raise EngineError(_no_engines(bundle, backend))
     fitting = [found for found in serving if fits(found[1], needs or _own_shape(bundle), bundle)]
+    fitting.sort(key=lambda found: REFITTABLE not in found[1].key.options)  # those that LoRAs can change come first
     if needs is not None and not fitting:
         raise EngineError(_no_shape(bundle, backend, needs, serving))
     return (fitting or serving)[0]

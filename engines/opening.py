@@ -47,7 +47,7 @@ class OpenEngines:
         self._first = (directory, record)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
-        self._changes: Mapping[str, Changes] = NOTHING
+        self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
         self.engines = self._open(directory, record).engines
         self.key: EngineKey = record.key
         self.load_s = time.perf_counter() - start
@@ -56,7 +56,7 @@ class OpenEngines:
         if directory not in self._opened:
             opened = self._open_components(directory, record, self._components)
             self._opened[directory] = (record, opened)
-            opened.adapt(self._changes)
+            opened.adapt(self._changes or NOTHING)
         return self._opened[directory][1]
 
     def _open_components(self, directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
@@ -84,18 +84,21 @@ class OpenEngines:
         What is not named is as in the base again. What drew before must be asked for again with `canvas`.
         Raises EngineError; then no weights are changed at all.
         """
-        if keys_of(changes) == keys_of(self._changes):
+        if self._changes is not None and keys_of(changes) == keys_of(self._changes):
             return False
-        self._changes = NOTHING
+        self._changes = None  # until it is known that everything went well
         try:
-            for _, opened in self._opened.values():
-                opened.adapt(changes)
+            self._adapt_all(changes)
         except Exception:
-            for _, opened in self._opened.values():
-                opened.adapt(NOTHING)
+            self._adapt_all(NOTHING)
+            self._changes = NOTHING
             raise
         self._changes = changes
         return True
+
+    def _adapt_all(self, changes: Mapping[str, Changes]) -> None:
+        for _, opened in self._opened.values():
+            opened.adapt(changes)
 
     def canvas(self, space: LatentSpec, shape: CanvasShape, *, state_rows: int) -> Canvas:
         """Return what a batch of this shape is drawn on.

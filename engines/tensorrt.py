@@ -7,12 +7,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, cast
 
 from latentrt.engines import graphs
-from latentrt.engines.adapting import Changes
+from latentrt.engines.adapting import Adaptable, Changes
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import Canvas, CanvasShape
 from latentrt.engines.device import CudaDevice
@@ -26,7 +26,10 @@ from latentrt.engines.references import write_references
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.stage import fuse_stage
 from latentrt.engines.tensorrt_compile import capabilities, compile_graph
+from latentrt.engines.tensorrt_refit import Refits
 from latentrt.engines.tensorrt_session import TensorRTSession, open_tensorrt
+from latentrt.engines.weight_places import GraphValues, own_places
+from latentrt.engines.weights import GraphWeights, built_record, read_weights, write_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -244,6 +247,8 @@ def _build_one(
     report: Report,
 ) -> tuple[str, EngineSpec]:
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
+    if options.refit:
+        _note_weights(bundle, component, directory)
     model = _edit(graphs.load_graph(files[0]), component, options, bundle.manifest.latents)
     spec = spec_of(component, model, options.profiles(bundle.manifest), factor=bundle.manifest.latents.factor)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
@@ -255,6 +260,17 @@ def _build_one(
     output = directory / f"{component}.engine"
     output.write_bytes(plan)
     return output.name, spec
+
+
+def _note_weights(bundle: Bundle, component: str, directory: Path) -> None:
+    """Write down where the weights of a component lie in the bundle, for when they are changed."""
+    spec = bundle.manifest.components[component]
+    if spec.weights is not None:
+        known = read_weights(bundle.path(spec.weights), GraphWeights)
+        graph = bundle.path(spec.graph)
+        values = GraphValues(graphs.load_graph(graph), graph)
+        folder = PurePosixPath(spec.graph).parent.as_posix()
+        write_weights(directory / built_record(component), own_places(known, values, folder))
 
 
 def _edit(model: ModelProto, component: str, options: BuildOptions, latents: LatentSpec) -> ModelProto:
@@ -307,14 +323,11 @@ class OnDevice:
 
     engines: dict[str, Engine]
     session: TensorRTSession
+    refits: Refits
 
     def adapt(self, changes: Mapping[str, Changes]) -> None:
-        """Raise EngineError where weights shall change."""
-        if changes:
-            raise EngineError(
-                "this version of latentrt does not change the weights of tensorrt's engines; add the LoRA when "
-                "exporting: latentrt export --lora, or draw with --backend cpu or cuda"
-            )
+        """Change the weights of components, from the base's always. Raises EngineError."""
+        self.refits.adapt(changes, tuple(self.engines))
 
     def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
         """Return the canvas of a shape: the same one every time, blank. Raises EngineError."""
@@ -349,4 +362,7 @@ def open_engines(
     session = open_tensorrt(
         library, directory, record, CudaDevice(), factor=factor, components=components, graphs=graphs
     )
-    return OnDevice(engines={name: in_portions(session.engine(name)) for name in components}, session=session)
+    command = f"latentrt build {bundle.root} --backend {flavor} --refittable"
+    weights = Adaptable(record=record, directory=directory, files=bundle.root, command=command)
+    engines = {name: in_portions(session.engine(name)) for name in components}
+    return OnDevice(engines=engines, session=session, refits=Refits(session, weights))

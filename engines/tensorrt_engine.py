@@ -81,6 +81,10 @@ class TensorRTEngine:
         if self._program is None:
             return
         self._program = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the contexts and buffers; they are made again for the next call."""
         with self._place.queue.lock:
             while self._desks:
                 self._desks.popitem()[1].close()

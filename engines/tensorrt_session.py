@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Self
@@ -120,6 +120,21 @@ class TensorRTSession:
         engine = TensorRTEngine(self._place, program, self._origin)
         self._engines = [*(one for one in self._engines if not one.closed), engine]
         return engine
+
+    def refit(self, component: str, exchange: Callable[[Program, int], None]) -> None:
+        """Exchange weights of an engine: `exchange` is given it and the stream in which to queue that.
+
+        Canvases are closed and passes are made anew: that recorded ones see new weights is promised nowhere.
+        """
+        with self._place.queue.lock:
+            self._check_open()
+            while self._canvases:
+                self._canvases.popitem()[1].close("had other weights; ask for it again")
+            for engine in self._engines:
+                engine.forget()
+            self._place.queue.drain()
+            exchange(self._programs[component], self._place.queue.stream)
+            self._place.queue.drain()
 
     def warm_up(self, shape: CanvasShape) -> dict[str, float]:
         """Make the canvas for a shape and run all of it; return the device's seconds by pass."""

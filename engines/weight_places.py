@@ -9,14 +9,23 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latentrt.engines.spec import Array
-from latentrt.engines.weights import LAYOUTS, TRANSPOSED, BuiltWeight, BuiltWeights, GraphWeights, arrange, fits
+from latentrt.engines.weights import (
+    AS_NAMED,
+    LAYOUTS,
+    TRANSPOSED,
+    BuiltWeight,
+    BuiltWeights,
+    GraphWeights,
+    arrange,
+    fits,
+)
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
@@ -40,7 +49,7 @@ class GraphValues:
     def __init__(self, model: ModelProto, path: Path) -> None:
         """Take a graph's initializers; their data lies in the file at `path`, or in those that they name beside it."""
         self._path = path
-        self.tensors = {t.name: t for t in model.graph.initializer if t.data_type in DTYPES and len(t.dims) > 1}
+        self.tensors = {t.name: t for t in model.graph.initializer if t.data_type in DTYPES and len(t.dims) > 0}
         self._text = b""
         self._seen = 0
 
@@ -133,11 +142,31 @@ def _built_weight(shape: tuple[int, ...], name: str, layout: str, stored: Stored
     )
 
 
-def own_places(record: GraphWeights, canonical: GraphValues) -> BuiltWeights:
-    """Find each weight in the canonical graph itself, for what compiles that graph and keeps its names."""
-    found = {}
-    for name, graph_weight in record.weights.items():
-        stored = canonical.get(graph_weight.initializer)
-        if stored is not None and stored.file is not None:
-            found[name] = _built_weight(graph_weight.shape, graph_weight.initializer, graph_weight.layout, stored)
-    return BuiltWeights(weights=found)
+def own_places(record: GraphWeights, canonical: GraphValues, folder: str) -> BuiltWeights:
+    """Find each weight, and all else that a graph holds, in the canonical graph itself.
+
+    For what compiles that graph and keeps its names. folder: of the graph, below the bundle
+    """
+    weights = {
+        name: _in_folder(folder, weight.shape, weight.initializer, weight.layout, canonical)
+        for name, weight in record.weights.items()
+    }
+    others = {
+        name: _in_folder(folder, tuple(tensor.dims), name, AS_NAMED, canonical)
+        for name, tensor in canonical.tensors.items()
+        if name not in {weight.initializer for weight in record.weights.values()}
+    }
+    return BuiltWeights(
+        weights={name: weight for name, weight in weights.items() if weight},
+        others={name: weight for name, weight in others.items() if weight},
+    )
+
+
+def _in_folder(
+    folder: str, shape: tuple[int, ...], name: str, layout: str, canonical: GraphValues
+) -> BuiltWeight | None:
+    stored = canonical.get(name)
+    if stored is None or stored.file is None:
+        return None
+    built = _built_weight(shape, name, layout, stored)
+    return replace(built, file=f"{folder}/{built.file}")

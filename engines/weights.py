@@ -10,12 +10,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 
+from latentrt.engines.bundle import inside
 from latentrt.engines.errors import BundleError
 from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import Array
@@ -46,7 +47,8 @@ class BuiltWeight:
 
     initializer: its name there; shape and layout: as in `GraphWeight`
     stored: the shape as it is stored
-    file, offset: in which file beside the record, and how many bytes from its beginning
+    file, offset: in which file below the engines' directory, or below the bundle for what compiles its graphs, and how
+        many bytes from its beginning
     """
 
     initializer: str
@@ -58,8 +60,10 @@ class BuiltWeight:
     offset: int
 
     def read(self, directory: Path) -> Array:
-        """Map the weight as it is stored into memory."""
-        return np.memmap(directory / self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.stored)
+        """Map the weight as it is stored into memory. Raises BundleError where the file lies elsewhere."""
+        return np.memmap(
+            inside(directory, self.file), dtype=self.dtype, mode="r", offset=self.offset, shape=self.stored
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,9 +75,13 @@ class GraphWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltWeights:
-    """The record that a build writes, by the checkpoint's names of weights."""
+    """The record that a build writes, by the checkpoint's names of weights.
+
+    others: further initializers, by their own names, which a compiler may ask for together with a weight
+    """
 
     weights: Mapping[str, BuiltWeight]
+    others: Mapping[str, BuiltWeight] = field(default_factory=dict)
 
 
 Record = TypeVar("Record", GraphWeights, BuiltWeights)

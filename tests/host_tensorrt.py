@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from latentrt.engines.spec import Array, EngineSpec
@@ -61,6 +62,7 @@ def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool =
     """Return a module with TensorRT's names.
 
     refuses: names of calls that fail from now on; silent: without a reason; engines: those alive
+    combined: names of weights, each with those that must be supplied with it
     vague_outputs: as with TensorRT, the shapes of outputs are not known before those of inputs are
     """
     library: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
@@ -70,6 +72,8 @@ def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool =
     library.ILogger, library.DataType, library.TensorIOMode = ILogger, DataType, TensorIOMode
     library.ExecutionContextAllocationStrategy = Strategy
     library.Runtime = lambda logger: Runtime(library, logger)
+    library.combined = {}
+    library.Refitter = Refitter
     if rtx:
         library.DynamicShapesKernelSpecializationStrategy = Kernels
     return library
@@ -103,13 +107,19 @@ class Engine:
     def __init__(self, runtime: Runtime, profiles: list[dict[str, list[int]]], graph: bytes) -> None:
         self.runtime = runtime
         self.profiles = [{name: tuple(shape) for name, shape in profile.items()} for profile in profiles]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # the networks are tiny: threads would only wait for each other
-        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.graph = graph
+        self.weigh(graph)
         self.inputs = {node.name: node for node in self.session.get_inputs()}
         self.outputs = {node.name: node for node in self.session.get_outputs()}
         self.tensors = self.inputs | self.outputs
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(self.profiles)
+
+    def weigh(self, graph: bytes) -> None:
+        """Run this graph from now on."""
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # the networks are tiny: threads would only wait for each other
+        self.graph = graph
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def get_tensor_name(self, number: int) -> str:
         return list(self.tensors)[number]
@@ -141,6 +151,38 @@ class Engine:
         if self.runtime.fails("create_execution_context"):
             return None
         return CapturableContext(self, config) if rtx else Context(self)
+
+
+class Refitter:
+    """Exchanges initializers by name, late. As TensorRT's it may leave half of them when it fails."""
+
+    def __init__(self, engine: Engine, logger: Any) -> None:
+        self.engine, self.library = engine, engine.runtime.library
+        self.model = onnx.load_from_string(engine.graph)
+        self.tensors = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.given: dict[str, Array] = {}
+
+    def set_named_weights(self, name: str, weights: Array) -> bool:
+        tensor = self.tensors.get(name)
+        fits = tensor is not None and tuple(tensor.dims) == weights.shape
+        if not fits or weights.dtype != onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type):
+            self.engine.runtime.logger.log(ILogger.Severity.ERROR, f"{name} does not fit")
+            return False
+        self.given[name] = weights
+        return not self.engine.runtime.fails("set_named_weights")
+
+    def get_missing_weights(self) -> list[str]:
+        partners = [partner for name in self.given for partner in self.library.combined.get(name, ())]
+        return [name for name in dict.fromkeys(partners) if name not in self.given]
+
+    def refit_cuda_engine_async(self, stream: int) -> bool:
+        assert stream != 0 and not self.get_missing_weights()
+        failed = self.engine.runtime.fails("refit_cuda_engine_async")
+        for name in list(self.given)[: len(self.given) // 2 if failed else None]:
+            self.tensors[name].CopyFrom(onnx.numpy_helper.from_array(self.given[name], name))
+        graph = self.model.SerializeToString()
+        self.library.device.put(stream, "refit", lambda: self.engine.weigh(graph))
+        return not failed
 
 
 class Config:
@@ -214,13 +256,13 @@ class Context:
 
     def _work(self, addresses: Mapping[str, int], scratch: tuple[int, int]) -> Any:
         """Return the work on the memory that is bound now, as kernels keep the arguments they were launched with."""
-        device, session = self.library.device, self.engine.session
+        device, engine = self.library.device, self.engine
 
         def run() -> None:
             blocks = {name: self._array(name, address) for name, address in addresses.items()}
             feeds = {name: blocks[name].copy() for name in self.engine.inputs}
             device.resolve(*scratch).fill(FRESH)
-            for name, array in zip(self.engine.outputs, session.run(list(self.engine.outputs), feeds), strict=True):
+            for name, array in zip(engine.outputs, engine.session.run(list(engine.outputs), feeds), strict=True):
                 blocks[name][...] = array
 
         return run

@@ -99,7 +99,7 @@ def every_layer(root: Path, *, seed: int, part: str | None = None) -> list[Facto
         if not inputs or "embedding.weight" in name or "embeddings." in name or part not in (None, network):
             continue
         rank = int(generator.integers(1, 4))
-        down, up = generator.uniform(-0.1, 0.1, (rank, *inputs)), generator.uniform(-0.3, 0.3, (outputs, rank))
+        down, up = generator.uniform(-0.2, 0.2, (rank, *inputs)), generator.uniform(-0.3, 0.3, (outputs, rank))
         module = name.removesuffix(".weight")
         arrays = {
             "down": down.astype(np.float32),
