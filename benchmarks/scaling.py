@@ -1,11 +1,14 @@
-"""How time and memory grow: with the picture's size, the batch, the steps and the threads; and with the model.
+"""How time and memory grow: with the picture's size, the batch, the steps, the threads and LoRAs; and with the model.
 
     python benchmarks/scaling.py BUNDLE [--sizes 256,384,512,768,1024] [--batches 1,2,4,8] [--steps 1,5,10,20,40]
-        [--threads 1,2] [--seconds 60] [--models tiny,demo,middle] [--output benchmarks/results/scaling.json]
+        [--threads 1,2] [--loras 0,1,2,4,8] [--seconds 60] [--models tiny,demo,middle]
+        [--output benchmarks/results/scaling.json]
 
 Every curve is one run of the harness of `latentrt bench`: its points take turns in random order. --models exports
 each (random_checkpoint.py's shapes, and the demo) and records seconds and peak memory against parameters, then load
-times against bytes. `python benchmarks/plots.py` draws the result.
+times against bytes. --loras draws with so many random LoRAs at once, of rank 16 on every linear layer of the UNet's
+attention, and records what the change of weights takes, a step after it, and the memory that is in use then.
+`python benchmarks/plots.py` draws the result.
 """
 
 from __future__ import annotations
@@ -15,15 +18,20 @@ import dataclasses
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.progress import Report, terminal_report
+from latentrt.engines.weights import GraphWeights, read_weights
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.measure import Asked, run_bench
+from latentrt.runtime.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 
 LOADS = 5
@@ -37,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batches", type=_numbers, default=(1, 2, 4, 8))
     parser.add_argument("--steps", type=_numbers, default=(1, 5, 10, 20, 40))
     parser.add_argument("--threads", type=_numbers, default=tuple(range(1, len(os.sched_getaffinity(0)) + 1)))
+    parser.add_argument("--loras", type=_numbers, default=(0, 1, 2, 4, 8), help="How many at once.")
     parser.add_argument("--seconds", type=float, default=60.0, help="For each curve.")
     parser.add_argument("--models", default="tiny,demo,middle", help="To export; empty for none.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/scaling.json"))
@@ -44,6 +53,7 @@ def main() -> None:
     watch = Watch()
     with terminal_report() as report, tempfile.TemporaryDirectory() as folder:
         curves = {name: curve(arguments.bundle, asked, report) for name, asked in curves_asked(arguments).items()}
+        loras = lora_curve(arguments.bundle, arguments.loras, Path(folder), seconds=arguments.seconds)
         models = [one for one in arguments.models.split(",") if one]
         exports = {model: export(model, Path(folder), report) for model in models}
     document = {
@@ -54,6 +64,7 @@ def main() -> None:
         "conditions": dataclasses.asdict(watch.conditions()),
         "bundle": Path(arguments.bundle).resolve().name,
         "curves": curves,
+        "loras": loras,
         "exports": exports,
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +101,54 @@ def curve(bundle: str, asked: Asked, report: Report) -> list[dict[str, Any]]:
         }
         for variant in run_bench(bundle, asked, progress=report).variants
     ]
+
+
+def lora_curve(bundle: str, counts: tuple[int, ...], folder: Path, *, seconds: float) -> list[dict[str, Any]]:
+    """Switch between numbers of LoRAs in turns. Returns a point for each: the switch, a step after it, and memory."""
+    files = [save_lora(bundle, folder / f"lora{number}.safetensors", seed=number) for number in range(max(counts))]
+    figures: dict[int, dict[str, list[float]]] = {count: {"adapt": [], "step": [], "anonymous": []} for count in counts}
+    end, turn = time.monotonic() + seconds, 0
+    with Pipeline.load(bundle, "cpu") as pipe:
+        pipe.warm_up()
+        while turn < 2 or time.monotonic() < end:  # the first turn warms up
+            for count in counts:
+                # another scale each turn: no session is kept from the one before
+                loras = [Lora(file=file, scale=0.1 + turn / 100) for file in files[:count]]
+                result = pipe("a circle", steps=4, sampler="euler", guidance=5.0, seed=turn, loras=loras)
+                if turn:
+                    point = figures[count]
+                    point["adapt"].append(result.seconds["adapt"])
+                    point["step"].extend(result.step_seconds)
+                    point["anonymous"].append(anonymous_bytes())
+            turn += 1
+    return [
+        {"count": count, **{name: dataclasses.asdict(measured(some).summary) for name, some in point.items()}}
+        for count, point in figures.items()
+    ]
+
+
+def save_lora(bundle: str, path: Path, *, seed: int, rank: int = 16) -> Path:
+    """Write a LoRA with random factors for the linear layers of the attention of a bundle's UNet."""
+    from safetensors.numpy import save_file
+
+    opened = Bundle.open(bundle)
+    record = opened.manifest.components["unet"].weights
+    assert record is not None, "export the bundle again"
+    generator, tensors = np.random.default_rng(seed), {}
+    for name, weight in read_weights(opened.path(record), GraphWeights).weights.items():
+        if ".attn" in name:
+            module, (outputs, inputs) = name.removesuffix(".weight"), weight.shape
+            tensors[f"unet.{module}.lora_A.weight"] = generator.normal(0, 0.02, (rank, inputs)).astype(np.float32)
+            tensors[f"unet.{module}.lora_B.weight"] = generator.normal(0, 0.02, (outputs, rank)).astype(np.float32)
+    save_file(tensors, path)
+    return path
+
+
+def anonymous_bytes() -> float:
+    """Return this process's memory that no file stands behind: what is mapped from the bundle is not counted."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("Anonymous:"))
+    return 1024.0 * int(line.split()[1])
 
 
 def export(model: str, folder: Path, report: Report) -> dict[str, Any]:
@@ -131,6 +190,10 @@ def format_lines(document: Mapping[str, Any]) -> str:
             settings, whole, step = point["settings"], point["end_to_end"]["p50"], point["step"]["p50"]
             value = f"{settings['width']}x{settings['height']}" if name == "size" else settings[name]
             lines.append(f"{name:<8} {value!s:>9}  {1e3 * whole:9.1f} ms end to end  {1e3 * step:8.2f} ms a stage")
+    for point in document["loras"]:
+        adapt, step, used = (point[name]["p50"] for name in ("adapt", "step", "anonymous"))
+        words = f"{1e3 * adapt:9.1f} ms to switch     {1e3 * step:8.2f} ms a stage  {used / 2**20:8.0f} MiB anonymous"
+        lines.append(f"loras    {point['count']!s:>9}  {words}")
     for model, one in document["exports"].items():
         for name, component in one["components"].items():
             peak = component["peak_rss_bytes"] / 2**20
