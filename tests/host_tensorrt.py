@@ -85,9 +85,10 @@ class Runtime:
 
     def fails(self, call: str) -> bool:
         """Tell whether a call shall fail, and give the logger the reason."""
-        if call in self.library.refuses and not self.library.silent:
+        failing = call in self.library.refuses
+        if failing and not self.library.silent:
             self.logger.log(ILogger.Severity.ERROR, f"{call}: as the test\n wishes")
-        return call in self.library.refuses
+        return failing
 
     def deserialize_cuda_engine(self, buffer: mmap.mmap) -> Engine | None:
         assert isinstance(buffer, mmap.mmap), "a plan is read through a memory map"

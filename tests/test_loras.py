@@ -259,28 +259,32 @@ def test_every_matrix_of_a_checkpoint_is_found_in_the_graph_and_in_what_is_built
         assert set(built) == set(graph)
 
 
-def test_layers_whose_weights_are_equal_change_alone(made: Make, tmp_path: Path) -> None:
-    """An exporter keeps equal weights once; each layer gets its own, and what cannot be told apart is refused."""
+def test_layers_whose_weights_are_equal_change_alone_or_are_refused(made: Make, tmp_path: Path) -> None:
+    """An exporter keeps equal small weights once: each layer gets its own. Laid out anew, they cannot be told apart."""
     from safetensors.torch import load_file, save_file
 
     from latentrt.export.exporting import export_checkpoint
 
-    root = tmp_path / "twins"
-    shutil.copytree(made("sd1", "")[0], root)
+    root = shutil.copytree(made("sd1", "")[0], tmp_path / "twins")
     (file,) = (root / "unet").glob("*.safetensors")
     tensors = load_file(file)
-    stem = "mid_block.attentions.0.transformer_blocks.0.attn1"
-    tensors[f"{stem}.to_k.weight"] = tensors[f"{stem}.to_q.weight"].clone()
+    attention, resnet = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "mid_block.resnets.0"
+    tensors[f"{attention}.to_q.weight"] = tensors[f"{attention}.to_out.0.weight"].clone()
+    tensors[f"{resnet}.conv2.weight"] = tensors[f"{resnet}.conv1.weight"].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     export_checkpoint(str(root), tmp_path / "bundle", precision="fp32")
-    rows = [row for row in every_layer(root, seed=1, part="unet") if row.module == f"{stem}.to_k"]
-    rows = [dataclasses.replace(row, up=row.up * 30) for row in rows]
-    lora = save(tmp_path / "a.safetensors", kohya(rows))
+    rows = {row.module: row for row in every_layer(root, seed=1, part="unet")}
+    alone = [dataclasses.replace(rows[f"{attention}.to_q"], up=rows[f"{attention}.to_q"].up * 30)]
     with Pipeline.load(tmp_path / "bundle", "cpu", threads=1) as pipe:
-        found, base = draw(pipe, (lora, 1.0)), draw(pipe)
-    expected = their_picture("sd1", root, [(rows, 1.0)])
-    assert psnr(found, expected) >= LEAST
-    assert psnr(base, expected) < LEAST
+        found, base = draw(pipe, (save(tmp_path / "a.safetensors", kohya(alone)), 1.0)), draw(pipe)
+        expected = their_picture("sd1", root, [(alone, 1.0)])
+        assert psnr(found, expected) >= LEAST
+        assert psnr(base, expected) < LEAST
+        lora = save(tmp_path / "b.safetensors", kohya([rows[f"{resnet}.conv2"]]))
+        words = refusal(pipe, Lora(file=lora), error=EngineError)
+        assert f"1 of the weights that change ({resnet}.conv2.weight" in words
+        assert "latentrt export --lora" in words
+        np.testing.assert_array_equal(draw(pipe), base)
 
 
 @given(
