@@ -142,7 +142,8 @@ def _make(job: Job) -> Finished:
     """Load the network, record both pairs, write its graph in float32."""
     import torch
 
-    from latentrt.export import graphs, modules, weight_names
+    from latentrt.export import graphs, modules
+    from latentrt.export.weight_names import NAMED, name_weights
 
     component = component_of(job.component)
     takes = input_specs(component, job.dimensions, "fp32")
@@ -159,8 +160,8 @@ def _make(job: Job) -> Finished:
     traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
     axes = component.axes(job.dimensions)
     model = graphs.trace_graph(module, traced, takes, gives, axes=axes)
-    if job.component in weight_names.NAMED:
-        write_weights(Path(job.root) / graph_record(job.component), weight_names.name_weights(model, module))
+    if job.component in NAMED:
+        write_weights(Path(job.root) / graph_record(job.component), name_weights(model, module))
     files = graphs.save_graph(model, _traced_graph(job))
     return _finished(job, files if job.precision == "fp32" else [])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -56,13 +55,3 @@ def _own(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     graph.register_initializer(own)
     node.replace_input_with(1, own)
     return own
-
-
-def absent(record: GraphWeights, module: nn.Module) -> Mapping[str, tuple[int, ...]]:
-    """Return the matrices of a module that a record does not have, with their shapes: embeddings, if all is well."""
-    tensors = {name.removeprefix(WRAPPED): tensor for name, tensor in module.state_dict().items()}
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.ndim > 1 and name not in record.weights
-    }

@@ -140,7 +140,7 @@ def test_on_step_is_told_each_stage_and_ends_the_call_by_raising(pipe: Pipeline)
 
 def test_the_seconds_of_the_stages_fill_the_total(pipe: Pipeline) -> None:
     result = pipe("a circle", seed=0, **QUICK)
-    assert set(result.seconds) == {"tokenize", "encode", "denoise", "decode", "total"}
+    assert set(result.seconds) == {"adapt", "tokenize", "encode", "denoise", "decode", "total"}
     stages = sum(value for name, value in result.seconds.items() if name != "total")
     assert 0 < stages <= result.seconds["total"]
     assert sum(result.step_seconds) <= result.seconds["denoise"]
