@@ -30,14 +30,14 @@ def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], 
     for initializer, values in weights.items():
         _set(refitter, initializer, values, name, told)
     for initializer in refitter.get_missing_weights():
-        values = base(initializer) if initializer else None
-        if values is None:
+        own = base(initializer) if initializer else None
+        if own is None:
             raise EngineError(
                 f"{name}: its compiler has put '{initializer}' together with a weight that changes, and its own values "
                 "are not known; add the LoRA when exporting: latentrt export --lora"
             )
-        kept[initializer] = values
-        _set(refitter, initializer, values, name, told)
+        kept[initializer] = own
+        _set(refitter, initializer, own, name, told)
     if not refitter.refit_cuda_engine_async(stream):
         _given(None, f"{name}: its weights could not be exchanged", told)
 

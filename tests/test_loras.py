@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from latentrt.__main__ import cli
 from latentrt.engines import onnxruntime, sessions
-from latentrt.engines.bundle import Bundle, write_manifest
+from latentrt.engines.building import build_engines
+from latentrt.engines.bundle import Bundle, record_file, write_manifest
 from latentrt.engines.errors import BundleError, EngineError, RequestError
 from latentrt.engines.manifest import manifest_from_json
 from latentrt.engines.spec import Array
@@ -257,6 +258,35 @@ def test_every_matrix_of_a_checkpoint_is_found_in_the_graph_and_in_what_is_built
         assert {name.removeprefix("text_model."): weight.shape for name, weight in graph.items()} == expected
         built = read_weights(directory / f"{part}.weights.json", BuiltWeights).weights
         assert set(built) == set(graph)
+
+
+def test_weights_in_files_of_their_own_change_too(
+    made: Make, styles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of large networks are, beside the canonical graph and beside the built one; there they are mapped."""
+    import onnx
+
+    root = shutil.copytree(made("sd1", "")[1], tmp_path / "bundle")
+    manifest = Bundle.open(root).manifest
+    files, components = dict(manifest.files), dict(manifest.components)
+    for name in ("unet", "text_encoder"):
+        graph = root / manifest.components[name].graph
+        onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+        data = f"{manifest.components[name].graph}_data"
+        files |= {path: record_file(root, path) for path in (manifest.components[name].graph, data)}
+        components[name] = dataclasses.replace(components[name], files=(manifest.components[name].graph, data))
+    write_manifest(root, dataclasses.replace(manifest, files=files, components=components))
+    monkeypatch.setattr(onnxruntime, "EXTERNAL_BYTES", 0)
+    shutil.rmtree(root / "engines")
+    build_engines(Bundle.open(root), "cpu")
+    (data,) = root.glob("engines/*/unet.onnx.data")
+    note = read_weights(data.with_name("unet.weights.json"), BuiltWeights)
+    assert {weight.file for weight in note.weights.values()} == {data.name}
+    pictures = []
+    for bundle in (root, made("sd1", "")[1]):
+        with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+            pictures.append(draw(pipe, (styles[0], 0.8), (styles[1], -0.5)))
+    np.testing.assert_array_equal(*pictures)
 
 
 def test_layers_whose_weights_are_equal_change_alone_or_are_refused(made: Make, tmp_path: Path) -> None:
