@@ -17,6 +17,7 @@ from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
+from latentrt.engines.host_kernels import use_host_kernels
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import Array, DType, EngineKey, EngineSpec, Inputs, TensorSpec
@@ -46,8 +47,8 @@ NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
 FUSED: frozenset[Provider] = frozenset({"cuda"})
-# Counts up when the fused graphs change though the bundle's do not.
-RECIPE = 2
+# Counts up when what is built of a bundle changes though the bundle does not.
+RECIPES: Mapping[Provider, int] = {"cpu": 1, "cuda": 2}
 # Too heavy for the host: when ONNX Runtime has no kernel for one of these on the device, it would run it on the CPU.
 HEAVY = frozenset(
     {"Attention", "Conv", "ConvTranspose", "Gelu", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
@@ -91,6 +92,7 @@ def key(bundle: Bundle, provider: Provider) -> EngineKey:
         "backend": provider,
         "backend_version": require().__version__,
         "graphs": bundle.manifest.graphs_digest(),
+        "options": (f"recipe {RECIPES[provider]}",),
     }
     if provider == "cpu":
         return EngineKey(device=instruction_set(), precision="fp32", **common)
@@ -103,7 +105,6 @@ def key(bundle: Bundle, provider: Provider) -> EngineKey:
         sm_count=gpu.sm_count,
         driver_major=gpu.driver_major,
         precision=bundle.manifest.precision,
-        options=(f"recipe {RECIPE}",),
         **common,
     )
 
@@ -134,6 +135,8 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     model = graphs.load_graph(files[0])
     widened = provider == "cpu" and graphs.widen(model, files[0].parent)
     model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
+    if provider == "cpu":
+        use_host_kernels(model)
     output = directory / f"{component}.onnx"
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
