@@ -10,14 +10,14 @@ Two operators, by what was measured on them (benchmarks/README.md):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latentrt.engines.graph_view import GraphView
+
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto
 
 MICROSOFT = "com.microsoft"
 GROUPS_SINCE = 21  # from this opset on GroupNormalization scales by channel, before by group
@@ -31,9 +31,9 @@ def use_host_kernels(model: ModelProto) -> int:
     """
     from onnx import helper
 
-    graph = Graph.of(model)
+    graph = GraphView.of(model)
     opset = next((found.version for found in model.opset_import if found.domain == ""), 0)
-    before: dict[int, list[NodeProto]] = {}
+    instead: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         if node.op_type == "GroupNormalization" and opset >= GROUPS_SINCE:
             made = _normalization(node, graph)
@@ -42,69 +42,14 @@ def use_host_kernels(model: ModelProto) -> int:
         else:
             continue
         if made:
-            before[id(node)] = made
-    nodes = [each for node in model.graph.node for each in before.get(id(node), [node])]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    _drop_unused(model.graph)
-    if before and all(found.domain != MICROSOFT for found in model.opset_import):
+            instead[node.output[0]] = made
+    graph.replace(instead)
+    if instead and all(found.domain != MICROSOFT for found in model.opset_import):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-    return len(before)
+    return len(instead)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Graph:
-    """A graph, and who makes and who takes each of its tensors."""
-
-    proto: GraphProto
-    makers: dict[str, NodeProto]
-    takers: dict[str, list[NodeProto]]
-
-    @classmethod
-    def of(cls, model: ModelProto) -> Graph:
-        """Look through a model's nodes."""
-        makers, takers = {}, dict[str, list["NodeProto"]]()
-        for node in model.graph.node:
-            makers |= dict.fromkeys(node.output, node)
-            for name in node.input:
-                takers.setdefault(name, []).append(node)
-        return cls(proto=model.graph, makers=makers, takers=takers)
-
-    def made_by(self, name: str, op_type: str) -> NodeProto | None:
-        """Return the node that makes a tensor, where it is of this type."""
-        node = self.makers.get(name)
-        return node if node is not None and node.op_type == op_type else None
-
-    def length(self, name: str) -> int | None:
-        """Return the length of a vector of weights, whatever type it is cast to; None where it is no weight."""
-        while (cast := self.made_by(name, "Cast")) is not None:
-            name = cast.input[0]
-        return next((tensor.dims[0] for tensor in self.proto.initializer if tensor.name == name), None)
-
-    def numbers(self, name: str) -> list[int | None]:
-        """Return a vector of whole numbers as far as the graph holds it, None for what is computed."""
-        from onnx import numpy_helper
-
-        for tensor in self.proto.initializer:
-            if tensor.name == name:
-                return list(numpy_helper.to_array(tensor).reshape(-1).tolist())
-        constant = self.made_by(name, "Constant")
-        if constant is not None:
-            values = next((a.t for a in constant.attribute if a.name == "value"), None)
-            return [None] if values is None else list(numpy_helper.to_array(values).reshape(-1).tolist())
-        joined = self.made_by(name, "Concat")
-        return [None] if joined is None else [number for part in joined.input for number in self.numbers(part)]
-
-    def constant(self, name: str, values: list[int] | np.ndarray) -> str:
-        """Add a constant, whole numbers or an array, and return its name."""
-        from onnx import numpy_helper
-
-        array = np.array(values, dtype=np.int64) if isinstance(values, list) else values
-        self.proto.initializer.append(numpy_helper.from_array(array, name))
-        return name
-
-
-def _normalization(node: NodeProto, graph: Graph) -> list[NodeProto]:
+def _normalization(node: NodeProto, graph: GraphView) -> list[NodeProto]:
     """Return the nodes for one GroupNormalization: y = scale * (x - mean) / deviation + bias, by groups of channels."""
     from onnx import helper
 
@@ -138,7 +83,7 @@ def _normalization(node: NodeProto, graph: Graph) -> list[NodeProto]:
     ]
 
 
-def _attention(node: NodeProto, graph: Graph) -> list[NodeProto]:
+def _attention(node: NodeProto, graph: GraphView) -> list[NodeProto]:
     """Return the nodes for one Attention without a mask, whose heads are split and joined around it."""
     from onnx import helper
 
@@ -170,7 +115,7 @@ def _attention(node: NodeProto, graph: Graph) -> list[NodeProto]:
     return nodes
 
 
-def _before_transpose(name: str, graph: Graph) -> str:
+def _before_transpose(name: str, graph: GraphView) -> str:
     """Return what is transposed from (rows, tokens, heads, width) to make a tensor, or nothing."""
     node = graph.made_by(name, "Transpose")
     return node.input[0] if node is not None and _swaps_heads(node) else ""
@@ -180,25 +125,8 @@ def _swaps_heads(node: NodeProto) -> bool:
     return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute] == [SPLIT_HEADS]
 
 
-def _heads(name: str, graph: Graph) -> int | None:
+def _heads(name: str, graph: GraphView) -> int | None:
     """Return the third axis of a tensor that is made by splitting heads, where the graph holds it."""
     split = graph.made_by(name, "Reshape")
     shape = [] if split is None else graph.numbers(split.input[1])
     return shape[2] if len(shape) == 4 else None
-
-
-def _drop_unused(graph: GraphProto) -> None:
-    """Remove nodes whose outputs nobody takes, and then those that only they took from."""
-    wanted = {output.name for output in graph.output}
-    kept = list(_needed(list(graph.node), wanted))
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-
-
-def _needed(nodes: list[NodeProto], wanted: set[str]) -> Iterator[NodeProto]:
-    """Give the nodes that are needed for the wanted tensors, the last one first."""
-    for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            wanted |= set(node.input)
-            wanted |= {name for a in node.attribute if a.HasField("g") for n in a.g.node for name in n.input}
-            yield node

@@ -22,6 +22,7 @@ from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import Array, DType, EngineKey, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.stage import STATE_ROWS, fuse_stage
+from latentrt.engines.upsampling import split_upsampling
 from latentrt.engines.weight_places import GraphValues, places
 from latentrt.engines.weights import GraphWeights, built_record, read_weights, write_weights
 
@@ -137,6 +138,7 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
     if provider == "cpu":
         use_host_kernels(model)
+        split_upsampling(model, files[0].parent)
     output = directory / f"{component}.onnx"
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
