@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array
 
 if TYPE_CHECKING:
@@ -72,25 +69,6 @@ class GraphView:
     def weights(self, name: str) -> TensorProto | None:
         """Return weights by name."""
         return next((tensor for tensor in self.proto.initializer if tensor.name == name), None)
-
-    def array(self, name: str, base: Path) -> Array | None:
-        """Return the values of weights, which may lie in a file of the directory `base`; None where there are none.
-
-        Raises BundleError where they lie elsewhere. (onnx's own reader refuses files with a second hard link.)
-        """
-        from onnx import helper, numpy_helper
-
-        tensor = self.weights(name)
-        if tensor is None or not tensor.external_data:
-            return None if tensor is None else numpy_helper.to_array(tensor)
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if Path(entries["location"]).name != entries["location"]:
-            raise BundleError(f"{name}: its weights are said to lie in '{entries['location']}'; export it again")
-        dtype, shape = helper.tensor_dtype_to_np_dtype(tensor.data_type), tuple(tensor.dims)
-        values = np.fromfile(
-            base / entries["location"], dtype, count=math.prod(shape), offset=int(entries.get("offset", 0))
-        )
-        return values.reshape(shape)
 
     def replace(self, instead: Mapping[str, Sequence[NodeProto]]) -> None:
         """Put nodes in the place of others, which are named by their first output; drop what nobody needs then."""

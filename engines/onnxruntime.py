@@ -138,7 +138,7 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
     if provider == "cpu":
         use_host_kernels(model)
-        split_upsampling(model, files[0].parent)
+        split_upsampling(model, files[0])
     output = directory / f"{component}.onnx"
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:

@@ -17,6 +17,7 @@ import numpy as np
 
 from latentrt.engines.graph_view import GraphView, taken
 from latentrt.engines.spec import Array
+from latentrt.engines.weight_places import GraphValues
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -33,21 +34,21 @@ THREE_BY_THREE = {
 NEAREST = {"mode": b"nearest", "coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}
 
 
-def split_upsampling(model: ModelProto, base: Path) -> int:
+def split_upsampling(model: ModelProto, path: Path) -> int:
     """Replace every nearest doubling with a 3 x 3 convolution behind it. Returns how many.
 
-    base: the directory of the graph's external data
+    path: the file that the graph was read from, beside which its weights lie
     A UNet that takes any size computes the sizes that it upsamples to, and stays as it is: a branch for those that are
     doubled is refused by ONNX Runtime when it reads back what it saved (names of one branch stand in the other too).
     """
-    graph = GraphView.of(model)
+    graph, values = GraphView.of(model), GraphValues(model, path)
     instead: dict[str, list[NodeProto]] = {}
     for resize in model.graph.node:
-        convolution = _convolution(resize, graph)
+        convolution = _convolution(resize, graph, values)
         if convolution is None or _attributes(resize) | NEAREST != _attributes(resize):
             continue
         if len(resize.input) == 3 and graph.numbers(resize.input[2]) == DOUBLED:
-            nodes, tensors = _phases(resize.input[0], convolution, convolution.output[0], graph, base)
+            nodes, tensors = _phases(resize.input[0], convolution, values)
             model.graph.initializer.extend(tensors)
             instead[convolution.output[0]] = nodes
     graph.replace(instead)
@@ -55,14 +56,14 @@ def split_upsampling(model: ModelProto, base: Path) -> int:
     return len(instead)
 
 
-def _convolution(resize: NodeProto, graph: GraphView) -> NodeProto | None:
+def _convolution(resize: NodeProto, graph: GraphView, values: GraphValues) -> NodeProto | None:
     """Return the one 3 x 3 convolution behind an upsampling, whose weights the graph holds."""
     takers = graph.takers.get(resize.output[0], []) if resize.op_type == "Resize" else []
     if len(takers) != 1 or takers[0].op_type != "Conv":
         return None
     (node,) = takers
-    weights = [graph.weights(name) for name in node.input[1:]]
-    fits = weights[0] is not None and list(weights[0].dims[2:]) == [3, 3] and None not in weights
+    weights = [values.get(name) for name in node.input[1:]]
+    fits = weights[0] is not None and weights[0].values.shape[2:] == (3, 3) and None not in weights
     return node if fits and THREE_BY_THREE | _attributes(node) == THREE_BY_THREE else None
 
 
@@ -87,22 +88,19 @@ def phase_weights(weights: Array, *, row: int, column: int) -> Array:
     return weights
 
 
-def _phases(
-    x: str, convolution: NodeProto, output: str, graph: GraphView, base: Path
-) -> tuple[list[NodeProto], list[TensorProto]]:
+def _phases(x: str, convolution: NodeProto, values: GraphValues) -> tuple[list[NodeProto], list[TensorProto]]:
     """Return the four convolutions and what lays their pixels side by side, and the weights of all."""
     from onnx import helper, numpy_helper
 
+    output = convolution.output[0]
     own = f"{output}.phases"
-    weights, bias = (graph.array(name, base) for name in (*convolution.input[1:], "")[:2])
-    assert weights is not None  # `_convolution` looked
+    weights, *biases = (stored.values for name in convolution.input[1:] if (stored := values.get(name)) is not None)
     nodes, tensors, outputs = [], [], []
-    if bias is not None:
-        tensors.append(numpy_helper.from_array(bias, f"{own}.bias"))
+    tensors += [numpy_helper.from_array(np.array(bias), f"{own}.bias") for bias in biases]
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         name = f"{own}.{row}{column}"
         tensors.append(numpy_helper.from_array(phase_weights(weights, row=row, column=column), f"{name}.weight"))
-        takes = [x, f"{name}.weight", *([] if bias is None else [f"{own}.bias"])]
+        takes = [x, f"{name}.weight", *(tensor.name for tensor in tensors[: len(biases)])]
         pads = [1 - row, 1 - column, row, column]
         nodes.append(helper.make_node("Conv", takes, [name], name, kernel_shape=[2, 2], pads=pads))
         outputs.append(name)

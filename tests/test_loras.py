@@ -271,7 +271,7 @@ def test_weights_in_files_of_their_own_change_too(
     files, components = dict(manifest.files), dict(manifest.components)
     for name in ("unet", "text_encoder"):
         graph = root / manifest.components[name].graph
-        onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx_data", size_threshold=0)
+        onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx_data", size_threshold=256)
         data = f"{manifest.components[name].graph}_data"
         files |= {path: record_file(root, path) for path in (manifest.components[name].graph, data)}
         components[name] = dataclasses.replace(components[name], files=(manifest.components[name].graph, data))
