@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def peers(result: Result) -> Figure:
 
 
 def scaling(result: Result) -> Figure:
-    """The time against size, batch, steps and threads; export against parameters; load against bytes."""
+    """The time against size, batch, steps, threads and LoRAs; export against parameters; load against bytes."""
     figure, grid = pyplot.subplots(2, 4, figsize=(13, 6), layout="constrained")
     places = iter(grid.flat)
     values: dict[str, tuple[str, Callable[[Any], float]]] = {
@@ -167,8 +167,22 @@ def scaling(result: Result) -> Figure:
     _exports(next(places), result["exports"], "seconds", 1.0, "seconds to export it")
     _exports(next(places), result["exports"], "peak_rss_bytes", 2**-20, "MiB resident at most meanwhile")
     _loads(next(places), result["exports"])
-    next(places).set_axis_off()
+    _loras(next(places), result.get("loras", ()))
     return _with_footer(figure)
+
+
+def _loras(axes: Axes, points: Sequence[Any]) -> None:
+    """The change of weights and a step after it, against the number of LoRAs; nothing where it was not measured."""
+    if not points:
+        axes.set_axis_off()
+        return
+    counts = [point["count"] for point in points]
+    for name, label in (("adapt", "change of weights"), ("step", "a step")):
+        axes.plot(counts, [1e3 * point[name]["p50"] for point in points], marker="o", markersize=4, label=label)
+    axes.set(xlabel="LoRAs at once", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.legend(frameon=False)
+    axes.set_title("milliseconds")
 
 
 def _curve(axes: Axes, points: list[Any], title: str, value: Callable[[Any], float]) -> None:

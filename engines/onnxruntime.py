@@ -289,7 +289,10 @@ def _plan_lightly(options: Any) -> None:
 
 @functools.cache
 def _share_memory() -> bool:
-    """Have the process hold one store of memory for sessions on the CPU; False where somebody holds one already."""
+    """Have the process hold one store of memory for sessions on the CPU; False where somebody holds one already.
+
+    It is as large as the largest need so far and lasts as long as the process, where sessions' own went with them.
+    """
     ort = require()
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     names = ("arena_extend_strategy", "initial_chunk_size_bytes", "max_dead_bytes_per_chunk")
