@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.spec import Array
 from latentrt.engines.weights import BuiltWeights, arrange, built_record, read_weights
@@ -75,13 +75,20 @@ class Adaptable:
     def changed(self, component: str, name: str, deltas: Sequence[Delta]) -> tuple[str, Array]:
         """Return the name of the initializer that holds a weight, and its changed values as they are stored.
 
-        The sum is made in float32 and rounded once.
+        The sum is made in float32 and rounded once. Raises RequestError where it is not finite.
         """
         place = self.weights(component).weights[name]
         total = place.read(self.files).astype(np.float32)
         for delta in deltas:
             total += arrange(delta(), place.layout)
-        return place.initializer, total.astype(place.dtype, copy=False)
+        with np.errstate(over="ignore"):
+            stored = total.astype(place.dtype, copy=False)
+        if not np.isfinite(stored).all():
+            raise RequestError(
+                f"loras: {component}'s {name} leaves the range of {place.dtype} with these LoRAs; "
+                "give smaller scales, or other files if these are damaged"
+            )
+        return place.initializer, stored
 
     def base(self, component: str, initializer: str) -> Array | None:
         """Return an initializer's values in the base, None where they are not known."""

@@ -20,12 +20,23 @@ from hypothesis import strategies as st
 
 from latentrt.__main__ import cli
 from latentrt.engines import onnxruntime, sessions
+from latentrt.engines.adapting import Adaptable
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle, record_file, write_manifest
 from latentrt.engines.errors import BundleError, EngineError, RequestError
-from latentrt.engines.manifest import manifest_from_json
-from latentrt.engines.spec import Array
-from latentrt.engines.weights import LAYOUTS, BuiltWeights, GraphWeights, arrange, fits, read_weights
+from latentrt.engines.manifest import EngineRecord, manifest_from_json
+from latentrt.engines.spec import Array, EngineKey
+from latentrt.engines.weights import (
+    LAYOUTS,
+    BuiltWeight,
+    BuiltWeights,
+    GraphWeights,
+    arrange,
+    built_record,
+    fits,
+    read_weights,
+    write_weights,
+)
 from latentrt.runtime.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
@@ -341,6 +352,42 @@ def test_layouts_keep_every_number_and_add_up(layout: str, outputs: int, inputs:
 def _shapes_of(layout: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     padded = [(-(-shape[0] // block) * block, *shape[1:]) for block in (4, 8, 16)]
     return list(dict.fromkeys([shape, shape[::-1], *padded]))
+
+
+def test_float16_weights_are_summed_in_float32_and_rounded_once(tmp_path: Path) -> None:
+    """torch's own sum in float64 is the oracle: half of float16's last place is all that may be lost."""
+    weight = np.random.default_rng(0).normal(0, 1, (24, 16)).astype(np.float16)
+    (tmp_path / "data").write_bytes(b"\0" * 6 + weight.T.tobytes())
+    deltas = [np.random.default_rng(seed).normal(0, 1e-4, weight.shape).astype(np.float32) for seed in (1, 2, 3)]
+    weights = adaptable_of(tmp_path, dtype="float16", shape=(24, 16), stored=(16, 24), layout="transposed", offset=6)
+    name, found = weights.changed("unet", "w", [lambda delta=delta: delta for delta in deltas])
+    assert (name, found.dtype) == ("there", np.float16)
+    exact = torch.from_numpy(weight).double() + sum(torch.from_numpy(delta).double() for delta in deltas)
+    np.testing.assert_array_equal(found.T, exact.float().half().numpy())
+    assert not np.array_equal(found.T, weight)
+    with pytest.raises(RequestError, match="leaves the range of float16"):
+        weights.changed("unet", "w", [lambda: np.full(weight.shape, 1e5, np.float32)])
+
+
+def adaptable_of(folder: Path, **place: Any) -> Adaptable:
+    """One weight of one component, as a build would have noted it."""
+    weight = BuiltWeight(initializer="there", file="data", **place)
+    write_weights(folder / built_record("unet"), BuiltWeights(weights={"w": weight}))
+    key = EngineKey(backend="cuda", backend_version="1", device="x", precision="fp16", graphs="0")
+    files = {built_record("unet"): record_file(folder, built_record("unet"))}
+    record = EngineRecord(schema_version=1, key=key, specs={}, entries={}, files=files, build_s=0.0)
+    return Adaptable(record=record, directory=folder, files=folder, command="")
+
+
+def test_damaged_numbers_are_refused_before_anything_changes(
+    pipe: Pipeline, styles: list[Path], tmp_path: Path
+) -> None:
+    before = draw(pipe, (styles[0], 1.0))
+    tensors = matrices(TO_Q)
+    tensors[f"{TO_Q}.lora_up.weight"][0, 0] = np.nan
+    words = refusal(pipe, Lora(file=save(tmp_path / "nan.safetensors", tensors)))
+    assert "attn1.to_q.weight leaves the range of float32" in words
+    np.testing.assert_array_equal(draw(pipe, (styles[0], 1.0)), before)
 
 
 def refusal(pipe: Pipeline, *choice: Any, error: type[Exception] = RequestError) -> str:
