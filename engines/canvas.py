@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,11 @@ import numpy as np
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
+
+# The networks that turn a state into pixels: the checkpoint's own, and a small one that some bundles hold beside it.
+DECODER, TINY_DECODER = "vae_decoder", "tiny_decoder"
+DECODERS = (DECODER, TINY_DECODER)
+PREVIOUS = "previous_state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,13 @@ class StageInput:
     scales: Mapping[str, Array] = field(default_factory=dict)
 
 
+def no_decoder(name: str | None, there: Iterable[str]) -> EngineError:
+    """Return the error that a canvas cannot decode: it was asked for without a decoder, or there is none so named."""
+    if name is None:
+        return EngineError("the canvas was asked for without a decoder, so it has none to decode with")
+    return EngineError(f"decoding needs {name}, opened are {', '.join(there)}")
+
+
 class Canvas(Protocol):
     """A batch of pictures where the engines run: on a device, or in this process's own memory.
 
@@ -50,7 +62,8 @@ class Canvas(Protocol):
     without guidance uses the first rows of the same buffers. One canvas serves one thread at a time.
 
     write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …; and what a
-    ControlNet follows, `residuals.hint_of` its component
+    ControlNet follows, `residuals.hint_of` its component. `previous_state` can be read too, from the first `advance`
+    on: what the state was before the last one.
     """
 
     shape: CanvasShape
@@ -79,7 +92,10 @@ class Canvas(Protocol):
         ...
 
     def decode(self) -> None:
-        """Run the VAE on the first row of the state."""
+        """Run the decoder that the canvas was asked for with on the first row of the state.
+
+        Raises EngineError where it was asked for without one.
+        """
         ...
 
     def read(self, name: str) -> Array:

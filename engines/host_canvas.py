@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentrt.engines.canvas import CanvasShape, ImmediateCanvas, StageInput
+from latentrt.engines.canvas import DECODER, PREVIOUS, CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.residuals import COND, NEXT, SCALE, hint_of, is_residual, level_axes
@@ -41,14 +41,24 @@ def split_control(control: Array, state_rows: int) -> Control:
 class HostCanvas(ImmediateCanvas):
     """A canvas on which every call is done when it returns. It implements `Canvas`.
 
-    engines: text_encoder, unet, vae_decoder and ControlNets, each with its canonical inputs
+    engines: text_encoder, unet, decoders and ControlNets, each with its canonical inputs
     state_rows: what the sampler's plan needs; there is no larger state to carry
+    decoder: what `decode` runs, None for nothing
     """
 
     def __init__(
-        self, engines: Mapping[str, Engine], space: LatentSpec, shape: CanvasShape, *, state_rows: int
+        self,
+        engines: Mapping[str, Engine],
+        space: LatentSpec,
+        shape: CanvasShape,
+        *,
+        state_rows: int,
+        decoder: str | None = DECODER,
     ) -> None:
         super().__init__()
+        if decoder is not None and decoder not in engines:
+            raise no_decoder(decoder, engines)
+        self._decoder = decoder
         self.shape, self.state_rows = shape, state_rows
         self._engines, self._space = engines, space
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
@@ -65,6 +75,8 @@ class HostCanvas(ImmediateCanvas):
         if name == "state" and array.shape != expected:
             raise EngineError(f"state: found shape {array.shape}, expected {expected}")
         self._written[name] = np.array(array)
+        if name == "state":
+            self._written.pop(PREVIOUS, None)
 
     def advance(self, stage: StageInput) -> None:
         """Run one denoise stage in NumPy around the UNet."""
@@ -77,7 +89,7 @@ class HostCanvas(ImmediateCanvas):
         following = transit(control.transition, state, guided, stage.noise)
         if "keep_mask" in self._written:
             following[:, 0] = self._kept(following[:, 0], control.level)
-        self._written["state"] = following
+        self._written |= {PREVIOUS: state, "state": following}
 
     def _unet(self, latents: Array, control: Control, stage: StageInput) -> Array:
         owners = stage.picture_of_row
@@ -120,9 +132,11 @@ class HostCanvas(ImmediateCanvas):
             raise EngineError(f"{name} was not written to the canvas before it was needed") from None
 
     def decode(self) -> None:
-        """Run the VAE on the first row of the state."""
+        """Run the decoder on the first row of the state."""
+        if self._decoder is None:
+            raise no_decoder(None, self._engines)
         latents = self._read("state")[:, 0] / np.float32(self._space.scaling_factor)
-        self._pixels = self._engines["vae_decoder"]({"latent_sample": latents})["pixels"].copy()
+        self._pixels = self._engines[self._decoder]({"latent_sample": latents})["pixels"].copy()
 
     def read(self, name: str) -> Array:
         """Return a copy of one of the stage's inputs."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.canvas import DECODERS
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
 from latentrt.engines.host_kernels import use_host_kernels
@@ -158,7 +159,7 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
 def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool) -> ModelProto:
     if component == "unet" and fused:
         return fuse_stage(model)
-    if component == "vae_decoder":
+    if component in DECODERS:
         if fused:
             graphs.prepend_state_head(model, STATE_ROWS, latents)
         graphs.append_pixel_tail(model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.canvas import CanvasShape, ImmediateCanvas, StageInput
+from latentrt.engines.canvas import DECODER, PREVIOUS, CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, require
@@ -26,7 +26,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
     The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
     its work is done, so nothing is queued.
 
-    engines: text_encoder, the fused unet and the vae_decoder that takes the state
+    engines: text_encoder, the fused unet and the decoders that take the state
     device: `cuda` or `cpu`, ONNX Runtime's own name
     """
 
@@ -50,6 +50,8 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         self._values: dict[tuple[str, int], Any] = {}  # (input, rows) -> its buffer; rows is 0 where it has none
         self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
         self._bindings: dict[tuple[int, int], tuple[Any, int]] = {}  # (rows, which state is read) -> it, its number
+        self._decoder: str | None = DECODER
+        self._advanced = False  # since the state was written
         self._silent = True  # the noise buffer holds zeros
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
@@ -68,6 +70,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         self._written.add(name)
         if name == "state":
             self._states[0].update_inplace(array)
+            self._advanced = False
         elif "rows" in spec.shape:
             self._host[name] = array.copy()
             for known, rows in list(self._values):
@@ -76,8 +79,14 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         else:
             self._put(name, 0, array)
 
-    def wipe(self) -> None:
-        """Make the canvas blank for another batch: nothing is kept of the last one but the buffers themselves."""
+    def wipe(self, *, decoder: str | None = DECODER) -> None:
+        """Make the canvas blank for another batch: nothing is kept of the last one but the buffers themselves.
+
+        decoder: what `decode` runs from now on, None for nothing. Raises EngineError where it was not opened.
+        """
+        if decoder is not None and decoder not in self._engines:
+            raise no_decoder(decoder, self._engines)
+        self._decoder, self._advanced = decoder, False
         for name in self._written & set(NEUTRAL):
             spec = self._specs[name]
             shape = tuple(axis if isinstance(axis, int) else self._axes[axis] for axis in spec.shape)
@@ -120,6 +129,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         binding, graph = self._binding(rows)
         self._engines["unet"].run_bound(binding, graph=graph)
         self._states.reverse()
+        self._advanced = True
 
     def _put_noise(self, noise: Array | None) -> None:
         if noise is not None:
@@ -160,8 +170,10 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         return self._values[name, rows]
 
     def decode(self) -> None:
-        """Run the VAE on the state, which it finds where the last stage left it."""
-        engine = self._engines["vae_decoder"]
+        """Run the decoder on the state, which it finds where the last stage left it."""
+        if self._decoder is None:
+            raise no_decoder(None, self._engines)
+        engine = self._engines[self._decoder]
         binding = engine.new_binding()
         binding.bind_ortvalue_input("state", self._states[0])
         binding.bind_output("pixels", "cpu")
@@ -169,7 +181,9 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         self._pixels = binding.get_outputs()[0].numpy().copy()
 
     def read(self, name: str) -> Array:
-        """Return a copy of one of the stage's inputs."""
+        """Return a copy of one of the stage's inputs, or of the state before the last stage."""
+        if name == PREVIOUS and self._advanced:
+            return np.array(self._states[1].numpy())
         self._spec(name)
         if name == "state":
             return np.array(self._states[0].numpy())

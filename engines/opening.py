@@ -10,7 +10,7 @@ from pathlib import Path
 from latentrt.engines.adapting import NOTHING, Changes, keys_of
 from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.bundle import Bundle, Check, check_file
-from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.canvas import DECODER, Canvas, CanvasShape
 from latentrt.engines.choosing import Choice, choose, find_engines, fits
 from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.spec import Engine, EngineKey
@@ -100,17 +100,25 @@ class OpenEngines:
         for _, opened in self._opened.values():
             opened.adapt(changes)
 
-    def canvas(self, space: LatentSpec, shape: CanvasShape, *, state_rows: int) -> Canvas:
-        """Return what a batch of this shape is drawn on.
+    def canvas(
+        self, space: LatentSpec, shape: CanvasShape, *, state_rows: int, decoder: str | None = DECODER
+    ) -> Canvas:
+        """Return what a batch of this shape is drawn on, with one of the bundle's decoders, or none.
 
         Where the bundle holds engines of several shapes, those that fit are opened when they are first needed, and
         stay open. Raises EngineError where none fits.
         """
+        return self._fitting(shape).canvas(shape, state_rows=state_rows, decoder=decoder)
+
+    def engine(self, component: str, shape: CanvasShape) -> Engine:
+        """Return the engine of an opened component that takes pictures of this shape. Raises EngineError."""
+        return self._fitting(shape).engines[component]
+
+    def _fitting(self, shape: CanvasShape) -> Opened:
         for record, opened in self._opened.values():
             if fits(record, shape, self._bundle):
-                return opened.canvas(shape, state_rows=state_rows)
-        directory, record = find_engines(self._bundle, self.choice.backend, needs=shape)
-        return self._open(directory, record).canvas(shape, state_rows=state_rows)
+                return opened
+        return self._open(*find_engines(self._bundle, self.choice.backend, needs=shape))
 
     def close(self) -> None:
         """Close every engine."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from latentrt.engines import onnxruntime
 from latentrt.engines.adapting import Changes, adaptable
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import Canvas, CanvasShape
+from latentrt.engines.canvas import DECODER, Canvas, CanvasShape
 from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider
@@ -89,16 +89,16 @@ class Sessions:
             self.adapt({})
         self._adapted.pop(key).close()
 
-    def canvas(self, shape: CanvasShape, *, state_rows: int) -> Canvas:
+    def canvas(self, shape: CanvasShape, *, state_rows: int, decoder: str | None = DECODER) -> Canvas:
         """Return what a batch of this shape is drawn on."""
         if self._provider not in onnxruntime.FUSED:
-            return HostCanvas(self.engines, self._space, shape, state_rows=state_rows)
+            return HostCanvas(self.engines, self._space, shape, state_rows=state_rows, decoder=decoder)
         key = (self._choice, shape)
         canvas = self._canvases.pop(key, None) or self._bound(shape)
         self._canvases[key] = canvas
         if len(self._canvases) > KEPT_CANVASES:
             self._canvases.popitem(last=False)
-        canvas.wipe()
+        canvas.wipe(decoder=decoder)
         return canvas
 
     def _bound(self, shape: CanvasShape) -> OnnxRuntimeCanvas:

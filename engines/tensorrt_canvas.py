@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentrt.engines.canvas import CanvasShape, StageInput
+from latentrt.engines.canvas import PREVIOUS, CanvasShape, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensorrt_parts import (
@@ -36,10 +36,10 @@ SLOTS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Programs:
-    """What a canvas runs. text_encoder is None where the text is always written."""
+    """What a canvas runs. decoders: by component; text_encoder is None where the text is always written."""
 
     unet: Program
-    vae_decoder: Program
+    decoders: Mapping[str, Program]
     text_encoder: Program | None = None
 
 
@@ -47,9 +47,10 @@ class TensorRTCanvas:
     """A canvas on the device; see `Canvas` for the methods of that name.
 
     Everything is allocated when it is constructed: a context for each number of model rows that the UNet is compiled
-    for and for each number of texts that the text encoder is, and one for the VAE. After each stage the next state is
-    copied over the state, on the device and inside the stage's graph: two buffers in turn would need every graph
-    twice, to save the copy of a megabyte or two on a device that copies terabytes a second.
+    for and for each number of texts that the text encoder is; and one for a decoder when `decode_with` names it first.
+    Before each stage the state is copied to where the stage reads it, on the device and inside the stage's graph: two
+    buffers in turn would need every graph twice, to save the copy of a megabyte or two on a device that copies
+    terabytes a second. That copy is the state before the last stage, which can be read too.
     Raises EngineError where the engines are not compiled for the shape, or the device has no room.
     """
 
@@ -64,9 +65,14 @@ class TensorRTCanvas:
         self._closed = ""
         self._ticks: list[Mark] = []
         self._idle_ticks: list[Mark] = []
-        self._decoded = False
+        self._decoded = self._advanced = False
         self._text: TextEncoder | None = None
-        bench = Bench(place=place, holding=self._holding, axes=canvas_axes(shape, origin.factor), origin=origin)
+        self._decoder: Pass | None = None
+        self._decoders: dict[str, Pass] = {}
+        self._programs = dict(programs.decoders)
+        self._bench = bench = Bench(
+            place=place, holding=self._holding, axes=canvas_axes(shape, origin.factor), origin=origin
+        )
         with self._queue.lock:
             try:
                 self._set_up(bench, programs, slots)
@@ -84,27 +90,44 @@ class TensorRTCanvas:
         if programs.text_encoder is not None and text is not None and fills(programs.text_encoder.spec, text):
             self._text = TextEncoder(bench, programs.text_encoder, text)
             self._passes += self._text.passes
-        self._make_decoder(bench, programs.vae_decoder)
+        size = int(np.prod(self._pixels_shape))
+        self._pixels_address = self._holding.allocate(size)
+        self._pixels, self._finished = self._holding.pinned(size), self._holding.mark()
         largest = max(resident.size for resident in self._residents.values())
         self._inbox, self._received = self._holding.pinned(largest), self._holding.mark()
 
     def _make_stages(self, bench: Bench, unet: Program, rows: Mapping[int, int], slots: int) -> None:
-        next_state = self._holding.allocate(self._residents[STATE].size)
+        self._previous = self._holding.allocate(self._residents[STATE].size)
         self._stages: dict[int, Stage] = {}
         for number, profile in rows.items():
             stage = self._stages[number] = Stage(bench, unet, profile, self._residents)
             self._passes.append(stage.run)
-            stage.bind(next_state)
+            stage.bind(self._previous)
         largest = max(stage.block_size for stage in self._stages.values())
         self._outbox = Outbox(self._queue, self._holding, largest, slots=slots)
 
-    def _make_decoder(self, bench: Bench, program: Program) -> None:
-        shape = (self.shape.pictures, self.shape.height, self.shape.width, 3)
-        size = int(np.prod(shape))
-        self._pixels_address = self._holding.allocate(size)
-        self._pixels, self._finished = self._holding.pinned(size), self._holding.mark()
-        self._decoder = make_decoder(bench, program, self._residents[STATE], self._pixels_address, shape)
-        self._passes.append(self._decoder)
+    def decode_with(self, decoder: str | None) -> None:
+        """Choose what `decode` runs, None for nothing. What it takes is allocated here, the first time.
+
+        Raises EngineError where it was not opened or is not compiled for the shape, and where the device has no room.
+        """
+        with self._queue.lock:
+            self._check_open()
+            self._decoder = self._decoder_pass(decoder) if decoder else None
+
+    def _decoder_pass(self, name: str) -> Pass:
+        if name not in self._programs:
+            raise no_decoder(name, self._programs)
+        if name not in self._decoders:
+            state = self._residents[STATE]
+            run = make_decoder(self._bench, self._programs[name], state, self._pixels_address, self._pixels_shape)
+            self._decoders[name] = run
+            self._passes.append(run)
+        return self._decoders[name]
+
+    @property
+    def _pixels_shape(self) -> tuple[int, int, int, int]:
+        return self.shape.pictures, self.shape.height, self.shape.width, 3
 
     @property
     def state_rows(self) -> int:
@@ -138,6 +161,7 @@ class TensorRTCanvas:
         with self._queue.lock:
             self._check_open()
             self._resident(name).write(array)
+            self._advanced = self._advanced and name != STATE
 
     def advance(self, stage: StageInput) -> None:
         """Run one denoise stage. Raises EngineError where it has another number of model rows than compiled for."""
@@ -150,11 +174,14 @@ class TensorRTCanvas:
                     f"{self.shape.pictures} pictures, found {rows}: every picture with guidance, or none"
                 )
             self._stages[rows].put(stage, self._outbox)
+            self._advanced = True
 
     def decode(self) -> None:
-        """Run the VAE on the first row of the state, and copy the pixels to where `pixels` finds them."""
+        """Run the decoder on the first row of the state, and copy the pixels to where `pixels` finds them."""
         with self._queue.lock:
             self._check_open()
+            if self._decoder is None:
+                raise no_decoder(None, self._programs)
             if not self._residents[STATE].held:
                 raise EngineError("the canvas has no state to decode; write it first")
             self._decoder.run()
@@ -170,7 +197,7 @@ class TensorRTCanvas:
         self._queue.reach(self._end_of_picture())
         with self._queue.lock:
             self._check_open()
-            return self._pixels.reshape(self.shape.pictures, self.shape.height, self.shape.width, 3).copy()
+            return self._pixels.reshape(self._pixels_shape).copy()
 
     def _end_of_picture(self) -> Mark:
         """Return where the pixels are on the host, or the mark right behind: then `elapsed` waits no second time."""
@@ -178,15 +205,16 @@ class TensorRTCanvas:
         return behind if behind.place == self._finished.place + 1 else self._finished
 
     def read(self, name: str) -> Array:
-        """Wait for the queue and return a copy of what was written, or of the state as it is now."""
+        """Wait for the queue and return a copy of what was written, or of the state as it is now or was before."""
         with self._queue.lock:
             self._check_open()
-            resident = self._resident(name)
-            if not resident.held:
+            resident = self._resident(STATE if name == PREVIOUS else name)
+            if not resident.held or (name == PREVIOUS and not self._advanced):
                 raise EngineError(f"{name} was not written to the canvas")
             shape, dtype = resident.held_shape, np.dtype(resident.tensor.dtype)
             block = self._inbox[: int(np.prod(shape)) * dtype.itemsize]
-            self._queue.device.copy_out(block, resident.address, self._queue.stream)
+            address = self._previous if name == PREVIOUS else resident.address
+            self._queue.device.copy_out(block, address, self._queue.stream)
             self._queue.set(self._received)
         self._queue.reach(self._received)
         with self._queue.lock:
@@ -224,7 +252,7 @@ class TensorRTCanvas:
         with self._queue.lock:
             self._check_open()
             self._idle_ticks += self._ticks
-            self._ticks, self._decoded = [], False
+            self._ticks, self._decoded, self._advanced = [], False, False
             for name, resident in self._residents.items():
                 if name in AT_FIRST and resident.written:
                     self._write_first(name)
@@ -260,4 +288,5 @@ class TensorRTCanvas:
             self._queue.drain()
             for run in self._passes:
                 run.close()
+            self._programs.clear()
             self._holding.close()

@@ -111,12 +111,13 @@ class Stage:
         """Return the pass, for what binds and closes it."""
         return self._run
 
-    def bind(self, next_state: int) -> None:
-        """Set the addresses. The next state is copied over the state, so that every stage runs on the same two."""
+    def bind(self, previous: int) -> None:
+        """Set the addresses. The state is copied to `previous` first, where it is read, and written where it was."""
         state = self._residents[STATE]
         addresses = {name: resident.address for name, resident in self._residents.items()}
         addresses |= {name: self._address + offset for name, offset in self._offsets.items()}
-        self._run.bind(addresses | {NEXT_STATE: next_state}, copies=[(state.address, next_state, state.size)])
+        addresses |= {STATE: previous, NEXT_STATE: state.address}
+        self._run.bind(addresses, copies=[(previous, state.address, state.size)])
 
     def put(self, stage: StageInput, outbox: Outbox) -> None:
         """Put one stage in the queue, after one copy of what it takes."""

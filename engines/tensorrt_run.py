@@ -229,7 +229,7 @@ class Pass:
         return shape
 
     def bind(self, addresses: Mapping[str, int], copies: Sequence[Copy] = ()) -> None:
-        """Set the address of every input and output, once. copies: made on the device after each run, in order."""
+        """Set the address of every input and output, once. copies: made on the device before each run, in order."""
         self._copies = tuple(copies)
         for name in (*self.inputs, *self.outputs):
             bound = self._context.set_tensor_address(name, addresses[name])
@@ -256,9 +256,9 @@ class Pass:
 
     def _enqueue(self) -> None:
         queue = self._place.queue
-        self._given(self._context.execute_async_v3(queue.stream), "it could not be run")
         for target, source, size in self._copies:
             queue.device.copy(target, source, size, queue.stream)
+        self._given(self._context.execute_async_v3(queue.stream), "it could not be run")
 
     def _capture(self) -> int:
         queue = self._place.queue

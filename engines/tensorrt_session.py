@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Self
 
-from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.canvas import DECODER, DECODERS, CanvasShape
 from latentrt.engines.device import Device
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import EngineRecord
@@ -83,9 +83,10 @@ class TensorRTSession:
         self._closed = False
         self.load_s = time.perf_counter() - start
 
-    def canvas(self, shape: CanvasShape) -> TensorRTCanvas:
+    def canvas(self, shape: CanvasShape, *, decoder: str | None = DECODER) -> TensorRTCanvas:
         """Return a blank canvas for a shape: the same one every time, wiped, while it is kept.
 
+        decoder: what its pixels come from; None where they come from elsewhere: it then takes no memory for any
         Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
         the device has no room.
         """
@@ -99,15 +100,15 @@ class TensorRTSession:
                 self._canvases[shape] = canvas
             self._canvases.move_to_end(shape)
             self._canvases[shape].wipe()
+            self._canvases[shape].decode_with(decoder)
             return self._canvases[shape]
 
     def _drawing(self) -> Programs:
-        missing = [name for name in ("unet", "vae_decoder") if name not in self._programs]
-        if missing:
-            raise EngineError(f"drawing needs {' and '.join(missing)}, opened are {', '.join(self._programs)}")
+        if "unet" not in self._programs:
+            raise EngineError(f"drawing needs unet, opened are {', '.join(self._programs)}")
         return Programs(
             unet=self._programs["unet"],
-            vae_decoder=self._programs["vae_decoder"],
+            decoders={name: self._programs[name] for name in DECODERS if name in self._programs},
             text_encoder=self._programs.get("text_encoder"),
         )
 

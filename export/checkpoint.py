@@ -22,6 +22,7 @@ from latentrt.export.hub import download
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import TEXT_ENCODERS, Parts, Recipe, Source
 from latentrt.export.schedule import training_schedule
+from latentrt.export.tiny_vae import add_tiny_vae, check_tiny_vae
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
@@ -82,6 +83,8 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
         parts = add_loras(parts, options.loras)
     if options.controlnets:
         parts = add_controlnets(parts, options.controlnets, allow_pickle=options.allow_pickle)
+    if options.tiny_vae:
+        parts = add_tiny_vae(parts, options.tiny_vae)
     if options.prediction_type:
         parts = replace(
             parts,
@@ -94,6 +97,7 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
 def _read(name: str, parts: Parts) -> Checkpoint:
     """Say what a checkpoint is from its documents."""
     latents = _latents(parts)
+    check_tiny_vae(parts.configs, latents)
     sample = _need(parts.configs["unet"], "sample_size", int, f"{parts.root}: the UNet's config", default=64)
     return Checkpoint(
         name=name,

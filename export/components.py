@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from latentrt.engines.canvas import TINY_DECODER
 from latentrt.engines.residuals import COND, NEXT, PREFIX, SCALE, level_axes, residual_names
 from latentrt.engines.spec import DType, Precision, TensorSpec
 
@@ -214,6 +215,21 @@ COMPONENTS: Mapping[str, Component] = {
             units={"height": "factor", "width": "factor"},
         ),
         CONTROLNET,
+        # Small and rough: a picture on its way, or the last one where a hundredth of the VAE's time must do. It takes
+        # what the VAE's decoder takes.
+        Component(
+            name=TINY_DECODER,
+            inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
+            outputs=(
+                Tensor(
+                    name="sample",
+                    shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width"),
+                ),
+            ),
+            traced={"batch": 2, "latent_height": 6, "latent_width": 10},
+            checked={"batch": 1, "latent_height": 9, "latent_width": 5},
+            units={},
+        ),
     )
 }
 

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -180,11 +181,12 @@ def _load(job: Job) -> nn.Module:
 
     normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
     takes = tuple(tensor.name for tensor in component_of(job.component).takes(job.dimensions))
+    load = partial(modules.load, job.component, takes=takes, normed=normed, scaling_factor=job.scaling_factor)
     if job.recipe is None:
-        return modules.load(job.component, Path(job.folder), takes=takes, normed=normed)
+        return load(Path(job.folder))
     with conversion.written(job.recipe, Path(job.folder)) as folder:
         try:
-            return modules.load(job.component, folder, takes=takes, normed=normed)
+            return load(folder)
         except CheckpointError as error:  # the user knows the file, not the folder made of it
             raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
 

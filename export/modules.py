@@ -197,6 +197,22 @@ class Decoder(nn.Module):
         return output
 
 
+class TinyDecoder(nn.Module):
+    """Latents, divided by the checkpoint's scaling factor, as `Decoder` takes them → pictures in -1..1.
+
+    A tiny VAE is trained on latents as the UNet sees them, and says so by a scaling factor of its own, most often 1.
+    """
+
+    def __init__(self, vae: Any, *, scaling_factor: float) -> None:
+        super().__init__()
+        self.decoder = vae.decoder
+        self.scale = scaling_factor / vae.config.scaling_factor
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        output: Tensor = self.decoder(latent_sample * self.scale)
+        return output
+
+
 class Encoder(nn.Module):
     """Pictures in -1..1 → means and log-variances of latents, one after the other. Holds only the VAE's first half."""
 
@@ -210,13 +226,16 @@ class Encoder(nn.Module):
         return output
 
 
-def load(component: str, folder: Path, *, takes: Sequence[str] = (), normed: bool = True) -> nn.Module:
+def load(
+    component: str, folder: Path, *, takes: Sequence[str] = (), normed: bool = True, scaling_factor: float = 1.0
+) -> nn.Module:
     """Load one network in float32, without gradients. Raises CheckpointError where the weights do not fit.
 
     takes: the names of its inputs, for networks that ControlNets have to do with
     normed: of a text encoder, whether the states of earlier layers go through the final norm
+    scaling_factor: of the checkpoint's latents
     """
-    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     rows: Mapping[str, tuple[Any, Callable[[Any], nn.Module], dict[str, Any]]] = {
@@ -230,6 +249,11 @@ def load(component: str, folder: Path, *, takes: Sequence[str] = (), normed: boo
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": torch.float32}),
         "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": torch.float32}),
         "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
+        "tiny_decoder": (
+            AutoencoderTiny,
+            partial(TinyDecoder, scaling_factor=scaling_factor),
+            {"torch_dtype": torch.float32},
+        ),
     }
     kind, wrap, options = rows["controlnet" if component.startswith(PREFIX) else component]
     variant = find_weights(folder).variant

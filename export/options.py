@@ -53,6 +53,7 @@ class CheckpointOptions:
     config: a diffusers directory whose configs, and tokenizer, a single file follows in place of the published ones
     tokenizer: a directory with CLIP's vocabulary, or a checkpoint with one; a single file holds none
     vae: a VAE to take in place of the checkpoint's: a directory or a file
+    tiny_vae: a small VAE (diffusers' AutoencoderTiny) whose decoder the bundle shall hold too: a directory
     prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
     loras: low-rank changes that are added to the weights; their order does not matter
     controlnets: ControlNets that requests may use; their order does not matter
@@ -63,6 +64,7 @@ class CheckpointOptions:
     config: str | None = None
     tokenizer: str | None = None
     vae: str | None = None
+    tiny_vae: str | None = None
     prediction_type: Prediction | None = None
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()

@@ -12,6 +12,7 @@ import click
 
 from latentrt.engines.lora import split_strength
 from latentrt.runtime.animation import KeyFrame
+from latentrt.runtime.decoding import DECODERS
 from latentrt.runtime.guidance import ALWAYS
 from latentrt.runtime.loras import Lora
 from latentrt.runtime.request import NOISES
@@ -132,6 +133,7 @@ STARTS = (
     click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
 )
 DECODING = (
+    click.option("--decoder", type=click.Choice(list(DECODERS)), default="full", help="tiny: faster and rougher."),
     click.option("--tile", type=int, default=None, help="Decode large pictures in tiles of so many pixels, blended."),
 )
 

@@ -17,23 +17,23 @@ import numpy as np
 from latentrt import __version__
 from latentrt.engines.adapting import Changes, keys_of
 from latentrt.engines.bundle import Bundle, Check
-from latentrt.engines.canvas import Canvas, CanvasShape
-from latentrt.engines.errors import DeadlineError, EngineError
-from latentrt.engines.manifest import LatentSpec, Manifest
+from latentrt.engines.canvas import TINY_DECODER, Canvas, CanvasShape
+from latentrt.engines.errors import BundleError, DeadlineError, EngineError
+from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
 from latentrt.engines.residuals import PREFIX, hint_of
 from latentrt.engines.spec import Array
 from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
 from latentrt.runtime.conditioning import conditions
+from latentrt.runtime.decoding import DECODERS, NO_TINY, decode_in_place, on_canvas, through_engine
 from latentrt.runtime.denoise import denoise
 from latentrt.runtime.embeddings import load_embedding
 from latentrt.runtime.loras import Loras
 from latentrt.runtime.mixing import vary
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.preview import preview
 from latentrt.runtime.prompt import PromptTokenizer
 from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, repaints, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
+from latentrt.runtime.steps import Noise, Step, Watch
 from latentrt.runtime.texts import Texts, read_tokenizers
 from latentrt.runtime.tiling import Grid, decode_tiles, encode_tiles
 
@@ -62,30 +62,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
-    """Told to `on_step` after each stage. Raise in it to end the call."""
-
-    stage: int
-    stages: int
-    _canvas: Canvas
-    _plan: SamplingPlan
-    _space: LatentSpec
-
-    @property
-    def latents(self) -> Array:
-        """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters."""
-        return self._canvas.read("state")[:, 0]
-
-    @property
-    def preview(self) -> Array:
-        """Return what the latents show so far, a pixel for each: (n, h, w, 3), uint8, sRGB. It takes well under 1 ms.
-
-        Raises BundleError where the bundle holds no preview.
-        """
-        return preview(self.latents, self._space, level=self._plan.levels[self.stage])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
     """What was drawn.
 
@@ -111,9 +87,6 @@ class Result:
         from PIL import Image
 
         return [Image.fromarray(picture) for picture in self.pixels]
-
-
-Watch = Callable[[Step], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -314,7 +287,8 @@ class Pipeline:
     def _draw(self, job: Job, source: _Source, watch: Watch | None) -> Result:
         start = time.perf_counter()
         decode = self._decoder(job, tokens=source.tokens)
-        canvas = self._canvas(job, job.size, tokens=source.tokens)
+        whole = job.decoder if job.grid is None else None
+        canvas = self._canvas(job, job.size, tokens=source.tokens, decoder=whole)
         canvas.mark()
         source.write(canvas)
         canvas.mark()
@@ -339,24 +313,38 @@ class Pipeline:
         """
         grid, factor = job.grid, self.manifest.latents.factor
         if grid is None:
-            return _decode_whole
-        size = (grid.columns.tile * factor, grid.rows.tile * factor)
-        tiles = self._canvas(job, size, tokens=tokens)
+            return decode_in_place
+        tile = on_canvas(self._canvas(job, self._decoded_size(job), tokens=tokens, decoder=job.decoder))
 
         def decode(canvas: Canvas) -> Array:
-            pixels = decode_tiles(canvas.read("state")[:, 0], tiles, grid, factor=factor)
+            pixels = decode_tiles(canvas.read("state")[:, 0], tile, grid, factor=factor)
             canvas.mark()
             return pixels
 
         return decode
 
-    def _canvas(self, job: Job, size: tuple[int, int], *, tokens: int) -> Canvas:
+    def _decoded_size(self, job: Job) -> tuple[int, int]:
+        """Return the (width, height) in pixels that a decoder is given at once: the picture's, or a tile's."""
+        grid, factor = job.grid, self.manifest.latents.factor
+        return job.size if grid is None else (grid.columns.tile * factor, grid.rows.tile * factor)
+
+    def _sketch(self, job: Job, tokens: int, latents: Array) -> Array:
+        """Return what latents show by the tiny decoder: (n, height, width, 3), uint8. Raises BundleError."""
+        space = self.manifest.latents
+        if TINY_DECODER not in self.manifest.components:
+            raise BundleError(NO_TINY)
+        width, height = self._decoded_size(job)
+        shape = CanvasShape(pictures=len(latents), tokens=tokens, width=width, height=height)
+        decode = through_engine(self._opened.engine(TINY_DECODER, shape), space)
+        return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
+
+    def _canvas(self, job: Job, size: tuple[int, int], *, tokens: int, decoder: str | None) -> Canvas:
         width, height = size
         shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
-        return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows)
+        return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows, decoder=decoder)
 
     def _denoise(self, job: Job, source: _Source, canvas: Canvas, watch: Watch | None) -> None:
-        draw = source.draw
+        draw = Noise(source.draw)
         for name, array in conditions(self.manifest, job, rows=job.rows).items():
             canvas.write(name, array)
         start = self._start(job, draw)
@@ -372,8 +360,18 @@ class Pipeline:
         for stage in denoise(canvas, job.plan, job.guidance, draw, steering=job.steering):
             if watch is not None:
                 canvas.settle(AHEAD)
-                space = self.manifest.latents
-                watch(Step(stage=stage, stages=job.plan.stages, _canvas=canvas, _plan=job.plan, _space=space))
+                watch(
+                    Step(
+                        stage=stage,
+                        stages=job.plan.stages,
+                        _canvas=canvas,
+                        _plan=job.plan,
+                        _manifest=self.manifest,
+                        _noise=draw.last,
+                        _keeps=start.kept is not None,
+                        _sketch=partial(self._sketch, job, source.tokens),
+                    )
+                )
 
     def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
         space, latents = self.manifest.latents, job.request.latents
@@ -448,12 +446,6 @@ class Pipeline:
         self.close()
 
 
-def _decode_whole(canvas: Canvas) -> Array:
-    canvas.decode()
-    canvas.mark()
-    return canvas.pixels()
-
-
 def _ordinary(manifest: Manifest) -> Request:
     """Return a request like those that come: a few steps, guided, of the bundle's own size."""
     if not repaints(manifest):
@@ -467,7 +459,8 @@ def _needed(bundle: Bundle) -> tuple[str, ...]:
     """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
     texts = (text.component for text in bundle.manifest.text_encoders)
     controlnets = (name for name in bundle.manifest.components if name.startswith(PREFIX))
-    return (*texts, "unet", *controlnets, "vae_decoder")
+    decoders = (name for name in DECODERS.values() if name in bundle.manifest.components)
+    return (*texts, "unet", *controlnets, *decoders)
 
 
 def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None:

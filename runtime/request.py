@@ -13,6 +13,7 @@ import numpy as np
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import LatentSpec, Manifest
 from latentrt.engines.spec import Array
+from latentrt.runtime.decoding import DECODERS, NO_TINY, DecoderName
 from latentrt.runtime.guidance import ALWAYS, Guidance, plan_guidance
 from latentrt.runtime.image_sources import (
     MAX_PIXELS,
@@ -54,6 +55,7 @@ FURTHER = frozenset(
         "target_size",
         "crop",
         "noise",
+        "decoder",
         "tile",
     }
 )
@@ -94,6 +96,7 @@ class Options(TypedDict, total=False):
     target_size: tuple[int, int] | None
     crop: tuple[int, int]
     noise: NoiseSource
+    decoder: DecoderName
     tile: int | None
     deadline: float | None
 
@@ -134,6 +137,7 @@ class Request:
         (width, height) in pixels, None for the size drawn
     crop: for SDXL too: how many pixels were cut off at the top and at the left
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
+    decoder: the checkpoint's own, or the `tiny` one that a bundle may hold: many times faster, and rougher
     tile: decode, and read an image, in tiles of so many pixels a side, which overlap and are blended: a large picture
         then takes the VAE no more memory than a tile; None for the whole picture at once
     deadline: seconds from the call to the picture, waiting for other calls included; None for no end
@@ -169,6 +173,7 @@ class Request:
     target_size: tuple[int, int] | None = None
     crop: tuple[int, int] = (0, 0)
     noise: NoiseSource = "cpu"
+    decoder: DecoderName = "full"
     tile: int | None = None
     deadline: float | None = None
 
@@ -205,6 +210,11 @@ class Job:
     steering: tuple[Steering, ...] = ()
 
     @property
+    def decoder(self) -> str:
+        """Return the component that makes the pixels."""
+        return DECODERS[self.request.decoder]
+
+    @property
     def rows(self) -> int:
         """Return how many model rows a batch has: the prompts, then the negative prompts if any stage needs them."""
         return len(self.prompts) * (2 if self.guidance.needed else 1)
@@ -228,6 +238,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
     request = dataclasses.replace(request, loras=check_loras(request.loras))
+    _check_decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
     if mask is None and repaints(manifest):
         raise RequestError("mask: this checkpoint repaints a part of an image; give image and mask")
@@ -261,6 +272,13 @@ def resolve(request: Request, manifest: Manifest) -> Job:
             rescale=_number("guidance_rescale", request.guidance_rescale),
         ),
     )
+
+
+def _check_decoder(request: Request, manifest: Manifest) -> None:
+    if request.decoder not in DECODERS:
+        raise RequestError(f"decoder: found {request.decoder!r}, expected one of {', '.join(DECODERS)}")
+    if DECODERS[request.decoder] not in manifest.components:
+        raise RequestError(f"decoder: {NO_TINY}, or leave it away")
 
 
 def _unet_inputs(manifest: Manifest) -> set[str]:

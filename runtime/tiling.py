@@ -1,6 +1,6 @@
 """Large pictures in parts: overlapping tiles through the VAE, blended, so that its memory is a tile's.
 
-Written on the canvas contract alone: a canvas of the tile's shape decodes one tile after another, on any backend.
+A canvas of the tile's shape, or an engine, decodes one tile after another, whatever the backend is.
 A VAE normalises over all that it sees and attends to all of it, so a tile is not exactly the part of the whole
 picture: tiles overlap by a quarter, as in diffusers' tiled VAE, and each fades into the next one.
 """
@@ -14,7 +14,6 @@ from math import ceil
 
 import numpy as np
 
-from latentrt.engines.canvas import Canvas
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 
@@ -119,21 +118,12 @@ def plan_tiles(size: tuple[int, int], tile: int | None, *, factor: int) -> Grid 
     return grid if grid.tiles > 1 else None
 
 
-def decode_tiles(latents: Array, canvas: Canvas, grid: Grid, *, factor: int) -> Array:
+def decode_tiles(latents: Array, decode: Callable[[Array], Array], grid: Grid, *, factor: int) -> Array:
     """Return the pictures that latents show: (n, height, width, 3), uint8, sRGB.
 
-    latents: (n, C, h, w), float32, as the denoiser sees them; canvas: of the tile's shape, for n pictures
+    latents: (n, C, h, w), float32; decode: turns those of a tile into its pixels
     """
-
-    def decoded() -> Iterator[Array]:
-        for part in grid.parts(latents):
-            state = np.zeros((len(part), canvas.state_rows, *part.shape[1:]), dtype=np.float32)
-            state[:, 0] = part
-            canvas.write("state", state)
-            canvas.decode()
-            yield canvas.pixels()
-
-    return np.rint(grid.blend(decoded(), scale=factor)).astype(np.uint8)
+    return np.rint(grid.blend(map(decode, grid.parts(latents)), scale=factor)).astype(np.uint8)
 
 
 def encode_tiles(pixels: Array, encoder: Callable[[Array], Array], grid: Grid, *, factor: int) -> Array:

@@ -103,7 +103,7 @@ def test_a_picture_is_one_queue_and_one_wait(studio: Studio, device: HostDevice)
         draw_on(canvas, studio, Request())
         assert device.ran == [] and "wait" not in device.counted()
         canvas.pixels()
-        stage = ["copy_in", "run next_state 1", "copy"]
+        stage = ["copy_in", "copy", "run next_state 1"]
         assert device.ran == [
             *("copy_in", "run last_hidden_state 1"),
             "copy_in",

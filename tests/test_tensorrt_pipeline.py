@@ -17,7 +17,8 @@ from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
-from latentrt.runtime.pipeline import Pipeline, Step
+from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.steps import Step
 from tests.conftest import Make
 from tests.host_device import HostDevice
 from tests.stand_in import install

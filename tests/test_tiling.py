@@ -23,6 +23,7 @@ from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
 from latentrt.engines.verification import to_pixels
 from latentrt.export.demo.train import CHECKPOINT
+from latentrt.runtime.decoding import on_canvas
 from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles
@@ -113,7 +114,7 @@ def decoded_by(bundle: Path, latents: Array, grid: Grid | None) -> Array:
     shape = CanvasShape(pictures=len(latents), tokens=77, width=width, height=height)
     canvas = opened.canvas(space, shape, state_rows=1)
     if grid is not None:
-        pixels = decode_tiles(latents, canvas, grid, factor=space.factor)
+        pixels = decode_tiles(latents, on_canvas(canvas), grid, factor=space.factor)
     else:
         canvas.write("state", latents[:, None])
         canvas.decode()
