@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from latentrt.engines.canvas import Canvas, CanvasShape, StageInput
+from latentrt.engines.canvas import PREVIOUS, Canvas, CanvasShape, StageInput
+from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import append_pixel_tail, prepend_state_head
 from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import LatentSpec
@@ -142,7 +143,7 @@ STEPS = st.one_of(
     st.tuples(st.sampled_from(["one text row a picture", "two text rows a picture"]), seeds),
     st.tuples(st.just("keep"), seeds),
     st.tuples(st.sampled_from(["stage", "stage with noise", "guided stage", "guided stage with noise"]), seeds),
-    st.tuples(st.sampled_from(["read state", "read encoder_hidden_states", "decode"]), seeds),
+    st.tuples(st.sampled_from(["read state", f"read {PREVIOUS}", "read encoder_hidden_states", "decode"]), seeds),
 )
 
 
@@ -206,12 +207,18 @@ def test_any_order_of_calls_gives_what_numpy_gives(
 ) -> None:
     shape = CanvasShape(pictures=pictures, tokens=TOKENS, width=SIZE[2], height=SIZE[1])
     canvases: list[Canvas] = [sessions[graphs].canvas(shape), host_canvas(shape)]
-    rows = 2
+    rows, advanced = 2, False
     for step, seed in [("state", begin[0]), ("two rows a picture", begin[1]), *steps, ("decode", 0), ("read state", 0)]:
         if step.endswith("a picture"):
             rows = 2 if step.startswith("two") else 1
         if step.startswith("guided") and rows == 1:
             continue  # refused, as tests/test_tensorrt_run.py shows
+        if step == f"read {PREVIOUS}" and not advanced:
+            for canvas in canvases:
+                with pytest.raises(EngineError, match=PREVIOUS):
+                    canvas.read(PREVIOUS)
+            continue
+        advanced = "stage" in step or (advanced and step != "state")
         found, wanted = (take(canvas, step, seed) for canvas in canvases)
         if wanted is not None:
             assert np.isfinite(wanted).all() and found.dtype == wanted.dtype
