@@ -28,15 +28,20 @@ def samplers_table() -> list[dict[str, str]]:
             "spacings": ", ".join(SPACINGS) if sampler.spaced else "",
             "eta": "" if sampler.eta is None else f"{sampler.eta:g}",
             "predicts": ", ".join(sampler.predictions),
+            "note": sampler.note,
         }
         for name, sampler in SAMPLERS.items()
     ]
 
 
 def format_samplers() -> str:
-    """Return the samplers as a text table."""
-    columns = ("name", "title", "eta", "aliases")
-    return _table(columns, [[row[column] for column in columns] for row in samplers_table()])
+    """Return the samplers as a text table, and below it what is to be known of some."""
+    columns, rows = ("name", "title", "eta", "aliases"), samplers_table()
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        noted.setdefault(row["note"], []).append(row["name"])
+    notes = [f"{', '.join(names)}: {note}" for note, names in noted.items() if note]
+    return "\n".join([_table(columns, [[row[column] for column in columns] for row in rows]), "", *notes])
 
 
 def format_plan(plan: SamplingPlan) -> str:

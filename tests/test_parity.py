@@ -12,6 +12,7 @@ import pytest
 from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import DEMO
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.plan_text import format_samplers, samplers_table
 
 # PSNR in dB that the final uint8 pictures must reach. 60: one pixel value in sixteen may differ by one level, which is
 # what float32 sums in another order leave. 50 for random weights, which amplify differences instead of forgetting them.
@@ -45,10 +46,15 @@ class Reference:
 
     def __call__(self, sampler: str, seeds: list[int], **request: Any) -> Array:
         import diffusers
-        import torch
 
         name, options = SAMPLERS[sampler]
         self.pipe.scheduler = getattr(diffusers, name).from_config(self.pipe.scheduler.config, **options)
+        return self.draw(seeds, **request)
+
+    def draw(self, seeds: list[int], **request: Any) -> Array:
+        """Draw with the scheduler as it is."""
+        import torch
+
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         pictures = self.pipe(
             [PROMPT] * len(seeds),
@@ -91,6 +97,30 @@ def test_a_v_prediction_checkpoint_draws_the_pictures_of_diffusers(
     assert len(np.unique(found.pixels)) > 16  # a flat picture would agree with anything
     for ours, theirs in zip(found.pixels, expected, strict=True):
         assert psnr(ours, theirs) >= LIMITS["random"]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samplers_that_diffusers_clips_are_its_own_without_clipping(
+    sampler: str, sd1_bundle: Path, sd1_checkpoint: Path
+) -> None:
+    """The config is PNDM's and leaves clip_sample out. What clips is another sampler, as `latentrt samplers` says."""
+    import diffusers
+
+    reference = Reference(sd1_checkpoint)
+    config = dict(reference.pipe.scheduler.config)
+    assert config["_class_name"] == "PNDMScheduler" and "clip_sample" not in config
+    with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe:
+        found = pipe(PROMPT, negative_prompt=NEGATIVE, seed=7, sampler=sampler, steps=8, guidance=3.0).pixels[0]
+    against = {}
+    for clips in (None, False):
+        options = {} if clips is None else {"clip_sample": clips}
+        reference.pipe.scheduler = getattr(diffusers, f"{sampler.upper()}Scheduler").from_config(config, **options)
+        assert reference.pipe.scheduler.config["clip_sample"] is (clips is None)
+        against[clips] = psnr(found, reference.draw([7], num_inference_steps=8, guidance_scale=3.0)[0])
+    assert against[False] >= LIMITS["random"]
+    assert against[None] < 25
+    note = next(row["note"] for row in samplers_table() if row["name"] == sampler)
+    assert "clip_sample" in note and note in format_samplers()
 
 
 def test_an_fp16_bundle_draws_the_pictures_of_the_fp32_one(demo_bundle: Path, demo_half_bundle: Path) -> None:

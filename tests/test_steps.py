@@ -67,7 +67,7 @@ def test_a_step_shows_what_the_network_has_in_mind(pipe: Pipeline, unet: Watchin
 
 def test_a_preview_is_of_the_predicted_picture_and_the_last_of_the_picture(pipe: Pipeline) -> None:
     seen: list[tuple[Array, Array, Array]] = []
-    pipe(**CALL, sampler="ddim", on_step=lambda step: seen.append((step.latents, step.predicted, step.preview)))
+    pipe(**CALL, sampler="euler", on_step=lambda step: seen.append((step.latents, step.predicted, step.preview)))
     space = pipe.manifest.latents
     for _, predicted, shown in seen:
         assert np.array_equal(shown, preview(predicted, space))

@@ -34,6 +34,11 @@ from latentrt.runtime.schedules import ve_level
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")
 ANY = DIFFUSION + FLOW
+# tests/test_parity.py::test_samplers_that_diffusers_clips_are_its_own_without_clipping has the figures
+UNCLIPPED = (
+    "clips nothing; diffusers' class cuts the predicted latents to -1..1 unless the scheduler's config says "
+    '"clip_sample": false, which PNDM\'s may leave out: pass clip_sample=False to its from_config to compare'
+)
 
 Equations = Callable[..., Iterator[Stage]]
 
@@ -46,6 +51,7 @@ class Sampler:
     measured: can follow sigmas that the caller gives
     timed: can follow timesteps that the caller gives
     eta: the default share of fresh noise, None where that is no option
+    note: what whoever compares its pictures should know
     aliases: other names, of the community's interfaces and diffusers' classes; case and punctuation do not matter
     """
 
@@ -57,6 +63,7 @@ class Sampler:
     measured: bool = True
     timed: bool = True
     eta: float | None = None
+    note: str = ""
     predictions: tuple[str, ...] = DIFFUSION
 
 
@@ -81,9 +88,16 @@ SAMPLERS: Mapping[str, Sampler] = {
         spaced=False,
         measured=False,
         eta=0.0,
+        note=UNCLIPPED,
     ),
     "ddpm": Sampler(
-        title="DDPM", walk=posterior_walk, equations=ddpm, aliases=("DDPMScheduler",), spaced=False, measured=False
+        title="DDPM",
+        walk=posterior_walk,
+        equations=ddpm,
+        aliases=("DDPMScheduler",),
+        spaced=False,
+        measured=False,
+        note=UNCLIPPED,
     ),
     "plms": Sampler(
         title="PLMS",

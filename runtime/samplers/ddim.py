@@ -1,4 +1,10 @@
-"""DDIM, arXiv:2010.02502, and DDPM, arXiv:2006.11239."""
+"""DDIM, arXiv:2010.02502, and DDPM, arXiv:2006.11239.
+
+The predicted picture is not clipped: that is not linear, and latents of Stable Diffusion reach far beyond -1..1.
+diffusers' classes clip unless the scheduler's config says `clip_sample: false`. The configs that Stable Diffusion was
+published with say so, and its pipelines correct one that they are opened with; but a DDIMScheduler or DDPMScheduler
+that is made of a PNDM config without the key clips, and then draws another picture (6 to 17 dB from ours).
+"""
 
 from __future__ import annotations
 
