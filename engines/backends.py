@@ -11,7 +11,7 @@ from typing import Protocol
 from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.adapting import Changes
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import DECODER, Canvas, CanvasShape
+from latentrt.engines.canvas import DECODER, UNET, Canvas, CanvasShape
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.onnxruntime import OnnxRuntimeOptions
@@ -50,10 +50,13 @@ class Opened(Protocol):
         """
         ...
 
-    def canvas(self, shape: CanvasShape, *, state_rows: int, decoder: str | None = DECODER) -> Canvas:
+    def canvas(
+        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Canvas:
         """Return what a batch of this shape is drawn on. Raises EngineError.
 
-        state_rows: what the sampler needs; decoder: what its pixels come from, None where they come from elsewhere
+        state_rows: what the sampler needs; denoiser: the network that the stages run
+        decoder: what its pixels come from, None where they come from elsewhere
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from latentrt.engines.canvas import DENOISERS
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import EXTRA_EMBEDDINGS
 from latentrt.engines.manifest import LatentSpec
@@ -33,7 +34,7 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
         return _TextEncoder(engine)
     if STATE not in names:
         return engine
-    if engine.spec.component == "unet":
+    if engine.spec.component in DENOISERS:
         return _Unet(engine, pictures)
     return _Decoder(engine, space)
 

@@ -7,13 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentrt.engines.canvas import DECODER, PREVIOUS, CanvasShape, ImmediateCanvas, StageInput, no_decoder
+from latentrt.engines.canvas import DECODER, PREVIOUS, UNET, CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.residuals import COND, NEXT, SCALE, hint_of, is_residual, level_axes
 from latentrt.engines.spec import Array, Engine
-
-UNET = "unet"
 
 
 class Control(NamedTuple):
@@ -41,8 +39,9 @@ def split_control(control: Array, state_rows: int) -> Control:
 class HostCanvas(ImmediateCanvas):
     """A canvas on which every call is done when it returns. It implements `Canvas`.
 
-    engines: text_encoder, unet, decoders and ControlNets, each with its canonical inputs
+    engines: text_encoder, the denoisers, decoders and ControlNets, each with its canonical inputs
     state_rows: what the sampler's plan needs; there is no larger state to carry
+    denoiser: the network that its stages run
     decoder: what `decode` runs, None for nothing
     """
 
@@ -53,6 +52,7 @@ class HostCanvas(ImmediateCanvas):
         shape: CanvasShape,
         *,
         state_rows: int,
+        denoiser: str = UNET,
         decoder: str | None = DECODER,
     ) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class HostCanvas(ImmediateCanvas):
             raise no_decoder(decoder, engines)
         self._decoder = decoder
         self.shape, self.state_rows = shape, state_rows
-        self._engines, self._space = engines, space
+        self._engines, self._space, self._denoiser = engines, space, denoiser
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
         self._written: dict[str, Array] = {}
 
@@ -97,7 +97,7 @@ class HostCanvas(ImmediateCanvas):
         added = self._residuals(own, stage)
         if "condition" in self._written:
             own["sample"] = np.concatenate([own["sample"], self._written["condition"][owners]], axis=1)
-        return np.asarray(self._run(UNET, own | added)["out_sample"], dtype=np.float32)
+        return np.asarray(self._run(self._denoiser, own | added)["out_sample"], dtype=np.float32)
 
     def _residuals(self, own: Mapping[str, Array], stage: StageInput) -> dict[str, Array]:
         """Return what the stage's ControlNets add to the UNet: nothing, where it takes nothing of the kind."""
@@ -105,7 +105,7 @@ class HostCanvas(ImmediateCanvas):
         axes = {"batch": rows, **level_axes(*self._size[1:])}
         added = {
             spec.name: np.zeros([axis if isinstance(axis, int) else axes[axis] for axis in spec.shape], spec.dtype)
-            for spec in self._engines[UNET].spec.inputs
+            for spec in self._engines[self._denoiser].spec.inputs
             if is_residual(spec.name)
         }
         for component, scale in stage.scales.items():

@@ -95,6 +95,18 @@ class TextSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RefinerSpec:
+    """How the component `refiner` is told of a text: it takes the place of `unet` in the last part of a plan.
+
+    text_encoders: of the bundle's own, those that it takes, in their order
+    zero_negative: as in the manifest, of its own
+    """
+
+    text_encoders: tuple[TextSpec, ...]
+    zero_negative: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSchedule:
     """The noise the checkpoint was trained with, and its scheduler's own habits, in diffusers' terms.
 
@@ -151,6 +163,7 @@ class Manifest:
     default_size: (width, height) in pixels
     text_encoders: in the order in which the UNet takes what they give
     zero_negative: an empty negative prompt is not encoded, but stands for zeros
+    refiner: what the component of that name takes of a text; None where there is none
     """
 
     schema_version: int
@@ -166,6 +179,7 @@ class Manifest:
     files: Mapping[str, FileRecord]
     text_encoders: tuple[TextSpec, ...] = (TextSpec(),)
     zero_negative: bool = False
+    refiner: RefinerSpec | None = None
 
     def graphs_digest(self) -> str:
         """Return one SHA-256 over all canonical graphs and their weights, for engine keys."""
@@ -239,6 +253,8 @@ def _check_references(manifest: Manifest, *, where: str) -> None:
     named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
     named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
     named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
+    if manifest.refiner and "refiner" not in manifest.components:
+        raise BundleError(f"{where} $.refiner: there is no component 'refiner'; export the checkpoint again")
     for key, path in named:
         if path not in manifest.files:
             raise BundleError(f"{where} $.{key}: '{path}' is not among $.files; export the checkpoint again")

@@ -15,7 +15,7 @@ import numpy as np
 
 from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import DECODERS
+from latentrt.engines.canvas import DECODERS, DENOISERS
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
 from latentrt.engines.host_kernels import use_host_kernels
@@ -157,7 +157,7 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
 
 
 def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool) -> ModelProto:
-    if component == "unet" and fused:
+    if component in DENOISERS and fused:
         return fuse_stage(model)
     if component in DECODERS:
         if fused:
@@ -268,9 +268,9 @@ def load(
         session_options.add_initializer(name, value)
     if changed:  # a packed copy of every matrix, changed or not, is what a session would keep beside the mapped file
         session_options.add_session_config_entry("session.disable_prepacking", "1")
-    if spec.component != "unet":  # runs once a picture: its threads must not spin on while the UNet's work
+    if spec.component not in DENOISERS:  # runs once a picture: its threads must not spin while the UNet's work
         session_options.add_session_config_entry("session.force_spinning_stop", "1")
-    recorded = options.cuda_graph and provider == "cuda" and spec.component == "unet"
+    recorded = options.cuda_graph and provider == "cuda" and spec.component in DENOISERS
     settings = {"enable_cuda_graph": "1"} if recorded else NO_SETTINGS
     return OnnxRuntimeEngine(_session(file, session_options, provider, settings), spec, weights=(values, changed))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.canvas import DECODER, PREVIOUS, CanvasShape, ImmediateCanvas, StageInput, no_decoder
+from latentrt.engines.canvas import DECODER, PREVIOUS, UNET, CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, require
@@ -26,17 +26,25 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
     The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
     its work is done, so nothing is queued.
 
-    engines: text_encoder, the fused unet and the decoders that take the state
+    engines: text_encoder, the fused denoisers and the decoders that take the state
     device: `cuda` or `cpu`, ONNX Runtime's own name
+    denoiser: the network that its stages run
     """
 
     def __init__(
-        self, engines: Mapping[str, OnnxRuntimeEngine], space: LatentSpec, shape: CanvasShape, *, device: str
+        self,
+        engines: Mapping[str, OnnxRuntimeEngine],
+        space: LatentSpec,
+        shape: CanvasShape,
+        *,
+        device: str,
+        denoiser: str = UNET,
     ) -> None:
         super().__init__()
         self.shape = shape
         self._engines, self._device, self._ort = engines, device, require()
-        self._specs = {spec.name: spec for spec in engines["unet"].spec.inputs}
+        self._stage = engines[denoiser]
+        self._specs = {spec.name: spec for spec in self._stage.spec.inputs}
         self.state_rows = int(self._specs["state"].shape[1])
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
         self._axes = {
@@ -127,7 +135,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         self._put("picture_of_row", rows, np.ascontiguousarray(stage.picture_of_row, dtype=np.int64))
         self._put_noise(stage.noise)
         binding, graph = self._binding(rows)
-        self._engines["unet"].run_bound(binding, graph=graph)
+        self._stage.run_bound(binding, graph=graph)
         self._states.reverse()
         self._advanced = True
 
@@ -151,7 +159,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             raise EngineError(f"{missing[0]} was not written to the canvas before it was needed")
         key = (rows, id(reads))
         if key not in self._bindings:
-            binding = self._engines["unet"].new_binding()
+            binding = self._stage.new_binding()
             for name, spec in self._specs.items():
                 value = reads if name == "state" else self._input(name, rows if "rows" in spec.shape else 0)
                 binding.bind_ortvalue_input(name, value)

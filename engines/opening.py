@@ -10,7 +10,7 @@ from pathlib import Path
 from latentrt.engines.adapting import NOTHING, Changes, keys_of
 from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.bundle import Bundle, Check, check_file
-from latentrt.engines.canvas import DECODER, Canvas, CanvasShape
+from latentrt.engines.canvas import DECODER, UNET, Canvas, CanvasShape
 from latentrt.engines.choosing import Choice, choose, find_engines, fits
 from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.spec import Engine, EngineKey
@@ -101,14 +101,23 @@ class OpenEngines:
             opened.adapt(changes)
 
     def canvas(
-        self, space: LatentSpec, shape: CanvasShape, *, state_rows: int, decoder: str | None = DECODER
+        self,
+        space: LatentSpec,
+        shape: CanvasShape,
+        *,
+        state_rows: int,
+        denoiser: str = UNET,
+        decoder: str | None = DECODER,
     ) -> Canvas:
-        """Return what a batch of this shape is drawn on, with one of the bundle's decoders, or none.
+        """Return what a batch of this shape is drawn on, with one of the bundle's denoisers and decoders.
+
+        decoder: None where the pixels come from elsewhere
 
         Where the bundle holds engines of several shapes, those that fit are opened when they are first needed, and
         stay open. Raises EngineError where none fits.
         """
-        return self._fitting(shape).canvas(shape, state_rows=state_rows, decoder=decoder)
+        fitting = self._fitting(shape)
+        return fitting.canvas(shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder)
 
     def engine(self, component: str, shape: CanvasShape) -> Engine:
         """Return the engine of an opened component that takes pictures of this shape. Raises EngineError."""

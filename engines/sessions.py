@@ -9,7 +9,7 @@ from pathlib import Path
 from latentrt.engines import onnxruntime
 from latentrt.engines.adapting import Changes, adaptable
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import DECODER, Canvas, CanvasShape
+from latentrt.engines.canvas import DECODER, UNET, Canvas, CanvasShape
 from latentrt.engines.host_canvas import HostCanvas
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider
@@ -48,7 +48,7 @@ class Sessions:
         self.engines: dict[str, Engine] = {name: self._load(name) for name in components}
         self._base: dict[str, Engine] = {}  # those that are not in use because a changed one is
         self._adapted: OrderedDict[tuple[str, str], OnnxRuntimeEngine] = OrderedDict()
-        self._canvases: OrderedDict[tuple[Choice, CanvasShape], OnnxRuntimeCanvas] = OrderedDict()
+        self._canvases: OrderedDict[tuple[Choice, CanvasShape, str], OnnxRuntimeCanvas] = OrderedDict()
         self._choice: Choice = ()
 
     def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
@@ -89,21 +89,25 @@ class Sessions:
             self.adapt({})
         self._adapted.pop(key).close()
 
-    def canvas(self, shape: CanvasShape, *, state_rows: int, decoder: str | None = DECODER) -> Canvas:
+    def canvas(
+        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Canvas:
         """Return what a batch of this shape is drawn on."""
         if self._provider not in onnxruntime.FUSED:
-            return HostCanvas(self.engines, self._space, shape, state_rows=state_rows, decoder=decoder)
-        key = (self._choice, shape)
-        canvas = self._canvases.pop(key, None) or self._bound(shape)
+            return HostCanvas(
+                self.engines, self._space, shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder
+            )
+        key = (self._choice, shape, denoiser)
+        canvas = self._canvases.pop(key, None) or self._bound(shape, denoiser)
         self._canvases[key] = canvas
         if len(self._canvases) > KEPT_CANVASES:
             self._canvases.popitem(last=False)
         canvas.wipe(decoder=decoder)
         return canvas
 
-    def _bound(self, shape: CanvasShape) -> OnnxRuntimeCanvas:
+    def _bound(self, shape: CanvasShape, denoiser: str) -> OnnxRuntimeCanvas:
         bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
-        return OnnxRuntimeCanvas(bound, self._space, shape, device=self._provider)
+        return OnnxRuntimeCanvas(bound, self._space, shape, device=self._provider, denoiser=denoiser)
 
     def close(self) -> None:
         """Close every engine."""

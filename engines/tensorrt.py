@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from latentrt.engines import graphs
 from latentrt.engines.adapting import Adaptable, Changes
 from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import DECODER, DECODERS, Canvas, CanvasShape
+from latentrt.engines.canvas import DECODER, DECODERS, DENOISERS, UNET, Canvas, CanvasShape
 from latentrt.engines.device import CudaDevice
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
@@ -274,7 +274,7 @@ def _note_weights(bundle: Bundle, component: str, directory: Path) -> None:
 
 
 def _edit(model: ModelProto, component: str, options: BuildOptions, latents: LatentSpec) -> ModelProto:
-    if component == "unet":
+    if component in DENOISERS:
         return fuse_stage(model, state_rows=options.state_rows)
     if component in DECODERS:
         graphs.prepend_state_head(model, options.state_rows, latents)
@@ -329,9 +329,11 @@ class OnDevice:
         """Change the weights of components, from the base's always. Raises EngineError."""
         self.refits.adapt(changes, tuple(self.engines))
 
-    def canvas(self, shape: CanvasShape, *, state_rows: int, decoder: str | None = DECODER) -> Canvas:
-        """Return the canvas of a shape: the same one every time, blank. Raises EngineError."""
-        return self.session.canvas(shape, decoder=decoder)
+    def canvas(
+        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Canvas:
+        """Return the canvas of a shape and a denoiser: the same one every time, blank. Raises EngineError."""
+        return self.session.canvas(shape, denoiser=denoiser, decoder=decoder)
 
     def close(self) -> None:
         """Wait for the device and free everything."""

@@ -36,7 +36,10 @@ SLOTS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Programs:
-    """What a canvas runs. decoders: by component; text_encoder is None where the text is always written."""
+    """What a canvas runs.
+
+    unet: any denoiser; decoders: by component; text_encoder: None where the text is always written
+    """
 
     unet: Program
     decoders: Mapping[str, Program]

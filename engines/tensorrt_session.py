@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Self
 
-from latentrt.engines.canvas import DECODER, DECODERS, CanvasShape
+from latentrt.engines.canvas import DECODER, DECODERS, UNET, CanvasShape
 from latentrt.engines.device import Device
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import EngineRecord
@@ -78,36 +78,38 @@ class TensorRTSession:
         self._programs: dict[str, Program] = open_programs(library, plans)
         queue = WorkQueue(device)
         self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
-        self._canvases: OrderedDict[CanvasShape, TensorRTCanvas] = OrderedDict()
+        self._canvases: OrderedDict[tuple[CanvasShape, str], TensorRTCanvas] = OrderedDict()
         self._engines: list[TensorRTEngine] = []
         self._closed = False
         self.load_s = time.perf_counter() - start
 
-    def canvas(self, shape: CanvasShape, *, decoder: str | None = DECODER) -> TensorRTCanvas:
+    def canvas(self, shape: CanvasShape, *, denoiser: str = UNET, decoder: str | None = DECODER) -> TensorRTCanvas:
         """Return a blank canvas for a shape: the same one every time, wiped, while it is kept.
 
+        denoiser: the network that its stages run
         decoder: what its pixels come from; None where they come from elsewhere: it then takes no memory for any
         Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
         the device has no room.
         """
         with self._place.queue.lock:
             self._check_open()
-            if shape not in self._canvases:
+            key = (shape, denoiser)
+            if key not in self._canvases:
                 while len(self._canvases) >= self._kept:
                     _, oldest = self._canvases.popitem(last=False)
                     oldest.close("made room for another shape; ask for it again, or keep more canvases")
-                canvas = TensorRTCanvas(self._place, self._drawing(), shape, self._origin, slots=self._slots)
-                self._canvases[shape] = canvas
-            self._canvases.move_to_end(shape)
-            self._canvases[shape].wipe()
-            self._canvases[shape].decode_with(decoder)
-            return self._canvases[shape]
+                programs = self._drawing(denoiser)
+                self._canvases[key] = TensorRTCanvas(self._place, programs, shape, self._origin, slots=self._slots)
+            self._canvases.move_to_end(key)
+            self._canvases[key].wipe()
+            self._canvases[key].decode_with(decoder)
+            return self._canvases[key]
 
-    def _drawing(self) -> Programs:
-        if "unet" not in self._programs:
-            raise EngineError(f"drawing needs unet, opened are {', '.join(self._programs)}")
+    def _drawing(self, denoiser: str) -> Programs:
+        if denoiser not in self._programs:
+            raise EngineError(f"drawing needs {denoiser}, opened are {', '.join(self._programs)}")
         return Programs(
-            unet=self._programs["unet"],
+            unet=self._programs[denoiser],
             decoders={name: self._programs[name] for name in DECODERS if name in self._programs},
             text_encoder=self._programs.get("text_encoder"),
         )

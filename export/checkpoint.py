@@ -40,6 +40,7 @@ class Checkpoint:
     files: what the export reads, by name
     options: choices that changed the result
     dimensions: the sizes that the tables of shapes refer to by name
+    refiner: the checkpoint whose UNet becomes the component `refiner`
     """
 
     name: str
@@ -57,6 +58,7 @@ class Checkpoint:
     latents: LatentSpec
     default_size: tuple[int, int]
     dimensions: Mapping[str, int]
+    refiner: Checkpoint | None = None
 
     def hashes(self) -> dict[str, str]:
         """Hash every file that the export reads."""

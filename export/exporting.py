@@ -25,11 +25,12 @@ from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.components import row_of
-from latentrt.export.jobs import MARKERS, Finished, Job, read_marker
+from latentrt.export.jobs import MARKERS, Finished, Job, Twin, read_marker
 from latentrt.export.optimum import write_configs
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import Recipe, Source
 from latentrt.export.preview import PreviewFit, fit_preview
+from latentrt.export.refiner import add_refiner, refiner_spec
 from latentrt.export.tokenizer import read_clip_files, write_tokenizer
 from latentrt.export.worker import start_worker
 
@@ -57,6 +58,8 @@ TEXT_ENCODERS: Mapping[Family, tuple[TextSpec, ...]] = {
     "sdxl": (TextSpec(skip=1), _POOLED),
     "sdxl_refiner": (_POOLED,),
 }
+
+TWINS = ("text_encoder_2",)  # what a refiner reads of the checkpoint's own, and must have the same weights of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +98,8 @@ def export_checkpoint(
     """
     start = time.perf_counter()
     report("reading the checkpoint", 0, 1)
-    opened = open_checkpoint(checkpoint, options=options)
+    options = options or CheckpointOptions()
+    opened = add_refiner(open_checkpoint(checkpoint, options=options), options)
     _require_tools(opened.source)
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     provenance = _provenance(opened, precision)
@@ -187,7 +191,7 @@ def _components(
     checkpoint: Checkpoint, staged: Path, precision: Precision, report: Report
 ) -> tuple[dict[str, Finished], tuple[str, ...]]:
     """Export every component that no earlier run has finished. Returns all of them, and the names of those kept."""
-    names = sorted(checkpoint.networks, key=lambda name: (row_of(name), name))
+    names = sorted(_networks(checkpoint), key=lambda name: (row_of(name), name))
     found = {name: read_marker(staged, name) for name in names}
     kept = {name: finished for name, finished in found.items() if finished is not None}
     made = {}
@@ -202,20 +206,37 @@ def _components(
     return {name: every[name] for name in names}, tuple(kept)
 
 
+def _networks(checkpoint: Checkpoint) -> dict[str, Path | Recipe]:
+    """Return where each network's weights are, the refiner's included."""
+    further = {"refiner": checkpoint.refiner.networks["unet"]} if checkpoint.refiner else {}
+    return {**checkpoint.networks, **further}
+
+
 def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> Job:
-    network = checkpoint.networks[component]
-    recipe = network if isinstance(network, Recipe) else None
-    folder = staged / MARKERS / "weights" if isinstance(network, Recipe) else network
+    folder, recipe = _place(_networks(checkpoint)[component], staged / MARKERS / "weights")
+    refiner = checkpoint.refiner
+    twin = None
+    if refiner and component in TWINS:
+        other, how = _place(refiner.networks[component], staged / MARKERS / "twin")
+        twin = Twin(name=refiner.name, folder=other, recipe=how)
     return Job(
         component=component,
         source=checkpoint.source,
-        folder=str(folder.resolve()),
+        folder=folder,
         recipe=recipe,
         root=str(staged.resolve()),
         precision=precision,
-        dimensions=checkpoint.dimensions,
+        dimensions=refiner.dimensions if refiner and component == "refiner" else checkpoint.dimensions,
         scaling_factor=checkpoint.latents.scaling_factor,
+        twin=twin,
     )
+
+
+def _place(network: Path | Recipe, written: Path) -> tuple[str, Recipe | None]:
+    """Return the folder of a network, and how to write it where it is not there yet."""
+    recipe = network if isinstance(network, Recipe) else None
+    folder = written if isinstance(network, Recipe) else network
+    return str(folder.resolve()), recipe
 
 
 def _manifest(
@@ -249,6 +270,7 @@ def _manifest(
         files=dict(sorted(files.items())),
         text_encoders=TEXT_ENCODERS[checkpoint.family],
         zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
+        refiner=refiner_spec(checkpoint.refiner, TEXT_ENCODERS["sdxl_refiner"]) if checkpoint.refiner else None,
     )
 
 

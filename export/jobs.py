@@ -45,12 +45,25 @@ MARKERS = ".finished"  # in the staging directory: one file for each finished co
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A network of another checkpoint that must have the same weights, for both are to share one.
+
+    folder, recipe: as in a job; name: of that checkpoint, for the error
+    """
+
+    name: str
+    folder: str
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What one process must know.
 
     folder: holds the weights or the graph
     recipe: how to write that folder first, None where it is there
     root: the staged bundle
+    twin: what must have the same weights
     """
 
     component: str
@@ -61,6 +74,7 @@ class Job:
     dimensions: Mapping[str, int]
     scaling_factor: float
     recipe: Recipe | None = None
+    twin: Twin | None = None
     stage: Stage = "make"
 
     @property
@@ -150,6 +164,14 @@ def _make(job: Job) -> Finished:
     takes = input_specs(component, job.dimensions, "fp32")
     gives = output_specs(component, job.dimensions, "fp32")
     module = _load(job)
+    if job.twin:
+        from latentrt.export import twins
+
+        # A LoRA changes the text for both: the checkpoints' own are what must be the same.
+        plain = dataclasses.replace(job.recipe, loras=()) if job.recipe and job.recipe.loras else None
+        own = _load(dataclasses.replace(job, recipe=plain)) if plain else module
+        twins.require_same(job.component, own, job.twin)
+        del own
     for which, path in zip(CASES, _pairs(job), strict=True):
         inputs = golden.make_inputs(
             component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor

@@ -247,6 +247,7 @@ def load(
         ),
         "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": torch.float32}),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": torch.float32}),
+        "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": torch.float32}),
         "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": torch.float32}),
         "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
         "tiny_decoder": (

@@ -55,6 +55,7 @@ class CheckpointOptions:
     vae: a VAE to take in place of the checkpoint's: a directory or a file
     tiny_vae: a small VAE (diffusers' AutoencoderTiny) whose decoder the bundle shall hold too: a directory
     prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
+    refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
     loras: low-rank changes that are added to the weights; their order does not matter
     controlnets: ControlNets that requests may use; their order does not matter
     allow_pickle: whether weights in pickles may be opened
@@ -66,6 +67,7 @@ class CheckpointOptions:
     vae: str | None = None
     tiny_vae: str | None = None
     prediction_type: Prediction | None = None
+    refiner: str | None = None
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()
     allow_pickle: bool = False

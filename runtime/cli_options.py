@@ -116,6 +116,9 @@ SAMPLING = (
     click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
     click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),
+    click.option("--refine-from", type=float, default=None, help="Let the refiner take over there, e.g. 0.8."),
+    click.option("--aesthetic-score", default=6.0, help="What the refiner is asked for."),
+    click.option("--negative-aesthetic-score", default=2.5, help="What the refiner shall avoid."),
 )
 PROMPTS = (
     click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),

@@ -6,22 +6,21 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from latentrt.engines.canvas import UNET
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.spec import Array
 from latentrt.runtime.request import Job
 
-SCORES = (6.0, 2.5)  # the aesthetic score that SDXL's refiner is asked for, and to avoid: diffusers' defaults
 
-
-def conditions(manifest: Manifest, job: Job, *, rows: int) -> dict[str, Array]:
-    """Return the UNet's further inputs by name, a row for each model row: (rows, …), float32.
+def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str = UNET) -> dict[str, Array]:
+    """Return a UNet's further inputs by name, a row for each model row: (rows, …), float32.
 
     rows: the prompts' own and, where there is guidance, then the negative prompts'
     Raises RequestError where the UNet takes something that nobody here knows.
     """
     made = {}
-    for spec in manifest.components["unet"].inputs:
+    for spec in manifest.components[denoiser].inputs:
         if spec.name in CONDITIONS:
             width = spec.shape[1]
             assert isinstance(width, int)
@@ -40,7 +39,8 @@ def _sizes(job: Job, rows: int, numbers: int) -> Array:
         return np.tile(np.array(row, dtype=np.float32), (rows, 1))
     if numbers == len(shared) + 1:
         pictures = len(job.prompts)
-        scores = np.repeat(np.array(SCORES, dtype=np.float32), pictures)[:rows]
+        both = np.array([request.aesthetic_score, request.negative_aesthetic_score], dtype=np.float32)
+        scores = np.repeat(both, pictures)[:rows]
         return np.concatenate([np.tile(np.array(shared, dtype=np.float32), (rows, 1)), scores[:, None]], axis=1)
     raise RequestError(f"this UNet takes {numbers} numbers of sizes, expected 6 (SDXL) or 5 (its refiner)")
 

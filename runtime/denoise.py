@@ -21,14 +21,18 @@ def denoise(
     draw: Callable[[], Array],
     *,
     steering: Sequence[Steering] = (),
+    stages: range | None = None,
 ) -> Iterator[int]:
     """Advance a canvas stage by stage; yield the number of stages done after each.
 
     The canvas has its text and its state. draw: called at the stages in which the sampler draws, returns unit
     normals, (n, C, h, w). steering: what is followed, whose pixels are on the canvas. A caller that stops iterating
     leaves the canvas where it is.
+    stages: which of the plan's to take, None for all; the state is then that before the first of them
     """
-    for k, stage in enumerate(stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows, steering=steering)):
+    stages = range(plan.stages) if stages is None else stages
+    inputs = stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows, steering=steering, stages=stages)
+    for k, stage in zip(stages, inputs, strict=True):
         canvas.advance(stage)
         canvas.mark()
         yield k + 1
@@ -41,12 +45,13 @@ def stage_inputs(
     *,
     state_rows: int,
     steering: Sequence[Steering] = (),
+    stages: range | None = None,
 ) -> Iterator[StageInput]:
-    """Yield what each stage of a plan takes, the noise being drawn only when it is reached."""
+    """Yield what each stage of a plan takes, or each of some stages, the noise being drawn only when it is reached."""
     pictures = len(guidance.scales)
     rows = {on: guidance_rows(guidance.scales, guided=on) for on in (False, True)}
     weighted = plan.uses_noise
-    for k in range(plan.stages):
+    for k in range(plan.stages) if stages is None else stages:
         on = bool(guidance.stages[k])
         control = pack_control(plan, k, state_rows, rescale=guidance.rescale if on else 0.0)
         noise = draw() if plan.draws_noise[k] else None  # drawn where diffusers draws, even if it weighs nothing

@@ -17,7 +17,7 @@ import numpy as np
 from latentrt import __version__
 from latentrt.engines.adapting import Changes, keys_of
 from latentrt.engines.bundle import Bundle, Check
-from latentrt.engines.canvas import TINY_DECODER, Canvas, CanvasShape
+from latentrt.engines.canvas import REFINER, TINY_DECODER, UNET, Canvas, CanvasShape
 from latentrt.engines.errors import BundleError, DeadlineError, EngineError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
@@ -28,6 +28,7 @@ from latentrt.runtime.conditioning import conditions
 from latentrt.runtime.decoding import DECODERS, NO_TINY, decode_in_place, on_canvas, through_engine
 from latentrt.runtime.denoise import denoise
 from latentrt.runtime.embeddings import load_embedding
+from latentrt.runtime.legs import Leg
 from latentrt.runtime.loras import Loras
 from latentrt.runtime.mixing import vary
 from latentrt.runtime.prompt import PromptTokenizer
@@ -93,13 +94,14 @@ class Result:
 class _Source:
     """Where a batch's text and noise come from.
 
-    tokens: the length of the text; tokenize_s: what reading it took; write: puts it on a canvas
+    tokens: the length of the text for a denoiser; tokenize_s: what reading it took
+    write: puts it on a canvas, as a denoiser takes it
     draw: gives the next unit normals of every picture's own stream, (n, C, h, w)
     """
 
-    tokens: int
+    tokens: Mapping[str, int]
     tokenize_s: float
-    write: Callable[[Canvas], None]
+    write: Callable[[Canvas, str], None]
     draw: Callable[[], Array]
 
 
@@ -249,14 +251,14 @@ class Pipeline:
         start = time.perf_counter()
         prompts = job.read(job.prompts)
         negatives = job.read(job.negatives, negative=True) if job.guidance.needed else []
-        tokens = self._texts.tokens([*prompts, *negatives])
+        tokens = {leg.denoiser: self._texts.tokens([*prompts, *negatives], denoiser=leg.denoiser) for leg in job.legs}
 
-        def write(canvas: Canvas) -> None:
-            in_place = self._texts.device_inputs(prompts, negatives) if canvas.queued else None
+        def write(canvas: Canvas, denoiser: str) -> None:
+            in_place = self._texts.device_inputs(prompts, negatives, denoiser=denoiser) if canvas.queued else None
             if in_place is not None:
                 canvas.encode(in_place)
                 return
-            for name, array in self._texts(prompts, negatives).items():
+            for name, array in self._texts(prompts, negatives, denoiser=denoiser).items():
                 canvas.write(name, array)
 
         shape = latent_shape(job.size, self.manifest.latents)
@@ -270,31 +272,29 @@ class Pipeline:
     def _draw_between(self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], watch: Watch | None) -> Result:
         """Draw frames that lie between key frames."""
         start = time.perf_counter()
-        negatives = [key.negative_prompt for key in keys] if job.guidance.needed else []
-        texts = self._texts(job.read([key.prompt for key in keys]), job.read(negatives, negative=True))
+        prompts = job.read([key.prompt for key in keys])
+        negatives = job.read([key.negative_prompt for key in keys] if job.guidance.needed else [], negative=True)
+        texts = {leg.denoiser: self._texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
-        def write(canvas: Canvas) -> None:
-            for name, array in texts.items():
+        def write(canvas: Canvas, denoiser: str) -> None:
+            for name, array in texts[denoiser].items():
                 canvas.write(name, np.concatenate([frame_rows(array[part], frames) for part in parts]))
 
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
-        tokens = texts["encoder_hidden_states"].shape[1]
+        tokens = {denoiser: arrays["encoder_hidden_states"].shape[1] for denoiser, arrays in texts.items()}
         source = _Source(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
         return self._draw(job, source, watch)
 
     def _draw(self, job: Job, source: _Source, watch: Watch | None) -> Result:
         start = time.perf_counter()
-        decode = self._decoder(job, tokens=source.tokens)
-        whole = job.decoder if job.grid is None else None
-        canvas = self._canvas(job, job.size, tokens=source.tokens, decoder=whole)
-        canvas.mark()
-        source.write(canvas)
-        canvas.mark()
-        self._denoise(job, source, canvas, watch)
+        last = job.legs[-1].denoiser
+        decode = self._decoder(job, last, tokens=source.tokens[last])
+        canvas, encode, steps = self._denoise(job, source, watch)
         pixels = decode(canvas)
-        encode, *steps, decode_s = canvas.elapsed()
+        further, *own, decode_s = canvas.elapsed()
+        encode, steps = encode + further, [*steps, *own]
         seconds = {"tokenize": source.tokenize_s, "encode": encode, "denoise": sum(steps), "decode": decode_s}
         return Result(
             pixels=pixels,
@@ -306,7 +306,7 @@ class Pipeline:
             reason=self._opened.choice.reason,
         )
 
-    def _decoder(self, job: Job, *, tokens: int) -> Callable[[Canvas], Array]:
+    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Canvas], Array]:
         """Return what decodes a canvas and then sets a mark: at once, or in tiles.
 
         The tiles' canvas is asked for before anything is drawn: where no engine fits it, the error comes early.
@@ -314,7 +314,8 @@ class Pipeline:
         grid, factor = job.grid, self.manifest.latents.factor
         if grid is None:
             return decode_in_place
-        tile = on_canvas(self._canvas(job, self._decoded_size(job), tokens=tokens, decoder=job.decoder))
+        size = self._decoded_size(job)
+        tile = on_canvas(self._canvas(job, denoiser, size, tokens=tokens, decoder=job.decoder))
 
         def decode(canvas: Canvas) -> Array:
             pixels = decode_tiles(canvas.read("state")[:, 0], tile, grid, factor=factor)
@@ -338,26 +339,63 @@ class Pipeline:
         decode = through_engine(self._opened.engine(TINY_DECODER, shape), space)
         return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
 
-    def _canvas(self, job: Job, size: tuple[int, int], *, tokens: int, decoder: str | None) -> Canvas:
+    def _canvas(self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None) -> Canvas:
         width, height = size
         shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
-        return self._opened.canvas(self.manifest.latents, shape, state_rows=job.plan.rows, decoder=decoder)
+        rows = job.plan.rows
+        return self._opened.canvas(self.manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder)
 
-    def _denoise(self, job: Job, source: _Source, canvas: Canvas, watch: Watch | None) -> None:
-        draw = Noise(source.draw)
-        for name, array in conditions(self.manifest, job, rows=job.rows).items():
-            canvas.write(name, array)
+    def _denoise(self, job: Job, source: _Source, watch: Watch | None) -> tuple[Canvas, float, list[float]]:
+        """Take every stage of the plan, each leg on a canvas of its denoiser.
+
+        Returns the last canvas, with its leg's marks, and what the legs before took: to encode, and each stage.
+        """
+        encode, steps, draw = 0.0, list[float](), Noise(source.draw)
+        whole = job.decoder if job.grid is None else None
+        inputs: dict[str, Array] | None = None
+        for leg in job.legs:
+            decoder = whole if leg is job.legs[-1] else None
+            tokens = source.tokens[leg.denoiser]
+            canvas = self._canvas(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
+            canvas.mark()
+            source.write(canvas, leg.denoiser)
+            canvas.mark()
+            if inputs is None:
+                inputs = self._begin(job, draw, state_rows=canvas.state_rows)
+            self._advance(job, leg, inputs, canvas, draw, watch)
+            if leg is not job.legs[-1]:  # read before the next canvas, which may take this one's place
+                inputs["state"] = canvas.read("state")
+                first, *own = canvas.elapsed()
+                encode, steps = encode + first, steps + own
+        return canvas, encode, steps
+
+    def _begin(self, job: Job, draw: Callable[[], Array], *, state_rows: int) -> dict[str, Array]:
+        """Return what to write to a canvas before the first stage."""
         start = self._start(job, draw)
         if job.variations:
             shape = latent_shape(job.size, self.manifest.latents)
             other = _stream(job.request.noise, job.variations, shape)()
             varied = vary(start.noise, other, job.request.variation_strength)
             start = dataclasses.replace(start, noise=varied)
-        for name, array in start.inputs(job.plan, state_rows=canvas.state_rows).items():
+        return start.inputs(job.plan, state_rows=state_rows)
+
+    def _advance(
+        self,
+        job: Job,
+        leg: Leg,
+        inputs: Mapping[str, Array],
+        canvas: Canvas,
+        draw: Noise,
+        watch: Watch | None,
+    ) -> None:
+        """Take the stages of one leg, from the state and what lies beside it among the inputs."""
+        further = conditions(self.manifest, job, rows=job.rows, denoiser=leg.denoiser)
+        for name, array in {**further, **inputs}.items():
             canvas.write(name, array)
-        for one in job.steering:
+        steering = job.steering if leg.denoiser == UNET else ()  # a ControlNet's residuals are for the UNet it is of
+        for one in steering:
             canvas.write(hint_of(one.component), one.pixels)
-        for stage in denoise(canvas, job.plan, job.guidance, draw, steering=job.steering):
+        for stage in denoise(canvas, job.plan, job.guidance, draw, steering=steering, stages=leg.stages):
             if watch is not None:
                 canvas.settle(AHEAD)
                 watch(
@@ -368,8 +406,8 @@ class Pipeline:
                         _plan=job.plan,
                         _manifest=self.manifest,
                         _noise=draw.last,
-                        _keeps=start.kept is not None,
-                        _sketch=partial(self._sketch, job, source.tokens),
+                        _keeps="known" in inputs,
+                        _sketch=partial(self._sketch, job, canvas.shape.tokens),
                     )
                 )
 
@@ -457,10 +495,11 @@ def _ordinary(manifest: Manifest) -> Request:
 
 def _needed(bundle: Bundle) -> tuple[str, ...]:
     """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
-    texts = (text.component for text in bundle.manifest.text_encoders)
+    texts, refiner = bundle.manifest.text_encoders, bundle.manifest.refiner
     controlnets = (name for name in bundle.manifest.components if name.startswith(PREFIX))
+    further = (*controlnets, *((REFINER,) if refiner else ()))
     decoders = (name for name in DECODERS.values() if name in bundle.manifest.components)
-    return (*texts, "unet", *controlnets, *decoders)
+    return (*(text.component for text in texts), UNET, *further, *decoders)
 
 
 def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None:

@@ -25,6 +25,7 @@ from latentrt.runtime.image_sources import (
     rounded_size,
     size_of,
 )
+from latentrt.runtime.legs import Leg, split
 from latentrt.runtime.loras import Lora, check_loras
 from latentrt.runtime.mixing import variation_seeds
 from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
@@ -56,6 +57,9 @@ FURTHER = frozenset(
         "crop",
         "noise",
         "decoder",
+        "refine_from",
+        "aesthetic_score",
+        "negative_aesthetic_score",
         "tile",
     }
 )
@@ -97,6 +101,9 @@ class Options(TypedDict, total=False):
     crop: tuple[int, int]
     noise: NoiseSource
     decoder: DecoderName
+    refine_from: float | None
+    aesthetic_score: float
+    negative_aesthetic_score: float
     tile: int | None
     deadline: float | None
 
@@ -138,6 +145,10 @@ class Request:
     crop: for SDXL too: how many pixels were cut off at the top and at the left
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
     decoder: the checkpoint's own, or the `tiny` one that a bundle may hold: many times faster, and rougher
+    refine_from: the share of the noise after which the bundle's refiner draws on, between 0 and 1, as diffusers'
+        denoising_end and denoising_start; None for no refiner
+    aesthetic_score, negative_aesthetic_score: for SDXL's refiner, which was told of every picture how it had been
+        rated: the score to draw for, and the one to avoid
     tile: decode, and read an image, in tiles of so many pixels a side, which overlap and are blended: a large picture
         then takes the VAE no more memory than a tile; None for the whole picture at once
     deadline: seconds from the call to the picture, waiting for other calls included; None for no end
@@ -174,6 +185,9 @@ class Request:
     crop: tuple[int, int] = (0, 0)
     noise: NoiseSource = "cpu"
     decoder: DecoderName = "full"
+    refine_from: float | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
     tile: int | None = None
     deadline: float | None = None
 
@@ -193,6 +207,7 @@ class Job:
     """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
 
     variations: the variation seed of each picture, empty where the noise is the seeds' own
+    legs: which denoiser takes which stages of the plan
     """
 
     request: Request
@@ -203,6 +218,7 @@ class Job:
     size: tuple[int, int]
     plan: SamplingPlan
     guidance: Guidance
+    legs: tuple[Leg, ...]
     pixels: Array | None = None  # (1 or n, height, width, 3), float32, -1 to 1
     mask: Array | None = None  # (1, height, width), float32
     strength: float = 1.0
@@ -250,6 +266,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
                 raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; leave it away")
+    _check_scores(request, manifest)
     plan = _plan(request, manifest)
     return Job(
         request=request,
@@ -271,6 +288,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
             interval=request.guidance_interval,
             rescale=_number("guidance_rescale", request.guidance_rescale),
         ),
+        legs=_legs(plan, request, manifest),
     )
 
 
@@ -279,6 +297,26 @@ def _check_decoder(request: Request, manifest: Manifest) -> None:
         raise RequestError(f"decoder: found {request.decoder!r}, expected one of {', '.join(DECODERS)}")
     if DECODERS[request.decoder] not in manifest.components:
         raise RequestError(f"decoder: {NO_TINY}, or leave it away")
+
+
+def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg, ...]:
+    if request.refine_from is None:
+        return split(plan, None, train_timesteps=manifest.schedule.num_train_timesteps)
+    if manifest.refiner is None:
+        raise RequestError(
+            "refine_from: this bundle holds no refiner; export it again with --refiner CHECKPOINT, or leave it away"
+        )
+    share = _number("refine_from", request.refine_from)
+    return split(plan, share, train_timesteps=manifest.schedule.num_train_timesteps)
+
+
+def _check_scores(request: Request, manifest: Manifest) -> None:
+    """Refuse scores that no denoiser of the bundle would be told, and what is no number."""
+    scored = manifest.refiner is not None or manifest.family == "sdxl_refiner"
+    for name in ("aesthetic_score", "negative_aesthetic_score"):
+        value = _number(name, getattr(request, name))
+        if value != getattr(Request(prompt=""), name) and not scored:
+            raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; leave it away")
 
 
 def _unet_inputs(manifest: Manifest) -> set[str]:

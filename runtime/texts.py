@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from latentrt.engines.bundle import Bundle, Check
-from latentrt.engines.manifest import Manifest
+from latentrt.engines.canvas import REFINER, UNET
+from latentrt.engines.manifest import Manifest, TextSpec
 from latentrt.engines.spec import Array, Engine
 from latentrt.runtime.embeddings import Embedding
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
@@ -23,16 +25,28 @@ def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenize
     return {name: PromptTokenizer(bundle.path(spec.file, check=check), spec) for name, spec in specs.items()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """What one denoiser takes of a text: of which encoders, and whether zeros stand for no text."""
+
+    encoders: tuple[TextSpec, ...]
+    zero_negative: bool
+
+
 class Texts:
-    """The encoders of a bundle, in the order in which the UNet takes what they give."""
+    """The encoders of a bundle, and which of them each denoiser takes, in what order. A shared one is there once."""
 
     def __init__(
         self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, PromptTokenizer]
     ) -> None:
-        self._zero_negative = manifest.zero_negative
-        self._encoders: dict[str, TextEncoder] = {}
-        for text in manifest.text_encoders:
-            self._encoders[text.component] = TextEncoder(
+        own, refiner = manifest.text_encoders, manifest.refiner
+        self._readings = {UNET: _Reading(encoders=own, zero_negative=manifest.zero_negative)}
+        if refiner:
+            further = _Reading(encoders=refiner.text_encoders, zero_negative=refiner.zero_negative)
+            self._readings[REFINER] = further
+        self._encoders: dict[TextSpec, TextEncoder] = {}
+        for text in dict.fromkeys(text for reading in self._readings.values() for text in reading.encoders):
+            self._encoders[text] = TextEncoder(
                 tokenizers[text.tokenizer],
                 partial(_run, engines, text.component),  # the engine may be wrapped later, by what times it
                 engines[text.component].spec,
@@ -40,13 +54,16 @@ class Texts:
                 pooled=text.pooled,
             )
 
-    def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt]) -> dict[str, Array]:
-        """Encode a batch: the UNet's inputs by name, the prompts' rows first and then the negative prompts'.
+    def __call__(
+        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str = UNET
+    ) -> dict[str, Array]:
+        """Encode a batch: a UNet's inputs by name, the prompts' rows first and then the negative prompts'.
 
         negatives: as many as there are prompts, or none
         """
         rows = [*prompts, *negatives]
-        batches = [encoder.batch(rows) for encoder in self._encoders.values()]
+        reading = self._readings[denoiser]
+        batches = [self._encoders[text].batch(rows) for text in reading.encoders]
         longest = max(batch.states.shape[1] for batch in batches)
         states = [_even(batch.states, longest) for batch in batches]
         inputs = {STATES: np.concatenate(states, axis=-1) if len(states) > 1 else states[0]}
@@ -54,23 +71,25 @@ class Texts:
         if pooled:
             inputs[POOLED] = np.concatenate(pooled, axis=-1)
         empty = [len(prompts) + i for i, prompt in enumerate(negatives) if not prompt.text]
-        return _zeroed(inputs, empty) if self._zero_negative and empty else inputs
+        return _zeroed(inputs, empty) if reading.zero_negative and empty else inputs
 
-    def tokens(self, prompts: Sequence[Prompt]) -> int:
+    def tokens(self, prompts: Sequence[Prompt], *, denoiser: str = UNET) -> int:
         """Return how many tokens the longest prompt's encoding has. Raises RequestError on what cannot be read."""
-        return max(encoder.tokens(prompts) for encoder in self._encoders.values())
+        return max(self._encoders[text].tokens(prompts) for text in self._readings[denoiser].encoders)
 
-    def device_inputs(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt]) -> dict[str, Array] | None:
+    def device_inputs(
+        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str = UNET
+    ) -> dict[str, Array] | None:
         """Return the text encoder's inputs where its output, as it is, is what `__call__` would give; else None."""
-        if len(self._encoders) > 1 or self._zero_negative:
+        reading = self._readings[denoiser]
+        if len(reading.encoders) > 1 or reading.zero_negative:
             return None
-        (encoder,) = self._encoders.values()
-        return encoder.device_inputs([*prompts, *negatives])
+        return self._encoders[reading.encoders[0]].device_inputs([*prompts, *negatives])
 
     def adapt(self, weights: Mapping[str, str]) -> None:
         """Remember from now on what engines with other weights give, by component; the base's where none is named."""
-        for component, encoder in self._encoders.items():
-            encoder.weights = weights.get(component, "")
+        for text, encoder in self._encoders.items():
+            encoder.weights = weights.get(text.component, "")
 
     @property
     def embeddings(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from latentrt.export.options import CheckpointOptions, ControlNetOption
 from tests.tiny import save_controlnet, save_tiny
 
 ROOT = Path(__file__).parent.parent
+REFINED = "refined"
 FORGOTTEN_S = 6 * 3600
 Make = Callable[[str, str], tuple[Path, Path]]
 """(family, variant) -> a tiny checkpoint and its bundle"""
@@ -131,14 +132,16 @@ def demo_half_bundle(workshop: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def made(workshop: Path) -> Make:
-    """Make a tiny checkpoint and its bundle, once for each kind."""
+    """Make a tiny checkpoint and its bundle, once for each kind; `refined` is the plain one with its refiner."""
     known = dict[tuple[str, str], tuple[Path, Path]]()
 
     def make(family: str, variant: str) -> tuple[Path, Path]:
         if (family, variant) not in known:
             name = f"{family}-{variant}" if variant else f"{family}-plain"
-            checkpoint = _tiny(workshop / f"{name}-checkpoint", family=family, variant=variant)
-            export_checkpoint(str(checkpoint), workshop / name, precision="fp32")
+            own = "" if variant == REFINED else variant
+            checkpoint = _tiny(workshop / f"{family}-{own or 'plain'}-checkpoint", family=family, variant=own)
+            options = CheckpointOptions(refiner=str(make(family, "refiner")[0])) if variant == REFINED else None
+            export_checkpoint(str(checkpoint), workshop / name, precision="fp32", options=options)
             known[family, variant] = checkpoint, workshop / name
         return known[family, variant]
 

@@ -17,11 +17,11 @@ from latentrt.engines.bundle import Bundle
 from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
-from tests.conftest import Make
+from tests.conftest import REFINED, Make
 from tests.test_pipeline_images import left_half, photo
 
 LEVELS = 2  # of 255: the same float32 sums in another order, through a whole trajectory
-FAMILIES = [("sd1", ""), ("sd2", ""), ("sd1", "lcm"), ("sd1", "inpainting"), ("sdxl", "")]
+FAMILIES = [("sd1", ""), ("sd2", ""), ("sd1", "lcm"), ("sd1", "inpainting"), ("sdxl", ""), ("sdxl", REFINED)]
 STARTS: dict[str, dict[str, Any]] = {
     "text": {"size": (40, 32)},
     "image": {"image": photo(), "strength": 0.7},
@@ -80,6 +80,7 @@ def test_every_family_is_drawn_alike_from_every_start(
     draw = fused(family, variant)
     for sampler in SAMPLERS:
         request = {"prompt": "a red circle", "steps": 4, "sampler": sampler, "guidance": 3.0, "seed": 1}
+        request |= {"refine_from": 0.5} if variant == REFINED else {}
         expected = canonical(bundle, **request, **STARTS[start])
         found = draw(**request, **STARTS[start])
         assert np.abs(found.astype(int) - expected.astype(int)).max() <= LEVELS, sampler

@@ -19,7 +19,7 @@ from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.steps import Step
-from tests.conftest import Make
+from tests.conftest import REFINED, Make
 from tests.host_device import HostDevice
 from tests.stand_in import install
 from tests.test_pipeline_images import left_half, photo
@@ -27,7 +27,7 @@ from tests.test_pipeline_images import left_half, photo
 LEVELS = 2  # of 255: the same float32 sums in another order, through a whole trajectory
 SIZE = (40, 32)
 OPTIONS = BuildOptions(sizes=(SIZE, (32, 32)), batches=(1, 2), tokens=(77, 154), references=False)
-FAMILIES = [("sd1", ""), ("sd2", ""), ("sd1", "lcm"), ("sd1", "inpainting"), ("sdxl", "")]
+FAMILIES = [("sd1", ""), ("sd2", ""), ("sd1", "lcm"), ("sd1", "inpainting"), ("sdxl", ""), ("sdxl", REFINED)]
 LONG = "a red circle on a blue square " * 20
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,8 @@ def repaints(pair: Pair) -> bool:
 
 def request_for(pair: Pair, **asked: Any) -> dict[str, Any]:
     """Return a request, with an image and a mask where the model draws from nothing else."""
-    known = {"prompt": "a red circle", "sampler": "euler", "size": SIZE, "steps": 4, "seed": 3, **asked}
+    refined = {"refine_from": 0.5} if pair.plain.manifest.refiner else {}
+    known = {"prompt": "a red circle", "sampler": "euler", "size": SIZE, "steps": 4, "seed": 3, **refined, **asked}
     return known | {"image": photo(), "mask": left_half(), "size": None} if repaints(pair) else known
 
 

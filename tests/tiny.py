@@ -139,8 +139,9 @@ def save_tiny(directory: Path, *, family: str = "sd1", variant: str = "", seed: 
     vocabulary, merges = clip_vocabulary(WORDS)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if variant != "refiner":
-            CLIPTextModel(_text_config(_TEXT[family], vocabulary)).eval().save_pretrained(directory / "text_encoder")
+        first = CLIPTextModel(_text_config(_TEXT[family], vocabulary))
+        if variant != "refiner":  # which was drawn all the same: then the second is that of the checkpoint it refines
+            first.eval().save_pretrained(directory / "text_encoder")
             _prefix_keys(directory / "text_encoder" / "model.safetensors")
         if family == "sdxl":
             second = CLIPTextModelWithProjection(_text_config(_TEXT_2, vocabulary)).eval()
