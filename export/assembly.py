@@ -1,22 +1,22 @@
-"""Put a checkpoint together from a single file and what it lacks, configs and a vocabulary; or replace its VAE."""
+"""Put a checkpoint together from a single file and what it lacks: configs and a vocabulary."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header
 from latentrt.export.families import SUPPORTED
-from latentrt.export.folders import network_files, open_network, read_configs, read_json
+from latentrt.export.folders import read_configs, read_json
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Parts, Recipe, folders
 from latentrt.export.pickles import read_pickle_header
 from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
-from latentrt.export.single_file import VAE_PREFIX, SingleFile, name_other, recognise
+from latentrt.export.single_file import SingleFile, name_other, recognise
 from latentrt.export.weights import PICKLES
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -42,7 +42,8 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
     tokenizers = _find_tokenizers(networks, options)
     _require(single, options, tokenizers)
     padding = PADDING[single.family] if single.family and not options.config else {}
-    configs = {**documents.configs, "unet": {**documents.configs["unet"], "in_channels": single.input_channels}}
+    taken = {"in_channels": single.input_channels, "time_cond_proj_dim": single.guidance_width}
+    configs = {**documents.configs, "unet": {**documents.configs["unet"], **taken}}
     return Parts(
         root=path,
         source="torch",
@@ -203,42 +204,3 @@ def _tokenizer_files(tokenizers: Mapping[str, Path]) -> dict[str, Path]:
 def _recipe(component: str, path: Path, config: Mapping[str, Any]) -> Recipe:
     text = json.dumps(dict(config))
     return Recipe(part=PARTS[component], config=text, files=(str(path.resolve()),), layout="original")
-
-
-def replace_vae(parts: Parts, name: str, *, allow_pickle: bool = False) -> Parts:
-    """Put another VAE in the place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file."""
-    if parts.source == "onnx":
-        raise CheckpointError(f"--vae '{name}' cannot replace a graph that optimum exported; give diffusers' layout")
-    path = Path(name)
-    if path.is_dir():
-        folder = path / "vae" if (path / "vae").is_dir() else path
-        config = read_json(folder / "config.json")
-        network = open_network("vae", folder, allow_pickle=allow_pickle)
-        files = [folder / "config.json", *network_files(folder, allow_pickle=allow_pickle)]
-    elif path.is_file():
-        config = dict(parts.configs["vae_decoder"])
-        network = _vae_recipe(read_weights_header(path, allow_pickle=allow_pickle), config)
-        files = [path]
-    else:
-        raise CheckpointError(f"--vae '{name}' is not there; give a directory or a safetensors file")
-    kept = {key: file for key, file in parts.files.items() if not key.startswith("vae/")}
-    both = ("vae_decoder", "vae_encoder")
-    return replace(
-        parts,
-        configs={**parts.configs, **dict.fromkeys(both, config)},
-        networks={**parts.networks, **dict.fromkeys(both, network)},
-        files={**kept, **{f"vae/{file.name}": file for file in files}},
-    )
-
-
-def _vae_recipe(file: TensorFile, config: Mapping[str, Any]) -> Recipe:
-    keys = [key.removeprefix(VAE_PREFIX) for key in file.tensors]
-    if "decoder.conv_in.weight" not in keys:
-        raise CheckpointError(f"--vae '{file.path}' holds no VAE; `latentrt inspect` says what it holds")
-    diffusers = any(key.startswith("decoder.up_blocks.") for key in keys)
-    return Recipe(
-        part="vae",
-        config=json.dumps(config),
-        files=(str(file.path.resolve()),),
-        layout="diffusers" if diffusers else "original",
-    )

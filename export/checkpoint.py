@@ -12,7 +12,7 @@ from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
 from latentrt.engines.residuals import PREFIX
-from latentrt.export.assembly import open_file, replace_vae
+from latentrt.export.assembly import open_file
 from latentrt.export.components import residual_dimensions
 from latentrt.export.controlnets import add_controlnets, per_level
 from latentrt.export.families import ACTIVATIONS
@@ -21,6 +21,7 @@ from latentrt.export.fusing import add_loras
 from latentrt.export.hub import download
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import TEXT_ENCODERS, Parts, Recipe, Source
+from latentrt.export.replacing import replace_unet, replace_vae
 from latentrt.export.schedule import training_schedule
 from latentrt.export.tiny_vae import add_tiny_vae, check_tiny_vae
 
@@ -81,6 +82,8 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     """Put in place what was given beside the checkpoint."""
     if options.vae:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
+    if options.unet:
+        parts = replace_unet(parts, options.unet, allow_pickle=options.allow_pickle)
     if options.loras:
         parts = add_loras(parts, options.loras)
     if options.controlnets:

@@ -37,6 +37,7 @@ MIB = 1 << 20
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub id.")
 @click.option("--vae", default=None, metavar="PATH", help="Take the VAE from another directory or file.")
 @click.option("--tiny-vae", default=None, metavar="DIR", help="Add a tiny decoder: an AutoencoderTiny's directory.")
+@click.option("--unet", default=None, metavar="PATH", help="Take the UNet from another directory or file.")
 @click.option("--refiner", default=None, metavar="CHECKPOINT", help="Add SDXL's refiner as a second denoiser.")
 @click.option("--tokenizer", default=None, metavar="DIR", help="CLIP's vocabulary, which a single file lacks.")
 @click.option("--config", default=None, metavar="DIR", help="Configs for a single file in sizes of its own.")

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.families import DENOISER_PREFIX
 from latentrt.export.fusing import Changes, find_changes, fuse
 from latentrt.export.parts import Part, Recipe
 from latentrt.export.pickles import load_pickle
@@ -40,7 +41,7 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
         "conditioner.embedders.0.transformer.",
     ),
     "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
-    "unet": ("model.diffusion_model.",),
+    "unet": (DENOISER_PREFIX, ""),  # a UNet's own file has no prefix
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
     "controlnet": ("control_model.", ""),
 }
@@ -107,7 +108,12 @@ def _layer(key: str) -> int:
 def _unet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    return _whole(tensors, convert_ldm_unet_checkpoint(tensors, dict(config)), "UNet")
+    named = {f"{DENOISER_PREFIX}{key.removeprefix(prefix)}": tensor for key, tensor in tensors.items()}
+    converted = convert_ldm_unet_checkpoint(named, dict(config))
+    scaled = named.get(f"{DENOISER_PREFIX}time_embed.cond_proj.weight")
+    if scaled is not None:
+        converted["time_embedding.cond_proj.weight"] = scaled  # of latent consistency models: diffusers leaves it out
+    return _whole(tensors, converted, "UNet")
 
 
 def _vae(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:

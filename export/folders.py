@@ -62,7 +62,11 @@ def _refuse_other_denoisers(root: Path, index: Mapping[str, Any]) -> None:
 def _refuse_other_unets(root: Path) -> None:
     if not (root / "unet" / "config.json").is_file():
         return
-    unet = read_json(root / "unet" / "config.json")
+    refuse_other_unet(root, read_json(root / "unet" / "config.json"))
+
+
+def refuse_other_unet(root: Path, unet: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a UNet's config is that of a kind that is not supported. root: where it is."""
     for key, known, meaning in OTHER_UNETS:
         if unet.get(key) is not None and unet[key] != known:
             raise CheckpointError(

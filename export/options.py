@@ -54,6 +54,7 @@ class CheckpointOptions:
     tokenizer: a directory with CLIP's vocabulary, or a checkpoint with one; a single file holds none
     vae: a VAE to take in place of the checkpoint's: a directory or a file
     tiny_vae: a small VAE (diffusers' AutoencoderTiny) whose decoder the bundle shall hold too: a directory
+    unet: a UNet to take in place of the checkpoint's, as that of SDXL-Lightning: a directory or a file
     prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
     refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
     loras: low-rank changes that are added to the weights; their order does not matter
@@ -66,6 +67,7 @@ class CheckpointOptions:
     tokenizer: str | None = None
     vae: str | None = None
     tiny_vae: str | None = None
+    unet: str | None = None
     prediction_type: Prediction | None = None
     refiner: str | None = None
     loras: tuple[LoraOption, ...] = ()

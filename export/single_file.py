@@ -13,6 +13,7 @@ from latentrt.engines.tensor_files import StoredTensor, TensorFile
 from latentrt.export.families import BASES, DENOISER_PREFIX, INPUTS, OTHER_DENOISER_KEYS, PARTS
 
 FIRST = f"{DENOISER_PREFIX}input_blocks.0.0.weight"
+TOLD = f"{DENOISER_PREFIX}time_embed.cond_proj.weight"
 VAE_PREFIX = "first_stage_model."
 NETWORKS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
     "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer."),
@@ -33,6 +34,7 @@ class SingleFile:
     """What the header of a whole checkpoint says.
 
     family: None where its sizes or inputs are those of no published model that can be exported
+    guidance_width: of the scale of guidance that a latent consistency model takes, None where it takes none
     prediction: None where nothing tells; told: whether the file itself does
     reason: how the prediction type is known, or why it is not
     zero_snr: whether it was trained down to no signal at all
@@ -42,6 +44,7 @@ class SingleFile:
     label: str
     family: Family | None
     input_channels: int
+    guidance_width: int | None
     prediction: Prediction | None
     told: bool
     reason: str
@@ -67,12 +70,16 @@ def recognise(file: TensorFile) -> SingleFile | None:
     oddities = list(_oddities(file))
     if first.shape[1] != 4:
         oddities.append(INPUTS.get(first.shape[1], f"with {first.shape[1]} input channels"))
+    told_guidance = file.tensors.get(TOLD)
+    if told_guidance:
+        oddities.append("for latent consistency")
     prediction, told, reason = _prediction(file, base.family if base else None)
     return SingleFile(
         file=file,
         label=", ".join([base.label if base else "Stable Diffusion in other sizes than the published ones", *oddities]),
         family=base.family if base and not list(_oddities(file)) else None,
         input_channels=first.shape[1],
+        guidance_width=told_guidance.shape[1] if told_guidance else None,
         prediction=prediction,
         told=told,
         reason=reason,
@@ -93,8 +100,6 @@ def _oddities(file: TensorFile) -> Iterator[str]:
         yield "conditioned on pictures (unCLIP)"
     if f"{DENOISER_PREFIX}label_emb.weight" in file.tensors:
         yield "with classes (an upscaler)"
-    if f"{DENOISER_PREFIX}time_embed.cond_proj.weight" in file.tensors:
-        yield "with an embedding of guidance (latent consistency)"
     if "edm_mean" in file.tensors:
         yield "with Playground's noise schedule"
 

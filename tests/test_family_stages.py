@@ -21,7 +21,16 @@ from tests.conftest import REFINED, Make
 from tests.test_pipeline_images import left_half, photo
 
 LEVELS = 2  # of 255: the same float32 sums in another order, through a whole trajectory
-FAMILIES = [("sd1", ""), ("sd2", ""), ("sd1", "lcm"), ("sd1", "inpainting"), ("sdxl", ""), ("sdxl", REFINED)]
+FAMILIES = [
+    ("sd1", ""),
+    ("sd2", ""),
+    ("sd1", "lcm"),
+    ("sd1", "inpainting"),
+    ("sdxl", ""),
+    ("sdxl", "inpainting"),
+    ("sdxl", "refiner"),
+    ("sdxl", REFINED),
+]
 STARTS: dict[str, dict[str, Any]] = {
     "text": {"size": (40, 32)},
     "image": {"image": photo(), "strength": 0.7},

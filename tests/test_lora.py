@@ -449,17 +449,19 @@ def test_pictures_are_those_of_diffusers_with_the_same_loras(
     assert sorted(exported.manifest.provenance.options.values()) == ["-0.5", "0.75"]
     assert {"model.safetensors", "config/unet/config.json"} < set(exported.manifest.provenance.files)
     assert exported.manifest.tokenizers["tokenizer"].max_length == 77
-    request = {"guidance_scale": 3.0, "num_inference_steps": 4}
     reference = Reference(sd1_checkpoint)
-    without = reference("euler", [3, 4], **request)
+    calls = [("euler", 3.0), ("lcm", 1.0), ("lcm", 1.5)]  # LCM-LoRA is used with its sampler and little guidance
+    without = reference("euler", [3, 4], guidance_scale=3.0, num_inference_steps=4)
     add_hooks(reference.pipe, [(row, 0.75) for row in factors] + [(row, -0.5) for row in others])
-    expected = reference("euler", [3, 4], **request)
     with Pipeline.load(tmp_path / "bundle", "cpu") as pipe:
-        found = pipe(PROMPT, negative_prompt=NEGATIVE, n=2, seed=3, sampler="euler", steps=4, guidance=3.0)
-    for ours, theirs, plain in zip(found.pixels, expected, without, strict=True):
-        assert psnr(ours, theirs) >= LIMITS["random"]
-        assert psnr(ours, plain) < LIMITS["random"] - 20  # the changes are visible
-        assert len(np.unique(ours)) > 16
+        for sampler, guidance in calls:
+            expected = reference(sampler, [3, 4], guidance_scale=guidance, num_inference_steps=4)
+            request: dict[str, Any] = {"negative_prompt": NEGATIVE, "sampler": sampler, "guidance": guidance}
+            found = pipe(PROMPT, n=2, seed=3, steps=4, **request).pixels
+            for ours, theirs, plain in zip(found, expected, without, strict=True):
+                assert psnr(ours, theirs) >= LIMITS["random"]
+                assert psnr(ours, plain) < LIMITS["random"] - 20  # the changes are visible
+                assert len(np.unique(ours)) > 16
 
 
 def test_every_kind_of_layer_is_in_these_tests(sd1_checkpoint: Path) -> None:
