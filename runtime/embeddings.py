@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import numpy as np
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 
+ONLY = "text_encoder"
 UNNAMED = "emb_params"  # the community's trainers write no name: the file's own counts
-TWO_ENCODERS = ("clip_l", "clip_g")
+ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # the names in files for SDXL's two
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 LARGEST_BYTES = 16 << 20  # 75 rows of the widest encoder in float32 are 0.4 MB
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -26,24 +28,45 @@ class Embedding:
     vectors: Array
 
 
-def load_embedding(file: str | os.PathLike[str], *, name: str | None = None) -> Embedding:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LearnedWord:
+    """A word as a file teaches it to text encoders: its vectors by component, each (tokens, width), float32.
+
+    several: whether the file names its encoders, as those for SDXL do; others are for whichever is the only one
+    """
+
+    name: str
+    vectors: Mapping[str, Array]
+    several: bool
+
+    def taught(self, component: str) -> Embedding:
+        """Return what one encoder learns of it."""
+        return Embedding(name=self.name, vectors=self.vectors[component])
+
+
+def load_embedding(file: str | os.PathLike[str], *, name: str | None = None) -> LearnedWord:
     """Read a textual-inversion embedding.
 
-    file: safetensors, in diffusers' layout (one tensor, named for the word) or the community's (`emb_params`)
+    file: safetensors, in diffusers' layout (one tensor, named for the word), the community's (`emb_params`), or that
+        of SDXL (`clip_l` and `clip_g`)
     name: the word in prompts; None for the file's own: the tensor's name, or the file's without its ending
     Raises RequestError, which names the mend.
     """
     path = Path(file)
     tensors = _read(path)
-    if any(key in tensors for key in TWO_ENCODERS):
-        raise RequestError(
-            f"{path}: found an embedding for SDXL's two text encoders ({', '.join(sorted(tensors))}), expected one of "
-            "SD 1.x or 2.x; use the one that was trained for this checkpoint"
-        )
+    if set(tensors) == set(ENCODERS):
+        vectors = {ENCODERS[key]: _check(path, array) for key, array in tensors.items()}
+        if len({len(array) for array in vectors.values()}) > 1:
+            lengths = ", ".join(f"{len(tensors[key])} in {key}" for key in sorted(tensors))
+            raise RequestError(f"{path}: found {lengths}, expected as many tokens for both text encoders")
+        return LearnedWord(name=name or path.stem, vectors=vectors, several=True)
     if len(tensors) != 1:
-        raise RequestError(f"{path}: found {len(tensors)} tensors ({_some(tensors)}), expected one embedding")
-    ((key, vectors),) = tensors.items()
-    return Embedding(name=name or (path.stem if key == UNNAMED else key), vectors=_check(path, vectors))
+        raise RequestError(
+            f"{path}: found {len(tensors)} tensors ({_some(tensors)}), expected one embedding, or clip_l and clip_g"
+        )
+    ((key, array),) = tensors.items()
+    word = name or (path.stem if key == UNNAMED else key)
+    return LearnedWord(name=word, vectors={ONLY: _check(path, array)}, several=False)
 
 
 def _read(path: Path) -> dict[str, Array]:

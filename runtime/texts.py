@@ -10,12 +10,15 @@ import numpy as np
 
 from latentrt.engines.bundle import Bundle, Check
 from latentrt.engines.canvas import REFINER, UNET
+from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest, TextSpec
 from latentrt.engines.spec import Array, Engine
-from latentrt.runtime.embeddings import Embedding
+from latentrt.runtime.embeddings import ONLY, LearnedWord
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
 from latentrt.runtime.text import TextEncoder
 
+SINGLE = "for the one text encoder of SD 1.x or 2.x"
+DOUBLE = "for SDXL's text encoders, with clip_l and clip_g"
 STATES, POOLED = "encoder_hidden_states", "text_embeds"  # the UNet's names
 
 
@@ -96,13 +99,26 @@ class Texts:
         """Return the learned words that prompts may use."""
         return next(iter(self._encoders.values())).embeddings
 
-    def add(self, embedding: Embedding) -> None:
-        """Let prompts use a learned word. Raises RequestError where it does not fit."""
-        next(iter(self._encoders.values())).add(embedding)
+    def add(self, word: LearnedWord) -> None:
+        """Let prompts use a learned word: every encoder learns it, or none does. Raises RequestError."""
+        several = {text.component for text in self._encoders} != {ONLY}
+        if word.several != several:
+            found, expected = (SINGLE, DOUBLE) if several else (DOUBLE, SINGLE)
+            raise RequestError(f"embeddings: '{word.name}' was learned {found}, expected one {expected}")
+        taught: list[TextEncoder] = []
+        try:
+            for text, encoder in self._encoders.items():
+                encoder.add(word.taught(text.component))
+                taught.append(encoder)
+        except RequestError:
+            for encoder in taught:
+                encoder.remove(word.name)
+            raise
 
     def remove(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
-        next(iter(self._encoders.values())).remove(name)
+        for encoder in self._encoders.values():
+            encoder.remove(name)
 
 
 def _run(engines: Mapping[str, Engine], component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:

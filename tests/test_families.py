@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
@@ -95,6 +96,7 @@ def test_sizes_are_for_checkpoints_that_were_told_them(made: Make) -> None:
         ours(bundle, crop=(3, 4))
 
 
+WIDTHS = {"clip_l": 32, "clip_g": 48}  # of the tiny text encoders
 XL: dict[str, Any] = {"guidance": 5.0, "size": (40, 32)}
 
 
@@ -124,6 +126,46 @@ def test_sdxl_starts_from_an_image(made: Make, masked: bool) -> None:
     expected = theirs(pipe, image=photo(), strength=0.6, guidance_scale=5.0, **sizes)
     request = {"mask": left_half()} if masked else {}
     assert psnr(ours(bundle, image=photo(), strength=0.6, guidance=5.0, **request), expected) >= LEAST
+
+
+def test_sdxl_learns_words_as_diffusers_does(made: Make, tmp_path: Path) -> None:
+    """A word of two vectors for each of the two text encoders, as files for SDXL have them."""
+    checkpoint, bundle = made("sdxl", "")
+    generator = np.random.default_rng(5)
+    rows = {name: generator.normal(0, 0.5, (2, width)).astype(np.float32) for name, width in WIDTHS.items()}
+    save_file(rows, tmp_path / "cat.safetensors")
+    pipe = reference(diffusers.StableDiffusionXLPipeline, checkpoint, diffusers.EulerDiscreteScheduler)
+    encoders = {"clip_l": (pipe.text_encoder, pipe.tokenizer), "clip_g": (pipe.text_encoder_2, pipe.tokenizer_2)}
+    for name, (encoder, tokenizer) in encoders.items():
+        pipe.load_textual_inversion(
+            {"cat": torch.from_numpy(rows[name])}, token="<cat>", text_encoder=encoder, tokenizer=tokenizer
+        )
+    expected = theirs(pipe, prompt="a red <cat>", guidance_scale=5.0, width=40, height=32)
+    with Pipeline.load(bundle, "cpu", threads=1) as opened:
+        request: dict[str, Any] = {"prompt": "a red <cat>", "steps": STEPS, "seed": SEED, **XL}
+        plain = opened(**request).pixels
+        assert opened.add_embedding(tmp_path / "cat.safetensors", name="<cat>") == "<cat>"
+        assert psnr(opened(**request).pixels, expected) >= LEAST
+        assert psnr(plain, expected) < LEAST
+        opened.remove_embedding("<cat>")
+        assert np.array_equal(opened(**request).pixels, plain)
+
+
+def test_words_for_other_text_encoders_are_refused(made: Make, tmp_path: Path) -> None:
+    files = {"sd1": tmp_path / "one.safetensors", "sdxl": tmp_path / "two.safetensors"}
+    save_file({"<cat>": np.zeros((1, 32), dtype=np.float32)}, files["sd1"])
+    save_file({name: np.zeros((1, width), dtype=np.float32) for name, width in WIDTHS.items()}, files["sdxl"])
+    for family, file, found in (("sd1", files["sdxl"], "clip_l and clip_g"), ("sdxl", files["sd1"], "SD 1.x or 2.x")):
+        with Pipeline.load(made(family, "lcm" if family == "sd1" else "")[1], "cpu", threads=1) as pipe:
+            with pytest.raises(RequestError, match=rf"was learned for .*{found}, expected one for"):
+                pipe.add_embedding(file)
+            assert pipe.embeddings == ()
+    narrow = tmp_path / "narrow.safetensors"
+    save_file({"clip_l": np.zeros((1, 32), dtype=np.float32), "clip_g": np.zeros((1, 7), dtype=np.float32)}, narrow)
+    with Pipeline.load(made("sdxl", "")[1], "cpu", threads=1) as pipe:
+        with pytest.raises(RequestError, match="found vectors of width 7, expected 48"):
+            pipe.add_embedding(narrow)
+        assert pipe.embeddings == ()  # the first encoder has forgotten it again
 
 
 def test_sdxl_skips_layers_as_diffusers_does(made: Make) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import RequestError
-from latentrt.runtime.embeddings import Embedding, load_embedding
+from latentrt.runtime.embeddings import LearnedWord, load_embedding
 
 
 def save(path: Path, **tensors: Any) -> Path:
@@ -32,8 +32,9 @@ def draw(*shape: int, dtype: str = "float32") -> Any:
 def test_every_float_type_is_read_as_torch_reads_it(tmp_path: Path, dtype: str) -> None:
     vectors = draw(3, 32, dtype=dtype)
     embedding = load_embedding(save(tmp_path / "a.safetensors", **{"<cat>": vectors}))
-    assert embedding.vectors.dtype == np.float32
-    assert np.array_equal(embedding.vectors, vectors.float().numpy())
+    learned = embedding.taught("text_encoder").vectors
+    assert learned.dtype == np.float32
+    assert np.array_equal(learned, vectors.float().numpy())
 
 
 def test_the_word_is_the_tensors_name_the_files_or_the_callers(tmp_path: Path) -> None:
@@ -43,11 +44,11 @@ def test_the_word_is_the_tensors_name_the_files_or_the_callers(tmp_path: Path) -
     (theirs,) = load_textual_inversion_state_dicts([str(one)])
     ours = load_embedding(one)
     assert [ours.name] == list(theirs)
-    assert np.array_equal(ours.vectors, theirs["<cat>"].numpy()[None])
+    assert np.array_equal(ours.vectors["text_encoder"], theirs["<cat>"].numpy()[None])
     community = save(tmp_path / "easynegative.safetensors", emb_params=draw(4, 32))
     assert load_embedding(community).name == "easynegative"
     assert load_embedding(community, name="<bad>").name == "<bad>"
-    assert load_embedding(str(one), name="dog").vectors.shape == (1, 32)
+    assert load_embedding(str(one), name="dog").vectors["text_encoder"].shape == (1, 32)
 
 
 def refused(path: Path, sentence: str) -> None:
@@ -73,7 +74,8 @@ def test_other_contents_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "absent.safetensors", "cannot be read (No such file or directory)")
     refused(tmp_path, "cannot be read (Is a directory)")
     file = tmp_path / "a.safetensors"
-    refused(save(file, clip_l=draw(1, 32), clip_g=draw(1, 40)), "SDXL's two text encoders (clip_g, clip_l)")
+    refused(save(file, clip_l=draw(1, 32), clip_g=draw(2, 40)), "found 2 in clip_g, 1 in clip_l, expected as many")
+    refused(save(file, clip_l=draw(1, 32), clip_x=draw(1, 40)), "found 2 tensors (clip_l, clip_x), expected one")
     refused(
         save(file, **{f"layer.{n}": draw(2, 2) for n in range(5)}), "found 5 tensors (layer.0, layer.1, layer.2, …)"
     )
@@ -103,6 +105,6 @@ def test_damaged_files_are_read_or_refused(
     content[place % len(content)] = value
     file.write_bytes(content[: len(content) - cut % 40])
     try:
-        assert isinstance(load_embedding(file), Embedding)
+        assert isinstance(load_embedding(file), LearnedWord)
     except RequestError as error:
         assert str(file) in str(error)
