@@ -63,6 +63,7 @@ FURTHER = frozenset(
         "tile",
     }
 )
+SCORES = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}  # where none are given: diffusers' own
 CHANGES = 0.8  # the strength where none is given: diffusers' own
 NoiseSource = Literal["cpu", "cuda"]
 NOISES = {"cpu": TorchCpuNoise, "cuda": TorchCudaNoise}
@@ -146,7 +147,7 @@ class Request:
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
     decoder: the checkpoint's own, or the `tiny` one that a bundle may hold: many times faster, and rougher
     refine_from: the share of the noise after which the bundle's refiner draws on, between 0 and 1, as diffusers'
-        denoising_end and denoising_start; None for no refiner
+        denoising_end and denoising_start; None for no refiner. It follows no controls: a ControlNet is for one UNet
     aesthetic_score, negative_aesthetic_score: for SDXL's refiner, which was told of every picture how it had been
         rated: the score to draw for, and the one to avoid
     tile: decode, and read an image, in tiles of so many pixels a side, which overlap and are blended: a large picture
@@ -186,8 +187,8 @@ class Request:
     noise: NoiseSource = "cpu"
     decoder: DecoderName = "full"
     refine_from: float | None = None
-    aesthetic_score: float = 6.0
-    negative_aesthetic_score: float = 2.5
+    aesthetic_score: float = SCORES["aesthetic_score"]
+    negative_aesthetic_score: float = SCORES["negative_aesthetic_score"]
     tile: int | None = None
     deadline: float | None = None
 
@@ -313,9 +314,8 @@ def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg
 def _check_scores(request: Request, manifest: Manifest) -> None:
     """Refuse scores that no denoiser of the bundle would be told, and what is no number."""
     scored = manifest.refiner is not None or manifest.family == "sdxl_refiner"
-    for name in ("aesthetic_score", "negative_aesthetic_score"):
-        value = _number(name, getattr(request, name))
-        if value != getattr(Request(prompt=""), name) and not scored:
+    for name, default in SCORES.items():
+        if _number(name, getattr(request, name)) != default and not scored:
             raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; leave it away")
 
 
