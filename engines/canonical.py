@@ -10,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from latentrt.engines.canvas import DENOISERS
+from latentrt.engines.control_stage import HINT
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import EXTRA_EMBEDDINGS
 from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.residuals import COND, PREFIX
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.stage import control_width
 
@@ -36,6 +38,8 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
         return engine
     if engine.spec.component in DENOISERS:
         return _Unet(engine, pictures)
+    if engine.spec.component.startswith(PREFIX):
+        return _ControlNet(engine, pictures)
     return _Decoder(engine, space)
 
 
@@ -75,21 +79,55 @@ class _Decoder(_FromState):
         return self._engine({STATE: self._state_of(latents * self._scale)})
 
 
-class _Unet(_FromState):
-    """Sample, timestep and text in, a row each, the model's output out."""
+class _FromControl(_FromState):
+    """A view of an engine that reads the stage's control too: model rows in, of which row r is picture r % pictures."""
 
     def __init__(self, engine: Engine, pictures: int | None) -> None:
         super().__init__(engine)
         self._pictures = pictures
 
-    def __call__(self, inputs: Inputs) -> dict[str, Array]:
-        """Run the stage as often as it takes to see every model row: once for each row of a picture."""
+    def _rows(self, inputs: Inputs) -> tuple[Array, int]:
+        """Return the sample of each picture, and how many model rows there are. Raises EngineError."""
         sample = np.asarray(inputs["sample"], dtype=np.float32)
         rows, pictures = len(sample), self._pictures or len(sample)
         if rows % pictures or any(not np.array_equal(sample[i], sample[i % pictures]) for i in range(rows)):
-            raise EngineError(f"unet: expected {rows} rows of which row r is that of picture r % {pictures}")
-        feeds = self._feeds(inputs, sample[:pictures], rows)
-        turns = []
+            component = self.spec.component
+            raise EngineError(f"{component}: expected {rows} rows of which row r is that of picture r % {pictures}")
+        return sample[:pictures], rows
+
+    def _control(self, timesteps: Array) -> Array:
+        """Return control that reads the state's first row and writes the model's output over it."""
+        rows = int(self._state.shape[1])
+        row = np.zeros(control_width(rows), dtype=np.float32)
+        row[HEAD] = 1.0  # the input row: the state's first
+        row[HEAD + rows + rows] = 1.0  # the transition, (rows, rows + 2): the model's output into the first row
+        control = np.tile(row, (len(timesteps), 1))
+        control[:, 0] = timesteps
+        return control
+
+
+class _ControlNet(_FromControl):
+    """What a ControlNet takes in, a row each, and the residuals with its own out."""
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        sample, rows = self._rows(inputs)
+        made: Inputs = {
+            STATE: self._state_of(sample),
+            "control": self._control(np.resize(inputs["timestep"], len(sample))),
+            "picture_of_row": np.arange(rows) % len(sample),
+            HINT: np.asarray(inputs[COND], dtype=np.float32)[: len(sample)],
+        }
+        return self._engine({tensor.name: {**inputs, **made}[tensor.name] for tensor in self.spec.inputs})
+
+
+class _Unet(_FromControl):
+    """Sample, timestep and text in, a row each, the model's output out."""
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        """Run the stage as often as it takes to see every model row: once for each row of a picture."""
+        sample, rows = self._rows(inputs)
+        pictures, turns = len(sample), []
+        feeds = self._feeds(inputs, sample, rows)
         for first in range(0, rows, pictures):
             guidance = np.eye(pictures, rows, k=first, dtype=np.float32)
             turns.append(self._engine({**feeds, "guidance": guidance})["next_state"][:, 0].copy())
@@ -116,13 +154,3 @@ class _Unet(_FromState):
                 shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape)
                 feeds[tensor.name] = np.full(shape, NEUTRAL.get(tensor.name, 0.0), dtype=tensor.dtype)
         return feeds
-
-    def _control(self, timesteps: Array) -> Array:
-        """Return control that reads the state's first row and writes the model's output over it."""
-        rows = int(self._state.shape[1])
-        row = np.zeros(control_width(rows), dtype=np.float32)
-        row[HEAD] = 1.0  # the input row: the state's first
-        row[HEAD + rows + rows] = 1.0  # the transition, (rows, rows + 2): the model's output into the first row
-        control = np.tile(row, (len(timesteps), 1))
-        control[:, 0] = timesteps
-        return control

@@ -16,11 +16,13 @@ import numpy as np
 from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import DECODERS, DENOISERS
+from latentrt.engines.control_stage import fuse_control
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
 from latentrt.engines.host_kernels import use_host_kernels
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.progress import Report
+from latentrt.engines.residuals import PREFIX
 from latentrt.engines.spec import Array, DType, EngineKey, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.stage import STATE_ROWS, fuse_stage
 from latentrt.engines.upsampling import split_upsampling
@@ -159,6 +161,8 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
 def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool) -> ModelProto:
     if component in DENOISERS and fused:
         return fuse_stage(model)
+    if component.startswith(PREFIX) and fused:
+        return fuse_control(model)
     if component in DECODERS:
         if fused:
             graphs.prepend_state_head(model, STATE_ROWS, latents)
@@ -270,7 +274,8 @@ def load(
         session_options.add_session_config_entry("session.disable_prepacking", "1")
     if spec.component not in DENOISERS:  # runs once a picture: its threads must not spin while the UNet's work
         session_options.add_session_config_entry("session.force_spinning_stop", "1")
-    recorded = options.cuda_graph and provider == "cuda" and spec.component in DENOISERS
+    every_stage = spec.component in DENOISERS or spec.component.startswith(PREFIX)
+    recorded = options.cuda_graph and provider == "cuda" and every_stage
     settings = {"enable_cuda_graph": "1"} if recorded else NO_SETTINGS
     return OnnxRuntimeEngine(_session(file, session_options, provider, settings), spec, weights=(values, changed))
 

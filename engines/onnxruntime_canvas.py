@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 
 from latentrt.engines.canvas import DECODER, PREVIOUS, UNET, CanvasShape, ImmediateCanvas, StageInput, no_decoder
+from latentrt.engines.control_stage import HINT
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, require
-from latentrt.engines.spec import Array, TensorSpec
+from latentrt.engines.residuals import NEXT, PREFIX, SCALE, hint_of, is_residual, level_axes
+from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 
 # Inputs of the fused stage that every stage sets, and those that mean nothing until they are written.
 PER_STAGE = ("control", "noise", "guidance", "picture_of_row")
 RECORDINGS = itertools.count(1)  # of one session, which serves many canvases; 0 is ONNX Runtime's default
 NEUTRAL = {"keep_mask": 1.0, "known": 0.0}
+NOBODY = "nobody"
 
 
 class OnnxRuntimeCanvas(ImmediateCanvas):
@@ -26,7 +29,10 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
     The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
     its work is done, so nothing is queued.
 
-    engines: text_encoder, the fused denoisers and the decoders that take the state
+    The residuals of ControlNets stay there too: each one's outputs are bound as the next one's inputs, and the last
+    one's as the UNet's; where none runs, zeros are.
+
+    engines: text_encoder, the fused denoisers and ControlNets, and the decoders that take the state
     device: `cuda` or `cpu`, ONNX Runtime's own name
     denoiser: the network that its stages run
     """
@@ -43,8 +49,13 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         super().__init__()
         self.shape = shape
         self._engines, self._device, self._ort = engines, device, require()
-        self._stage = engines[denoiser]
-        self._specs = {spec.name: spec for spec in self._stage.spec.inputs}
+        self._denoiser = denoiser
+        self._specs = {spec.name: spec for spec in engines[denoiser].spec.inputs}
+        self._hints = {
+            hint_of(name): next(spec for spec in engine.spec.inputs if spec.name == HINT)
+            for name, engine in engines.items()
+            if name.startswith(PREFIX)
+        }
         self.state_rows = int(self._specs["state"].shape[1])
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
         self._axes = {
@@ -52,12 +63,16 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             "tokens": shape.tokens,
             "latent_height": self._size[1],
             "latent_width": self._size[2],
+            "height": shape.height,
+            "width": shape.width,
+            **level_axes(*self._size[1:]),
         }
         self._host: dict[str, Array] = {}  # what was written, for the inputs with an axis of rows
         self._written: set[str] = set()  # since the canvas was blank
         self._values: dict[tuple[str, int], Any] = {}  # (input, rows) -> its buffer; rows is 0 where it has none
         self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
-        self._bindings: dict[tuple[int, int], tuple[Any, int]] = {}  # (rows, which state is read) -> it, its number
+        # (what runs, rows, which state is read, the last ControlNet before it) -> its binding, its number
+        self._bindings: dict[tuple[str, int, int, str], tuple[Any, int]] = {}
         self._decoder: str | None = DECODER
         self._advanced = False  # since the state was written
         self._silent = True  # the noise buffer holds zeros
@@ -105,7 +120,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
 
     def _spec(self, name: str) -> TensorSpec:
         try:
-            return self._specs[name]
+            return self._hints.get(name) or self._specs[name]
         except KeyError:
             raise EngineError(f"the denoise stage takes no '{name}'; it takes {', '.join(self._specs)}") from None
 
@@ -134,10 +149,19 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         self._put("guidance", rows, np.ascontiguousarray(stage.guidance, dtype=np.float32))
         self._put("picture_of_row", rows, np.ascontiguousarray(stage.picture_of_row, dtype=np.int64))
         self._put_noise(stage.noise)
-        binding, graph = self._binding(rows)
-        self._stage.run_bound(binding, graph=graph)
+        before = NOBODY
+        for component, scale in stage.scales.items():
+            self._put(f"{component}.{SCALE}", rows, np.ascontiguousarray(scale, dtype=np.float32))
+            self._run(component, rows, before)
+            before = component
+        self._run(self._denoiser, rows, before)
         self._states.reverse()
         self._advanced = True
+
+    def _run(self, component: str, rows: int, before: str) -> None:
+        """Run the stage or one of its ControlNets. before: the ControlNet whose residuals it takes"""
+        binding, graph = self._binding(component, rows, before)
+        self._engines[component].run_bound(binding, graph=graph)
 
     def _put_noise(self, noise: Array | None) -> None:
         if noise is not None:
@@ -148,24 +172,48 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             self._put("noise", 0, np.zeros((self.shape.pictures, *self._size), dtype=np.float32))
         self._silent = noise is None
 
-    def _binding(self, rows: int) -> tuple[Any, int]:
-        """Return the stage's inputs and outputs bound, and a number for the recording of their kernels.
+    def _binding(self, component: str, rows: int, before: str) -> tuple[Any, int]:
+        """Return the inputs and outputs of what runs bound, and a number for the recording of their kernels.
 
-        Made once for each number of rows and turn of the states.
+        Made once for each number of rows, turn of the states, and ControlNet before it.
         """
         reads, writes = self._states
-        missing = [name for name in self._specs if name not in (*PER_STAGE, *NEUTRAL, *self._written)]
-        if missing:
-            raise EngineError(f"{missing[0]} was not written to the canvas before it was needed")
-        key = (rows, id(reads))
+        engine = self._engines[component]
+        self._check_written(component, engine.spec)
+        key = (component, rows, id(reads), before)
         if key not in self._bindings:
-            binding = self._stage.new_binding()
-            for name, spec in self._specs.items():
-                value = reads if name == "state" else self._input(name, rows if "rows" in spec.shape else 0)
-                binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output("next_state", writes)
+            binding = engine.new_binding()
+            for spec in engine.spec.inputs:
+                binding.bind_ortvalue_input(spec.name, self._bound(component, spec, rows, before))
+            for spec in engine.spec.outputs:
+                value = writes if spec.name == "next_state" else self._residual(component, spec, rows)
+                binding.bind_ortvalue_output(spec.name, value)
             self._bindings[key] = binding, next(RECORDINGS)
         return self._bindings[key]
+
+    def _check_written(self, component: str, spec: EngineSpec) -> None:
+        set_here = (*PER_STAGE, *NEUTRAL, SCALE)
+        needed = [hint_of(component) if s.name == HINT else s.name for s in spec.inputs if not is_residual(s.name)]
+        missing = [name for name in needed if name not in set_here and name not in self._written]
+        if missing:
+            raise EngineError(f"{missing[0]} was not written to the canvas before it was needed")
+
+    def _bound(self, component: str, spec: TensorSpec, rows: int, before: str) -> Any:
+        """Return the buffer that an input is read from."""
+        if spec.name == "state":
+            return self._states[0]
+        if is_residual(spec.name):
+            return self._residual(before, spec, rows)
+        own = {HINT: hint_of(component), SCALE: f"{component}.{SCALE}"}
+        return self._input(own.get(spec.name, spec.name), rows if "rows" in spec.shape else 0)
+
+    def _residual(self, component: str, spec: TensorSpec, rows: int) -> Any:
+        """Return the buffer of what a ControlNet adds up to, zeros for nobody's."""
+        key = (f"{component}.{spec.name.removeprefix(NEXT)}", rows)
+        if key not in self._values:
+            shape = [axis if isinstance(axis, int) else {**self._axes, "rows": rows}[axis] for axis in spec.shape]
+            self._values[key] = self._on_device(np.zeros(shape, dtype=spec.dtype))
+        return self._values[key]
 
     def _input(self, name: str, rows: int) -> Any:
         if (name, rows) not in self._values:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest
+from latentrt.engines.residuals import level_axes
 from latentrt.engines.stage import STATE_ROWS
 
 ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
@@ -38,6 +39,7 @@ class Profile:
             "width": self.width,
             "latent_height": self.height // factor,
             "latent_width": self.width // factor,
+            **level_axes(self.height // factor, self.width // factor),
         }
 
 

@@ -58,7 +58,7 @@ def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
     (output,) = fused.graph.output
     extra = _channels(infos["sample"]) - _channels(output)
     nodes = [
-        *_rows_nodes(infos, conditioned=extra > 0),
+        *rows_nodes(infos, shape=[("Shape", ["noise"], [LATENTS_SHAPE], {})], conditioned=extra > 0),
         *fused.graph.node,
         *_guided_nodes(output.name),
         *_advance_nodes(),
@@ -68,9 +68,9 @@ def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
         del field[:]  # value_info too: the UNet's batch axis has another name now
     fused.graph.node.extend(nodes)
     fused.graph.input.extend(_stage_inputs(infos, state_rows, channels=_channels(output), extra=extra))
-    axes = _state_axes(infos["sample"], state_rows, _channels(output))
-    fused.graph.output.append(_info("next_state", "float32", axes))
-    fused.graph.initializer.extend(_constants(state_rows))
+    axes = state_axes(infos["sample"], state_rows, _channels(output))
+    fused.graph.output.append(make_info("next_state", "float32", axes))
+    fused.graph.initializer.extend(constants(state_rows))
     fused.graph.name = "denoise_stage"
     return fused
 
@@ -82,10 +82,11 @@ def _unet_inputs(model: ModelProto) -> dict[str, ValueInfoProto]:
             f"the UNet's graph takes {', '.join(infos)} and gives {len(model.graph.output)} outputs, expected "
             f"{', '.join(UNET_INPUTS)} and one output; export the checkpoint again"
         )
-    return {name: _copy(info) for name, info in infos.items()}
+    return {name: copy_info(info) for name, info in infos.items()}
 
 
-def _copy(info: ValueInfoProto) -> ValueInfoProto:
+def copy_info(info: ValueInfoProto) -> ValueInfoProto:
+    """Return a copy of what a graph says of an input or output."""
     copy = type(info)()
     copy.CopyFrom(info)
     return copy
@@ -98,15 +99,21 @@ def _channels(info: ValueInfoProto) -> int:
 Line = tuple[str, list[str], list[str], dict[str, Any]]
 """One node: operator, what it takes, what it gives, its attributes."""
 
+LATENTS_SHAPE = "stage.picture_shape"  # the shape (P, C, height, width) of one row of the state
 
-def _nodes(table: list[Line]) -> list[NodeProto]:
+
+def make_nodes(table: list[Line]) -> list[NodeProto]:
+    """Make the nodes of a table, named for what they give."""
     from onnx import helper
 
     return [helper.make_node(op, takes, gives, name=gives[0], **more) for op, takes, gives, more in table]
 
 
-def _rows_nodes(infos: dict[str, ValueInfoProto], *, conditioned: bool) -> list[NodeProto]:
-    """Make the UNet's `sample` and `timestep`, a row each, from state and control."""
+def rows_nodes(infos: dict[str, ValueInfoProto], *, shape: list[Line], conditioned: bool = False) -> list[NodeProto]:
+    """Make a network's `sample` and `timestep`, a row each, from state and control.
+
+    infos: the network's inputs; shape: the nodes that make LATENTS_SHAPE
+    """
     dtypes = {name: info.type.tensor_type.elem_type for name, info in infos.items()}
     latents = "stage.conditioned" if conditioned else "stage.latents"
     fields = ["stage.times", "stage.rescale", "stage.level", "stage.weights", "stage.flat"]
@@ -115,8 +122,8 @@ def _rows_nodes(infos: dict[str, ValueInfoProto], *, conditioned: bool) -> list[
         ("Reshape", ["state", "stage.rows"], ["stage.state"], {}),  # (P, R, C * height * width)
         ("Unsqueeze", ["stage.weights", "stage.one"], ["stage.row"], {}),  # (P, 1, R)
         ("MatMul", ["stage.row", "stage.state"], ["stage.mixed"], {}),  # (P, 1, C * height * width)
-        ("Shape", ["noise"], ["stage.picture_shape"], {}),
-        ("Reshape", ["stage.mixed", "stage.picture_shape"], ["stage.latents"], {}),
+        *shape,
+        ("Reshape", ["stage.mixed", LATENTS_SHAPE], ["stage.latents"], {}),
         ("Cast", [latents], ["stage.cast"], {"to": dtypes["sample"]}),
         ("Gather", ["stage.cast", "picture_of_row"], ["sample"], {"axis": 0}),
         ("Squeeze", ["stage.times", "stage.one"], ["stage.time"], {}),
@@ -124,8 +131,9 @@ def _rows_nodes(infos: dict[str, ValueInfoProto], *, conditioned: bool) -> list[
         ("Cast", ["stage.row_times"], ["timestep"], {"to": dtypes["timestep"]}),
     ]
     if conditioned:
-        table.insert(6, ("Concat", ["stage.latents", "condition"], [latents], {"axis": 1}))
-    return _nodes(table)
+        place = 1 + next(number for number, line in enumerate(table) if line[2] == ["stage.latents"])
+        table.insert(place, ("Concat", ["stage.latents", "condition"], [latents], {"axis": 1}))
+    return make_nodes(table)
 
 
 def _guided_nodes(output: str) -> list[NodeProto]:
@@ -153,7 +161,7 @@ def _guided_nodes(output: str) -> list[NodeProto]:
         ("Mul", [mixed, "stage.factor"], ["stage.rescaled"], {}),
         ("Unsqueeze", ["stage.rescaled", "stage.one"], ["stage.model"], {}),
     ]
-    return _nodes(table)
+    return make_nodes(table)
 
 
 def _variance(name: str) -> list[Line]:
@@ -177,7 +185,7 @@ def _advance_nodes() -> list[NodeProto]:
         ("Shape", ["state"], ["stage.state_shape"], {}),
         ("Reshape", ["stage.next", "stage.state_shape"], ["stage.unmasked"], {}),
     ]
-    return _nodes(table)
+    return make_nodes(table)
 
 
 def _kept_nodes(state_rows: int) -> list[NodeProto]:
@@ -197,10 +205,11 @@ def _kept_nodes(state_rows: int) -> list[NodeProto]:
         ("Add", ["stage.drawn", "stage.kept_part"], ["stage.latest"], {}),
         ("Concat", ["stage.latest", *parts[1:]], ["next_state"], {"axis": 1}),
     ]
-    return _nodes(table)
+    return make_nodes(table)
 
 
-def _constants(state_rows: int) -> list[Any]:
+def constants(state_rows: int) -> list[Any]:
+    """Return the initializers that the nodes around a network refer to."""
     from onnx import numpy_helper
 
     integers = {
@@ -221,31 +230,33 @@ def _constants(state_rows: int) -> list[Any]:
 def _stage_inputs(
     infos: dict[str, ValueInfoProto], state_rows: int, *, channels: int, extra: int
 ) -> list[ValueInfoProto]:
-    axes = _state_axes(infos["sample"], state_rows, channels)
+    axes = state_axes(infos["sample"], state_rows, channels)
     pictures, _, _, height, width = axes
     own = [
-        _info("state", "float32", axes),
-        _info("control", "float32", [pictures, control_width(state_rows)]),
-        _info("noise", "float32", [pictures, channels, height, width]),
-        _info("guidance", "float32", [pictures, "rows"]),
-        _info("picture_of_row", "int64", ["rows"]),
-        _info("keep_mask", "float32", [pictures, 1, height, width]),
-        _info("known", "float32", [pictures, 2, channels, height, width]),
+        make_info("state", "float32", axes),
+        make_info("control", "float32", [pictures, control_width(state_rows)]),
+        make_info("noise", "float32", [pictures, channels, height, width]),
+        make_info("guidance", "float32", [pictures, "rows"]),
+        make_info("picture_of_row", "int64", ["rows"]),
+        make_info("keep_mask", "float32", [pictures, 1, height, width]),
+        make_info("known", "float32", [pictures, 2, channels, height, width]),
     ]
     if extra:
-        own.append(_info("condition", "float32", [pictures, extra, height, width]))
+        own.append(make_info("condition", "float32", [pictures, extra, height, width]))
     further = [info for name, info in infos.items() if name not in ("sample", "timestep")]
     for info in further:
         info.type.tensor_type.shape.dim[0].dim_param = "rows"
     return [*own, *further]
 
 
-def _state_axes(sample: ValueInfoProto, state_rows: int, channels: int) -> list[int | str]:
+def state_axes(sample: ValueInfoProto, state_rows: int, channels: int) -> list[int | str]:
+    """Return the axes of the state of P pictures, whose latents are laid out as a network's sample."""
     axes = [axis.dim_param or axis.dim_value for axis in sample.type.tensor_type.shape.dim]
     return ["pictures", state_rows, channels, *axes[2:]]
 
 
-def _info(name: str, dtype: str, axes: list[int | str]) -> ValueInfoProto:
+def make_info(name: str, dtype: str, axes: list[int | str]) -> ValueInfoProto:
+    """Return what a graph says of an input or output."""
     from onnx import helper
 
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), axes)

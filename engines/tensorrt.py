@@ -15,6 +15,7 @@ from latentrt.engines import graphs
 from latentrt.engines.adapting import Adaptable, Changes
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import DECODER, DECODERS, DENOISERS, UNET, Canvas, CanvasShape
+from latentrt.engines.control_stage import fuse_control
 from latentrt.engines.device import CudaDevice
 from latentrt.engines.errors import EngineError
 from latentrt.engines.gpu import find_gpu
@@ -23,6 +24,7 @@ from latentrt.engines.options import BuildOptions, Profile
 from latentrt.engines.portions import in_portions
 from latentrt.engines.progress import Report
 from latentrt.engines.references import write_references
+from latentrt.engines.residuals import PREFIX
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.stage import fuse_stage
 from latentrt.engines.tensorrt_compile import capabilities, compile_graph
@@ -276,6 +278,8 @@ def _note_weights(bundle: Bundle, component: str, directory: Path) -> None:
 def _edit(model: ModelProto, component: str, options: BuildOptions, latents: LatentSpec) -> ModelProto:
     if component in DENOISERS:
         return fuse_stage(model, state_rows=options.state_rows)
+    if component.startswith(PREFIX):
+        return fuse_control(model, state_rows=options.state_rows)
     if component in DECODERS:
         graphs.prepend_state_head(model, options.state_rows, latents)
         graphs.append_pixel_tail(model)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from latentrt.engines.canvas import PREVIOUS, CanvasShape, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
+from latentrt.engines.residuals import is_residual
 from latentrt.engines.spec import Array
+from latentrt.engines.tensorrt_control import ControlNet, Controls, Residuals
 from latentrt.engines.tensorrt_parts import (
     ROWS,
     STATE,
@@ -38,12 +40,13 @@ SLOTS = 64
 class Programs:
     """What a canvas runs.
 
-    unet: any denoiser; decoders: by component; text_encoder: None where the text is always written
+    unet: any denoiser; decoders and controlnets: by component; text_encoder: None where the text is always written
     """
 
     unet: Program
     decoders: Mapping[str, Program]
     text_encoder: Program | None = None
+    controlnets: Mapping[str, Program] = field(default_factory=dict)
 
 
 class TensorRTCanvas:
@@ -88,7 +91,7 @@ class TensorRTCanvas:
         self._residents = make_residents(bench, programs.unet, rows[max(rows)])
         for name in AT_FIRST.keys() & self._residents.keys():
             self._write_first(name)
-        self._make_stages(bench, programs.unet, rows, slots)
+        self._make_stages(bench, programs, rows, slots)
         text = self._residents.get(TEXT)
         if programs.text_encoder is not None and text is not None and fills(programs.text_encoder.spec, text):
             self._text = TextEncoder(bench, programs.text_encoder, text)
@@ -96,18 +99,28 @@ class TensorRTCanvas:
         size = int(np.prod(self._pixels_shape))
         self._pixels_address = self._holding.allocate(size)
         self._pixels, self._finished = self._holding.pinned(size), self._holding.mark()
-        largest = max(resident.size for resident in self._residents.values())
+        largest = max(resident.size for resident in (*self._residents.values(), *self._controls.hints.values()))
         self._inbox, self._received = self._holding.pinned(largest), self._holding.mark()
 
-    def _make_stages(self, bench: Bench, unet: Program, rows: Mapping[int, int], slots: int) -> None:
+    def _make_stages(self, bench: Bench, programs: Programs, rows: Mapping[int, int], slots: int) -> None:
         self._previous = self._holding.allocate(self._residents[STATE].size)
+        unet = programs.unet
+        takes = any(is_residual(tensor.name) for tensor in unet.spec.inputs)
+        residuals = Residuals(bench, unet, rows[max(rows)]) if takes else None
         self._stages: dict[int, Stage] = {}
         for number, profile in rows.items():
             stage = self._stages[number] = Stage(bench, unet, profile, self._residents)
             self._passes.append(stage.run)
-            stage.bind(self._previous)
+            stage.bind(self._previous, residuals.inputs if residuals else {})
         largest = max(stage.block_size for stage in self._stages.values())
         self._outbox = Outbox(self._queue, self._holding, largest, slots=slots)
+        networks = {
+            component: ControlNet(bench, program, self._residents, residuals, self._stages)
+            for component, program in programs.controlnets.items()
+            if residuals is not None
+        }
+        self._controls = Controls(networks, residuals)
+        self._passes += self._controls.passes
 
     def decode_with(self, decoder: str | None) -> None:
         """Choose what `decode` runs, None for nothing. What it takes is allocated here, the first time.
@@ -142,10 +155,10 @@ class TensorRTCanvas:
             raise EngineError(f"the canvas for {self.shape} {self._closed}")
 
     def _resident(self, name: str) -> Resident:
-        resident = self._residents.get(name)
-        if resident is None:
-            raise EngineError(f"there is no {name} on this canvas, expected one of {', '.join(self._residents)}")
-        return resident
+        known = {**self._residents, **self._controls.hints}
+        if name not in known:
+            raise EngineError(f"there is no {name} on this canvas, expected one of {', '.join(known)}")
+        return known[name]
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
         """Run the text encoder, as often as its compiled numbers of texts need.
@@ -176,7 +189,9 @@ class TensorRTCanvas:
                     f"the denoise stage is compiled for {sorted(self._stages)} model rows at "
                     f"{self.shape.pictures} pictures, found {rows}: every picture with guidance, or none"
                 )
-            self._stages[rows].put(stage, self._outbox)
+            self._stages[rows].send(stage, self._outbox)
+            self._controls.run(stage)
+            self._stages[rows].run.run()
             self._advanced = True
 
     def decode(self) -> None:
@@ -256,6 +271,7 @@ class TensorRTCanvas:
             self._check_open()
             self._idle_ticks += self._ticks
             self._ticks, self._decoded, self._advanced = [], False, False
+            self._controls.wipe()
             for name, resident in self._residents.items():
                 if name in AT_FIRST and resident.written:
                     self._write_first(name)

@@ -9,6 +9,7 @@ import numpy as np
 
 from latentrt.engines.canvas import CanvasShape, StageInput
 from latentrt.engines.errors import EngineError
+from latentrt.engines.residuals import is_residual, level_axes
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensorrt_profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
 from latentrt.engines.tensorrt_run import Pass, Place, Program
@@ -47,6 +48,7 @@ def canvas_axes(shape: CanvasShape, factor: int) -> dict[str, int]:
         "width": shape.width,
         "latent_height": shape.height // factor,
         "latent_width": shape.width // factor,
+        **level_axes(shape.height // factor, shape.width // factor),
     }
 
 
@@ -100,7 +102,7 @@ class Stage:
         self._residents = residents
         tensors = {tensor.name: tensor for tensor in program.spec.inputs}
         self._tensors = tuple(tensors[name] for name in PER_STAGE)
-        self._offsets, self.block_size = _layout(self._tensors, self._run.inputs)
+        self._offsets, self.block_size = lay_out(self._tensors, self._run.inputs)
         self._address = bench.holding.allocate(self.block_size)
         self._quiet = True  # fresh memory is zero
         self._pictures = self._run.inputs["guidance"][0]
@@ -111,16 +113,20 @@ class Stage:
         """Return the pass, for what binds and closes it."""
         return self._run
 
-    def bind(self, previous: int) -> None:
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Return where what changes from stage to stage lies."""
+        return {name: self._address + offset for name, offset in self._offsets.items()}
+
+    def bind(self, previous: int, residuals: Mapping[str, int]) -> None:
         """Set the addresses. The state is copied to `previous` first, where it is read, and written where it was."""
         state = self._residents[STATE]
-        addresses = {name: resident.address for name, resident in self._residents.items()}
-        addresses |= {name: self._address + offset for name, offset in self._offsets.items()}
-        addresses |= {STATE: previous, NEXT_STATE: state.address}
-        self._run.bind(addresses, copies=[(previous, state.address, state.size)])
+        addresses = {name: resident.address for name, resident in self._residents.items()} | self.addresses
+        addresses |= {STATE: previous, NEXT_STATE: state.address, **residuals}
+        self._run.bind(addresses, before=[(previous, state.address, state.size)])
 
-    def put(self, stage: StageInput, outbox: Outbox) -> None:
-        """Put one stage in the queue, after one copy of what it takes."""
+    def send(self, stage: StageInput, outbox: Outbox) -> None:
+        """Put one copy of what a stage takes in the queue; the run itself comes behind it."""
         for resident in self._residents.values():
             if resident.held < (self._rows if resident.by_rows else 1):
                 raise EngineError(f"{resident.tensor.name}: a stage needs {self._wanted(resident)}; write it first")
@@ -134,7 +140,6 @@ class Stage:
             raise EngineError(f"picture_of_row: found {owners.tolist()}, expected pictures below {self._pictures}")
         outbox.send(self._address, [(self._offsets[name], array) for name, array in arrays.items()])
         self._silence(silent="noise" not in arrays)
-        self._run.run()
 
     def _wanted(self, resident: Resident) -> str:
         if not resident.held:
@@ -149,7 +154,7 @@ class Stage:
         self._quiet = silent
 
 
-def _layout(tensors: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
+def lay_out(tensors: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
     """Lay tensors one after another: {name: offset in bytes}, and the bytes of all."""
     offsets, end = {}, 0
     for tensor in tensors:
@@ -164,7 +169,8 @@ def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Re
     if not {STATE, *PER_STAGE} <= names or {tensor.name for tensor in program.spec.outputs} != {NEXT_STATE}:
         raise EngineError(f"{program.spec.component} is no fused denoise stage: it takes {', '.join(names)}; {REBUILD}")
     shapes = input_shapes(program.spec, profile)
-    return {t.name: Resident(bench, t, shapes[t.name]) for t in program.spec.inputs if t.name not in PER_STAGE}
+    stay = [tensor for tensor in program.spec.inputs if tensor.name not in PER_STAGE and not is_residual(tensor.name)]
+    return {tensor.name: Resident(bench, tensor, shapes[tensor.name]) for tensor in stay}
 
 
 def make_decoder(bench: Bench, program: Program, state: Resident, pixels: int, shape: Shape) -> Pass:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from latentrt.engines.errors import EngineError
+from latentrt.engines.residuals import level_axes
 from latentrt.engines.spec import EngineSpec, TensorSpec
 
 Shape = tuple[int, ...]
@@ -95,4 +96,5 @@ def _distinct(values: Iterable[object]) -> list[str]:
 
 
 def _words(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {size}" for name, size in sizes.items()) or "one shape"
+    told = {name: size for name, size in sizes.items() if name not in level_axes(1, 1)}  # these follow from the others
+    return ", ".join(f"{name} {size}" for name, size in told.items()) or "one shape"

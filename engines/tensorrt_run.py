@@ -193,7 +193,7 @@ class Pass:
         self.outputs = {tensor.name: self._output_shape(tensor) for tensor in program.spec.outputs}
         self._scratch_bytes = program.engine.get_device_memory_size_for_profile_v2(profile)
         place.scratch.reserve(self._scratch_bytes)
-        self._copies: tuple[Copy, ...] = ()
+        self._before, self._after = tuple[Copy, ...](), tuple[Copy, ...]()
         self._settled: tuple[int, int] | None = None
         self._graph: int | None = None
 
@@ -228,9 +228,11 @@ class Pass:
             raise EngineError(f"{self.name} gives {tensor.name} as {shape}, expected {tensor}; {REBUILD}")
         return shape
 
-    def bind(self, addresses: Mapping[str, int], copies: Sequence[Copy] = ()) -> None:
-        """Set the address of every input and output, once. copies: made on the device before each run, in order."""
-        self._copies = tuple(copies)
+    def bind(
+        self, addresses: Mapping[str, int], *, before: Sequence[Copy] = (), after: Sequence[Copy] = ()
+    ) -> None:
+        """Set the address of every input and output, once. before, after: made on the device with each run, in order."""
+        self._before, self._after = tuple(before), tuple(after)
         for name in (*self.inputs, *self.outputs):
             bound = self._context.set_tensor_address(name, addresses[name])
             self._given(bound, f"the address of {name} was refused")
@@ -256,9 +258,11 @@ class Pass:
 
     def _enqueue(self) -> None:
         queue = self._place.queue
-        for target, source, size in self._copies:
+        for target, source, size in self._before:
             queue.device.copy(target, source, size, queue.stream)
         self._given(self._context.execute_async_v3(queue.stream), "it could not be run")
+        for target, source, size in self._after:
+            queue.device.copy(target, source, size, queue.stream)
 
     def _capture(self) -> int:
         queue = self._place.queue

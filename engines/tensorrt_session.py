@@ -13,6 +13,7 @@ from latentrt.engines.canvas import DECODER, DECODERS, UNET, CanvasShape
 from latentrt.engines.device import Device
 from latentrt.engines.errors import EngineError
 from latentrt.engines.manifest import EngineRecord
+from latentrt.engines.residuals import PREFIX
 from latentrt.engines.spec import EngineSpec
 from latentrt.engines.tensorrt_canvas import SLOTS, Programs, TensorRTCanvas
 from latentrt.engines.tensorrt_engine import TensorRTEngine
@@ -112,6 +113,7 @@ class TensorRTSession:
             unet=self._programs[denoiser],
             decoders={name: self._programs[name] for name in DECODERS if name in self._programs},
             text_encoder=self._programs.get("text_encoder"),
+            controlnets={name: one for name, one in self._programs.items() if name.startswith(PREFIX)},
         )
 
     def engine(self, component: str) -> TensorRTEngine:
