@@ -1,12 +1,16 @@
-"""What a ControlNet adds to a UNet, by name: a residual for each of its skip connections, and one for its middle.
+"""What ControlNets and T2I-Adapters add to a UNet, by name.
 
-A ControlNet is a component of its own. It takes the residuals so far and gives them with its own added, so that
-several of them form a chain that ends in the UNet.
+A ControlNet adds at every stage: a residual for each of the UNet's skip connections, and one for its middle. It is a
+component of its own, which takes the residuals so far and gives them with its own added, so that several of them form
+a chain that ends in the UNet. A T2I-Adapter, a component too, adds what it computes once a picture: a feature inside
+each block on the way down.
 """
 
 from __future__ import annotations
 
 PREFIX = "controlnet_"  # of the component's name; what follows is the name that requests use
+ADAPTER = "adapter_"  # of the component's name, as above
+FEATURE = "adapter_feature_"
 DOWN, MID = "down_residual_", "mid_residual"
 NEXT = "next_"  # before the name of a residual, where it is an output
 COND, SCALE = "controlnet_cond", "scale"

@@ -228,10 +228,8 @@ class Pass:
             raise EngineError(f"{self.name} gives {tensor.name} as {shape}, expected {tensor}; {REBUILD}")
         return shape
 
-    def bind(
-        self, addresses: Mapping[str, int], *, before: Sequence[Copy] = (), after: Sequence[Copy] = ()
-    ) -> None:
-        """Set the address of every input and output, once. before, after: made on the device with each run, in order."""
+    def bind(self, addresses: Mapping[str, int], *, before: Sequence[Copy] = (), after: Sequence[Copy] = ()) -> None:
+        """Set the address of every input and output, once. before, after: made on the device with each run."""
         self._before, self._after = tuple(before), tuple(after)
         for name in (*self.inputs, *self.outputs):
             bound = self._context.set_tensor_address(name, addresses[name])

@@ -12,6 +12,7 @@ from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
 from latentrt.engines.residuals import PREFIX
+from latentrt.export.adapters import add_adapters, feature_dimensions
 from latentrt.export.assembly import open_file
 from latentrt.export.components import residual_dimensions
 from latentrt.export.controlnets import add_controlnets, per_level
@@ -90,6 +91,8 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
         parts = add_controlnets(parts, options.controlnets, allow_pickle=options.allow_pickle)
     if options.tiny_vae:
         parts = add_tiny_vae(parts, options.tiny_vae)
+    if options.adapters:
+        parts = add_adapters(parts, options.adapters, allow_pickle=options.allow_pickle)
     if options.prediction_type:
         parts = replace(
             parts,
@@ -119,7 +122,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         schedule=training_schedule(parts.scheduler, where=f"{parts.root}: the scheduler's config"),
         latents=latents,
         default_size=(sample * latents.factor, sample * latents.factor),
-        dimensions=_dimensions(parts.configs, latents) | _residuals(parts.configs),
+        dimensions=_dimensions(parts.configs, latents) | _residuals(parts.configs) | feature_dimensions(parts.configs),
     )
 
 

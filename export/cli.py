@@ -49,6 +49,13 @@ MIB = 1 << 20
     metavar="NAME=PATH",
     help="Add a ControlNet to the bundle, under a name; repeatable.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Add a T2I-Adapter to the bundle, under a name; repeatable.",
+)
 @click.option("--allow-pickle", is_flag=True, help="Open pickles, as weights alone.")
 @click.option(
     "--prediction-type", type=click.Choice(get_args(Prediction)), help="Where the checkpoint does not say it."
@@ -64,6 +71,7 @@ def export(
     as_json: bool,
     loras: tuple[str, ...],
     controlnets: tuple[str, ...],
+    adapters: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Turn CHECKPOINT into BUNDLE: graphs, recorded outputs, and engines for this machine.
@@ -86,6 +94,7 @@ def export(
             options=CheckpointOptions(
                 loras=tuple(map(LoraOption.parse, loras)),
                 controlnets=tuple(map(ControlNetOption.parse, controlnets)),
+                adapters=tuple(ControlNetOption.parse(text, option="--adapter") for text in adapters),
                 **options,
             ),
             report=report,

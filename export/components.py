@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from latentrt.engines.canvas import TINY_DECODER
-from latentrt.engines.residuals import COND, NEXT, PREFIX, SCALE, level_axes, residual_names
+from latentrt.engines.residuals import ADAPTER, COND, FEATURE, NEXT, PREFIX, SCALE, level_axes, residual_names
 from latentrt.engines.spec import DType, Precision, TensorSpec
 
 Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
@@ -58,6 +58,7 @@ class Component:
     units: the dimension that multiplies the sizes of an axis
     odd: what is added to the checked sizes where the network takes any size; without it, only multiples of the units
     controlled: where the residuals of ControlNets stand: among the inputs, or among the outputs too
+    adapted: where the features of T2I-Adapters stand: among the inputs, or the outputs
     follows: axes that a trace is not told of: their sizes follow from the others'
     """
 
@@ -69,17 +70,21 @@ class Component:
     units: Mapping[str, str]
     odd: Mapping[str, int] = field(default_factory=dict)
     controlled: Literal["no", "takes", "gives"] = "no"
+    adapted: Literal["no", "takes", "gives"] = "no"
     follows: tuple[str, ...] = ()
 
     def takes(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
         """Return every input that a checkpoint's network has: not what has an axis of 0 there."""
-        every = self.inputs if self.controlled == "no" else (*self.inputs, *residuals(dimensions))
+        controlled = residuals(dimensions) if self.controlled != "no" else ()
+        adapted = features(dimensions) if self.adapted == "takes" else ()
+        every = (*self.inputs, *controlled, *adapted)
         return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
 
     def gives(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
         """Return every output that is not empty in a checkpoint."""
         added = residuals(dimensions) if self.controlled == "gives" else ()
-        every = (*self.outputs, *(replace(tensor, name=NEXT + tensor.name) for tensor in added))
+        adapted = features(dimensions) if self.adapted == "gives" else ()
+        every = (*self.outputs, *(replace(tensor, name=NEXT + tensor.name) for tensor in added), *adapted)
         return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
 
     def sizes(self, which: Case, dimensions: Mapping[str, int]) -> dict[str, int]:
@@ -132,6 +137,16 @@ CONTROLNET = Component(
     follows=("height", "width"),
 )
 
+ADAPTERS = Component(
+    name="adapter",
+    inputs=(Tensor(name=COND, shape=PICTURES, values="unit"),),
+    outputs=(),
+    traced={"batch": 2, "height": 4, "width": 6},
+    checked={"batch": 1, "height": 5, "width": 3},
+    units={"height": "adapter_multiple", "width": "adapter_multiple"},
+    adapted="gives",
+)
+
 _NETWORKS: Mapping[str, Component] = {
     component.name: component
     for component in (
@@ -182,6 +197,7 @@ _NETWORKS: Mapping[str, Component] = {
             ),
             outputs=(Tensor(name="out_sample", shape=LATENTS),),
             controlled="takes",
+            adapted="takes",
             traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
             checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
             units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
@@ -230,6 +246,7 @@ _NETWORKS: Mapping[str, Component] = {
             checked={"batch": 1, "latent_height": 9, "latent_width": 5},
             units={},
         ),
+        ADAPTERS,
     )
 }
 
@@ -239,30 +256,37 @@ COMPONENTS: Mapping[str, Component] = {**_NETWORKS, "refiner": replace(_NETWORKS
 
 
 def component_of(name: str) -> Component:
-    """Return a component's row: every ControlNet, `controlnet_NAME`, has the same one."""
-    return replace(CONTROLNET, name=name) if name.startswith(PREFIX) else COMPONENTS[name]
+    """Return a component's row: all ControlNets, `controlnet_NAME`, have the same one, and all adapters."""
+    return replace(COMPONENTS[_row_name(name)], name=name)
+
+
+def _row_name(name: str) -> str:
+    rows = {PREFIX: CONTROLNET.name, ADAPTER: ADAPTERS.name}
+    return next((row for prefix, row in rows.items() if name.startswith(prefix)), name)
 
 
 def row_of(name: str) -> int:
     """Return the place of a component's row in the table."""
-    return list(COMPONENTS).index(CONTROLNET.name if name.startswith(PREFIX) else name)
+    return list(COMPONENTS).index(_row_name(name))
 
 
 def residuals(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
     """Return the residuals of a checkpoint's ControlNets; none where it has no ControlNet."""
     downs = dimensions["down_residuals"]
-    return tuple(
-        Tensor(
-            name=name,
-            shape=(
-                "batch",
-                dimensions[f"{name}_channels"],
-                f"latent_height_{dimensions[f'{name}_divisor']}",
-                f"latent_width_{dimensions[f'{name}_divisor']}",
-            ),
-        )
-        for name in (residual_names(downs) if downs else ())
-    )
+    return tuple(_at_level(name, dimensions) for name in (residual_names(downs) if downs else ()))
+
+
+def features(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """Return the features of a checkpoint's T2I-Adapters; none where it has no adapter."""
+    names = [f"{FEATURE}{number}" for number in range(dimensions["adapter_features"])]
+    return tuple(_at_level(name, dimensions) for name in names)
+
+
+def _at_level(name: str, dimensions: Mapping[str, int]) -> Tensor:
+    """Return a tensor at a level of the UNet, whose dimensions are named after it."""
+    divisor = dimensions[f"{name}_divisor"]
+    sides = (f"latent_height_{divisor}", f"latent_width_{divisor}")
+    return Tensor(name=name, shape=("batch", dimensions[f"{name}_channels"], *sides))
 
 
 def residual_dimensions(channels: Sequence[int], layers: Sequence[int]) -> dict[str, int]:

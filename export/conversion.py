@@ -33,6 +33,7 @@ STEMS: Mapping[Part, str] = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model",
+    "adapter": "diffusion_pytorch_model",
 }
 PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "text_encoder": (

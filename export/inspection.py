@@ -11,6 +11,7 @@ from typing import Any
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora import read_lora
 from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
+from latentrt.export.adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
 from latentrt.export.controlnets import KIND, per_level
 from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, SUPPORTED, name_pipeline
@@ -119,7 +120,7 @@ def _inspect_part(file: TensorFile) -> Inspection:
     name, denoiser = name_other(file)
     keys = ", ".join(sorted(file.tensors)[:3])
     if name == CONTROLNET:
-        problem = _addition(file.path, _base_of(file))
+        problem = _addition(CONTROLNET, file.path, _base_of(file))
     elif denoiser:
         problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED}"
     elif name:
@@ -147,13 +148,13 @@ def _base_of(file: TensorFile) -> str | None:
     return base.label if base else None
 
 
-def _addition(path: Path, base: str | None) -> str:
-    """Say what becomes of a ControlNet. base: what it was made for, where that is known"""
+def _addition(kind: str, path: Path, base: str | None) -> str:
+    """Say what becomes of a ControlNet or an adapter. base: what it was made for, where that is known"""
+    option = "--controlnet" if kind == CONTROLNET else "--adapter"
     return (
-        "a ControlNet is a part or an addition, not a checkpoint; add it to "
+        f"a {kind} is a part or an addition, not a checkpoint; add it to "
         + (f"one of {base}" if base else "its own")
-        + " "
-        f"with: latentrt export CHECKPOINT BUNDLE --controlnet NAME={path}"
+        + f" with: latentrt export CHECKPOINT BUNDLE {option} NAME={path}"
     )
 
 
@@ -252,7 +253,9 @@ def _inspect_lone_folder(root: Path) -> Inspection:
     problem = "it holds no model_index.json: give a directory in diffusers' or optimum's layout"
     if kind == KIND:
         base = BASES.get(max(per_level(config.get("cross_attention_dim", 1280), 1)))
-        problem = _addition(root, base.label if base else None)
+        problem = _addition(CONTROLNET, root, base.label if base else None)
+    elif kind == ADAPTER_KIND:
+        problem = _addition("T2I-Adapter", root, None)
     elif kind:
         problem = f"it is one network ({kind}), not a checkpoint; give the directory that it is a part of"
     elif files:

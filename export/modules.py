@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.residuals import COND, DOWN, MID, PREFIX, SCALE, is_residual
+from latentrt.engines.residuals import ADAPTER, COND, DOWN, FEATURE, MID, PREFIX, SCALE, is_residual
 from latentrt.export.weights import find_weights
 
 
@@ -123,8 +123,10 @@ DENOISERS = {  # (takes sizes, takes the scale of guidance)
 
 
 class ControlledDenoiser(Denoiser):
-    """A UNet that ControlNets may steer: after its other inputs it takes a residual for each skip connection, and one
-    for its middle. names: of the inputs, in their order
+    """A UNet that ControlNets and T2I-Adapters may steer.
+
+    After its other inputs it takes a residual for each skip connection and one for its middle, and a feature for each
+    block on the way down: what there is of these. names: of the inputs, in their order
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -139,8 +141,9 @@ class ControlledDenoiser(Denoiser):
             given["encoder_hidden_states"],
             timestep_cond=given.get("timestep_cond"),
             added_cond_kwargs=_added(given),
-            down_block_additional_residuals=[t for name, t in given.items() if name.startswith(DOWN)],
-            mid_block_additional_residual=given[MID],
+            down_block_additional_residuals=[t for name, t in given.items() if name.startswith(DOWN)] or None,
+            mid_block_additional_residual=given.get(MID),
+            down_intrablock_additional_residuals=[t for n, t in given.items() if n.startswith(FEATURE)] or None,
             return_dict=False,
         )[0]
         return output
@@ -171,6 +174,24 @@ class ControlNet(nn.Module):
         return tuple(total + scale * own for total, own in zip(before, (*down, middle), strict=True))
 
 
+class Adapter(nn.Module):
+    """A T2I-Adapter: a picture to follow → a feature for each of a UNet's blocks on the way down."""
+
+    # What Pillow weighs red, green and blue with where it makes a picture grey, over 65536.
+    GREY = (19595, 38470, 7471)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.grey = model.config.in_channels == 1
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, ...]:
+        if self.grey:
+            red, green, blue = (weight / 65536 for weight in self.GREY)
+            picture = red * picture[:, :1] + green * picture[:, 1:2] + blue * picture[:, 2:]
+        return tuple(self.model(picture))
+
+
 def _added(given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return what SDXL's networks take beside the text."""
     return {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
@@ -178,7 +199,7 @@ def _added(given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 def wrap_denoiser(model: Any, takes: Sequence[str] = ()) -> nn.Module:
     """Wrap a UNet with what its config says that it takes, and with residuals where `takes` names them."""
-    if MID in takes:
+    if any(name == MID or name.startswith(FEATURE) for name in takes):
         return ControlledDenoiser(model, takes)
     sized = model.config.addition_embed_type == "text_time"
     return DENOISERS[sized, model.config.time_cond_proj_dim is not None](model)
@@ -235,7 +256,7 @@ def load(
     normed: of a text encoder, whether the states of earlier layers go through the final norm
     scaling_factor: of the checkpoint's latents
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, T2IAdapter, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     rows: Mapping[str, tuple[Any, Callable[[Any], nn.Module], dict[str, Any]]] = {
@@ -248,6 +269,7 @@ def load(
         "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": torch.float32}),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": torch.float32}),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": torch.float32}),
+        "adapter": (T2IAdapter, Adapter, {"torch_dtype": torch.float32}),
         "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": torch.float32}),
         "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
         "tiny_decoder": (
@@ -256,7 +278,7 @@ def load(
             {"torch_dtype": torch.float32},
         ),
     }
-    kind, wrap, options = rows["controlnet" if component.startswith(PREFIX) else component]
+    kind, wrap, options = rows[component.split("_")[0] if component.startswith((PREFIX, ADAPTER)) else component]
     variant = find_weights(folder).variant
     try:
         model, found = kind.from_pretrained(

@@ -28,18 +28,18 @@ class LoraOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetOption:
-    """A ControlNet's directory or file, and the name that requests use for it."""
+    """A ControlNet's or an adapter's directory or file, and the name that requests use for it."""
 
     name: str
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> ControlNetOption:
-        """Read `canny=directory`. Raises CheckpointError."""
+    def parse(cls, text: str, *, option: str = "--controlnet") -> ControlNetOption:
+        """Read `canny=directory`. Raises CheckpointError, which begins with the option's name."""
         name, equals, path = text.partition("=")
         if not equals or not path or not CONTROL_NAME.fullmatch(name):
             raise CheckpointError(
-                f"--controlnet '{text}': expected a name of letters, digits, - and _, then = and a directory or file, "
+                f"{option} '{text}': expected a name of letters, digits, - and _, then = and a directory or file, "
                 "as in canny=./controlnet-canny"
             )
         return cls(name=name, path=path)
@@ -58,7 +58,7 @@ class CheckpointOptions:
     prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
     refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
     loras: low-rank changes that are added to the weights; their order does not matter
-    controlnets: ControlNets that requests may use; their order does not matter
+    controlnets, adapters: ControlNets and T2I-Adapters that requests may use; their order does not matter
     allow_pickle: whether weights in pickles may be opened
     """
 
@@ -72,4 +72,5 @@ class CheckpointOptions:
     refiner: str | None = None
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()
+    adapters: tuple[ControlNetOption, ...] = ()
     allow_pickle: bool = False

@@ -11,7 +11,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.control import pack_control
 from latentrt.runtime.guidance import Guidance, guidance_rows
 from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.steering import Steering, scales_at
+from latentrt.runtime.steering import Features, Steering, scales_at
 
 
 def denoise(
@@ -21,18 +21,21 @@ def denoise(
     draw: Callable[[], Array],
     *,
     steering: Sequence[Steering] = (),
+    features: Features | None = None,
     stages: range | None = None,
 ) -> Iterator[int]:
     """Advance a canvas stage by stage; yield the number of stages done after each.
 
     The canvas has its text and its state. draw: called at the stages in which the sampler draws, returns unit
-    normals, (n, C, h, w). steering: what is followed, whose pixels are on the canvas. A caller that stops iterating
-    leaves the canvas where it is.
+    normals, (n, C, h, w). steering: what is followed, whose pixels are on the canvas; features: what is written to it
+    along the way. A caller that stops iterating leaves the canvas where it is.
     stages: which of the plan's to take, None for all; the state is then that before the first of them
     """
     stages = range(plan.stages) if stages is None else stages
     inputs = stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows, steering=steering, stages=stages)
     for k, stage in zip(stages, inputs, strict=True):
+        for name, array in features.at(k).items() if features else ():
+            canvas.write(name, array)
         canvas.advance(stage)
         canvas.mark()
         yield k + 1

@@ -34,6 +34,7 @@ from latentrt.runtime.mixing import vary
 from latentrt.runtime.prompt import PromptTokenizer
 from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, repaints, resolve
 from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
+from latentrt.runtime.steering import Features
 from latentrt.runtime.steps import Noise, Step, Watch
 from latentrt.runtime.texts import Texts, read_tokenizers
 from latentrt.runtime.tiling import Grid, decode_tiles, encode_tiles
@@ -392,10 +393,13 @@ class Pipeline:
         further = conditions(self.manifest, job, rows=job.rows, denoiser=leg.denoiser)
         for name, array in {**further, **inputs}.items():
             canvas.write(name, array)
-        steering = job.steering if leg.denoiser == UNET else ()  # a ControlNet's residuals are for the UNet it is of
+        steering = job.steering if leg.denoiser == UNET else ()  # what is added to the UNet is made for it alone
         for one in steering:
-            canvas.write(hint_of(one.component), one.pixels)
-        for stage in denoise(canvas, job.plan, job.guidance, draw, steering=steering, stages=leg.stages):
+            if one.component.startswith(PREFIX):
+                canvas.write(hint_of(one.component), one.pixels)
+        features = Features(steering, self.manifest, self._run, size=job.size, rows=job.rows)
+        stages = denoise(canvas, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages)
+        for stage in stages:
             if watch is not None:
                 canvas.settle(AHEAD)
                 watch(
@@ -436,10 +440,13 @@ class Pipeline:
         if grid is not None:
             encoder = partial(self._encode_image, grid=None)
             return encode_tiles(pixels, encoder, grid, factor=self.manifest.latents.factor)
-        name = "vae_encoder"  # loaded when the first image comes: most services draw from text alone
-        if name not in self._engines:
-            self._engines[name] = self._opened.load(name)
-        return self._engines[name]({"sample": pixels})["latent_parameters"]
+        return self._run("vae_encoder", {"sample": pixels})["latent_parameters"]
+
+    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a network that is loaded when the first image comes: most services draw from text alone."""
+        if component not in self._engines:
+            self._engines[component] = self._opened.load(component)
+        return self._engines[component](inputs)
 
     def _settings(self, job: Job, picture: int) -> Settings:
         return Settings(

@@ -1,28 +1,31 @@
-"""What a picture follows: images that a bundle's ControlNets read, how strongly, and at which part of the steps."""
+"""What a picture follows: images that a bundle's ControlNets and T2I-Adapters read, how strongly, and where."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest
-from latentrt.engines.residuals import PREFIX
+from latentrt.engines.residuals import ADAPTER, COND, FEATURE, PREFIX, level_axes
 from latentrt.engines.spec import Array
 from latentrt.runtime.image_sources import Source, read_hints
+
+KINDS = (PREFIX, ADAPTER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """An image to follow, as one of the bundle's ControlNets reads it.
+    """An image to follow, as one of the bundle's ControlNets or T2I-Adapters reads it.
 
-    name: of the ControlNet, as the bundle was exported with
+    name: of the ControlNet or adapter, as the bundle was exported with
     image: as `Request.image`, one for all pictures or one for each; it is brought to the size that is drawn
     scale: how strongly to follow it; 0 is not at all
-    start, stop: the fractions of the steps between which it is followed, as diffusers' control_guidance_start and _end
+    start, stop: the fractions of the steps between which it is followed, as diffusers' control_guidance_start and _end;
+        an adapter's stop is its adapter_conditioning_factor
     """
 
     name: str
@@ -66,9 +69,12 @@ def steer(
 
 
 def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int) -> Steering:
-    component, where = f"{PREFIX}{control.name}", f"controls, '{control.name}'"
-    if component not in manifest.components:
+    where = f"controls, '{control.name}'"
+    kinds = [kind + control.name for kind in KINDS if kind + control.name in manifest.components]
+    if not kinds:
         raise RequestError(f"{where}: {_known(manifest)}")
+    if kinds[0].startswith(ADAPTER):
+        _check_multiple(kinds[0], manifest, size, where=where)
     scale = control.scale
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
         raise RequestError(f"{where}: found the scale {scale!r}, expected a number")
@@ -77,7 +83,7 @@ def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[i
         raise RequestError(f"{where}: found {len(pixels)} images for {pictures} pictures, expected one, or one each")
     planar = np.ascontiguousarray(np.broadcast_to(pixels, (pictures, *pixels.shape[1:])).transpose(0, 3, 1, 2))
     return Steering(
-        component=component,
+        component=kinds[0],
         pixels=planar,
         scale=float(scale),
         stages=followed_stages(control.start, control.stop, stages, where=where),
@@ -85,10 +91,18 @@ def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[i
 
 
 def _known(manifest: Manifest) -> str:
-    names = [name.removeprefix(PREFIX) for name in manifest.components if name.startswith(PREFIX)]
+    names = [name.partition("_")[2] for name in manifest.components if name.startswith(KINDS)]
     if names:
-        return f"this bundle holds no ControlNet of that name, it holds {', '.join(names)}"
+        return f"this bundle holds no ControlNet or adapter of that name, it holds {', '.join(names)}"
     return "this bundle holds no ControlNet; export it again with --controlnet NAME=CHECKPOINT"
+
+
+def _check_multiple(component: str, manifest: Manifest, size: tuple[int, int], *, where: str) -> None:
+    """Refuse a size that an adapter cannot cut into whole cells: its first feature's, of some latents each."""
+    first = str(manifest.components[component].outputs[0].shape[2])
+    multiple = int(first.rpartition("_")[2]) * manifest.latents.factor
+    if any(side % multiple for side in size):
+        raise RequestError(f"{where}: found {size[0]}x{size[1]} to draw, expected multiples of {multiple} pixels")
 
 
 def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Array:
@@ -108,7 +122,57 @@ def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Ar
 
 
 def scales_at(steering: Sequence[Steering], stage: int, rows: int) -> Mapping[str, Array]:
-    """Return the controls that are followed at a stage, and how strongly: {component: (rows,) float32}."""
+    """Return the ControlNets that run at a stage, and how strongly: {component: (rows,) float32}."""
     return {
-        one.component: np.full(rows, one.scale, dtype=np.float32) for one in steering if one.stages[stage] and one.scale
+        one.component: np.full(rows, one.scale, dtype=np.float32)
+        for one in steering
+        if one.component.startswith(PREFIX) and one.stages[stage] and one.scale
+    }
+
+
+class Features:
+    """What T2I-Adapters add to the UNet along a plan: computed once a picture, and written where it changes.
+
+    run: runs a component; rows: the model's, of which row r is picture r % pictures
+    """
+
+    def __init__(
+        self,
+        steering: Sequence[Steering],
+        manifest: Manifest,
+        run: Callable[[str, Mapping[str, Array]], Mapping[str, Array]],
+        *,
+        size: tuple[int, int],
+        rows: int,
+    ) -> None:
+        self._shapes = _feature_shapes(manifest, size, rows)
+        self._given = [
+            (
+                one.stages,
+                one.scale,
+                {name: np.array(array) for name, array in run(one.component, {COND: one.pixels}).items()},
+            )
+            for one in steering
+            if one.component.startswith(ADAPTER)
+        ]
+
+    def at(self, stage: int) -> dict[str, Array]:
+        """Return what to write before a stage, {input of the UNet: (rows, …) float32}: nothing, where it stays so."""
+        followed = [bool(stages[stage]) for stages, _, _ in self._given]
+        if stage and followed == [bool(stages[stage - 1]) for stages, _, _ in self._given]:
+            return {}
+        written = {name: np.zeros(shape, dtype=np.float32) for name, shape in self._shapes.items()}
+        for on, (_, scale, features) in zip(followed, self._given, strict=True):
+            for name, array in features.items() if on else ():
+                written[name] += np.float32(scale) * np.resize(array, written[name].shape)
+        return written
+
+
+def _feature_shapes(manifest: Manifest, size: tuple[int, int], rows: int) -> dict[str, tuple[int, ...]]:
+    width, height = (side // manifest.latents.factor for side in size)
+    axes = {"batch": rows, **level_axes(height, width)}
+    return {
+        spec.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.shape)
+        for spec in manifest.components["unet"].inputs
+        if spec.name.startswith(FEATURE)
     }

@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from tests.tiny import save_controlnet, save_tiny
+from tests.tiny import save_adapter, save_controlnet, save_tiny
 
 ROOT = Path(__file__).parent.parent
 REFINED = "refined"
@@ -30,7 +30,7 @@ Make = Callable[[str, str], tuple[Path, Path]]
 
 @dataclass(frozen=True)
 class Steered:
-    """A tiny checkpoint, ControlNets for it by name, and the bundle of all."""
+    """A tiny checkpoint, ControlNets or adapters for it by name, and the bundle of all."""
 
     checkpoint: Path
     networks: dict[str, Path]
@@ -81,10 +81,10 @@ def _tiny(path: Path, **options: str) -> Path:
     return path
 
 
-def _controlnet(path: Path, **options: Any) -> Path:
+def _network(save: Callable[..., Path], path: Path, **options: Any) -> Path:
     if not path.is_dir():
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            save_controlnet(Path(beside) / path.name, **options)
+            save(Path(beside) / path.name, **options)
             with contextlib.suppress(OSError):
                 (Path(beside) / path.name).rename(path)
     return path
@@ -157,7 +157,7 @@ def steered(workshop: Path, made: Make) -> Steer:
         if (family, variant) not in known:
             checkpoint, _ = made(family, variant)
             networks = {
-                name: _controlnet(workshop / f"{family}-{name}", family=family, seed=seed)
+                name: _network(save_controlnet, workshop / f"{family}-{name}", family=family, seed=seed)
                 for seed, name in enumerate(("edges", "depth"), start=1)
             }
             bundle = workshop / f"{family}-{variant or 'plain'}-steered"
@@ -167,5 +167,30 @@ def steered(workshop: Path, made: Make) -> Steer:
             export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
             known[family, variant] = Steered(checkpoint=checkpoint, networks=networks, bundle=bundle)
         return known[family, variant]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapted(workshop: Path, made: Make) -> Callable[[str], Steered]:
+    """Make a tiny checkpoint, two T2I-Adapters and a ControlNet for it, and the bundle of all, once for each family."""
+    known = dict[str, Steered]()
+
+    def make(family: str) -> Steered:
+        if family not in known:
+            checkpoint, _ = made(family, "")
+            adapters = {
+                name: _network(save_adapter, workshop / f"{family}-{name}", family=family, seed=seed, channels=channels)
+                for name, seed, channels in (("sketch", 7, 3), ("outline", 8, 1 if family == "sd1" else 3))
+            }
+            edges = _network(save_controlnet, workshop / f"{family}-edges", family=family, seed=1)
+            bundle = workshop / f"{family}-adapted"
+            options = CheckpointOptions(
+                adapters=tuple(ControlNetOption(name=name, path=str(path)) for name, path in adapters.items()),
+                controlnets=(ControlNetOption(name="edges", path=str(edges)),),
+            )
+            export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
+            known[family] = Steered(checkpoint=checkpoint, networks=adapters, bundle=bundle)
+        return known[family]
 
     return make

@@ -189,6 +189,22 @@ def save_controlnet(
     return directory
 
 
+def save_adapter(directory: Path, *, family: str = "sd1", seed: int = 1, channels: int = 3) -> Path:
+    """Save a tiny T2I-Adapter for a tiny checkpoint. channels: of the pictures that it reads"""
+    import torch
+    from diffusers import T2IAdapter
+
+    factor = 2 ** (len(_VAE[family]["block_out_channels"]) - 1)
+    kind, cell = ("full_adapter_xl", 2 * factor) if family == "sdxl" else ("full_adapter", factor)
+    sizes = {"channels": list(_UNET[family]["block_out_channels"]), "num_res_blocks": 1, "downscale_factor": cell}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = T2IAdapter(in_channels=channels, adapter_type=kind, **sizes).eval().requires_grad_(False)
+        network.adapter.conv_in.weight *= 20  # an untrained one says little
+    network.save_pretrained(directory)
+    return directory
+
+
 def _text_config(sizes: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Any:
     from transformers import CLIPTextConfig
 
