@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from latentrt.engines import onnxruntime, tensorrt
+from latentrt.engines import onnxruntime
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.control_stage import fuse_control
@@ -20,7 +20,6 @@ from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine
 from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
 from latentrt.engines.options import BuildOptions
-from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
 from latentrt.engines.verification import verify
 from latentrt.runtime.pipeline import Pipeline
@@ -214,19 +213,3 @@ def test_a_graph_that_is_no_controlnet_is_refused(steered: Steer) -> None:
     unet = onnx.load(str(bundle.path(bundle.manifest.components["unet"].graph)), load_external_data=False)
     with pytest.raises(BundleError, match="the ControlNet's graph takes sample, timestep"):
         fuse_control(unet)
-
-
-@pytest.mark.parametrize("component", ["controlnet_edges", "unet"])
-def test_tensorrt_rtx_compiles_a_controlnet_and_the_unet_that_it_steers(
-    steered: Steer, component: str, tmp_path: Path
-) -> None:
-    try:
-        library = tensorrt.require("tensorrt-rtx")
-    except EngineError as error:
-        pytest.skip(str(error))
-    bundle = Bundle.open(steered("sdxl", "").bundle)
-    options = BuildOptions(sizes=(SIZE,), compute_capability="8.9", optimization_level=0)
-    name, spec = tensorrt._build_one(library, bundle, component, tmp_path, "tensorrt-rtx", options, silent)
-    assert (tmp_path / name).stat().st_size > bundle.manifest.components[component].weights_bytes
-    assert [profile["rows"] for profile in spec.profiles] == [1, 2]
-    assert spec.profiles[0]["latent_height_2"] == 4 and spec.profiles[0]["latent_width_2"] == 5

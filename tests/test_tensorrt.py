@@ -28,7 +28,9 @@ from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.gpu import Gpu, find_gpu
 from latentrt.engines.opening import open_engines
 from latentrt.engines.options import BuildOptions
+from latentrt.engines.progress import silent
 from latentrt.engines.verification import verify
+from tests.conftest import Steer
 
 ADA = BuildOptions(sizes=((32, 32),), batches=(1, 2), compute_capability="8.9", optimization_level=0)
 GPU = Gpu(name="NVIDIA L4", compute_capability="8.9", sm_count=58, memory_bytes=24 << 30, driver_major=13)
@@ -367,3 +369,15 @@ def test_options_that_make_no_sense_are_refused(copy: Bundle, options: BuildOpti
 def test_the_cpu_takes_no_shapes(copy: Bundle) -> None:
     with pytest.raises(EngineError, match="cpu engines take any shape: leave the build options away"):
         build_engines(copy, "cpu", options=BuildOptions(batches=(2,)))
+
+
+@pytest.mark.parametrize("component", ["controlnet_edges", "unet"])
+def test_a_controlnet_is_compiled_and_the_unet_that_it_steers(
+    library: Any, steered: Steer, component: str, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(steered("sdxl", "").bundle)
+    options = replace(ADA, sizes=((40, 32),), batches=(1,))
+    name, spec = tensorrt._build_one(library, bundle, component, tmp_path, "tensorrt-rtx", options, silent)
+    assert (tmp_path / name).stat().st_size > bundle.manifest.components[component].weights_bytes
+    assert [profile["rows"] for profile in spec.profiles] == [1, 2]
+    assert spec.profiles[0]["latent_height_2"] == 4 and spec.profiles[0]["latent_width_2"] == 5
