@@ -168,7 +168,7 @@ def test_a_bundle_without_controlnets_pays_nothing(made: Make) -> None:
 @pytest.mark.parametrize(
     ("controls", "words"),
     [
-        ([Control(name="pose", image=hint())], "'pose': this bundle holds no ControlNet or adapter of that name, it holds"),
+        ([Control(name="pose", image=hint())], "'pose': this bundle holds no ControlNet or adapter of that name"),
         ([Control(name="edges", image="nowhere.png")], "'edges': 'nowhere.png' cannot be read"),
         ([Control(name="edges", image=3)], "'edges': found int, expected a path"),  # type: ignore[arg-type]
         ([Control(name="edges", image=np.zeros((8, 8, 2)))], r"'edges': found an array of shape \(8, 8, 2\)"),
