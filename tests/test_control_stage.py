@@ -100,12 +100,18 @@ def assert_close(found: Array, expected: Array) -> None:
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= LEVELS
 
 
+def copied(steered: Steer, family: str, variant: str, *, to: Path) -> Path:
+    """Return a copy of a bundle. It may be made here, while a GPU's engines are let run on the CPU."""
+    with canonical():
+        return shutil.copytree(steered(family, variant).bundle, to / "bundle")
+
+
 @pytest.fixture(scope="module", params=FAMILIES[:4], ids="-".join)
 def bound(
     request: pytest.FixtureRequest, steered: Steer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[tuple[str, str], Pipeline]]:
     """The engines that a GPU would have, on the CPU."""
-    root = shutil.copytree(steered(*request.param).bundle, tmp_path_factory.mktemp("bound") / "bundle")
+    root = copied(steered, *request.param, to=tmp_path_factory.mktemp("bound"))
     with engines_of_a_gpu():
         build_engines(Bundle.open(root), "cpu", force=True)
         with Pipeline.load(root, "cpu", threads=1) as pipe:
@@ -169,7 +175,7 @@ class Pair:
 def compiled(
     request: pytest.FixtureRequest, steered: Steer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[tuple[str, str], Pair]]:
-    root = shutil.copytree(steered(*request.param).bundle, tmp_path_factory.mktemp("compiled") / "bundle")
+    root = copied(steered, *request.param, to=tmp_path_factory.mktemp("compiled"))
     with pytest.MonkeyPatch.context() as patch:
         device = install(patch, tensorrt="11.4.0.106")
         build_engines(Bundle.open(root), "tensorrt", options=BuildOptions(sizes=(SIZE,), batches=(1, 2)))

@@ -54,6 +54,9 @@ def published(made: Make, name: str, folder: Path) -> tuple[Path, Path]:
     checkpoint = shutil.copytree(checkpoint, folder / "checkpoint")
     document = {**STABLE, "prediction_type": "epsilon", **config}
     (checkpoint / "scheduler" / "scheduler_config.json").write_text(json.dumps(document))
+    index = checkpoint / "model_index.json"
+    named = {"scheduler": ["diffusers", config["_class_name"]]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | named))
     return checkpoint, rescheduled(bundle, open_checkpoint(str(checkpoint)), folder / "bundle")
 
 
