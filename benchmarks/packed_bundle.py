@@ -177,10 +177,11 @@ def run_wide(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
 
     model = graphs.load_graph(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        file = path
-        if graphs.widen(model, path.parent):
-            file = Path(folder) / "wide.onnx"
-            onnx.save(model, str(file), save_as_external_data=True, location="wide.data", size_threshold=1024)
+        file = Path(folder) / "wide.onnx"
+        if graphs.widen(model, path.parent, file.with_name("wide.data")):
+            onnx.save(model, str(file))
+        else:
+            file = path
         del model
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from latentrt.export.checkpoint import DEMO
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes of the three networks. `side` is of the latents; `width`, `layers` and `heads` are the text encoder's."""
+    """Sizes of the networks. `side` is of the latents; `width`, `layers` and `heads` are the text encoder's.
+
+    second: width, layers and heads of the second text encoder, which SDXL has
+    options: of the UNet's config, over what the sizes say
+    """
 
     unet: tuple[int, ...]
     unet_heads: int | tuple[int, ...]
@@ -30,10 +37,23 @@ class Shape:
     activation: str = "quick_gelu"
     linear: bool = False
     spacing: str = "leading"
+    second: tuple[int, int, int] | None = None
+    scaling: float = 0.18215
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# `middle` has SD 1.5's depth and attention at a fifth of its width; `sd15` is full size; `turbo` is SD 2.1's layout
-# with SD-Turbo's schedule.
+# What the UNet of stabilityai/stable-diffusion-xl-base-1.0 has of its own.
+XL: Mapping[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+# `middle` has SD 1.5's depth and attention at a fifth of its width; `sd15` and `sdxl` are full size; `turbo` is SD
+# 2.1's layout with SD-Turbo's schedule.
 SHAPES = {
     "tiny": Shape(unet=(32, 64), unet_heads=4, vae=(16, 16), side=16, width=32, layers=2, heads=2),
     "middle": Shape(
@@ -54,6 +74,19 @@ SHAPES = {
         linear=True,
         spacing="trailing",
     ),
+    "sdxl": Shape(
+        unet=(320, 640, 1280),
+        unet_heads=(5, 10, 20),
+        vae=(128, 256, 512, 512),
+        side=128,
+        width=768,
+        layers=12,
+        heads=12,
+        linear=True,
+        second=(1280, 32, 20),
+        scaling=0.13025,
+        options=XL,
+    ),
 }
 
 
@@ -66,58 +99,120 @@ def main() -> None:
 
 
 def save_random(shape: str, directory: Path, *, half: bool = False) -> Path:
-    """Write a diffusers directory with random weights, seed 0; `half` saves them in float16. Returns the directory."""
+    """Write a diffusers directory with random weights, seed 0; `half` saves them in float16. Returns the directory.
+
+    One tensor at a time: it takes no more memory than the largest.
+    """
     import torch
 
-    torch.manual_seed(0)
     sizes = SHAPES[shape]
-    for folder, network in zip(("text_encoder", "unet", "vae"), make_networks(shape), strict=True):
-        (network.half() if half else network).save_pretrained(directory / folder)
-    for folder in ("tokenizer", "scheduler"):
-        shutil.copytree(DEMO / folder, directory / folder, dirs_exist_ok=True)
-    shutil.copyfile(DEMO / "model_index.json", directory / "model_index.json")
+    generator = np.random.default_rng(0)
+    with torch.device("meta"):
+        for folder, network in zip(folders(sizes), make_networks(shape), strict=True):
+            _save_config(network, directory / folder)
+            stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
+            file = directory / folder / f"{stem}.safetensors"
+            _sow(file, {name: tuple(each.shape) for name, each in network.state_dict().items()}, generator, half=half)
+    tokenizers = {"tokenizer_2": "tokenizer"} if sizes.second else {}
+    for folder, source in {"tokenizer": "tokenizer", "scheduler": "scheduler", **tokenizers}.items():
+        shutil.copytree(DEMO / source, directory / folder, dirs_exist_ok=True)
+    index = json.loads((DEMO / "model_index.json").read_text()) | (_xl_index() if sizes.second else {})
+    (directory / "model_index.json").write_text(json.dumps(index, indent=1))
     scheduler = directory / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": sizes.spacing}, indent=1))
     return directory
 
 
+def _xl_index() -> dict[str, Any]:
+    return {
+        "_class_name": "StableDiffusionXLPipeline",
+        "force_zeros_for_empty_prompt": True,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+
+
+def _save_config(network: Any, folder: Path) -> None:
+    from transformers import PreTrainedModel
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(network, PreTrainedModel):
+        network.config.architectures = [type(network).__name__]
+        network.config.save_pretrained(folder)
+    else:
+        network.save_config(folder)
+
+
+def _sow(file: Path, shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator, *, half: bool) -> None:
+    """Write random weights as safetensors: such as keep the size of what goes through a layer, as torch draws them."""
+    kind, dtype = ("F16", np.float16) if half else ("F32", np.float32)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as data:
+        data.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            data.write(_draw(name, shape, generator).astype(dtype).tobytes())
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Draw a layer's weight within 1 over the root of its inputs; a norm's is one, a bias zero."""
+    if len(shape) < 2:
+        return np.full(shape, float(name.endswith("weight")), np.float32)
+    reach = np.float32(0.03 if "embedding" in name and "embeddings." in name else math.prod(shape[1:]) ** -0.5)
+    return (2 * generator.random(shape, np.float32) - 1) * reach
+
+
+def folders(sizes: Shape) -> tuple[str, ...]:
+    """Return the folders of a shape's networks, in the order in which they are made."""
+    return ("text_encoder", "unet", "vae", *(("text_encoder_2",) if sizes.second else ()))
+
+
 def make_networks(shape: str) -> Iterator[Any]:
-    """Make the text encoder, the UNet and the VAE with random weights, one at a time."""
-    for make in (_text, _unet, _vae):
-        yield make(SHAPES[shape])
+    """Make the text encoder, the UNet, the VAE and the second text encoder, if any, with torch's random weights."""
+    sizes = SHAPES[shape]
+    yield _text(sizes.width, sizes.layers, sizes.heads, sizes.activation)
+    yield _unet(sizes)
+    yield _vae(sizes)
+    if sizes.second:
+        yield _text(*sizes.second, "gelu", projected=True)
 
 
-def _text(sizes: Shape) -> Any:
-    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+def _text(width: int, layers: int, heads: int, activation: str, *, projected: bool = False) -> Any:
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
     config = CLIPTextConfig(
         vocab_size=49408,
-        hidden_size=sizes.width,
-        intermediate_size=4 * sizes.width,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        projection_dim=sizes.width,
-        hidden_act=sizes.activation,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=width,
+        hidden_act=activation,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return CLIPTextModel(config)
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
 def _unet(sizes: Shape) -> Any:
     from diffusers import UNet2DConditionModel
 
     levels = len(sizes.unet)
-    return UNet2DConditionModel(
-        sample_size=sizes.side,
-        block_out_channels=sizes.unet,
-        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        cross_attention_dim=sizes.width,
-        attention_head_dim=sizes.unet_heads,
-        use_linear_projection=sizes.linear,
-    )
+    config: dict[str, Any] = {
+        "sample_size": sizes.side,
+        "block_out_channels": sizes.unet,
+        "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+        "cross_attention_dim": sizes.width,
+        "attention_head_dim": sizes.unet_heads,
+        "use_linear_projection": sizes.linear,
+    }
+    return UNet2DConditionModel(**config | dict(sizes.options))
 
 
 def _vae(sizes: Shape) -> Any:
@@ -132,6 +227,7 @@ def _vae(sizes: Shape) -> Any:
         latent_channels=4,
         norm_num_groups=min(32, sizes.vae[0]),
         sample_size=sizes.side * 2 ** (levels - 1),
+        scaling_factor=sizes.scaling,
     )
 
 

@@ -137,20 +137,21 @@ def build(bundle: Bundle, directory: Path, provider: Provider, report: Report) -
 def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provider) -> tuple[str, EngineSpec]:
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = graphs.load_graph(files[0])
-    widened = provider == "cpu" and graphs.widen(model, files[0].parent)
-    model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
-    if provider == "cpu":
-        use_host_kernels(model)
-        split_upsampling(model, files[0])
-    output = directory / f"{component}.onnx"
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
+    output = directory / f"{component}.onnx"
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
-        save_graph(model, edited, external=widened and large)
-        if not widened:
+        widened = edited.with_name("widened.data") if large else None
+        if not (provider == "cpu" and graphs.widen(model, files[0].parent, widened)):
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
-        session = _optimise(edited, output, provider, external=large)
+        model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
+        if provider == "cpu":
+            use_host_kernels(model)
+            split_upsampling(model, edited)
+        save_graph(model, edited)
+        external = large or graphs.has_external(model)  # ONNX Runtime would name files that are gone by then
+        session = _optimise(edited, output, provider, external=external)
         if record := bundle.manifest.components[component].weights:
             known = read_weights(bundle.path(record), GraphWeights)
             canonical, built = GraphValues(model, edited), GraphValues(graphs.load_graph(output), output)
@@ -171,18 +172,11 @@ def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool
     return model
 
 
-def save_graph(model: Any, path: Path, *, external: bool) -> None:
-    """Write a graph; external: with its weights in a file beside it, as graphs of over 2 GB must be."""
+def save_graph(model: ModelProto, path: Path) -> None:
+    """Write a graph, without the weights that lie in files beside it."""
     import onnx
 
-    onnx.save(
-        model,
-        str(path),
-        save_as_external_data=external,
-        all_tensors_to_one_file=True,
-        location="widened.data",
-        size_threshold=1024,
-    )
+    onnx.save(model, str(path))
 
 
 def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) -> Any:
@@ -190,6 +184,8 @@ def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) 
     options = _session_options(threads=None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(output)
+    # Nothing is run: packed weights would be a second copy of them, which is not saved.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     if external:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{output.name}.data"

@@ -136,10 +136,11 @@ def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays]) -> Iterator[A
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = graphs.load_graph(files[0])
     with tempfile.TemporaryDirectory(prefix="latentrt-") as beside:
-        path = files[0]
-        if graphs.widen(model, files[0].parent):
-            path = Path(beside) / "model.onnx"
-            onnxruntime.save_graph(model, path, external=True)
+        path = Path(beside) / "model.onnx"
+        if graphs.widen(model, files[0].parent, path.with_name("widened.data")):
+            onnxruntime.save_graph(model, path)
+        else:
+            path = files[0]
         del model
         session = _open_session(path)
     dtypes = {node.name: onnxruntime.DTYPES[node.type] for node in session.get_inputs()}

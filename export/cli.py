@@ -105,6 +105,8 @@ def export(
 
 def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
     """Return what an export did as plain data."""
+    largest = max((each.weights_bytes for each in exported.components.values()), default=0)
+    peak = max((each.peak_rss_bytes for each in exported.components.values()), default=0)
     return {
         "bundle": str(bundle),
         "already_there": exported.already_there,
@@ -114,6 +116,8 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
         "seconds": round(exported.seconds, 2),
         "engines": dict(exported.engines),
         "preview_r_squared": exported.preview_r_squared,
+        "peak_rss_bytes": peak,
+        "peak_rss_over_largest": round(peak / largest, 2) if largest else None,
         "components": {
             name: {
                 "weights_bytes": finished.weights_bytes,
@@ -145,8 +149,12 @@ def _table(summary: dict[str, Any]) -> str:
         f"{summary['bytes'] / MIB:.1f} MiB, {summary['seconds']:.1f} s, "
         f"engines: {', '.join(summary['engines']) or 'none'}"
     )
+    memory = (
+        f"peak memory {summary['peak_rss_bytes'] / MIB:.0f} MiB, libraries included: "
+        f"{summary['peak_rss_over_largest']} of the largest component's weights"
+    )
     notes = [f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]]
-    return "\n".join([head, *rows, *notes, last] if rows else [last])
+    return "\n".join([head, *rows, memory, *notes, last] if rows else [last])
 
 
 def _error(error: float | None) -> str:

@@ -23,10 +23,11 @@ from latentrt.export.families import DENOISER_PREFIX
 from latentrt.export.fusing import Changes, find_changes, fuse
 from latentrt.export.parts import Part, Recipe
 from latentrt.export.pickles import load_pickle
+from latentrt.export.stored import windows
 from latentrt.export.weights import PICKLES
 
 Tensors = dict[str, Tensor]
-SHARD_BYTES = 1 << 30  # what is held in memory at once where tensors are changed on their way
+SHARD_BYTES = 1 << 28  # what is held in memory at once, and once more while it is written
 STEMS: Mapping[Part, str] = {
     "text_encoder": "model",
     "text_encoder_2": "model",
@@ -153,23 +154,39 @@ def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
 
 
 def _save(folder: Path, stem: str, tensors: Tensors, changes: Changes) -> None:
-    """Write tensors as shards: of what was changed, one shard is in memory at a time."""
+    """Write tensors as shards, of which one is in memory at a time: the mapped files are not touched.
+
+    All are written in one type, or the libraries, which load into one, would hold copies: in float32 where LoRAs
+    change some of them, or where they are of several types.
+    """
+    stored = windows(tensors)
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    widened = bool(changes) or len(kinds) > 1
+    wide = {key for key, tensor in tensors.items() if widened and tensor.is_floating_point()}
+    sizes = {key: 4 * tensor.numel() if key in wide else tensor.nbytes for key, tensor in tensors.items()}
+    shards = _shards(sizes)
+    places: dict[str, str] = {}
+    for number, keys in enumerate(shards):
+        name = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        shard = {}
+        for key in keys:
+            tensor = fuse(stored[key].read() if key in stored else tensors[key], changes.get(key, ()))
+            shard[key] = tensor.float() if key in wide else tensor
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Return which tensors go into which file, in their order, each file no larger than it may be."""
     shards: list[list[str]] = [[]]
-    total, room = 0, SHARD_BYTES
-    for key, tensor in tensors.items():
-        size = tensor.numel() * 4 if key in changes else tensor.nbytes
+    room = SHARD_BYTES
+    for key, size in sizes.items():
         if size > room and shards[-1]:
             shards.append([])
             room = SHARD_BYTES
         shards[-1].append(key)
         room -= size
-        total += size
-    places: dict[str, str] = {}
-    for number, keys in enumerate(shards):
-        name = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        shard = {key: fuse(tensors.pop(key), changes.get(key, ())) for key in keys}
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        places |= dict.fromkeys(keys, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return shards

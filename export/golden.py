@@ -11,8 +11,8 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
 from latentrt.engines.verification import relative_error
 from latentrt.export.components import Case, Component, Tensor, row_of
+from latentrt.export.sessions import Arrays, run_in_pieces
 
-Arrays = dict[str, Array]
 Pair = tuple[Mapping[str, Array], Mapping[str, Array]]
 """Inputs and the outputs they must give."""
 
@@ -76,8 +76,8 @@ def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision
 
     Raises CheckpointError where it is above the tolerance; a value that is not finite makes it infinite.
     """
-    session = open_session(graph)
-    worst = max(compare(component, run_session(session, inputs), expected) for inputs, expected in pairs)
+    found = run_in_pieces(graph, [inputs for inputs, _ in pairs])
+    worst = max(compare(component, outputs, expected) for outputs, (_, expected) in zip(found, pairs, strict=True))
     require_close(component, worst, precision=precision)
     return worst
 
@@ -117,25 +117,6 @@ _MENDS: Mapping[Precision, str] = {
     "fp32": "please report it with the checkpoint's name",
     "fp16": "export it with --precision fp32",
 }
-
-
-def open_session(graph: Path, *, optimise: bool = True) -> object:
-    """Open a graph in ONNX Runtime on the CPU, sparing with memory. Without `optimise`, node for node as it stands."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimise else levels.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are a second copy
-    return onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-
-
-def run_session(session: object, inputs: Mapping[str, Array]) -> Arrays:
-    """Run a session that `open_session` gave."""
-    names = [output.name for output in session.get_outputs()]  # type: ignore[attr-defined]
-    return dict(zip(names, session.run(names, dict(inputs)), strict=True))  # type: ignore[attr-defined]
 
 
 def widen(inputs: Mapping[str, Array]) -> Arrays:

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx.defs import OpSchema, get_schema
+
+from latentrt.engines.spec import Array
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
@@ -20,6 +23,14 @@ def load_typed(path: Path) -> ir.Model:
     model = ir.load(path)
     infer_types(model)
     return model
+
+
+def read_once(tensor: ir.TensorProtocol) -> Array:
+    """Return a weight's numbers in memory of their own: a file that was mapped for them is not resident after."""
+    numbers = np.array(tensor.numpy())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return numbers
 
 
 def infer_types(model: ir.Model) -> None:

@@ -12,7 +12,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
 Stage = Literal["make", "check", "narrow", "adopt"]
-# A graph is checked in another process than the one that made it: torch's tracer keeps the module alive, and with
-# ONNX Runtime's copy the peak would be twice the weights.
+# Neither stage holds a network's weights: `stored.py` reads a layer's when it computes, `sessions.py` runs a graph in
+# pieces. A graph is checked in another process than the one that made it, because torch's tracer keeps what it made.
 STAGES: Mapping[tuple[Source, Precision], tuple[Stage, ...]] = {
     ("torch", "fp32"): ("make", "check"),
     ("torch", "fp16"): ("make", "narrow"),
@@ -154,39 +155,47 @@ def run_job(job: Job) -> Finished:
 
 
 def _make(job: Job) -> Finished:
-    """Load the network, record both pairs, write its graph in float32."""
+    """Load the network, record both pairs, write its graph in float32: a layer's weights at a time."""
     import torch
 
     from latentrt.export import graphs, modules
+    from latentrt.export.stored import StoredWeights
     from latentrt.export.weight_names import NAMED, name_weights
 
     component = component_of(job.component)
     takes = input_specs(component, job.dimensions, "fp32")
     gives = output_specs(component, job.dimensions, "fp32")
-    module = _load(job)
     if job.twin:
-        from latentrt.export import twins
-
-        # A LoRA changes the text for both: the checkpoints' own are what must be the same.
-        plain = dataclasses.replace(job.recipe, loras=()) if job.recipe and job.recipe.loras else None
-        own = _load(dataclasses.replace(job, recipe=plain)) if plain else module
-        twins.require_same(job.component, own, job.twin)
-        del own
-    for which, path in zip(CASES, _pairs(job), strict=True):
-        inputs = golden.make_inputs(
-            component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
-        )
-        outputs = modules.run(module, inputs, [spec.name for spec in gives])
-        golden.require_finite(job.component, outputs)
-        golden.save_golden(path, inputs, outputs)
-    inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
-    traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    axes = component.axes(job.dimensions)
-    model = graphs.trace_graph(module, traced, takes, gives, axes=axes)
-    if job.component in NAMED:
-        write_weights(Path(job.root) / graph_record(job.component), name_weights(model, module))
-    files = graphs.save_graph(model, _traced_graph(job))
+        _require_twin(job, job.twin)
+    with _loaded(job) as module:
+        weights = StoredWeights(module)
+        for which, path in zip(CASES, _pairs(job), strict=True):
+            inputs = golden.make_inputs(
+                component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
+            )
+            with weights.lent():
+                outputs = modules.run(module, inputs, [spec.name for spec in gives])
+            golden.require_finite(job.component, outputs)
+            golden.save_golden(path, inputs, outputs)
+        inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
+        traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        with weights.withheld():
+            model = graphs.trace_graph(module, traced, takes, gives, axes=component.axes(job.dimensions))
+            weights.fill(model)
+        if job.component in NAMED:
+            write_weights(Path(job.root) / graph_record(job.component), name_weights(model, weights))
+        files = graphs.save_graph(model, _traced_graph(job))
     return _finished(job, files if job.precision == "fp32" else [])
+
+
+def _require_twin(job: Job, twin: Twin) -> None:
+    """Raise CheckpointError where the network that is to be shared has other weights in the other checkpoint."""
+    from latentrt.export import twins
+
+    # A LoRA changes the text for both: the checkpoints' own are what must be the same.
+    plain = dataclasses.replace(job.recipe, loras=()) if job.recipe else None
+    with _loaded(dataclasses.replace(job, recipe=plain)) as module:
+        twins.require_same(job.component, module, twin)
 
 
 def _traced_graph(job: Job) -> Path:
@@ -197,20 +206,25 @@ def _traced_graph(job: Job) -> Path:
     return root / MARKERS / f"{job.component}.float32" / "model.onnx"
 
 
-def _load(job: Job) -> nn.Module:
-    """Load the network, from a folder that is written first where there is a recipe for it."""
+@contextmanager
+def _loaded(job: Job) -> Iterator[nn.Module]:
+    """Load the network, from a folder that is there for the block alone where there is a recipe for it."""
     from latentrt.export import conversion, modules
 
     normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
     takes = tuple(tensor.name for tensor in component_of(job.component).takes(job.dimensions))
-    load = partial(modules.load, job.component, takes=takes, normed=normed, scaling_factor=job.scaling_factor)
+    load = partial(
+        modules.load, job.component, takes=takes, normed=normed, scaling_factor=job.scaling_factor, dtype=None
+    )
     if job.recipe is None:
-        return load(Path(job.folder))
+        yield load(Path(job.folder))
+        return
     with conversion.written(job.recipe, Path(job.folder)) as folder:
         try:
-            return load(folder)
+            module = load(folder)
         except CheckpointError as error:  # the user knows the file, not the folder made of it
             raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
+        yield module
 
 
 def _check(job: Job) -> Finished:

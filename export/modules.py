@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.residuals import ADAPTER, COND, DOWN, FEATURE, MID, PREFIX, SCALE, is_residual
+from latentrt.export.stored import stored_dtype
 from latentrt.export.weights import find_weights
 
 
@@ -248,42 +249,50 @@ class Encoder(nn.Module):
 
 
 def load(
-    component: str, folder: Path, *, takes: Sequence[str] = (), normed: bool = True, scaling_factor: float = 1.0
+    component: str,
+    folder: Path,
+    *,
+    takes: Sequence[str] = (),
+    normed: bool = True,
+    scaling_factor: float = 1.0,
+    dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
-    """Load one network in float32, without gradients. Raises CheckpointError where the weights do not fit.
+    """Load one network without gradients. Raises CheckpointError where the weights do not fit.
 
     takes: the names of its inputs, for networks that ControlNets have to do with
     normed: of a text encoder, whether the states of earlier layers go through the final norm
     scaling_factor: of the checkpoint's latents
+    dtype: of the weights, None for the type that they are stored in: then they are mapped, and none is read
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, T2IAdapter, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    files = find_weights(folder)
+    dtype = dtype or stored_dtype(files)
     rows: Mapping[str, tuple[Any, Callable[[Any], nn.Module], dict[str, Any]]] = {
-        "text_encoder": (CLIPTextModel, partial(TextEncoder, normed=normed), {"dtype": torch.float32}),
+        "text_encoder": (CLIPTextModel, partial(TextEncoder, normed=normed), {"dtype": dtype}),
         "text_encoder_2": (
             CLIPTextModelWithProjection,
             partial(ProjectedTextEncoder, normed=normed),
-            {"dtype": torch.float32},
+            {"dtype": dtype},
         ),
-        "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": torch.float32}),
-        "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": torch.float32}),
-        "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": torch.float32}),
-        "adapter": (T2IAdapter, Adapter, {"torch_dtype": torch.float32}),
-        "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": torch.float32}),
-        "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": torch.float32}),
+        "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": dtype}),
+        "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
+        "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
+        "adapter": (T2IAdapter, Adapter, {"torch_dtype": dtype}),
+        "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": dtype}),
+        "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": dtype}),
         "tiny_decoder": (
             AutoencoderTiny,
             partial(TinyDecoder, scaling_factor=scaling_factor),
-            {"torch_dtype": torch.float32},
+            {"torch_dtype": dtype},
         ),
     }
     kind, wrap, options = rows[component.split("_")[0] if component.startswith((PREFIX, ADAPTER)) else component]
-    variant = find_weights(folder).variant
     try:
         model, found = kind.from_pretrained(
             str(folder),
-            variant=variant,
+            variant=files.variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

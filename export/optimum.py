@@ -18,8 +18,9 @@ from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.components import Case, Component, input_specs, output_specs
 from latentrt.export.folders import graph_files
-from latentrt.export.golden import make_inputs, open_session, run_session, save_golden
+from latentrt.export.golden import make_inputs, save_golden
 from latentrt.export.parts import TEXT_ENCODERS
+from latentrt.export.sessions import open_session, run_session
 from latentrt.export.tokenizer import ClipFiles, write_clip_files
 
 if TYPE_CHECKING:

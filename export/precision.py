@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from latentrt.engines.spec import TensorSpec
 from latentrt.export.golden import TOLERANCES, Pair, require_close
-from latentrt.export.graph_types import FLOAT, HALF, allows, formal, load_typed, schema
+from latentrt.export.graph_types import FLOAT, HALF, allows, formal, load_typed, read_once, schema
 from latentrt.export.graphs import save_graph
 from latentrt.export.ranges import Ranges, record_ranges, rounding_error, waves
 
@@ -140,7 +140,7 @@ def _fits(weight: ir.Value) -> bool:
     """Tell whether float16 holds a weight: nothing becomes infinite, and no factor or divisor becomes zero."""
     if weight.dtype != FLOAT or weight.const_value is None:
         return True
-    values = weight.const_value.numpy()
+    values = read_once(weight.const_value)
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
     return largest <= LARGEST and (values.size > 1 or largest == 0.0 or np.float16(largest) != 0.0)
 
@@ -270,4 +270,4 @@ class _Forms:
 def _half(tensor: ir.TensorProtocol, name: str | None) -> ir.TensorProtocol:
     """Return a weight in float16, converted only when it is written: all of them at once would be another copy."""
     shape = ir.Shape(tensor.shape.numpy())
-    return ir.LazyTensor(lambda: ir.Tensor(tensor.numpy().astype(np.float16)), dtype=HALF, shape=shape, name=name)
+    return ir.LazyTensor(lambda: ir.Tensor(read_once(tensor).astype(np.float16)), dtype=HALF, shape=shape, name=name)

@@ -15,7 +15,7 @@ import numpy as np
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.spec import Array
-from latentrt.export.golden import open_session, run_session
+from latentrt.export.sessions import open_session, run_session
 
 SIDE = 8  # latents a side of each picture
 PICTURES = 20  # 1280 latents for the few numbers of a fit

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.engines.spec import Array
-from latentrt.export.golden import Pair, compare, open_session, run_session, widen
+from latentrt.export.golden import Pair, compare, widen
 from latentrt.export.graph_types import FLOAT, HALF, load_typed
+from latentrt.export.sessions import run_in_pieces
 
 MEASURED = "largest magnitude of "  # begins the names of the recording graph's further outputs
 # Their argument is the timestep times a frequency: in float16, 999 and 999.4 would be the same angle.
@@ -53,10 +54,10 @@ def record_ranges(graph: Path, pairs: Sequence[Pair], *, component: str) -> tupl
     """
     model = load_typed(graph)
     products = _products(model)
-    session = open_session(_write_recording(model, graph.with_name("recording.onnx")))
+    recording = _write_recording(model, graph.with_name("recording.onnx"))
     ranges, worst = Ranges(values={}, logits={}), 0.0
-    for inputs, expected in pairs:
-        found = run_session(session, widen(inputs))
+    recorded = run_in_pieces(recording, [widen(inputs) for inputs, _ in pairs])
+    for found, (_, expected) in zip(recorded, pairs, strict=True):
         worst = max(worst, compare(component, found, expected))
         ranges |= Ranges(
             values={name.removeprefix(MEASURED): float(found[name]) for name in found if name.startswith(MEASURED)},
@@ -91,7 +92,10 @@ def _write_recording(model: ir.Model, path: Path) -> Path:
     for value in (value for value in values if value.dtype == FLOAT):
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", size.outputs, {"keepdims": 0})
-        model.graph.extend([size, largest])
+        # right behind it: the value itself need not outlive its use
+        node = value.producer()
+        assert node is not None
+        model.graph.insert_after(node, [size, largest])
         largest.outputs[0].name = f"{MEASURED}{value.name}"
         outputs.append(largest.outputs[0])
     for value in outputs:
@@ -141,8 +145,9 @@ def rounding_error(graph: Path, pairs: Sequence[Pair], *, component: str) -> flo
     beside = graph.with_name("rounding.onnx")  # it shares the graph's weights
     try:
         ir.save(model, beside)
-        session = open_session(beside, optimise=False)  # folding the casts of the weights would keep both
-        return max(compare(component, run_session(session, inputs), expected) for inputs, expected in pairs)
+        # folding the casts of the weights would keep both
+        found = run_in_pieces(beside, [inputs for inputs, _ in pairs], optimise=False)
+        return max(compare(component, outputs, pair[1]) for outputs, pair in zip(found, pairs, strict=True))
     finally:
         beside.unlink(missing_ok=True)
 

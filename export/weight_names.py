@@ -6,33 +6,34 @@ from typing import get_args
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentrt.engines.lora_names import Part
 from latentrt.engines.weights import AS_NAMED, TRANSPOSED, GraphWeight, GraphWeights
+from latentrt.export.stored import StoredWeights
 
 NAMED = frozenset(get_args(Part))  # the components whose weights can be changed later: those that LoRAs are made for
 MATRIX_WORK = ("Conv", "Gemm", "MatMul")  # their second input is the weight
 WRAPPED = "model."  # how `modules` names the checkpoint's own network
 
 
-def name_weights(model: ir.Model, module: nn.Module) -> GraphWeights:
-    """Find the weights of a module's linear layers and convolutions in its graph, whose nodes are named for modules.
+def name_weights(model: ir.Model, weights: StoredWeights) -> GraphWeights:
+    """Find the weights of a network's linear layers and convolutions in its graph, whose nodes are named for modules.
 
     Where layers share an initializer, because their weights are equal, each gets one of its own.
     """
-    tensors = {name.removeprefix(WRAPPED): tensor for name, tensor in module.state_dict().items()}
+    names = {name.removeprefix(WRAPPED): name for name in weights.names}
     found: dict[str, GraphWeight] = {}
     for node in list(model.graph):
         name = (node.name or "").rpartition("/")[0] + ".weight"
         value = node.inputs[1] if node.op_type in MATRIX_WORK else None
-        if name in found or name not in tensors or value is None or not value.is_initializer():
+        if name in found or name not in names or value is None or not value.is_initializer():
             continue
-        layout = _layout(value, tensors[name])
+        weight = weights.read(names[name])
+        layout = _layout(value, weight)
         if layout is not None:
             own = _own(model.graph, node, value)
-            shape = tuple(tensors[name].shape)
-            found[name] = GraphWeight(initializer=str(own.name), layout=layout, shape=shape)
+            found[name] = GraphWeight(initializer=str(own.name), layout=layout, shape=tuple(weight.shape))
     return GraphWeights(weights=found)
 
 

@@ -25,7 +25,7 @@ from latentrt.engines.errors import CheckpointError, EngineError
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import TensorSpec
 from latentrt.engines.verification import verify
-from latentrt.export import golden, graphs, modules, precision, ranges
+from latentrt.export import golden, graphs, modules, precision, ranges, sessions
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.graph_types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
 from latentrt.export.inspect_cli import inspect
@@ -243,7 +243,7 @@ def test_what_onnxruntime_hides_on_the_cpu_is_seen(tmp_path: Path) -> None:
 
     model = Model(tmp_path, Chain(), x=tokens(4, 16))
     error = model.narrow_all()
-    seen = golden.run_session(golden.open_session(model.half), model.pairs[0][0])
+    seen = sessions.run_session(sessions.open_session(model.half), model.pairs[0][0])
     assert np.isfinite(seen["y"]).all()
     assert error == float("inf")
     assert model.narrow().error < CLOSE
