@@ -146,6 +146,7 @@ def compare(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, An
     missing: dict[str, str] = {}
     workers: dict[str, Worker] = {}
     installs = {}
+    watch = Watch()  # a process that ended counts as ours: so from before the first one to after the last one
     try:
         for name in names:
             try:
@@ -155,12 +156,11 @@ def compare(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, An
             except PeerError as error:
                 missing[name] = str(error)
                 _say(f"{name}: left out: {error}")
-        watch = Watch()
         drawn = take_rounds(workers, arguments, missing)
-        conditions = watch.conditions()
     finally:
         for worker in workers.values():
             worker.close()
+    conditions = watch.conditions()
     results = {name: summarise_peer(name, workers[name], drawn) for name in drawn}
     document = {
         "kind": "latentrt peers",
