@@ -1,0 +1,115 @@
+"""What each edit of a graph gives on this CPU: a pass of the UNet and of the VAE's decoder with and without it.
+
+    python benchmarks/cpu_kernels.py BUNDLE [--side 32] [--rows 2] [--rounds 20] [--seconds 60] [--output FILE]
+
+The graphs take turns in random order; a ratio is the median over the rounds of each round's own ratio to the graph
+without edits, with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from latentrt.engines import graphs
+from latentrt.engines.bundle import Bundle
+from latentrt.engines.host_kernels import use_host_kernels
+from latentrt.engines.upsampling import split_upsampling
+from latentrt.runtime.bench.machine import Watch, describe, now
+from latentrt.runtime.bench.rounds import take_turns
+from latentrt.runtime.bench.samples import paired_ratio
+
+Edit = Callable[[Any, Path], int]
+EDITS: Mapping[str, tuple[Edit, ...]] = {
+    "as exported": (),
+    "host kernels": (lambda model, path: use_host_kernels(model),),
+    "host kernels, split upsampling": (lambda model, path: use_host_kernels(model), split_upsampling),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--side", type=int, default=32, help="Of the latents.")
+    parser.add_argument("--rows", type=int, default=2, help="Model rows: 2 for a picture with guidance.")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=60.0, help="For each component.")
+    parser.add_argument("--output", type=Path, default=None)
+    arguments = parser.parse_args()
+    watch, bundle = Watch(), Bundle.open(arguments.bundle)
+    found = {name: compare(bundle, name, arguments) for name in ("unet", "vae_decoder")}
+    document = {
+        "kind": "latentrt cpu kernels",
+        "created": now(),
+        "command": f"python benchmarks/cpu_kernels.py {arguments.bundle.name} --side {arguments.side}",
+        "machine": describe(),
+        "conditions": dataclasses.asdict(watch.conditions()),
+        "components": found,
+    }
+    for name, ways in found.items():
+        for way, figures in ways.items():
+            low, high = (figures["ratio"][end] for end in ("low", "high"))
+            between = "" if low is None else f" ({low:.2f} to {high:.2f})"
+            ratio, seconds = figures["ratio"]["estimate"], figures["median_s"]
+            print(f"{name:12} {way:32} {1000 * seconds:9.2f} ms  {ratio:.3f}{between}")
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def compare(bundle: Bundle, component: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return each way's seconds, and its ratio to the graph as exported."""
+    path = bundle.path(bundle.manifest.components[component].graph)
+    rows = arguments.rows if component == "unet" else 1
+    with tempfile.TemporaryDirectory() as folder:
+        passes = {way: make_pass(path, edits, Path(folder) / way, arguments.side, rows) for way, edits in EDITS.items()}
+        for run in passes.values():
+            run()
+        seconds: dict[str, list[float]] = {way: [] for way in EDITS}
+        turns = take_turns(list(EDITS), rounds=arguments.rounds, most_seconds=arguments.seconds, seed=0)
+        for _, way in turns:
+            start = time.perf_counter()
+            passes[way]()
+            seconds[way].append(time.perf_counter() - start)
+    whole = min(map(len, seconds.values()))
+    first = next(iter(EDITS))
+    return {
+        way: {
+            "median_s": float(np.median(some)),
+            "ratio": dataclasses.asdict(paired_ratio(seconds[first][:whole], some[:whole])),
+            "samples": some,
+        }
+        for way, some in seconds.items()
+    }
+
+
+def make_pass(path: Path, edits: tuple[Edit, ...], folder: Path, side: int, rows: int) -> Callable[[], Any]:
+    """Edit the graph, open it as an engine is built, and return what runs it once on random numbers."""
+    folder.mkdir()
+    model = graphs.load_graph(path)
+    for edit in edits:
+        edit(model, path)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    for data in path.parent.glob("*data"):
+        graphs.link_data(data, folder)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    generator, sizes = np.random.default_rng(0), {"latent_height": side, "latent_width": side, "tokens": 77}
+    inputs = {
+        taken.name: generator.standard_normal(
+            [axis if isinstance(axis, int) else sizes.get(axis, rows) for axis in taken.shape], dtype=np.float32
+        )
+        for taken in session.get_inputs()
+    }
+    return lambda: session.run(None, inputs)
+
+
+if __name__ == "__main__":
+    main()
