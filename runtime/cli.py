@@ -21,9 +21,10 @@ from latentrt.runtime.animation import KeyFrame
 from latentrt.runtime.cli_options import DECODING, LOADING, PROMPTS, SAMPLING, STARTS, Key, Size, options_of
 from latentrt.runtime.images import save_png
 from latentrt.runtime.movies import check_movie, save_movie
-from latentrt.runtime.pipeline import Pipeline, Result
+from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.plan_json import plan_to_json
 from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
+from latentrt.runtime.result import Result
 from latentrt.runtime.samplers import make_plan
 from latentrt.runtime.schedules import STABLE_DIFFUSION
 from latentrt.runtime.steps import Step

@@ -10,7 +10,7 @@ from latentrt.engines.canvas import UNET
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.spec import Array
-from latentrt.runtime.request import Job
+from latentrt.runtime.job import Job
 
 
 def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str = UNET) -> dict[str, Array]:

@@ -14,7 +14,7 @@ from latentrt.runtime.samplers.names import find
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from latentrt.runtime.pipeline import Settings
+    from latentrt.runtime.result import Settings
 
 
 def save_png(image: Image, path: Path, settings: Settings, seed: int) -> None:

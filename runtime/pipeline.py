@@ -8,102 +8,30 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 
 from latentrt import __version__
 from latentrt.engines.adapting import Changes, keys_of
 from latentrt.engines.bundle import Bundle, Check
-from latentrt.engines.canvas import REFINER, TINY_DECODER, UNET, Canvas, CanvasShape
-from latentrt.engines.errors import BundleError, DeadlineError, EngineError
+from latentrt.engines.canvas import REFINER, UNET, Canvas
+from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines, open_engines
-from latentrt.engines.residuals import PREFIX, hint_of
-from latentrt.engines.spec import Array
+from latentrt.engines.residuals import PREFIX
 from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
-from latentrt.runtime.conditioning import conditions
-from latentrt.runtime.decoding import DECODERS, NO_TINY, decode_in_place, on_canvas, through_engine
-from latentrt.runtime.denoise import denoise
+from latentrt.runtime.decoding import DECODERS
+from latentrt.runtime.drawing import Drawing, Source, stream
 from latentrt.runtime.embeddings import load_embedding
-from latentrt.runtime.legs import Leg
+from latentrt.runtime.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.loras import Loras
-from latentrt.runtime.mixing import vary
 from latentrt.runtime.prompt import PromptTokenizer
-from latentrt.runtime.request import NOISES, Job, NoiseSource, Options, Request, latent_shape, repaints, resolve
-from latentrt.runtime.starts import Start, check_latents, start_from_image, start_inpainting
-from latentrt.runtime.steering import Features
-from latentrt.runtime.steps import Noise, Step, Watch
+from latentrt.runtime.request import NOISES, Options, Request
+from latentrt.runtime.result import Result, Settings
+from latentrt.runtime.steps import Step, Watch
 from latentrt.runtime.texts import Texts, read_tokenizers
-from latentrt.runtime.tiling import Grid, decode_tiles, encode_tiles
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What one call asked for, resolved: with these, its images and a seed a picture can be drawn again.
-
-    further: every other option of the request that was not left at its default, images and latents aside
-    """
-
-    prompt: str
-    negative_prompt: str
-    steps: int
-    guidance: float
-    sampler: str
-    size: tuple[int, int]
-    model: str
-    version: str
-    further: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Result:
-    """What was drawn.
-
-    pixels: (n, height, width, 3), uint8, sRGB
-    settings: one for each picture, as are the seeds
-    seconds: by stage: adapt, tokenize, encode, denoise, decode, total; adapt is what it took to change the weights from
-        those of the call before, 0 where they were the same
-    step_seconds: of each stage of the plan, as measured where the engines run
-    backend, reason: what ran, and why it was chosen
-    """
-
-    pixels: Array
-    seeds: tuple[int, ...]
-    settings: tuple[Settings, ...]
-    seconds: Mapping[str, float]
-    step_seconds: tuple[float, ...]
-    backend: str
-    reason: str
-
-    @property
-    def images(self) -> list[Image]:
-        """Return the pictures as PIL images."""
-        from PIL import Image
-
-        return [Image.fromarray(picture) for picture in self.pixels]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Source:
-    """Where a batch's text and noise come from.
-
-    tokens: the length of the text for a denoiser; tokenize_s: what reading it took
-    write: puts it on a canvas, as a denoiser takes it
-    draw: gives the next unit normals of every picture's own stream, (n, C, h, w)
-    """
-
-    tokens: Mapping[str, int]
-    tokenize_s: float
-    write: Callable[[Canvas, str], None]
-    draw: Callable[[], Array]
 
 
 class Pipeline:
@@ -117,6 +45,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._texts = Texts(bundle.manifest, opened.engines, tokenizers)
         self._loras = Loras(bundle)
+        self._drawing = Drawing(opened, bundle.manifest)
 
     @classmethod
     def load(
@@ -247,7 +176,7 @@ class Pipeline:
         finally:
             self._lock.release()
 
-    def _prompted(self, job: Job) -> _Source:
+    def _prompted(self, job: Job) -> Source:
         """Return what a request's own prompts and seeds give."""
         start = time.perf_counter()
         prompts = job.read(job.prompts)
@@ -263,11 +192,11 @@ class Pipeline:
                 canvas.write(name, array)
 
         shape = latent_shape(job.size, self.manifest.latents)
-        return _Source(
+        return Source(
             tokens=tokens,
             tokenize_s=time.perf_counter() - start,
             write=write,
-            draw=_stream(job.request.noise, job.seeds, shape),
+            draw=stream(job.request.noise, job.seeds, shape),
         )
 
     def _draw_between(self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], watch: Watch | None) -> Result:
@@ -285,168 +214,23 @@ class Pipeline:
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
         tokens = {denoiser: arrays["encoder_hidden_states"].shape[1] for denoiser, arrays in texts.items()}
-        source = _Source(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
+        source = Source(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
         return self._draw(job, source, watch)
 
-    def _draw(self, job: Job, source: _Source, watch: Watch | None) -> Result:
+    def _draw(self, job: Job, source: Source, watch: Watch | None) -> Result:
         start = time.perf_counter()
-        last = job.legs[-1].denoiser
-        decode = self._decoder(job, last, tokens=source.tokens[last])
-        canvas, encode, steps = self._denoise(job, source, watch)
-        pixels = decode(canvas)
-        further, *own, decode_s = canvas.elapsed()
-        encode, steps = encode + further, [*steps, *own]
-        seconds = {"tokenize": source.tokenize_s, "encode": encode, "denoise": sum(steps), "decode": decode_s}
+        drawn = self._drawing(job, source, watch)
+        stages = {"encode": drawn.encode_s, "denoise": sum(drawn.step_seconds), "decode": drawn.decode_s}
+        total = source.tokenize_s + time.perf_counter() - start
         return Result(
-            pixels=pixels,
+            pixels=drawn.pixels,
             seeds=job.seeds,
             settings=tuple(self._settings(job, i) for i in range(len(job.prompts))),
-            seconds={**seconds, "total": source.tokenize_s + time.perf_counter() - start},
-            step_seconds=tuple(steps),
+            seconds={"tokenize": source.tokenize_s, **stages, "total": total},
+            step_seconds=drawn.step_seconds,
             backend=self._opened.choice.backend,
             reason=self._opened.choice.reason,
         )
-
-    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Canvas], Array]:
-        """Return what decodes a canvas and then sets a mark: at once, or in tiles.
-
-        The tiles' canvas is asked for before anything is drawn: where no engine fits it, the error comes early.
-        """
-        grid, factor = job.grid, self.manifest.latents.factor
-        if grid is None:
-            return decode_in_place
-        size = self._decoded_size(job)
-        tile = on_canvas(self._canvas(job, denoiser, size, tokens=tokens, decoder=job.decoder))
-
-        def decode(canvas: Canvas) -> Array:
-            pixels = decode_tiles(canvas.read("state")[:, 0], tile, grid, factor=factor)
-            canvas.mark()
-            return pixels
-
-        return decode
-
-    def _decoded_size(self, job: Job) -> tuple[int, int]:
-        """Return the (width, height) in pixels that a decoder is given at once: the picture's, or a tile's."""
-        grid, factor = job.grid, self.manifest.latents.factor
-        return job.size if grid is None else (grid.columns.tile * factor, grid.rows.tile * factor)
-
-    def _sketch(self, job: Job, tokens: int, latents: Array) -> Array:
-        """Return what latents show by the tiny decoder: (n, height, width, 3), uint8. Raises BundleError."""
-        space = self.manifest.latents
-        if TINY_DECODER not in self.manifest.components:
-            raise BundleError(NO_TINY)
-        width, height = self._decoded_size(job)
-        shape = CanvasShape(pictures=len(latents), tokens=tokens, width=width, height=height)
-        decode = through_engine(self._opened.engine(TINY_DECODER, shape), space)
-        return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
-
-    def _canvas(self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None) -> Canvas:
-        width, height = size
-        shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
-        rows = job.plan.rows
-        return self._opened.canvas(self.manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder)
-
-    def _denoise(self, job: Job, source: _Source, watch: Watch | None) -> tuple[Canvas, float, list[float]]:
-        """Take every stage of the plan, each leg on a canvas of its denoiser.
-
-        Returns the last canvas, with its leg's marks, and what the legs before took: to encode, and each stage.
-        """
-        encode, steps, draw = 0.0, list[float](), Noise(source.draw)
-        whole = job.decoder if job.grid is None else None
-        inputs: dict[str, Array] | None = None
-        for leg in job.legs:
-            decoder = whole if leg is job.legs[-1] else None
-            tokens = source.tokens[leg.denoiser]
-            canvas = self._canvas(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
-            canvas.mark()
-            source.write(canvas, leg.denoiser)
-            canvas.mark()
-            if inputs is None:
-                inputs = self._begin(job, draw, state_rows=canvas.state_rows)
-            self._advance(job, leg, inputs, canvas, draw, watch)
-            if leg is not job.legs[-1]:  # read before the next canvas, which may take this one's place
-                inputs["state"] = canvas.read("state")
-                first, *own = canvas.elapsed()
-                encode, steps = encode + first, steps + own
-        return canvas, encode, steps
-
-    def _begin(self, job: Job, draw: Callable[[], Array], *, state_rows: int) -> dict[str, Array]:
-        """Return what to write to a canvas before the first stage."""
-        start = self._start(job, draw)
-        if job.variations:
-            shape = latent_shape(job.size, self.manifest.latents)
-            other = _stream(job.request.noise, job.variations, shape)()
-            varied = vary(start.noise, other, job.request.variation_strength)
-            start = dataclasses.replace(start, noise=varied)
-        return start.inputs(job.plan, state_rows=state_rows)
-
-    def _advance(
-        self,
-        job: Job,
-        leg: Leg,
-        inputs: Mapping[str, Array],
-        canvas: Canvas,
-        draw: Noise,
-        watch: Watch | None,
-    ) -> None:
-        """Take the stages of one leg, from the state and what lies beside it among the inputs."""
-        further = conditions(self.manifest, job, rows=job.rows, denoiser=leg.denoiser)
-        for name, array in {**further, **inputs}.items():
-            canvas.write(name, array)
-        steering = job.steering if leg.denoiser == UNET else ()  # what is added to the UNet is made for it alone
-        for one in steering:
-            if one.component.startswith(PREFIX):
-                canvas.write(hint_of(one.component), one.pixels)
-        features = Features(steering, self.manifest, self._run, size=job.size, rows=job.rows)
-        stages = denoise(canvas, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages)
-        for stage in stages:
-            if watch is not None:
-                canvas.settle(AHEAD)
-                watch(
-                    Step(
-                        stage=stage,
-                        stages=job.plan.stages,
-                        _canvas=canvas,
-                        _plan=job.plan,
-                        _manifest=self.manifest,
-                        _noise=draw.last,
-                        _keeps="known" in inputs,
-                        _sketch=partial(self._sketch, job, canvas.shape.tokens),
-                    )
-                )
-
-    def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
-        space, latents = self.manifest.latents, job.request.latents
-        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, grid=job.grid)
-        given = None if latents is None else check_latents(latents, pictures=len(job.prompts), shape=shape)
-        if job.pixels is None:
-            return Start(noise=draw() if given is None else given)
-        if job.mask is None:
-            start = start_from_image(job.pixels, encoder, draw, scaling_factor=space.scaling_factor)
-        else:
-            start = start_inpainting(
-                job.pixels,
-                job.mask,
-                encoder,
-                draw,
-                scaling_factor=space.scaling_factor,
-                factor=space.factor,
-                strength=job.strength,
-                inpainting_model=repaints(self.manifest),
-            )
-        return start if given is None else dataclasses.replace(start, noise=given)
-
-    def _encode_image(self, pixels: Array, *, grid: Grid | None) -> Array:
-        if grid is not None:
-            encoder = partial(self._encode_image, grid=None)
-            return encode_tiles(pixels, encoder, grid, factor=self.manifest.latents.factor)
-        return self._run("vae_encoder", {"sample": pixels})["latent_parameters"]
-
-    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run a network that is loaded when the first image comes: most services draw from text alone."""
-        if component not in self._engines:
-            self._engines[component] = self._opened.load(component)
-        return self._engines[component](inputs)
 
     def _settings(self, job: Job, picture: int) -> Settings:
         return Settings(
@@ -523,9 +307,3 @@ def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None
             on_step(step)
 
     return watch
-
-
-def _stream(source: NoiseSource, seeds: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], Array]:
-    """Return what draws the next unit normals of each seed's own stream: (n, *shape), float32."""
-    generators = [NOISES[source](seed) for seed in seeds]
-    return lambda: np.stack([generator.normal(shape) for generator in generators])

@@ -31,7 +31,7 @@ from latentrt.runtime.bench.rounds import RULE, Warmup, take_turns, warm_up
 from latentrt.runtime.bench.samples import summarise
 from latentrt.runtime.bench.timing import TimedPipeline
 from latentrt.runtime.images import parameters
-from latentrt.runtime.pipeline import Result
+from latentrt.runtime.result import Result
 from latentrt.runtime.samplers import default_sampler, make_plan
 
 PROMPT = "a large red circle on a striped blue background"

@@ -1,0 +1,58 @@
+"""What a call gives back: the pictures, and what they were drawn with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from latentrt.engines.spec import Array
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What one call asked for, resolved: with these, its images and a seed a picture can be drawn again.
+
+    further: every other option of the request that was not left at its default, images and latents aside
+    """
+
+    prompt: str
+    negative_prompt: str
+    steps: int
+    guidance: float
+    sampler: str
+    size: tuple[int, int]
+    model: str
+    version: str
+    further: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """What was drawn.
+
+    pixels: (n, height, width, 3), uint8, sRGB
+    settings: one for each picture, as are the seeds
+    seconds: by stage: adapt, tokenize, encode, denoise, decode, total; adapt is what it took to change the weights from
+        those of the call before, 0 where they were the same
+    step_seconds: of each stage of the plan, as measured where the engines run
+    backend, reason: what ran, and why it was chosen
+    """
+
+    pixels: Array
+    seeds: tuple[int, ...]
+    settings: tuple[Settings, ...]
+    seconds: Mapping[str, float]
+    step_seconds: tuple[float, ...]
+    backend: str
+    reason: str
+
+    @property
+    def images(self) -> list[Image]:
+        """Return the pictures as PIL images."""
+        from PIL import Image
+
+        return [Image.fromarray(picture) for picture in self.pixels]
