@@ -56,9 +56,9 @@ def _from_folder(part: Part, option: str, path: Path, *, allow_pickle: bool) -> 
     if not path.is_dir():
         raise CheckpointError(f"{option} '{path}' is not there; give a directory or a safetensors file")
     folder = path / part if (path / part).is_dir() else path
+    config = read_json(folder / "config.json")
     network = open_network(part, folder, allow_pickle=allow_pickle)
-    files = [folder / "config.json", *network_files(folder, allow_pickle=allow_pickle)]
-    return read_json(folder / "config.json"), network, files
+    return config, network, [folder / "config.json", *network_files(folder, allow_pickle=allow_pickle)]
 
 
 def _with(parts: Parts, components: tuple[str, ...], part: Part, found: Network) -> Parts:

@@ -32,7 +32,12 @@ from tests.test_family_stages import engines_of_a_gpu
 from tests.test_pipeline_images import left_half, photo
 
 LEVELS = 2  # of 255: the same float32 sums in another order, through a whole trajectory
-FAMILIES = [("sd1", ""), ("sdxl", ""), ("sd1", "inpainting"), ("sd1", "lcm"), ("sd2", "")]
+# Each kind is exported for its own sake here, which takes a minute.
+FAMILIES = [
+    ("sd1", ""),
+    ("sdxl", ""),
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in (("sd1", "inpainting"), ("sd1", "lcm"), ("sd2", ""))),
+]
 SIZE = (40, 32)
 EDGES = Control(name="edges", image=hint(0), scale=0.8)
 DEPTH = Control(name="depth", image=hint(1), scale=1.2)
@@ -72,6 +77,10 @@ def draw(pipe: Pipeline, **asked: Any) -> Array:
     return pipe(**known | ({"image": photo(), "mask": left_half()} if repaints else {})).pixels
 
 
+def named(kind: tuple[str, str]) -> str:
+    return "-".join(filter(None, kind))
+
+
 @contextmanager
 def canonical() -> Iterator[None]:
     """Let the CPU run what it always does, even where a test lets it run what a GPU does."""
@@ -106,7 +115,7 @@ def copied(steered: Steer, family: str, variant: str, *, to: Path) -> Path:
         return shutil.copytree(steered(family, variant).bundle, to / "bundle")
 
 
-@pytest.fixture(scope="module", params=FAMILIES[:4], ids="-".join)
+@pytest.fixture(scope="module", params=FAMILIES[:4], ids=named)
 def bound(
     request: pytest.FixtureRequest, steered: Steer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[tuple[str, str], Pipeline]]:
@@ -171,7 +180,7 @@ class Pair:
         assert self.device.leftovers() == {}
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids="-".join)
+@pytest.fixture(scope="module", params=FAMILIES, ids=named)
 def compiled(
     request: pytest.FixtureRequest, steered: Steer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[tuple[str, str], Pair]]:

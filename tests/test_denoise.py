@@ -66,7 +66,7 @@ def latents(count: int, seed: int = 0) -> Array:
 
 def canvas_for(plan: SamplingPlan, unet: Any, *, pictures: int = 2, prompts: Array | None = None) -> HostCanvas:
     shape = CanvasShape(pictures=pictures, tokens=3, width=8 * WIDTH, height=8 * HEIGHT)
-    canvas = HostCanvas({"unet": unet}, SPACE, shape, state_rows=plan.rows)
+    canvas = HostCanvas({"unet": unet}, SPACE, shape, state_rows=plan.rows, decoder=None)
     canvas.write("encoder_hidden_states", text(1, 2, 0.5, 0.25) if prompts is None else prompts)
     return canvas
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.verification import relative_error
-from latentrt.export import golden
+from latentrt.export import golden, sessions
 from tests.tiny import NETWORKS
 
 FAMILIES = ("sd1", "sd2")
@@ -34,7 +34,7 @@ def checkpoint(request: pytest.FixtureRequest, bundle: Bundle) -> Path:
 
 
 def session(bundle: Bundle, component: str) -> Any:
-    return golden.open_session(bundle.root / bundle.manifest.components[component].graph)
+    return sessions.open_session(bundle.root / bundle.manifest.components[component].graph)
 
 
 def graph(bundle: Bundle, component: str) -> onnx.ModelProto:
@@ -141,7 +141,7 @@ def test_graphs_agree_at_sizes_they_were_not_traced_at(
         shape = (batch, int((*tensor.shape, 1)[1]) if tensor.name not in made else 1, *sizes.get("side", ()))
         values = made[tensor.name] if tensor.name in made else generator.standard_normal(shape)
         inputs[tensor.name] = values.astype(tensor.dtype)
-    found = golden.run_session(session(bundle, component), inputs)
+    found = sessions.run_session(session(bundle, component), inputs)
     for ours, theirs in zip(found.values(), reference(checkpoint, component, inputs), strict=True):
         assert relative_error(ours, theirs) < CLOSE
 
@@ -151,10 +151,10 @@ def test_one_timestep_serves_every_row_or_each_row_has_its_own(bundle: Bundle) -
     inputs = {name.removeprefix("input."): array for name, array in arrays.items() if name.startswith("input.")}
     unet = session(bundle, "unet")
     one = np.array([412.5], dtype=np.float32)
-    shared = golden.run_session(unet, {**inputs, "timestep": one})["out_sample"]
-    own = golden.run_session(unet, {**inputs, "timestep": np.repeat(one, 2)})["out_sample"]
+    shared = sessions.run_session(unet, {**inputs, "timestep": one})["out_sample"]
+    own = sessions.run_session(unet, {**inputs, "timestep": np.repeat(one, 2)})["out_sample"]
     np.testing.assert_array_equal(shared, own)
-    mixed = golden.run_session(unet, {**inputs, "timestep": np.array([412.5, 7.75], dtype=np.float32)})["out_sample"]
+    mixed = sessions.run_session(unet, {**inputs, "timestep": np.array([412.5, 7.75], dtype=np.float32)})["out_sample"]
     np.testing.assert_allclose(mixed[0], shared[0], atol=1e-6)
     assert np.abs(mixed[1] - shared[1]).max() > 1e-4
 
@@ -198,8 +198,8 @@ def test_large_weights_lie_beside_the_graph(sd1_bundle: Path, tmp_path: Path, mo
     assert [file.name for file in files] == ["model.onnx", "model.onnx_data"]
     assert files[0].stat().st_size < path.stat().st_size / 2
     ids = {"input_ids": np.zeros((1, 77), dtype=np.int64)}
-    ours = golden.run_session(golden.open_session(tmp_path / "model.onnx"), ids)
-    theirs = golden.run_session(session(bundle, "text_encoder"), ids)
+    ours = sessions.run_session(sessions.open_session(tmp_path / "model.onnx"), ids)
+    theirs = sessions.run_session(session(bundle, "text_encoder"), ids)
     np.testing.assert_array_equal(ours["pooler_output"], theirs["pooler_output"])
 
 

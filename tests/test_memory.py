@@ -30,7 +30,10 @@ WIDE = random_checkpoint.Shape(
 )
 
 
-@pytest.mark.parametrize(("stored", "precision"), [("half", "fp16"), ("whole", "fp16"), ("whole", "fp32")])
+@pytest.mark.parametrize(
+    ("stored", "precision"),
+    [("half", "fp16"), pytest.param("whole", "fp16", marks=pytest.mark.slow), ("whole", "fp32")],
+)
 def test_a_network_is_never_in_memory_as_a_whole(
     stored: str, precision: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.verification import relative_error
-from latentrt.export import golden
+from latentrt.export import golden, sessions
 from latentrt.export.exporting import export_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -93,7 +93,7 @@ def test_what_optimum_exported_becomes_a_bundle_that_computes_the_same(
         assert {spec.name for spec in ours.manifest.components[name].outputs} - names <= {"skipped_hidden_states"}
         inputs, _ = golden.load_golden(theirs.root / component.golden)
         _, outputs = golden.load_golden(ours.root / ours.manifest.components[name].golden)
-        found = golden.run_session(golden.open_session(theirs.root / component.graph), inputs)
+        found = sessions.run_session(sessions.open_session(theirs.root / component.graph), inputs)
         for tensor in names:
             assert relative_error(found[tensor], outputs[tensor]) < CLOSE
     assert exported.manifest.family == "sd1"

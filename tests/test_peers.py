@@ -129,9 +129,19 @@ def test_scaling_curves_grow_one_number_each_and_are_plotted(sd1_bundle: Path, t
         assert changed == ({"width", "height"} if name == "size" else {name})
         assert all(point["end_to_end"]["count"] >= 3 for point in points)
     components = {"unet": {"parameters": 10**6, "seconds": 3.0, "peak_rss_bytes": 10**9}}
+    loras = scaling.lora_curve(str(sd1_bundle), (0, 2), tmp_path, seconds=0.1)
+    assert [point["count"] for point in loras] == [0, 2]
+    assert all(point["step"]["count"] >= 4 for point in loras)
     exports = {"sd1": {"components": components, "bytes": 10**6, "load_s": scaling.load_seconds(sd1_bundle)}}
-    result = {"kind": "latentrt scaling", "curves": curves, "exports": exports, "created": "", "machine": machine()}
-    assert len(scaling.format_lines(result).splitlines()) == 8 + 2
+    result = {
+        "kind": "latentrt scaling",
+        "curves": curves,
+        "loras": loras,
+        "exports": exports,
+        "created": "",
+        "machine": machine(),
+    }
+    assert len(scaling.format_lines(result).splitlines()) == 8 + 2 + 2
     plots.draw(result, tmp_path / "scaling.png")
     assert width(tmp_path / "scaling.png") > 1000
 
