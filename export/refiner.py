@@ -43,7 +43,10 @@ def _objections(base: Checkpoint, refiner: Checkpoint) -> list[str]:
     """Say what keeps the two from drawing one picture, a sentence each."""
     found = []
     if base.family != "sdxl" or refiner.family != "sdxl_refiner":
-        found.append(f"found a {refiner.family} checkpoint for one of {base.family}, expected sdxl_refiner for sdxl")
+        found.append(
+            f"found a checkpoint of the family {refiner.family} beside one of {base.family}, "
+            "expected SDXL's refiner beside SDXL"
+        )
     if "onnx" in (base.source, refiner.source):
         found.append("it cannot be added to graphs that optimum exported, nor be one; give diffusers' layout of both")
     if base.dimensions["unet_channels"] != base.latents.channels:
