@@ -216,7 +216,7 @@ def test_a_refiner_stored_in_half_precision_is_the_same(made: Make, tmp_path: Pa
 
 
 def test_what_is_no_refiner_is_refused(made: Make, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="the family sdxl beside one of sdxl, expected SDXL.s refiner"):
+    with pytest.raises(CheckpointError, match="the family sdxl beside one of sdxl, expected"):
         export_refined(made, made("sdxl", "")[0], tmp_path / "bundle")
     with pytest.raises(CheckpointError, match="the family sdxl_refiner beside one of sd1"):
         export_refined(made, made("sdxl", "refiner")[0], tmp_path / "bundle", base=("sd1", ""))
