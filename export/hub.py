@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.weights import STEMS, choose_variant, variant_of
 
 FOLDERS = (
     "text_encoder",
@@ -22,8 +22,6 @@ FOLDERS = (
 )
 READ = (".json", ".txt", ".safetensors", ".onnx", ".onnx_data")
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
-SHARD = re.compile(r"-\d{5}-of-\d{5}")
-VARIANTS = ("", ".fp16")  # in order of preference: one of them is fetched
 
 
 def download(name: str, *, revision: str | None) -> Path:
@@ -60,24 +58,20 @@ def choose_files(files: Iterable[str]) -> list[str]:
     others = [file for file in known if file not in weights]
     chosen = []
     for folder in FOLDERS:
-        inside = [file for file in weights if file.startswith(f"{folder}/")]
-        by_variant = [[file for file in inside if _variant(file) == variant] for variant in VARIANTS]
-        chosen += next((group for group in by_variant if group), [])
+        inside = {file: variant_of(file.split("/")[1]) for file in weights if _holds_network(file, folder)}
+        wanted = choose_variant(inside.values(), where=f"{folder}/ of the repository") if inside else None
+        chosen += [file for file, variant in inside.items() if variant == wanted]
     return [*others, *chosen]
+
+
+def _holds_network(file: str, folder: str) -> bool:
+    return file.startswith(tuple(f"{folder}/{stem}{end}" for stem in STEMS for end in ".-"))
 
 
 def _is_ours(path: PurePosixPath) -> bool:
     if len(path.parts) == 1:
         return path.name == "model_index.json"
     return len(path.parts) == 2 and path.parts[0] in FOLDERS and path.suffix in READ
-
-
-def _variant(file: str) -> str:
-    """Return `.fp16` for model.fp16.safetensors, nothing for model.safetensors and its shards."""
-    name = SHARD.sub("", PurePosixPath(file).name)
-    marks = name.split(".")[1:]
-    unknown = [f".{mark}" for mark in marks if mark not in ("safetensors", "index", "json")]
-    return unknown[0] if unknown else ""
 
 
 def find_cached(name: str, *, revision: str | None) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +12,21 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a file of weights
-VARIANTS = (None, "fp16")  # in order of preference
+# In order of preference: by how much of a number is kept, and last what diffusers' scripts keep for training on.
+# Any other variant is taken where there is none of these, and no second.
+VARIANTS = ("", "fp32", "fp16", "bf16", "non_ema")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+FILE = re.compile(
+    r"(?P<stem>\w+)(\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<legacy>[\w-]+))?"
+    r"(\.safetensors(\.index(\.(?P<listed>[\w-]+))?\.json)?|\.bin|\.ckpt|\.pt|\.pth)"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFiles:
     """A network's weights in its folder.
 
-    variant: None for model.safetensors, `fp16` for model.fp16.safetensors
+    variant: `fp16` for model.fp16.safetensors, None for model.safetensors
     shards: the headers of the files with tensors
     index: the list of what lies in which shard, None for a single file
     """
@@ -38,14 +46,18 @@ def find_weights(folder: Path) -> WeightFiles:
 
     Raises CheckpointError where there are none, where they are only pickles, or where one is missing or damaged.
     """
-    for variant in VARIANTS:
-        for stem in STEMS:
-            middle = f".{variant}" if variant else ""
-            single, index = folder / f"{stem}{middle}.safetensors", folder / f"{stem}.safetensors.index{middle}.json"
-            if single.is_file():
-                return WeightFiles(variant=variant, shards=(read_header(single),), index=None)
-            if index.is_file():
-                return WeightFiles(variant=variant, shards=_read_shards(index), index=index)
+    places = {}  # of each variant, its only file or its index; the first stem counts
+    for stem in reversed(STEMS):
+        for path in sorted(folder.glob(f"{stem}.*")):
+            variant = variant_of(path.name)
+            if path.name in (_single(stem, variant), _index(stem, variant)):
+                places[variant] = path
+    if places:
+        variant = choose_variant(places, where=str(folder))
+        path = places[variant]
+        index = path if path.suffix == ".json" else None
+        shards = _read_shards(path) if index else (read_header(path),)
+        return WeightFiles(variant=variant or None, shards=shards, index=index)
     if pickles := find_pickles(folder):
         raise CheckpointError(
             f"{folder} holds its weights only as a pickle ({pickles[0].name}), which can run any code when it is "
@@ -54,12 +66,43 @@ def find_weights(folder: Path) -> WeightFiles:
     raise CheckpointError(f"{folder} holds no weights ({STEMS[0]}.safetensors); download the whole checkpoint")
 
 
+def _single(stem: str, variant: str) -> str:
+    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
+def _index(stem: str, variant: str) -> str:
+    return f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json"
+
+
+def variant_of(name: str) -> str:
+    """Return `fp16` for model.fp16.safetensors, its shards and its index; nothing for model.safetensors."""
+    found = FILE.fullmatch(name)
+    return (found["variant"] or found["legacy"] or found["listed"] or "") if found else ""
+
+
+def choose_variant(variants: Iterable[str], *, where: str) -> str:
+    """Return which variant of a network's weights is read. Raises CheckpointError where nothing tells it.
+
+    variants: at least one; where: the folder, for the error
+    """
+    found = set(variants)
+    known = [variant for variant in VARIANTS if variant in found]
+    if not known and len(found) > 1:
+        raise CheckpointError(
+            f"{where} holds its weights in several variants ({', '.join(sorted(found))}) and in none that is known "
+            f"here ({', '.join(VARIANTS[1:])}); in a copy of the checkpoint's directory, keep one of them"
+        )
+    return (known or sorted(found))[0]
+
+
 def find_pickles(folder: Path) -> list[Path]:
-    """Return the pickles that hold a network's weights: those of one variant, the plain one if it is there."""
+    """Return the pickles that hold a network's weights: those of the variant that is read. Raises CheckpointError."""
     stems = (*STEMS, "pytorch_model")
     found = sorted(path for path in folder.iterdir() if path.suffix in PICKLES and path.name.startswith(stems))
-    plain = [path for path in found if "." not in path.stem]
-    return plain or [path for path in found if ".fp16" in path.name]
+    if not found:
+        return []
+    chosen = choose_variant((variant_of(path.name) for path in found), where=str(folder))
+    return [path for path in found if variant_of(path.name) == chosen]
 
 
 def has_safetensors(folder: Path) -> bool:

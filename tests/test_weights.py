@@ -46,8 +46,14 @@ def save_again(root: Path, component: str, **options: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("variant", [None, "fp16"])
-@pytest.mark.parametrize("component", NETWORKS)
+@pytest.mark.parametrize(
+    ("component", "variant"),
+    [
+        *((component, variant) for component in NETWORKS for variant in (None, "fp16")),
+        ("unet", "bf16"),
+        ("unet", "a-b"),
+    ],
+)
 def test_shards_and_variants_load_as_one_file_does(
     sd1_checkpoint: Path, copy: Path, component: str, variant: str | None
 ) -> None:
@@ -96,6 +102,48 @@ def test_the_hub_serves_one_variant_with_all_its_shards() -> None:
     shards = [f"unet/diffusion_pytorch_model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
     files = [*shards, "unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/config.json"]
     assert set(hub.choose_files([*files, "unet/diffusion_pytorch_model.non_ema.safetensors"])) == set(files)
+
+
+PLAIN = "diffusion_pytorch_model"
+CHOICES = [  # the variants that lie in a folder, the best first
+    ("", "fp16", "bf16"),
+    ("fp32", "fp16", "non_ema"),
+    ("fp16", "bf16", "fp16-full"),
+    ("bf16", "non_ema", "other"),
+    ("non_ema", "other", "another"),
+    ("fp16-full",),
+]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("variants", CHOICES, ids="-".join)
+def test_the_best_variant_is_read_fetched_and_opened(copy: Path, variants: tuple[str, ...], ending: str) -> None:
+    weights = copy / "unet" / f"{PLAIN}.safetensors"
+    names = [f"{PLAIN}.{variant}.{ending}" if variant else f"{PLAIN}.{ending}" for variant in variants]
+    held = weights.read_bytes()
+    weights.unlink()
+    for name in names:
+        (copy / "unet" / name).write_bytes(held)
+    opened = open_checkpoint(str(copy), options=CheckpointOptions(allow_pickle=True))
+    assert [name for name in opened.files if name.startswith(f"unet/{PLAIN}")] == [f"unet/{names[0]}"]
+    if ending == "safetensors":
+        assert hub.choose_files([f"unet/{name}" for name in names]) == [f"unet/{names[0]}"]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_of_two_unknown_variants_none_is_taken(copy: Path, ending: str) -> None:
+    weights = copy / "unet" / f"{PLAIN}.safetensors"
+    shutil.copy(weights, weights.with_name(f"{PLAIN}.mine.{ending}"))
+    weights.rename(weights.with_name(f"{PLAIN}.yours.{ending}"))
+    with pytest.raises(CheckpointError, match=r"several variants \(mine, yours\)"):
+        open_checkpoint(str(copy), options=CheckpointOptions(allow_pickle=True))
+    with pytest.raises(CheckpointError, match=r"several variants \(mine, yours\)"):
+        hub.choose_files([f"unet/{PLAIN}.{name}.safetensors" for name in ("mine", "yours")])
+
+
+def test_the_weights_of_a_network_are_fetched_beside_a_lora_in_its_folder() -> None:
+    files = ["unet/pytorch_lora_weights.safetensors", f"unet/{PLAIN}.bf16.safetensors"]
+    assert hub.choose_files(files) == [f"unet/{PLAIN}.bf16.safetensors"]
 
 
 def loaded(root: Path, component: str, folder: Path) -> dict[str, Any]:
