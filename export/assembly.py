@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header
 from latentrt.export.families import SUPPORTED
-from latentrt.export.folders import read_configs, read_json
+from latentrt.export.folders import read_configs, read_json, refuse_other_unet
+from latentrt.export.markers import read_changes
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Parts, Recipe, folders
 from latentrt.export.pickles import read_pickle_header
@@ -37,30 +38,41 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
     single = recognise(file)
     if single is None:
         raise CheckpointError(_not_whole(file))
+    if single.oddity:
+        raise CheckpointError(
+            f"'{path}' was recognised as {single.label}, which is not supported; expected {SUPPORTED}"
+        )
     networks = folders("torch", single.networks())
-    documents = _given(options.config, networks) if options.config else _published(single, networks, options)
+    documents = _as_told(
+        single, _given(options.config, networks) if options.config else _published(single, networks, options)
+    )
     tokenizers = _find_tokenizers(networks, options)
     _require(single, options, tokenizers)
     padding = PADDING[single.family] if single.family and not options.config else {}
-    taken = {"in_channels": single.input_channels, "time_cond_proj_dim": single.guidance_width}
-    configs = {**documents.configs, "unet": {**documents.configs["unet"], **taken}}
     return Parts(
         root=path,
         source="torch",
         index=documents.index,
-        scheduler=_scheduler(single, documents.scheduler),
-        configs=configs,
-        networks={name: _recipe(name, path, config) for name, config in configs.items()},
+        scheduler=documents.scheduler,
+        configs=documents.configs,
+        networks={name: _recipe(name, path, config) for name, config in documents.configs.items()},
         tokenizers=tokenizers,
         special_tokens={name: {"pad_token": padding[name]} for name in tokenizers if name in padding},
         files={path.name: path, **_config_files(options, networks), **_tokenizer_files(tokenizers)},
     )
 
 
-def _scheduler(single: SingleFile, scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scheduler's config with what the file itself says."""
-    told = {"prediction_type": single.prediction} if single.told else {}
-    return {**scheduler, **told, **({"rescale_betas_zero_snr": True} if single.zero_snr else {})}
+def _as_told(single: SingleFile, documents: Documents) -> Documents:
+    """Return the configs with what the file itself says. Raises CheckpointError where that cannot be right."""
+    changes = read_changes(single.file, single.markers)
+    predicts = {"prediction_type": single.prediction} if single.told else {}
+    takes = {"in_channels": single.input_channels, "time_cond_proj_dim": single.guidance_width}
+    further = {"unet": takes, **dict.fromkeys(("vae_decoder", "vae_encoder"), changes.vae)}
+    return replace(
+        documents,
+        configs={name: {**config, **further.get(name, {})} for name, config in documents.configs.items()},
+        scheduler={**changes.schedule(documents.scheduler), **predicts},
+    )
 
 
 def read_weights_header(path: Path, *, allow_pickle: bool) -> TensorFile:
@@ -93,15 +105,17 @@ def _given(name: str, networks: Mapping[str, str]) -> Documents:
     root = Path(name)
     if not (root / "unet" / "config.json").is_file():
         raise CheckpointError(f"--config '{name}' holds no unet/config.json; give a directory in diffusers' layout")
+    configs = read_configs(root, networks)
+    refuse_other_unet(root, configs["unet"])
     return Documents(
-        configs=read_configs(root, networks),
+        configs=configs,
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
         index=read_json(root / "model_index.json"),
     )
 
 
 def _published(single: SingleFile, networks: Mapping[str, str], options: CheckpointOptions) -> Documents:
-    if single.family is None:
+    if single.family is None or single.blocks is None:
         raise CheckpointError(
             f"'{single.file.path}' was recognised as {single.label}, which is not supported from a single file; "
             "where its networks are those of Stable Diffusion 1.x, 2.x or XL, pass --config DIRECTORY with its configs"
@@ -111,7 +125,7 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
     side = SAMPLE_SIZES.get(single.family, {}).get(prediction or "epsilon", DEFAULT_SAMPLE_SIZE)
     configs = {name: published[folder] for name, folder in networks.items() if folder in published}
     return Documents(
-        configs={**configs, "unet": {"sample_size": side, **configs["unet"]}},
+        configs={**configs, "unet": {"sample_size": side, **configs["unet"], **single.blocks}},
         scheduler={**published["scheduler"], "prediction_type": prediction},
         index=published["index"],
     )
@@ -132,6 +146,11 @@ def _require(single: SingleFile, options: CheckpointOptions, tokenizers: Mapping
         needs.append("--vae PATH, because it holds no VAE")
     if single.prediction is None and options.prediction_type is None and options.config is None:
         needs.append(f"--prediction-type epsilon or v_prediction, because {single.reason}")
+    if single.strangers and options.config is None:
+        needs.append(
+            f"--config DIRECTORY with all its configs, because {len(single.strangers)} of its tensors belong to no "
+            f"network and are not known here ({', '.join(single.strangers[:3])}), so they may change what it draws"
+        )
     if any(tokenizer not in tokenizers for encoder, tokenizer in TEXT_ENCODERS.items() if encoder in held):
         needs.append("--tokenizer DIRECTORY with CLIP's vocab.json and merges.txt, because a single file holds none")
     if needs:

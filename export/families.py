@@ -14,8 +14,9 @@ from latentrt.engines.tensor_files import TensorFile
 SUPPORTED = "Stable Diffusion 1.x, 2.x or XL"
 # A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
 ACTIVATIONS: Mapping[str, Family] = {"quick_gelu": "sd1", "gelu": "sd2"}
-# Recognised in a directory and not supported: by the class of the denoiser, and by a key of the UNet's config.
-OTHER_DENOISERS = {
+# Recognised in a directory and not supported: by the class of a network, and by a key of the UNet's config.
+OTHER_NETWORKS = {
+    "ChatGLMModel": "Kolors",
     "SD3Transformer2DModel": "Stable Diffusion 3",
     "FluxTransformer2DModel": "Flux",
     "Flux2Transformer2DModel": "Flux 2",
@@ -74,30 +75,38 @@ OTHER_DENOISER_KEYS: tuple[tuple[str, str], ...] = (
     ("clip_txt_mapper.weight", "Stable Cascade, stage C"),
     ("down_blocks.1.0.channelwise.0.weight", "Stable Cascade, stage B"),
     ("blocks.0.cross_attn.q_linear.weight", "Sana or PixArt"),
+    ("encoder_hid_proj.weight", "Kolors"),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A Stable Diffusion by the sizes of its UNet. family: None where it cannot be exported from a single file."""
+    """A Stable Diffusion by the sizes of its UNet.
+
+    family: None where it cannot be exported from a single file
+    channels: behind its first convolution
+    added: how many numbers it takes beside the text, 0 where it takes none
+    """
 
     label: str
     family: Family | None
     channels: int
+    added: int = 0
 
 
-# By the width of the text that the UNet attends to; `channels` are those behind its first convolution.
+# By the width of the text that the UNet attends to.
 BASES: Mapping[int, Base] = {
     768: Base(label="Stable Diffusion 1.x", family="sd1", channels=320),
     1024: Base(label="Stable Diffusion 2.x", family="sd2", channels=320),
-    1280: Base(label="Stable Diffusion XL refiner", family="sdxl_refiner", channels=384),
-    2048: Base(label="Stable Diffusion XL", family="sdxl", channels=320),
+    1280: Base(label="Stable Diffusion XL refiner", family="sdxl_refiner", channels=384, added=2560),
+    2048: Base(label="Stable Diffusion XL", family="sdxl", channels=320, added=2816),
 }
+INPAINTING = 9
 INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
     5: "with a depth map",
     7: "an upscaler",
     8: "an editor of pictures (InstructPix2Pix)",
-    9: "for inpainting",
+    INPAINTING: "for inpainting",
 }
 LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values() if base.family}
 
@@ -119,6 +128,7 @@ class Part:
 
 
 CONTROLNET = "ControlNet"
+TINY_VAE = "tiny VAE (TAESD)"
 LORA_ENDS = (
     ".lora_down.weight",
     ".lora.down.weight",
@@ -132,10 +142,13 @@ PARTS: tuple[Part, ...] = (
     Part(label="LoRA with learned magnitudes (DoRA)", ends=(".dora_scale", ".lora_magnitude_vector")),
     Part(label="LoRA", ends=LORA_ENDS),
     Part(label="IP-Adapter", starts=("ip_adapter.", "image_proj.")),
+    Part(label="Control-LoRA", starts=("lora_controlnet",)),
+    Part(label="ControlNet-LLLite", starts=("lllite_",)),
+    Part(label="ControlNet Union", starts=("task_embedding", "control_model.task_embedding", "control_add_embedding.")),
     Part(label=CONTROLNET, starts=("control_model.", "controlnet_", "input_hint_block.")),
     Part(label="T2I-Adapter", starts=("adapter.", "body.0.")),
     Part(label="textual inversion embedding", starts=("emb_params", "string_to_param")),
-    Part(label="tiny VAE (TAESD)", starts=("encoder.layers.", "decoder.layers.", "taesd_")),
+    Part(label=TINY_VAE, starts=("encoder.layers.", "decoder.layers.", "taesd_")),
     Part(label="VAE", starts=("encoder.conv_in.", "decoder.conv_in.")),
     Part(label="UNet without text encoder and VAE", starts=("down_blocks.0.", "input_blocks.0.")),
     Part(label="text encoder", starts=("text_model.embeddings.", "embeddings.token_embedding.")),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.families import OTHER_DENOISERS, OTHER_UNETS, SUPPORTED, name_pipeline
+from latentrt.export.families import OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
 from latentrt.export.weights import find_pickles, find_weights, has_safetensors
 
@@ -20,7 +20,7 @@ def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     """
     index = read_json(root / "model_index.json")
     source: Source = "onnx" if (root / "unet" / "model.onnx").is_file() else "torch"
-    _refuse_other_denoisers(root, index)
+    _refuse_other_networks(root, index)
     _refuse_other_unets(root)
     networks = folders(source, _roles(index))
     tokenizers = [tokenizer for name, tokenizer in TEXT_ENCODERS.items() if name in networks]
@@ -50,9 +50,9 @@ def read_configs(root: Path, networks: Mapping[str, str]) -> dict[str, Mapping[s
     return {component: read_json(root / folder / "config.json") for component, folder in networks.items()}
 
 
-def _refuse_other_denoisers(root: Path, index: Mapping[str, Any]) -> None:
+def _refuse_other_networks(root: Path, index: Mapping[str, Any]) -> None:
     entries = {role: entry[-1] for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
-    other = next((OTHER_DENOISERS[kind] for kind in entries.values() if kind in OTHER_DENOISERS), None)
+    other = next((OTHER_NETWORKS[kind] for kind in entries.values() if kind in OTHER_NETWORKS), None)
     if other is None and "unet" not in entries:
         other = name_pipeline(str(index.get("_class_name")))
     if other:

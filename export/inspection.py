@@ -99,7 +99,7 @@ def _inspect_file(file: TensorFile) -> Inspection:
         model=single.label,
         networks=tuple(_network(name, *row) for name, row in networks.items()),
         prediction=f"{single.prediction or 'unknown'} ({single.reason})",
-        notes=(DISTILLED, *_title(file), *_absent(single)),
+        notes=(DISTILLED, *_title(file), *_strangers(single), *_absent(single)),
         problem=_problem(file.path),
     )
 
@@ -107,6 +107,11 @@ def _inspect_file(file: TensorFile) -> Inspection:
 def _title(file: TensorFile) -> list[str]:
     title = file.metadata.get("modelspec.title")
     return [f"its metadata call it '{title}'"] if title else []
+
+
+def _strangers(single: SingleFile) -> list[str]:
+    names = ", ".join(single.strangers[:3]) + (", …" if len(single.strangers) > 3 else "")
+    return [f"it holds tensors of no network that is known here: {names}"] if names else []
 
 
 def _absent(single: SingleFile) -> list[str]:

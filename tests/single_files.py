@@ -157,23 +157,36 @@ def checkpoint_tensors(directory: Path) -> dict[str, Any]:
     }
 
 
-def save_single_file(directory: Path, path: Path, *, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a diffusers directory as one file. Returns the file."""
+def save_single_file(
+    directory: Path, path: Path, *, metadata: Mapping[str, str] | None = None, marks: Mapping[str, Any] | None = None
+) -> Path:
+    """Write a diffusers directory as one file. marks: the numbers of further tensors. Returns the file."""
+    import torch
     from safetensors.torch import save_file
 
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint_tensors(directory).items()}
+    tensors |= {key: torch.tensor(numbers) for key, numbers in (marks or {}).items()}
     save_file(tensors, path, metadata=dict(metadata or {}))
     return path
 
 
-def save_header(path: Path, tensors: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> Path:
+def save_header(
+    path: Path,
+    tensors: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    marks: Mapping[str, list[float]] | None = None,
+) -> Path:
     """Write a file of the right length with a header and no data: a model of any size that takes no room.
 
-    tensors: shapes, or anything with a shape, by key; all become float16
+    tensors: shapes, or anything with a shape, by key; all become float16. marks: further tensors, with their numbers
     """
+    import numpy as np
+
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for key, tensor in tensors.items():
+    written = {key: np.array(numbers, np.float16) for key, numbers in (marks or {}).items()}
+    for key, tensor in {**written, **tensors}.items():
         shape = list(getattr(tensor, "shape", tensor))
         size = 2
         for side in shape:
@@ -182,6 +195,6 @@ def save_header(path: Path, tensors: Mapping[str, Any], *, metadata: Mapping[str
         end += size
     text = json.dumps(header).encode()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in written.values()))
         file.truncate(8 + len(text) + end)
     return path

@@ -132,15 +132,8 @@ def test_what_a_file_says_of_its_prediction_is_believed(sd1_checkpoint: Path, tm
     written = {"modelspec.prediction_type": "v", "modelspec.title": "A title"}
     file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", metadata=written)
     inspection = inspect_checkpoint(str(file))
-    assert inspection.prediction == "v_prediction (the file's metadata say so)"
+    assert inspection.prediction == "v_prediction (by modelspec.prediction_type in its metadata)"
     assert "its metadata call it 'A title'" in inspection.notes
-
-
-def test_markers_of_v_prediction_and_of_zero_signal_are_seen(tmp_path: Path) -> None:
-    tensors = {"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3), "v_pred": (0,), "ztsnr": (0,)}
-    found = recognise(read_header(save_header(tmp_path / "a.safetensors", tensors)))
-    assert found is not None
-    assert (found.prediction, found.zero_snr) == ("v_prediction", True)
 
 
 # One of diffusers' own names of models, what we call it. The keys and shapes are those by which diffusers tells them.
@@ -188,6 +181,9 @@ PARTS = {
     "control_model.input_blocks.0.0.weight": "ControlNet",
     "controlnet_cond_embedding.conv_in.weight": "ControlNet",
     "ip_adapter.1.to_k_ip.weight": "IP-Adapter",
+    "lora_controlnet": "Control-LoRA",
+    "lllite_unet_input_blocks_4_1_proj_in.down.0.weight": "ControlNet-LLLite",
+    "task_embedding": "ControlNet Union",
     "adapter.conv_in.weight": "T2I-Adapter",
     "emb_params": "textual inversion embedding",
     "<cat>": "textual inversion embedding",
