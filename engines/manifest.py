@@ -162,7 +162,7 @@ class Manifest:
 
     default_size: (width, height) in pixels
     text_encoders: in the order in which the UNet takes what they give
-    zero_negative: an empty negative prompt is not encoded, but stands for zeros
+    zero_negative: zeros stand for a negative prompt that is not given; an empty one is encoded
     refiner: what the component of that name takes of a text; None where there is none
     """
 

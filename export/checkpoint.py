@@ -62,6 +62,11 @@ class Checkpoint:
     dimensions: Mapping[str, int]
     refiner: Checkpoint | None = None
 
+    @property
+    def zero_negative(self) -> bool:
+        """Tell whether zeros stand for a negative prompt that is not given: SDXL's pipelines do so unless told."""
+        return bool(self.dimensions["pooled_width"] and self.index.get("force_zeros_for_empty_prompt", True))
+
     def hashes(self) -> dict[str, str]:
         """Hash every file that the export reads."""
         return {name: hash_file(path) for name, path in self.files.items()}
@@ -197,9 +202,7 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
     vae, unet = configs["vae_decoder"], configs["unet"]
     first, second = configs.get("text_encoder", {}), configs.get("text_encoder_2", {})
     text = first or second
-    vocabulary = text.get("vocab_size", 49408)
     pooled = second.get("projection_dim", 512) if unet.get("addition_embed_type") else 0
-    # SD 1.x's configs say 2 for the end token, where CLIP means the largest id
     return {
         "latent_channels": latents.channels,
         "latent_parameters": 2 * latents.channels,
@@ -214,8 +217,7 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
         "size_numbers": _size_numbers(unet, pooled) if pooled else 0,
         "guidance_width": unet.get("time_cond_proj_dim") or 0,
         "context": text.get("max_position_embeddings", 77),
-        "vocabulary": vocabulary,
-        "end_token": vocabulary - 1 if text.get("eos_token_id", 2) == 2 else text["eos_token_id"],
+        "vocabulary": min(part.get("vocab_size", 49408) for part in (first, second) if part),
         "factor": latents.factor,
         "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
     }

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentrt import __version__
 from latentrt.engines.building import build_engines
@@ -28,11 +29,15 @@ from latentrt.export.components import row_of
 from latentrt.export.jobs import MARKERS, Finished, Job, Twin, read_marker
 from latentrt.export.optimum import write_configs
 from latentrt.export.options import CheckpointOptions
+from latentrt.export.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.parts import Recipe, Source
 from latentrt.export.preview import PreviewFit, fit_preview
 from latentrt.export.refiner import add_refiner, refiner_spec
-from latentrt.export.tokenizer import read_clip_files, write_tokenizer
+from latentrt.export.tokenizer import read_tokenizer, token_dimensions, write_tokenizer
 from latentrt.export.worker import start_worker
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizerFast
 
 # The CPU computes in float32 whatever the weights are, so float16 would only cost accuracy there; a GPU's matrix
 # units want float16, which also halves memory.
@@ -44,11 +49,11 @@ DEFAULT_PRECISION: Mapping[BackendName, Precision] = {
 }
 NEEDED: Mapping[Source, tuple[str, ...]] = {
     "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors"),
-    "onnx": ("onnx", "onnxruntime", "safetensors"),
+    "onnx": ("transformers", "onnx", "onnxruntime", "safetensors"),
 }
 TOOLS: Mapping[Source, tuple[str, ...]] = {
     "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"),
-    "onnx": ("onnx", "onnxruntime", "tokenizers"),
+    "onnx": ("transformers", "onnx", "onnxruntime", "tokenizers"),
 }
 # What the UNet takes of each text encoder. SDXL's read the layer before the last, whose states have had no norm.
 _POOLED = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
@@ -101,6 +106,7 @@ def export_checkpoint(
     options = options or CheckpointOptions()
     opened = add_refiner(open_checkpoint(checkpoint, options=options), options)
     _require_tools(opened.source)
+    tokenizers = _tokenizers(opened)
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     provenance = _provenance(opened, precision)
     report("reading the checkpoint", 1, 1)
@@ -108,11 +114,11 @@ def export_checkpoint(
         if existing := _existing(target, provenance, overwrite=overwrite):
             shutil.rmtree(staged)
             return _kept(existing, backends, report, start)
-        finished, resumed = _components(opened, staged, precision, report)
+        finished, resumed = _components(_told(opened, tokenizers), staged, precision, report)
         report("fitting the preview", 0, 1)
         preview = fit_preview(staged, opened.latents)
         report("fitting the preview", 1, 1)
-        manifest = _manifest(opened, staged, precision, provenance, finished, preview)
+        manifest = _manifest(opened, staged, precision, provenance, finished, preview, tokenizers)
         write_manifest(staged, manifest)
         engines = _build(Bundle.open(staged), backends, report)
         _publish(staged, target, overwrite=overwrite)
@@ -124,6 +130,26 @@ def export_checkpoint(
         seconds=time.perf_counter() - start,
         preview_r_squared=preview.r_squared,
     )
+
+
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, CLIPTokenizerFast]:
+    """Read every tokenizer, for a text encoder that has a vector for each of its words. Raises CheckpointError."""
+    rows = {
+        TOKENIZERS[name]: checkpoint.configs[name].get("vocab_size", 49408)
+        for name in TOKENIZERS
+        if name in checkpoint.configs
+    }
+    special = checkpoint.special_tokens
+    return {
+        name: read_tokenizer(folder, rows=rows.get(name), special=special.get(name))
+        for name, folder in checkpoint.tokenizers.items()
+    }
+
+
+def _told(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast]) -> Checkpoint:
+    """Return a checkpoint whose dimensions name the tokens that a text begins and ends with."""
+    tokens = token_dimensions(next(iter(tokenizers.values())))
+    return dataclasses.replace(checkpoint, dimensions={**checkpoint.dimensions, **tokens})
 
 
 def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
@@ -246,15 +272,14 @@ def _manifest(
     provenance: Provenance,
     finished: Mapping[str, Finished],
     preview: PreviewFit,
+    tokenizers: Mapping[str, CLIPTokenizerFast],
 ) -> Manifest:
     """Write the files that are not graphs, and describe the bundle."""
     with disk_errors(staged):
-        special = checkpoint.special_tokens
-        clips = {name: read_clip_files(path, special=special.get(name)) for name, path in checkpoint.tokenizers.items()}
-        tokenizers = {name: write_tokenizer(clip, staged, f"{name}/tokenizer.json") for name, clip in clips.items()}
-        extras = write_configs(checkpoint, clips, staged / "onnx")
+        specs = {name: write_tokenizer(one, staged, f"{name}/tokenizer.json") for name, one in tokenizers.items()}
+        extras = write_configs(checkpoint, tokenizers, staged / "onnx")
     files = {name: record for component in finished.values() for name, record in component.files.items()}
-    others = (*(spec.file for spec in tokenizers.values()), *(path.relative_to(staged).as_posix() for path in extras))
+    others = (*(spec.file for spec in specs.values()), *(path.relative_to(staged).as_posix() for path in extras))
     files |= {name: record_file(staged, name) for name in others}
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -263,13 +288,13 @@ def _manifest(
         precision=precision,
         provenance=provenance,
         components={name: _component_spec(component) for name, component in finished.items()},
-        tokenizers=tokenizers,
+        tokenizers=specs,
         schedule=checkpoint.schedule,
         latents=dataclasses.replace(checkpoint.latents, preview=preview.weights),
         default_size=checkpoint.default_size,
         files=dict(sorted(files.items())),
         text_encoders=TEXT_ENCODERS[checkpoint.family],
-        zero_negative=bool(checkpoint.index.get("force_zeros_for_empty_prompt", False)),
+        zero_negative=checkpoint.zero_negative,
         refiner=refiner_spec(checkpoint.refiner, TEXT_ENCODERS["sdxl_refiner"]) if checkpoint.refiner else None,
     )
 

@@ -56,8 +56,7 @@ def _draw(
 ) -> Array:
     if tensor.values == "tokens":
         ids = generator.integers(0, dimensions["vocabulary"], shape)
-        # CLIP's begin token is the id before its end token. Its hidden states are the largest of a trained encoder.
-        ids[:, 0] = dimensions["end_token"] - 1
+        ids[:, 0] = dimensions["begin_token"]  # its hidden states are the largest of a trained encoder
         ids[:, shape[1] // 2 :] = dimensions["end_token"]  # the pooled output is read where the text ends
         return ids
     if tensor.values == "timesteps":

@@ -21,10 +21,11 @@ from latentrt.export.folders import graph_files
 from latentrt.export.golden import make_inputs, save_golden
 from latentrt.export.parts import TEXT_ENCODERS
 from latentrt.export.sessions import open_session, run_session
-from latentrt.export.tokenizer import ClipFiles, write_clip_files
+from latentrt.export.tokenizer import write_clip_files
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
+    from transformers import CLIPTokenizerFast
 
 PIPELINES: Mapping[Family, str] = {
     "sdxl": "StableDiffusionXLPipeline",
@@ -148,7 +149,7 @@ def _skip_first_reshape(graph: GraphProto) -> None:
         graph.node.remove(node)
 
 
-def write_configs(checkpoint: Checkpoint, clips: Mapping[str, ClipFiles], folder: Path) -> list[Path]:
+def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast], folder: Path) -> list[Path]:
     """Write what optimum's pipelines read beside the graphs. Returns the files."""
     documents = {f"{name}/config.json": dict(config) for name, config in checkpoint.configs.items()}
     documents["scheduler/scheduler_config.json"] = dict(checkpoint.scheduler)
@@ -157,10 +158,10 @@ def write_configs(checkpoint: Checkpoint, clips: Mapping[str, ClipFiles], folder
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for name, clip in clips.items():
+    for name, tokenizer in tokenizers.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        write_clip_files(clip, folder / name)
-    vocabularies = [path for name in clips for path in sorted((folder / name).iterdir())]
+        write_clip_files(tokenizer, folder / name)
+    vocabularies = [path for name in tokenizers for path in sorted((folder / name).iterdir())]
     return [*(folder / name for name in documents), *vocabularies]
 
 

@@ -70,5 +70,4 @@ def _files(refiner: Checkpoint) -> dict[str, Path]:
 
 def refiner_spec(refiner: Checkpoint, text_encoders: tuple[TextSpec, ...]) -> RefinerSpec:
     """Return what the manifest says of a refiner. text_encoders: those of its family."""
-    zeros = bool(refiner.index.get("force_zeros_for_empty_prompt", False))
-    return RefinerSpec(text_encoders=text_encoders, zero_negative=zeros)
+    return RefinerSpec(text_encoders=text_encoders, zero_negative=refiner.zero_negative)

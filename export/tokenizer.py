@@ -1,171 +1,122 @@
-"""CLIP's tokenizer as one tokenizer.json, made with the `tokenizers` library alone.
-
-The rules are those of the CLIP paper's byte-level pairs: normalise to NFC, collapse white space, lower-case, split into
-letters, single digits and runs of other signs, then merge bytes; a word's last piece carries `</w>`.
-"""
+"""CLIP's tokenizer as one tokenizer.json: transformers' own, as it reads a checkpoint's folder. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import TokenizerSpec
 
-DEFAULT_SPECIAL = {
-    "bos_token": "<|startoftext|>",
-    "eos_token": "<|endoftext|>",
-    "unk_token": "<|endoftext|>",
-    "pad_token": "<|endoftext|>",
-}
-WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizerFast
+
+ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 DEFAULT_LENGTH = 77
 UNBOUNDED = 10**6  # a model_max_length above this is transformers' way to say "not given"
+# What would change the ids of every prompt, and no tokenizer of a Stable Diffusion has otherwise.
+SETTINGS: Mapping[str, Any] = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipFiles:
-    """What a checkpoint's tokenizer folder says. `merges` are pairs, best first; `special` maps roles to tokens."""
+def read_tokenizer(
+    folder: Path, *, rows: int | None = None, special: Mapping[str, str] | None = None
+) -> CLIPTokenizerFast:
+    """Read a folder with vocab.json and merges.txt, or with tokenizer.json, and the words that were added to them.
 
-    vocabulary: Mapping[str, int]
-    merges: tuple[tuple[str, str], ...]
-    special: Mapping[str, str]
-    max_length: int
-
-
-def read_clip_files(folder: Path, *, special: Mapping[str, str] | None = None) -> ClipFiles:
-    """Read vocab.json and merges.txt, or the tokenizer.json that replaces them.
-
+    rows: how many tokens the text encoder has vectors for; None where it is not known
     special: special tokens by their roles that hold whatever the folder says
     Raises CheckpointError.
     """
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary = _read_json(folder / "vocab.json")
-        merges = _read_merges(folder / "merges.txt")
-    elif (folder / "tokenizer.json").is_file():
-        vocabulary, merges = _read_tokenizer_json(folder / "tokenizer.json")
-    else:
+    from transformers import CLIPTokenizerFast  # in transformers 5 another name of CLIPTokenizer
+
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not pair and not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; add them")
-    config = _read_json(folder / "tokenizer_config.json", optional=True)
-    own = _special_tokens(config, _read_json(folder / "special_tokens_map.json", optional=True))
-    special = {**own, **(special or {})}
-    for role, token in special.items():
-        if token not in vocabulary:
-            raise CheckpointError(
-                f"{folder}: the {role} '{token}' is not in the vocabulary; repair tokenizer_config.json"
-            )
-    length = config.get("model_max_length", DEFAULT_LENGTH)
-    return ClipFiles(
-        vocabulary=vocabulary,
-        merges=merges,
-        special=special,
-        max_length=length if isinstance(length, int) and 2 < length < UNBOUNDED else DEFAULT_LENGTH,
-    )
-
-
-def build_tokenizer(files: ClipFiles) -> Tokenizer:
-    """Make the tokenizer. `encode(text).ids` begins and ends with the special tokens; nothing is padded or cut."""
-    special = files.special
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=dict(files.vocabulary),
-            merges=list(files.merges),
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            unk_token=special["unk_token"],
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    begin, end = special["bos_token"], special["eos_token"]
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (end, files.vocabulary[end]), (begin, files.vocabulary[begin]), trim_offsets=False, add_prefix_space=False
-    )
-    # A special token that is written in a prompt is that token, also SD 2.x's padding, which is an exclamation mark.
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in dict.fromkeys(special.values())])
+    try:
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **(special or {}))
+    except Exception as error:  # what a damaged file leads to, in two libraries
+        raise CheckpointError(
+            f"{folder}: transformers cannot read this tokenizer ({error}); download its files again"
+        ) from None
+    _require_clip(folder, tokenizer)
+    _require_declared_ids(folder, tokenizer)
+    if rows is not None:
+        _require_rows(folder, tokenizer, rows)
     return tokenizer
 
 
-def write_tokenizer(files: ClipFiles, root: Path, relative: str) -> TokenizerSpec:
+def write_tokenizer(tokenizer: CLIPTokenizerFast, root: Path, relative: str) -> TokenizerSpec:
     """Write tokenizer.json at root/relative and return what the manifest says about it."""
     path = root / relative
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(build_tokenizer(files).to_str(pretty=False), encoding="utf-8")
+    path.write_text(tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
     return TokenizerSpec(
         file=relative,
-        max_length=files.max_length,
-        begin_id=files.vocabulary[files.special["bos_token"]],
-        end_id=files.vocabulary[files.special["eos_token"]],
-        pad_id=files.vocabulary[files.special["pad_token"]],
+        max_length=_max_length(tokenizer),
+        begin_id=tokenizer.bos_token_id,
+        end_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
     )
 
 
-def write_clip_files(files: ClipFiles, folder: Path) -> None:
+def write_clip_files(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
     """Write the four files that every version of transformers reads, for other tools that open the bundle."""
     folder.mkdir(parents=True, exist_ok=True)
-    merges = "".join(f"{left} {right}\n" for left, right in files.merges)
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": files.max_length, **files.special}
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    special = {role: str(getattr(tokenizer, role)) for role in ROLES}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": _max_length(tokenizer),
+        **special,
+        "added_tokens_decoder": {id: token.__getstate__() for id, token in tokenizer.added_tokens_decoder.items()},
+    }
     documents = {
-        "vocab.json": json.dumps(dict(files.vocabulary), ensure_ascii=False),
-        "merges.txt": "#version: 0.2\n" + merges,
-        "special_tokens_map.json": json.dumps(dict(files.special), indent=1),
+        "vocab.json": json.dumps(model["vocab"], ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in model["merges"]),
+        "special_tokens_map.json": json.dumps(special, indent=1),
         "tokenizer_config.json": json.dumps(config, indent=1),
     }
     for name, text in documents.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _read_merges(path: Path) -> tuple[tuple[str, str], ...]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    for number, pair in enumerate(pairs):
-        if len(pair) != 2:
+def token_dimensions(tokenizer: CLIPTokenizerFast) -> dict[str, int]:
+    """Name the ids that the golden inputs of a text encoder begin and end with."""
+    return {"begin_token": tokenizer.bos_token_id, "end_token": tokenizer.eos_token_id}
+
+
+def _max_length(tokenizer: CLIPTokenizerFast) -> int:
+    length = tokenizer.model_max_length
+    return length if isinstance(length, int) and 2 < length < UNBOUNDED else DEFAULT_LENGTH
+
+
+def _require_clip(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
+    if not any(entry.endswith("</w>") for entry in tokenizer.get_vocab()):
+        raise CheckpointError(f"{folder} is not a CLIP tokenizer (byte pairs with '</w>'); it is not supported")
+    for name, expected in SETTINGS.items():
+        if (found := getattr(tokenizer, name)) != expected:
             raise CheckpointError(
-                f"{path}: merge {number} is '{' '.join(pair)}', expected two pieces; restore the file"
+                f"{folder}/tokenizer_config.json $.{name}: found {found!r}, expected {expected!r}; "
+                "other values are not supported"
             )
-    return tuple((left, right) for left, right in pairs)
 
 
-def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    model = _read_json(path).get("model", {})
-    if model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
-        raise CheckpointError(f"{path} is not a CLIP tokenizer (byte pairs with '</w>'); it is not supported")
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return model["vocab"], tuple((left, right) for left, right in pairs)
+def _require_declared_ids(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
+    """Refuse added words that transformers numbers otherwise than the files do: nobody knows which vector is meant."""
+    for id, token in tokenizer.init_kwargs.get("added_tokens_decoder", {}).items():
+        if (read := tokenizer.convert_tokens_to_ids(str(token))) != id:
+            raise CheckpointError(
+                f"{folder}: the added word '{token}' has the id {id} in the files and {read} as transformers reads "
+                "them, which counts on from the vocabulary; save the tokenizer again without gaps"
+            )
 
 
-def _special_tokens(*documents: Mapping[str, Any]) -> dict[str, str]:
-    """Collect the special tokens; a token is a string or an object with `content`; later documents win."""
-    special = dict(DEFAULT_SPECIAL)
-    for document in documents:
-        for role in special:
-            token = document.get(role)
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                special[role] = text
-    return special
-
-
-def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); restore the file") from None
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds no JSON object; restore the file")
-    return document
+def _require_rows(folder: Path, tokenizer: CLIPTokenizerFast, rows: int) -> None:
+    word, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest >= rows:
+        raise CheckpointError(
+            f"{folder}: the word '{word}' has the id {largest} and the text encoder has vectors for {rows} tokens "
+            "(vocab_size); give the text encoder that was saved with this tokenizer, or remove the word"
+        )

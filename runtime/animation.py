@@ -22,7 +22,7 @@ class KeyFrame:
 
     prompt: str
     seed: int
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

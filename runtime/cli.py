@@ -34,7 +34,7 @@ from latentrt.runtime.steps import Step
 @click.argument("bundle")
 @click.argument("prompt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A directory, or one .png file.")
-@click.option("--negative", "negative_prompt", default="", help="What the picture should not show.")
+@click.option("--negative", "negative_prompt", default=None, help="What the picture should not show.")
 @options_of(PROMPTS)
 @options_of(SAMPLING)
 @options_of(STARTS)
@@ -74,7 +74,7 @@ def generate(
 @click.option("--fps", default=8.0, show_default=True, help="Frames a second.")
 @click.option("--loop", is_flag=True, help="Go on from the last key frame to the first.")
 @click.option("--batch", default=4, show_default=True, help="Frames that are drawn at once.")
-@click.option("--negative", "negative_prompt", default="", help="What no frame should show.")
+@click.option("--negative", "negative_prompt", default=None, help="What no frame should show.")
 @options_of(PROMPTS)
 @options_of(SAMPLING)
 @options_of(DECODING)
@@ -89,7 +89,7 @@ def animate(
     fps: float,
     loop: bool,
     batch: int,
-    negative_prompt: str,
+    negative_prompt: str | None,
     backend: str,
     threads: int | None,
     embeddings: tuple[Path, ...],

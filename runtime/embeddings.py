@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import numpy as np
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 
-ONLY = "text_encoder"
-UNNAMED = "emb_params"  # the community's trainers write no name: the file's own counts
-ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # the names in files for SDXL's two
+# What files call the vectors where they do not write the word: then the file's own name is the word.
+UNNAMED = ("emb_params", "string_to_param.*", "*")
+ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # what files call SDXL's two
+ANY = ""  # in place of a text encoder: the file names none
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 LARGEST_BYTES = 16 << 20  # 75 rows of the widest encoder in float32 are 0.4 MB
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -32,41 +33,56 @@ class Embedding:
 class LearnedWord:
     """A word as a file teaches it to text encoders: its vectors by component, each (tokens, width), float32.
 
-    several: whether the file names its encoders, as those for SDXL do; others are for whichever is the only one
+    A file that names no encoder has vectors for `ANY`, which is whichever is the only one.
     """
 
     name: str
     vectors: Mapping[str, Array]
-    several: bool
+
+    def fits(self, components: Set[str]) -> bool:
+        """Tell whether it was learned for these encoders: not for fewer, and of SDXL's for the second alone too.
+
+        SDXL's refiner has the second alone, and the same as SDXL's.
+        """
+        if ANY in self.vectors:
+            return len(components) == 1
+        return self.vectors.keys() - {ENCODERS["clip_l"]} <= components <= self.vectors.keys()
 
     def taught(self, component: str) -> Embedding:
         """Return what one encoder learns of it."""
-        return Embedding(name=self.name, vectors=self.vectors[component])
+        return Embedding(name=self.name, vectors=self.vectors[ANY if ANY in self.vectors else component])
+
+    @property
+    def origin(self) -> str:
+        """Return in words what it was learned for."""
+        named = " and ".join(key for key, component in ENCODERS.items() if component in self.vectors)
+        return named or "a single text encoder"
 
 
 def load_embedding(file: str | os.PathLike[str], *, name: str | None = None) -> LearnedWord:
     """Read a textual-inversion embedding.
 
     file: safetensors, in diffusers' layout (one tensor, named for the word), the community's (`emb_params`), or that
-        of SDXL (`clip_l` and `clip_g`)
-    name: the word in prompts; None for the file's own: the tensor's name, or the file's without its ending
+        of SDXL (`clip_l` and `clip_g`, or one of them)
+    name: the word in prompts; None for the file's own: the tensor's name where that is a word, or the file's without
+        its ending
     Raises RequestError, which names the mend.
     """
     path = Path(file)
     tensors = _read(path)
-    if set(tensors) == set(ENCODERS):
+    if tensors and tensors.keys() <= ENCODERS.keys():
         vectors = {ENCODERS[key]: _check(path, array) for key, array in tensors.items()}
         if len({len(array) for array in vectors.values()}) > 1:
             lengths = ", ".join(f"{len(tensors[key])} in {key}" for key in sorted(tensors))
             raise RequestError(f"{path}: found {lengths}, expected as many tokens for both text encoders")
-        return LearnedWord(name=name or path.stem, vectors=vectors, several=True)
+        return LearnedWord(name=name or path.stem, vectors=vectors)
     if len(tensors) != 1:
         raise RequestError(
             f"{path}: found {len(tensors)} tensors ({_some(tensors)}), expected one embedding, or clip_l and clip_g"
         )
     ((key, array),) = tensors.items()
-    word = name or (path.stem if key == UNNAMED else key)
-    return LearnedWord(name=word, vectors={ONLY: _check(path, array)}, several=False)
+    word = name or (path.stem if key in UNNAMED else key)
+    return LearnedWord(name=word, vectors={ANY: _check(path, array)})
 
 
 def _read(path: Path) -> dict[str, Array]:

@@ -42,7 +42,7 @@ def parameters(settings: Settings, seed: int) -> str:
         "Version": settings.version,
     }
     lines = [settings.prompt]
-    if settings.negative_prompt:
+    if settings.negative_prompt is not None:  # an empty one is not the same as none, see `Request`
         lines.append(f"Negative prompt: {settings.negative_prompt}")
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
     return "\n".join(lines)

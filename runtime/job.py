@@ -46,7 +46,7 @@ class Job:
 
     request: Request
     prompts: tuple[str, ...]
-    negatives: tuple[str, ...]
+    negatives: tuple[str | None, ...]
     seeds: tuple[int, ...]
     variations: tuple[int, ...]
     size: tuple[int, int]
@@ -69,13 +69,22 @@ class Job:
         """Return how many model rows a batch has: the prompts, then the negative prompts if any stage needs them."""
         return len(self.prompts) * (2 if self.guidance.needed else 1)
 
-    def read(self, texts: Sequence[str], *, negative: bool = False) -> list[Prompt]:
+    def read(self, texts: Sequence[str | None], *, negative: bool = False) -> list[Prompt]:
         """Return texts with how this request reads them. Raises RequestError.
 
-        negative: they are negative prompts, for which no layer is left out, as in diffusers
+        negative: they are negative prompts, for which no layer is left out, as in diffusers; None for one not given
         """
         how, skip = self.request, 0 if negative else self.request.clip_skip
-        return [Prompt(text=text, syntax=how.prompt_syntax, overflow=how.overflow, clip_skip=skip) for text in texts]
+        return [
+            Prompt(
+                text=text or "",
+                syntax=how.prompt_syntax,
+                overflow=how.overflow,
+                clip_skip=skip,
+                given=text is not None,
+            )
+            for text in texts
+        ]
 
 
 def resolve(request: Request, manifest: Manifest) -> Job:
@@ -254,13 +263,17 @@ def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _negatives(value: str | Sequence[str], pictures: int) -> tuple[str, ...]:
-    negatives = _texts("negative_prompt", value)
-    if len(negatives) == 1:
-        negatives *= pictures
-    if len(negatives) != pictures:
+def _negatives(value: str | Sequence[str | None] | None, pictures: int) -> tuple[str | None, ...]:
+    negatives = (value,) if value is None or isinstance(value, str) else value
+    if (
+        not isinstance(negatives, Sequence)
+        or not negatives
+        or not all(isinstance(one, str | None) for one in negatives)
+    ):
+        raise RequestError(f"negative_prompt: found {value!r}, expected a string, None, or a list of them")
+    if len(negatives) not in (1, pictures):
         raise RequestError(f"negative_prompt: found {len(negatives)} for {pictures} pictures, expected one each")
-    return negatives
+    return tuple(negatives) * (pictures // len(negatives))
 
 
 def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from latentrt.engines.errors import BundleError, RequestError
 from latentrt.engines.manifest import TokenizerSpec
 from latentrt.engines.spec import Array
-from latentrt.runtime.prompt_syntax import EXPLICIT_WEIGHT, Part, Segment, Syntax, parse_weighted
+from latentrt.runtime.prompt_syntax import EXPLICIT_WEIGHT, Part, Segment, Syntax, loaded_by_name, parse_weighted
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,14 @@ class Prompt:
         diffusers does, with a warning
     clip_skip: how many of the text encoder's last layers are left out, 0 for none, counted as diffusers does; the
         community's interfaces count one more
+    given: whether anyone wrote it: where no negative prompt was given, SDXL's zeros stand for it
     """
 
     text: str
     syntax: Syntax = "plain"
     overflow: Overflow = "chunks"
     clip_skip: int = 0
+    given: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -104,6 +106,7 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._learned: dict[int, range] = {}
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())  # words that are one token each
         self.spec = spec
 
     @property
@@ -134,6 +137,7 @@ class PromptTokenizer:
             assert added is not None
             other._learned[added] = range(following, following - tokens, -1)
             following -= tokens
+        other._added = self._added | other._learned.keys()
         return other
 
     def chunks(self, prompt: Prompt) -> tuple[Chunk, ...]:
@@ -179,16 +183,18 @@ class PromptTokenizer:
                     id=id,
                     weight=segment.weight,
                     segment=number,
-                    ends_word=id == ids[-1] and (piece.endswith("</w>") or id < 0),
+                    ends_word=id == ids[-1] and (piece.endswith("</w>") or token in self._added),
                     ends_clause=piece == ",</w>",
                 )
 
 
 def _hint(text: str) -> None:
-    """Say so where a plain prompt holds a weight: taken as text, it draws the brackets and the number."""
+    """Say so where a plain prompt holds another interface's syntax: taken as text, it draws brackets and numbers."""
     found = EXPLICIT_WEIGHT.search(text)
     if found:
         logger.warning("the prompt is plain text, '%s' included; weights need prompt_syntax 'weighted'", found[0])
+    for named, where in loaded_by_name(text):
+        logger.warning("the prompt is plain text, '%s' included, which loads nothing here: %s", named[0], where)
 
 
 def _split(tokens: Sequence[Token], room: int) -> Iterator[Chunk]:

@@ -3,6 +3,7 @@ r"""The syntax of weighted prompts: parts between BREAKs, each a row of segments
     (words)      weight 1.1, and 1.21 in ((two)) pairs        [words]   weight 1 / 1.1
     (words:1.3)  weight 1.3; nested weights multiply          BREAK     what follows is encoded on its own
     \( \) \[ \] \: \| \\                                      the sign itself
+    <lora:name:0.8>  embedding:name                        refused: both are loaded beside the prompt
 
 These are the rules of the community's interfaces, without their guesses: a bracket that is not closed, a weight that is
 no number, and `[from:to:when]` or `[this|that]`, which change a prompt between steps, are errors.
@@ -33,6 +34,14 @@ SIGN = re.compile(
 )
 # What plain prompts hold only if their author meant the other syntax. Short, so that no text makes it slow.
 EXPLICIT_WEIGHT = re.compile(r"\([^()]{1,200}: ?[0-9]{0,2}\.?[0-9]{1,3} ?\)")
+# What other interfaces load because the prompt names it, and where it is loaded here.
+LOADED = {
+    re.compile(r"<(?:lora|lyco):[^<>]{1,200}>", re.IGNORECASE): "LoRAs are given beside the prompt, with "
+    "loras=[Lora(file=..., scale=...)] or --lora FILE:SCALE",
+    re.compile(r"<hypernet:[^<>]{1,200}>", re.IGNORECASE): "hypernetworks are not supported",
+    re.compile(r"\bembedding:[^\s,:()\[\]]{1,200}", re.IGNORECASE): "learned words are loaded beside the prompt, with "
+    "pipe.add_embedding(file) or --embedding FILE, and then written without 'embedding:'",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,8 @@ def parse_weighted(text: str) -> tuple[Part, ...]:
     White space between segments goes with the one before, so that `(a:0.5) (b:0.5)` is one segment. Parts without
     text are left out. Raises RequestError, which names the character, counted from 1.
     """
+    for found, where in loaded_by_name(text):
+        raise _error(found.start(), f"'{shorten(found[0])}' loads nothing here: {where}", ":")
     signs = tuple(SIGN.finditer(text))
     parts: list[list[Segment]] = [[]]
     for piece in _pieces(text, signs, _factors(signs)):
@@ -61,6 +72,13 @@ def parse_weighted(text: str) -> tuple[Part, ...]:
         else:
             _append(parts[-1], piece)
     return tuple(tuple(part) for part in parts if any(segment.text.strip() for segment in part)) or ((),)
+
+
+def loaded_by_name(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Give what a prompt means to load, and where that is loaded instead."""
+    for pattern, where in LOADED.items():
+        if found := pattern.search(text):
+            yield found, where
 
 
 def _factors(signs: Signs) -> dict[int, float]:
@@ -95,10 +113,14 @@ def _factor(sign: re.Match[str]) -> float:
         return STRONGER
     number = tail.strip()
     if not NUMBER.fullmatch(number) or not float(number) <= LARGEST_WEIGHT:
-        shown = number if len(number) <= 20 else number[:19] + "…"
-        what = f"found the weight '{shown}', expected a number from 0 to {LARGEST_WEIGHT:g}"
+        what = f"found the weight '{shorten(number)}', expected a number from 0 to {LARGEST_WEIGHT:g}"
         raise _error(sign.start(), what, ":")
     return float(number)
+
+
+def shorten(text: str) -> str:
+    """Return a text with at most 20 characters, for a sentence."""
+    return text if len(text) <= 20 else text[:19] + "…"
 
 
 def _error(place: int, what: str, sign: str) -> RequestError:

@@ -55,7 +55,7 @@ NOISES = {"cpu": TorchCpuNoise, "cuda": TorchCudaNoise}
 class Options(TypedDict, total=False):
     """The fields of a `Request` besides its prompt, as keywords of a call."""
 
-    negative_prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str | None] | None
     prompt_syntax: Syntax
     overflow: Overflow
     clip_skip: int
@@ -97,7 +97,9 @@ class Request:
     """What to draw. Only the prompt is needed.
 
     prompt: a text, or one for each picture; each is drawn n times
-    negative_prompt: what not to show: one for all, or one for each picture
+    negative_prompt: what not to show: one for all, or one for each picture. None, for all or in the list, is for none:
+        as in diffusers, SDXL then reads zeros where its checkpoint says so, while "" is encoded; to other
+        checkpoints both are the empty prompt
     prompt_syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads (words:1.2), [words] and BREAK
     overflow: what becomes of the tokens of a long prompt: further `chunks`, or `truncate` as diffusers does
     clip_skip: how many of the text encoder's last layers to leave out for the prompt, counted as diffusers does
@@ -139,7 +141,7 @@ class Request:
     """
 
     prompt: str | Sequence[str]
-    negative_prompt: str | Sequence[str] = ""
+    negative_prompt: str | Sequence[str | None] | None = None
     prompt_syntax: Syntax = "plain"
     overflow: Overflow = "chunks"
     clip_skip: int = 0

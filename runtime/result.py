@@ -20,7 +20,7 @@ class Settings:
     """
 
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     steps: int
     guidance: float
     sampler: str

@@ -13,12 +13,10 @@ from latentrt.engines.canvas import REFINER, UNET
 from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest, TextSpec
 from latentrt.engines.spec import Array, Engine
-from latentrt.runtime.embeddings import ONLY, LearnedWord
+from latentrt.runtime.embeddings import ENCODERS, LearnedWord
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
 from latentrt.runtime.text import TextEncoder
 
-SINGLE = "for the one text encoder of SD 1.x or 2.x"
-DOUBLE = "for SDXL's text encoders, with clip_l and clip_g"
 STATES, POOLED = "encoder_hidden_states", "text_embeds"  # the UNet's names
 
 
@@ -30,7 +28,7 @@ def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reading:
-    """What one denoiser takes of a text: of which encoders, and whether zeros stand for no text."""
+    """What one denoiser takes of a text: of which encoders, and whether zeros stand for no negative prompt."""
 
     encoders: tuple[TextSpec, ...]
     zero_negative: bool
@@ -62,7 +60,8 @@ class Texts:
     ) -> dict[str, Array]:
         """Encode a batch: a UNet's inputs by name, the prompts' rows first and then the negative prompts'.
 
-        negatives: as many as there are prompts, or none
+        negatives: as many as there are prompts, or none; zeros stand for those that nobody gave, where the UNet was
+            trained so
         """
         rows = [*prompts, *negatives]
         reading = self._readings[denoiser]
@@ -73,8 +72,8 @@ class Texts:
         pooled = [batch.pooled for batch in batches if batch.pooled is not None]
         if pooled:
             inputs[POOLED] = np.concatenate(pooled, axis=-1)
-        empty = [len(prompts) + i for i, prompt in enumerate(negatives) if not prompt.text]
-        return _zeroed(inputs, empty) if reading.zero_negative and empty else inputs
+        absent = [len(prompts) + i for i, prompt in enumerate(negatives) if not prompt.given]
+        return _zeroed(inputs, absent) if reading.zero_negative and absent else inputs
 
     def tokens(self, prompts: Sequence[Prompt], *, denoiser: str = UNET) -> int:
         """Return how many tokens the longest prompt's encoding has. Raises RequestError on what cannot be read."""
@@ -85,7 +84,7 @@ class Texts:
     ) -> dict[str, Array] | None:
         """Return the text encoder's inputs where its output, as it is, is what `__call__` would give; else None."""
         reading = self._readings[denoiser]
-        if len(reading.encoders) > 1 or reading.zero_negative:
+        if len(reading.encoders) > 1 or (reading.zero_negative and not all(prompt.given for prompt in negatives)):
             return None
         return self._encoders[reading.encoders[0]].device_inputs([*prompts, *negatives])
 
@@ -101,10 +100,13 @@ class Texts:
 
     def add(self, word: LearnedWord) -> None:
         """Let prompts use a learned word: every encoder learns it, or none does. Raises RequestError."""
-        several = {text.component for text in self._encoders} != {ONLY}
-        if word.several != several:
-            found, expected = (SINGLE, DOUBLE) if several else (DOUBLE, SINGLE)
-            raise RequestError(f"embeddings: '{word.name}' was learned {found}, expected one {expected}")
+        components = {text.component for text in self._encoders}
+        if not word.fits(components):
+            expected = " and ".join(ENCODERS) if len(components) > 1 else "a single text encoder"
+            raise RequestError(
+                f"embeddings: '{word.name}' was learned for {word.origin}, expected {expected}; "
+                "use a file that was trained for this family of checkpoints"
+            )
         taught: list[TextEncoder] = []
         try:
             for text, encoder in self._encoders.items():
@@ -132,7 +134,7 @@ def _even(states: Array, tokens: int) -> Array:
 
 
 def _zeroed(inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
-    """Return the inputs with some rows zero: SDXL was trained with zeros where there is no prompt."""
+    """Return the inputs with some rows zero: SDXL was trained with zeros where there is no text."""
     copies = {name: array.copy() for name, array in inputs.items()}
     for array in copies.values():
         array[list(rows)] = 0

@@ -66,6 +66,23 @@ def test_generate_writes_pictures_with_their_settings(sd1_bundle: Path, tmp_path
         assert f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: {seed}, Size: 40x32, Model: sd1" in lines[2]
 
 
+@pytest.mark.parametrize(("asked", "line"), [((), []), (("--negative", ""), ["Negative prompt: "])])
+def test_a_picture_tells_an_empty_negative_prompt_from_none(
+    sd1_bundle: Path, tmp_path: Path, asked: tuple[str, ...], line: list[str]
+) -> None:
+    """To SDXL they are not the same."""
+    file = tmp_path / "one.png"
+    command = ("generate", sd1_bundle, "a circle", "--steps", 1, *asked, "-o", file, "--json")
+    assert json.loads(latentrt(*command).stdout)["negative_prompt"] == ("" if asked else None)
+    with Image.open(file) as image:
+        assert image.info["parameters"].splitlines()[1:-1] == line
+
+
+def test_a_weighted_prompt_that_names_a_lora_is_refused(sd1_bundle: Path, tmp_path: Path) -> None:
+    sentence = refusal("generate", sd1_bundle, "a <lora:x:0.8>", "--weighted", "-o", tmp_path / "pictures")
+    assert "--lora FILE:SCALE" in sentence and not (tmp_path / "pictures").exists()
+
+
 def test_generate_never_overwrites_another_picture(sd1_bundle: Path, tmp_path: Path) -> None:
     arguments = ("generate", sd1_bundle, "a circle", "--seed", 1, "-o", tmp_path)
     latentrt(*arguments, "--steps", 1)

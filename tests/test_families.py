@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.runtime.animation import KeyFrame
 from latentrt.runtime.conditioning import embed_guidance
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
@@ -100,12 +101,33 @@ WIDTHS = {"clip_l": 32, "clip_g": 48}  # of the tiny text encoders
 XL: dict[str, Any] = {"guidance": 5.0, "size": (40, 32)}
 
 
-@pytest.mark.parametrize("negative", [None, NEGATIVE])
+@pytest.mark.parametrize("negative", [None, "", NEGATIVE])
 def test_sdxl_draws_the_pictures_of_diffusers(made: Make, negative: str | None) -> None:
+    """Where no negative prompt is given there are zeros, and an empty one is encoded."""
     checkpoint, bundle = made("sdxl", "")
     pipe = reference(diffusers.StableDiffusionXLPipeline, checkpoint, diffusers.EulerDiscreteScheduler)
     expected = theirs(pipe, negative_prompt=negative, guidance_scale=5.0, width=40, height=32)
-    assert psnr(ours(bundle, negative_prompt=negative or "", **XL), expected) >= LEAST
+    given = {} if negative is None else {"negative_prompt": negative}
+    assert psnr(ours(bundle, **given, **XL), expected) >= LEAST
+    other = {None: "", "": None, NEGATIVE: None}[negative]
+    assert psnr(ours(bundle, negative_prompt=other, **XL), expected) < LEAST
+
+
+def test_each_picture_of_sdxl_has_its_own_negative_prompt_or_none(made: Make) -> None:
+    _, bundle = made("sdxl", "")
+    negatives = [None, "", NEGATIVE]
+    together = ours(bundle, prompt=[PROMPT] * 3, negative_prompt=negatives, seed=[SEED] * 3, **XL)
+    for picture, negative in zip(together, negatives, strict=True):
+        assert psnr(picture[None], ours(bundle, negative_prompt=negative, **XL)) >= LEAST
+
+
+def test_key_frames_have_a_negative_prompt_or_none(made: Make) -> None:
+    _, bundle = made("sdxl", "")
+    keys = [KeyFrame(prompt=PROMPT, seed=SEED, negative_prompt=negative) for negative in (None, "")]
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        found = np.concatenate([result.pixels for result in pipe.animate(keys, 2, steps=STEPS, **XL)])
+    for picture, key in zip(found, keys, strict=True):
+        assert psnr(picture[None], ours(bundle, negative_prompt=key.negative_prompt, **XL)) >= LEAST
 
 
 def test_sdxl_is_told_sizes_and_crops(made: Make) -> None:
@@ -152,13 +174,17 @@ def test_sdxl_learns_words_as_diffusers_does(made: Make, tmp_path: Path) -> None
 
 
 def test_words_for_other_text_encoders_are_refused(made: Make, tmp_path: Path) -> None:
-    files = {"sd1": tmp_path / "one.safetensors", "sdxl": tmp_path / "two.safetensors"}
-    save_file({"<cat>": np.zeros((1, 32), dtype=np.float32)}, files["sd1"])
-    save_file({name: np.zeros((1, width), dtype=np.float32) for name, width in WIDTHS.items()}, files["sdxl"])
-    for family, file, found in (("sd1", files["sdxl"], "clip_l and clip_g"), ("sdxl", files["sd1"], "SD 1.x or 2.x")):
-        with Pipeline.load(made(family, "lcm" if family == "sd1" else "")[1], "cpu", threads=1) as pipe:
-            with pytest.raises(RequestError, match=rf"was learned for .*{found}, expected one for"):
-                pipe.add_embedding(file)
+    rows = {name: np.zeros((1, width), dtype=np.float32) for name, width in {"<cat>": 32, **WIDTHS}.items()}
+    refused = {
+        ("sd1", "lcm"): [("clip_l", "clip_g"), ("clip_g",)],
+        ("sdxl", ""): [("<cat>",), ("clip_l",), ("clip_g",)],
+    }
+    for made_of, files in refused.items():
+        with Pipeline.load(made(*made_of)[1], "cpu", threads=1) as pipe:
+            for keys in files:
+                save_file({key: rows[key] for key in keys}, tmp_path / "word.safetensors")
+                with pytest.raises(RequestError, match=r"'(word|<cat>)' was learned for .*, expected"):
+                    pipe.add_embedding(tmp_path / "word.safetensors")
             assert pipe.embeddings == ()
     narrow = tmp_path / "narrow.safetensors"
     save_file({"clip_l": np.zeros((1, 32), dtype=np.float32), "clip_g": np.zeros((1, 7), dtype=np.float32)}, narrow)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import BundleError, RequestError
-from latentrt.export.tokenizer import read_clip_files, write_tokenizer
+from latentrt.export.tokenizer import read_tokenizer, write_tokenizer
 from latentrt.runtime.prompt import MOST_CHUNKS, Chunk, Prompt, PromptTokenizer
 from tests.tiny import END, WORDS, clip_vocabulary, save_tokenizer
 
@@ -27,7 +27,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder / "clip", *clip_vocabulary(WORDS), pad=request.param)
-    spec = write_tokenizer(read_clip_files(folder / "clip"), folder, "tokenizer.json")
+    spec = write_tokenizer(read_tokenizer(folder / "clip"), folder, "tokenizer.json")
     return PromptTokenizer(folder / spec.file, spec), CLIPTokenizer.from_pretrained(folder / "clip")
 
 
@@ -37,7 +37,8 @@ def tokenizer(pair: Pair) -> PromptTokenizer:
 
 
 def spell(tokenizer: PromptTokenizer, chunk: Chunk) -> str:
-    return str(tokenizer._tokenizer.decode(list(chunk.ids), skip_special_tokens=False))
+    pieces = str(tokenizer._tokenizer.decode(list(chunk.ids), skip_special_tokens=False))
+    return pieces.replace("</w>", " ").strip()
 
 
 TEXTS = st.text(max_size=200) | st.text(alphabet="a red,.é!\n", max_size=400)
@@ -100,6 +101,17 @@ def test_plain_prompts_keep_their_signs_and_say_so(tokenizer: PromptTokenizer, c
     (chunk,) = tokenizer.chunks(Prompt(text="a (red:1.2) BREAK"))
     assert spell(tokenizer, chunk).replace(" ", "") == "a(red:1.2)break"
     assert "'(red:1.2)' included; weights need prompt_syntax 'weighted'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("a <lora:style:0.8> cat", "--lora FILE:SCALE"), ("embedding:bad", "--embedding FILE")]
+)
+def test_what_a_plain_prompt_does_not_load_is_said(
+    tokenizer: PromptTokenizer, caplog: Any, text: str, named: str
+) -> None:
+    (chunk,) = tokenizer.chunks(Prompt(text=text))
+    assert spell(tokenizer, chunk).replace(" ", "") == text.replace(" ", "")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] and named in caplog.text
 
 
 def test_truncation_is_said(tokenizer: PromptTokenizer, caplog: Any) -> None:

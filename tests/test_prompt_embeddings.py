@@ -44,11 +44,33 @@ def test_the_word_is_the_tensors_name_the_files_or_the_callers(tmp_path: Path) -
     (theirs,) = load_textual_inversion_state_dicts([str(one)])
     ours = load_embedding(one)
     assert [ours.name] == list(theirs)
-    assert np.array_equal(ours.vectors["text_encoder"], theirs["<cat>"].numpy()[None])
-    community = save(tmp_path / "easynegative.safetensors", emb_params=draw(4, 32))
-    assert load_embedding(community).name == "easynegative"
-    assert load_embedding(community, name="<bad>").name == "<bad>"
-    assert load_embedding(str(one), name="dog").vectors["text_encoder"].shape == (1, 32)
+    assert np.array_equal(ours.taught("text_encoder").vectors, theirs["<cat>"].numpy()[None])
+    assert load_embedding(str(one), name="dog").taught("text_encoder").vectors.shape == (1, 32)
+
+
+@pytest.mark.parametrize("key", ["emb_params", "string_to_param.*", "*", "clip_l", "clip_g"])
+def test_the_word_is_the_files_where_the_tensors_name_is_none(tmp_path: Path, key: str) -> None:
+    file = save(tmp_path / "easynegative.safetensors", **{key: draw(4, 32)})
+    assert load_embedding(file).name == "easynegative"
+    assert load_embedding(file, name="<bad>").name == "<bad>"
+
+
+# Which text encoders a bundle has, and the files whose words all of them can learn.
+BOTH = frozenset({"text_encoder", "text_encoder_2"})
+FITTING: dict[frozenset[str], set[tuple[str, ...]]] = {
+    frozenset({"text_encoder"}): {("<cat>",), ("emb_params",), ("clip_l",)},
+    BOTH: {("clip_g", "clip_l")},
+    frozenset({"text_encoder_2"}): {("<cat>",), ("emb_params",), ("clip_g",), ("clip_g", "clip_l")},
+}
+
+
+@pytest.mark.parametrize("keys", [("<cat>",), ("emb_params",), ("clip_l",), ("clip_g",), ("clip_g", "clip_l")])
+def test_no_bundle_learns_half_a_word(tmp_path: Path, keys: tuple[str, ...]) -> None:
+    word = load_embedding(save(tmp_path / "cat.safetensors", **{key: draw(2, 8) for key in keys}))
+    for components, fitting in FITTING.items():
+        assert word.fits(components) == (keys in fitting)
+        if keys in fitting:
+            assert all(word.taught(component).vectors.shape == (2, 8) for component in components)
 
 
 def refused(path: Path, sentence: str) -> None:

@@ -34,6 +34,7 @@ MEANINGS: dict[str, list[list[tuple[str, float]]]] = {
     "BREAK red BREAK BREAK": [[(" red ", 1.0)]],
     "breaks BREAKS Break": [[("breaks BREAKS Break", 1.0)]],
     "()": [[]],
+    r"<lora\:x:0.8> embedding\:x <lora>": [[("<lora:x:0.8> embedding:x <lora>", 1.0)]],
 }
 
 REFUSED = {
@@ -53,6 +54,12 @@ REFUSED = {
     "((red:20):20)": "character 2: nested weights multiply to 400, more than 100",
     "[red:blue:0.5]": "character 10: '[from:to:when]' changes the prompt between steps",
     "[red:0.5]": "a weight is (words:weight)",
+    "a <lora:style:0.8>": "character 3: '<lora:style:0.8>' loads nothing here: LoRAs are given beside the prompt, with "
+    "loras=[Lora(file=..., scale=...)] or --lora FILE:SCALE; write \\: for the sign itself",
+    "(a <LORA:a name that goes on:1>:1.2)": "character 4: '<LORA:a name that g…' loads nothing here",
+    "<lyco:x:1>": "or --lora FILE:SCALE",
+    "<hypernet:x:1>": "hypernetworks are not supported",
+    "(embedding:bad.pt:1.2)": "character 2: 'embedding:bad.pt' loads nothing here: learned words are loaded beside",
     "[red|blue]": "character 5: '[this|that]' changes the prompt between steps",
 }
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.export.checkpoint import DEMO
-from latentrt.export.tokenizer import read_clip_files, write_tokenizer
+from latentrt.export.tokenizer import read_tokenizer, write_tokenizer
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
 from latentrt.runtime.prompt_syntax import parse_weighted
 from latentrt.runtime.text import TextEncoder
@@ -38,7 +38,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
 
     folder = tmp_path_factory.mktemp("demo")
     module = modules.load("text_encoder", DEMO / "text_encoder")
-    spec = write_tokenizer(read_clip_files(DEMO / "tokenizer"), folder, "tokenizer.json")
+    spec = write_tokenizer(read_tokenizer(DEMO / "tokenizer"), folder, "tokenizer.json")
     names = ["last_hidden_state", "pooler_output", "skipped_hidden_states"]
     tokenizer = PromptTokenizer(folder / spec.file, spec)
     return TextEncoder(tokenizer, lambda inputs: modules.run(module, inputs, names), SPEC, cache_entries=0)

@@ -27,7 +27,7 @@ from latentrt.export.jobs import Job, run_job
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import Recipe
 from latentrt.export.published import CONFIGS
-from latentrt.export.tokenizer import read_clip_files
+from latentrt.export.tokenizer import read_tokenizer
 from tests.single_files import checkpoint_tensors, save_header, save_single_file, vae_tensors
 from tests.test_inspection import ONE, OPEN, REFINER, SD2, SECOND, TWO, XL, Texts, published
 from tests.tiny import save_tiny
@@ -258,8 +258,8 @@ def test_published_families_pad_as_they_were_trained_whatever_the_vocabulary_say
     options = CheckpointOptions(vae=str(DEMO), prediction_type="epsilon", tokenizer=str(DEMO))
     checkpoint = open_checkpoint(str(full_size), options=options)
     folder, special = checkpoint.tokenizers["tokenizer"], checkpoint.special_tokens["tokenizer"]
-    assert read_clip_files(folder).special["pad_token"] == "<|endoftext|>"
-    assert read_clip_files(folder, special=special).special["pad_token"] == "!"
+    assert read_tokenizer(folder).pad_token == "<|endoftext|>"
+    assert read_tokenizer(folder, special=special).pad_token == "!"
 
 
 def as_is(tensors: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
