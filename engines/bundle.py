@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from latentrt.engines.documents import read_content
 from latentrt.engines.errors import BundleError
 from latentrt.engines.manifest import (
     ENGINE_RECORD,
@@ -24,8 +26,11 @@ from latentrt.engines.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from latentrt.engines.parsing import ParseError
 
 Check = Literal["hash", "size"]
+
+HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--.")  # how the hub's cache names a repository's directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +46,10 @@ class Bundle:
         path = Path(root)
         if not path.is_dir():
             raise BundleError(f"there is no bundle at '{path}'; make one with `latentrt export CHECKPOINT {path}`")
-        file = path / MANIFEST
+        file = inside(path, MANIFEST)
         if not file.is_file():
             raise BundleError(f"'{path}' is not a bundle: it holds no {MANIFEST}; make one with `latentrt export`")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise BundleError(f"{file} is not text; export the checkpoint again") from None
-        return cls(root=path, manifest=manifest_from_json(text, where=str(file)))
+        return cls(root=path, manifest=manifest_from_json(_content(file), where=str(file)))
 
     def path(self, relative: str, *, check: Check = "size") -> Path:
         """Return the path of a file that the manifest names, after checking its size or its SHA-256."""
@@ -58,31 +59,62 @@ class Bundle:
         return check_file(self.root, relative, record, check=check)
 
     def engine_directories(self) -> dict[Path, EngineRecord]:
-        """Return the engine directories of this bundle with their records."""
+        """Return the engine directories of this bundle with their records. Raises BundleError."""
         found = sorted((self.root / "engines").glob(f"*/{ENGINE_RECORD}"))
-        return {file.parent: read_engine_record(file.parent) for file in found}
+        files = [inside(self.root, file.relative_to(self.root).as_posix()) for file in found]
+        return {file.parent: read_engine_record(file.parent) for file in files}
 
 
 def read_engine_record(directory: Path) -> EngineRecord:
     """Read the record of one engine directory. Raises BundleError."""
     file = directory / ENGINE_RECORD
-    return engine_record_from_json(file.read_text(encoding="utf-8"), where=str(file))
+    return engine_record_from_json(_content(file), where=str(file))
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return read_content(file)
+    except ParseError as error:
+        raise BundleError(f"{file} {error}; copy the bundle again") from None
 
 
 def inside(root: Path, relative: str) -> Path:
-    """Join a path that a manifest gave to its root. Raises BundleError where it would lead outside."""
+    """Join a path that a manifest gave to its root. Raises BundleError where it would lead outside.
+
+    A link may lead to a file below the root, or, where the root lies in a cache of the Hugging Face hub, to one of the
+    `blobs` of the same repository: there each file of a snapshot is such a link, and nothing lies among them but what
+    was fetched from that repository, whose author wrote the bundle too.
+    """
     pure = PurePosixPath(relative)
     path = root / relative
+    try:
+        target, home = path.resolve(), root.resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle; a NUL or half a character, which no path has
+        raise BundleError(
+            f"the path {relative!r} in the bundle '{root}' leads nowhere; do not use this bundle"
+        ) from None
     leaves = pure.is_absolute() or ".." in pure.parts or "\\" in relative or not pure.parts
-    if leaves or not path.resolve().is_relative_to(root.resolve()):
-        raise BundleError(f"the path '{relative}' leads outside the bundle '{root}'; do not use this bundle")
+    if leaves or not (target.is_relative_to(home) or target.parent == _blobs(home)):
+        raise BundleError(f"the path {relative!r} leads outside the bundle '{root}'; do not use this bundle")
     return path
+
+
+def _blobs(home: Path) -> Path | None:
+    """Return where the hub's cache keeps the files of the repository that a directory is part of, None elsewhere.
+
+    home: without links, so that nothing but the place itself makes it part of `models--user--name/snapshots/revision`.
+        The answer is not resolved: were `blobs` a link itself, nothing that resolves would lie in it.
+    """
+    for snapshots in home.parents:
+        if snapshots.name == "snapshots" and HUB_REPOSITORY.match(snapshots.parent.name):
+            return snapshots.parent / "blobs"
+    return None
 
 
 def check_file(root: Path, relative: str, record: FileRecord, *, check: Check) -> Path:
     """Return the file's path if it is there and is what was recorded. Raises BundleError."""
     path = inside(root, relative)
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - is False too for a name that is too long, where pathlib's raises
         raise BundleError(f"{path} is missing; copy the bundle again or export the checkpoint again")
     size = path.stat().st_size
     if size != record.bytes:

@@ -260,13 +260,14 @@ def _append(tensor: TensorProto, values: Array, file: BinaryIO) -> None:
         tensor.external_data.add(key=key, value=str(value))
 
 
-def link_data(source: Path, directory: Path) -> None:
+def link_data(source: Path, directory: Path, *, name: str | None = None) -> None:
     """Put a graph's external data beside an edited graph, as a hard link where the file system allows one.
 
-    ONNX Runtime refuses external data that lies outside the graph's directory.
+    ONNX Runtime refuses external data that lies outside the graph's directory. That is why a link is followed first: a
+    file of a hub's cache is a relative one, which as it is would lead nowhere from another directory.
     """
-    target = directory / source.name
+    target = directory / (name or source.name)
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)

@@ -7,7 +7,6 @@ all else.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from latentrt.engines.documents import decode
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora_names import PEFT_PREFIX, Role, from_original, plain_module, split_key
+from latentrt.engines.parsing import ParseError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_files import TensorFile, read_header
+from latentrt.engines.tensor_files import TensorFile, read_header, weights_format
 
 PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # in the file's metadata: PEFT's config for each network, as one object
@@ -161,7 +162,7 @@ def read_lora(path: Path) -> Lora:
     """Read the names of a LoRA file. Raises CheckpointError where it is none, or of a kind that is not supported."""
     if not path.is_file():
         raise CheckpointError(f"there is no LoRA at '{path}'; give a safetensors file")
-    if path.suffix != ".safetensors":
+    if weights_format(path) != "safetensors":
         raise CheckpointError(f"'{path}' is no safetensors file; convert the LoRA to safetensors")
     file = read_header(path)
     modules: dict[str, dict[str, dict[Role, str]]] = {}
@@ -203,13 +204,13 @@ def _peft_config(file: TensorFile, part: str) -> dict[str, Any]:
         return {key.removeprefix(start): value for key, value in document.items() if key.startswith(start)}
     if any(key.startswith(PEFT_PREFIX) for key in file.tensors):
         config = file.path.with_name(PEFT_CONFIG)
-        return _object(config.read_text(encoding="utf-8"), str(config))
+        return _object(config.read_bytes(), str(config))
     return {}
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
+def _object(content: bytes | str, where: str) -> dict[str, Any]:
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where} are not JSON ({error}); download the LoRA again") from None
+        document = decode(content, strict=False)
+    except ParseError as error:
+        raise CheckpointError(f"{where} {error}; download the LoRA again") from None
     return document if isinstance(document, dict) else {}

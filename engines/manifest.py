@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from latentrt.engines.documents import decode
 from latentrt.engines.errors import BundleError
 from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
@@ -16,6 +18,7 @@ from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
+NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a component or a tokenizer
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -209,23 +212,24 @@ class EngineRecord:
 
 def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
     """Write a manifest or an engine record as indented JSON."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=False) + "\n"
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=False, allow_nan=False) + "\n"
 
 
-def manifest_from_json(text: str, *, where: str) -> Manifest:
+def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
     """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
-    manifest = _decode(Manifest, text, where=where, mend="export the checkpoint again")
+    manifest = _decode(Manifest, content, where=where, mend="export the checkpoint again")
     _check_references(manifest, where=where)
     return manifest
 
 
-def engine_record_from_json(text: str, *, where: str) -> EngineRecord:
+def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord:
     """Read an engine record strictly; `where` is the file's path, for the error. Raises BundleError."""
-    record = _decode(EngineRecord, text, where=where, mend="delete its directory and run `latentrt build`")
+    record = _decode(EngineRecord, content, where=where, mend="delete its directory and run `latentrt build`")
     for component, entry in record.entries.items():
-        if entry not in record.files:
+        if entry not in record.files or component not in record.specs:
             raise BundleError(
-                f"{where} $.entries.{component}: '{entry}' is not among $.files; run `latentrt build` again"
+                f"{where} $.entries.{component}: '{entry}' is not among $.files, or the component is not among "
+                "$.specs; delete its directory and run `latentrt build`"
             )
     return record
 
@@ -233,11 +237,11 @@ def engine_record_from_json(text: str, *, where: str) -> EngineRecord:
 T = TypeVar("T")
 
 
-def _decode(kind: type[T], text: str, *, where: str, mend: str) -> T:
+def _decode(kind: type[T], content: bytes | str, *, where: str, mend: str) -> T:
     try:
-        document = json.loads(text)
-    except ValueError as error:
-        raise BundleError(f"{where} is not JSON ({error}); {mend}") from None
+        document = decode(content, strict=True)
+    except ParseError as error:
+        raise BundleError(f"{where} {error}; {mend}") from None
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is int and version > SCHEMA_VERSION:
         raise BundleError(
@@ -250,6 +254,12 @@ def _decode(kind: type[T], text: str, *, where: str, mend: str) -> T:
 
 
 def _check_references(manifest: Manifest, *, where: str) -> None:
+    for kind, names in (("components", manifest.components), ("tokenizers", manifest.tokenizers)):
+        if strange := [name for name in names if not NAME.fullmatch(name)]:
+            raise BundleError(
+                f"{where} $.{kind}: found the name {strange[0]!r}, expected letters, digits, - and _, for files are "
+                "named for it; do not use this bundle"
+            )
     named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
     named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
     named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]

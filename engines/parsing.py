@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 61
 
 
 class ParseError(ValueError):
@@ -94,7 +98,10 @@ def _mapping(kind: Any, value: object, where: str) -> object:
 
 def _scalar(kind: Any, value: object, where: str) -> object:
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _unexpected(value, "a number that a float can hold", where) from None
     if type(value) is not kind:  # exact: True is not an int here
         raise _unexpected(value, _name(kind), where)
     return value
@@ -106,5 +113,5 @@ def _name(kind: Any) -> str:
 
 
 def _unexpected(value: object, expected: str, where: str) -> ParseError:
-    found = repr(value)
+    found = _BRIEF.repr(value)  # to a few levels: a document may be nested as deeply as Python recurses
     return ParseError(f"{where}: found {found if len(found) <= 60 else found[:57] + '…'}, expected {expected}")

@@ -51,8 +51,8 @@ class Store:
         """
         where = f"{self.url}/{key.directory}/{ENGINE_RECORD}"
         with self._errors():
-            text = self._files.cat_file(self._record(key)).decode("utf-8", errors="replace")
-        record = engine_record_from_json(text, where=where)
+            content = self._files.cat_file(self._record(key))
+        record = engine_record_from_json(content, where=where)
         if record.key != key:
             words = "; ".join(key.differences(record.key))
             raise BundleError(f"{where} was built for something else than its name says ({words}); {self._mend}")

@@ -1,17 +1,18 @@
-"""safetensors files with no framework: the header, checked against the file, and single tensors read."""
+"""Files of weights with no framework: which kind one is, and of safetensors the checked header and single tensors."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from latentrt.engines.documents import decode
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.parsing import ParseError
 from latentrt.engines.spec import Array
 
 # Bytes of one element; the format's types that models are published in.
@@ -23,6 +24,29 @@ WIDTHS: Mapping[str, int] = {
 }
 LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 POINTER = b"version https://git-lfs"  # what git leaves in place of a large file that was not fetched
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # what names of pickles end with
+PICKLE_BEGINS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip; plain, by protocol
+
+Format = Literal["safetensors", "pickle"]
+
+
+def weights_format(path: Path) -> Format | None:
+    """Return which kind of file this is by its content, and where that tells nothing by the name that was given.
+
+    Where a link leads does not matter: in the hub's cache that is a file named for its hash.
+    """
+    with path.open("rb") as file:
+        found = content_format(file.read(9))
+    named: dict[str, Format] = {".safetensors": "safetensors", **dict.fromkeys(PICKLES, "pickle")}
+    return found or named.get(path.suffix)
+
+
+def content_format(first: bytes) -> Format | None:
+    """Return which kind of file begins with these bytes, nine or more; None where that cannot be told."""
+    # Before pickles, because a header of 640 bytes begins with what is a pickle's protocol 2.
+    if 2 <= int.from_bytes(first[:8], "little") <= LONGEST_HEADER and first[8:9] == b"{":
+        return "safetensors"
+    return "pickle" if first.startswith(PICKLE_BEGINS) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +97,10 @@ def read_header(path: Path) -> TensorFile:
         file.seek(8)
         text = file.read(length)
     try:
-        document = json.loads(text)
+        document: Any = decode(text, strict=True)
         metadata = {str(key): str(value) for key, value in (document.pop("__metadata__", None) or {}).items()}
         tensors = {str(name): _stored(entry, 8 + length) for name, entry in document.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ParseError, ValueError, KeyError, TypeError, AttributeError):
         raise _damaged(path) from None
     if not _fills(tensors, 8 + length, size):
         raise _damaged(path)

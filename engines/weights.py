@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from latentrt.engines.bundle import inside
+from latentrt.engines.documents import read_document
 from latentrt.engines.errors import BundleError
 from latentrt.engines.parsing import ParseError, parse
 from latentrt.engines.spec import Array
@@ -106,8 +107,8 @@ def write_weights(path: Path, record: GraphWeights | BuiltWeights) -> None:
 def read_weights(path: Path, kind: type[Record]) -> Record:
     """Read a record. Raises BundleError."""
     try:
-        return parse(kind, json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, ParseError) as error:
+        return parse(kind, read_document(path, strict=True))
+    except ParseError as error:
         raise BundleError(f"{path} {error}; export the checkpoint again") from None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_files import TensorFile, read_header
+from latentrt.engines.tensor_files import TensorFile, read_header, weights_format
 from latentrt.export.families import SUPPORTED
 from latentrt.export.folders import read_configs, read_json, refuse_other_unet
 from latentrt.export.markers import read_changes
@@ -18,7 +18,6 @@ from latentrt.export.parts import PARTS, TEXT_ENCODERS, Parts, Recipe, folders
 from latentrt.export.pickles import read_pickle_header
 from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
 from latentrt.export.single_file import SingleFile, name_other, recognise
-from latentrt.export.weights import PICKLES
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -77,14 +76,15 @@ def _as_told(single: SingleFile, documents: Documents) -> Documents:
 
 def read_weights_header(path: Path, *, allow_pickle: bool) -> TensorFile:
     """Read what a file of weights holds. Raises CheckpointError."""
-    if path.suffix in PICKLES and allow_pickle:
+    kind = weights_format(path)
+    if kind == "pickle" and allow_pickle:
         return read_pickle_header(path)
-    if path.suffix in PICKLES:
+    if kind == "pickle":
         raise CheckpointError(
             f"'{path}' is a pickle, which can run any code when it is opened; "
             "convert it to safetensors, or pass --allow-pickle"
         )
-    if path.suffix != ".safetensors":
+    if kind is None:
         raise CheckpointError(f"'{path}' is no safetensors file; give a checkpoint's file or directory")
     return read_header(path)
 
@@ -222,4 +222,4 @@ def _tokenizer_files(tokenizers: Mapping[str, Path]) -> dict[str, Path]:
 
 def _recipe(component: str, path: Path, config: Mapping[str, Any]) -> Recipe:
     text = json.dumps(dict(config))
-    return Recipe(part=PARTS[component], config=text, files=(str(path.resolve()),), layout="original")
+    return Recipe(part=PARTS[component], config=text, files=(str(path.absolute()),), layout="original")

@@ -113,7 +113,7 @@ def _from_file(option: ControlNetOption, file: TensorFile, parts: Parts) -> tupl
     recipe = Recipe(
         part="controlnet",
         config=json.dumps(config),
-        files=(str(file.path.resolve()),),
+        files=(str(file.path.absolute()),),
         layout="original" if original else "diffusers",
     )
     return config, recipe

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.tensor_files import weights_format
 from latentrt.export.families import DENOISER_PREFIX
 from latentrt.export.fusing import Changes, find_changes, fuse
 from latentrt.export.parts import Part, Recipe
 from latentrt.export.pickles import load_pickle
 from latentrt.export.stored import windows
-from latentrt.export.weights import PICKLES
 
 Tensors = dict[str, Tensor]
 SHARD_BYTES = 1 << 28  # what is held in memory at once, and once more while it is written
@@ -77,7 +77,7 @@ def read_tensors(recipe: Recipe) -> Tensors:
 
 
 def _mapped(file: Path) -> Tensors:
-    if file.suffix in PICKLES:  # allowed, or the recipe would not name it
+    if weights_format(file) == "pickle":  # allowed, or the recipe would not name it
         return load_pickle(file)
     with safe_open(file, "pt") as opened:
         return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118

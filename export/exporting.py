@@ -262,7 +262,7 @@ def _place(network: Path | Recipe, written: Path) -> tuple[str, Recipe | None]:
     """Return the folder of a network, and how to write it where it is not there yet."""
     recipe = network if isinstance(network, Recipe) else None
     folder = written if isinstance(network, Recipe) else network
-    return str(folder.resolve()), recipe
+    return str(folder.absolute()), recipe
 
 
 def _manifest(

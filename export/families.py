@@ -31,6 +31,11 @@ OTHER_UNETS = (  # (key of unet/config.json, the value besides null that is supp
     ("num_class_embeds", None, "a UNet with class embeddings (an upscaler)"),
     ("encoder_hid_dim_type", None, "a UNet with image prompts"),
 )
+# Files of a UNet in a directory that holds it in no form that is read, and what that form is.
+OTHER_FORMATS = {
+    "openvino_model.xml": "graphs for OpenVINO",
+    "diffusion_flax_model.msgpack": "weights for Flax",
+}
 # A pipeline's class in model_index.json begins with one of these; the first that fits, so the longest first.
 PIPELINES: tuple[tuple[str, str], ...] = (
     ("StableDiffusionXL", "Stable Diffusion XL"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from latentrt.engines.documents import read_document
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.families import OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline
+from latentrt.engines.parsing import ParseError
+from latentrt.export.families import OTHER_FORMATS, OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline
+from latentrt.export.graph_data import data_files
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
-from latentrt.export.weights import find_pickles, find_weights, has_safetensors
+from latentrt.export.weights import find_pickles, find_weights, has_safetensors, is_pickle
 
 
 def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
@@ -19,8 +22,8 @@ def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     Raises CheckpointError where it is incomplete, damaged or another model.
     """
     index = read_json(root / "model_index.json")
-    source: Source = "onnx" if (root / "unet" / "model.onnx").is_file() else "torch"
     _refuse_other_networks(root, index)
+    source = source_of(root, {path.name for path in root.glob("unet/*")})
     _refuse_other_unets(root)
     networks = folders(source, _roles(index))
     tokenizers = [tokenizer for name, tokenizer in TEXT_ENCODERS.items() if name in networks]
@@ -38,6 +41,31 @@ def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
         tokenizers={name: root / name for name in tokenizers},
         files=_files(root, source, (networks.values(), tokenizers), allow_pickle=allow_pickle),
     )
+
+
+def source_of(where: object, unet: Collection[str]) -> Source:
+    """Return what a directory is read as: graphs only where there are no weights, of which anything can be made.
+
+    unet: the names of its UNet's files
+    Raises CheckpointError where none of them is in a form that is read.
+    """
+    if any(name.endswith(".safetensors") for name in unet):
+        return "torch"
+    if "model.onnx" in unet and "config.json" not in unet:
+        raise CheckpointError(
+            f"'{where}' was recognised as graphs that diffusers exported (OnnxStableDiffusionPipeline): they come "
+            "without the configs that say what they are, and their VAE encoder draws at random; "
+            "give the checkpoint that they were made of, or let optimum export it"
+        )
+    if "model.onnx" in unet:
+        return "onnx"
+    other = next((name for name in OTHER_FORMATS if name in unet), None)
+    if other and not any(map(is_pickle, unet)):
+        raise CheckpointError(
+            f"'{where}' was recognised as {OTHER_FORMATS[other]} (unet/{other}), which is not read; "
+            "give the checkpoint that it was made of, with its safetensors"
+        )
+    return "torch"
 
 
 def _roles(index: Mapping[str, Any]) -> set[str]:
@@ -104,7 +132,7 @@ def open_network(part: Part, folder: Path, *, allow_pickle: bool) -> Path | Reci
     if not allow_pickle or has_safetensors(folder) or not find_pickles(folder):
         return folder
     config = json.dumps(read_json(folder / "config.json"))
-    files = tuple(str(path.resolve()) for path in find_pickles(folder))
+    files = tuple(str(path.absolute()) for path in find_pickles(folder))
     return Recipe(part=part, config=config, files=files, layout="diffusers")
 
 
@@ -119,7 +147,7 @@ def graph_files(folder: Path) -> list[Path]:
     """Return model.onnx and its external data. Raises CheckpointError."""
     if not (folder / "model.onnx").is_file():
         raise CheckpointError(f"{folder} holds no model.onnx; export the checkpoint again with optimum")
-    return [folder / "model.onnx", *sorted(path for path in folder.glob("model.onnx*data") if path.is_file())]
+    return [folder / "model.onnx", *data_files(folder / "model.onnx").values()]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,9 +155,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; download the whole checkpoint")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); download it again") from None
+        document = read_document(path, strict=False)
+    except ParseError as error:
+        raise CheckpointError(f"{path} {error}; download it again") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} holds no JSON object; download it again")
     return document

@@ -32,7 +32,7 @@ def add_loras(parts: Parts, loras: Sequence[LoraOption]) -> Parts:
     if parts.source == "onnx":
         raise CheckpointError("--lora cannot change graphs that optimum exported; give the checkpoint they came from")
     files = sorted((hash_file(_existing(lora)), lora.strength, lora.path) for lora in loras)
-    fusions = tuple(Fusion(path=str(Path(path).resolve()), strength=strength) for _, strength, path in files)
+    fusions = tuple(Fusion(path=str(Path(path).absolute()), strength=strength) for _, strength, path in files)
     opened = [read_lora(Path(fusion.path)) for fusion in fusions]
     present = {PARTS[component] for component in parts.networks}
     for lora in opened:
@@ -72,7 +72,7 @@ def _with_loras(
         for lora, _ in mine:  # at once, where the names are known without a conversion
             lora.match(part, shapes)
         config = json.dumps(read_json(network / "config.json"))
-        files = tuple(str(shard.path.resolve()) for shard in weights.shards)
+        files = tuple(str(shard.path.absolute()) for shard in weights.shards)
         network = Recipe(part=part, config=config, files=files, layout="diffusers")
     return replace(network, loras=tuple(fusion for _, fusion in mine))
 

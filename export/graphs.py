@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from latentrt.engines.spec import TensorSpec
+from latentrt.export.graph_data import DATA_SUFFIX
 
 # 23 is the first opset with Attention; GroupNormalization (21) and Gelu (20) are single nodes too.
 OPSET = 23
 # Weights above this go to a file beside the graph: backends map it into memory, and protobuf ends at 2 GiB.
 EXTERNAL_BYTES = 64 << 20
-DATA_SUFFIX = "_data"
 SCOPES = "pkg.torch.onnx.name_scopes"
 # What a trace may assume of an axis. diffusers branches at 64 pictures only to make tensors contiguous: the limit
 # settles that branch, and the graph has none.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.folders import source_of
+from latentrt.export.graph_data import locations
 from latentrt.export.weights import STEMS, choose_variant, variant_of
 
 FOLDERS = (
@@ -20,7 +23,7 @@ FOLDERS = (
     "tokenizer",
     "tokenizer_2",
 )
-READ = (".json", ".txt", ".safetensors", ".onnx", ".onnx_data")
+READ = (".json", ".txt", ".safetensors", ".onnx")
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
 
 
@@ -35,8 +38,11 @@ def download(name: str, *, revision: str | None) -> Path:
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
     try:
-        wanted = choose_files(HfApi().list_repo_files(name, revision=revision))
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        wanted = choose_files(HfApi().list_repo_files(name, revision=revision), name)
+        root = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if data := graph_data(root, wanted):
+            snapshot_download(name, revision=revision, allow_patterns=data)
+        return root
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise CheckpointError(
@@ -51,17 +57,29 @@ def download(name: str, *, revision: str | None) -> Path:
         raise
 
 
-def choose_files(files: Iterable[str]) -> list[str]:
-    """Pick what the export reads from a repository's list of files: configs, and one variant of the weights."""
+def choose_files(files: Collection[str], where: str = "the repository") -> list[str]:
+    """Pick what the export reads from a repository's list of files: configs, and one variant of the weights, or graphs.
+
+    What lies beside a graph is not known before it is read: `graph_data`. Raises CheckpointError where the UNet is in
+    no form that is read.
+    """
+    source = source_of(where, {PurePosixPath(file).name for file in files if file.startswith("unet/")})
     known = [file for file in files if _is_ours(PurePosixPath(file))]
     weights = [file for file in known if file.endswith(".safetensors") or ".safetensors.index" in file]
-    others = [file for file in known if file not in weights]
+    others = [file for file in known if file not in weights and not file.endswith(".onnx")]
     chosen = []
     for folder in FOLDERS:
         inside = {file: variant_of(file.split("/")[1]) for file in weights if _holds_network(file, folder)}
         wanted = choose_variant(inside.values(), where=f"{folder}/ of the repository") if inside else None
         chosen += [file for file, variant in inside.items() if variant == wanted]
-    return [*others, *chosen]
+    graphs = [file for file in known if file.endswith("/model.onnx")]
+    return [*others, *(graphs if source == "onnx" else chosen)]
+
+
+def graph_data(root: Path, files: Iterable[str]) -> list[str]:
+    """Return the external data of the graphs among files that were fetched, as patterns for the hub's client."""
+    graphs = [PurePosixPath(file) for file in files if file.endswith(".onnx")]
+    return [glob.escape(str(graph.parent / place)) for graph in graphs for place in locations(root / graph)]
 
 
 def _holds_network(file: str, folder: str) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentrt.engines.documents import read_document
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora import read_lora
-from latentrt.engines.tensor_files import StoredTensor, TensorFile, read_header
+from latentrt.engines.parsing import ParseError
+from latentrt.engines.tensor_files import PICKLES, StoredTensor, TensorFile, read_header, weights_format
 from latentrt.export.adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
 from latentrt.export.controlnets import KIND, per_level
@@ -19,7 +20,7 @@ from latentrt.export.folders import graph_files
 from latentrt.export.hub import find_cached
 from latentrt.export.parts import TEXT_ENCODERS
 from latentrt.export.single_file import SingleFile, name_other, recognise
-from latentrt.export.weights import PICKLES, find_weights
+from latentrt.export.weights import find_weights, has_safetensors
 
 # What shapes cannot tell, said where it matters to whoever chooses steps and guidance.
 DISTILLED = (
@@ -80,10 +81,11 @@ def inspect_checkpoint(name: str, *, revision: str | None = None) -> Inspection:
         )
     if path.is_dir():
         return _inspect_folder(path)
-    if path.suffix in PICKLES:
+    kind = weights_format(path)
+    if kind == "pickle":
         problem = "a pickle can run any code when it is opened, so it was not; look for a safetensors file of the same"
         return Inspection(path=str(path), layout="a pickle", model="", networks=(), problem=problem)
-    if path.suffix != ".safetensors":
+    if kind is None:
         raise CheckpointError(f"'{path}' is neither a directory nor a safetensors file; give a checkpoint or a bundle")
     return _inspect_file(read_header(path))
 
@@ -181,7 +183,7 @@ def _inspect_folder(root: Path) -> Inspection:
     index = _json(root / "model_index.json")
     if not index:
         return _inspect_lone_folder(root)
-    onnx = (root / "unet" / "model.onnx").is_file()
+    onnx = (root / "unet" / "model.onnx").is_file() and not has_safetensors(root / "unet")
     networks, faults = _folder_networks(root, index)
     try:
         checkpoint = open_checkpoint(str(root))
@@ -222,14 +224,19 @@ def _folder_networks(root: Path, index: Mapping[str, Any]) -> tuple[list[Network
         folder = root / name
         if not folder.is_dir():
             faults.append(f"model_index.json names {name} ({kind}), and there is no {name}/")
-        elif (folder / "model.onnx").is_file():
-            networks.append(_graph(name, str(kind), folder))
-        elif _holds_weights(folder):
+        elif measure := _measure(folder):
             try:
-                networks.append(_folder_network(name, str(kind), folder))
+                networks.append(measure(name, str(kind), folder))
             except CheckpointError as error:
                 faults.append(str(error))
     return networks, faults
+
+
+def _measure(folder: Path) -> Callable[[str, str, Path], Network] | None:
+    """Return how a folder's network is measured, by its weights rather than by its graph; None where it has neither."""
+    if (folder / "model.onnx").is_file() and not has_safetensors(folder):
+        return _graph
+    return _folder_network if _holds_weights(folder) else None
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -295,7 +302,7 @@ def _problem(path: Path) -> str | None:
 def _json(path: Path) -> dict[str, Any]:
     """Return a JSON object, an empty one where the file is absent or something else."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = read_document(path, strict=False)
+    except ParseError:
         return {}
     return document if isinstance(document, dict) else {}

@@ -15,8 +15,7 @@ import numpy as np
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Prediction
-from latentrt.engines.tensor_files import TensorFile
-from latentrt.export.weights import PICKLES
+from latentrt.engines.tensor_files import TensorFile, weights_format
 
 Config = Mapping[str, Any]
 
@@ -187,7 +186,7 @@ def _numbers(file: TensorFile, keys: Mapping[str, str], *, whole: bool) -> dict[
 
 
 def _read(file: TensorFile, key: str) -> list[float]:
-    if file.path.suffix in PICKLES:
+    if weights_format(file.path) == "pickle":
         raise CheckpointError(
             f"'{file.path}' has the mark {key}, whose numbers are not read from a pickle; convert it to safetensors"
         )

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.graphs import link_data, load_graph
+from latentrt.engines.graphs import link_data
 from latentrt.engines.manifest import Family
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.components import Case, Component, input_specs, output_specs
-from latentrt.export.folders import graph_files
 from latentrt.export.golden import make_inputs, save_golden
+from latentrt.export.graph_data import DATA_SUFFIX, data_files, read_graph, rename_data
 from latentrt.export.parts import TEXT_ENCODERS
 from latentrt.export.sessions import open_session, run_session
 from latentrt.export.tokenizer import write_clip_files
@@ -49,15 +49,12 @@ def adopt_graph(
     Returns the files, the graph first. Raises CheckpointError where names, dtypes or shapes are not those of the
     table.
     """
-    source, *data = graph_files(folder)
-    graph.parent.mkdir(parents=True, exist_ok=True)
-    for file in data:
-        (graph.parent / file.name).unlink(missing_ok=True)
-        link_data(file, graph.parent)
+    source = folder / "model.onnx"
     takes = input_specs(component, dimensions, precision)
-    gives = _given(component, load_graph(source), output_specs(component, dimensions, precision))
-    _write_normalised(source, graph, takes, gives)
-    session = open_session(graph)
+    gives = _given(component, read_graph(source), output_specs(component, dimensions, precision))
+    data = _take_data(source, graph)
+    _write_normalised(source, graph, takes, gives, names={place: file.name for place, file in data.items()})
+    session = _open(source, graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
     traced, checked = (
         make_inputs(component, dimensions, which, precision=precision, scaling_factor=scaling_factor) for which in CASES
@@ -65,7 +62,30 @@ def adopt_graph(
     outputs = run_session(session, traced)
     run_session(session, checked)
     save_golden(golden, traced, {spec.name: outputs[spec.name] for spec in gives})
-    return [graph, *(graph.parent / file.name for file in data)]
+    return [graph, *data.values()]
+
+
+def _take_data(source: Path, graph: Path) -> dict[str, Path]:
+    """Put a graph's external data beside the bundle's; returns the files by the location that the source names.
+
+    Whatever their names were, they have the ecosystem's: one that a graph brings may be that of another file here.
+    """
+    graph.parent.mkdir(parents=True, exist_ok=True)
+    taken = {}
+    for number, (location, file) in enumerate(data_files(source).items()):
+        name = graph.name + DATA_SUFFIX + (f"_{number}" if number else "")
+        taken[location] = graph.with_name(name)
+        taken[location].unlink(missing_ok=True)
+        link_data(file, graph.parent, name=name)
+    return taken
+
+
+def _open(source: Path, graph: Path) -> object:
+    try:
+        return open_session(graph)
+    except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"ONNX Runtime refused {source}: {first}; export it again with optimum") from error
 
 
 def _given(component: Component, model: ModelProto, gives: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
@@ -75,14 +95,26 @@ def _given(component: Component, model: ModelProto, gives: tuple[TensorSpec, ...
     return tuple(spec for spec in gives if spec.name in found or spec.name not in extra)
 
 
-def _write_normalised(source: Path, target: Path, takes: tuple[TensorSpec, ...], gives: tuple[TensorSpec, ...]) -> None:
-    """Write a graph with the names of axes, the inputs and the float32 timesteps that our tables promise."""
+def _write_normalised(
+    source: Path,
+    target: Path,
+    takes: tuple[TensorSpec, ...],
+    gives: tuple[TensorSpec, ...],
+    *,
+    names: Mapping[str, str],
+) -> None:
+    """Write a graph with the names of axes, the inputs and the float32 timesteps that our tables promise.
+
+    names: of the files of its external data, by their locations in the source
+    """
     import onnx
 
-    model = load_graph(source)
+    model = read_graph(source)
+    rename_data(model, names)
     _require(source, [value.name for value in model.graph.input], [spec.name for spec in takes], exact=True)
     _require(source, [value.name for value in model.graph.output], [spec.name for spec in gives], exact=False)
     _free_timestep(model)
+    _take_long_ids(model)
     del model.graph.value_info[:]  # what was inferred before the changes
     for value in list(model.graph.output):
         if value.name not in {spec.name for spec in gives}:  # hidden states of each layer, which nothing reads
@@ -106,8 +138,9 @@ def _set_shape(source: Path, value: Any, spec: TensorSpec) -> None:
 
     found = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
     if found != spec.dtype:
-        other = "fp16" if found == "float16" else "fp32"
-        raise CheckpointError(f"{source}: {spec.name} is {found}, not {spec.dtype}; export it with --precision {other}")
+        other = {"float16": "fp16", "float32": "fp32"}.get(found)
+        mend = f"export it with --precision {other}" if other else "export it again with optimum"
+        raise CheckpointError(f"{source}: {spec.name} is {found}, not {spec.dtype}; {mend}")
     shape = value.type.tensor_type.shape
     del shape.dim[:]
     for axis in spec.shape:
@@ -134,6 +167,18 @@ def _free_timestep(model: ModelProto) -> None:
     if len(tensor.shape.dim) == 0:
         _skip_first_reshape(graph)
     tensor.elem_type = onnx.TensorProto.FLOAT
+
+
+def _take_long_ids(model: ModelProto) -> None:
+    """Have a text encoder that takes tokens of 32 bits, as older exports do, take 64 as all others."""
+    from onnx import TensorProto, helper
+
+    for value in model.graph.input:
+        if value.name == "input_ids" and value.type.tensor_type.elem_type == TensorProto.INT32:
+            for node in model.graph.node:
+                node.input[:] = ["input_ids_32" if name == value.name else name for name in node.input]
+            model.graph.node.insert(0, helper.make_node("Cast", [value.name], ["input_ids_32"], to=TensorProto.INT32))
+            value.type.tensor_type.elem_type = TensorProto.INT64
 
 
 def _skip_first_reshape(graph: GraphProto) -> None:

@@ -104,4 +104,4 @@ def _unet_of(file: TensorFile, config: Mapping[str, Any]) -> Network:
 
 
 def _recipe(part: Part, file: TensorFile, config: Mapping[str, Any], *, layout: Layout) -> Recipe:
-    return Recipe(part=part, config=json.dumps(dict(config)), files=(str(file.path.resolve()),), layout=layout)
+    return Recipe(part=part, config=json.dumps(dict(config)), files=(str(file.path.absolute()),), layout=layout)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import TokenizerSpec
+from latentrt.export.folders import read_json
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizerFast
@@ -34,11 +35,14 @@ def read_tokenizer(
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not pair and not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; add them")
+    for path in sorted(folder.glob("*.json")):  # the libraries' own words name neither the file nor the mend
+        read_json(path)
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **(special or {}))
     except Exception as error:  # what a damaged file leads to, in two libraries
         raise CheckpointError(
-            f"{folder}: transformers cannot read this tokenizer ({error}); download its files again"
+            f"{folder}: transformers cannot read this tokenizer ({' '.join(str(error).split())}); "
+            "download its files again"
         ) from None
     _require_clip(folder, tokenizer)
     _require_declared_ids(folder, tokenizer)

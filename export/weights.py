@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from latentrt.engines.documents import read_document
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_files import TensorFile, read_header
+from latentrt.engines.parsing import ParseError
+from latentrt.engines.tensor_files import PICKLES, TensorFile, read_header
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a file of weights
 # In order of preference: by how much of a number is kept, and last what diffusers' scripts keep for training on.
 # Any other variant is taken where there is none of these, and no second.
 VARIANTS = ("", "fp32", "fp16", "bf16", "non_ema")
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 FILE = re.compile(
     r"(?P<stem>\w+)(\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<legacy>[\w-]+))?"
     r"(\.safetensors(\.index(\.(?P<listed>[\w-]+))?\.json)?|\.bin|\.ckpt|\.pt|\.pth)"
@@ -97,12 +98,16 @@ def choose_variant(variants: Iterable[str], *, where: str) -> str:
 
 def find_pickles(folder: Path) -> list[Path]:
     """Return the pickles that hold a network's weights: those of the variant that is read. Raises CheckpointError."""
-    stems = (*STEMS, "pytorch_model")
-    found = sorted(path for path in folder.iterdir() if path.suffix in PICKLES and path.name.startswith(stems))
+    found = sorted(path for path in folder.iterdir() if is_pickle(path.name))
     if not found:
         return []
     chosen = choose_variant((variant_of(path.name) for path in found), where=str(folder))
     return [path for path in found if variant_of(path.name) == chosen]
+
+
+def is_pickle(name: str) -> bool:
+    """Say whether a file of this name in a network's folder is a pickle with its weights."""
+    return name.endswith(PICKLES) and name.startswith((*STEMS, "pytorch_model"))
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -113,8 +118,9 @@ def has_safetensors(folder: Path) -> bool:
 def _read_shards(index: Path) -> tuple[TensorFile, ...]:
     """Read the header of each shard; every tensor of the index must be in the shard that it names."""
     try:
-        places = {str(key): str(name) for key, name in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        document: Any = read_document(index, strict=False)
+        places = {str(key): str(name) for key, name in document["weight_map"].items()}
+    except (ParseError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is no index of weights; download it again") from None
     if any("/" in name or not name.endswith(".safetensors") for name in places.values()):
         raise CheckpointError(f"{index} names a file that is no safetensors file beside it; download it again")

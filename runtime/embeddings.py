@@ -11,12 +11,12 @@ import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_files import content_format
 
 # What files call the vectors where they do not write the word: then the file's own name is the word.
 UNNAMED = ("emb_params", "string_to_param.*", "*")
 ENCODERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}  # what files call SDXL's two
 ANY = ""  # in place of a text encoder: the file names none
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 LARGEST_BYTES = 16 << 20  # 75 rows of the widest encoder in float32 are 0.4 MB
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, Array]:
         raise RequestError(f"{path} cannot be read ({error.strerror}); give a .safetensors file") from None
     if len(content) > LARGEST_BYTES:
         raise RequestError(f"{path} is larger than {LARGEST_BYTES >> 20} MiB, too large for an embedding")
-    if content.startswith(PICKLES):
+    if content_format(content) == "pickle":
         raise RequestError(
             f"{path} is a pickle, which can run any code when it is opened; convert it to safetensors first"
         )
