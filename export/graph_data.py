@@ -93,7 +93,9 @@ def _place(graph: Path, tensor: TensorProto) -> tuple[str, int]:
     location = said.get("location", "")
     try:
         size = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        end = int(said.get("offset", 0)) + int(said.get("length", size))
+        offset, length = int(said.get("offset", 0)), int(said.get("length", size))
+        if min(offset, length) < 0:
+            raise ValueError("bytes are counted from 0 up")
     except (KeyError, ValueError):
         raise CheckpointError(
             f"{graph} does not say where '{tensor.name}' lies in '{location}'; download it again"
@@ -103,7 +105,7 @@ def _place(graph: Path, tensor: TensorProto) -> tuple[str, int]:
         raise CheckpointError(
             f"{graph} names the data {location!r}, which is not in its folder; do not use this checkpoint"
         )
-    return location, end
+    return location, offset + length
 
 
 def _file(graph: Path, location: str, end: int) -> Path:
