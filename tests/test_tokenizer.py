@@ -165,9 +165,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no vocabulary": (lambda folder: (folder / "vocab.json").unlink(), "neither vocab.json with merges.txt nor"),
     "no merges": (lambda folder: (folder / "merges.txt").unlink(), "neither vocab.json with merges.txt nor"),
     "damaged merges": (lambda folder: (folder / "merges.txt").write_text("#version: 0.2\nr e\nbroken\n"), "line 2"),
-    "damaged vocabulary": (lambda folder: (folder / "vocab.json").write_text("{"), "cannot read this tokenizer"),
-    "a damaged config": (lambda folder: (folder / "tokenizer_config.json").write_text("["), "cannot read this"),
-    "no UTF-8": (lambda folder: (folder / "tokenizer_config.json").write_bytes(b"\xff\xfe"), "cannot read this"),
+    "damaged vocabulary": (lambda folder: (folder / "vocab.json").write_text("{"), "vocab.json is not JSON"),
+    "a damaged config": (
+        lambda folder: (folder / "tokenizer_config.json").write_text("["),
+        "tokenizer_config.json is not JSON",
+    ),
+    "no UTF-8": (
+        lambda folder: (folder / "tokenizer_config.json").write_bytes(b"\xff\xfe"),
+        "tokenizer_config.json is not text",
+    ),
     "not CLIP's": (lambda folder: save_tokenizer(folder, {"a": 0, START: 1, END: 2}, [], pad=END), "not a CLIP"),
     "left padding": (lambda folder: rewrite(folder / "tokenizer_config.json", padding_side="left"), "padding_side"),
     "left truncation": (
