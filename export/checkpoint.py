@@ -17,7 +17,7 @@ from latentrt.export.assembly import open_file
 from latentrt.export.components import residual_dimensions
 from latentrt.export.controlnets import add_controlnets, per_level
 from latentrt.export.families import ACTIVATIONS
-from latentrt.export.folders import open_folder
+from latentrt.export.folders import open_folder, refuse_other_vae
 from latentrt.export.fusing import add_loras
 from latentrt.export.hub import download
 from latentrt.export.options import CheckpointOptions
@@ -89,7 +89,7 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     if options.vae:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.unet:
-        parts = replace_unet(parts, options.unet, allow_pickle=options.allow_pickle)
+        parts = replace_unet(parts, options.unet, allow_pickle=options.allow_pickle, prediction=options.prediction_type)
     if options.loras:
         parts = add_loras(parts, options.loras)
     if options.controlnets:
@@ -184,6 +184,7 @@ def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
 def _latents(parts: Parts) -> LatentSpec:
     where = f"{parts.root}: the VAE's config"
     vae, unet = parts.configs["vae_decoder"], parts.configs["unet"]
+    refuse_other_vae(parts.root / "vae", vae)
     channels = _need(vae, "latent_channels", int, where, default=4)
     takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
     if gives != channels or takes not in (channels, 2 * channels + 1):

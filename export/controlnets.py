@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,39 +9,13 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.residuals import PREFIX
-from latentrt.engines.tensor_files import TensorFile
 from latentrt.export.assembly import read_weights_header
+from latentrt.export.controlnet_files import EMBEDDING, read_controlnet
 from latentrt.export.folders import network_files, open_network, read_json
 from latentrt.export.options import ControlNetOption
 from latentrt.export.parts import Parts, Recipe
 
 KIND = "ControlNetModel"
-MARK = "controlnet_cond_embedding.conv_in.weight"  # of diffusers' names
-ORIGINAL_MARKS = ("control_model.input_hint_block.0.weight", "input_hint_block.0.weight")
-EMBEDDING = (16, 32, 96, 256)  # channels of what reads the picture to follow, in every published one
-# What a file of weights alone does not say is as in the UNet that it was copied from, under the same keys.
-COPIED = (
-    "act_fn",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "attention_head_dim",
-    "block_out_channels",
-    "cross_attention_dim",
-    "down_block_types",
-    "flip_sin_to_cos",
-    "freq_shift",
-    "layers_per_block",
-    "mid_block_scale_factor",
-    "norm_eps",
-    "norm_num_groups",
-    "num_attention_heads",
-    "only_cross_attention",
-    "projection_class_embeddings_input_dim",
-    "resnet_time_scale_shift",
-    "transformer_layers_per_block",
-    "upcast_attention",
-    "use_linear_projection",
-)
 # Keys of a config that must be absent or have this value, and what any other is.
 PLAIN: tuple[tuple[str, Any, str], ...] = (
     ("global_pool_conditions", False, "one that sees the whole picture at once"),
@@ -78,7 +51,7 @@ def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle
         network = open_network("controlnet", path, allow_pickle=allow_pickle)
         files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
     elif path.is_file():
-        config, network = _from_file(option, read_weights_header(path, allow_pickle=allow_pickle), parts)
+        config, network = read_controlnet(_name(option), read_weights_header(path, allow_pickle=allow_pickle), parts)
         files = [path]
     else:
         raise CheckpointError(f"{_name(option)} is not there; give a directory or a safetensors file")
@@ -99,33 +72,6 @@ def _require_kind(option: ControlNetOption, config: Mapping[str, Any]) -> None:
     kind = config.get("_class_name", KIND)
     if kind != KIND:
         raise CheckpointError(f"{_name(option)} was recognised as {kind}, which is not supported; expected a {KIND}")
-
-
-def _from_file(option: ControlNetOption, file: TensorFile, parts: Parts) -> tuple[Mapping[str, Any], Recipe]:
-    """Return the config that a file's weights have as a copy of the checkpoint's UNet, and how to write its folder."""
-    original = any(mark in file.tensors for mark in ORIGINAL_MARKS)
-    if not original and MARK not in file.tensors:
-        raise CheckpointError(f"{_name(option)} holds no ControlNet; `latentrt inspect` says what it holds")
-    unet = parts.configs["unet"]
-    embedding = EMBEDDING if original else _embedding(file)
-    config = {key: unet[key] for key in COPIED if key in unet}
-    config |= {"in_channels": _latent_channels(parts), "conditioning_embedding_out_channels": embedding}
-    recipe = Recipe(
-        part="controlnet",
-        config=json.dumps(config),
-        files=(str(file.path.absolute()),),
-        layout="original" if original else "diffusers",
-    )
-    return config, recipe
-
-
-def _embedding(file: TensorFile) -> tuple[int, ...]:
-    """Return the channels of what reads the picture to follow: every other of its blocks has more than the last."""
-    stem = MARK.removesuffix("conv_in.weight")
-    widths = [file.tensors[MARK].shape[0]]
-    while (key := f"{stem}blocks.{2 * len(widths) - 1}.weight") in file.tensors:
-        widths.append(file.tensors[key].shape[0])
-    return tuple(widths)
 
 
 def _latent_channels(parts: Parts) -> int:

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.spec import Array
 from latentrt.engines.tensor_files import weights_format
 from latentrt.export.families import DENOISER_PREFIX
 from latentrt.export.fusing import Changes, find_changes, fuse
@@ -47,8 +49,8 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
     "controlnet": ("control_model.", ""),
 }
-# Left by training, or derived; no network reads them.
-UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.)")
+# Left by training, derived, or a mark; no network reads them.
+UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.|difference$)")
 
 
 @contextmanager
@@ -59,10 +61,31 @@ def written(recipe: Recipe, folder: Path) -> Iterator[Path]:
     try:
         (folder / "config.json").write_text(recipe.config, encoding="utf-8")
         tensors = read_tensors(recipe)
-        _save(folder, STEMS[recipe.part], tensors, find_changes(recipe, tensors))
+        _save(folder, STEMS[recipe.part], tensors, _all_changes(recipe, tensors))
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _all_changes(recipe: Recipe, tensors: Tensors) -> Changes:
+    """Find what is added to each tensor: LoRAs, and the weights of the network that it is a difference to."""
+    own = find_changes(recipe, tensors)
+    if recipe.base is None:
+        return own
+    weights = read_tensors(recipe.base)
+    further, stored = find_changes(recipe.base, weights), windows(weights)
+    for key in sorted(tensors.keys() & weights.keys()):
+        if tensors[key].shape != weights[key].shape:
+            raise CheckpointError(
+                f"{recipe.files[0]} holds differences to a network of other sizes: its {key} is "
+                f"{list(tensors[key].shape)} where this checkpoint's is {list(weights[key].shape)}"
+            )
+
+    def read(key: str) -> Array:
+        return (stored[key].read() if key in stored else weights[key]).float().numpy()
+
+    added = {key: [partial(read, key), *further.get(key, ())] for key in tensors if key in weights}
+    return {key: [*own.get(key, ()), *added.get(key, ())] for key in own.keys() | added.keys()}
 
 
 def read_tensors(recipe: Recipe) -> Tensors:

@@ -153,7 +153,7 @@ PARTS: tuple[Part, ...] = (
     Part(label=CONTROLNET, starts=("control_model.", "controlnet_", "input_hint_block.")),
     Part(label="T2I-Adapter", starts=("adapter.", "body.0.")),
     Part(label="textual inversion embedding", starts=("emb_params", "string_to_param")),
-    Part(label=TINY_VAE, starts=("encoder.layers.", "decoder.layers.", "taesd_")),
+    Part(label=TINY_VAE, starts=("encoder.layers.", "decoder.layers.", "taesd_", "3.conv.0.")),
     Part(label="VAE", starts=("encoder.conv_in.", "decoder.conv_in.")),
     Part(label="UNet without text encoder and VAE", starts=("down_blocks.0.", "input_blocks.0.")),
     Part(label="text encoder", starts=("text_model.embeddings.", "embeddings.token_embedding.")),

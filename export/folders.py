@@ -15,6 +15,8 @@ from latentrt.export.graph_data import data_files
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
 from latentrt.export.weights import find_pickles, find_weights, has_safetensors, is_pickle
 
+VAE, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
+
 
 def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     """Take apart a directory with a model_index.json.
@@ -134,6 +136,26 @@ def open_network(part: Part, folder: Path, *, allow_pickle: bool) -> Path | Reci
     config = json.dumps(read_json(folder / "config.json"))
     files = tuple(str(path.absolute()) for path in find_pickles(folder))
     return Recipe(part=part, config=config, files=files, layout="diffusers")
+
+
+def to_recipe(part: Part, network: Path | Recipe) -> Recipe:
+    """Return how to write a network anew, where its folder is not to be loaded as it is."""
+    if isinstance(network, Recipe):
+        return network
+    files = tuple(str(shard.path.absolute()) for shard in find_weights(network).shards)
+    return Recipe(part=part, config=json.dumps(read_json(network / "config.json")), files=files, layout="diffusers")
+
+
+def refuse_other_vae(where: Path, vae: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a VAE's config is that of another class. where: its file or folder"""
+    kind = vae.get("_class_name", VAE)
+    if kind == TINY:
+        raise CheckpointError(
+            f"'{where}' is a tiny VAE ({TINY}), which draws beside a VAE of full size and not in its place; "
+            "give that with --vae, and this one with --tiny-vae DIRECTORY"
+        )
+    if kind != VAE:
+        raise CheckpointError(f"'{where}' was recognised as {kind}, which is not supported; expected {VAE}")
 
 
 def network_files(folder: Path, *, allow_pickle: bool) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora import Lora, find_deltas, read_lora
 from latentrt.engines.spec import Array
-from latentrt.export.folders import read_json
+from latentrt.export.folders import to_recipe
 from latentrt.export.options import LoraOption
 from latentrt.export.parts import PARTS, Fusion, Parts, Recipe
 from latentrt.export.weights import find_weights
@@ -71,10 +70,7 @@ def _with_loras(
         shapes = {key: stored.shape for shard in weights.shards for key, stored in shard.tensors.items()}
         for lora, _ in mine:  # at once, where the names are known without a conversion
             lora.match(part, shapes)
-        config = json.dumps(read_json(network / "config.json"))
-        files = tuple(str(shard.path.absolute()) for shard in weights.shards)
-        network = Recipe(part=part, config=config, files=files, layout="diffusers")
-    return replace(network, loras=tuple(fusion for _, fusion in mine))
+    return replace(to_recipe(part, network), loras=tuple(fusion for _, fusion in mine))
 
 
 def find_changes(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Changes:

@@ -14,6 +14,7 @@ from latentrt.engines.parsing import ParseError
 from latentrt.engines.tensor_files import PICKLES, StoredTensor, TensorFile, read_header, weights_format
 from latentrt.export.adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
+from latentrt.export.controlnet_files import DIFFERENCE
 from latentrt.export.controlnets import KIND, per_level
 from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, SUPPORTED, name_pipeline
 from latentrt.export.folders import graph_files
@@ -135,6 +136,8 @@ def _inspect_part(file: TensorFile) -> Inspection:
     else:
         problem = f"it is nothing that is known here: {len(file.tensors)} tensors, the first named {keys}"
     changes = _changes(file) if name == "LoRA" else []
+    if name == CONTROLNET and DIFFERENCE in file.tensors:
+        changes = ["its weights are differences to a UNet's: those of the checkpoint that it is added to"]
     network = _network(name or "unknown", name, file.tensors.values(), (file.path.name,))
     known = ("ss_base_model_version", "ss_network_dim", "ss_network_alpha", "modelspec.architecture", "modelspec.title")
     notes = (*changes, *(f"its metadata say {key}: {file.metadata[key]}" for key in known if key in file.metadata))

@@ -46,6 +46,7 @@ class Recipe:
     files: what holds the weights; files that hold other networks too are read in part
     layout: `original` for the names of the first Stable Diffusion, which single files have
     loras: what is added, in the order of the sum
+    base: a network whose weights, with what changes them, are added to those of the same names
     """
 
     part: Part
@@ -53,6 +54,7 @@ class Recipe:
     files: tuple[str, ...]
     layout: Layout
     loras: tuple[Fusion, ...] = ()
+    base: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

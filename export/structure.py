@@ -16,6 +16,24 @@ from latentrt.export.parts import Layout
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 Side = Literal["down", "up"]
+# What the names of the tensors begin with, of a UNet and of a ControlNet.
+UNET_NAMES: Mapping[Layout, tuple[str, ...]] = {
+    "original": ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."),
+    "diffusers": (
+        *("conv_in.", "conv_norm_out.", "conv_out.", "time_embedding.", "add_embedding."),
+        *("down_blocks.", "mid_block.", "up_blocks."),
+    ),
+}
+CONTROLNET_NAMES: Mapping[Layout, tuple[str, ...]] = {
+    "original": (
+        *("input_blocks.", "middle_block.", "time_embed.", "label_emb."),
+        *("input_hint_block.", "zero_convs.", "middle_block_out."),
+    ),
+    "diffusers": (
+        *("conv_in.", "time_embedding.", "add_embedding.", "down_blocks.", "mid_block."),
+        *("controlnet_cond_embedding.", "controlnet_down_blocks.", "controlnet_mid_block."),
+    ),
+}
 CROSS_MIDDLE, PLAIN_MIDDLE = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 
 

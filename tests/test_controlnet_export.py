@@ -143,7 +143,7 @@ def test_what_is_no_controlnet_is_refused(steered: Steer, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="--controlnet edges='nowhere' is not there"):
         open_checkpoint(path, options=options("edges=nowhere"))
     (other,) = (made.checkpoint / "vae").glob("*.safetensors")
-    with pytest.raises(CheckpointError, match="holds no ControlNet; `latentrt inspect` says what it holds"):
+    with pytest.raises(CheckpointError, match="holds no ControlNet but a VAE; `latentrt inspect`"):
         open_checkpoint(path, options=options(f"edges={other}"))
     with pytest.raises(CheckpointError, match="the name 'edges' was given twice"):
         open_checkpoint(path, options=options(f"edges={network}", f"edges={network}"))
