@@ -10,7 +10,7 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header, weights_format
-from latentrt.export.families import SUPPORTED
+from latentrt.export.families import SUPPORTED, option_for
 from latentrt.export.folders import read_configs, read_json, refuse_other_unet
 from latentrt.export.markers import read_changes
 from latentrt.export.options import CheckpointOptions
@@ -95,8 +95,10 @@ def _not_whole(file: TensorFile) -> str:
     if denoiser:
         return f"'{path}' was recognised as {name}, which is not supported; expected {SUPPORTED}"
     if name:
+        option = option_for(name)
         return (
             f"'{path}' was recognised as {name}, which is no whole checkpoint; give the checkpoint that it belongs to"
+            + (f", and this with {option}" if option else "")
         )
     return f"'{path}' is no checkpoint that is known here; `latentrt inspect` says what it holds"
 

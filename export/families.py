@@ -118,9 +118,13 @@ LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A kind of file that is no whole checkpoint: any key that begins or ends as said gives it away."""
+    """A kind of file that is no whole checkpoint: any key that begins or ends as said gives it away.
+
+    option: how it is given beside the checkpoint that it belongs to, empty where it cannot be
+    """
 
     label: str
+    option: str = ""
     starts: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
 
@@ -133,7 +137,6 @@ class Part:
 
 
 CONTROLNET = "ControlNet"
-TINY_VAE = "tiny VAE (TAESD)"
 LORA_ENDS = (
     ".lora_down.weight",
     ".lora.down.weight",
@@ -145,19 +148,30 @@ LORA_ENDS = (
 PARTS: tuple[Part, ...] = (
     Part(label="LoHa or LoKr adapter", ends=(".hada_w1_a", ".lokr_w1", ".lokr_w1_a")),
     Part(label="LoRA with learned magnitudes (DoRA)", ends=(".dora_scale", ".lora_magnitude_vector")),
-    Part(label="LoRA", ends=LORA_ENDS),
+    Part(label="LoRA", option="--lora FILE", ends=LORA_ENDS),
     Part(label="IP-Adapter", starts=("ip_adapter.", "image_proj.")),
     Part(label="Control-LoRA", starts=("lora_controlnet",)),
     Part(label="ControlNet-LLLite", starts=("lllite_",)),
     Part(label="ControlNet Union", starts=("task_embedding", "control_model.task_embedding", "control_add_embedding.")),
-    Part(label=CONTROLNET, starts=("control_model.", "controlnet_", "input_hint_block.")),
-    Part(label="T2I-Adapter", starts=("adapter.", "body.0.")),
+    Part(
+        label=CONTROLNET, option="--controlnet NAME=FILE", starts=("control_model.", "controlnet_", "input_hint_block.")
+    ),
+    Part(label="T2I-Adapter", option="--adapter NAME=FILE", starts=("adapter.", "body.0.")),
     Part(label="textual inversion embedding", starts=("emb_params", "string_to_param")),
-    Part(label=TINY_VAE, starts=("encoder.layers.", "decoder.layers.", "taesd_", "3.conv.0.")),
-    Part(label="VAE", starts=("encoder.conv_in.", "decoder.conv_in.")),
-    Part(label="UNet without text encoder and VAE", starts=("down_blocks.0.", "input_blocks.0.")),
+    Part(
+        label="tiny VAE (TAESD)",
+        option="--tiny-vae DIRECTORY that holds its config.json beside the weights",
+        starts=("encoder.layers.", "decoder.layers.", "taesd_", "3.conv.0."),
+    ),
+    Part(label="VAE", option="--vae FILE", starts=("encoder.conv_in.", "decoder.conv_in.")),
+    Part(label="UNet without text encoder and VAE", option="--unet FILE", starts=("down_blocks.0.", "input_blocks.0.")),
     Part(label="text encoder", starts=("text_model.embeddings.", "embeddings.token_embedding.")),
 )
+
+
+def option_for(label: str) -> str:
+    """Return how a kind of file is given beside a checkpoint, empty where it cannot be."""
+    return next((part.option for part in PARTS if part.label == label), "")
 
 
 def name_pipeline(pipeline: str) -> str:

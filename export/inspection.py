@@ -16,7 +16,7 @@ from latentrt.export.adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
 from latentrt.export.controlnet_files import DIFFERENCE
 from latentrt.export.controlnets import KIND, per_level
-from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, SUPPORTED, name_pipeline
+from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, SUPPORTED, name_pipeline, option_for
 from latentrt.export.folders import graph_files
 from latentrt.export.hub import find_cached
 from latentrt.export.parts import TEXT_ENCODERS
@@ -133,6 +133,7 @@ def _inspect_part(file: TensorFile) -> Inspection:
         problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED}"
     elif name:
         problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
+        problem += f", and this with {option_for(name)}" if option_for(name) else ""
     else:
         problem = f"it is nothing that is known here: {len(file.tensors)} tensors, the first named {keys}"
     changes = _changes(file) if name == "LoRA" else []

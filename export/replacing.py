@@ -12,7 +12,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import Prediction
 from latentrt.engines.tensor_files import TensorFile
 from latentrt.export.assembly import read_weights_header
-from latentrt.export.families import CONTROLNET, DENOISER_PREFIX, TINY_VAE
+from latentrt.export.families import DENOISER_PREFIX, option_for
 from latentrt.export.folders import network_files, open_network, read_json, refuse_other_unet, refuse_other_vae
 from latentrt.export.markers import find_markers, find_prediction, find_strangers, read_changes
 from latentrt.export.parts import Layout, Part, Parts, Recipe
@@ -93,18 +93,11 @@ def _instead(file: TensorFile) -> str:
     what = name_other(file)[0]
     if not what:
         return "; `latentrt inspect` says what it holds"
-    option = GIVEN_WITH.get(what)
+    option = option_for(what)
     return f" but a {what}; " + (f"add it with {option}" if option else "`latentrt inspect` says what it holds")
 
 
 VAE_KEY = "decoder.conv_in.weight"
-GIVEN_WITH: Mapping[str, str] = {  # how what is neither a VAE nor a UNet is given
-    "LoRA": "--lora",
-    "T2I-Adapter": "--adapter NAME=PATH",
-    CONTROLNET: "--controlnet NAME=PATH",
-    TINY_VAE: "--tiny-vae DIRECTORY, which holds its config.json beside the weights",
-    "VAE": "--vae",
-}
 
 
 def _as_trained(parts: Parts, file: TensorFile, prediction: Prediction | None) -> Parts:

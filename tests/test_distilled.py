@@ -211,7 +211,7 @@ def test_what_holds_no_unet_is_refused(made: Make, tmp_path: Path) -> None:
     (vae,) = (base / "vae").glob("*.safetensors")
     for path, sentence in (
         (lora, "holds no UNet but a LoRA; add it with --lora"),
-        (vae, "holds no UNet but a VAE; `latentrt inspect` says"),
+        (vae, "holds no UNet but a VAE; add it with --vae"),
         (tmp_path / "nothing", "is not there; give a directory or a safetensors file"),
     ):
         with pytest.raises(CheckpointError, match=sentence):

@@ -212,3 +212,30 @@ def test_configs_of_its_own_say_all_that_unknown_tensors_could(sd1_checkpoint: P
     file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", marks={"time_gate.weight": [1.0]})
     assert open_file(file, CheckpointOptions(config=str(sd1_checkpoint))).configs
     assert "it holds tensors of no network that is known here: time_gate.weight" in inspect_checkpoint(str(file)).notes
+
+
+# --- marks of a UNet that is given beside a checkpoint ---
+
+
+def test_a_unet_from_a_file_brings_the_schedule_that_it_was_trained_for(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    plain = open_checkpoint(str(sd1_checkpoint))
+    file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", marks={"v_pred": [], "ztsnr": []})
+    found = open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(unet=str(file)))
+    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert found.scheduler == {**plain.scheduler, **told}
+    unmarked = save_single_file(sd1_checkpoint, tmp_path / "b.safetensors")
+    assert open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(unet=str(unmarked))).schedule == (
+        plain.schedule
+    )
+
+
+def test_a_unets_file_that_cannot_be_followed_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    metadata = {"modelspec.prediction_type": "epsilon"}
+    file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", marks={"v_pred": []}, metadata=metadata)
+    with pytest.raises(CheckpointError, match="needs --prediction-type, because it contradicts itself"):
+        open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(unet=str(file)))
+    options = CheckpointOptions(unet=str(file), prediction_type="epsilon")
+    assert open_checkpoint(str(sd1_checkpoint), options=options).schedule.prediction_type == "epsilon"
+    strange = save_single_file(sd1_checkpoint, tmp_path / "b.safetensors", marks={"time_gate.weight": [1.0]})
+    with pytest.raises(CheckpointError, match=r"no UNet known here has \(time_gate.weight\)"):
+        open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(unet=str(strange)))
