@@ -55,6 +55,15 @@ def no_decoder(name: str | None, there: Iterable[str]) -> EngineError:
     return EngineError(f"decoding needs {name}, opened are {', '.join(there)}")
 
 
+def sums_of_squares(array: Array) -> Array:
+    """Return the sum of each row's squares, (rows,), float32: not finite where a number is not, or cannot be squared.
+
+    Networks normalise by such sums: past them they give zeros, and a grey picture instead of an error.
+    """
+    flat = array.reshape(len(array), -1).astype(np.float32, copy=False)
+    return np.asarray(np.einsum("rn,rn->r", flat, flat))
+
+
 class Canvas(Protocol):
     """A batch of pictures where the engines run: on a device, or in this process's own memory.
 
@@ -109,6 +118,17 @@ class Canvas(Protocol):
         """Wait for the queue and return the pictures of the last `decode`: (P, height, width, 3), uint8, a copy."""
         ...
 
+    def squares(self) -> Array:
+        """Wait as `pixels` does and return sums of squares of the latents and of what became of them: (P, 2), float32.
+
+        Where one is not finite, the numbers it is the sum of are not, and the pixels mean nothing.
+        """
+        ...
+
+    def lost(self) -> tuple[int, ...]:
+        """Return the pictures whose latents are known to be no longer finite. On a device only `squares` knows."""
+        ...
+
     def mark(self) -> None:
         """Note the time at which the queue comes to this place."""
         ...
@@ -130,12 +150,23 @@ class ImmediateCanvas:
     def __init__(self) -> None:
         self._marks: list[float] = []
         self._pixels: Array | None = None
+        self._squares: Array | None = None
 
     def pixels(self) -> Array:
         """Return the pictures of the last `decode`."""
         if self._pixels is None:
             raise EngineError("the canvas has no pixels before `decode`")
         return self._pixels
+
+    def squares(self) -> Array:
+        """Return the sums of squares of the last `decode`."""
+        if self._squares is None:
+            raise EngineError("the canvas has no pixels before `decode`")
+        return self._squares
+
+    def lost(self) -> tuple[int, ...]:
+        """Return nothing: the state may lie on a device."""
+        return ()
 
     def mark(self) -> None:
         """Note the time."""

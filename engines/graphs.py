@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from latentrt.engines.manifest import LatentSpec
 
 PIXELS = "pixels"
+SQUARES = "squares"  # what tells of a decoder's numbers whether all were finite
 EXTRA_EMBEDDINGS = "extra_embeddings"
 ALIGNMENT = 64  # bytes of a cache line
 LEAST_EXTERNAL = 1024  # bytes; smaller weights stay in the graph
@@ -47,11 +48,13 @@ def append_pixel_tail(model: ModelProto) -> None:
     """Make a VAE decoder end in pixels: (batch, 3, height, width) in -1..1 becomes (batch, height, width, 3), uint8.
 
     The rounding is that of diffusers' image processor: x / 2 + 0.5, cut to 0..1, times 255, to the nearest even.
+    Pixels cannot show that a number was not finite. A second output does, `squares`, (batch, 2), float32: the sums of
+    the squares of the latents and of what the decoder makes of them. A state head goes before them afterwards.
     """
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    (output,) = graph.output
+    (latents,), (output,) = graph.input, graph.output
     batch, _, height, width = (axis.dim_param or axis.dim_value for axis in output.type.tensor_type.shape.dim)
     constants = {"half_range": 127.5, "lowest": 0.0, "highest": 255.0}
     for name, value in constants.items():
@@ -65,10 +68,28 @@ def append_pixel_tail(model: ModelProto) -> None:
             helper.make_node("Round", ["tail.cut"], ["tail.rounded"]),
             helper.make_node("Transpose", ["tail.rounded"], ["tail.last"], perm=[0, 2, 3, 1]),
             helper.make_node("Cast", ["tail.last"], [PIXELS], to=TensorProto.UINT8),
+            helper.make_node("Cast", [latents.name], ["tail.latents"], to=TensorProto.FLOAT),
+            *_square_sums("tail.latents", "tail.taken"),
+            *_square_sums("tail.wide", "tail.given"),
+            helper.make_node("Concat", ["tail.taken", "tail.given"], ["tail.sums"], axis=1),
+            helper.make_node("Flatten", ["tail.sums"], [SQUARES], axis=1),
         ]
     )
+    graph.initializer.append(numpy_helper.from_array(np.array([1, 2, 3], dtype=np.int64), "tail.axes"))
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, [batch, height, width, 3]))
+    graph.output.append(helper.make_tensor_value_info(SQUARES, TensorProto.FLOAT, [batch, 2]))
+
+
+def _square_sums(values: str, sums: str) -> list[NodeProto]:
+    """Return what sums each picture's squares: by operators that take the same inputs in every opset from 13 on."""
+    from onnx import helper
+
+    squares = f"{sums}.squares"
+    return [
+        helper.make_node("Mul", [values, values], [squares]),
+        helper.make_node("ReduceSum", [squares, "tail.axes"], [sums]),
+    ]
 
 
 def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) -> None:

@@ -7,8 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentrt.engines.canvas import DECODER, PREVIOUS, UNET, CanvasShape, ImmediateCanvas, StageInput, no_decoder
+from latentrt.engines.canvas import (
+    DECODER,
+    PREVIOUS,
+    UNET,
+    CanvasShape,
+    ImmediateCanvas,
+    StageInput,
+    no_decoder,
+    sums_of_squares,
+)
 from latentrt.engines.errors import EngineError
+from latentrt.engines.graphs import PIXELS, SQUARES
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.residuals import COND, NEXT, SCALE, hint_of, is_residual, level_axes
 from latentrt.engines.spec import Array, Engine
@@ -79,7 +89,11 @@ class HostCanvas(ImmediateCanvas):
             self._written.pop(PREVIOUS, None)
 
     def advance(self, stage: StageInput) -> None:
-        """Run one denoise stage in NumPy around the UNet."""
+        """Run one denoise stage in NumPy around the UNet; what leaves float32's range is left to `lost`."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._advance(stage)
+
+    def _advance(self, stage: StageInput) -> None:
         control = split_control(stage.control, self.state_rows)
         state = self._read("state")
         outputs = self._unet(np.einsum("pr,pr...->p...", control.input_row, state), control, stage)
@@ -136,7 +150,13 @@ class HostCanvas(ImmediateCanvas):
         if self._decoder is None:
             raise no_decoder(None, self._engines)
         latents = self._read("state")[:, 0] / np.float32(self._space.scaling_factor)
-        self._pixels = self._engines[self._decoder]({"latent_sample": latents})["pixels"].copy()
+        decoded = self._engines[self._decoder]({"latent_sample": latents})
+        self._pixels, self._squares = decoded[PIXELS].copy(), decoded[SQUARES].copy()
+
+    def lost(self) -> tuple[int, ...]:
+        """Return the pictures whose latents are not finite: a look at them costs next to nothing here."""
+        finite = np.isfinite(sums_of_squares(self._read("state")[:, 0]))
+        return tuple(np.flatnonzero(~finite).tolist())
 
     def read(self, name: str) -> Array:
         """Return a copy of one of the stage's inputs."""

@@ -52,7 +52,7 @@ NOT_CHANGED: Mapping[str, Array] = {}
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
 FUSED: frozenset[Provider] = frozenset({"cuda"})
 # Counts up when what is built of a bundle changes though the bundle does not.
-RECIPES: Mapping[Provider, int] = {"cpu": 1, "cuda": 2}
+RECIPES: Mapping[Provider, int] = {"cpu": 2, "cuda": 3}
 # Too heavy for the host: when ONNX Runtime has no kernel for one of these on the device, it would run it on the CPU.
 HEAVY = frozenset(
     {"Attention", "Conv", "ConvTranspose", "Gelu", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
@@ -165,9 +165,9 @@ def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool
     if component.startswith(PREFIX) and fused:
         return fuse_control(model)
     if component in DECODERS:
+        graphs.append_pixel_tail(model)
         if fused:
             graphs.prepend_state_head(model, STATE_ROWS, latents)
-        graphs.append_pixel_tail(model)
     graphs.append_embedding_input(model)
     return model
 

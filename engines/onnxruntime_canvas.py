@@ -11,6 +11,7 @@ import numpy as np
 from latentrt.engines.canvas import DECODER, PREVIOUS, UNET, CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.control_stage import HINT
 from latentrt.engines.errors import EngineError
+from latentrt.engines.graphs import PIXELS, SQUARES
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.onnxruntime import OnnxRuntimeEngine, require
 from latentrt.engines.residuals import NEXT, PREFIX, SCALE, hint_of, is_residual, level_axes
@@ -116,7 +117,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             self._put(name, 0, np.full(shape, NEUTRAL[name], dtype=spec.dtype))
         self._written.clear()
         self._marks.clear()
-        self._pixels = None
+        self._pixels = self._squares = None
 
     def _spec(self, name: str) -> TensorSpec:
         try:
@@ -232,9 +233,10 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         engine = self._engines[self._decoder]
         binding = engine.new_binding()
         binding.bind_ortvalue_input("state", self._states[0])
-        binding.bind_output("pixels", "cpu")
+        for output in (PIXELS, SQUARES):
+            binding.bind_output(output, "cpu")
         engine.run_bound(binding)
-        self._pixels = binding.get_outputs()[0].numpy().copy()
+        self._pixels, self._squares = (value.numpy().copy() for value in binding.get_outputs())
 
     def read(self, name: str) -> Array:
         """Return a copy of one of the stage's inputs, or of the state before the last stage."""

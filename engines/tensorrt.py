@@ -52,7 +52,7 @@ RUNTIMES: dict[Flavor, tuple[tuple[str, str | None], ...]] = {  # (module, optio
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
 TOKENS = "input_ids"  # what text encoders take
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
-RECIPE = 5
+RECIPE = 6
 # Rows of the input that learned words are looked up in: a handful of embeddings of the longest kind.
 LEARNED_TOKENS = 64
 
@@ -281,8 +281,8 @@ def _edit(model: ModelProto, component: str, options: BuildOptions, latents: Lat
     if component.startswith(PREFIX):
         return fuse_control(model, state_rows=options.state_rows)
     if component in DECODERS:
-        graphs.prepend_state_head(model, options.state_rows, latents)
         graphs.append_pixel_tail(model)
+        graphs.prepend_state_head(model, options.state_rows, latents)
     graphs.append_embedding_input(model, rows=LEARNED_TOKENS)
     return model
 

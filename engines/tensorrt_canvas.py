@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +17,7 @@ from latentrt.engines.tensorrt_parts import (
     ROWS,
     STATE,
     Bench,
+    Decoded,
     Resident,
     Stage,
     canvas_axes,
@@ -96,9 +97,7 @@ class TensorRTCanvas:
         if programs.text_encoder is not None and text is not None and fills(programs.text_encoder.spec, text):
             self._text = TextEncoder(bench, programs.text_encoder, text)
             self._passes += self._text.passes
-        size = int(np.prod(self._pixels_shape))
-        self._pixels_address = self._holding.allocate(size)
-        self._pixels, self._finished = self._holding.pinned(size), self._holding.mark()
+        self._output, self._finished = Decoded(self._holding, self.shape), self._holding.mark()
         largest = max(resident.size for resident in (*self._residents.values(), *self._controls.hints.values()))
         self._inbox, self._received = self._holding.pinned(largest), self._holding.mark()
 
@@ -135,15 +134,10 @@ class TensorRTCanvas:
         if name not in self._programs:
             raise no_decoder(name, self._programs)
         if name not in self._decoders:
-            state = self._residents[STATE]
-            run = make_decoder(self._bench, self._programs[name], state, self._pixels_address, self._pixels_shape)
+            run = make_decoder(self._bench, self._programs[name], self._residents[STATE], self._output)
             self._decoders[name] = run
             self._passes.append(run)
         return self._decoders[name]
-
-    @property
-    def _pixels_shape(self) -> tuple[int, int, int, int]:
-        return self.shape.pictures, self.shape.height, self.shape.width, 3
 
     @property
     def state_rows(self) -> int:
@@ -195,7 +189,7 @@ class TensorRTCanvas:
             self._advanced = True
 
     def decode(self) -> None:
-        """Run the decoder on the first row of the state, and copy the pixels to where `pixels` finds them."""
+        """Run the decoder on the first row of the state, and copy what it gives to where `pixels` finds it."""
         with self._queue.lock:
             self._check_open()
             if self._decoder is None:
@@ -203,19 +197,30 @@ class TensorRTCanvas:
             if not self._residents[STATE].held:
                 raise EngineError("the canvas has no state to decode; write it first")
             self._decoder.run()
-            self._queue.device.copy_out(self._pixels, self._pixels_address, self._queue.stream)
+            self._queue.device.copy_out(self._output.host, self._output.address, self._queue.stream)
             self._queue.set(self._finished)
             self._decoded = True
 
     def pixels(self) -> Array:
         """Wait for the last `decode` and return a copy of its pictures."""
+        return self._decoded_by_now(self._output.pixels)
+
+    def squares(self) -> Array:
+        """Wait for the last `decode` and return the sums of squares that came with its pictures."""
+        return self._decoded_by_now(self._output.squares)
+
+    def lost(self) -> tuple[int, ...]:
+        """Return nothing: only a wait would tell."""
+        return ()
+
+    def _decoded_by_now(self, look: Callable[[], Array]) -> Array:
         self._check_open()
         if not self._decoded:
             raise EngineError("the canvas has no pixels before `decode`")
         self._queue.reach(self._end_of_picture())
         with self._queue.lock:
             self._check_open()
-            return self._pixels.reshape(self._pixels_shape).copy()
+            return look()
 
     def _end_of_picture(self) -> Mark:
         """Return where the pixels are on the host, or the mark right behind: then `elapsed` waits no second time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,13 +10,14 @@ import numpy as np
 
 from latentrt.engines.canvas import CanvasShape, StageInput
 from latentrt.engines.errors import EngineError
+from latentrt.engines.graphs import PIXELS, SQUARES
 from latentrt.engines.residuals import is_residual, level_axes
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensorrt_profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
 from latentrt.engines.tensorrt_run import Pass, Place, Program
 from latentrt.engines.work_queue import Holding, Outbox, align
 
-STATE, NEXT_STATE, PIXELS, ROWS = "state", "next_state", "pixels", "rows"
+STATE, NEXT_STATE, ROWS = "state", "next_state", "rows"
 # What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often left away.
 PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
 
@@ -173,13 +175,41 @@ def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Re
     return {tensor.name: Resident(bench, tensor, shapes[tensor.name]) for tensor in stay}
 
 
-def make_decoder(bench: Bench, program: Program, state: Resident, pixels: int, shape: Shape) -> Pass:
-    """Make the VAE's pass: from the state to the pixels, (P, height, width, 3) uint8."""
+class Decoded:
+    """What a decoder gives, on the device in one block, so that one copy brings it to the host."""
+
+    def __init__(self, holding: Holding, shape: CanvasShape) -> None:
+        self.shapes: dict[str, Shape] = {
+            PIXELS: (shape.pictures, shape.height, shape.width, 3),
+            SQUARES: (shape.pictures, 2),
+        }
+        self._squares = align(math.prod(self.shapes[PIXELS]))
+        size = self._squares + math.prod(self.shapes[SQUARES]) * np.dtype(np.float32).itemsize
+        self.address, self.host = holding.allocate(size), holding.pinned(size)
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Return where on the device each lies."""
+        return {PIXELS: self.address, SQUARES: self.address + self._squares}
+
+    def pixels(self) -> Array:
+        """Return a copy of the pixels as the last copy left them on the host."""
+        shape = self.shapes[PIXELS]
+        return self.host[: math.prod(shape)].reshape(shape).copy()
+
+    def squares(self) -> Array:
+        """Return a copy of the sums of squares beside them."""
+        return self.host[self._squares :].view(np.float32).reshape(self.shapes[SQUARES]).copy()
+
+
+def make_decoder(bench: Bench, program: Program, state: Resident, decoded: Decoded) -> Pass:
+    """Make the VAE's pass: from the state to the pixels, (P, height, width, 3) uint8, and the sums of squares."""
     run = Pass(bench.place, program, next(iter(bench.profiles(program.spec).values())))
-    if run.inputs != {STATE: state.shape} or run.outputs != {PIXELS: shape}:
+    if run.inputs != {STATE: state.shape} or run.outputs != decoded.shapes:
+        given = ", ".join(f"{name} {shape}" for name, shape in decoded.shapes.items())
         raise EngineError(
             f"{program.spec.component} takes {run.inputs} and gives {run.outputs}, expected {STATE} {state.shape} "
-            f"and {PIXELS} {shape}; {REBUILD}"
+            f"and {given}; {REBUILD}"
         )
-    run.bind({STATE: state.address, PIXELS: pixels})
+    run.bind({STATE: state.address, **decoded.addresses})
     return run

@@ -18,7 +18,17 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.engines.spec import Array
 from latentrt.runtime.animation import KeyFrame
-from latentrt.runtime.cli_options import DECODING, LOADING, PROMPTS, SAMPLING, STARTS, Key, Size, options_of
+from latentrt.runtime.cli_options import (
+    DECODING,
+    LOADING,
+    PROMPTS,
+    SAMPLING,
+    STARTS,
+    Key,
+    Size,
+    TextCommand,
+    options_of,
+)
 from latentrt.runtime.images import save_png
 from latentrt.runtime.movies import check_movie, save_movie
 from latentrt.runtime.pipeline import Pipeline
@@ -30,7 +40,7 @@ from latentrt.runtime.schedules import STABLE_DIFFUSION
 from latentrt.runtime.steps import Step
 
 
-@click.command()
+@click.command(cls=TextCommand)
 @click.argument("bundle")
 @click.argument("prompt")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path(), help="A directory, or one .png file.")
@@ -57,7 +67,7 @@ def generate(
 ) -> None:
     """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
     if output.suffix.lower() == ".png" and request["n"] > 1:
-        raise RequestError(f"--output: found the file '{output}' for {request['n']} pictures; name a directory")
+        raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
     with _load(bundle, backend, threads=threads, embeddings=embeddings) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
@@ -66,7 +76,7 @@ def generate(
     click.echo(json.dumps(summary, indent=1) if as_json else _lines(summary))
 
 
-@click.command()
+@click.command(cls=TextCommand)
 @click.argument("bundle")
 @click.argument("keys", metavar="PROMPT@SEED...", nargs=-1, required=True, type=Key())
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .gif, .webp or .mp4 file.")
@@ -172,6 +182,7 @@ def _summary(result: Result, files: list[Path], *, load_s: float) -> dict[str, A
         **settings.further,
         "backend": result.backend,
         "reason": result.reason,
+        "warnings": list(result.warnings),
         "seconds": {"load": load_s, **result.seconds},
         "step_seconds": list(result.step_seconds),
     }

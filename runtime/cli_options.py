@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,47 @@ from latentrt.runtime.request import NOISES
 from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
 from latentrt.runtime.spacings import SPACINGS
 from latentrt.runtime.steering import Control
+
+
+class TextCommand(click.Command):
+    """A command whose arguments may be text that begins with -: what has spaces, `-a red circle`, is no option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, options_first(args, self.get_params(ctx)))
+        except click.NoSuchOption as error:
+            raise click.UsageError(
+                f"{error.format_message()} A prompt that begins with - and has no space goes behind --, as in: "
+                f"{ctx.command_path} BUNDLE -- -prompt",
+                ctx=ctx,
+            ) from None
+
+
+def options_first(arguments: Sequence[str], params: Sequence[click.Parameter]) -> list[str]:
+    """Return a command's arguments with options before -- and all that is text behind it, each in its order."""
+    takes = {
+        name: option.nargs
+        for option in params
+        if isinstance(option, click.Option) and not (option.is_flag or option.count)
+        for name in option.opts
+    }
+    options, texts, rest = list[str](), list[str](), iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            texts += rest
+        elif not argument.startswith("-") or argument == "-" or _spaced(argument):
+            texts.append(argument)
+        else:
+            values = list(itertools.islice(rest, takes.get(argument, 0)))
+            if len(values) < takes.get(argument, 0):  # the option at the end has no value, and must not get --
+                return list(arguments)
+            options += [argument, *values]
+    return [*options, "--", *texts]
+
+
+def _spaced(argument: str) -> bool:
+    """Tell whether there is a space where an option's name would be."""
+    return any(sign.isspace() for sign in argument.partition("=")[0])
 
 
 class Size(click.ParamType[tuple[int, int]]):

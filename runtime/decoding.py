@@ -9,8 +9,10 @@ import numpy as np
 
 from latentrt.engines.canonical import as_canonical
 from latentrt.engines.canvas import DECODER, TINY_DECODER, Canvas
+from latentrt.engines.graphs import PIXELS, SQUARES
 from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.spec import Array, Engine
+from latentrt.runtime.finite import check_decoded, check_sums
 
 DecoderName = Literal["full", "tiny"]
 DECODERS: Mapping[DecoderName, str] = {"full": DECODER, "tiny": TINY_DECODER}
@@ -21,10 +23,16 @@ Decode = Callable[[Array], Array]
 
 
 def decode_in_place(canvas: Canvas) -> Array:
-    """Decode what a canvas has drawn, and set a mark; return its pixels."""
+    """Decode what a canvas has drawn, and set a mark; return its pixels. Raises NotFiniteError."""
     canvas.decode()
     canvas.mark()
-    return canvas.pixels()
+    return _checked_pixels(canvas)
+
+
+def _checked_pixels(canvas: Canvas) -> Array:
+    pixels = canvas.pixels()
+    check_decoded(canvas)
+    return pixels
 
 
 def on_canvas(canvas: Canvas) -> Decode:
@@ -35,7 +43,7 @@ def on_canvas(canvas: Canvas) -> Decode:
         state[:, 0] = latents
         canvas.write("state", state)
         canvas.decode()
-        return canvas.pixels()
+        return _checked_pixels(canvas)
 
     return decode
 
@@ -43,4 +51,10 @@ def on_canvas(canvas: Canvas) -> Decode:
 def through_engine(engine: Engine, space: LatentSpec) -> Decode:
     """Return what decodes latents with a decoder's engine, whatever that begins with."""
     canonical, scale = as_canonical(engine, space), np.float32(space.scaling_factor)
-    return lambda latents: canonical({"latent_sample": latents / scale})["pixels"].copy()
+
+    def decode(latents: Array) -> Array:
+        decoded = canonical({"latent_sample": latents / scale})
+        check_sums(decoded[SQUARES])
+        return decoded[PIXELS].copy()
+
+    return decode

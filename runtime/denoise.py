@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from latentrt.engines.canvas import Canvas, StageInput
+from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.spec import Array
 from latentrt.runtime.control import pack_control
+from latentrt.runtime.finite import LATENTS
 from latentrt.runtime.guidance import Guidance, guidance_rows
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.steering import Features, Steering, scales_at
@@ -29,6 +31,7 @@ def denoise(
     The canvas has its text and its state. draw: called at the stages in which the sampler draws, returns unit
     normals, (n, C, h, w). steering: what is followed, whose pixels are on the canvas; features: what is written to it
     along the way. A caller that stops iterating leaves the canvas where it is.
+    Raises NotFiniteError where the canvas knows of latents that are not finite any more.
     stages: which of the plan's to take, None for all; the state is then that before the first of them
     """
     stages = range(plan.stages) if stages is None else stages
@@ -38,6 +41,8 @@ def denoise(
             canvas.write(name, array)
         canvas.advance(stage)
         canvas.mark()
+        if lost := canvas.lost():
+            raise NotFiniteError(LATENTS, lost, stage=k + 1, stages=plan.stages)
         yield k + 1
 
 

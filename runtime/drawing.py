@@ -10,14 +10,16 @@ from functools import partial
 import numpy as np
 
 from latentrt.engines.canvas import TINY_DECODER, UNET, Canvas, CanvasShape
-from latentrt.engines.errors import BundleError
+from latentrt.engines.errors import BundleError, NotFiniteError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.opening import OpenEngines
 from latentrt.engines.residuals import PREFIX, hint_of
 from latentrt.engines.spec import Array
+from latentrt.runtime.advice import explain
 from latentrt.runtime.conditioning import conditions
 from latentrt.runtime.decoding import NO_TINY, decode_in_place, on_canvas, through_engine
 from latentrt.runtime.denoise import denoise
+from latentrt.runtime.finite import LATENTS, START, finite
 from latentrt.runtime.job import Job, latent_shape, repaints
 from latentrt.runtime.legs import Leg
 from latentrt.runtime.mixing import vary
@@ -62,7 +64,13 @@ class Drawing:
         self._opened, self._manifest = opened, manifest
 
     def __call__(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
-        """Draw a job, whose text and noise come from a source."""
+        """Draw a job, whose text and noise come from a source. Raises NotFiniteError with its likely causes."""
+        try:
+            return self._draw(job, source, watch)
+        except NotFiniteError as error:
+            raise explain(error, job, self._opened.key.precision) from None
+
+    def _draw(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
         last = job.legs[-1].denoiser
         decode = self._decoder(job, last, tokens=source.tokens[last])
         canvas, encode, steps = self._denoise(job, source, watch)
@@ -82,7 +90,7 @@ class Drawing:
         tile = on_canvas(self._canvas(job, denoiser, size, tokens=tokens, decoder=job.decoder))
 
         def decode(canvas: Canvas) -> Array:
-            pixels = decode_tiles(canvas.read("state")[:, 0], tile, grid, factor=factor)
+            pixels = decode_tiles(_latents_of(job, canvas.read("state"), job.plan.stages), tile, grid, factor=factor)
             canvas.mark()
             return pixels
 
@@ -129,6 +137,7 @@ class Drawing:
             self._advance(job, leg, inputs, canvas, draw, watch)
             if leg is not job.legs[-1]:  # read before the next canvas, which may take this one's place
                 inputs["state"] = canvas.read("state")
+                _latents_of(job, inputs["state"], leg.stages.stop)
                 first, *own = canvas.elapsed()
                 encode, steps = encode + first, steps + own
         return canvas, encode, steps
@@ -141,7 +150,8 @@ class Drawing:
             other = stream(job.request.noise, job.variations, shape)()
             varied = vary(start.noise, other, job.request.variation_strength)
             start = dataclasses.replace(start, noise=varied)
-        return start.inputs(job.plan, state_rows=state_rows)
+        written = start.inputs(job.plan, state_rows=state_rows)
+        return {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
 
     def _advance(
         self,
@@ -210,6 +220,11 @@ class Drawing:
         if component not in self._opened.engines:
             self._opened.engines[component] = self._opened.load(component)
         return self._opened.engines[component](inputs)
+
+
+def _latents_of(job: Job, state: Array, stage: int) -> Array:
+    """Return the latents of a state after a stage, (n, C, h, w). Raises NotFiniteError."""
+    return finite(state[:, 0], LATENTS, pictures=len(job.prompts), stage=stage, stages=job.plan.stages)
 
 
 def stream(source: NoiseSource, seeds: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], Array]:

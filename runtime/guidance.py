@@ -53,7 +53,7 @@ def plan_guidance(
             f"guidance: found {scale}, expected a number from 0 up, or one for each of {pictures} pictures"
         )
     if not 0 <= rescale <= 1:
-        raise RequestError(f"guidance rescale: found {rescale}, expected 0 to 1")
+        raise RequestError(f"guidance_rescale: found {rescale}, expected 0 to 1")
     inside = guided_stages(plan, *interval)
     scales = np.maximum(np.broadcast_to(scales, (pictures,)), np.float32(1))
     return Guidance(scales=scales, stages=inside & bool((scales != 1).any()), rescale=float(rescale))
@@ -67,11 +67,11 @@ def guided_stages(plan: SamplingPlan, start: float, stop: float) -> Array:
     Raises RequestError when they are not in order, or no stage lies between them.
     """
     if not 0 <= start < stop <= 1:
-        raise RequestError(f"guidance interval: found {start:g} to {stop:g}, expected 0 <= start < stop <= 1")
+        raise RequestError(f"guidance_interval: found {start:g} to {stop:g}, expected 0 <= start < stop <= 1")
     first, end = math.ceil(start * plan.stages), math.ceil(stop * plan.stages)
     if first == end:
         raise RequestError(
-            f"guidance interval: no one of {plan.stages} stages lies from {start:g} to {stop:g}; "
+            f"guidance_interval: no one of {plan.stages} stages lies from {start:g} to {stop:g}; "
             "use guidance 1 for no guidance"
         )
     inside = plan.timesteps[first:end]

@@ -100,7 +100,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     _check_decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
     if mask is None and repaints(manifest):
-        raise RequestError("mask: this checkpoint repaints a part of an image; give image and mask")
+        raise RequestError("mask: this checkpoint repaints a part of an image; give `image` and `mask`")
     if pixels is not None and len(pixels) not in (1, len(prompts)):
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
     seeds, variations = _all_seeds(request, len(prompts))
@@ -181,7 +181,7 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
     if request.image is None:
         for name in ("mask", "strength"):
             if getattr(request, name) is not None:
-                raise RequestError(f"{name}: it says how to change an image, and there is none; give image too")
+                raise RequestError(f"{name}: it says how to change an image, and there is none; give `image` too")
         return None, None, check_size(request.size or _controlled_size(request, manifest), manifest)
     factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
     if request.mask is None:
@@ -279,7 +279,7 @@ def _negatives(value: str | Sequence[str | None] | None, pictures: int) -> tuple
 def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the seed and the variation seed of each picture; no variation seeds where there is no variation."""
     if (request.variation_seed is None) != (request.variation_strength == 0):
-        raise RequestError("variation_seed and variation_strength belong together; give both, or none")
+        raise RequestError("variation_seed: it and variation_strength belong together; give both, or none")
     seeds = _seeds(request.seed, pictures)
     if request.variation_seed is None:
         return seeds, ()

@@ -30,7 +30,7 @@ def check_movie(path: Path, *, fps: float) -> None:
     """
     fastest = FASTEST.get(path.suffix.lower())
     if fastest is None:
-        raise RequestError(f"'{path}': found the ending '{path.suffix}', expected one of {', '.join(FASTEST)}")
+        raise RequestError(f"output: '{path}' has the ending '{path.suffix}', expected one of {', '.join(FASTEST)}")
     if not 0 < fps <= fastest:
         raise RequestError(f"fps: found {fps:g}, expected above 0 and at most {fastest} for {path.suffix.lower()}")
     if path.suffix.lower() == ".mp4":

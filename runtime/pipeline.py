@@ -25,6 +25,7 @@ from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, fra
 from latentrt.runtime.decoding import DECODERS
 from latentrt.runtime.drawing import Drawing, Source, stream
 from latentrt.runtime.embeddings import load_embedding
+from latentrt.runtime.finite import TEXT, finite, one_coloured
 from latentrt.runtime.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.loras import Loras
 from latentrt.runtime.prompt import PromptTokenizer
@@ -120,7 +121,8 @@ class Pipeline:
         """Draw what a request asks for.
 
         on_step: called after each stage, on the calling thread; what it raises ends the call
-        Raises RequestError on what cannot be drawn, and DeadlineError where the request's time is over.
+        Raises RequestError on what cannot be drawn, DeadlineError where the request's time is over, and NotFiniteError
+        where numbers of a picture left the range of floats: then none of the call's pictures is given.
         """
         job = resolve(request, self.manifest)
         return self._locked(job, lambda watch: self._draw(job, self._prompted(job), watch), on_step)
@@ -189,7 +191,7 @@ class Pipeline:
                 canvas.encode(in_place)
                 return
             for name, array in self._texts(prompts, negatives, denoiser=denoiser).items():
-                canvas.write(name, array)
+                canvas.write(name, finite(array, TEXT, pictures=len(prompts)))
 
         shape = latent_shape(job.size, self.manifest.latents)
         return Source(
@@ -209,7 +211,8 @@ class Pipeline:
 
         def write(canvas: Canvas, denoiser: str) -> None:
             for name, array in texts[denoiser].items():
-                canvas.write(name, np.concatenate([frame_rows(array[part], frames) for part in parts]))
+                rows = np.concatenate([frame_rows(array[part], frames) for part in parts])
+                canvas.write(name, finite(rows, TEXT, pictures=len(frames)))
 
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
@@ -228,6 +231,7 @@ class Pipeline:
             settings=tuple(self._settings(job, i) for i in range(len(job.prompts))),
             seconds={"tokenize": source.tokenize_s, **stages, "total": total},
             step_seconds=drawn.step_seconds,
+            warnings=one_coloured(drawn.pixels),
             backend=self._opened.choice.backend,
             reason=self._opened.choice.reason,
         )

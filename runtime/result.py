@@ -40,6 +40,7 @@ class Result:
         those of the call before, 0 where they were the same
     step_seconds: of each stage of the plan, as measured where the engines run
     backend, reason: what ran, and why it was chosen
+    warnings: a sentence for each picture that is of one colour all over
     """
 
     pixels: Array
@@ -49,6 +50,7 @@ class Result:
     step_seconds: tuple[float, ...]
     backend: str
     reason: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Image]:

@@ -66,7 +66,7 @@ def _aligned(name: str) -> Callable[[Ends, int], Array]:
     def spacing(ends: Ends, steps: int) -> Array:
         if abs(float(ends.table[-1]) / known[0] - 1) > 0.01:
             raise RequestError(
-                f"spacing '{name}': it is published for noise up to {known[0]}, and this checkpoint's reaches "
+                f"spacing: '{name}' is published for noise up to {known[0]}, and this checkpoint's reaches "
                 f"{float(ends.table[-1]):.5g}; use karras"
             )
         wanted = np.linspace(0, len(known) - 1, steps + 1)[:-1]

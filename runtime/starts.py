@@ -153,6 +153,8 @@ def check_latents(latents: Array, *, pictures: int, shape: tuple[int, int, int],
     rows = array[None] if array.ndim == 3 else array
     if rows.shape not in ((1, *shape), (pictures, *shape)):
         raise RequestError(f"{name}: found shape {array.shape}, expected {(pictures, *shape)} for this size")
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32, copy=False)
     if not np.isfinite(rows).all():
-        raise RequestError(f"{name}: found a number that is not finite")
-    return np.broadcast_to(rows.astype(np.float32, copy=False), (pictures, *shape))
+        raise RequestError(f"{name}: found a number that is not finite, or leaves the range of float32")
+    return np.broadcast_to(rows, (pictures, *shape))

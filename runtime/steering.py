@@ -12,6 +12,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.residuals import ADAPTER, COND, FEATURE, PREFIX, level_axes
 from latentrt.engines.spec import Array
+from latentrt.runtime.finite import FOLLOWED, finite
 from latentrt.runtime.image_sources import Source, read_hints
 
 KINDS = (PREFIX, ADAPTER)
@@ -150,7 +151,10 @@ class Features:
             (
                 one.stages,
                 one.scale,
-                {name: np.array(array) for name, array in run(one.component, {COND: one.pixels}).items()},
+                {
+                    name: finite(np.array(array), FOLLOWED, pictures=len(one.pixels))
+                    for name, array in run(one.component, {COND: one.pixels}).items()
+                },
             )
             for one in steering
             if one.component.startswith(ADAPTER)

@@ -10,6 +10,7 @@ import numpy as np
 from latentrt.engines.canvas import PREVIOUS, Canvas
 from latentrt.engines.manifest import Manifest
 from latentrt.engines.spec import Array
+from latentrt.runtime.finite import LATENTS, finite
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.preview import predicted_latents, preview
 
@@ -43,7 +44,10 @@ class Step:
     @property
     def latents(self) -> Array:
         """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters."""
-        return self._canvas.read("state")[:, 0]
+        return self._finite(self._canvas.read("state")[:, 0])
+
+    def _finite(self, latents: Array) -> Array:
+        return finite(latents, LATENTS, pictures=len(latents), stage=self.stage, stages=self.stages)
 
     @property
     def predicted(self) -> Array:
@@ -52,6 +56,7 @@ class Step:
         What a mask keeps is the image's own. A device is waited for.
         """
         before, after = self._canvas.read(PREVIOUS), self._canvas.read("state")
+        self._finite(after[:, 0])
         prediction = self._manifest.schedule.prediction_type
         found = predicted_latents(before, after, self._plan, self.stage - 1, prediction, noise=self._noise)
         if not self._keeps:

@@ -115,8 +115,8 @@ def edited(model: Any, component: str, latents: LatentSpec) -> Any:
     if component == "unet":
         return fuse_stage(model)
     if component == "vae_decoder":
-        prepend_state_head(model, STATE_ROWS, latents)
         append_pixel_tail(model)
+        prepend_state_head(model, STATE_ROWS, latents)
     return model
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from latentrt.engines.canvas import PREVIOUS, Canvas, CanvasShape, StageInput
+from latentrt.engines.canvas import PREVIOUS, Canvas, CanvasShape, StageInput, sums_of_squares
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import append_pixel_tail, prepend_state_head
 from latentrt.engines.host_canvas import HostCanvas
@@ -59,8 +59,8 @@ def vae_graph() -> Any:
     latents = ["batch", 3, "latent_height", "latent_width"]
     nodes = [helper.make_node("Identity", ["latent_sample"], ["sample"])]
     model = model_of(nodes, {"latent_sample": latents}, {"sample": latents}, {})
-    prepend_state_head(model, ROWS, SPACE)
     append_pixel_tail(model)
+    prepend_state_head(model, ROWS, SPACE)
     return model
 
 
@@ -96,7 +96,8 @@ unet.spec = SimpleNamespace(  # type: ignore[attr-defined]
 
 
 def vae(inputs: Any) -> dict[str, Array]:
-    return {"pixels": to_pixels(inputs["latent_sample"])}
+    sums = sums_of_squares(inputs["latent_sample"])
+    return {"pixels": to_pixels(inputs["latent_sample"]), "squares": np.stack([sums, sums], axis=1)}
 
 
 def host_canvas(shape: CanvasShape) -> HostCanvas:

@@ -249,7 +249,7 @@ def test_each_picture_may_have_its_own_scale() -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0.5, 0.5), (0.8, 0.2), (-0.1, 1.0), (0.0, 1.1), (float("nan"), 1.0)])
 def test_an_impossible_guidance_interval_is_refused(start: float, stop: float) -> None:
-    with pytest.raises(RequestError, match=r"guidance interval: .* expected 0 <= start < stop <= 1"):
+    with pytest.raises(RequestError, match=r"guidance_interval: .* expected 0 <= start < stop <= 1"):
         guided_stages(make_plan("euler", STABLE_DIFFUSION, steps=4), start, stop)
 
 
@@ -266,7 +266,7 @@ def test_a_guidance_scale_that_is_no_number_or_not_one_a_picture_is_refused(scal
 
 @pytest.mark.parametrize("rescale", [-0.1, 1.5, float("nan")])
 def test_an_impossible_guidance_rescale_is_refused(rescale: float) -> None:
-    with pytest.raises(RequestError, match="guidance rescale: found"):
+    with pytest.raises(RequestError, match="guidance_rescale: found"):
         plan_guidance(make_plan("euler", STABLE_DIFFUSION, steps=4), 7.5, 2, rescale=rescale)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines import graphs
 from latentrt.engines.bundle import Bundle
@@ -49,13 +50,49 @@ def test_head_and_tail_together_go_from_state_to_pixels(sd1_bundle: Path) -> Non
     bundle = Bundle.open(sd1_bundle)
     path = bundle.path(bundle.manifest.components["vae_decoder"].graph)
     model, canonical = onnx.load(str(path)), open_session(onnx.load(str(path)))
-    graphs.prepend_state_head(model, ROWS, bundle.manifest.latents)
     graphs.append_pixel_tail(model)
+    graphs.prepend_state_head(model, ROWS, bundle.manifest.latents)
     state = draw_state(bundle, height=8, width=8)
     session = open_session(model)
-    (pixels,) = session.run(None, {"state": state})
+    pixels, squares = session.run(None, {"state": state})
     latents = state[:, 0] / np.float32(bundle.manifest.latents.scaling_factor)
     expected = to_pixels(canonical.run(None, {"latent_sample": latents})[0])
     assert np.abs(pixels.astype(int) - expected.astype(int)).max() <= 1  # a value may lie on a rounding's edge
     axes = [session.get_inputs()[0].shape, session.get_outputs()[0].shape]
     assert [shape[0] for shape in axes] == ["pictures", "pictures"] and axes[0][1] == ROWS
+    assert squares.dtype == np.float32 and np.isfinite(squares).all()
+    np.testing.assert_allclose(squares[:, 0], np.square(latents).sum(axis=(1, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1e20])
+def test_a_decoder_tells_which_pictures_latents_are_not_finite(sd1_bundle: Path, number: float) -> None:
+    """Pixels do not show it: in uint8 they are as good as any. The picture beside it is what it was."""
+    bundle = Bundle.open(sd1_bundle)
+    model = onnx.load(str(bundle.path(bundle.manifest.components["vae_decoder"].graph)))
+    graphs.append_pixel_tail(model)
+    graphs.prepend_state_head(model, ROWS, bundle.manifest.latents)
+    session, state = open_session(model), draw_state(bundle, height=8, width=8)
+    expected, _ = session.run(None, {"state": state})
+    state[1, 0, 2, 3, 3] = number
+    pixels, squares = session.run(None, {"state": state})
+    assert np.isfinite(squares[0]).all() and not np.isfinite(squares[1, 0])
+    np.testing.assert_array_equal(pixels[0], expected[0])
+
+
+@pytest.mark.parametrize("factor", [3e38, np.float32(np.inf)])
+def test_a_decoder_tells_of_pixels_that_are_not_finite(factor: float) -> None:
+    """Finite latents that overflow on the way, as a VAE's in float16 do."""
+    axes = ["batch", 3, "height", "width"]
+    info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name in ("latent_sample", "sample")]
+    weight = numpy_helper.from_array(np.array(factor, dtype=np.float32), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["latent_sample", "weight"], ["sample"])], "vae", info[:1], info[1:], [weight]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    graphs.append_pixel_tail(model)
+    onnx.checker.check_model(model)
+    latents = np.zeros((2, 3, 4, 4), dtype=np.float32)
+    latents[1] = 5
+    _, squares = open_session(model).run(None, {"latent_sample": latents})
+    assert np.isfinite(squares[:, 0]).all()
+    assert not np.isfinite(squares[1, 1])

@@ -132,8 +132,8 @@ def test_a_missing_writer_is_said_with_the_command_that_installs_it(
 @pytest.mark.parametrize(
     ("name", "fps", "message"),
     [
-        ("movie.avi", 8, r"found the ending '\.avi', expected one of \.gif, \.webp, \.mp4"),
-        ("movie", 8, r"found the ending ''"),
+        ("movie.avi", 8, r"has the ending '\.avi', expected one of \.gif, \.webp, \.mp4"),
+        ("movie", 8, r"has the ending ''"),
         ("movie.gif", 60, r"fps: found 60, expected above 0 and at most 50 for \.gif"),
         ("movie.WEBP", 0, r"fps: found 0, expected above 0"),
         ("movie.webp", float("nan"), r"fps: found nan"),

@@ -129,7 +129,7 @@ def test_the_denoiser_is_the_fused_stage_and_the_decoder_goes_from_state_to_pixe
         "next_state: float32[pictures, 6, 4, latent_height, latent_width]",
     ]
     assert [str(t) for t in decoder.inputs] == ["state: float32[pictures, 6, 4, latent_height, latent_width]"]
-    assert [(t.name, t.dtype) for t in decoder.outputs] == [("pixels", "uint8")]
+    assert [(t.name, t.dtype) for t in decoder.outputs] == [("pixels", "uint8"), ("squares", "float32")]
     text = record.specs["text_encoder"]
     assert [str(t) for t in text.inputs] == ["input_ids: int64[batch, 77]", "extra_embeddings: float32[64, 32]"]
 

@@ -15,8 +15,10 @@ import pytest
 
 from latentrt.engines.building import build_engines
 from latentrt.engines.bundle import Bundle
+from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
+from latentrt.runtime.finite import LATENTS
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.steps import Step
 from tests.conftest import REFINED, Make
@@ -78,6 +80,31 @@ def request_for(pair: Pair, **asked: Any) -> dict[str, Any]:
     refined = {"refine_from": 0.5} if pair.plain.manifest.refiner else {}
     known = {"prompt": "a red circle", "sampler": "euler", "size": SIZE, "steps": 4, "seed": 3, **refined, **asked}
     return known | {"image": photo(), "mask": left_half(), "size": None} if repaints(pair) else known
+
+
+def skip_distilled(pair: Pair) -> None:
+    if "timestep_cond" in {spec.name for spec in pair.plain.manifest.components["unet"].inputs}:
+        pytest.skip("guidance is a number that this UNet is told, and multiplies nothing")
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 32}, {"n": 2, "guidance_interval": (0.0, 0.5)}], ids=str)
+def test_what_is_not_finite_is_never_given(pair: Pair, options: dict[str, Any]) -> None:
+    """A device tells at the end, with the pixels; a refiner's base where it hands over. The next call is as ever."""
+    skip_distilled(pair)
+    asked = request_for(pair)
+    expected = pair.compiled(**asked)
+    with pytest.raises(NotFiniteError) as caught:
+        pair.compiled(**request_for(pair, guidance=1e30, **options))
+    pictures = tuple(range(options.get("n", 1)))
+    assert (caught.value.stages, caught.value.pictures, caught.value.place) == (4, pictures, LATENTS)
+    assert_close(pair.compiled(**asked).pixels, expected.pixels)
+
+
+def test_a_caller_who_watches_is_told_at_the_stage(pair: Pair) -> None:
+    skip_distilled(pair)
+    with pytest.raises(NotFiniteError) as caught:
+        pair.compiled(**request_for(pair, guidance=1e30), on_step=lambda step: step.latents.sum())
+    assert (caught.value.stage, caught.value.stages) == (1, 4)
 
 
 @pytest.mark.parametrize("name", REQUESTS)

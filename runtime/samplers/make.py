@@ -150,14 +150,14 @@ def _check_given(
         n for n, v in (("timesteps", timesteps), ("sigmas", sigmas), (name.spacing, name.spacing)) if v is not None
     ]
     if len(asked) > 1:
-        raise RequestError(f"{asked[0]} and {asked[1]} each say where to step; give one of them")
+        raise RequestError(f"{asked[0]}: it and `{asked[1]}` each say where to step; give one of them")
     if timesteps is not None:
         if not line.timed or str(schedule.prediction_type) in FLOW:
             raise RequestError(f"timesteps: {name} walks its own here")
         _check_falling("timesteps", timesteps, low=0, high=schedule.num_train_timesteps - 1)
     if sigmas is not None:
         if not line.measured:
-            raise RequestError(f"sigmas: {name} walks whole timesteps; give timesteps")
+            raise RequestError(f"sigmas: {name} walks whole timesteps; give `timesteps`")
         _check_falling("sigmas", sigmas, low=0, high=np.inf)
 
 
@@ -173,6 +173,7 @@ def _part(walk: Walk, steps: int, *, strength: float, stop: float) -> Walk:
     end = round(stop * len(walk.legs))
     if begin >= end:
         raise RequestError(
-            f"strength {strength:g} and stop {stop:g} leave none of {steps} steps to take; raise one of the three"
+            f"strength: {strength:g} and a `stop` of {stop:g} leave none of {steps} steps to take; "
+            "raise one of the three"
         )
     return walk.part(begin, end)

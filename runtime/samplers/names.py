@@ -43,7 +43,7 @@ def find(name: str) -> Name:
         return known[squashed]
     nearest = difflib.get_close_matches(squashed, known, n=1, cutoff=0.5)
     hint = f"did you mean '{known[nearest[0]]}'?" if nearest else "expected one of " + ", ".join(sampler_names())
-    raise RequestError(f"unknown sampler '{name}'; {hint}")
+    raise RequestError(f"sampler: unknown sampler '{name}'; {hint}")
 
 
 def default_sampler(schedule: TrainingSchedule) -> str:

@@ -6,9 +6,13 @@ It sits above the three folders because none of them may import all the others (
 from __future__ import annotations
 
 import importlib
-import sys
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -26,12 +30,40 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "bench": ("latentrt.runtime.bench.cli", "bench", "Measure latency by stage, memory and errors; compare results."),
 }
 PROMPT_SETS = {"demo": ("latentrt.export.demo.scoring", "held_out_prompts")}  # checkpoint: (module, attribute)
+ARGUMENTS = "latentrt.arguments"
+JSON = "--json"
+# The field that a sentence begins with; then what is quoted and stays, `name`, name='value', some_name.
+FIELD = re.compile(r"[a-z]+(?:_[a-z]+)*(?=[:,] )")
+NAMES = re.compile(
+    r"(?<!\w)'[^']*'|`(?P<marked>[a-z_]+)`|\b(?P<set>[a-z_]+)=(?P<value>'\w+')|\b(?P<plain>[a-z]+_[a-z_]+)\b"
+)
 
 
 def prompt_set(checkpoint: str, count: int) -> Any:
     """Return prompts of known answers and their judge: `bench` measures with what lies in `export`."""
     module, attribute = PROMPT_SETS[checkpoint]
     return getattr(importlib.import_module(module), attribute)(count)
+
+
+class Refusal(click.ClickException):
+    """What the user can mend: one sentence on stderr, or with --json one object on stdout; exit code 2.
+
+    field: of the request, or the name of the parameter that is at fault, where one is
+    """
+
+    exit_code = 2
+
+    def __init__(self, kind: str, message: str, field: str | None, *, as_json: bool) -> None:
+        super().__init__(message)
+        self.kind, self.field, self.as_json = kind, field, as_json
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it."""
+        if self.as_json:
+            error = {"type": self.kind, "message": self.message, "field": self.field}
+            click.echo(json.dumps({"error": error}, indent=1), file=file)
+        else:
+            click.echo(f"latentrt: {self.message}", file=file, err=True)
 
 
 class LazyGroup(click.Group):
@@ -41,16 +73,99 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, attribute, _ = COMMANDS[cmd_name]
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
+        return find_command(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        arguments = tuple(args)
+        with refused(arguments):
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta[ARGUMENTS] = arguments
+        return context
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with refused(ctx.meta[ARGUMENTS]):
+            return super().invoke(ctx)
+
+
+def find_command(name: str) -> click.Command | None:
+    """Import a command, None where there is none of this name."""
+    if name not in COMMANDS:
+        return None
+    module, attribute, _ = COMMANDS[name]
+    command = getattr(importlib.import_module(module), attribute)
+    assert isinstance(command, click.Command)
+    return command
+
+
+@contextmanager
+def refused(arguments: Sequence[str]) -> Iterator[None]:
+    """Turn what the user can mend into a `Refusal`; click's own words on usage stay, unless JSON is asked for."""
+    try:
+        yield
+    except click.UsageError as error:
+        if not prints_json(arguments):
+            raise
+        field = None if error.ctx is None else getattr(getattr(error, "param", None), "name", None)
+        raise Refusal("UsageError", error.format_message(), field, as_json=True) from error
+    except LatentrtError as error:
+        message, field = in_options(str(error), called(arguments))
+        raise Refusal(type(error).__name__, message, field, as_json=prints_json(arguments)) from error
+
+
+def called(arguments: Sequence[str]) -> click.Command | None:
+    """Return the command that the arguments call: all options before it are flags."""
+    return find_command(next((argument for argument in arguments if not argument.startswith("-")), ""))
+
+
+def prints_json(arguments: Sequence[str]) -> bool:
+    """Tell whether a command prints JSON: its --json is a flag, or is given - for a file."""
+    told = list(itertools.takewhile(lambda argument: argument != "--", arguments))
+    command = called(told)
+    option = next((param for param in command.params if JSON in param.opts), None) if command else None
+    if isinstance(option, click.Option) and not option.is_flag:
+        return f"{JSON}=-" in told or (JSON, "-") in itertools.pairwise(told)
+    return JSON in told
+
+
+def in_options(message: str, command: click.Command | None) -> tuple[str, str | None]:
+    """Return a sentence that speaks of fields of a request in a command's own words, and the field at fault.
+
+    `guidance_rescale: found 2` is `--guidance-rescale: found 2` there. Fields are known where they begin a sentence,
+    by their underscores, in `backquotes`, and as name='value'; what stands in quotes is the user's and stays.
+    """
+    params = command.params if command else []
+    known = {name: param for param in params for name in _names(param)}
+    head = FIELD.match(message)
+    field = head[0] if head and head[0] in known else None
+    start = len(field) if field else 0
+
+    def spoken(found: re.Match[str]) -> str:
+        name = found["marked"] or found["set"] or found["plain"]
+        if name not in known:
+            return found[0]
+        return _option(known[name], found["value"])
+
+    rest = NAMES.sub(spoken, message[start:])
+    return (_option(known[field]) if field else "") + rest, field
+
+
+def _names(param: click.Parameter) -> set[str]:
+    """Return what a request may call a parameter: by its own name, or as its option is written."""
+    written = (name.removeprefix("--").replace("-", "_") for name in param.opts if name.startswith("--"))
+    return {str(param.name), *written}
+
+
+def _option(param: click.Parameter, value: str | None = None) -> str:
+    if isinstance(param, click.Argument):
+        return param.human_readable_name
+    flag = isinstance(param, click.Option) and param.is_flag
+    return param.opts[0] if value is None or flag else f"{param.opts[0]} {value}"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,12 +176,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line: what the user can mend is one sentence on stderr and exit code 2."""
-    try:
-        prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
-        cli.main(prog_name="latentrt", standalone_mode=True, obj=prompt_sets)
-    except LatentrtError as error:
-        click.echo(f"latentrt: {error}", err=True)
-        sys.exit(2)
+    prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
+    cli.main(prog_name="latentrt", obj=prompt_sets)
 
 
 if __name__ == "__main__":
