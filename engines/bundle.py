@@ -202,7 +202,7 @@ def _rename_into(staged: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one sentence."""
+    """Turn what a disk refuses into one sentence: it is full or read-only, or nothing can lie at that path."""
     sentences = {
         errno.ENOSPC: "the disk is full; free some space and run the command again: it resumes",
         errno.EDQUOT: "the disk quota is used up; free some space and run the command again: it resumes",
@@ -212,9 +212,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        sentence = sentences.get(error.errno or 0)
-        if sentence is None:
+        if error.errno is None:  # not from the disk
             raise
+        sentence = sentences.get(error.errno, f"{error.strerror}; choose another place")
         raise BundleError(f"{path} could not be written: {sentence}") from error
 
 

@@ -110,6 +110,7 @@ def export_checkpoint(
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     provenance = _provenance(opened, precision)
     report("reading the checkpoint", 1, 1)
+    _existing(target, provenance, overwrite=overwrite)  # what is refused leaves nothing behind
     with _locked(target, provenance.export_key) as staged:
         if existing := _existing(target, provenance, overwrite=overwrite):
             shutil.rmtree(staged)
@@ -172,7 +173,8 @@ def _require_tools(source: Source) -> None:
 @contextlib.contextmanager
 def _locked(target: Path, key: str) -> Iterator[Path]:
     """Give the staging directory to this process alone; another one with the same key waits here."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     while True:
         staged = staging(target, key)
         handle = os.open(staged, os.O_RDONLY)

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle import Bundle, disk_errors
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.engines.spec import Array
@@ -71,7 +71,8 @@ def generate(
     with _load(bundle, backend, threads=threads, embeddings=embeddings) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
-        files = _save(result, output)
+        with disk_errors(output):
+            files = _save(result, output)
         summary = _summary(result, files, load_s=pipe.load_s)
     click.echo(json.dumps(summary, indent=1) if as_json else _lines(summary))
 
@@ -197,15 +198,15 @@ def _lines(summary: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--plan", default=None, metavar="NAME", help="Print one sampler's table instead of the list.")
+@click.option("--plan", "sampler", default=None, metavar="NAME", help="Print one sampler's table instead of the list.")
 @click.option("--steps", default=20, show_default=True, help="Of the printed plan.")
 @click.option("--bundle", default=None, help="Whose noise schedule the plan is for. Default: Stable Diffusion's own.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON: with --plan, all that another runtime needs.")
-def samplers(plan: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
+def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
     """List the samplers, or print the table of numbers that one of them is."""
-    if plan is None:
+    if sampler is None:
         click.echo(json.dumps(samplers_table(), indent=1) if as_json else format_samplers())
         return
     schedule = STABLE_DIFFUSION if bundle is None else Bundle.open(bundle).manifest.schedule
-    table = make_plan(plan, schedule, steps=steps)
+    table = make_plan(sampler, schedule, steps=steps)
     click.echo((plan_to_json(table) if as_json else format_plan(table)).rstrip())
