@@ -269,12 +269,13 @@ def load(
 
     files = find_weights(folder)
     dtype = dtype or stored_dtype(files)
+    named = {"ignore_mismatched_sizes": True}  # transformers' error names none; those it reports are refused below
     rows: Mapping[str, tuple[Any, Callable[[Any], nn.Module], dict[str, Any]]] = {
-        "text_encoder": (CLIPTextModel, partial(TextEncoder, normed=normed), {"dtype": dtype}),
+        "text_encoder": (CLIPTextModel, partial(TextEncoder, normed=normed), {"dtype": dtype, **named}),
         "text_encoder_2": (
             CLIPTextModelWithProjection,
             partial(ProjectedTextEncoder, normed=normed),
-            {"dtype": dtype},
+            {"dtype": dtype, **named},
         ),
         "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": dtype}),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
@@ -306,12 +307,19 @@ def load(
 
 def _require_all(folder: Path, found: Mapping[str, Any]) -> None:
     """Refuse what would be left at random values, which the libraries only warn about."""
-    absent = sorted(str(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ())))
+    absent = sorted(_shapes(key) for key in (*found["missing_keys"], *found.get("mismatched_keys", ())))
     if absent:
         raise CheckpointError(
             f"{folder}: {len(absent)} of the network's weights are missing or of another shape "
             f"({absent[0]}, …); config.json and weights are not of one checkpoint"
         )
+
+
+def _shapes(key: str | tuple[str, Sequence[int], Sequence[int]]) -> str:
+    if isinstance(key, str):
+        return key
+    name, held, expected = key
+    return f"{name} of shape {tuple(held)}, by the config {tuple(expected)}"
 
 
 def _first_line(error: Exception) -> str:

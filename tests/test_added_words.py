@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.exporting import export_checkpoint
+from latentrt.export.modules import load
 from latentrt.export.tokenizer import read_tokenizer, write_clip_files, write_tokenizer
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.prompt import Prompt, PromptTokenizer
@@ -193,6 +194,13 @@ def test_a_learned_word_does_not_stand_for_the_whole_text(worded: tuple[Path, Pa
         found = opened("a red sks", steps=STEPS, seed=SEED, **XL).pixels
     assert psnr(found, at_the_end) >= LEAST
     assert psnr(found, at_the_word) < LEAST
+
+
+def test_rows_that_config_json_does_not_know_of_are_named(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint")
+    add_words(checkpoint, "text_encoder", CLIPTextModel, vocab_size=SIZE)
+    with pytest.raises(CheckpointError, match=rf"token_embedding.weight of shape \({SIZE + len(ADDED)}, 32\)"):
+        load("text_encoder", checkpoint / "text_encoder")
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "text_encoder"])
