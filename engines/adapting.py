@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,12 +10,10 @@ import numpy as np
 
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.lora import Delta
 from latentrt.engines.manifest import EngineRecord
 from latentrt.engines.spec import Array
-from latentrt.engines.weights import BuiltWeights, arrange, built_record, read_weights
-
-Delta = Callable[[], Array]
-"""What is added to a weight, computed when it is asked for: float32, of the weight's shape in the checkpoint."""
+from latentrt.engines.weights import BuiltWeights, arrange, built_record, read_weights, restore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,11 +76,12 @@ class Adaptable:
         The sum is made in float32 and rounded once. Raises RequestError where it is not finite.
         """
         place = self.weights(component).weights[name]
-        total = place.read(self.files).astype(np.float32)
+        weight = restore(place.read(self.files), place.layout, place.shape).astype(np.float32)
+        total = weight.copy()
         for delta in deltas:
-            total += arrange(delta(), place.layout)
+            total += delta(weight)
         with np.errstate(over="ignore"):
-            stored = total.astype(place.dtype, copy=False)
+            stored = arrange(total.astype(place.dtype, copy=False), place.layout)
         if not np.isfinite(stored).all():
             raise RequestError(
                 f"loras: {component}'s {name} leaves the range of {place.dtype} with these LoRAs; "

@@ -1,7 +1,6 @@
-"""LoRA files, read with no framework: low-rank changes of weights, matched with the weights that a network has.
+"""LoRA files, read with no framework: changes of weights, matched with the weights that a network has.
 
-W' = W + strength * alpha / rank * up @ down (arXiv:2106.09685), where convolutions are matrices of their outputs by
-all else.
+What a change is stands in lora_kinds.py, what a name means in lora_names.py.
 """
 
 from __future__ import annotations
@@ -12,71 +11,58 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from latentrt.engines.documents import decode
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora_names import PEFT_PREFIX, Role, from_original, plain_module, split_key
-from latentrt.engines.parsing import ParseError
+from latentrt.engines.lora_config import read_config
+from latentrt.engines.lora_kinds import ALPHA, DORA, KIND_OF, MAGNITUDES, Change, Kind, Role, Shape
+from latentrt.engines.lora_names import Parameter, from_original, plain_module, split_key
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_files import TensorFile, read_header, weights_format
 
-PEFT_CONFIG = "adapter_config.json"
-DIFFUSERS_CONFIG = "lora_adapter_metadata"  # in the file's metadata: PEFT's config for each network, as one object
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """What happens to one weight: up @ down, (outputs, everything else) as float32, times a scale."""
-
-    up: Array
-    down: Array
-    scale: float
-
-    def delta(self, shape: tuple[int, ...], *, strength: float) -> Array:
-        """Return what is added to a weight of this shape, float32."""
-        return np.asarray((self.up @ (self.down * np.float32(strength * self.scale))).reshape(shape))
+Target = tuple[str, Parameter]
+"""A module in the one form of its name, and which of its parameters changes."""
+Delta = Callable[[Array], Array]
+"""What is added to a weight, computed from the base's own when it is asked for: float32, of the weight's shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
     """A LoRA file whose names are understood; its tensors are read when a change is asked for.
 
-    modules: for each network, each module's keys by their role
+    modules: for each network, the keys of each parameter that changes, by their role
     """
 
     file: TensorFile
-    modules: Mapping[str, Mapping[str, Mapping[Role, str]]]
+    modules: Mapping[str, Mapping[Target, Mapping[Role, str]]]
 
     @property
     def path(self) -> Path:
         """Return where the file lies."""
         return self.file.path
 
-    def match(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-        """Find the weights of a network that the file changes: {weight: module}.
+    def match(self, part: str, shapes: Mapping[str, Shape]) -> dict[str, Target]:
+        """Find the weights of a network that the file changes.
 
         shapes: of every weight of the network, by the name that diffusers or transformers gives it
         Raises CheckpointError where a module fits no weight, or not its shape.
         """
-        weights = {plain_module(name.removesuffix(".weight")): name for name in shapes if name.endswith(".weight")}
-        resnets = len({name for name in weights if re.fullmatch(r"down_blocks_0_resnets_\d+_conv1", name)})
-        found: dict[str, str] = {}
+        weights = {plain_module(name): name for name in shapes}
+        resnets = len({name for name in weights if re.fullmatch(r"down_blocks_0_resnets_\d+_conv1_weight", name)})
+        found: dict[str, Target] = {}
         strangers = []
-        for module in self.modules.get(part, {}):
-            name = weights.get(module) or weights.get(from_original(module, resnets=max(resnets, 1)))
+        for module, parameter in self.modules.get(part, {}):
+            original = from_original(module, resnets=max(resnets, 1))
+            name = weights.get(f"{module}_{parameter}") or weights.get(f"{original}_{parameter}")
             if name is None:
-                strangers.append(module)
+                strangers.append(module if parameter == "weight" else f"{module}.{parameter}")
             elif name in found:
-                raise CheckpointError(f"{self.path} changes {name} twice, as {found[name]} and as {module}")
+                raise CheckpointError(f"{self.path} changes {name} twice, as {found[name][0]} and as {module}")
             else:
-                found[name] = module
+                found[name] = (module, parameter)
         if strangers:
             raise CheckpointError(self._misfit(part, strangers))
-        for name, module in found.items():
-            self._check(part, module, name, shapes[name])
+        for name, target in found.items():
+            self._check(part, target, name, shapes[name])
         return found
 
     def _misfit(self, part: str, strangers: list[str]) -> str:
@@ -87,63 +73,58 @@ class Lora:
             f"checkpoint's {part} ({', '.join(strangers[:3])}){made}; give a LoRA that was made for its family"
         )
 
-    def _check(self, part: str, module: str, name: str, shape: tuple[int, ...]) -> None:
-        keys = self.modules[part][module]
-        up, down = (self.file.tensors[keys[role]].shape for role in ("up", "down"))
-        mid = self.file.tensors[keys["mid"]].shape if "mid" in keys else None
-        kernel = math.prod(mid[2:]) if mid else 1
-        ranks = {up[1], down[0], *(mid[:2] if mid else ())}
-        fits = up[0] == shape[0] and math.prod(down[1:]) * kernel == math.prod(shape[1:]) and math.prod(up[2:]) == 1
-        if len(ranks) != 1 or not fits or 0 in ranks:
-            shapes = " and ".join(str(self.file.tensors[keys[role]].shape) for role in keys if role != "alpha")
+    def _shapes(self, part: str, target: Target) -> dict[Role, Shape]:
+        return {role: self.file.tensors[key].shape for role, key in self.modules[part][target].items()}
+
+    def _check(self, part: str, target: Target, name: str, shape: Shape) -> None:
+        shapes = self._shapes(part, target)
+        if math.prod(shapes.pop(ALPHA, ())) != 1 or not self.kind(part, target).fits(shapes, shape):
             raise CheckpointError(
-                f"{self.path}: {module} has the shapes {shapes}, which do not fit {name} of shape {shape}; "
-                "give a LoRA that was made for this checkpoint's family"
+                f"{self.path}: {target[0]} has the shapes {' and '.join(map(str, shapes.values()))}, which do not fit "
+                f"{name} of shape {shape}; give a LoRA that was made for this checkpoint's family"
             )
 
-    def rank(self, part: str, module: str) -> int:
-        """Return the rank of one module's change."""
-        return self.file.tensors[self.modules[part][module]["down"]].shape[0]
+    def kind(self, part: str, target: Target) -> Kind:
+        """Return what kind of change a parameter has."""
+        return next(KIND_OF[role] for role in self.modules[part][target] if role in KIND_OF)
 
-    def change(self, part: str, module: str) -> Change:
-        """Read one module's change."""
-        keys = self.modules[part][module]
-        down, up = (self.file.read_float32(keys[role]) for role in ("down", "up"))
-        rank = down.shape[0]
-        if "mid" in keys:  # a convolution of rank by rank between the two, which are 1x1
-            mid = self.file.read_float32(keys["mid"])
-            down = np.einsum("rshw,si->rihw", mid, down.reshape(rank, -1))
-        return Change(up=up.reshape(-1, rank), down=down.reshape(rank, -1), scale=self._scale(part, module, rank))
+    def kind_name(self, part: str, target: Target) -> str:
+        """Return the kind's name, with what follows it."""
+        name = self.kind(part, target).name
+        return f"{name} with {DORA}" if set(MAGNITUDES) & set(self.modules[part][target]) else name
 
-    def _scale(self, part: str, module: str, rank: int) -> float:
+    def rank(self, part: str, target: Target) -> int | None:
+        """Return the rank of one change, None where nothing in it is a product."""
+        return self.kind(part, target).rank(self._shapes(part, target))
+
+    def change(self, part: str, target: Target) -> Change:
+        """Read one change."""
+        keys = self.modules[part][target]
+        tensors = {role: self.file.read_float32(key) for role, key in keys.items() if role != ALPHA}
+        return Change(kind=self.kind(part, target), tensors=tensors, scale=self._scale(part, target))
+
+    def _scale(self, part: str, target: Target) -> float:
         """Return alpha / rank, 1 where the file has no alpha."""
-        key = self.modules[part][module].get("alpha")
+        key, rank = self.modules[part][target].get(ALPHA), self.rank(part, target)
         if key is not None:
-            return float(self.file.read_float32(key).reshape(())) / rank
-        config = _peft_config(self.file, part)
-        if not config:
-            return 1.0
-        patterns = {plain_module(name): alpha for name, alpha in (config.get("alpha_pattern") or {}).items()}
-        own = (alpha for name, alpha in patterns.items() if f"_{module}".endswith(f"_{name}"))
-        alpha = next(own, config.get("lora_alpha", rank))
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            return float(self.file.read_float32(key).reshape(())) / rank if rank else 1.0
+        config = read_config(self.file, part)
+        return config.scale(target[0], rank) if config and self.kind(part, target).scaled else 1.0
 
 
-def find_deltas(
-    lora: Lora, part: str, shapes: Mapping[str, tuple[int, ...]], *, strength: float
-) -> dict[str, Callable[[], Array]]:
+def find_deltas(lora: Lora, part: str, shapes: Mapping[str, Shape], *, strength: float) -> dict[str, Delta]:
     """Find what a file adds to each weight of a network, computed when it is asked for: float32, of the weight's shape.
 
     shapes, raises: as in `Lora.match`
     """
     return {
-        name: functools.partial(_delta, lora, part, module, shapes[name], strength)
-        for name, module in lora.match(part, shapes).items()
+        name: functools.partial(_added, lora, part, target, strength)
+        for name, target in lora.match(part, shapes).items()
     }
 
 
-def _delta(lora: Lora, part: str, module: str, shape: tuple[int, ...], strength: float) -> Array:
-    return lora.change(part, module).delta(shape, strength=strength)
+def _added(lora: Lora, part: str, target: Target, strength: float, weight: Array) -> Array:
+    return lora.change(part, target).added(weight, strength=strength)
 
 
 def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
@@ -165,52 +146,45 @@ def read_lora(path: Path) -> Lora:
     if weights_format(path) != "safetensors":
         raise CheckpointError(f"'{path}' is no safetensors file; convert the LoRA to safetensors")
     file = read_header(path)
-    modules: dict[str, dict[str, dict[Role, str]]] = {}
+    modules: dict[str, dict[Target, dict[Role, str]]] = {}
+    adapters: set[str] = set()
     for key in sorted(file.tensors):
-        part, module, role = split_key(key, where=str(path))
-        keys = modules.setdefault(part, {}).setdefault(module, {})
-        if role in keys:
-            raise CheckpointError(f"{path}: '{key}' and '{keys[role]}' say the same thing twice")
-        keys[role] = key
-    _require_pairs(path, modules)
-    _require_config(file)
+        found = split_key(key, where=str(path))
+        keys = modules.setdefault(found.part, {}).setdefault((found.module, found.parameter), {})
+        adapters |= {found.adapter} if found.adapter else set()
+        if len(adapters) > 1:
+            raise CheckpointError(
+                f"{path} holds several adapters ({', '.join(sorted(adapters))}); save each in its own"
+            )
+        if found.role in keys:
+            raise CheckpointError(f"{path}: '{key}' and '{keys[found.role]}' say the same thing twice")
+        keys[found.role] = key
+    if not modules:
+        raise CheckpointError(f"'{path}' holds nothing; download it again")
+    for part, targets in modules.items():
+        for (module, _), keys in targets.items():
+            _require_kind(path, module, keys)
+        _require_magnitudes(file, part, targets)
     return Lora(file=file, modules=modules)
 
 
-def _require_pairs(path: Path, modules: Mapping[str, Mapping[str, Mapping[Role, str]]]) -> None:
-    if not modules:
-        raise CheckpointError(f"'{path}' holds nothing; download it again")
-    for part in modules.values():
-        for module, keys in part.items():
-            absent = [role for role in ("down", "up") if role not in keys]
-            if absent:
-                raise CheckpointError(
-                    f"{path}: {module} lacks its {' and its '.join(absent)} matrix; download it again"
-                )
+def _require_kind(path: Path, module: str, keys: Mapping[Role, str]) -> None:
+    """Refuse tensors that make up no change, or of which some would have no part in it."""
+    roles = set(keys)
+    kinds = {KIND_OF[role].name: KIND_OF[role] for role in sorted(roles & set(KIND_OF))}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path} changes {module} as {' and as '.join(kinds)}, expected one of them")
+    if not kinds:
+        raise CheckpointError(f"{path}: {module} lacks what '{min(keys.values())}' belongs to; download it again")
+    (kind,) = kinds.values()
+    strangers = kind.strangers(roles) or (roles & set(MAGNITUDES) if set(MAGNITUDES) <= roles else set())
+    if strangers:
+        raise CheckpointError(f"{path}: '{keys[min(strangers)]}' has no meaning for a {kind.name}; remove it")
+    if absent := kind.absent(roles):
+        raise CheckpointError(f"{path}: {module} lacks its {' and its '.join(absent)}; download it again")
 
 
-def _require_config(file: TensorFile) -> None:
-    """PEFT writes the scale into another file: without it the LoRA would be too strong or too weak."""
-    config = file.path.with_name(PEFT_CONFIG)
-    if any(key.startswith(PEFT_PREFIX) for key in file.tensors) and not config.is_file():
-        raise CheckpointError(f"{file.path} is PEFT's, and its scale is in {config}, which is missing; put it there")
-
-
-def _peft_config(file: TensorFile, part: str) -> dict[str, Any]:
-    """Return what PEFT said of how a network was trained, nothing where it said nothing."""
-    if DIFFUSERS_CONFIG in file.metadata:
-        start = f"{part}."
-        document = _object(file.metadata[DIFFUSERS_CONFIG], f"{file.path}: its metadata")
-        return {key.removeprefix(start): value for key, value in document.items() if key.startswith(start)}
-    if any(key.startswith(PEFT_PREFIX) for key in file.tensors):
-        config = file.path.with_name(PEFT_CONFIG)
-        return _object(config.read_bytes(), str(config))
-    return {}
-
-
-def _object(content: bytes | str, where: str) -> dict[str, Any]:
-    try:
-        document = decode(content, strict=False)
-    except ParseError as error:
-        raise CheckpointError(f"{where} {error}; download the LoRA again") from None
-    return document if isinstance(document, dict) else {}
+def _require_magnitudes(file: TensorFile, part: str, targets: Mapping[Target, Mapping[Role, str]]) -> None:
+    config = read_config(file, part)
+    if config and config.magnitudes and not any(set(MAGNITUDES) & set(keys) for keys in targets.values()):
+        raise CheckpointError(f"{config.where}: it says use_dora, and {file.path} holds no magnitudes; save it again")

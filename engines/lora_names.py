@@ -8,47 +8,54 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.lora_kinds import ALPHA, Role
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
-Role = Literal["down", "up", "mid", "alpha"]
+Parameter = Literal["weight", "bias"]
 
-# What a key ends with, and what that tensor is; the longest first.
-ROLES: tuple[tuple[str, Role], ...] = (
-    (".lora_linear_layer.down.weight", "down"),
-    (".lora_linear_layer.up.weight", "up"),
-    (".lora_A.default.weight", "down"),
-    (".lora_B.default.weight", "up"),
-    (".lora_down.weight", "down"),
-    (".lora_up.weight", "up"),
-    (".lora_mid.weight", "mid"),
-    (".lora.down.weight", "down"),
-    (".lora.up.weight", "up"),
-    ("_lora.down.weight", "down"),
-    ("_lora.up.weight", "up"),
-    (".lora_A.weight", "down"),
-    (".lora_B.weight", "up"),
-    (".alpha", "alpha"),
+NAME = r"(\.(?P<adapter>(?!weight$)[^.]+))?"  # PEFT's name for one of several adapters
+# What a key ends with, the parameter that changes, and what that tensor is.
+ENDS: tuple[tuple[str, Parameter, Role], ...] = (
+    (r"[._]lora(_linear_layer)?\.down\.weight", "weight", "lora_down"),
+    (r"[._]lora(_linear_layer)?\.up\.weight", "weight", "lora_up"),
+    (rf"\.lora_A{NAME}\.weight", "weight", "lora_down"),
+    (rf"\.lora_B{NAME}\.weight", "weight", "lora_up"),
+    (rf"\.lora_magnitude_vector{NAME}(\.weight)?", "weight", "lora_magnitude_vector"),
+    (r"\.lora_down\.weight", "weight", "lora_down"),
+    (r"\.lora_up\.weight", "weight", "lora_up"),
+    (r"\.lora_mid\.weight", "weight", "lora_mid"),
+    (rf"\.(?P<role>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](_[ab])?|lokr_t2){NAME}", "weight", ""),
+    (r"\.(?P<role>dora_scale|diff|w_norm)", "weight", ""),
+    (r"\.(?P<role>diff_b|b_norm)", "bias", ""),
+    (rf"\.{ALPHA}", "weight", ALPHA),
 )
-OTHER_KINDS = {  # what a key ends with, and of what it is a part
-    r"\.hada_(w|t)\d(_[ab])?": "LoHa",
-    r"\.lokr_(w|t)\d(_[ab])?": "LoKr",
-    r"\.oft_(blocks|diag)": "OFT",
-    r"\.dora_scale": "DoRA",
-    r"\.lora_magnitude_vector(\.weight)?": "DoRA",
-    r"\.diff(_b)?": "whole differences of weights",
-    r"\.[ab][12]\.weight": "GLoRA",
-}
+EXPECTED = "lora_A, lora_B, lora_down, lora_up, hada_…, lokr_…, diff, w_norm, dora_scale or alpha"
+ELSEWHERE = "ask its author for a LoRA, a LoHa or a LoKr"
+# What a key looks like that means something else: what it is, and what to do.
+OTHER_KINDS: tuple[tuple[str, str, str], ...] = (
+    (r"\.(oft_blocks|oft_diag|oft_[rR]|boft_[a-zA-Z]+)(\.|$)", "an OFT or BOFT", ELSEWHERE),
+    (r"\.[ab][12]\.weight$|\.bm\.weight$", "a GLoRA", ELSEWHERE),
+    (r"\.on_input$|\.ia3_l(\.|$)", "an IA3", ELSEWHERE),
+    (r"\.lora_embedding_[AB](\.|$)", "a change of the table of words", ELSEWHERE),
+    (r"\.lora_(B|up)(\..+)?\.bias$", "biases of a LoRA", "train it without lora_bias"),
+    (r"^bundle_emb\.", "learned words", "save those in files of their own, and the LoRA in one without them"),
+)
 PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lora_unet_", "unet"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
     ("lora_te_", "text_encoder"),
+    ("lycoris_", "unet"),  # LyCORIS' own wrapper around one network
     ("unet.", "unet"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
+    ("diffusion_model.", "unet"),  # ComfyUI's own, with the original's names
+    ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_g.transformer.", "text_encoder_2"),
 )
 PEFT_PREFIX = "base_model.model."
 TEXT_MODEL = "text_model_"
@@ -57,6 +64,7 @@ OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out":
 # Modules of the original UNet outside its blocks, and those inside a resnet.
 ORIGINAL_MODULES: Mapping[str, str] = {
     "input_blocks_0_0": "conv_in",
+    "out_0": "conv_norm_out",
     "out_2": "conv_out",
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
@@ -67,7 +75,9 @@ ORIGINAL_MODULES: Mapping[str, str] = {
     "middle_block_2": "mid_block_resnets_1",
 }
 ORIGINAL_RESNET: Mapping[str, str] = {
+    "in_layers_0": "norm1",
     "in_layers_2": "conv1",
+    "out_layers_0": "norm2",
     "out_layers_3": "conv2",
     "emb_layers_1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
@@ -75,29 +85,39 @@ ORIGINAL_RESNET: Mapping[str, str] = {
 BLOCK = re.compile(r"(input|output)_blocks_(\d+)_(\d+)_(.+)")
 
 
-def split_key(key: str, *, where: str) -> tuple[Part, str, Role]:
-    """Return which network a key changes, the module in one form, and what the tensor is. Raises CheckpointError."""
-    kind = next((name for end, name in OTHER_KINDS.items() if re.search(f"{end}$", key)), None)
-    if kind:
-        raise CheckpointError(f"{where} holds {kind} ('{key}'), expected a LoRA; ask its author for one")
-    end, role = next(((end, role) for end, role in ROLES if key.endswith(end)), ("", None))
-    if role is None:
-        raise CheckpointError(f"{where}: '{key}' is no tensor of a LoRA; expected names that end with {_ends()}")
-    part, module = _split_module(key.removesuffix(end), where=where)
-    return part, _plain(part, module), role
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """What a key of a file means. module: in the one form; adapter: PEFT's name for it, where the key has one"""
+
+    part: Part
+    module: str
+    parameter: Parameter
+    role: Role
+    adapter: str | None
 
 
-def _ends() -> str:
-    return ", ".join(end for end, _ in ROLES if end.startswith((".lora_A.w", ".lora_B.w", ".lora_down", ".lora_up")))
+def split_key(key: str, *, where: str) -> Key:
+    """Return what a key means. Raises CheckpointError where it is none of a LoRA, or of another kind."""
+    for pattern, kind, remedy in OTHER_KINDS:
+        if re.search(pattern, key):
+            raise CheckpointError(f"{where} holds {kind} ('{key}'), which cannot be used here; {remedy}")
+    for pattern, parameter, role in ENDS:
+        found = re.search(f"{pattern}$", key)
+        if found:
+            part, module = _split_module(key[: found.start()], where=where)
+            told = found.groupdict()
+            role, adapter = told.get("role") or role, told.get("adapter")
+            return Key(part=part, module=_plain(part, module), parameter=parameter, role=role, adapter=adapter)
+    raise CheckpointError(f"{where}: '{key}' is no tensor of a LoRA; expected names that end with {EXPECTED}")
 
 
 def _split_module(name: str, *, where: str) -> tuple[Part, str]:
-    if name.startswith(PEFT_PREFIX):
-        name = name.removeprefix(PEFT_PREFIX)
-        return ("text_encoder" if "encoder.layers." in name else "unet"), name
+    inner = name.replace(PEFT_PREFIX, "", 1)
     for prefix, part in PREFIXES:
-        if name.startswith(prefix):
-            return part, name.removeprefix(prefix)
+        if inner.startswith(prefix):
+            return part, inner.removeprefix(prefix)
+    if inner != name:
+        return ("text_encoder" if "encoder.layers." in inner else "unet"), inner
     if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
         return "unet", name
     raise CheckpointError(

@@ -26,7 +26,22 @@ AS_NAMED, TRANSPOSED = "as named", "transposed"
 # Convolutions that ONNX Runtime has laid out for vectors of so many channels, in the notation of oneDNN:
 # (outputs / 16, inputs, height, width, 16) and (outputs / 16, inputs / 16, height, width, 16 inputs, 16 outputs).
 BLOCKED = re.compile(r"O(?P<inputs>[iI])hw(?:(\d+)i)?(?P<block>\d+)o")
-LAYOUTS = (AS_NAMED, TRANSPOSED, "OIhw16i16o", "Oihw16o", "OIhw8i8o", "Oihw8o", "OIhw4i4o", "Oihw4o")
+# Vectors: as columns, which stand beside pictures, and with zeros up to a whole block of channels.
+COLUMN, PADDED = "column", re.compile(r"(?P<block>\d+)o")
+LAYOUTS = (
+    AS_NAMED,
+    TRANSPOSED,
+    COLUMN,
+    "16o",
+    "8o",
+    "4o",
+    "OIhw16i16o",
+    "Oihw16o",
+    "OIhw8i8o",
+    "Oihw8o",
+    "OIhw4i4o",
+    "Oihw4o",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +136,10 @@ def arrange(weight: Array, layout: str) -> Array:
         return weight
     if layout == TRANSPOSED:
         return np.ascontiguousarray(weight.T)
+    if layout == COLUMN:
+        return weight[:, None]
+    if vector := PADDED.fullmatch(layout):
+        return np.pad(weight, (0, -len(weight) % int(vector["block"])))
     found = BLOCKED.fullmatch(layout)
     assert found is not None, layout
     block = int(found["block"])
@@ -134,12 +153,34 @@ def arrange(weight: Array, layout: str) -> Array:
     return np.ascontiguousarray(axes).reshape(blocks * block, inputs, height, width)
 
 
+def restore(stored: Array, layout: str, shape: tuple[int, ...]) -> Array:
+    """Return a weight of a shape from how it is stored: what `arrange` made of it."""
+    if layout in (AS_NAMED, TRANSPOSED):
+        return stored.T if layout == TRANSPOSED else stored
+    if layout == COLUMN or PADDED.fullmatch(layout):
+        return stored.reshape(-1)[: shape[0]]
+    found = BLOCKED.fullmatch(layout)
+    assert found is not None, layout
+    block = int(found["block"])
+    outputs, inputs, height, width = shape
+    blocks = len(stored) // block
+    if found["inputs"] == "i":
+        axes = stored.reshape(blocks, inputs, height, width, block).transpose(0, 4, 1, 2, 3)
+    else:
+        axes = stored.reshape(blocks, inputs // block, height, width, block, block).transpose(0, 5, 1, 4, 2, 3)
+    return axes.reshape(blocks * block, inputs, height, width)[:outputs]
+
+
 def fits(layout: str, shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
     """Tell whether a weight of a shape can lie in a layout as an array of another shape."""
     if layout == AS_NAMED:
         return shape == stored
     if layout == TRANSPOSED:
         return len(shape) == 2 and shape[::-1] == stored
+    if layout == COLUMN:
+        return len(shape) == 1 and stored == (*shape, 1)
+    if vector := PADDED.fullmatch(layout):
+        return len(shape) == 1 and stored == (shape[0] + -shape[0] % int(vector["block"]),)
     found = BLOCKED.fullmatch(layout)
     assert found is not None, layout
     block = int(found["block"])

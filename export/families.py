@@ -118,7 +118,7 @@ LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A kind of file that is no whole checkpoint: any key that begins or ends as said gives it away.
+    """A kind of file that is no whole checkpoint: any key that begins or ends as said, or has it, gives it away.
 
     option: how it is given beside the checkpoint that it belongs to, empty where it cannot be
     """
@@ -127,28 +127,23 @@ class Part:
     option: str = ""
     starts: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    has: str | None = None
 
     def fits(self, file: TensorFile) -> bool:
         """Say whether a file is of this kind."""
         return any(
-            (self.starts and key.startswith(self.starts)) or (self.ends and key.endswith(self.ends))
+            key.startswith(self.starts) or key.endswith(self.ends) or (self.has is not None and self.has in key)
             for key in file.tensors
         )
 
 
 CONTROLNET = "ControlNet"
-LORA_ENDS = (
-    ".lora_down.weight",
-    ".lora.down.weight",
-    "_lora.down.weight",
-    ".lora_linear_layer.down.weight",
-    ".lora_A.weight",
-    ".lora_A.default.weight",
-)
+LORA = "LoRA"  # and its kin: engines/lora_kinds.py
+LORA_ENDS = tuple(f"{name}.weight" for name in ("lora_down", "lora.down", "lora_linear_layer.down"))
+LORA_PARTS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".lora_magnitude_vector", ".diff", ".w_norm")
+LORA_STARTS = ("lora_unet_", "lora_te", "lycoris_")
 PARTS: tuple[Part, ...] = (
-    Part(label="LoHa or LoKr adapter", ends=(".hada_w1_a", ".lokr_w1", ".lokr_w1_a")),
-    Part(label="LoRA with learned magnitudes (DoRA)", ends=(".dora_scale", ".lora_magnitude_vector")),
-    Part(label="LoRA", option="--lora FILE", ends=LORA_ENDS),
+    Part(label=LORA, option="--lora FILE", starts=LORA_STARTS, ends=(*LORA_ENDS, *LORA_PARTS), has=".lora_A."),
     Part(label="IP-Adapter", starts=("ip_adapter.", "image_proj.")),
     Part(label="Control-LoRA", starts=("lora_controlnet",)),
     Part(label="ControlNet-LLLite", starts=("lllite_",)),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import Lora, find_deltas, read_lora
-from latentrt.engines.spec import Array
+from latentrt.engines.lora import Delta, Lora, find_deltas, read_lora
 from latentrt.export.folders import to_recipe
 from latentrt.export.options import LoraOption
 from latentrt.export.parts import PARTS, Fusion, Parts, Recipe
@@ -19,7 +18,7 @@ from latentrt.export.weights import find_weights
 if TYPE_CHECKING:
     from torch import Tensor
 
-Changes = Mapping[str, Sequence[Callable[[], Array]]]
+Changes = Mapping[str, Sequence[Delta]]
 """What is added to each weight that changes, computed when it is asked for: one weight's is in memory at a time."""
 
 
@@ -76,7 +75,7 @@ def _with_loras(
 def find_changes(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Changes:
     """Find what is added to each tensor of a network. Raises CheckpointError where a LoRA fits another model."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    changes: dict[str, list[Callable[[], Array]]] = {}
+    changes: dict[str, list[Delta]] = {}
     for fusion in recipe.loras:
         lora = read_lora(Path(fusion.path))
         for key, delta in find_deltas(lora, recipe.part, shapes, strength=fusion.strength).items():
@@ -84,7 +83,7 @@ def find_changes(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Changes:
     return changes
 
 
-def fuse(tensor: Tensor, deltas: Sequence[Callable[[], Array]]) -> Tensor:
+def fuse(tensor: Tensor, deltas: Sequence[Delta]) -> Tensor:
     """Return a weight with its changes, in float32: what it was stored in would round small changes away.
 
     A weight that nothing changes is returned as it is.
@@ -93,7 +92,8 @@ def fuse(tensor: Tensor, deltas: Sequence[Callable[[], Array]]) -> Tensor:
 
     if not deltas:
         return tensor
-    total = tensor.to(torch.float32, copy=True)
+    weight = tensor.to(torch.float32)
+    total = weight.clone()
     for delta in deltas:
-        total += torch.from_numpy(delta())
+        total += torch.from_numpy(delta(weight.numpy()))
     return total

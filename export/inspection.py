@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from latentrt.export.adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
 from latentrt.export.controlnet_files import DIFFERENCE
 from latentrt.export.controlnets import KIND, per_level
-from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, SUPPORTED, name_pipeline, option_for
+from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, LORA, SUPPORTED, name_pipeline, option_for
 from latentrt.export.folders import graph_files
 from latentrt.export.hub import find_cached
 from latentrt.export.parts import TEXT_ENCODERS
@@ -136,7 +136,7 @@ def _inspect_part(file: TensorFile) -> Inspection:
         problem += f", and this with {option_for(name)}" if option_for(name) else ""
     else:
         problem = f"it is nothing that is known here: {len(file.tensors)} tensors, the first named {keys}"
-    changes = _changes(file) if name == "LoRA" else []
+    changes = _changes(file) if name == LORA else []
     if name == CONTROLNET and DIFFERENCE in file.tensors:
         changes = ["its weights are differences to a UNet's: those of the checkpoint that it is added to"]
     network = _network(name or "unknown", name, file.tensors.values(), (file.path.name,))
@@ -176,11 +176,19 @@ def _changes(file: TensorFile) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     sentences = []
-    for part, modules in lora.modules.items():
-        ranks = sorted({lora.rank(part, module) for module in modules})
-        told = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        sentences.append(f"it changes {len(modules)} modules of the {part}, by rank {told}")
+    for part, targets in lora.modules.items():
+        kinds: dict[str, set[int]] = {}
+        for target in targets:
+            kinds.setdefault(lora.kind_name(part, target), set()).update({lora.rank(part, target) or 0} - {0})
+        told = " and ".join(_ranked(kind, sorted(ranks)) for kind, ranks in kinds.items())
+        sentences.append(f"it changes {len(targets)} parameters of the {part}, by {told}")
     return [*sentences, "it is added to a checkpoint with: latentrt export CHECKPOINT BUNDLE --lora FILE:SCALE"]
+
+
+def _ranked(kind: str, ranks: Sequence[int]) -> str:
+    if not ranks:
+        return kind
+    return f"{kind} of rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
 
 
 def _inspect_folder(root: Path) -> Inspection:

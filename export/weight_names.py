@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -13,27 +14,34 @@ from latentrt.engines.weights import AS_NAMED, TRANSPOSED, GraphWeight, GraphWei
 from latentrt.export.stored import StoredWeights
 
 NAMED = frozenset(get_args(Part))  # the components whose weights can be changed later: those that LoRAs are made for
-MATRIX_WORK = ("Conv", "Gemm", "MatMul")  # their second input is the weight
+# Which parameters the nodes read, by type: matrices as second inputs, and biases and the numbers of normalizations.
+READ: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("Conv", "Gemm", "LayerNormalization", "GroupNormalization"), ("", "weight", "bias")),
+    "MatMul": ("", "weight"),
+    "Add": ("bias", "bias"),
+}
 WRAPPED = "model."  # how `modules` names the checkpoint's own network
 
 
 def name_weights(model: ir.Model, weights: StoredWeights) -> GraphWeights:
-    """Find the weights of a network's linear layers and convolutions in its graph, whose nodes are named for modules.
+    """Find the weights of a network's layers in its graph, whose nodes are named for modules.
 
     Where layers share an initializer, because their weights are equal, each gets one of its own.
     """
     names = {name.removeprefix(WRAPPED): name for name in weights.names}
     found: dict[str, GraphWeight] = {}
     for node in list(model.graph):
-        name = (node.name or "").rpartition("/")[0] + ".weight"
-        value = node.inputs[1] if node.op_type in MATRIX_WORK else None
-        if name in found or name not in names or value is None or not value.is_initializer():
-            continue
-        weight = weights.read(names[name])
-        layout = _layout(value, weight)
-        if layout is not None:
-            own = _own(model.graph, node, value)
-            found[name] = GraphWeight(initializer=str(own.name), layout=layout, shape=tuple(weight.shape))
+        module = (node.name or "").rpartition("/")[0]
+        for place, parameter in enumerate(READ.get(node.op_type, ())):
+            name = f"{module}.{parameter}"
+            value = node.inputs[place] if place < len(node.inputs) else None
+            if name in found or name not in names or value is None or not value.is_initializer():
+                continue
+            weight = weights.read(names[name])
+            layout = _layout(value, weight)
+            if layout is not None:
+                own = _own(model.graph, node, place, parameter)
+                found[name] = GraphWeight(initializer=str(own.name), layout=layout, shape=tuple(weight.shape))
     return GraphWeights(weights=found)
 
 
@@ -48,11 +56,13 @@ def _layout(value: ir.Value, tensor: Tensor) -> str | None:
     return None
 
 
-def _own(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+def _own(graph: ir.Graph, node: ir.Node, place: int, parameter: str) -> ir.Value:
     """Return an initializer that only this node reads, in the place of one that others read too."""
+    value = node.inputs[place]
+    assert value is not None
     if len(value.uses()) == 1:
         return value
-    own = ir.Value(name=f"{node.name}.weight", shape=value.shape, type=value.type, const_value=value.const_value)
+    own = ir.Value(name=f"{node.name}.{parameter}", shape=value.shape, type=value.type, const_value=value.const_value)
     graph.register_initializer(own)
-    node.replace_input_with(1, own)
+    node.replace_input_with(place, own)
     return own

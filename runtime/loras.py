@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from latentrt.engines.adapting import NOTHING, Changes, Delta
+from latentrt.engines.adapting import NOTHING, Changes
 from latentrt.engines.bundle import Bundle, hash_file
 from latentrt.engines.errors import CheckpointError, RequestError
-from latentrt.engines.lora import PEFT_CONFIG, find_deltas, read_lora
+from latentrt.engines.lora import Delta, find_deltas, read_lora
 from latentrt.engines.lora import Lora as LoraFile
+from latentrt.engines.lora_config import PEFT_CONFIG
 from latentrt.engines.weights import GraphWeights, read_weights
 
 State = tuple[str, int, int, int]

@@ -176,8 +176,8 @@ PARTS = {
     "lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": "LoRA",
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": "LoRA",
     "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight": "LoRA",
-    "lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a": "LoHa or LoKr adapter",
-    "lora_unet_down_blocks_0_attentions_0_proj_in.dora_scale": "LoRA with learned magnitudes (DoRA)",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.hada_w1_a": "LoRA",
+    "lora_unet_down_blocks_0_attentions_0_proj_in.dora_scale": "LoRA",
     "control_model.input_blocks.0.0.weight": "ControlNet",
     "controlnet_cond_embedding.conv_in.weight": "ControlNet",
     "ip_adapter.1.to_k_ip.weight": "IP-Adapter",
@@ -208,8 +208,8 @@ def test_a_loras_changes_are_counted(tmp_path: Path) -> None:
         tensors |= {f"lora_{name}.lora_down.weight": (rank, 4), f"lora_{name}.lora_up.weight": (4, rank)}
     file = save_header(tmp_path / "a.safetensors", tensors, metadata={"ss_base_model_version": "sd_v1"})
     notes = inspect_checkpoint(str(file)).notes
-    assert "it changes 2 modules of the unet, by rank 4 to 8" in notes
-    assert "it changes 1 modules of the text_encoder, by rank 2" in notes
+    assert "it changes 2 parameters of the unet, by LoRA of rank 4 to 8" in notes
+    assert "it changes 1 parameters of the text_encoder, by LoRA of rank 2" in notes
     assert "its metadata say ss_base_model_version: sd_v1" in notes
 
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import Change, Lora, read_lora
+from latentrt.engines.lora import Lora, read_lora
+from latentrt.engines.lora_kinds import KIND_OF, Change
 from latentrt.engines.lora_names import from_original, plain_module
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.conversion import written
@@ -121,14 +122,15 @@ def as_read(lora: Lora, row: Factors) -> Factors:
     """What a file in bfloat16 keeps of one module's factors, checked to be near them."""
     module = plain_module(row.module)
     names = lora.modules[row.part]
-    if module not in names:
+    if (module, "weight") not in names:
         key = unet_key(f"{row.module}.weight", layers=1, attended=(1,)).removesuffix(".weight")
         module = plain_module(key)
-    change = lora.change(row.part, module)
-    up = (change.up * np.float32(change.scale * row.rank / row.alpha)).reshape(row.up.shape)
+    change = lora.change(row.part, (module, "weight"))
+    up, down = change.tensors["lora_up"], change.tensors["lora_down"]
+    up = (up * np.float32(change.scale * row.rank / row.alpha)).reshape(row.up.shape)
     np.testing.assert_allclose(up, row.up, rtol=2**-7)
-    np.testing.assert_allclose(change.down.reshape(row.down.shape), row.down, rtol=2**-7)
-    return Factors(part=row.part, module=row.module, down=change.down.reshape(row.down.shape), up=up, alpha=row.alpha)
+    np.testing.assert_allclose(down, row.down, rtol=2**-7)
+    return Factors(part=row.part, module=row.module, down=down, up=up, alpha=row.alpha)
 
 
 def test_attention_processors_mean_the_published_formula(sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -188,8 +190,8 @@ def test_a_convolutions_change_is_the_convolution_of_its_factors(
     file = save(tmp_path_factory.mktemp("lora") / "a.safetensors", tensors | {"lora_unet_conv_in.alpha": np.array(3.0)})
     lora = read_lora(file)
     shape = (outputs, inputs, kernel, kernel)
-    assert lora.match("unet", {"conv_in.weight": shape}) == {"conv_in.weight": "conv_in"}
-    delta = torch.from_numpy(lora.change("unet", "conv_in").delta(shape, strength=2.0))
+    assert lora.match("unet", {"conv_in.weight": shape}) == {"conv_in.weight": ("conv_in", "weight")}
+    delta = torch.from_numpy(lora.change("unet", ("conv_in", "weight")).added(np.ones(shape, np.float32), strength=2.0))
     pixels = torch.randn(1, inputs, 7, 7, generator=generator)
     expected = conv2d(pixels, factors["down"])
     if mid:
@@ -215,7 +217,7 @@ def test_every_original_name_of_a_unet_means_its_own_weight(config: dict[str, An
             name = unet_key(key, layers=2, attended=attended).removesuffix(".weight").replace(".", "_")
             tensors[f"lora_unet_{name}.lora_down.weight"] = (1, *shape[1:])
             tensors[f"lora_unet_{name}.lora_up.weight"] = (shape[0], 1, *(1 for _ in shape[2:]))
-            expected[key] = name
+            expected[key] = (name, "weight")
     found = read_lora(save_header(tmp_path / "a.safetensors", tensors)).match("unet", shapes)
     assert found == expected
     assert len(found) > 250
@@ -269,8 +271,9 @@ def test_a_change_smaller_than_float16_can_tell_is_kept() -> None:
     import torch
 
     weight = torch.ones(2, 2, dtype=torch.float16)
-    change = Change(up=np.ones((2, 1), np.float32), down=np.full((1, 2), 1e-5, np.float32), scale=1.0)
-    found = fuse(weight, [lambda: change.delta((2, 2), strength=1.0)])
+    factors = {"lora_up": np.ones((2, 1), np.float32), "lora_down": np.full((1, 2), 1e-5, np.float32)}
+    change = Change(kind=KIND_OF["lora_up"], tensors=factors)
+    found = fuse(weight, [lambda base: change.added(base, strength=1.0)])
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), 1.00001, rtol=1e-7)
     np.testing.assert_array_equal(weight.numpy(), np.ones((2, 2)))
@@ -316,16 +319,39 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "another width": (pair(TO_Q, inputs=32), r"\(2, 32\) and \(16, 2\), which do not fit .*to_q\.weight of shape"),
     "two ranks": (pair(TO_Q) | {UP: np.zeros((16, 3), np.float32)}, "do not fit"),
     "rank zero": (pair(TO_Q, rank=0), "do not fit"),
-    "no up": ({f"{TO_Q}.lora_down.weight": np.zeros((2, 16), np.float32)}, "lacks its up matrix"),
-    "only an alpha": ({f"{TO_Q}.alpha": np.zeros(())}, "lacks its down and its up matrix"),
+    "no up": ({f"{TO_Q}.lora_down.weight": np.zeros((2, 16), np.float32)}, "lacks its lora_up"),
+    "only an alpha": ({f"{TO_Q}.alpha": np.zeros(())}, "lacks what '.*alpha' belongs to"),
+    "two alphas": (pair(TO_Q) | {f"{TO_Q}.alpha": np.zeros(2)}, "do not fit"),
     "a second text encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "changes a text_encoder_2"),
     "another network": (pair("lora_transformer_single_blocks_0"), "is of no network that is known here"),
     "no lora": ({"x.weight": np.zeros((2, 2), np.float32)}, "'x.weight' is no tensor of a LoRA"),
     "nothing": ({}, "holds nothing"),
-    "loha": (pair(TO_Q) | {f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "holds LoHa"),
-    "lokr": ({f"{TO_Q}.lokr_w1": np.zeros((2, 2))}, "holds LoKr"),
-    "dora": (pair(TO_Q) | {f"{TO_Q}.dora_scale": np.zeros((2, 2))}, "holds DoRA"),
-    "differences": (pair(TO_Q) | {"lora_unet_conv_in.diff_b": np.zeros(2)}, "holds whole differences of weights"),
+    "half a loha": ({f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "lacks its hada_w1_b and its hada_w2_b and its hada_w2_a"),
+    "half a lokr": ({f"{TO_Q}.lokr_w1": np.zeros((2, 2))}, "lacks its lokr_w2_b and its lokr_w2_a"),
+    "two kinds at once": (pair(TO_Q) | {f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "as LoHa and as LoRA"),
+    "magnitudes alone": ({f"{TO_Q}.dora_scale": np.zeros((2, 2))}, "lacks what '.*dora_scale' belongs to"),
+    "magnitudes of another shape": (pair(TO_Q) | {f"{TO_Q}.dora_scale": np.zeros((2, 2))}, "do not fit"),
+    "magnitudes twice": (
+        pair(TO_Q) | {f"{TO_Q}.{name}": np.ones((16, 1)) for name in ("dora_scale", "lora_magnitude_vector")},
+        "has no meaning for a LoRA",
+    ),
+    "a scaled difference": (
+        {f"{TO_Q}.diff": np.zeros((16, 16)), f"{TO_Q}.alpha": np.zeros(())},
+        "alpha' has no meaning for a difference",
+    ),
+    "a bias that is not there": (pair(TO_Q) | {f"{TO_Q}.diff_b": np.zeros(16)}, r"\(.*_to_q\.bias\)"),
+    "oft": ({f"{TO_Q}.oft_blocks": np.zeros((2, 2, 2))}, "holds an OFT or BOFT"),
+    "glora": ({f"{TO_Q}.{name}.weight": np.zeros((2, 2)) for name in ("a1", "a2", "b1", "b2")}, "holds a GLoRA"),
+    "ia3": ({f"{TO_Q}.weight": np.zeros(16), f"{TO_Q}.on_input": np.zeros(())}, "holds an IA3"),
+    "learned words": (pair(TO_Q) | {"bundle_emb.cat.clip_l": np.zeros((1, 32))}, "holds learned words"),
+    "biases of a lora": (
+        {f"unet.x.lora_{name}": np.zeros((2, 2)) for name in ("A.weight", "B.weight", "B.bias")},
+        "holds biases of a LoRA",
+    ),
+    "several adapters": (
+        {f"unet.x.lora_A.{name}.weight": np.zeros((2, 2)) for name in ("a", "b")},
+        r"holds several adapters \(a, b\)",
+    ),
     "the same twice": (
         pair(TO_Q) | {f"{TO_Q}.lora_A.weight": np.zeros((2, 16), np.float32)},
         "say the same thing twice",

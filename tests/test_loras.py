@@ -27,7 +27,10 @@ from latentrt.engines.errors import BundleError, EngineError, RequestError
 from latentrt.engines.manifest import EngineRecord, manifest_from_json
 from latentrt.engines.spec import Array, EngineKey
 from latentrt.engines.weights import (
+    COLUMN,
     LAYOUTS,
+    PADDED,
+    TRANSPOSED,
     BuiltWeight,
     BuiltWeights,
     GraphWeights,
@@ -35,12 +38,14 @@ from latentrt.engines.weights import (
     built_record,
     fits,
     read_weights,
+    restore,
     write_weights,
 )
 from latentrt.runtime.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
 from tests.lora_files import WRITERS, Factors, every_layer, kohya, make_factors, peft, save, weight_shapes
+from tests.lora_mixture import every_kind
 from tests.test_families import LEAST, one_thread, psnr, reference, theirs
 
 __all__ = ["one_thread"]
@@ -71,6 +76,15 @@ def _inner(pipe: Any, row: Factors) -> str:
     """Return a module's name in the library's version at hand: transformers 5 has dropped a level."""
     names = {name for name, _ in getattr(pipe, row.part).named_modules()}
     return row.module if row.module in names else row.module.removeprefix("text_model.")
+
+
+def their_changed_picture(checkpoint: Path, changed: Mapping[tuple[str, str], torch.Tensor]) -> Array:
+    """Draw with diffusers after putting other weights in the place of its own."""
+    pipe = reference(PIPELINES["sd1"], checkpoint, diffusers.EulerDiscreteScheduler)
+    for (part, name), tensor in changed.items():
+        own = getattr(pipe, part).state_dict()
+        own[name if name in own else name.removeprefix("text_model.")].copy_(tensor)
+    return theirs(pipe, prompt=PROMPT, num_inference_steps=3, guidance_scale=4.0)
 
 
 def loras(*choice: tuple[Path, float]) -> list[Lora]:
@@ -252,11 +266,13 @@ def test_an_fp16_bundle_changes_too(sd1_half_bundle: Path, sd1_checkpoint: Path,
 
 
 @pytest.mark.parametrize("family", PIPELINES)
-def test_every_matrix_of_a_checkpoint_is_found_in_the_graph_and_in_what_is_built(made: Make, family: str) -> None:
+def test_every_weight_of_a_checkpoint_is_found_in_the_graph_and_every_matrix_in_what_is_built(
+    made: Make, family: str
+) -> None:
     checkpoint, root = made(family, "")
     bundle = Bundle.open(root)
     (directory,) = bundle.engine_directories()
-    shapes = {key: shape for key, shape in weight_shapes(checkpoint).items() if len(shape) > 1}
+    shapes = weight_shapes(checkpoint)
     for part in ("unet", *(text.component for text in bundle.manifest.text_encoders)):
         expected = {
             key.removeprefix(f"{part}:").removeprefix("text_model."): shape
@@ -268,7 +284,7 @@ def test_every_matrix_of_a_checkpoint_is_found_in_the_graph_and_in_what_is_built
         graph = read_weights(bundle.path(record, check="hash"), GraphWeights).weights
         assert {name.removeprefix("text_model."): weight.shape for name, weight in graph.items()} == expected
         built = read_weights(directory / f"{part}.weights.json", BuiltWeights).weights
-        assert set(built) == set(graph)
+        assert {name for name, weight in graph.items() if len(weight.shape) > 1} <= set(built)
 
 
 def test_weights_in_files_of_their_own_change_too(
@@ -300,32 +316,82 @@ def test_weights_in_files_of_their_own_change_too(
     np.testing.assert_array_equal(*pictures)
 
 
-def test_layers_whose_weights_are_equal_change_alone_or_are_refused(made: Make, tmp_path: Path) -> None:
-    """An exporter keeps equal small weights once: each layer gets its own. Laid out anew, they cannot be told apart."""
+ATTENTION, RESNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "mid_block.resnets.0"
+
+
+@pytest.fixture(scope="module")
+def varied(made: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint whose vectors have numbers of their own, as trained ones have, and two pairs of equal weights."""
     from safetensors.torch import load_file, save_file
 
     from latentrt.export.exporting import export_checkpoint
 
-    root = shutil.copytree(made("sd1", "")[0], tmp_path / "twins")
-    (file,) = (root / "unet").glob("*.safetensors")
-    tensors = load_file(file)
-    attention, resnet = "down_blocks.0.attentions.0.transformer_blocks.0.attn1", "mid_block.resnets.0"
-    tensors[f"{attention}.to_q.weight"] = tensors[f"{attention}.to_out.0.weight"].clone()
-    tensors[f"{resnet}.conv2.weight"] = tensors[f"{resnet}.conv1.weight"].clone()
-    save_file(tensors, file, metadata={"format": "pt"})
-    export_checkpoint(str(root), tmp_path / "bundle", precision="fp32")
+    folder = tmp_path_factory.mktemp("varied")
+    root = shutil.copytree(made("sd1", "")[0], folder / "checkpoint")
+    generator = torch.Generator().manual_seed(0)
+    for part in ("unet", "text_encoder"):
+        (file,) = (root / part).glob("*.safetensors")
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            if tensor.ndim == 1:
+                tensors[key] = tensor + 0.1 * torch.rand(tensor.shape, generator=generator)
+        if part == "unet":
+            tensors[f"{ATTENTION}.to_q.weight"] = tensors[f"{ATTENTION}.to_out.0.weight"].clone()
+            tensors[f"{RESNET}.conv2.weight"] = tensors[f"{RESNET}.conv1.weight"].clone()
+        save_file(tensors, file, metadata={"format": "pt"})
+    export_checkpoint(str(root), folder / "bundle", precision="fp32")
+    return root, folder / "bundle"
+
+
+def test_layers_whose_weights_are_equal_change_alone_or_are_refused(varied: tuple[Path, Path], tmp_path: Path) -> None:
+    """An exporter keeps equal small weights once: each layer gets its own. Laid out anew, they cannot be told apart."""
+    root, bundle = varied
     rows = {row.module: row for row in every_layer(root, seed=1, part="unet")}
-    alone = [dataclasses.replace(rows[f"{attention}.to_q"], up=rows[f"{attention}.to_q"].up * 30)]
-    with Pipeline.load(tmp_path / "bundle", "cpu", threads=1) as pipe:
+    alone = [dataclasses.replace(rows[f"{ATTENTION}.to_q"], up=rows[f"{ATTENTION}.to_q"].up * 30)]
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
         found, base = draw(pipe, (save(tmp_path / "a.safetensors", kohya(alone)), 1.0)), draw(pipe)
         expected = their_picture("sd1", root, [(alone, 1.0)])
         assert psnr(found, expected) >= LEAST
         assert psnr(base, expected) < LEAST
-        lora = save(tmp_path / "b.safetensors", kohya([rows[f"{resnet}.conv2"]]))
+        lora = save(tmp_path / "b.safetensors", kohya([rows[f"{RESNET}.conv2"]]))
         words = refusal(pipe, Lora(file=lora), error=EngineError)
-        assert f"1 of the weights that change ({resnet}.conv2.weight" in words
+        assert f"1 of the weights that change ({RESNET}.conv2.weight" in words
         assert "latentrt export --lora" in words
         np.testing.assert_array_equal(draw(pipe), base)
+
+
+def test_every_kind_of_change_draws_the_picture_of_diffusers(varied: tuple[Path, Path], tmp_path: Path) -> None:
+    """LoHa, LoKr, DoRA and differences of weights, biases and normalizations; with a plain LoRA too, and gone after."""
+    checkpoint, bundle = varied
+    tensors, changed = every_kind(checkpoint, seed=1, strength=0.7)
+    file = save(tmp_path / "a.safetensors", tensors)
+    row = next(row for row in make_factors(checkpoint, seed=5) if row.module == f"{ATTENTION}.to_q")
+    other = save(tmp_path / "b.safetensors", kohya([row]))
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        plain, found, both, again = (
+            draw(pipe),
+            draw(pipe, (file, 0.7)),
+            draw(pipe, (other, 0.5), (file, 0.7)),
+            draw(pipe),
+        )
+    expected = their_changed_picture(checkpoint, changed)
+    assert psnr(found, expected) >= LEAST
+    assert psnr(plain, expected) < 40
+    np.testing.assert_array_equal(plain, again)
+    name = (row.part, f"{row.module}.weight")
+    changed[name] = changed[name] + torch.from_numpy(row.up @ row.down).double() * (0.5 * row.alpha / row.rank)
+    assert psnr(both, their_changed_picture(checkpoint, changed)) >= LEAST
+
+
+def test_every_weight_of_a_trained_checkpoint_is_found_in_what_is_built(varied: tuple[Path, Path]) -> None:
+    """Biases and normalizations too: only those cannot be told apart that have the same numbers."""
+    bundle = Bundle.open(varied[1])
+    (directory,) = bundle.engine_directories()
+    for part in ("unet", "text_encoder"):
+        graph = read_weights(bundle.root / f"weights/{part}.json", GraphWeights).weights
+        built = read_weights(directory / f"{part}.weights.json", BuiltWeights).weights
+        twins = {f"{RESNET}.conv{number}.weight" for number in (1, 2)} if part == "unet" else set()
+        assert set(graph) - set(built) == twins
 
 
 @given(
@@ -337,7 +403,11 @@ def test_layers_whose_weights_are_equal_change_alone_or_are_refused(made: Make, 
 )
 def test_layouts_keep_every_number_and_add_up(layout: str, outputs: int, inputs: int, kernel: int, block: bool) -> None:
     """What is arranged holds the weight's numbers and zeros, and sums may be made before or after."""
-    shape = (outputs, inputs * 16 if block else inputs, *(() if layout == "transposed" else (kernel, kernel)))
+    shape: tuple[int, ...] = (outputs, inputs * 16 if block else inputs)
+    if layout == COLUMN or PADDED.fullmatch(layout):
+        shape = (outputs,)
+    elif layout != TRANSPOSED:
+        shape = (*shape, kernel, kernel)
     generator = np.random.default_rng(outputs)
     first, second = (generator.uniform(1, 2, shape).astype(np.float32) for _ in range(2))
     stored = [candidate for candidate in _shapes_of(layout, shape) if fits(layout, shape, candidate)]
@@ -347,11 +417,12 @@ def test_layouts_keep_every_number_and_add_up(layout: str, outputs: int, inputs:
     assert [found.shape] == stored
     np.testing.assert_array_equal(np.sort(found[found != 0]), np.sort(first.ravel()))
     np.testing.assert_array_equal(arrange(first + second, layout), found + arrange(second, layout))
+    np.testing.assert_array_equal(restore(found, layout, shape), first)
 
 
 def _shapes_of(layout: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     padded = [(-(-shape[0] // block) * block, *shape[1:]) for block in (4, 8, 16)]
-    return list(dict.fromkeys([shape, shape[::-1], *padded]))
+    return list(dict.fromkeys([shape, shape[::-1], (*shape, 1), *padded]))
 
 
 def test_float16_weights_are_summed_in_float32_and_rounded_once(tmp_path: Path) -> None:
@@ -360,13 +431,13 @@ def test_float16_weights_are_summed_in_float32_and_rounded_once(tmp_path: Path) 
     (tmp_path / "data").write_bytes(b"\0" * 6 + weight.T.tobytes())
     deltas = [np.random.default_rng(seed).normal(0, 1e-4, weight.shape).astype(np.float32) for seed in (1, 2, 3)]
     weights = adaptable_of(tmp_path, dtype="float16", shape=(24, 16), stored=(16, 24), layout="transposed", offset=6)
-    name, found = weights.changed("unet", "w", [lambda delta=delta: delta for delta in deltas])
+    name, found = weights.changed("unet", "w", [lambda _, delta=delta: delta for delta in deltas])
     assert (name, found.dtype) == ("there", np.float16)
     exact = torch.from_numpy(weight).double() + sum(torch.from_numpy(delta).double() for delta in deltas)
     np.testing.assert_array_equal(found.T, exact.float().half().numpy())
     assert not np.array_equal(found.T, weight)
     with pytest.raises(RequestError, match="leaves the range of float16"):
-        weights.changed("unet", "w", [lambda: np.full(weight.shape, 1e5, np.float32)])
+        weights.changed("unet", "w", [lambda base: np.full(base.shape, 1e5, np.float32)])
 
 
 def adaptable_of(folder: Path, **place: Any) -> Adaptable:

@@ -22,6 +22,7 @@ from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
 from tests.host_device import HostDevice
 from tests.lora_files import every_layer, kohya, save
+from tests.lora_mixture import every_kind
 from tests.stand_in import install
 from tests.test_tensorrt_pipeline import assert_close
 
@@ -70,6 +71,19 @@ def test_what_a_refitted_device_draws_is_what_numpy_draws(place: Workplace) -> N
                 assert_close(found, place.draw(plain, *scales, size=size))
                 np.testing.assert_array_equal(pictures.setdefault((scales, size), found), found)
         assert len({picture.tobytes() for picture in pictures.values()}) == len(pictures)
+
+
+def test_every_kind_of_change_is_refitted(place: Workplace, made: Make, tmp_path: Path) -> None:
+    """LoHa, LoKr, DoRA, biases and normalizations; of those that fit the tiny SDXL too, the first layer's."""
+    tensors, _ = every_kind(made("sd1", "")[0], seed=1, strength=1.0)
+    first = "conv_in" if Bundle.open(place.root).manifest.family == "sdxl" else ""
+    untrained = "resnets_0_norm1"  # whose ones the plain engine cannot tell from others
+    tensors = {key: array for key, array in tensors.items() if first in key and untrained not in key}
+    chosen = [Lora(file=save(tmp_path / "a.safetensors", tensors), scale=0.7)]
+    with Pipeline.load(place.root, "tensorrt") as compiled, Pipeline.load(place.root, "cpu", threads=1) as plain:
+        found, base = (compiled(**ASKED, loras=loras).pixels for loras in (chosen, []))
+        assert_close(found, plain(**ASKED, loras=chosen).pixels)
+    assert not np.array_equal(found, base)
 
 
 def test_text_that_is_encoded_on_the_device_is_encoded_with_the_changed_weights(place: Workplace) -> None:
@@ -124,7 +138,7 @@ def test_weights_that_were_put_together_are_supplied_together(place: Workplace) 
     (note,) = place.root.glob("engines/tensorrt*/unet.weights.json")
     built = read_weights(note, BuiltWeights)
     initializers = [weight.initializer for weight in built.weights.values()]
-    bias = next(name for name in built.others if name.endswith("conv_in.bias"))
+    bias = next(name for name in initializers if name.endswith("conv_in.bias"))
     place.library.combined = {initializers[0]: [bias, initializers[1]]}
     with Pipeline.load(place.root, "tensorrt") as compiled, Pipeline.load(place.root, "cpu", threads=1) as plain:
         assert_close(place.draw(compiled, 0.8), place.draw(plain, 0.8))
