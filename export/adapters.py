@@ -9,7 +9,7 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.residuals import ADAPTER, FEATURE, PREFIX
-from latentrt.export.folders import network_files, open_network, read_json
+from latentrt.export.folders import network_files, open_network, read_config
 from latentrt.export.options import ControlNetOption
 from latentrt.export.parts import Parts
 
@@ -37,10 +37,10 @@ def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle
     path, name = Path(option.path).expanduser(), f"--adapter {option.name}='{option.path}'"
     if not path.is_dir():
         raise CheckpointError(f"{name} is not there; give a directory in diffusers' layout")
-    config = read_json(path / "config.json")
+    config = read_config("adapter", path)
     if config.get("_class_name", KIND) != KIND:
         raise CheckpointError(f"{name} was recognised as {config['_class_name']}, expected a {KIND}")
-    if config.get("in_channels", 3) not in (1, 3):
+    if config["in_channels"] not in (1, 3):
         raise CheckpointError(f"{name} reads {config['in_channels']} channels, expected grey or RGB")
     wanted, found = block_features(parts.configs["unet"]), adapter_features(config, factor=_factor(parts.configs))
     if found not in (wanted, wanted[:-1]):
@@ -86,8 +86,8 @@ def block_features(unet: Mapping[str, Any]) -> Sizes:
 
 def adapter_features(config: Mapping[str, Any], *, factor: int) -> Sizes:
     """Return what a T2I-Adapter gives. factor: pixels a latent"""
-    kind, channels = config.get("adapter_type", "full_adapter"), list(config.get("channels", (320, 640, 1280, 1280)))
-    first = config.get("downscale_factor", 8) / factor
+    kind, channels = config["adapter_type"], list(config["channels"])
+    first = config["downscale_factor"] / factor
     if kind == "full_adapter_xl":  # halved once, before the third
         levels = [int(number >= 2) for number in range(len(channels))]
     else:
@@ -102,7 +102,7 @@ def feature_dimensions(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, in
     if first is None:
         return {"adapter_features": 0, "adapter_multiple": 1}
     sizes = adapter_features(first, factor=_factor(configs))
-    found = {"adapter_features": len(sizes), "adapter_multiple": first.get("downscale_factor", 8)}
+    found = {"adapter_features": len(sizes), "adapter_multiple": first["downscale_factor"]}
     for number, (width, divisor) in enumerate(sizes):
         found |= {f"{FEATURE}{number}_channels": width, f"{FEATURE}{number}_divisor": divisor}
     return found

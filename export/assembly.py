@@ -10,13 +10,14 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import TensorFile, read_header, weights_format
+from latentrt.export.configs import complete
 from latentrt.export.families import SUPPORTED, option_for
 from latentrt.export.folders import read_configs, read_json, refuse_other_unet
 from latentrt.export.markers import read_changes
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Parts, Recipe, folders
 from latentrt.export.pickles import read_pickle_header
-from latentrt.export.published import CONFIGS, DEFAULT_SAMPLE_SIZE, PADDING, SAMPLE_SIZES, VOCABULARIES
+from latentrt.export.published import CONFIGS, PADDING, VOCABULARIES, sample_size
 from latentrt.export.single_file import SingleFile, name_other, recognise
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -124,10 +125,13 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
         )
     published = CONFIGS[single.family]
     prediction = options.prediction_type or single.prediction
-    side = SAMPLE_SIZES.get(single.family, {}).get(prediction or "epsilon", DEFAULT_SAMPLE_SIZE)
-    configs = {name: published[folder] for name, folder in networks.items() if folder in published}
+    unet = {**published["unet"], "sample_size": sample_size(single.family, prediction or "epsilon")} | dict(
+        single.blocks
+    )
+    configs = {name: {**published, "unet": unet}[folder] for name, folder in networks.items() if folder in published}
+    where = f"{single.label}'s published config"
     return Documents(
-        configs={**configs, "unet": {"sample_size": side, **configs["unet"], **single.blocks}},
+        configs={name: complete(PARTS[name], config, where=where) for name, config in configs.items()},
         scheduler={**published["scheduler"], "prediction_type": prediction},
         index=published["index"],
     )

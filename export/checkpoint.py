@@ -10,24 +10,30 @@ from typing import Any
 
 from latentrt.engines.bundle import hash_file
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.manifest import Family, LatentSpec, TrainingSchedule
+from latentrt.engines.manifest import Family, LatentSpec, Prediction, TrainingSchedule
 from latentrt.engines.residuals import PREFIX
 from latentrt.export.adapters import add_adapters, feature_dimensions
 from latentrt.export.assembly import open_file
 from latentrt.export.components import residual_dimensions
+from latentrt.export.configs import complete, require_levels
 from latentrt.export.controlnets import add_controlnets, per_level
 from latentrt.export.families import ACTIVATIONS
 from latentrt.export.folders import open_folder, refuse_other_vae
 from latentrt.export.fusing import add_loras
 from latentrt.export.hub import download
+from latentrt.export.normalising import Affine, read_normalising
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.parts import TEXT_ENCODERS, Parts, Recipe, Source
+from latentrt.export.published import DEFAULT_SAMPLE_SIZE, sample_size
 from latentrt.export.replacing import replace_unet, replace_vae
 from latentrt.export.schedule import training_schedule
 from latentrt.export.tiny_vae import add_tiny_vae, check_tiny_vae
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+# Whose pipelines in diffusers take a side below 64 latents for a mistake where this or an older version wrote it.
+ENLARGED: frozenset[Family] = frozenset(("sd1", "sd2"))
+ENLARGED_BEFORE = (0, 9, 0)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -42,6 +48,7 @@ class Checkpoint:
     files: what the export reads, by name
     options: choices that changed the result
     dimensions: the sizes that the tables of shapes refer to by name
+    normalising: what normalised latents add to the VAE's halves, by component
     refiner: the checkpoint whose UNet becomes the component `refiner`
     """
 
@@ -60,6 +67,7 @@ class Checkpoint:
     latents: LatentSpec
     default_size: tuple[int, int]
     dimensions: Mapping[str, int]
+    normalising: Mapping[str, Affine]
     refiner: Checkpoint | None = None
 
     @property
@@ -109,13 +117,13 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
 
 def _read(name: str, parts: Parts) -> Checkpoint:
     """Say what a checkpoint is from its documents."""
-    latents = _latents(parts)
+    family, latents = _family(parts.root, parts.configs), _latents(parts)
     check_tiny_vae(parts.configs, latents)
-    sample = _need(parts.configs["unet"], "sample_size", int, f"{parts.root}: the UNet's config", default=64)
+    schedule = training_schedule(parts.scheduler, where=f"{parts.root}: the scheduler's config")
     return Checkpoint(
         name=name,
         source=parts.source,
-        family=_family(parts.root, parts.configs),
+        family=family,
         index=parts.index,
         configs=parts.configs,
         scheduler=parts.scheduler,
@@ -124,10 +132,16 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         special_tokens=parts.special_tokens,
         files=parts.files,
         options=parts.options,
-        schedule=training_schedule(parts.scheduler, where=f"{parts.root}: the scheduler's config"),
+        schedule=schedule,
         latents=latents,
-        default_size=(sample * latents.factor, sample * latents.factor),
+        default_size=_default_size(parts.configs["unet"], family, schedule.prediction_type, factor=latents.factor),
         dimensions=_dimensions(parts.configs, latents) | _residuals(parts.configs) | feature_dimensions(parts.configs),
+        normalising=read_normalising(
+            parts.configs["vae_decoder"],
+            family=family,
+            channels=latents.channels,
+            where=f"{parts.root}: the VAE's config",
+        ),
     )
 
 
@@ -159,66 +173,83 @@ def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
     unet = configs["unet"]
     texts = {name: configs[name] for name in TEXT_ENCODERS if name in configs}
     for name, text in texts.items():
-        kinds, activation = text.get("architectures", CLIP_MODELS), text.get("hidden_act", "quick_gelu")
+        kinds, activation = text.get("architectures") or CLIP_MODELS, text["hidden_act"]
         if activation not in ACTIVATIONS or not set(kinds) & set(CLIP_MODELS):
             raise CheckpointError(
                 f"{root}/{name}/config.json: found {kinds} with hidden_act '{activation}', expected "
                 f"{' or '.join(CLIP_MODELS)} with one of {', '.join(ACTIVATIONS)}; this family is not supported"
             )
-    width = sum(text.get("hidden_size", 512) for text in texts.values())
-    if unet.get("cross_attention_dim") not in (width, [width]):
+    width = sum(text["hidden_size"] for text in texts.values())
+    if set(per_level(unet["cross_attention_dim"], 1)) != {width}:
         raise CheckpointError(
             f"{root}: the text {'encoder is' if len(texts) == 1 else 'encoders are'} {width} wide but the UNet's "
-            f"cross_attention_dim is {unet.get('cross_attention_dim')}; they are not of one checkpoint"
+            f"cross_attention_dim is {unet['cross_attention_dim']}; they are not of one checkpoint"
         )
-    if unet.get("addition_embed_type") == "text_time":
+    if unet["addition_embed_type"] == "text_time":
         if "text_encoder_2" not in texts:
             raise CheckpointError(
                 f"'{root}' was recognised as Stable Diffusion XL by its UNet and holds no text_encoder_2; "
                 "download the whole checkpoint"
             )
         return "sdxl" if "text_encoder" in texts else "sdxl_refiner"
-    return ACTIVATIONS[texts["text_encoder"].get("hidden_act", "quick_gelu")]
+    if list(texts) != ["text_encoder"]:
+        raise CheckpointError(
+            f"{root}: its UNet's config names no addition_embed_type and is for one text encoder, and found "
+            f"{' and '.join(texts) or 'none'}; this family is not supported"
+        )
+    return ACTIVATIONS[texts["text_encoder"]["hidden_act"]]
 
 
 def _latents(parts: Parts) -> LatentSpec:
-    where = f"{parts.root}: the VAE's config"
     vae, unet = parts.configs["vae_decoder"], parts.configs["unet"]
     refuse_other_vae(parts.root / "vae", vae)
-    channels = _need(vae, "latent_channels", int, where, default=4)
-    takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    require_levels(vae, where=f"{parts.root}: the VAE's config")
+    require_levels(unet, where=f"{parts.root}: the UNet's config")
+    channels, takes, gives = vae["latent_channels"], unet["in_channels"], unet["out_channels"]
     if gives != channels or takes not in (channels, 2 * channels + 1):
         raise CheckpointError(
             f"{parts.root}: the UNet takes {takes} channels and gives {gives} where the VAE has {channels} latent "
             f"channels; expected {channels}, or {2 * channels + 1} for inpainting; "
             "other conditioned UNets are not supported"
         )
-    levels = _need(vae, "block_out_channels", list, where)
-    scaling = float(_need(vae, "scaling_factor", (int, float), where, default=0.18215))
-    return LatentSpec(channels=channels, factor=2 ** (len(levels) - 1), scaling_factor=scaling)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return LatentSpec(channels=channels, factor=factor, scaling_factor=float(vae["scaling_factor"]))
+
+
+def _default_size(unet: Mapping[str, Any], family: Family, prediction: Prediction, *, factor: int) -> tuple[int, int]:
+    """Return the width and the height that diffusers' pipelines draw where they are told none."""
+    given = unet["sample_size"]
+    if given is None:  # they draw nothing then
+        given = sample_size(family, prediction)
+    version = tuple(int(part) for part in re.findall(r"\d+", str(unet.get("_diffusers_version", "")))[:3])
+    if isinstance(given, int) and family in ENLARGED and () < version < ENLARGED_BEFORE:
+        given = max(given, DEFAULT_SAMPLE_SIZE)
+    height, width = per_level(given, 2)
+    return width * factor, height * factor
 
 
 def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -> dict[str, int]:
     """Name the sizes that the tables of shapes refer to; 0 for what a checkpoint has not."""
     vae, unet = configs["vae_decoder"], configs["unet"]
-    first, second = configs.get("text_encoder", {}), configs.get("text_encoder_2", {})
-    text = first or second
-    pooled = second.get("projection_dim", 512) if unet.get("addition_embed_type") else 0
+    first = configs.get("text_encoder") or complete("text_encoder", {}, where="")
+    second = configs.get("text_encoder_2") or complete("text_encoder_2", {}, where="")
+    held = [configs[name] for name in TEXT_ENCODERS if name in configs]
+    pooled = second["projection_dim"] if unet["addition_embed_type"] else 0
     return {
         "latent_channels": latents.channels,
         "latent_parameters": 2 * latents.channels,
-        "unet_channels": unet.get("in_channels", 4),
-        "picture_channels": vae.get("out_channels", 3),
-        "text_width": first.get("hidden_size", 512),
-        "text_width_2": second.get("hidden_size", 512),
-        "skipped_layers": first.get("num_hidden_layers", 12) - 1,
-        "skipped_layers_2": second.get("num_hidden_layers", 12) - 1,
-        "attention_width": sum(part.get("hidden_size", 512) for part in (first, second) if part),
+        "unet_channels": unet["in_channels"],
+        "picture_channels": vae["out_channels"],
+        "text_width": first["hidden_size"],
+        "text_width_2": second["hidden_size"],
+        "skipped_layers": first["num_hidden_layers"] - 1,
+        "skipped_layers_2": second["num_hidden_layers"] - 1,
+        "attention_width": sum(text["hidden_size"] for text in held),
         "pooled_width": pooled,
         "size_numbers": _size_numbers(unet, pooled) if pooled else 0,
-        "guidance_width": unet.get("time_cond_proj_dim") or 0,
-        "context": text.get("max_position_embeddings", 77),
-        "vocabulary": min(part.get("vocab_size", 49408) for part in (first, second) if part),
+        "guidance_width": unet["time_cond_proj_dim"] or 0,
+        "context": held[0]["max_position_embeddings"],
+        "vocabulary": min(text["vocab_size"] for text in held),
         "factor": latents.factor,
         "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
     }
@@ -229,18 +260,15 @@ def _residuals(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     if not any(name.startswith(PREFIX) for name in configs):
         return {"down_residuals": 0}
     channels = configs["unet"]["block_out_channels"]
-    return residual_dimensions(channels, per_level(configs["unet"].get("layers_per_block", 2), len(channels)))
+    return residual_dimensions(channels, per_level(configs["unet"]["layers_per_block"], len(channels)))
 
 
 def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:
     """Return how many numbers of sizes a UNet takes beside the pooled text: 6 for SDXL, 5 for its refiner."""
-    where = "the UNet's config"
-    rest = _need(unet, "projection_class_embeddings_input_dim", int, where) - pooled
-    return int(rest // _need(unet, "addition_time_embed_dim", int, where))
-
-
-def _need(config: Mapping[str, Any], key: str, kind: Any, where: str, *, default: Any = None) -> Any:
-    value = config.get(key, default)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise CheckpointError(f"{where} $.{key}: found {value!r}; this checkpoint is not supported")
-    return value
+    told, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
+    if told is None or width is None or told <= pooled or (told - pooled) % width:
+        raise CheckpointError(
+            f"the UNet's config $.projection_class_embeddings_input_dim: found {told}, expected the text's {pooled} "
+            f"and a multiple of addition_time_embed_dim, which is {width}; restore the config"
+        )
+    return int((told - pooled) // width)

@@ -8,6 +8,7 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_files import StoredTensor, TensorFile
+from latentrt.export.configs import complete
 from latentrt.export.families import CONTROLNET
 from latentrt.export.folders import to_recipe
 from latentrt.export.markers import find_strangers
@@ -65,7 +66,9 @@ def read_controlnet(name: str, file: TensorFile, parts: Parts) -> tuple[Mapping[
     config = _config(name, tensors, layout, parts.configs["unet"])
     base = _base(name, config, parts) if DIFFERENCE in tensors else None
     text, path = json.dumps(config), str(file.path.absolute())
-    return config, Recipe(part="controlnet", config=text, files=(path,), layout=layout, base=base)
+    return complete("controlnet", config, where=name), Recipe(
+        part="controlnet", config=text, files=(path,), layout=layout, base=base
+    )
 
 
 def _refuse_strangers(name: str, file: TensorFile, layout: Layout) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.residuals import PREFIX
 from latentrt.export.assembly import read_weights_header
-from latentrt.export.controlnet_files import EMBEDDING, read_controlnet
-from latentrt.export.folders import network_files, open_network, read_json
+from latentrt.export.controlnet_files import read_controlnet
+from latentrt.export.folders import network_files, open_network, read_config, read_json
 from latentrt.export.options import ControlNetOption
 from latentrt.export.parts import Parts, Recipe
 
@@ -46,8 +46,8 @@ def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle
     config: Mapping[str, Any]
     network: Path | Recipe
     if path.is_dir():
-        config = read_json(path / "config.json")
-        _require_kind(option, config)
+        _require_kind(option, read_json(path / "config.json"))
+        config = read_config("controlnet", path)
         network = open_network("controlnet", path, allow_pickle=allow_pickle)
         files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
     elif path.is_file():
@@ -75,13 +75,13 @@ def _require_kind(option: ControlNetOption, config: Mapping[str, Any]) -> None:
 
 
 def _latent_channels(parts: Parts) -> int:
-    return int(parts.configs["vae_decoder"].get("latent_channels", 4))
+    return int(parts.configs["vae_decoder"]["latent_channels"])
 
 
 def _check(option: ControlNetOption, config: Mapping[str, Any], parts: Parts) -> None:
     """Refuse a ControlNet whose residuals or inputs are not those of the checkpoint's UNet."""
     for key, plain, meaning in PLAIN:
-        if config.get(key, plain) != plain:
+        if config[key] != plain:
             raise CheckpointError(
                 f"{_name(option)} was recognised as {meaning} (its config says {key}: {config[key]}), which is not "
                 "supported; give a plain ControlNet"
@@ -90,16 +90,16 @@ def _check(option: ControlNetOption, config: Mapping[str, Any], parts: Parts) ->
     levels = len(unet["block_out_channels"])
     factor = 2 ** (len(parts.configs["vae_decoder"]["block_out_channels"]) - 1)
 
-    def both(key: str, default: int) -> tuple[Any, Any]:
-        return per_level(config.get(key, default), levels), per_level(unet.get(key, default), levels)
+    def both(key: str) -> tuple[Any, Any]:
+        return per_level(config[key], levels), per_level(unet[key], levels)
 
     needs: dict[str, tuple[Any, Any]] = {  # what it has, what it needs
-        "in_channels": (config.get("in_channels", 4), channels),
-        "block_out_channels": (list(config.get("block_out_channels", ())), list(unet["block_out_channels"])),
-        "layers_per_block": both("layers_per_block", 2),
-        "cross_attention_dim": both("cross_attention_dim", 1280),
-        "addition_embed_type": (config.get("addition_embed_type"), unet.get("addition_embed_type")),
-        "pixels a latent": (2 ** (len(config.get("conditioning_embedding_out_channels", EMBEDDING)) - 1), factor),
+        "in_channels": (config["in_channels"], channels),
+        "block_out_channels": (list(config["block_out_channels"]), list(unet["block_out_channels"])),
+        "layers_per_block": both("layers_per_block"),
+        "cross_attention_dim": both("cross_attention_dim"),
+        "addition_embed_type": (config["addition_embed_type"], unet["addition_embed_type"]),
+        "pixels a latent": (2 ** (len(config["conditioning_embedding_out_channels"]) - 1), factor),
     }
     for what, (found, expected) in needs.items():
         if found != expected:

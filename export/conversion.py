@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -106,13 +106,13 @@ def _mapped(file: Path) -> Tensors:
         return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
 
-def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any], *, projected: bool) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 
     if prefix.endswith(".model."):
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
         found = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
-        if "CLIPTextModelWithProjection" not in config["architectures"]:
+        if not projected:
             found.pop("text_projection.weight", None)
     else:
         found = convert_ldm_clip_checkpoint(tensors)
@@ -154,9 +154,9 @@ def _controlnet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Ten
     return _whole(tensors, {key: t for key, t in converted.items() if t is not None}, "ControlNet")
 
 
-_CONVERT = {
-    "text_encoder": _text_encoder,
-    "text_encoder_2": _text_encoder,
+_CONVERT: Mapping[Part, Callable[[Tensors, str, Mapping[str, Any]], Tensors]] = {
+    "text_encoder": partial(_text_encoder, projected=False),
+    "text_encoder_2": partial(_text_encoder, projected=True),
     "unet": _unet,
     "vae": _vae,
     "controlnet": _controlnet,

@@ -256,6 +256,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         precision=precision,
         dimensions=refiner.dimensions if refiner and component == "refiner" else checkpoint.dimensions,
         scaling_factor=checkpoint.latents.scaling_factor,
+        affine=checkpoint.normalising.get(component),
         twin=twin,
     )
 

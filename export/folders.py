@@ -10,6 +10,7 @@ from typing import Any
 from latentrt.engines.documents import read_document
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.parsing import ParseError
+from latentrt.export.configs import complete
 from latentrt.export.families import OTHER_FORMATS, OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline
 from latentrt.export.graph_data import data_files
 from latentrt.export.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
@@ -77,7 +78,13 @@ def _roles(index: Mapping[str, Any]) -> set[str]:
 
 def read_configs(root: Path, networks: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
     """Read the config.json of every network. networks: the folder of each. Raises CheckpointError."""
-    return {component: read_json(root / folder / "config.json") for component, folder in networks.items()}
+    return {component: read_config(PARTS[component], root / folder) for component, folder in networks.items()}
+
+
+def read_config(part: Part, folder: Path) -> dict[str, Any]:
+    """Read a network's config.json and put defaults in place of what it leaves out. Raises CheckpointError."""
+    path = folder / "config.json"
+    return complete(part, read_json(path), where=str(path))
 
 
 def _refuse_other_networks(root: Path, index: Mapping[str, Any]) -> None:

@@ -220,9 +220,9 @@ def _inspect_folder(root: Path) -> Inspection:
 def _additions(checkpoint: Checkpoint) -> list[str]:
     """Name what a UNet takes beyond its family's."""
     unet, channels = checkpoint.configs["unet"], checkpoint.latents.channels
-    takes = unet.get("in_channels", channels)
+    takes = unet["in_channels"]
     more = [INPUTS.get(takes - channels + 4, f"with {takes} input channels")] if takes != channels else []
-    return more + (["for latent consistency"] if unet.get("time_cond_proj_dim") else [])
+    return more + (["for latent consistency"] if unet["time_cond_proj_dim"] else [])
 
 
 def _folder_networks(root: Path, index: Mapping[str, Any]) -> tuple[list[Network], list[str]]:

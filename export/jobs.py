@@ -27,6 +27,7 @@ from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.engines.weights import graph_record, write_weights
 from latentrt.export import golden
 from latentrt.export.components import Case, component_of, input_specs, output_specs
+from latentrt.export.normalising import Affine
 from latentrt.export.parts import Recipe, Source
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Job:
     recipe: how to write that folder first, None where it is there
     root: the staged bundle
     twin: what must have the same weights
+    affine: what normalised latents add to half a VAE
     """
 
     component: str
@@ -76,6 +78,7 @@ class Job:
     scaling_factor: float
     recipe: Recipe | None = None
     twin: Twin | None = None
+    affine: Affine | None = None
     stage: Stage = "make"
 
     @property
@@ -214,7 +217,13 @@ def _loaded(job: Job) -> Iterator[nn.Module]:
     normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
     takes = tuple(tensor.name for tensor in component_of(job.component).takes(job.dimensions))
     load = partial(
-        modules.load, job.component, takes=takes, normed=normed, scaling_factor=job.scaling_factor, dtype=None
+        modules.load,
+        job.component,
+        takes=takes,
+        normed=normed,
+        scaling_factor=job.scaling_factor,
+        affine=job.affine,
+        dtype=None,
     )
     if job.recipe is None:
         yield load(Path(job.folder))
@@ -275,6 +284,7 @@ def _adopt(job: Job) -> Finished:
         dimensions=job.dimensions,
         precision=job.precision,
         scaling_factor=job.scaling_factor,
+        affine=job.affine,
     )
     finished = _finished(job, files)
     _, recorded = golden.load_golden(root / golden_path(job.component))  # without the extra outputs it does not have

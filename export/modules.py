@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.residuals import ADAPTER, COND, DOWN, FEATURE, MID, PREFIX, SCALE, is_residual
+from latentrt.export.normalising import Affine
 from latentrt.export.stored import stored_dtype
 from latentrt.export.weights import find_weights
 
@@ -206,16 +207,36 @@ def wrap_denoiser(model: Any, takes: Sequence[str] = ()) -> nn.Module:
     return DENOISERS[sized, model.config.time_cond_proj_dim is not None](model)
 
 
-class Decoder(nn.Module):
-    """Latents, divided by the scaling factor → pictures in -1..1. Holds only the VAE's second half."""
+class PerChannel(nn.Module):
+    """(batch, channels, height, width) * scale + shift."""
 
-    def __init__(self, vae: Any) -> None:
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, affine: Affine) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.tensor(affine.scale).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(affine.shift).reshape(1, -1, 1, 1), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        output: Tensor = values * self.scale + self.shift
+        return output
+
+
+class Decoder(nn.Module):
+    """Latents, divided by the scaling factor → pictures in -1..1. Holds only the VAE's second half.
+
+    affine: what undoes the normalising of the latents, None where there is none
+    """
+
+    def __init__(self, vae: Any, affine: Affine | None = None) -> None:
+        super().__init__()
+        self.denormalise = PerChannel(affine) if affine else nn.Identity()
         self.post_quant_conv = vae.post_quant_conv or nn.Identity()
         self.decoder = vae.decoder
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        output: Tensor = self.decoder(self.post_quant_conv(latent_sample))
+        output: Tensor = self.decoder(self.post_quant_conv(self.denormalise(latent_sample)))
         return output
 
 
@@ -236,15 +257,19 @@ class TinyDecoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures in -1..1 → means and log-variances of latents, one after the other. Holds only the VAE's first half."""
+    """Pictures in -1..1 → means and log-variances of latents, one after the other. Holds only the VAE's first half.
 
-    def __init__(self, vae: Any) -> None:
+    affine: what normalises both, None where they are not normalised
+    """
+
+    def __init__(self, vae: Any, affine: Affine | None = None) -> None:
         super().__init__()
         self.encoder = vae.encoder
         self.quant_conv = vae.quant_conv or nn.Identity()
+        self.normalise = PerChannel(affine) if affine else nn.Identity()
 
     def forward(self, sample: Tensor) -> Tensor:
-        output: Tensor = self.quant_conv(self.encoder(sample))
+        output: Tensor = self.normalise(self.quant_conv(self.encoder(sample)))
         return output
 
 
@@ -255,6 +280,7 @@ def load(
     takes: Sequence[str] = (),
     normed: bool = True,
     scaling_factor: float = 1.0,
+    affine: Affine | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
     """Load one network without gradients. Raises CheckpointError where the weights do not fit.
@@ -262,6 +288,7 @@ def load(
     takes: the names of its inputs, for networks that ControlNets have to do with
     normed: of a text encoder, whether the states of earlier layers go through the final norm
     scaling_factor: of the checkpoint's latents
+    affine: of half a VAE whose latents are normalised, see `normalising.py`
     dtype: of the weights, None for the type that they are stored in: then they are mapped, and none is read
     """
     from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, T2IAdapter, UNet2DConditionModel
@@ -281,8 +308,8 @@ def load(
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
         "adapter": (T2IAdapter, Adapter, {"torch_dtype": dtype}),
-        "vae_decoder": (AutoencoderKL, Decoder, {"torch_dtype": dtype}),
-        "vae_encoder": (AutoencoderKL, Encoder, {"torch_dtype": dtype}),
+        "vae_decoder": (AutoencoderKL, partial(Decoder, affine=affine), {"torch_dtype": dtype}),
+        "vae_encoder": (AutoencoderKL, partial(Encoder, affine=affine), {"torch_dtype": dtype}),
         "tiny_decoder": (
             AutoencoderTiny,
             partial(TinyDecoder, scaling_factor=scaling_factor),

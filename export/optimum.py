@@ -19,6 +19,7 @@ from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.components import Case, Component, input_specs, output_specs
 from latentrt.export.golden import make_inputs, save_golden
 from latentrt.export.graph_data import DATA_SUFFIX, data_files, read_graph, rename_data
+from latentrt.export.normalising import Affine, normalise_graph, without_normalising
 from latentrt.export.parts import TEXT_ENCODERS
 from latentrt.export.sessions import open_session, run_session
 from latentrt.export.tokenizer import write_clip_files
@@ -43,9 +44,11 @@ def adopt_graph(
     dimensions: Mapping[str, int],
     precision: Precision,
     scaling_factor: float,
+    affine: Affine | None = None,
 ) -> list[Path]:
     """Copy a graph that was exported already and record its golden pair with ONNX Runtime.
 
+    affine: what normalised latents add to half a VAE, which such a graph does not hold
     Returns the files, the graph first. Raises CheckpointError where names, dtypes or shapes are not those of the
     table.
     """
@@ -53,7 +56,8 @@ def adopt_graph(
     takes = input_specs(component, dimensions, precision)
     gives = _given(component, read_graph(source), output_specs(component, dimensions, precision))
     data = _take_data(source, graph)
-    _write_normalised(source, graph, takes, gives, names={place: file.name for place, file in data.items()})
+    names = {place: file.name for place, file in data.items()}
+    _write_ours(source, graph, takes, gives, names=names, affine=affine)
     session = _open(source, graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
     traced, checked = (
@@ -95,17 +99,19 @@ def _given(component: Component, model: ModelProto, gives: tuple[TensorSpec, ...
     return tuple(spec for spec in gives if spec.name in found or spec.name not in extra)
 
 
-def _write_normalised(
+def _write_ours(
     source: Path,
     target: Path,
     takes: tuple[TensorSpec, ...],
     gives: tuple[TensorSpec, ...],
     *,
     names: Mapping[str, str],
+    affine: Affine | None,
 ) -> None:
     """Write a graph with the names of axes, the inputs and the float32 timesteps that our tables promise.
 
     names: of the files of its external data, by their locations in the source
+    affine: as in `adopt_graph`
     """
     import onnx
 
@@ -122,6 +128,8 @@ def _write_normalised(
     specs = {spec.name: spec for spec in (*takes, *gives)}
     for value in (*model.graph.input, *model.graph.output):
         _set_shape(source, value, specs[value.name])
+    if affine:
+        normalise_graph(model.graph, affine)
     onnx.save(model, str(target))
 
 
@@ -196,7 +204,8 @@ def _skip_first_reshape(graph: GraphProto) -> None:
 
 def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast], folder: Path) -> list[Path]:
     """Write what optimum's pipelines read beside the graphs. Returns the files."""
-    documents = {f"{name}/config.json": dict(config) for name, config in checkpoint.configs.items()}
+    graphs = {name: without_normalising(checkpoint.configs[name]) for name in checkpoint.normalising}
+    documents = {f"{name}/config.json": dict(config) for name, config in {**checkpoint.configs, **graphs}.items()}
     documents["scheduler/scheduler_config.json"] = dict(checkpoint.scheduler)
     documents["model_index.json"] = _index(checkpoint)
     for name, document in documents.items():
@@ -220,6 +229,7 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
+        **({"force_zeros_for_empty_prompt": checkpoint.zero_negative} if checkpoint.dimensions["pooled_width"] else {}),
         "scheduler": ["diffusers", checkpoint.schedule.scheduler],
         **texts,
         **vocabularies,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 Source = Literal["torch", "onnx"]
 Layout = Literal["diffusers", "original"]
-Part = Literal["text_encoder", "text_encoder_2", "unet", "vae", "controlnet", "adapter"]
+Part = Literal["text_encoder", "text_encoder_2", "unet", "vae", "controlnet", "adapter", "tiny_vae"]
 # Whose weights a network has: half of a VAE is loaded from the whole.
 PARTS: Mapping[str, Part] = {
     "text_encoder": "text_encoder",

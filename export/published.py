@@ -169,6 +169,14 @@ CONFIGS: Mapping[Family, Mapping[str, Config]] = {
 # Latents a side of the pictures it was trained on, where what it predicts decides that.
 SAMPLE_SIZES: Mapping[Family, Mapping[Prediction, int]] = {"sd2": {"v_prediction": 96}}
 DEFAULT_SAMPLE_SIZE = 64
+
+
+def sample_size(family: Family, prediction: Prediction) -> int:
+    """Return how many latents a side the pictures have that a published checkpoint draws."""
+    known = CONFIGS[family]["unet"].get("sample_size")
+    return known or SAMPLE_SIZES.get(family, {}).get(prediction, DEFAULT_SAMPLE_SIZE)
+
+
 PADDING: Mapping[Family, Mapping[str, str]] = {  # by tokenizer
     "sd1": {"tokenizer": "<|endoftext|>"},
     "sd2": {"tokenizer": "!"},

@@ -51,11 +51,7 @@ def _objections(base: Checkpoint, refiner: Checkpoint) -> list[str]:
         found.append("it cannot be added to graphs that optimum exported, nor be one; give diffusers' layout of both")
     if base.dimensions["unet_channels"] != base.latents.channels:
         found.append("an inpainting checkpoint takes none: the refiner sees no mask")
-    if (base.latents.channels, base.latents.factor, base.latents.scaling_factor) != (
-        refiner.latents.channels,
-        refiner.latents.factor,
-        refiner.latents.scaling_factor,
-    ):
+    if (base.latents, base.normalising) != (refiner.latents, refiner.normalising):
         found.append("its latents are not those of the checkpoint: their VAEs differ in channels, factor or scale")
     if unlike := [name for name in SCHEDULE if getattr(base.schedule, name) != getattr(refiner.schedule, name)]:
         found.append(f"it was trained with another noise schedule than the checkpoint ({', '.join(unlike)})")

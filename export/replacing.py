@@ -13,7 +13,7 @@ from latentrt.engines.manifest import Prediction
 from latentrt.engines.tensor_files import TensorFile
 from latentrt.export.assembly import read_weights_header
 from latentrt.export.families import DENOISER_PREFIX, option_for
-from latentrt.export.folders import network_files, open_network, read_json, refuse_other_unet, refuse_other_vae
+from latentrt.export.folders import network_files, open_network, read_config, refuse_other_unet, refuse_other_vae
 from latentrt.export.markers import find_markers, find_prediction, find_strangers, read_changes
 from latentrt.export.parts import Layout, Part, Parts, Recipe
 from latentrt.export.single_file import PREFIXES, VAE_PREFIX, name_other
@@ -63,7 +63,7 @@ def _from_folder(part: Part, option: str, path: Path, *, allow_pickle: bool) -> 
     if not path.is_dir():
         raise CheckpointError(f"{option} '{path}' is not there; give a directory or a safetensors file")
     folder = path / part if (path / part).is_dir() else path
-    config = read_json(folder / "config.json")
+    config = read_config(part, folder)
     network = open_network(part, folder, allow_pickle=allow_pickle)
     return config, network, [folder / "config.json", *network_files(folder, allow_pickle=allow_pickle)]
 

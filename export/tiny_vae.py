@@ -10,17 +10,10 @@ from typing import Any
 from latentrt.engines.canvas import TINY_DECODER
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import LatentSpec
-from latentrt.export.folders import network_files, read_json
+from latentrt.export.folders import network_files, read_config
 from latentrt.export.parts import Parts
 
 KIND = "AutoencoderTiny"
-# What AutoencoderTiny assumes for an absent key; tests/test_tiny_decoder.py compares with diffusers.
-DEFAULTS: Mapping[str, Any] = {
-    "latent_channels": 4,
-    "out_channels": 3,
-    "decoder_block_out_channels": (64, 64, 64, 64),
-    "upsampling_scaling_factor": 2,
-}
 
 
 def add_tiny_vae(parts: Parts, name: str) -> Parts:
@@ -38,7 +31,7 @@ def add_tiny_vae(parts: Parts, name: str) -> Parts:
             f"--tiny-vae '{name}' is no directory; give one that diffusers wrote, with config.json beside the weights"
         )
     folder = path / "vae" if (path / "vae").is_dir() else path
-    config = read_json(folder / "config.json")
+    config = read_config("tiny_vae", folder)
     if config.get("_class_name") != KIND:
         raise CheckpointError(
             f"{folder / 'config.json'} $._class_name: found {config.get('_class_name')!r}, expected {KIND}; "
@@ -57,10 +50,10 @@ def check_tiny_vae(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec
     """Refuse a tiny decoder whose latents are not the checkpoint's, or that gives another size than its VAE."""
     if TINY_DECODER not in configs:
         return
-    config = {**DEFAULTS, **configs[TINY_DECODER]}
+    config = configs[TINY_DECODER]
     levels = len(config["decoder_block_out_channels"]) - 1
     found = (config["latent_channels"], config["upsampling_scaling_factor"] ** levels, config["out_channels"])
-    expected = (latents.channels, latents.factor, configs["vae_decoder"].get("out_channels", 3))
+    expected = (latents.channels, latents.factor, configs["vae_decoder"]["out_channels"])
     if found != expected:
         described = "{} latent channels, {} pixels to a latent and {} channels of colour"
         raise CheckpointError(

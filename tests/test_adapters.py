@@ -21,6 +21,7 @@ from latentrt.engines.spec import Array
 from latentrt.engines.verification import verify
 from latentrt.export.adapters import adapter_features, block_features
 from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.configs import complete
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.runtime.pipeline import Pipeline
@@ -165,7 +166,7 @@ def assert_all_close(pipe: Pipeline, expected: dict[str, Array]) -> None:
 def test_features_of_the_published_kinds_are_what_the_blocks_take(config: dict[str, Any], unet: dict[str, Any]) -> None:
     """Against a run of diffusers' own adapter, 96x64 pixels at eight pixels a latent."""
     found = diffusers.T2IAdapter(**config)(torch.zeros(1, 3, 64, 96))
-    sizes = adapter_features(config, factor=8)
+    sizes = adapter_features(complete("adapter", config, where="x"), factor=8)
     assert [tensor.shape for tensor in found] == [(1, width, -(-8 // n), -(-12 // n)) for width, n in sizes]
     assert sizes in (block_features(unet), block_features(unet)[:-1])
 

@@ -165,7 +165,7 @@ OTHERS: list[tuple[str, Edit, str]] = [
     ("text_encoder/config.json", lambda d: d.update(architectures=["T5EncoderModel"]), "T5EncoderModel"),
     ("scheduler/scheduler_config.json", lambda d: d.update(_class_name="MyScheduler"), "'MyScheduler' is not"),
     ("scheduler/scheduler_config.json", lambda d: d.update(prediction_type="flow"), "$.prediction_type: found 'flow'"),
-    ("vae/config.json", lambda d: d.pop("block_out_channels"), "$.block_out_channels"),
+    ("vae/config.json", lambda d: d.pop("block_out_channels"), "names 3 down_block_types and 1 block_out_channels"),
 ]
 
 

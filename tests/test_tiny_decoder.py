@@ -29,7 +29,6 @@ from latentrt.engines.spec import Array
 from latentrt.engines.verification import to_pixels, verify
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.tiny_vae import DEFAULTS
 from latentrt.runtime.cli import generate
 from latentrt.runtime.decoding import through_engine
 from latentrt.runtime.noise import TorchCpuNoise
@@ -116,10 +115,6 @@ def test_the_decoder_takes_what_the_vaes_decoder_takes(bundle: Bundle, tiny_vae:
     found = through_engine(opened.engines[TINY_DECODER], manifest.latents)(latents)
     opened.close()
     assert_close(found, theirs(tiny_vae, latents))
-
-
-def test_what_a_config_leaves_out_is_diffusers_default() -> None:
-    assert all(diffusers.AutoencoderTiny().config[key] == value for key, value in DEFAULTS.items())
 
 
 # --- in a bundle ---
