@@ -120,7 +120,7 @@ def _write_ours(
     _require(source, [value.name for value in model.graph.input], [spec.name for spec in takes], exact=True)
     _require(source, [value.name for value in model.graph.output], [spec.name for spec in gives], exact=False)
     _free_timestep(model)
-    _take_long_ids(model)
+    take_long_ids(model)
     del model.graph.value_info[:]  # what was inferred before the changes
     for value in list(model.graph.output):
         if value.name not in {spec.name for spec in gives}:  # hidden states of each layer, which nothing reads
@@ -177,7 +177,7 @@ def _free_timestep(model: ModelProto) -> None:
     tensor.elem_type = onnx.TensorProto.FLOAT
 
 
-def _take_long_ids(model: ModelProto) -> None:
+def take_long_ids(model: ModelProto) -> None:
     """Have a text encoder that takes tokens of 32 bits, as older exports do, take 64 as all others."""
     from onnx import TensorProto, helper
 

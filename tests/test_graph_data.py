@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -23,6 +24,7 @@ from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.exporting import export_checkpoint
 from latentrt.export.graph_data import data_files
 from latentrt.export.inspection import inspect_checkpoint
+from latentrt.export.optimum import take_long_ids
 from latentrt.runtime.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 from tests.hub_cache import in_hub_cache
@@ -256,3 +258,28 @@ def test_data_in_a_bundle_outside_the_graphs_folder_is_refused(adopted: Path) ->
             entry.value = "../../secret" if entry.key == "location" else entry.value
     with pytest.raises(BundleError, match="not beside it"):
         widen(model, adopted / "onnx" / "unet", None)
+
+
+def test_tokens_of_32_bits_are_taken_as_64() -> None:
+    """As the text encoders of older exports have them, where every request has 64."""
+    table = numpy_helper.from_array(np.arange(20, dtype=np.float32).reshape(10, 2), "table")
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["states"]),
+        helper.make_node("Add", ["input_ids", "input_ids"], ["twice"]),  # which takes two of one type
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "encoder",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT32, ["batch", "tokens"])],
+        [
+            helper.make_tensor_value_info("states", TensorProto.FLOAT, ["batch", "tokens", 2]),
+            helper.make_tensor_value_info("twice", TensorProto.INT32, ["batch", "tokens"]),
+        ],
+        [table],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8)
+    take_long_ids(model)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    states, twice = session.run(None, {"input_ids": np.array([[3, 9]], dtype=np.int64)})
+    np.testing.assert_array_equal(states, [[[6, 7], [18, 19]]])
+    np.testing.assert_array_equal(twice, [[6, 18]])
