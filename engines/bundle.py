@@ -51,6 +51,13 @@ class Bundle:
             raise BundleError(f"'{path}' is not a bundle: it holds no {MANIFEST}; make one with `latentrt export`")
         return cls(root=path, manifest=manifest_from_json(_content(file), where=str(file)))
 
+    @property
+    def name(self) -> str:
+        """Return what the bundle is called: as its directory, or in the hub's cache as its repository."""
+        home = self.root.resolve()
+        blobs = _blobs(home)
+        return blobs.parent.name.split("--")[-1] if blobs and home.parent.parent == blobs.parent else home.name
+
     def path(self, relative: str, *, check: Check = "size") -> Path:
         """Return the path of a file that the manifest names, after checking its size or its SHA-256."""
         record = self.manifest.files.get(relative)

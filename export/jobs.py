@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from latentrt.engines.bundle import disk_errors, record_file
+from latentrt.engines.documents import read_document
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.manifest import FileRecord
 from latentrt.engines.parsing import ParseError, parse
@@ -348,7 +349,7 @@ def _write_marker(root: Path, name: str, finished: Finished) -> None:
 
 
 def _parse_marker(marker: Path) -> Finished:
-    return parse(Finished, json.loads(marker.read_text(encoding="utf-8")))
+    return parse(Finished, read_document(marker, strict=False))
 
 
 def read_marker(root: Path, component: str) -> Finished | None:

@@ -244,7 +244,7 @@ class Pipeline:
             guidance=float(job.request.guidance),
             sampler=job.plan.sampler,
             size=job.size,
-            model=self.bundle.root.resolve().name,
+            model=self.bundle.name,
             version=f"latentrt {__version__}",
             further=job.request.further,
         )

@@ -139,6 +139,14 @@ def test_a_part_of_a_repository_can_be_the_bundle(tmp_path: Path) -> None:
     assert Bundle.open(snapshot / "sub" / "bundle").path(GRAPH, check="hash").is_file()
 
 
+def test_a_bundle_is_called_as_its_repository_or_its_directory(published: Path, tmp_path: Path) -> None:
+    assert Bundle.open(published).name == "name"
+    assert Bundle.open(tmp_path / "bundle").name == "bundle"
+    snapshot = in_hub_cache(tmp_path / "bundle", tmp_path / "cache", repository="models--user--two.parts-1")
+    (tmp_path / "mine").symlink_to(snapshot)
+    assert Bundle.open(tmp_path / "mine").name == "two.parts-1"
+
+
 def test_the_cache_may_be_reached_through_a_link(published: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").symlink_to(published)
     assert Bundle.open(tmp_path / "mine").path(GRAPH, check="hash") == tmp_path / "mine" / GRAPH

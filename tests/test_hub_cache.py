@@ -215,7 +215,7 @@ def test_what_lies_in_the_hubs_cache_is_what_was_published(
 def test_a_learned_word_has_the_links_name(place: Place, tmp_path: Path) -> None:
     save_file({"emb_params": torch.ones(2, 32)}, tmp_path / "easynegative.safetensors")
     learned = load_embedding(place(tmp_path / "easynegative.safetensors"))
-    assert (learned.name, learned.vectors["text_encoder"].shape) == ("easynegative", (2, 32))
+    assert (learned.name, learned.taught("text_encoder").vectors.shape) == ("easynegative", (2, 32))
 
 
 def test_a_blob_itself_is_read_by_its_content(sd1_checkpoint: Path, place: Place, tmp_path: Path) -> None:

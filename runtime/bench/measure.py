@@ -345,7 +345,7 @@ def _variant(
 def _facts(bundle: Bundle) -> BundleFacts:
     manifest = bundle.manifest
     return BundleFacts(
-        name=bundle.root.resolve().name,
+        name=bundle.name,
         family=manifest.family,
         precision=manifest.precision,
         checkpoint=manifest.provenance.checkpoint,
