@@ -14,7 +14,7 @@ from pathlib import Path
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora_config import read_config
-from latentrt.engines.lora_kinds import ALPHA, DORA, KIND_OF, MAGNITUDES, Change, Kind, Role, Shape
+from latentrt.engines.lora_kinds import ALPHA, DIFFERENCES, DORA, KIND_OF, MAGNITUDES, Change, Kind, Role, Shape
 from latentrt.engines.lora_names import Parameter, from_original, plain_module, split_key
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_files import TensorFile, read_header, weights_format
@@ -96,6 +96,13 @@ class Lora:
     def rank(self, part: str, target: Target) -> int | None:
         """Return the rank of one change, None where nothing in it is a product."""
         return self.kind(part, target).rank(self._shapes(part, target))
+
+    def vectors(self, part: str) -> bool:
+        """Tell whether it changes anything in a network that is no matrix."""
+        changed = (
+            key for keys in self.modules.get(part, {}).values() for role, key in keys.items() if role in DIFFERENCES
+        )
+        return any(len(self.file.tensors[key].shape) == 1 for key in changed)
 
     def change(self, part: str, target: Target) -> Change:
         """Read one change."""

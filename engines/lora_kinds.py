@@ -128,6 +128,7 @@ class Kind:
         return first
 
 
+DIFFERENCES: tuple[Role, ...] = ("diff", "diff_b", "w_norm", "b_norm")
 KINDS: tuple[Kind, ...] = (
     Kind(name="LoRA", matrices=(Matrix(outer="lora_up", inner="lora_down", core="lora_mid"),)),
     Kind(
@@ -146,10 +147,7 @@ KINDS: tuple[Kind, ...] = (
         join=np.kron,
         join_sizes=lambda one, other: (one[0] * other[0], one[1] * other[1]),
     ),
-    *(
-        Kind(name="difference", matrices=(Matrix(whole=role),), scaled=False)
-        for role in ("diff", "diff_b", "w_norm", "b_norm")
-    ),
+    *(Kind(name="difference", matrices=(Matrix(whole=role),), scaled=False) for role in DIFFERENCES),
 )
 DORA = "DoRA"
 KIND_OF: Mapping[Role, Kind] = {role: kind for kind in KINDS for role in kind.own}

@@ -98,7 +98,13 @@ class Loras:
         return {name: Changes(key=_digest(keys[name]), deltas=own) for name, own in deltas.items()}
 
     def _deltas(self, lora: LoraFile, component: str, scale: float) -> dict[str, Delta]:
-        return find_deltas(lora, component, self._weight_shapes(component), strength=scale)
+        shapes = self._weight_shapes(component)
+        if lora.vectors(component) and all(len(shape) > 1 for shape in shapes.values()):
+            raise CheckpointError(
+                f"{lora.path} changes biases or normalizations, of which '{self._bundle.root}' has no note: an older "
+                "latentrt exported it; export the checkpoint again with `latentrt export --overwrite`"
+            )
+        return find_deltas(lora, component, shapes, strength=scale)
 
     def _require_networks(self, lora: LoraFile) -> None:
         for component in sorted(lora.modules):

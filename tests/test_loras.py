@@ -513,6 +513,24 @@ def test_a_bundle_of_an_older_export_is_refused(made: Make, styles: list[Path], 
     assert "export --overwrite" in words
 
 
+def test_biases_of_which_an_older_export_made_no_note_are_refused(made: Make, tmp_path: Path) -> None:
+    def forget(copy: Path) -> None:
+        note = copy / "weights" / "unet.json"
+        known = json.loads(note.read_text())["weights"]
+        matrices = {name: weight for name, weight in known.items() if len(weight["shape"]) > 1}
+        note.write_text(json.dumps({"weights": matrices}))
+        manifest = Bundle.open(copy).manifest
+        files = {**manifest.files, "weights/unet.json": record_file(copy, "weights/unet.json")}
+        write_manifest(copy, dataclasses.replace(manifest, files=files))
+
+    old = _copy(made("sd1", "")[1], tmp_path / "old", forget)
+    lora = save(tmp_path / "a.safetensors", {"lora_unet_conv_in.diff_b": np.ones(16, np.float32)})
+    with Pipeline.load(old, "cpu", threads=1) as pipe:
+        words = refusal(pipe, Lora(file=lora))
+    assert "changes biases or normalizations" in words
+    assert "export --overwrite" in words
+
+
 def test_engines_of_an_older_build_are_refused(made: Make, styles: list[Path], tmp_path: Path) -> None:
     def forget(root: Path) -> None:
         (record,) = root.glob("engines/*/engine.json")
