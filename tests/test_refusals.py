@@ -240,6 +240,7 @@ def test_what_stands_in_quotes_and_plain_words_stay() -> None:
     assert in_options(same[0], generate) == same
     assert in_options("a prompt with weights: give prompt_syntax='weighted'", generate)[0].endswith("give --weighted")
     assert in_options("give noise='cuda'", generate)[0] == "give --noise 'cuda'"
+    assert in_options("output: found 0", generate) == ("--output: found 0", "output")
     assert in_options("n: found 0", None) == ("n: found 0", None)
 
 

@@ -165,7 +165,8 @@ def _option(param: click.Parameter, value: str | None = None) -> str:
     if isinstance(param, click.Argument):
         return param.human_readable_name
     flag = isinstance(param, click.Option) and param.is_flag
-    return param.opts[0] if value is None or flag else f"{param.opts[0]} {value}"
+    name = next((name for name in param.opts if name.startswith("--")), param.opts[0])
+    return name if value is None or flag else f"{name} {value}"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
