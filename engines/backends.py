@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from latentrt.engines import onnxruntime, tensorrt
+from latentrt.engines import graphs, onnxruntime, tensorrt
 from latentrt.engines.adapting import Changes
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.canvas import DECODER, UNET, Canvas, CanvasShape
@@ -106,7 +106,9 @@ def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
 
     return Backend(
         unavailable=partial(onnxruntime.unavailable, provider),
-        cannot_build=lambda options: _shapeless(provider, options) or onnxruntime.unavailable(provider),
+        cannot_build=lambda options: (
+            _shapeless(provider, options) or onnxruntime.unavailable(provider) or graphs.unavailable()
+        ),
         key=key,
         mismatches=lambda bundle, there: onnxruntime.key(bundle, provider).differences(there),
         build=build,

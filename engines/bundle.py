@@ -7,8 +7,6 @@ import errno
 import hashlib
 import os
 import re
-import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -65,11 +63,38 @@ class Bundle:
             raise BundleError(f"'{relative}' is not named in {self.root / MANIFEST}; export the checkpoint again")
         return check_file(self.root, relative, record, check=check)
 
+    def engine_homes(self) -> tuple[Path, ...]:
+        """Return where engines of this bundle may lie: beside its graphs and, where that is read-only, in the cache."""
+        cache = cache_folder()
+        own = self.root / "engines"
+        return (own,) if cache is None else (own, cache / "engines" / self.manifest.graphs_digest()[:32])
+
     def engine_directories(self) -> dict[Path, EngineRecord]:
-        """Return the engine directories of this bundle with their records. Raises BundleError."""
-        found = sorted((self.root / "engines").glob(f"*/{ENGINE_RECORD}"))
-        files = [inside(self.root, file.relative_to(self.root).as_posix()) for file in found]
-        return {file.parent: read_engine_record(file.parent) for file in files}
+        """Return the engine directories of this bundle with their records; of two of one name the bundle's own.
+
+        Raises BundleError.
+        """
+        found: dict[str, Path] = {}
+        for home in self.engine_homes():
+            root = self.root if home.is_relative_to(self.root) else home
+            for file in sorted(home.glob(f"[!.]*/{ENGINE_RECORD}")):  # what begins with a dot is being prepared
+                directory = inside(root, file.relative_to(root).as_posix()).parent
+                found.setdefault(directory.name, directory)
+        return {directory: read_engine_record(directory) for directory in found.values()}
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of what can be made again: $LATENTRT_CACHE, else `latentrt` in the platform's cache folder.
+
+    None where neither is known: a user without a home.
+    """
+    if own := os.environ.get("LATENTRT_CACHE"):
+        return Path(own)
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    with contextlib.suppress(RuntimeError):  # there is no home
+        # A relative path is to be ignored (XDG Base Directory Specification).
+        shared = shared if shared.is_absolute() else Path.home() / ".cache"
+    return shared / "latentrt" if shared.is_absolute() else None
 
 
 def read_engine_record(directory: Path) -> EngineRecord:
@@ -159,52 +184,10 @@ def write_manifest(root: Path, manifest: Manifest | EngineRecord) -> None:
     """Write manifest.json, or engine.json for an engine record, in one step."""
     name = MANIFEST if isinstance(manifest, Manifest) else ENGINE_RECORD
     with disk_errors(root):
-        beside = root / f".{name}.{os.getpid()}"
+        beside = root / f".{name}.part"
         beside.write_text(manifest_to_json(manifest), encoding="utf-8")
-        _sync(beside)
+        sync(beside)
         beside.replace(root / name)
-
-
-def staging(target: Path, key: str) -> Path:
-    """Make the directory beside `target` in which work with this key is prepared.
-
-    The same key gives the same directory, so a second run finds what the first one finished.
-    """
-    path = target.parent / f".{target.name}.partial-{key[:12]}"
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def publish(staged: Path, target: Path, *, overwrite: bool = False) -> None:
-    """Put a finished directory in its place: flush it to the disk, then rename. Raises BundleError.
-
-    The old directory stays until the new one is complete. With `overwrite` false, a directory that is there
-    already (another process was faster) wins, and the staged one is dropped.
-    """
-    with disk_errors(target):
-        for path in sorted(staged.rglob("*")):
-            _sync(path)
-        while not _rename_into(staged, target):
-            if not overwrite:
-                shutil.rmtree(staged)
-                break
-            aside = target.parent / f".{target.name}.old-{os.getpid():x}-{time.monotonic_ns():x}"
-            with contextlib.suppress(FileNotFoundError):  # another process moved it first
-                target.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
-        _sync(target.parent)
-
-
-def _rename_into(staged: Path, target: Path) -> bool:
-    """Rename a directory; return False where one stands in its place."""
-    try:
-        staged.rename(target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -214,7 +197,12 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.ENOSPC: "the disk is full; free some space and run the command again: it resumes",
         errno.EDQUOT: "the disk quota is used up; free some space and run the command again: it resumes",
         errno.EACCES: "permission was denied; choose a directory that you may write to",
+        errno.EPERM: "permission was denied; choose a directory that you may write to",
         errno.EROFS: "the file system is read-only; choose a directory that you may write to",
+        **dict.fromkeys(
+            (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+            "its file system has no locks (flock); choose a directory on another one",
+        ),
     }
     try:
         yield
@@ -225,7 +213,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise BundleError(f"{path} could not be written: {sentence}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

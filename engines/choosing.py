@@ -56,6 +56,18 @@ def choose(asked: str, bundle: Bundle) -> Choice:
     )
 
 
+def serves(asked: str, bundle: Bundle) -> bool:
+    """Tell whether a bundle holds engines of this machine for the backend asked for, or with `auto` for one it takes.
+
+    Raises EngineError on an unknown backend, and BundleError.
+    """
+    if asked != "auto":
+        names: tuple[BackendName, ...] = (_as_asked(asked).backend,)
+    else:
+        names = FOR_GPUS if find_gpu() is not None else (FOR_CPUS,)
+    return any(BACKENDS[name].unavailable() is None and serving_engines(bundle, name) for name in names)
+
+
 def choose_to_build(asked: str, options: BuildOptions) -> Choice:
     """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here.
 
@@ -148,11 +160,18 @@ def _own_shape(bundle: Bundle) -> CanvasShape:
 
 
 def _no_engines(bundle: Bundle, backend: BackendName) -> str:
-    mend = f"run `latentrt build {bundle.root} --backend {backend}` on this machine"
+    mend = _build_command(bundle, backend)
     others = sorted((differences for _, _, differences in _engines(bundle, backend)), key=len)
     if not others:
         return f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}"
     return f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {mend}"
+
+
+def _build_command(bundle: Bundle, backend: BackendName) -> str:
+    """Return the command that builds engines for this machine, and what it lacks to run it."""
+    lacking = BACKENDS[backend].cannot_build(BuildOptions())
+    first = f" (first: {lacking})" if lacking is not None else ""
+    return f"run `latentrt build {bundle.root} --backend {backend}` on this machine{first}"
 
 
 def _no_shape(

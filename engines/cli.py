@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import build_engines
+from latentrt.engines.building import build_engines, engines_at
 from latentrt.engines.bundle import Bundle
 from latentrt.engines.choosing import choose, choose_to_build, shapes_of
 from latentrt.engines.manifest import Provenance
@@ -98,7 +98,8 @@ def build(
 
     TensorRT's engines are compiled for fixed shapes, each size with each batch; the options about shapes and the
     compiler are for the backends tensorrt and tensorrt-rtx. A store holds engines by their key, which names the GPU,
-    the versions and the options: a fleet builds once for each kind of machine, and the others fetch.
+    the versions and the options: a fleet builds once for each kind of machine, and the others fetch. Engines of a
+    bundle that cannot be written go into $LATENTRT_CACHE, or latentrt in the user's cache folder.
     """
     wanted = BuildOptions(**options)
     chosen = choose_to_build(backend, wanted).backend
@@ -111,7 +112,7 @@ def build(
         click.echo(json.dumps(dataclasses.asdict(record), indent=1))
     else:
         size = sum(file.bytes for file in record.files.values()) / MB
-        click.echo(f"engines/{record.key.directory}: {size:.1f} MB, built in {record.build_s:.1f} s")
+        click.echo(f"{engines_at(opened, record.key)}: {size:.1f} MB, built in {record.build_s:.1f} s")
 
 
 def show_bundle(bundle: Path, *, as_json: bool) -> None:

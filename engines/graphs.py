@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -27,12 +28,20 @@ ALIGNMENT = 64  # bytes of a cache line
 LEAST_EXTERNAL = 1024  # bytes; smaller weights stay in the graph
 
 
+def unavailable() -> str | None:
+    """Say in one sentence why graphs cannot be edited here, or return None. Imports nothing."""
+    try:
+        found = importlib.util.find_spec("onnx") is not None
+    except ImportError:
+        found = False
+    return None if found else "building engines needs onnx; install it with: pip install 'latentrt[build]'"
+
+
 def load_graph(path: Path) -> ModelProto:
     """Read an ONNX graph without its external weights. Raises BundleError where the file is no graph."""
-    try:
-        import onnx
-    except ImportError:
-        raise EngineError("building engines needs onnx; install it with: pip install 'latentrt[export]'") from None
+    if (reason := unavailable()) is not None:
+        raise EngineError(reason)
+    import onnx
     from google.protobuf.message import DecodeError
 
     try:

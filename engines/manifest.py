@@ -184,13 +184,19 @@ class Manifest:
     zero_negative: bool = False
     refiner: RefinerSpec | None = None
 
-    def graphs_digest(self) -> str:
-        """Return one SHA-256 over all canonical graphs and their weights, for engine keys."""
+    def graphs_digest(self, *, latents: bool = False) -> str:
+        """Return one SHA-256 over all canonical graphs and their weights, for engine keys.
+
+        latents: and over the latents' scale, which engines carry that begin at the sampler's state
+        """
         lines = [
             f"{name} {path} {self.files[path].sha256}"
             for name, component in sorted(self.components.items())
             for path in component.files
         ]
+        if latents:
+            space = dataclasses.asdict(dataclasses.replace(self.latents, preview=None))
+            lines += [f"latents {name} {value}" for name, value in space.items() if value is not None]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -95,7 +95,7 @@ def key(bundle: Bundle, provider: Provider) -> EngineKey:
     common = {
         "backend": provider,
         "backend_version": require().__version__,
-        "graphs": bundle.manifest.graphs_digest(),
+        "graphs": bundle.manifest.graphs_digest(latents=provider in FUSED),
         "options": (f"recipe {RECIPES[provider]}",),
     }
     if provider == "cpu":

@@ -148,6 +148,7 @@ def open_engines(
     threads: int | None = None,
     cuda_graphs: bool | None = None,
     check: Check = "hash",
+    build: bool = False,
 ) -> OpenEngines:
     """Open the engines of a bundle for this machine, all of them or the named components.
 
@@ -156,9 +157,15 @@ def open_engines(
     threads: how many CPU threads a run may use, None for the backend's own choice
     cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
     check: what is compared before a file is opened: its SHA-256, or only its size
+    build: build the engines where there are none for this machine; it is logged, and said in the choice's reason
     Raises EngineError and BundleError.
     """
-    choice = choose(backend, bundle)
+    if build:
+        from latentrt.engines.building import build_missing
+
+        choice = build_missing(bundle, backend)
+    else:
+        choice = choose(backend, bundle)
     return OpenEngines(
         bundle,
         choice,

@@ -56,6 +56,12 @@ def reference_file(component: str) -> str:
     return f"{component}.references.safetensors"
 
 
+def unavailable() -> str | None:
+    """Say in one sentence why references cannot be computed here, or return None."""
+    reason = onnxruntime.unavailable("cpu")
+    return reason and f"what `latentrt verify` compares with is computed on the CPU: {reason}, or pass --no-references"
+
+
 def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
     """Write one row for each size that an engine is compiled for. Raises EngineError and BundleError.
 
@@ -69,7 +75,8 @@ def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
     pairs = dict(enumerate(_fitting_row(golden, wanted) for wanted in shapes))
     missing = {number: _draw(golden[0], shapes[number]) for number, pair in pairs.items() if pair is None}
     if missing:
-        for number, outputs in zip(missing, _run(bundle, spec.component, list(missing.values())), strict=True):
+        run = _run(bundle, spec.component, list(missing.values()), directory)
+        for number, outputs in zip(missing, run, strict=True):
             pairs[number] = (missing[number], outputs)
     arrays: Arrays = {}
     for number, pair in pairs.items():
@@ -131,11 +138,11 @@ def _draw(golden: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) ->
     }
 
 
-def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays]) -> Iterator[Arrays]:
-    """Run the canonical graph in float32, whatever it is stored in."""
+def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays], directory: Path) -> Iterator[Arrays]:
+    """Run the canonical graph in float32, whatever it is stored in. directory: for files that are removed again."""
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = graphs.load_graph(files[0])
-    with tempfile.TemporaryDirectory(prefix="latentrt-") as beside:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         path = Path(beside) / "model.onnx"
         if graphs.widen(model, files[0].parent, path.with_name("widened.data")):
             onnxruntime.save_graph(model, path)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from latentrt.engines.errors import BundleError, EngineError, LatentrtError
 from latentrt.engines.manifest import ENGINE_RECORD, EngineRecord, FileRecord, engine_record_from_json
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey
+from latentrt.engines.staging import staged_file
 
 _log = logging.getLogger(__name__)
 
@@ -115,12 +115,8 @@ class Store:
         if not isinstance(self._files, LocalFileSystem):
             self._files.put_file(str(source), path)
             return
-        beside = Path(f"{path}.{uuid.uuid4().hex}")
-        try:
+        with staged_file(Path(path)) as beside:
             self._files.put_file(str(source), str(beside))
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from latentrt.engines.manifest import EngineRecord, LatentSpec
 from latentrt.engines.options import BuildOptions, Profile
 from latentrt.engines.portions import in_portions
 from latentrt.engines.progress import Report
+from latentrt.engines.references import unavailable as references_unavailable
 from latentrt.engines.references import write_references
 from latentrt.engines.residuals import PREFIX
 from latentrt.engines.spec import DType, Engine, EngineKey, EngineSpec, TensorSpec
@@ -154,7 +155,8 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
             target is not None and served and target not in served
         ),
     }
-    return next((sentence for sentence, applies in refusals.items() if applies), None)
+    found = next((sentence for sentence, applies in refusals.items() if applies), None)
+    return found or graphs.unavailable() or (references_unavailable() if options.references else None)
 
 
 def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
@@ -210,7 +212,7 @@ def _key(
         sm_count=own.sm_count if own else None,
         driver_major=own.driver_major if own else None,
         precision=bundle.manifest.precision,
-        graphs=bundle.manifest.graphs_digest(),
+        graphs=bundle.manifest.graphs_digest(latents=True),
         profiles=profiles,
         options=options,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle import disk_errors
 from latentrt.engines.errors import EngineError
+from latentrt.engines.staging import staged_file
 
 
 def attach_timing_cache(config: Any, file: Path) -> None:
@@ -24,9 +24,5 @@ def save_timing_cache(config: Any, file: Path) -> None:
     """Write what is known now in one step. Of two builds that share a file the last one's knowledge stays."""
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
+        with staged_file(file) as beside:
             beside.write_bytes(config.get_timing_cache().serialize())
-            beside.replace(file)
-        finally:
-            beside.unlink(missing_ok=True)

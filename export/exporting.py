@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentrt import __version__
 from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle, disk_errors, publish, record_file, staging, write_manifest
+from latentrt.engines.bundle import Bundle, disk_errors, record_file, write_manifest
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.manifest import MANIFEST, SCHEMA_VERSION, ComponentSpec, Family, Manifest, Provenance, TextSpec
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
+from latentrt.engines.staging import publish, staged, sweep
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.components import row_of
 from latentrt.export.jobs import MARKERS, Finished, Job, Twin, read_marker
@@ -111,18 +110,18 @@ def export_checkpoint(
     provenance = _provenance(opened, precision)
     report("reading the checkpoint", 1, 1)
     _existing(target, provenance, overwrite=overwrite)  # what is refused leaves nothing behind
-    with _locked(target, provenance.export_key) as staged:
+    with staged(target, provenance.export_key) as directory:
         if existing := _existing(target, provenance, overwrite=overwrite):
-            shutil.rmtree(staged)
+            shutil.rmtree(directory)
             return _kept(existing, backends, report, start)
-        finished, resumed = _components(_told(opened, tokenizers), staged, precision, report)
+        finished, resumed = _components(_told(opened, tokenizers), directory, precision, report)
         report("fitting the preview", 0, 1)
-        preview = fit_preview(staged, opened.latents)
+        preview = fit_preview(directory, opened.latents)
         report("fitting the preview", 1, 1)
-        manifest = _manifest(opened, staged, precision, provenance, finished, preview, tokenizers)
-        write_manifest(staged, manifest)
-        engines = _build(Bundle.open(staged), backends, report)
-        _publish(staged, target, overwrite=overwrite)
+        manifest = _manifest(opened, directory, precision, provenance, finished, preview, tokenizers)
+        write_manifest(directory, manifest)
+        engines = _build(Bundle.open(directory), backends, report)
+        _publish(directory, target, overwrite=overwrite)
     return Exported(
         manifest=manifest,
         components=finished,
@@ -168,23 +167,6 @@ def _require_tools(source: Source) -> None:
         raise CheckpointError(
             f"exporting needs {', '.join(absent)}, which is not installed; run: pip install 'latentrt[export]'"
         )
-
-
-@contextlib.contextmanager
-def _locked(target: Path, key: str) -> Iterator[Path]:
-    """Give the staging directory to this process alone; another one with the same key waits here."""
-    with disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        staged = staging(target, key)
-        handle = os.open(staged, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if staged.exists() and os.path.samestat(os.fstat(handle), staged.stat()):
-                yield staged
-                return
-        finally:  # the one who held it has published or dropped it: look again
-            os.close(handle)
 
 
 def _existing(target: Path, provenance: Provenance, *, overwrite: bool) -> Bundle | None:
@@ -324,8 +306,9 @@ def _build(bundle: Bundle, backends: Sequence[BackendName], report: Report) -> d
     return {backend: build_engines(bundle, backend, report=report).key.directory for backend in backends}
 
 
-def _publish(staged: Path, target: Path, *, overwrite: bool) -> None:
-    shutil.rmtree(staged / MARKERS, ignore_errors=True)
+def _publish(directory: Path, target: Path, *, overwrite: bool) -> None:
+    shutil.rmtree(directory / MARKERS, ignore_errors=True)
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
-    publish(staged, target, overwrite=overwrite)
+    publish(directory, target, overwrite=overwrite)
+    sweep(target.parent, glob.escape(target.name))  # killed exports to this place, with other options

@@ -61,6 +61,7 @@ def generate(
     output: Path,
     backend: str,
     threads: int | None,
+    build: bool,
     embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
@@ -68,7 +69,7 @@ def generate(
     """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
-    with _load(bundle, backend, threads=threads, embeddings=embeddings) as pipe:
+    with _load(bundle, backend, threads=threads, build=build, embeddings=embeddings) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         with disk_errors(output):
@@ -103,6 +104,7 @@ def animate(
     negative_prompt: str | None,
     backend: str,
     threads: int | None,
+    build: bool,
     embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
@@ -121,16 +123,19 @@ def animate(
             report("frames", done, frames)
             yield from result.pixels
 
-    with _load(bundle, backend, threads=threads, embeddings=embeddings) as pipe, terminal_report(quiet=as_json) as tell:
+    with (
+        _load(bundle, backend, threads=threads, build=build, embeddings=embeddings) as pipe,
+        terminal_report(quiet=as_json) as tell,
+    ):
         save_movie(drawn(pipe, tell), output, fps=fps)
     summary = {"file": str(output), "frames": frames, "fps": fps, "backend": pipe.backend, "seconds": sum(seconds)}
     line = f"{output}: {frames} frames in {summary['seconds']:.1f} s ({pipe.backend})"
     click.echo(json.dumps(summary, indent=1) if as_json else line)
 
 
-def _load(bundle: str, backend: str, *, threads: int | None, embeddings: tuple[Path, ...]) -> Pipeline:
+def _load(bundle: str, backend: str, *, threads: int | None, build: bool, embeddings: tuple[Path, ...]) -> Pipeline:
     logging.basicConfig(format="latentrt: %(message)s")
-    pipe = Pipeline.load(bundle, backend, threads=threads)
+    pipe = Pipeline.load(bundle, backend, threads=threads, build=build)
     for embedding in embeddings:
         pipe.add_embedding(embedding)
     return pipe

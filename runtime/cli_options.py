@@ -191,4 +191,5 @@ LOADING = (
     click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A learned word's safetensors file."),
     click.option("--backend", default="auto", show_default=True),
     click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads."),
+    click.option("--build", is_flag=True, help="Build the engines first where there are none for this machine."),
 )

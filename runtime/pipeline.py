@@ -58,6 +58,7 @@ class Pipeline:
         cuda_graphs: bool | None = None,
         warm_up: bool = False,
         check: Check = "hash",
+        build: bool = False,
     ) -> Self:
         """Open a bundle and the engines that were built for this machine.
 
@@ -67,13 +68,22 @@ class Pipeline:
         cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
         warm_up: draw before the first request comes, see `warm_up`; `warm_up_s` tells how long it took
         check: compare the SHA-256 of every file that is opened, or only its `size` (faster for gigabytes)
+        build: where the bundle holds no engines for this machine, build them first, as `latentrt build` does: beside
+            the bundle, or in the user's cache where that is read-only. Later loads find them; the log and every
+            result's `reason` tell where they are
         Raises BundleError (files) and EngineError (backend), each with the mend.
         """
         bundle = Bundle.open(path)
         with ThreadPoolExecutor(max_workers=1) as beside:
             reading = beside.submit(read_tokenizers, bundle, check=check)
             opened = open_engines(
-                bundle, backend, components=_needed(bundle), threads=threads, cuda_graphs=cuda_graphs, check=check
+                bundle,
+                backend,
+                components=_needed(bundle),
+                threads=threads,
+                cuda_graphs=cuda_graphs,
+                check=check,
+                build=build,
             )
         try:
             pipe = cls(bundle, opened, reading.result())

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines import bundle as bundles
-from latentrt.engines.bundle import Bundle, disk_errors, inside, publish, record_file, staging, write_manifest
+from latentrt.engines.bundle import Bundle, disk_errors, inside, record_file, write_manifest
 from latentrt.engines.errors import BundleError
 from latentrt.engines.manifest import (
     MANIFEST,
@@ -200,22 +200,6 @@ def test_no_text_at_all_leads_outside(text: str) -> None:
     assert path.resolve().is_relative_to(root)
 
 
-def test_the_same_work_finds_its_staging_directory_again(tmp_path: Path) -> None:
-    first = staging(tmp_path / "bundle", "a" * 64)
-    assert staging(tmp_path / "bundle", "a" * 64) == first
-    assert staging(tmp_path / "bundle", "b" * 64) != first
-
-
-def test_publishing_replaces_the_old_bundle_only_when_asked(tmp_path: Path) -> None:
-    target = tmp_path / "bundle"
-    for content, overwrite, expected in (("old", False, "old"), ("lost", False, "old"), ("new", True, "new")):
-        staged = staging(target, content * 4)
-        (staged / "file").write_text(content)
-        publish(staged, target, overwrite=overwrite)
-        assert (target / "file").read_text() == expected
-        assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-
-
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, *args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -237,7 +221,7 @@ def test_a_killed_write_of_the_manifest_leaves_the_old_one(root: Path, monkeypat
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bundles, "_sync", killed)
+    monkeypatch.setattr(bundles, "sync", killed)
     with pytest.raises(KeyboardInterrupt):
         write_manifest(root, dataclasses.replace(Bundle.open(root).manifest, producer="other"))
     assert (root / MANIFEST).read_text() == before

@@ -57,7 +57,7 @@ def key_of(bundle: Bundle, gpu: Gpu, *, backend: BackendName = "tensorrt", **fie
         "sm_count": None if rtx else gpu.sm_count,
         "driver_major": None if rtx else gpu.driver_major,
         "precision": bundle.manifest.precision,
-        "graphs": bundle.manifest.graphs_digest(),
+        "graphs": bundle.manifest.graphs_digest(latents=True),
         "profiles": ("32x32 pictures 1 rows 1 tokens 77", "32x32 pictures 1 rows 2 tokens 77"),
         "options": (f"recipe {tensorrt.RECIPE}", "state rows 6"),
     }
