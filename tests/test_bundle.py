@@ -210,8 +210,8 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write_manifest(tmp_path / "bundle", dataclasses.replace(manifest, producer="other"))
 
 
-def test_an_error_of_the_disk_that_has_no_sentence_is_left_alone() -> None:
-    with pytest.raises(FileNotFoundError), disk_errors(Path("x")):
+def test_an_error_of_the_disk_that_has_no_sentence_of_its_own_says_what_the_system_says() -> None:
+    with pytest.raises(BundleError, match="x could not be written: gone"), disk_errors(Path("x")):
         raise FileNotFoundError(errno.ENOENT, "gone")
 
 
