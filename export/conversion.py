@@ -81,10 +81,12 @@ def _all_changes(recipe: Recipe, tensors: Tensors) -> Changes:
                 f"{list(tensors[key].shape)} where this checkpoint's is {list(weights[key].shape)}"
             )
 
-    def read(key: str) -> Array:
-        return (stored[key].read() if key in stored else weights[key]).float().numpy()
+    def whole(key: str, _: Array) -> Array:
+        """Return the other network's weight with its own changes, whatever it is added to."""
+        weight = stored[key].read() if key in stored else weights[key]
+        return fuse(weight, further.get(key, ())).float().numpy()
 
-    added = {key: [partial(read, key), *further.get(key, ())] for key in tensors if key in weights}
+    added = {key: [partial(whole, key)] for key in tensors if key in weights}
     return {key: [*own.get(key, ()), *added.get(key, ())] for key in own.keys() | added.keys()}
 
 
