@@ -45,7 +45,6 @@ def test_defaults_are_those_of_the_signatures(part: Part) -> None:
         defaults = {key: row.default for key, row in inspect.signature(CLASSES[part].__init__).parameters.items()}
     else:
         defaults = vars(CLIPTextConfig())
-    # newer than the signature: diffusers keeps what it does not know
     assert {key: alike(row.default) for key, row in KEYS[part].items()} == {
         key: alike(defaults[key]) for key in KEYS[part]
     }
