@@ -119,7 +119,12 @@ def _read(name: str, parts: Parts) -> Checkpoint:
     """Say what a checkpoint is from its documents."""
     family, latents = _family(parts.root, parts.configs), _latents(parts)
     check_tiny_vae(parts.configs, latents)
-    schedule = training_schedule(parts.scheduler, where=f"{parts.root}: the scheduler's config")
+    schedule = training_schedule(
+        parts.scheduler,
+        where=f"{parts.root}: the scheduler's config",
+        family=family,
+        repaints=parts.configs["unet"]["in_channels"] != latents.channels,
+    )
     return Checkpoint(
         name=name,
         source=parts.source,

@@ -116,6 +116,7 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
         "seconds": round(exported.seconds, 2),
         "engines": dict(exported.engines),
         "preview_r_squared": exported.preview_r_squared,
+        "notes": [note for note in (exported.manifest.schedule.clip_note,) if note],
         "peak_rss_bytes": peak,
         "peak_rss_over_largest": round(peak / largest, 2) if largest else None,
         "components": {
@@ -153,8 +154,10 @@ def _table(summary: dict[str, Any]) -> str:
         f"peak memory {summary['peak_rss_bytes'] / MIB:.0f} MiB, libraries included: "
         f"{summary['peak_rss_over_largest']} of the largest component's weights"
     )
-    notes = [f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]]
-    return "\n".join([head, *rows, memory, *notes, last] if rows else [last])
+    notes = summary["notes"] + [
+        f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]
+    ]
+    return "\n".join([head, *rows, memory, *notes, *summary["notes"], last] if rows else [*summary["notes"], last])
 
 
 def _error(error: float | None) -> str:

@@ -19,6 +19,7 @@ SCHEDULE = (
     "trained_betas",
     "prediction_type",
     "rescale_betas_zero_snr",
+    "edm",
 )
 
 

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from latentrt.engines.bundle import disk_errors
 from latentrt.runtime.samplers.catalogue import SAMPLERS
-from latentrt.runtime.samplers.names import find
+from latentrt.runtime.samplers.names import OWN, find
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,5 +60,5 @@ def _plain(value: object) -> str:
 
 def community_name(sampler: str) -> str:
     """Return the name under which other interfaces list a sampler, e.g. `DPM++ 2M Karras`."""
-    name = find(sampler)
+    name = find(sampler.removeprefix(f"{OWN}:"))
     return f"{SAMPLERS[name.sampler].title} {(name.spacing or '').capitalize()}".strip()

@@ -31,7 +31,7 @@ from latentrt.runtime.mixing import variation_seeds
 from latentrt.runtime.plan import SamplingPlan
 from latentrt.runtime.prompt import Prompt
 from latentrt.runtime.request import CHANGES, NOISES, SCORES, Request
-from latentrt.runtime.samplers import default_sampler, make_plan
+from latentrt.runtime.samplers import make_plan
 from latentrt.runtime.steering import Control, Steering, steer
 from latentrt.runtime.tiling import Grid, plan_tiles
 
@@ -214,7 +214,7 @@ def _strength(request: Request) -> float:
 def _plan(request: Request, manifest: Manifest) -> SamplingPlan:
     free = request.timesteps is None and request.sigmas is None
     return make_plan(
-        request.sampler or default_sampler(manifest.schedule),
+        request.sampler,
         manifest.schedule,
         steps=20 if request.steps is None and free else request.steps,
         spacing=request.spacing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import threading
 import time
@@ -34,6 +35,8 @@ from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.steps import Step, Watch
 from latentrt.runtime.texts import Texts, read_tokenizers
 
+logger = logging.getLogger(__name__)
+
 
 class Pipeline:
     """Draws pictures from a bundle. Safe to use from many threads: calls wait for one another."""
@@ -44,6 +47,7 @@ class Pipeline:
         self._opened = opened
         self._engines = opened.engines
         self._lock = threading.Lock()
+        self._said: set[str] = set()
         self._texts = Texts(bundle.manifest, opened.engines, tokenizers)
         self._loras = Loras(bundle)
         self._drawing = Drawing(opened, bundle.manifest)
@@ -135,7 +139,14 @@ class Pipeline:
         where numbers of a picture left the range of floats: then none of the call's pictures is given.
         """
         job = resolve(request, self.manifest)
+        self._say(self.manifest.schedule.clip_note)
         return self._locked(job, lambda watch: self._draw(job, self._prompted(job), watch), on_step)
+
+    def _say(self, note: str | None) -> None:
+        """Log a warning that holds for every picture, once."""
+        if note is not None and note not in self._said:
+            self._said.add(note)
+            logger.warning("%s", note)
 
     def _adapt(self, changes: Mapping[str, Changes]) -> float:
         """Have the engines compute with changed weights. Returns the seconds it took, 0 where they do already."""

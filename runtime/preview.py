@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from latentrt.engines.errors import BundleError
-from latentrt.engines.manifest import LatentSpec
+from latentrt.engines.manifest import LatentSpec, TrainingSchedule
 from latentrt.engines.spec import Array
 from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers.equations import denoised
+from latentrt.runtime.samplers.equations import denoised, output_units
 from latentrt.runtime.schedules import Level
 
 CLEAN = (1.0, 0.0)
@@ -31,12 +31,18 @@ def preview(latents: Array, space: LatentSpec, *, level: Array | tuple[float, fl
 
 
 def predicted_latents(
-    before: Array, after: Array, plan: SamplingPlan, stage: int, prediction: str, *, noise: Array | None = None
+    before: Array,
+    after: Array,
+    plan: SamplingPlan,
+    stage: int,
+    schedule: TrainingSchedule,
+    *,
+    noise: Array | None = None,
 ) -> Array:
     """Return the clean latents that the model saw in a stage, long before the latents are: (n, C, h, w), float32.
 
     before, after: the states around the stage, (n, R, C, h, w)
-    prediction: what the model predicts, the manifest's `schedule.prediction_type`
+    schedule: the manifest's, which says what the model predicts
     noise: (n, C, h, w), what was drawn for the stage; needed where `plan.uses_noise[stage]`
     The transition is solved for the model's output, in the row of the state where it weighs most. Outside a mask that
     row may hold the kept image: put that there, it is known.
@@ -48,5 +54,8 @@ def predicted_latents(
         if noise is None:
             raise ValueError(f"stage {stage} of {plan.sampler} takes noise: give it")
         rest = rest - transition[row, -1] * noise
-    level = Level(*(float(weight) for weight in plan.levels[stage]))
-    return np.asarray(denoised(before[:, 0], rest / transition[row, rows], level, prediction), dtype=np.float32)
+    prediction, sign, unit = output_units(schedule)
+    alpha, sigma = (float(weight) for weight in plan.levels[stage])
+    output = sign * rest / transition[row, rows]
+    found = unit * denoised(before[:, 0] / unit, output, Level(alpha, sigma / unit), prediction)
+    return np.asarray(found, dtype=np.float32)

@@ -139,17 +139,19 @@ def bar_level(bar: float) -> Level:
     return Level(math.sqrt(bar), math.sqrt(1 - bar))
 
 
-def spaced(spacing: str, total: int, steps: int, *, offset: int) -> Array:
+def spaced(spacing: str, total: int, steps: int, *, offset: int, visited: int | None = None) -> Array:
     """Return `steps` training timesteps, decreasing; linspace gives fractions: (steps,), float64.
 
-    Spacings as in arXiv:2305.08891, Table 2.
+    Spacings as in arXiv:2305.08891, Table 2. visited: how many timesteps from the clean end may be visited, None for
+    all; trailing timesteps keep their stride and are fewer then
     """
+    visited = total if visited is None else visited
     if spacing == "linspace":
-        return np.linspace(0, total - 1, steps)[::-1]
+        return np.linspace(0, visited - 1, steps)[::-1]
     if spacing == "leading":
-        return (np.arange(steps)[::-1] * (total // steps) + offset).astype(np.float64)
+        return (np.arange(steps)[::-1] * (visited // steps) + offset).astype(np.float64)
     # [:steps]: for some counts the float quotient makes arange one longer, ending at timestep -1
-    return np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+    return np.round(np.arange(visited, 0, -total / steps))[:steps] - 1
 
 
 def sigma_to_timestep(sigmas: Array, table: Array) -> Array:

@@ -13,18 +13,19 @@ from latentrt.engines.spec import Array
 
 
 class Ends(NamedTuple):
-    """What a spacing may depend on: the ratios to begin and end with, and all training ratios, increasing."""
+    """What a spacing may depend on: the ratios to begin and end with, all training ratios, increasing, an exponent."""
 
     high: float
     low: float
     table: Array
+    rho: float = 7.0
 
 
 def karras(ends: Ends, steps: int) -> Array:
-    """Return ratios that are even in their seventh root: (steps,), float64."""
-    # Elucidating the Design Space, arXiv:2206.00364, eq. 5 with rho = 7
-    first, last = ends.high ** (1 / 7), ends.low ** (1 / 7)
-    return np.asarray((first + np.linspace(0, 1, steps) * (last - first)) ** 7, dtype=np.float64)
+    """Return ratios that are even in their rho-th root: (steps,), float64."""
+    # Elucidating the Design Space, arXiv:2206.00364, eq. 5
+    first, last = ends.high ** (1 / ends.rho), ends.low ** (1 / ends.rho)
+    return np.asarray((first + np.linspace(0, 1, steps) * (last - first)) ** ends.rho, dtype=np.float64)
 
 
 def exponential(ends: Ends, steps: int) -> Array:
@@ -75,9 +76,12 @@ def _aligned(name: str) -> Callable[[Ends, int], Array]:
     return spacing
 
 
+BY_FORMULA = ("karras", "exponential", "lu", "beta")  # need the ends alone, no training timesteps
+
 SPACINGS: dict[str, Callable[[Ends, int], Array]] = {
     "karras": karras,
     "exponential": exponential,
+    "lu": exponential,  # even in half-log-SNR, arXiv:2206.00927: the same ratios, of which the model is told otherwise
     "beta": beta,
     "simple": simple,
     "sgm_uniform": sgm_uniform,

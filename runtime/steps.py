@@ -57,8 +57,8 @@ class Step:
         """
         before, after = self._canvas.read(PREVIOUS), self._canvas.read("state")
         self._finite(after[:, 0])
-        prediction = self._manifest.schedule.prediction_type
-        found = predicted_latents(before, after, self._plan, self.stage - 1, prediction, noise=self._noise)
+        schedule = self._manifest.schedule
+        found = predicted_latents(before, after, self._plan, self.stage - 1, schedule, noise=self._noise)
         if not self._keeps:
             return found
         mask, kept = self._canvas.read("keep_mask"), self._canvas.read("known")[:, 0]

@@ -31,7 +31,8 @@ def network(latents: Array, timesteps: Array) -> Array:
 def scheduler_of(kind: type[SchedulerMixin], schedule: TrainingSchedule, **config: Any) -> Any:
     """Return diffusers' scheduler with the configuration that a checkpoint with this schedule has."""
     source = asdict(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
-    source.pop("scheduler")
+    for ours in ("scheduler", "sampler", "edm"):
+        source.pop(ours)
     if schedule.timestep_spacing is None:
         source.pop("timestep_spacing")  # as the config has it: each class then takes its own default
     return kind.from_config(source)

@@ -31,7 +31,7 @@ CLEAN = replace(STABLE_DIFFUSION, set_alpha_to_one=True)
 # the samplers whose table holds for the schedule above; the flow's and EDM's models are told something else
 DIFFUSION = [name for name, sampler in SAMPLERS.items() if "sample" in sampler.predictions]
 # these end at the least noise of training, or beside the picture on purpose
-ENDS_NOISY = {"dpm_2m", "dpm_2m_sde", "dpm_3m", "deis", "deis_3", "sa_solver", "plms", "pndm", "tcd", "lcm"}
+ENDS_NOISY = {"dpm_2s", "dpm_2m", "dpm_2m_sde", "dpm_3m", "deis", "deis_3", "sa_solver", "plms", "pndm", "tcd", "lcm"}
 # these leave the line between picture and noise: with fresh noise, or to come back and do a step again
 OFF_THE_LINE = {"plms", "pndm", "ddpm", "lcm", "tcd", "sa_solver"} | {
     name for name in DIFFUSION if name.endswith(("sde", "ancestral"))

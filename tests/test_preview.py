@@ -205,16 +205,17 @@ def test_the_models_picture_is_read_from_two_states(name: str) -> None:
         for k, (before, after, output, noise) in enumerate(stages(plan)):
             level = Level(*map(float, plan.levels[k]))
             expected = denoised(before[:, 0], output, level, prediction)
-            found = predicted_latents(before, after, plan, k, prediction, noise=noise)
+            found = predicted_latents(before, after, plan, k, schedule, noise=noise)
             scale = max(1.0, float(np.abs(expected).max()))
             np.testing.assert_allclose(found, expected, atol=SOLVED * scale, err_msg=f"{prediction}, stage {k}")
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_last_picture_in_mind_is_the_one_that_is_drawn(prediction: Prediction) -> None:
-    plan = make_plan("euler", replace(STABLE_DIFFUSION, prediction_type=prediction), steps=8)
+    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)
+    plan = make_plan("euler", schedule, steps=8)
     before, after, _, _ = stages(plan)[-1]
-    found = predicted_latents(before, after, plan, plan.stages - 1, prediction)
+    found = predicted_latents(before, after, plan, plan.stages - 1, schedule)
     np.testing.assert_allclose(found, after[:, 0], atol=1e-4)
 
 
@@ -222,4 +223,4 @@ def test_noise_that_weighs_something_must_be_given() -> None:
     plan = make_plan("euler_ancestral", STABLE_DIFFUSION, steps=4)
     before, after, _, _ = stages(plan)[0]
     with pytest.raises(ValueError, match="stage 0 of euler_ancestral takes noise: give it"):
-        predicted_latents(before, after, plan, 0, "epsilon")
+        predicted_latents(before, after, plan, 0, STABLE_DIFFUSION)

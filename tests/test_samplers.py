@@ -66,6 +66,7 @@ ORACLES = {
     "dpmpp_2s": Oracle(SINGLE, spaced=True),
     "dpmpp_2s_sde": Oracle(SINGLE, SDE, spaced=True),
     "dpmpp_3s": Oracle(SINGLE, {"solver_order": 3}, spaced=True),
+    "dpm_2s": Oracle(SINGLE, NOISE, spaced=True),
     "dpm_2m": Oracle(MULTI, NOISE, spaced=True),
     "dpm_2m_sde": Oracle(MULTI, NOISE | {"algorithm_type": "sde-dpmsolver"}, spaced=True),
     "dpm_3m": Oracle(MULTI, NOISE | {"solver_order": 3}, spaced=True),
@@ -76,7 +77,6 @@ ORACLES = {
     "sa_solver": Oracle(diffusers.SASolverScheduler, spaced=True),
     "lcm": Oracle(diffusers.LCMScheduler, most=50),
     "tcd": Oracle(diffusers.TCDScheduler, most=50),
-    "edm_euler": Oracle(diffusers.EDMEulerScheduler, predictions=NOT_SAMPLE),
 }
 ELSEWHERE = {"dpmpp_sde", "dpmpp_2s_ancestral", "flow_euler", "flow_heun", "flow_lcm"}  # test_samplers_special.py
 

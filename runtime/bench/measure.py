@@ -32,7 +32,7 @@ from latentrt.runtime.bench.samples import summarise
 from latentrt.runtime.bench.timing import TimedPipeline
 from latentrt.runtime.images import parameters
 from latentrt.runtime.result import Result
-from latentrt.runtime.samplers import default_sampler, make_plan
+from latentrt.runtime.samplers import make_plan
 
 PROMPT = "a large red circle on a striped blue background"
 WARMUP_SHARE = 0.5  # of the seconds asked for, all candidates together
@@ -75,7 +75,7 @@ class Asked:
                 height=height,
                 batch=batch,
                 steps=steps,
-                sampler=make_plan(sampler or default_sampler(schedule), schedule, steps=steps).sampler,
+                sampler=make_plan(sampler, schedule, steps=steps).sampler,
                 guidance=guidance,
             )
             for backend, threads, (width, height), batch, sampler, steps, guidance in itertools.product(

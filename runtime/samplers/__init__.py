@@ -1,6 +1,6 @@
 """Every sampler, by any of its names, compiled to a plan."""
 
 from latentrt.runtime.samplers.make import make_plan
-from latentrt.runtime.samplers.names import default_sampler, sampler_names
+from latentrt.runtime.samplers.names import own_sampler, sampler_names
 
-__all__ = ["default_sampler", "make_plan", "sampler_names"]
+__all__ = ["make_plan", "own_sampler", "sampler_names"]

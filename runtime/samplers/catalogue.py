@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from latentrt.engines.errors import RequestError
 from latentrt.engines.manifest import TrainingSchedule
 from latentrt.runtime.plan import Stage
 from latentrt.runtime.samplers.consistency import lcm, tcd
 from latentrt.runtime.samplers.ddim import ddim, ddpm
 from latentrt.runtime.samplers.deis import deis
 from latentrt.runtime.samplers.dpm import multistep, singlestep
-from latentrt.runtime.samplers.edm import SIGMA_ENDS, edm_euler
 from latentrt.runtime.samplers.euler import euler, euler_ancestral, lms
 from latentrt.runtime.samplers.flow import flow_euler, flow_heun, flow_lcm
 from latentrt.runtime.samplers.pndm import plms, pndm
 from latentrt.runtime.samplers.ratio_walks import (
     FLOW,
     SIGMA,
-    Habits,
-    edm_walk,
     even_flow,
     flow_walk,
     full_flow,
@@ -29,7 +29,7 @@ from latentrt.runtime.samplers.ratio_walks import (
 from latentrt.runtime.samplers.sa import sa_solver
 from latentrt.runtime.samplers.second_order import dpmpp_2s_ancestral, dpmpp_sde, heun, kdpm2, kdpm2_ancestral
 from latentrt.runtime.samplers.unipc import unipc
-from latentrt.runtime.samplers.walks import Course, Walk, consistency_walk, posterior_walk, stride_walk
+from latentrt.runtime.samplers.walks import Course, Habits, Walk, consistency_walk, posterior_walk, stride_walk
 from latentrt.runtime.schedules import ve_level
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")
@@ -41,6 +41,7 @@ UNCLIPPED = (
 )
 
 Equations = Callable[..., Iterator[Stage]]
+PLAIN = Habits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,9 @@ class Sampler:
     """
 
     title: str
-    walk: Callable[[TrainingSchedule, Course], Walk]
     equations: Equations
+    walk: Callable[[TrainingSchedule, Course, Habits], Walk] = ratio_walk
+    habits: Habits = PLAIN
     aliases: tuple[str, ...] = ()
     spaced: bool = True
     measured: bool = True
@@ -66,25 +68,36 @@ class Sampler:
     note: str = ""
     predictions: tuple[str, ...] = DIFFUSION
 
+    def tuned(self, options: Mapping[str, object]) -> Sampler:
+        """Return the sampler with what a checkpoint's own scheduler sets, by the names of `OwnSampler`.
 
-def _ratio(habits: Habits) -> Callable[[TrainingSchedule, Course], Walk]:
-    return partial(ratio_walk, habits=habits)
+        Raises RequestError where it does not know one of them.
+        """
+        habits = {name: value for name, value in options.items() if name in HABITS}
+        rest = {name: value for name, value in options.items() if name not in HABITS}
+        if unknown := [name for name in rest if name not in inspect.signature(self.equations).parameters]:
+            raise RequestError(
+                f"sampler: the checkpoint's own asks {self.title} for {unknown[0]}, which it has not; name one"
+            )
+        tuned = dataclasses.replace(self.habits, **habits)  # type: ignore[arg-type]
+        return dataclasses.replace(self, habits=tuned, equations=partial(self.equations, **rest))
 
 
-_SIGMA = _ratio(SIGMA)
-_KDPM = _ratio(Habits(level=ve_level, extra=False, whole=False, rounds_karras=True))
-_DPM = _ratio(Habits(truncates_cosine=True, flow=even_flow))
-_DPM_NOISE = _ratio(Habits(truncates_cosine=True, end="lowest"))  # noise prediction is undefined at zero noise
-_SINGLE = _ratio(Habits(fixed_spacing="linspace", flow=even_flow))
-_UNIPC = _ratio(Habits(flow=full_flow))
-_EXPONENTIAL = _ratio(Habits(end="repeat", flow=even_flow))
+HABITS = {field.name for field in dataclasses.fields(Habits)}
+_KDPM = Habits(level=ve_level, extra=False, whole=False, rounds_karras=True)
+_DPM = Habits(truncates_cosine=True, flow=even_flow)
+_DPM_NOISE = Habits(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
+_SINGLE = Habits(fixed_spacing="linspace", flow=even_flow)
+_SINGLE_NOISE = Habits(fixed_spacing="linspace", end="lowest")
+_UNIPC = Habits(flow=full_flow)
+_EXPONENTIAL = Habits(end="repeat", flow=even_flow)
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": Sampler(
         title="DDIM",
         walk=stride_walk,
         equations=ddim,
-        aliases=("DDIMScheduler",),
+        aliases=("DDIMScheduler", "DDIMParallelScheduler"),
         spaced=False,
         measured=False,
         eta=0.0,
@@ -94,7 +107,7 @@ SAMPLERS: Mapping[str, Sampler] = {
         title="DDPM",
         walk=posterior_walk,
         equations=ddpm,
-        aliases=("DDPMScheduler",),
+        aliases=("DDPMScheduler", "DDPMParallelScheduler"),
         spaced=False,
         measured=False,
         note=UNCLIPPED,
@@ -109,104 +122,115 @@ SAMPLERS: Mapping[str, Sampler] = {
         timed=False,
     ),
     "pndm": Sampler(title="PNDM", walk=stride_walk, equations=pndm, spaced=False, measured=False, timed=False),
-    "lms": Sampler(title="LMS", walk=_SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
-    "euler": Sampler(title="Euler", walk=_SIGMA, equations=euler, aliases=("k_euler", "EulerDiscreteScheduler")),
+    "lms": Sampler(title="LMS", habits=SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
+    "euler": Sampler(
+        title="Euler",
+        habits=SIGMA,
+        equations=euler,
+        aliases=("k_euler", "EulerDiscreteScheduler", "edm_euler", "EDMEulerScheduler"),
+    ),
     "euler_ancestral": Sampler(
         title="Euler a",
-        walk=_SIGMA,
+        habits=SIGMA,
         equations=euler_ancestral,
         aliases=("euler_a", "k_euler_a", "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
     ),
-    "heun": Sampler(title="Heun", walk=_SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
+    "heun": Sampler(title="Heun", habits=SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
     "kdpm2": Sampler(
         title="DPM2",
-        walk=_KDPM,
+        habits=_KDPM,
         equations=kdpm2,
         aliases=("dpm2", "dpm_2", "k_dpm_2", "KDPM2DiscreteScheduler"),
     ),
     "kdpm2_ancestral": Sampler(
         title="DPM2 a",
-        walk=_KDPM,
+        habits=_KDPM,
         equations=kdpm2_ancestral,
         aliases=("dpm2_a", "dpm_2_ancestral", "k_dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
     ),
     "dpmpp_2m": Sampler(
         title="DPM++ 2M",
-        walk=_DPM,
+        habits=_DPM,
         predictions=ANY,
         equations=partial(multistep, kind="dpmpp", order=2),
-        aliases=("k_dpmpp_2m", "DPMSolverMultistepScheduler"),
+        aliases=("k_dpmpp_2m", "DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"),
     ),
     "dpmpp_2m_sde": Sampler(
         title="DPM++ 2M SDE",
-        walk=_DPM,
+        habits=_DPM,
         predictions=ANY,
         equations=partial(multistep, kind="sde-dpmpp", order=2),
     ),
     "dpmpp_3m": Sampler(
-        title="DPM++ 3M", walk=_DPM, predictions=ANY, equations=partial(multistep, kind="dpmpp", order=3)
+        title="DPM++ 3M", habits=_DPM, predictions=ANY, equations=partial(multistep, kind="dpmpp", order=3)
     ),
     "dpmpp_3m_sde": Sampler(
         title="DPM++ 3M SDE",
-        walk=_DPM,
+        habits=_DPM,
         predictions=ANY,
         equations=partial(multistep, kind="sde-dpmpp", order=3),
     ),
     "dpmpp_2s": Sampler(
         title="DPM++ 2S",
-        walk=_SINGLE,
+        habits=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="dpmpp", order=2),
         aliases=("DPMSolverSinglestepScheduler",),
     ),
     "dpmpp_2s_sde": Sampler(
         title="DPM++ 2S SDE",
-        walk=_SINGLE,
+        habits=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="sde-dpmpp", order=2),
     ),
     "dpmpp_2s_ancestral": Sampler(
         title="DPM++ 2S a",
-        walk=_SIGMA,
+        habits=SIGMA,
         equations=dpmpp_2s_ancestral,
         aliases=("dpmpp_2s_a", "k_dpmpp_2s_a"),
     ),
     "dpmpp_3s": Sampler(
         title="DPM++ 3S",
-        walk=_SINGLE,
+        habits=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="dpmpp", order=3),
     ),
     "dpmpp_sde": Sampler(
         title="DPM++ SDE",
-        walk=_SIGMA,
+        note="diffusers takes its noise from another generator (torchsde's): as good a picture, and another one",
+        habits=SIGMA,
         equations=dpmpp_sde,
         aliases=("k_dpmpp_sde", "DPMSolverSDEScheduler"),
     ),
-    "dpm_2m": Sampler(title="DPM-Solver 2M", walk=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
-    "dpm_2m_sde": Sampler(
-        title="DPM-Solver 2M SDE", walk=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
+    "dpm_2s": Sampler(
+        title="DPM-Solver 2S",
+        habits=_SINGLE_NOISE,
+        equations=partial(singlestep, kind="dpm", order=2),
     ),
-    "dpm_3m": Sampler(title="DPM-Solver 3M", walk=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
+    "dpm_2m": Sampler(title="DPM-Solver 2M", habits=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
+    "dpm_2m_sde": Sampler(
+        title="DPM-Solver 2M SDE", habits=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
+    ),
+    "dpm_3m": Sampler(title="DPM-Solver 3M", habits=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
     "unipc": Sampler(
         title="UniPC",
-        walk=_UNIPC,
+        habits=_UNIPC,
         predictions=ANY,
         equations=partial(unipc, order=2),
         aliases=("uni_pc_bh2", "UniPCMultistepScheduler"),
     ),
-    "unipc_3": Sampler(title="UniPC, order 3", walk=_UNIPC, predictions=ANY, equations=partial(unipc, order=3)),
+    "unipc_3": Sampler(title="UniPC, order 3", habits=_UNIPC, predictions=ANY, equations=partial(unipc, order=3)),
     "deis": Sampler(
         title="DEIS",
-        walk=_EXPONENTIAL,
+        habits=_EXPONENTIAL,
         predictions=ANY,
         equations=partial(deis, order=2),
         aliases=("deis_2", "DEISMultistepScheduler"),
     ),
-    "deis_3": Sampler(title="DEIS, order 3", walk=_EXPONENTIAL, predictions=ANY, equations=partial(deis, order=3)),
+    "deis_3": Sampler(title="DEIS, order 3", habits=_EXPONENTIAL, predictions=ANY, equations=partial(deis, order=3)),
     "sa_solver": Sampler(
         title="SA-Solver",
-        walk=_EXPONENTIAL,
+        habits=_EXPONENTIAL,
         predictions=ANY,
         equations=sa_solver,
         aliases=("SASolverScheduler",),
@@ -227,15 +251,6 @@ SAMPLERS: Mapping[str, Sampler] = {
         spaced=False,
         measured=False,
         eta=0.3,
-    ),
-    "edm_euler": Sampler(
-        title="EDM Euler",
-        walk=partial(edm_walk, high=SIGMA_ENDS[0], low=SIGMA_ENDS[1]),
-        equations=edm_euler,
-        aliases=("EDMEulerScheduler",),
-        spaced=False,
-        timed=False,
-        predictions=("epsilon", "v_prediction"),
     ),
     "flow_euler": Sampler(
         title="Flow Euler",

@@ -10,14 +10,13 @@ from latentrt.runtime.samplers.equations import denoised, noise
 from latentrt.runtime.samplers.walks import Walk
 
 SIGMA_DATA = 0.5
-TIMESTEP_SCALING = 10.0
 
 
-def lcm(walk: Walk, prediction: str) -> Iterator[Stage]:
+def lcm(walk: Walk, prediction: str, *, timestep_scaling: float = 10.0) -> Iterator[Stage]:
     """Yield jumps to the picture and back to the next level with fresh noise; the last stays at the picture."""
     for k, (timestep, here, there) in walk:
         x, m, z = basis(1)
-        scaled = timestep * TIMESTEP_SCALING
+        scaled = timestep * timestep_scaling
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         picture = scaled / math.hypot(scaled, SIGMA_DATA) * denoised(x, m, here, prediction) + skip * x
         last = k == len(walk.legs) - 1

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from latentrt.runtime.plan import Stage, basis
 from latentrt.runtime.samplers.equations import denoised, noise
 from latentrt.runtime.samplers.walks import Walk
 
+Variance = Literal["fixed_small", "fixed_large"]
 LEAST_VARIANCE = 1e-20  # the reference keeps DDPM's variance above this
 
 
@@ -30,13 +32,14 @@ def ddim(walk: Walk, prediction: str, *, eta: float) -> Iterator[Stage]:
         yield Stage(timestep, here, x, (step,), draws=eta > 0)
 
 
-def ddpm(walk: Walk, prediction: str) -> Iterator[Stage]:
-    """Yield the posterior means and deviations of DDPM's eq. 7, with the smaller of its two variances."""
+def ddpm(walk: Walk, prediction: str, *, variance: Variance = "fixed_small") -> Iterator[Stage]:
+    """Yield the posterior means of DDPM's eq. 7, and deviations by one of its two variances."""
     for _, (timestep, here, there) in walk:
         x, m, z = basis(1)
         kept = (here.alpha / there.alpha) ** 2
         picture_weight = there.alpha * (1 - kept) / here.sigma**2
         latent_weight = math.sqrt(kept) * there.sigma**2 / here.sigma**2
-        std = math.sqrt(max((1 - kept) * there.sigma**2 / here.sigma**2, LEAST_VARIANCE)) if timestep > 0 else 0.0
+        small = max((1 - kept) * there.sigma**2 / here.sigma**2, LEAST_VARIANCE)
+        std = math.sqrt(small if variance == "fixed_small" else 1 - kept) if timestep > 0 else 0.0
         step = picture_weight * denoised(x, m, here, prediction) + latent_weight * x + std * z
         yield Stage(timestep, here, x, (step,), draws=timestep > 0)

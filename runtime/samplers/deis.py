@@ -15,12 +15,12 @@ from latentrt.runtime.samplers.quadrature import moment_weights
 from latentrt.runtime.samplers.walks import Walk
 
 
-def deis(walk: Walk, prediction: str, *, order: int) -> Iterator[Stage]:
+def deis(walk: Walk, prediction: str, *, order: int, lower_order_final: bool = True) -> Iterator[Stage]:
     """Yield the stages of log-rho AB-DEIS, Table 1: state is the latents and order - 1 past noises."""
     for k, (timestep, here, there) in walk:
         x, *past, m, _ = basis(order)
         noises = [noise(x, m, here, prediction), *past]
-        degree = walk.order(k, order, few=FEW)
+        degree = walk.order(k, order, few=FEW if lower_order_final else 0)
         rhos = [walk.legs[k - i].here for i in range(degree)]
         weights = log_integrals([r.sigma / r.alpha for r in rhos], there.sigma / there.alpha)
         step = x / here.alpha + np.tensordot(weights, np.stack(noises[:degree]), axes=1)

@@ -19,6 +19,7 @@ from latentrt.runtime.schedules import Level
 FEW = 15  # on ways with fewer legs the last ones are of lower order, as the authors advise for stability
 
 Kind = Literal["dpm", "dpmpp", "sde-dpm", "sde-dpmpp"]
+Solver = Literal["midpoint", "heun"]
 
 
 class Weights(NamedTuple):
@@ -60,36 +61,47 @@ WEIGHTS: Mapping[Kind, Callable[[Level, Level, float], Weights]] = {
     "sde-dpmpp": _sde_dpmpp,
 }
 
-# what D1 and D2 of a third-order step weigh, of (level at the end, h): the next terms of the same expansions
-THIRD: Mapping[Kind, Callable[[Level, float], tuple[float, float]]] = {
-    "dpm": lambda there, h: (
-        -there.sigma * (math.expm1(h) / h - 1),
-        -there.sigma * ((math.expm1(h) - h) / h**2 - 0.5),
-    ),
-    "dpmpp": lambda there, h: (
-        there.alpha * (math.expm1(-h) / h + 1),
-        -there.alpha * ((math.expm1(-h) + h) / h**2 - 0.5),
-    ),
-    "sde-dpmpp": lambda there, h: (
-        there.alpha * (1 + math.expm1(-2 * h) / (2 * h)),
-        -there.alpha * ((math.expm1(-2 * h) + 2 * h) / (2 * h) ** 2 + 0.5),
-    ),
+# what D1 weighs in a second-order step after Heun and in a third-order one, of (level at the end, h)
+HEUN: Mapping[Kind, Callable[[Level, float], float]] = {
+    "dpm": lambda there, h: -there.sigma * (math.expm1(h) / h - 1),
+    "dpmpp": lambda there, h: there.alpha * (math.expm1(-h) / h + 1),
+    "sde-dpm": lambda there, h: -2 * there.sigma * (math.expm1(h) / h - 1),
+    "sde-dpmpp": lambda there, h: there.alpha * (1 + math.expm1(-2 * h) / (2 * h)),
+}
+# what D2 weighs in a third-order step: the next terms of the same expansions
+CURVE: Mapping[Kind, Callable[[Level, float], float]] = {
+    "dpm": lambda there, h: -there.sigma * ((math.expm1(h) - h) / h**2 - 0.5),
+    "dpmpp": lambda there, h: -there.alpha * ((math.expm1(-h) + h) / h**2 - 0.5),
+    "sde-dpmpp": lambda there, h: -there.alpha * ((math.expm1(-2 * h) + 2 * h) / (2 * h) ** 2 + 0.5),
 }
 
 
-def multistep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterator[Stage]:
+def multistep(
+    walk: Walk,
+    prediction: str,
+    *,
+    kind: Kind,
+    order: int,
+    solver_type: Solver = "midpoint",
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Iterator[Stage]:
     """Yield the stages of the multistep solvers: state is the latents and order - 1 past values."""
     convert = denoised if kind.endswith("dpmpp") else noise
     for k, (timestep, here, there) in walk:
         x, *past, m, z = basis(order)
         values = [convert(x, m, here, prediction), *past]
+        degree = walk.order(k, order, few=FEW if lower_order_final else 0)
         # to the clean picture, or nowhere (some spacings repeat the least noise): neither has a higher order
-        degree = 1 if there.sigma == 0 or there == here else walk.order(k, order, few=FEW)
+        if there.sigma == 0 or there == here or (euler_at_final and k == len(walk.legs) - 1):
+            degree = 1
         lambdas = [there.half_log_snr, *(walk.legs[k - i].here.half_log_snr for i in range(degree))]
-        weights = WEIGHTS[kind](here, there, lambdas[0] - lambdas[1])
+        h = lambdas[0] - lambdas[1]
+        weights = WEIGHTS[kind](here, there, h)
         step = weights.latents * x + weights.value * values[0] + weights.fresh * z
         if degree == 2:
-            step = step + weights.slope * _differences(values, lambdas)[0]
+            slope = HEUN[kind](there, h) if solver_type == "heun" else weights.slope
+            step = step + slope * _differences(values, lambdas)[0]
         if degree == 3:
             step = step + _third(kind, there, values, lambdas)
         yield Stage(timestep, here, x, (step, *values[: order - 1]), draws=kind.startswith("sde"))
@@ -108,37 +120,61 @@ def _third(kind: Kind, there: Level, values: Sequence[Array], lambdas: Sequence[
     """Return the part of a third-order step that comes from three values. lambdas: the step's end before theirs."""
     h, h0, h1 = (lambdas[i] - lambdas[i + 1] for i in range(3))
     near, far = _differences(values, lambdas)
-    slope_weight, curve_weight = THIRD[kind](there, h)
     change = (near - far) / (h0 + h1)
-    return slope_weight * (near + h0 * change) + curve_weight * h * change
+    return HEUN[kind](there, h) * (near + h0 * change) + CURVE[kind](there, h) * h * change
 
 
-def singlestep(walk: Walk, prediction: str, *, kind: Kind, order: int) -> Iterator[Stage]:
+def singlestep(
+    walk: Walk,
+    prediction: str,
+    *,
+    kind: Kind,
+    order: int,
+    solver_type: Solver = "midpoint",
+    lower_order_final: bool = False,
+) -> Iterator[Stage]:
     """Yield the stages of the single-step solvers: groups of legs of order 1, 2, .. that all start where the first did.
 
     State is the latents, those at the group's start, and order - 1 past values.
     """
-    convert, orders = denoised if kind.endswith("dpmpp") else noise, _group_orders(len(walk.legs), order)
+    convert = denoised if kind.endswith("dpmpp") else noise
+    clean = walk.legs[-1].there.sigma == 0
+    orders = _group_orders(len(walk.legs), order, clean=clean, lower=clean or lower_order_final)
     for k, (timestep, here, there) in walk:
         x, saved, *past, m, z = basis(order + 1)
         values = [convert(x, m, here, prediction), *past]
         degree = min(orders[k], k - walk.begin + 1)
         saved = x if degree == 1 else saved
         levels = [walk.legs[k - i].here for i in range(degree)]
-        h, h0 = (level.half_log_snr - levels[-1].half_log_snr for level in (there, here))
+        h, *since = (level.half_log_snr - levels[-1].half_log_snr for level in (there, *levels[:-1]))
         weights = WEIGHTS[kind](levels[-1], there, h)
         step = weights.latents * saved + weights.value * values[degree - 1] + weights.fresh * z
-        if degree > 1:
-            slope = weights.slope if degree == 2 else THIRD[kind](there, h)[0]
-            step = step + slope * h / h0 * (values[0] - values[degree - 1])
+        slopes = [h / s * (value - values[degree - 1]) for s, value in zip(since, values, strict=False)]
+        if degree == 2:
+            step = step + (HEUN[kind](there, h) if solver_type == "heun" else weights.slope) * slopes[0]
+        elif degree == 3 and solver_type == "midpoint":
+            step = step + HEUN[kind](there, h) * slopes[0]
+        elif degree == 3:
+            step = step + _third_of_group(kind, there, slopes, (h, *since))
         yield Stage(timestep, here, x, (step, saved, *values[: order - 1]), draws=kind.startswith("sde"))
 
 
-def _group_orders(legs: int, order: int) -> list[int]:
-    """Return the order of each leg: whole groups, and towards the clean picture an incomplete one."""
+def _third_of_group(kind: Kind, there: Level, slopes: Sequence[Array], since: Sequence[float]) -> Array:
+    """Return the part of a third-order step of a group that comes from both slopes. since: from the group's start."""
+    h, near, far = since
+    bend = (slopes[0] - slopes[1]) * h / (near - far)
+    slope = slopes[1] - far / h * bend
+    return HEUN[kind](there, h) * slope + 2 * CURVE[kind](there, h) * bend
+
+
+def _group_orders(legs: int, order: int, *, clean: bool, lower: bool) -> list[int]:
+    """Return the order of each leg: whole groups, and an incomplete one where the last is to be lower or does not fit.
+
+    clean: the last leg ends at the clean picture, which only the first order reaches
+    """
     group = list(range(1, order + 1))
     whole, rest = divmod(legs, order)
-    if rest == 0:
+    if rest == 0 and lower:
         whole, rest = whole - 1, order
     orders = group * whole + (group[:rest] if rest < order else [*group[: order - 1], 1])
-    return [*orders[:-1], 1]
+    return [*orders[:-1], 1] if clean else orders

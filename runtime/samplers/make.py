@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import Spacing, TrainingSchedule
+from latentrt.engines.manifest import OwnSampler, Spacing, TrainingSchedule
 from latentrt.runtime.plan import SamplingPlan, compile_plan
 from latentrt.runtime.samplers.catalogue import SAMPLERS, Sampler
-from latentrt.runtime.samplers.names import Name, find
+from latentrt.runtime.samplers.equations import edm_units
+from latentrt.runtime.samplers.names import Name, choose_sampler
 from latentrt.runtime.samplers.ratio_walks import FLOW
 from latentrt.runtime.samplers.walks import Course, Walk
 from latentrt.runtime.schedules import CLEAN
@@ -21,7 +22,7 @@ TIMESTEP_SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
 
 
 def make_plan(
-    sampler: str,
+    sampler: str | None,
     schedule: TrainingSchedule,
     *,
     steps: int | None = None,
@@ -29,15 +30,13 @@ def make_plan(
     strength: float = 1.0,
     stop: float = 1.0,
     eta: float | None = None,
-    shift: float = 1.0,
+    shift: float | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
-    clip_sample: bool = False,
-    thresholding: bool = False,
 ) -> SamplingPlan:
     """Compile a sampler to a plan for a checkpoint's training schedule.
 
-    sampler: any name that `find` knows
+    sampler: any name that `find` knows; None or `own` for the checkpoint's own scheduler with what its config sets
     steps: may be left out where timesteps or sigmas are given
     spacing: of timesteps (leading, trailing, linspace: instead of the checkpoint's) or of sigmas (karras, ..)
     strength: the share of the steps to take, from the end: less than 1 keeps some of an image; 0 to 1
@@ -45,51 +44,60 @@ def make_plan(
     eta: the share of fresh noise, where the sampler has that option; 0 to 1
     shift: how far a flow's steps move towards the noise (3 for Stable Diffusion 3)
     timesteps: what to tell the model, decreasing; sigmas: noise over picture, decreasing, with the one to end at
-    clip_sample, thresholding: what some checkpoints' configs ask for; neither is linear, so neither can be a plan
     Raises RequestError when the name is unknown or any of this cannot be done.
     """
-    _refuse_nonlinear(clip_sample=clip_sample, thresholding=thresholding)
-    name = _resolve(sampler, spacing)
-    line = SAMPLERS[name.sampler]
+    chosen = choose_sampler(sampler, schedule)
+    schedule = _scheduled(schedule, chosen, spacing)
+    name = _name(chosen, spacing)
+    line = SAMPLERS[name.sampler].tuned(_walking(chosen))
     _check_shares(name, line, schedule, strength=strength, stop=stop, eta=eta)
-    if spacing in TIMESTEP_SPACINGS:
-        schedule = dataclasses.replace(schedule, timestep_spacing=spacing)
+    shift = (chosen.shift or 1.0) if shift is None else shift
     course = _course(name, line, schedule, steps=steps, timesteps=timesteps, sigmas=sigmas, shift=shift)
     options = {} if line.eta is None else {"eta": line.eta if eta is None else eta}
+    prediction = "v_prediction" if schedule.edm else schedule.prediction_type
     try:
         with np.errstate(divide="ignore", invalid="ignore"):  # compile_plan refuses what is not finite
-            walk = _part(line.walk(schedule, course), course.steps, strength=strength, stop=stop)
-            stages = list(line.equations(walk, schedule.prediction_type, **options))
+            walk = _part(line.walk(schedule, course, line.habits), course.steps, strength=strength, stop=stop)
+            stages = list(line.equations(walk, prediction, **options))
     except RequestError:
         raise
     except (ArithmeticError, ValueError) as error:  # a logarithm or a quotient of zero: two levels are the same
         raise RequestError(
             f"{name} cannot walk this checkpoint's noise in {course.steps} steps ({error}); ask for fewer steps"
         ) from None
-    end = CLEAN if walk.end == len(walk.legs) else walk.legs[walk.end - 1].there
-    return compile_plan(str(name), stages, steps=course.steps, initial_scale=walk.initial_scale, end=end)
+    end = CLEAN if walk.end == len(walk.legs) and walk.legs[-1].there.sigma == 0 else walk.legs[walk.end - 1].there
+    plan = compile_plan(str(name), stages, steps=course.steps, initial_scale=walk.initial_scale, end=end)
+    return edm_units(plan, schedule) if schedule.edm else plan
 
 
-def _refuse_nonlinear(**asked: bool) -> None:
-    for name, wanted in asked.items():
-        if wanted:
-            raise RequestError(
-                f"{name}: a sampler that clips what the model predicts is not linear, so it cannot be a plan; "
-                f"set {name} to false in the checkpoint's scheduler config"
-            )
+def _walking(chosen: OwnSampler) -> dict[str, object]:
+    """Return what a checkpoint's config sets of the way and the equations: the rest is asked for elsewhere."""
+    return {name: value for name, value in chosen.options.items() if name not in ("shift", "rescale_betas_zero_snr")}
 
 
-def _resolve(sampler: str, spacing: str | None) -> Name:
-    name = find(sampler)
+def _scheduled(schedule: TrainingSchedule, chosen: OwnSampler, spacing: str | None) -> TrainingSchedule:
+    """Return the training schedule as a sampler sees it."""
+    if chosen.rescale_betas_zero_snr is not None:
+        schedule = dataclasses.replace(schedule, rescale_betas_zero_snr=chosen.rescale_betas_zero_snr)
+    if spacing not in TIMESTEP_SPACINGS:
+        return schedule
+    if schedule.edm is not None:
+        raise RequestError(f"spacing: '{spacing}' spaces training timesteps, and this checkpoint has none; use karras")
+    return dataclasses.replace(schedule, timestep_spacing=spacing)
+
+
+def _name(chosen: OwnSampler, spacing: str | None) -> Name:
+    """Return how the plan is called, with the spacing of sigmas that was asked for."""
+    name = Name(chosen.name, chosen.spacing, own=bool(chosen.options))
     if spacing is None or spacing in TIMESTEP_SPACINGS:
         return name
     if spacing not in SPACINGS:
         raise RequestError(f"spacing: found '{spacing}', expected one of {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}")
     if name.spacing not in (None, spacing):
-        raise RequestError(f"spacing: found '{spacing}', but '{sampler}' names another")
+        raise RequestError(f"spacing: found '{spacing}', but '{name}' names another")
     if not SAMPLERS[name.sampler].spaced:
         raise RequestError(f"spacing: {name.sampler} walks its own timesteps and cannot follow '{spacing}'")
-    return Name(name.sampler, spacing)
+    return name._replace(spacing=spacing)
 
 
 def _check_shares(
@@ -100,6 +108,10 @@ def _check_shares(
             raise RequestError(f"{option}: found {value}, expected 0 to 1")
     if eta is not None and line.eta is None:
         raise RequestError(f"eta: {name} takes none; ddim and tcd do")
+    if schedule.edm is not None and not line.measured:
+        raise RequestError(
+            f"sampler: {name} counts training timesteps, and this checkpoint has none; use euler or dpmpp_2m"
+        )
     if name.spacing is not None and str(schedule.prediction_type) in FLOW:
         raise RequestError(f"spacing: '{name.spacing}' spaces the noise of a diffusion, not of a flow; use shift")
     if str(schedule.prediction_type) not in line.predictions:
@@ -152,7 +164,7 @@ def _check_given(
     if len(asked) > 1:
         raise RequestError(f"{asked[0]}: it and `{asked[1]}` each say where to step; give one of them")
     if timesteps is not None:
-        if not line.timed or str(schedule.prediction_type) in FLOW:
+        if not line.timed or schedule.edm is not None or str(schedule.prediction_type) in FLOW:
             raise RequestError(f"timesteps: {name} walks its own here")
         _check_falling("timesteps", timesteps, low=0, high=schedule.num_train_timesteps - 1)
     if sigmas is not None:

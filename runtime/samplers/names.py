@@ -8,19 +8,26 @@ import re
 from typing import NamedTuple
 
 from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import TrainingSchedule
+from latentrt.engines.manifest import OwnSampler, TrainingSchedule
 from latentrt.runtime.samplers.catalogue import SAMPLERS
 from latentrt.runtime.spacings import SPACINGS
 
+OWN = "own"  # the checkpoint's own scheduler, with what its config sets
+
 
 class Name(NamedTuple):
-    """A sampler's line in the table, and the spacing of sigmas that its name asks for."""
+    """A sampler's line in the table, and the spacing of sigmas that its name asks for.
+
+    own: whether a checkpoint's config sets more than a name can say, as in `own:dpmpp_2m_karras`
+    """
 
     sampler: str
     spacing: str | None
+    own: bool = False
 
     def __str__(self) -> str:
-        return self.sampler if self.spacing is None else f"{self.sampler}_{self.spacing}"
+        plain = self.sampler if self.spacing is None else f"{self.sampler}_{self.spacing}"
+        return f"{OWN}:{plain}" if self.own else plain
 
 
 def sampler_names() -> tuple[str, ...]:
@@ -46,9 +53,28 @@ def find(name: str) -> Name:
     raise RequestError(f"sampler: unknown sampler '{name}'; {hint}")
 
 
-def default_sampler(schedule: TrainingSchedule) -> str:
-    """Return the canonical name of the checkpoint's own scheduler. Raises RequestError when it is not known."""
-    return str(find(schedule.scheduler))
+def choose_sampler(name: str | None, schedule: TrainingSchedule) -> OwnSampler:
+    """Return what a name means for a checkpoint: its own scheduler for None, `own` and `own:…`, else a plain sampler.
+
+    Raises RequestError where there is no such sampler, or where the checkpoint's own is another one.
+    """
+    if name is None or name == OWN:
+        return own_sampler(schedule)
+    if not name.startswith(f"{OWN}:"):
+        plain = find(name)
+        return OwnSampler(name=plain.sampler, spacing=plain.spacing)
+    wanted, own = find(name.removeprefix(f"{OWN}:")), own_sampler(schedule)
+    if wanted != Name(own.name, own.spacing):
+        raise RequestError(f"sampler: found '{name}', and this checkpoint's own is '{Name(own.name, own.spacing)}'")
+    return own
+
+
+def own_sampler(schedule: TrainingSchedule) -> OwnSampler:
+    """Return the checkpoint's own scheduler. Raises RequestError when it is not known."""
+    if schedule.sampler is not None:
+        return schedule.sampler
+    name = find(schedule.scheduler)  # a bundle of an older version, which kept the class alone
+    return OwnSampler(name=name.sampler, spacing=name.spacing)
 
 
 @functools.cache

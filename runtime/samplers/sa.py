@@ -14,7 +14,7 @@ from latentrt.runtime.schedules import Level
 NOISY = (200, 800)  # timesteps between which tau is 1, the noise of the reverse SDE; elsewhere it is 0
 
 
-def sa_solver(walk: Walk, prediction: str) -> Iterator[Stage]:
+def sa_solver(walk: Walk, prediction: str, *, lower_order_final: bool = True) -> Iterator[Stage]:
     """Yield Algorithm 1's stages: latents, the last corrected ones, the noise added to them, the last picture."""
     for k, (timestep, here, there) in walk:
         x, saved, added, past, m, z = basis(4)
@@ -25,7 +25,7 @@ def sa_solver(walk: Walk, prediction: str) -> Iterator[Stage]:
             slope = (picture - past) / (here.half_log_snr - before.here.half_log_snr)
             corrected = _update(saved, past, slope, before.here, here, _tau(before.timestep), added)
         slope = 0 * picture
-        if walk.order(k, 2) == 2:
+        if walk.order(k, 2, few=math.inf if lower_order_final else 0) == 2:
             slope = (picture - past) / (here.half_log_snr - walk.legs[k - 1].here.half_log_snr)
         step = _update(corrected, picture, slope, here, there, _tau(timestep), z)
         yield Stage(timestep, here, x, (step, corrected, z, picture), draws=True)

@@ -6,8 +6,10 @@ The conventions are diffusers', scheduler by scheduler.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from latentrt.runtime.schedules import (
     sigma_to_timestep,
     spaced,
     training_sigmas,
+    vp_level,
 )
 
 LEADING = "leading"  # diffusers' default where timesteps are whole
@@ -38,6 +41,27 @@ class Course:
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
     shift: float = 1.0  # of a flow's steps towards the noise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Habits:
+    """How a sampler walks, beside its equations. What a checkpoint's own scheduler sets has `OwnSampler`'s names."""
+
+    level: Callable[[float], Level] = vp_level
+    extra: bool = True  # space one timestep more than steps and leave the last one out
+    whole: bool = True  # tell the model whole timesteps
+    rounds_karras: bool = False  # tell whole timesteps with Karras ratios only
+    truncates_cosine: bool = False  # with Karras ratios on a cosine schedule, truncate where others round
+    end: Literal["zero", "lowest", "repeat"] = "zero"  # repeat: with a sigma spacing, the last ratio again
+    fixed_spacing: Literal["linspace"] | None = None  # this family ignores the checkpoint's timestep spacing
+    flow: Callable[[int, int], Array] | None = None  # its sigmas of a flow, of (steps, T), before they are shifted
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    interpolation: Literal["linear", "log_linear"] = "linear"
+    timestep_type: Literal["discrete", "continuous"] = "discrete"
+    lambda_min: float = -math.inf
+    original_inference_steps: int = CONSISTENCY_STEPS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +91,7 @@ class Walk:
     table: Array  # the training ratios, increasing: (T,), float32
     at: Bars  # the level at any training timestep
     stride: int  # T // steps
+    unit: float | None = None  # of the ratios, where the model is told log(sigma) / 4 and no training timestep
     begin: int = 0
     end: int = 0
 
@@ -74,17 +99,19 @@ class Walk:
         """Yield the legs to take with their number on the whole way."""
         return iter(list(enumerate(self.legs))[self.begin : self.end])
 
-    def order(self, k: int, highest: int, *, few: int | None = None) -> int:
+    def order(self, k: int, highest: int, *, few: float = math.inf) -> int:
         """Return the order a multistep solver may have at leg k: what history it has, and less towards the end.
 
         few: lower it towards the end only on ways of fewer legs than this
         """
         known = k - self.begin + 1
-        ahead = len(self.legs) - k if few is None or len(self.legs) < few else highest
+        ahead = len(self.legs) - k if len(self.legs) < few else highest
         return min(highest, known, ahead)
 
     def timestep_at(self, sigma: float) -> float:
-        """Return the timestep, with its fraction, at which training had this ratio of noise to picture."""
+        """Return what the model is told of a ratio of noise to picture: a timestep with its fraction, or a log."""
+        if self.unit is not None:
+            return math.log(sigma * self.unit) / 4
         return float(sigma_to_timestep(np.array([sigma]), self.table)[0])
 
     def part(self, begin: int, end: int) -> Walk:
@@ -93,7 +120,7 @@ class Walk:
         return dataclasses.replace(self, begin=begin, end=end, initial_scale=scale)
 
 
-def stride_walk(schedule: TrainingSchedule, course: Course) -> Walk:
+def stride_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> Walk:
     """Walk DDIM's way: every step goes T // steps timesteps down, wherever the next one starts."""
     bars = bars_of(schedule, final_is_clean=schedule.set_alpha_to_one)
     timesteps = whole_timesteps(schedule, course)
@@ -103,7 +130,7 @@ def stride_walk(schedule: TrainingSchedule, course: Course) -> Walk:
     return make_walk(legs, schedule, course)
 
 
-def posterior_walk(schedule: TrainingSchedule, course: Course) -> Walk:
+def posterior_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> Walk:
     """Walk DDPM's way: every step ends where the next one starts, the last at the clean picture."""
     bars = bars_of(schedule, final_is_clean=True)
     timesteps = whole_timesteps(schedule, course)
@@ -111,24 +138,26 @@ def posterior_walk(schedule: TrainingSchedule, course: Course) -> Walk:
     return make_walk(legs, schedule, course)
 
 
-def consistency_walk(schedule: TrainingSchedule, course: Course, *, last: int | None) -> Walk:
+def consistency_walk(schedule: TrainingSchedule, course: Course, habits: Habits, *, last: int | None) -> Walk:
     """Walk a consistency model's way, on the timesteps of its distillation.
 
     last: the timestep after the last one; None repeats the last one
     """
     bars = bars_of(schedule, final_is_clean=schedule.set_alpha_to_one)
-    timesteps = [int(t) for t in course.timesteps or ()] or _distilled(schedule, course.steps)
+    timesteps = [int(t) for t in course.timesteps or ()] or _distilled(
+        schedule, course.steps, habits.original_inference_steps
+    )
     after = [*timesteps[1:], timesteps[-1] if last is None else last]
     legs = tuple(Leg(float(t), bars(t), bars(b)) for t, b in zip(timesteps, after, strict=True))
     return make_walk(legs, schedule, course)
 
 
-def _distilled(schedule: TrainingSchedule, steps: int) -> list[int]:
-    if steps > CONSISTENCY_STEPS:
-        raise RequestError(f"steps: found {steps}, expected 1 to {CONSISTENCY_STEPS} for a consistency sampler")
-    stride = schedule.num_train_timesteps // CONSISTENCY_STEPS
-    index = np.floor(np.linspace(0, CONSISTENCY_STEPS, steps, endpoint=False)).astype(int)
-    return [int(t) for t in (CONSISTENCY_STEPS - index) * stride - 1]
+def _distilled(schedule: TrainingSchedule, steps: int, original: int) -> list[int]:
+    if steps > original:
+        raise RequestError(f"steps: found {steps}, expected 1 to {original} for a consistency sampler")
+    stride = schedule.num_train_timesteps // original
+    index = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)
+    return [int(t) for t in (original - index) * stride - 1]
 
 
 def whole_timesteps(schedule: TrainingSchedule, course: Course) -> list[int]:
@@ -142,7 +171,14 @@ def whole_timesteps(schedule: TrainingSchedule, course: Course) -> list[int]:
     return [int(t) for t in timesteps.clip(0, total - 1)]
 
 
-def make_walk(legs: tuple[Leg, ...], schedule: TrainingSchedule, course: Course, *, initial_scale: float = 1.0) -> Walk:
+def make_walk(
+    legs: tuple[Leg, ...],
+    schedule: TrainingSchedule,
+    course: Course,
+    *,
+    initial_scale: float = 1.0,
+    unit: float | None = None,
+) -> Walk:
     """Return a walk that takes all of these legs."""
     return Walk(
         legs=legs,
@@ -150,5 +186,6 @@ def make_walk(legs: tuple[Leg, ...], schedule: TrainingSchedule, course: Course,
         table=training_sigmas(schedule),
         at=bars_of(schedule, final_is_clean=schedule.set_alpha_to_one),
         stride=schedule.num_train_timesteps // course.steps,
+        unit=unit,
         end=len(legs),
     )
