@@ -154,9 +154,7 @@ def _table(summary: dict[str, Any]) -> str:
         f"peak memory {summary['peak_rss_bytes'] / MIB:.0f} MiB, libraries included: "
         f"{summary['peak_rss_over_largest']} of the largest component's weights"
     )
-    notes = summary["notes"] + [
-        f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]
-    ]
+    notes = [f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]]
     return "\n".join([head, *rows, memory, *notes, *summary["notes"], last] if rows else [*summary["notes"], last])
 
 

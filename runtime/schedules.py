@@ -107,11 +107,15 @@ BETAS: dict[str, Callable[[TrainingSchedule], Array]] = {
 
 
 def _linspace32(start: float, stop: float, count: int) -> Array:
-    """Return torch.linspace in float32, which counts from both ends: (count,), float32."""
+    """Return torch.linspace in float32, to the bit: (count,), float32.
+
+    It counts from both ends, and its product and sum are rounded together, as a fused multiply-add does.
+    """
     low, high = np.float32(start), np.float32(stop)
-    step = (high - low) / np.float32(max(count - 1, 1))
-    index = np.arange(count, dtype=np.float32)
-    return np.where(index < count // 2, low + step * index, high - step * (np.float32(count - 1) - index))
+    step = float((high - low) / np.float32(max(count - 1, 1)))
+    index = np.arange(count, dtype=np.float64)
+    exact = np.where(index < count // 2, float(low) + step * index, float(high) - step * (count - 1 - index))
+    return exact.astype(np.float32)
 
 
 def _zero_terminal_snr(betas: Array) -> Array:
