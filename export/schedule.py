@@ -326,7 +326,9 @@ CORRECTED: Mapping[Family, Values] = {
     "sd1": {"steps_offset": 1, "clip_sample": False},
     "sd2": {"steps_offset": 1, "clip_sample": False},
 }
-CORRECTED_INPAINTING: Values = {"skip_prk_steps": True}
+CORRECTED_INPAINTING: Mapping[Family, Values] = {
+    family: {"steps_offset": 1, "skip_prk_steps": True} for family in CORRECTED
+}
 FACTS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
 
 
@@ -344,9 +346,7 @@ def training_schedule(
         raise CheckpointError(
             f"{where}: the scheduler class '{scheduler}' is not supported; expected one of {', '.join(SCHEDULERS)}"
         )
-    corrected = CORRECTED.get(family, {}) if family else {}
-    if corrected and repaints:
-        corrected = {**corrected, **CORRECTED_INPAINTING}
+    corrected = (CORRECTED_INPAINTING if repaints else CORRECTED).get(family, {}) if family else {}
     config = {**config, **{key: value for key, value in corrected.items() if key in (*config, *known.defaults)}}
     try:
         values = _complete(config, known.defaults)

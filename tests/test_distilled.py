@@ -16,6 +16,7 @@ from latentrt.engines.bundle import Bundle, write_manifest
 from latentrt.engines.canvas import StageInput
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.host_canvas import HostCanvas
+from latentrt.engines.manifest import TrainingSchedule
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.conversion import written
 from latentrt.export.exporting import export_checkpoint
@@ -57,12 +58,12 @@ def published(made: Make, name: str, folder: Path) -> tuple[Path, Path]:
     index = checkpoint / "model_index.json"
     named = {"scheduler": ["diffusers", config["_class_name"]]}
     index.write_text(json.dumps(json.loads(index.read_text()) | named))
-    return checkpoint, rescheduled(bundle, open_checkpoint(str(checkpoint)), folder / "bundle")
+    return checkpoint, with_schedule(bundle, open_checkpoint(str(checkpoint)).schedule, folder / "bundle")
 
 
-def rescheduled(bundle: Path, checkpoint: Checkpoint, target: Path) -> Path:
+def with_schedule(bundle: Path, schedule: TrainingSchedule, target: Path) -> Path:
     shutil.copytree(bundle, target)
-    write_manifest(target, replace(Bundle.open(target).manifest, schedule=checkpoint.schedule))
+    write_manifest(target, replace(Bundle.open(target).manifest, schedule=schedule))
     return target
 
 
@@ -151,7 +152,7 @@ def test_what_authors_say_to_use_is_a_request(made: Make, name: str) -> None:
 def test_lightnings_one_step_predicts_the_picture(made: Make, tmp_path: Path) -> None:
     checkpoint, bundle = made("sdxl", "")
     opened = open_checkpoint(str(checkpoint), options=CheckpointOptions(prediction_type="sample"))
-    bundle = rescheduled(bundle, opened, tmp_path / "bundle")
+    bundle = with_schedule(bundle, opened.schedule, tmp_path / "bundle")
     config = {"timestep_spacing": "trailing", "prediction_type": "sample"}
     pipe = reference(diffusers.StableDiffusionXLPipeline, checkpoint, diffusers.EulerDiscreteScheduler, **config)
     expected = theirs(pipe, guidance_scale=0.0, num_inference_steps=1)

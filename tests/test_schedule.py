@@ -169,7 +169,7 @@ def test_nulls_and_absent_keys_are_diffusers_defaults(name: str) -> None:
 def configs(name: str) -> st.SearchStrategy[dict[str, Any]]:
     """Return configs of a class: some keys absent, the others with any value that they may have."""
     known = {key: st.sampled_from((EDM_VALUES | VALUES)[key]) for key in parameters(name)}
-    if name == "HeunDiscreteScheduler":  # a cosine's sigmas reach 2e4, whose roundings it divides by the last ones
+    if "beta_schedule" in known:  # a cosine's sigmas reach 2e4, whose roundings some divide by the last ones
         known["beta_schedule"] = st.sampled_from(("scaled_linear", "linear"))
     if "sigma_data" in known:
         known |= {key: st.sampled_from(values) for key, values in EDM_VALUES.items()}
@@ -215,14 +215,15 @@ def agrees(config: Mapping[str, Any], steps: int) -> bool:
     except (ValueError, NotImplementedError) as error:
         assert "prediction" in str(error).lower(), f"diffusers refuses {config}: {error}"
         return True
+    if not all(np.isfinite(latents).all() for latents in theirs):
+        return True
     try:
         plan = make_plan(None, schedule, steps=steps)
-    except RequestError:
-        assert not all(np.isfinite(latents).all() for latents in theirs), config
-        return True
+    except RequestError as error:
+        raise AssertionError(f"diffusers walks {config}") from error
     if ties(config, plan, steps):
         return True
-    hard = schedule.rescale_betas_zero_snr or schedule.beta_schedule == "squaredcos_cap_v2"
+    hard = schedule.rescale_betas_zero_snr
     limit = max(TOLERANCES.get(str(schedule.sampler and schedule.sampler.name), TRAJECTORY), LOOSE if hard else 0)
     # latents of unit variance or of unit picture: a model that brings its own noise is the same in both
     sizes = plan.levels[:, 0] if schedule.edm else np.ones(plan.stages + 1)
@@ -235,7 +236,7 @@ def agrees(config: Mapping[str, Any], steps: int) -> bool:
 def test_any_config_walks_with_diffusers_or_is_refused(name: str) -> None:
     taken = []
 
-    @settings(max_examples=20 if "KDPM2" in name else 60, derandomize=True, deadline=None)
+    @settings(max_examples=6 if "KDPM2" in name else 25, derandomize=True, deadline=None)
     @given(configs(name), st.sampled_from((5, 11, 20)))
     def check(config: dict[str, Any], steps: int) -> None:
         taken.append(agrees(config, steps))
@@ -347,6 +348,7 @@ DRAWN: Mapping[str, dict[str, Any]] = {
         "solver_type": "bh1",
         "solver_order": 3,
         "disable_corrector": [0, 1],
+        "final_sigmas_type": "sigma_min",
     },
     "Euler, beta sigmas": {"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True},
     "LMS, exponential": {"_class_name": "LMSDiscreteScheduler", "use_exponential_sigmas": True},
@@ -409,7 +411,7 @@ COSXL = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "sigma_max": 120
 def test_a_model_that_brings_its_own_noise_takes_every_sampler_that_counts_in_sigma(name: str) -> None:
     schedule = training_schedule(COSXL, where="x")
     plan = make_plan(name, schedule, steps=12)
-    assert plan.levels[-1].tolist() == [1.0, pytest.approx(0.0, abs=0.01)]
+    np.testing.assert_allclose(plan.levels[-1], [1, 0], atol=0.01)
     assert plan.timesteps[0] == pytest.approx(math.log(120) / 4, rel=1e-4)
     # the model that knows the picture leads every sampler to it
     picture = np.random.default_rng(1).standard_normal(SHAPE).astype(np.float32)
