@@ -25,12 +25,17 @@ from latentrt.export.jobs import MARKERS
 from latentrt.runtime.pipeline import Pipeline
 from tests.tiny import NETWORKS
 
+# As on a machine that has neither: not to be found, and not to be imported.
 BLOCK_TORCH = """
-import sys
+import importlib.util, sys
+def hidden(name):
+    return name.split(".")[0] in ("torch", "diffusers")
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if hidden(name) else find(name, package)
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "diffusers", "transformers"):
-            raise ImportError(f"{name} is not here")
+        if hidden(name):
+            raise ModuleNotFoundError(f"{name} is not here", name=name)
 sys.meta_path.insert(0, Block())
 """
 

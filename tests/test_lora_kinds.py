@@ -42,7 +42,7 @@ def added(path: Path, strength: float, base: Tensors = BASE) -> Tensors:
     return {key: delta(base[key]) for key, delta in deltas.items()}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_weights_are_those_of_the_trainer(name: str, tmp_path: Path) -> None:
     told = json.loads(CASES[name])
     file = save(tmp_path / "adapter_model.safetensors", of_case(name, "file"))
