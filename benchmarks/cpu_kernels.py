@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from latentrt.engines import graphs
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.host_kernels import use_host_kernels
-from latentrt.engines.upsampling import split_upsampling
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.graphs import edits as graphs
+from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.rounds import take_turns
 from latentrt.runtime.bench.samples import paired_ratio

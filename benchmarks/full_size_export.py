@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from random_checkpoint import save_random
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.opening import open_engines
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.open import open_engines
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.export.cli import summarise
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.jobs import peak_rss_bytes
+from latentrt.export.export import export_checkpoint
+from latentrt.export.work.jobs import peak_rss_bytes
 from latentrt.runtime.bench.machine import describe
 
 GIB = 1 << 30

@@ -30,8 +30,8 @@ from typing import Any
 from parts import Outcomes, Part, keep, run_parts
 
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.gpu import find_gpu
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.cuda.device import find_gpu
 from latentrt.runtime.bench.machine import describe, now
 
 HALF_TFLOPS = 788.0  # dense, measured on an H200 with random data: what the floors are counted against
@@ -242,7 +242,7 @@ def do_bundle(facts: Mapping[str, Any], done: Keep) -> None:
     """Find the model's bundle, or make it."""
     import shutil
 
-    from latentrt.engines.bundle import Bundle
+    from latentrt.engines.bundle.files import Bundle
 
     source, root = Path(facts["bundles"]) / facts["model"], Path(facts["root"])
     packed = source.with_name(f"{source.name}.tar.gz")
@@ -268,7 +268,7 @@ def export(model: str, root: Path) -> None:
     """Export the demo, or a random checkpoint of a real size, in float16."""
     from random_checkpoint import save_random
 
-    from latentrt.export.exporting import export_checkpoint
+    from latentrt.export.export import export_checkpoint
 
     checkpoint = (
         "demo" if model == "demo" else str(save_random(model, root.with_name(f"{model}-checkpoint"), half=True))
@@ -277,8 +277,8 @@ def export(model: str, root: Path) -> None:
 
 
 def do_build(facts: Mapping[str, Any], done: Keep) -> None:
-    from latentrt.engines.building import build_engines
-    from latentrt.engines.bundle import Bundle
+    from latentrt.engines.build import build_engines
+    from latentrt.engines.bundle.files import Bundle
     from latentrt.engines.progress import terminal_report
 
     with terminal_report() as report:
@@ -287,8 +287,8 @@ def do_build(facts: Mapping[str, Any], done: Keep) -> None:
 
 
 def do_verify(facts: Mapping[str, Any], done: Keep) -> None:
-    from latentrt.engines.bundle import Bundle
-    from latentrt.engines.verification import verify
+    from latentrt.engines.bundle.files import Bundle
+    from latentrt.engines.verify.verify import verify
 
     rows = list(verify(Bundle.open(facts["root"]), backend=facts["backend"]))
     done({"components": {row.what: {"ok": row.ok, "error": row.error, "limit": row.limit} for row in rows}})

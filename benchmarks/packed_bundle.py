@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.bundle import Bundle, record_file, write_manifest
+from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.progress import Report, silent, terminal_report
 from latentrt.engines.spec import Array
 
@@ -81,7 +81,7 @@ def make(shape: str, target: Path, *, precision: Any, folder: Path, report: Repo
     """Export a random checkpoint and pack it. Returns the packed file; `folder` is for what lies between."""
     from random_checkpoint import save_random
 
-    from latentrt.export.exporting import export_checkpoint
+    from latentrt.export.export import export_checkpoint
 
     checkpoint = save_random(shape, folder / "checkpoint", half=precision == "fp16")
     export_checkpoint(str(checkpoint), folder / shape, precision=precision, report=report)
@@ -173,7 +173,7 @@ def run_wide(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
     import onnx
     import onnxruntime
 
-    from latentrt.engines import graphs
+    from latentrt.engines.graphs import edits as graphs
 
     model = graphs.load_graph(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

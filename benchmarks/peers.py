@@ -29,9 +29,9 @@ from typing import Any
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.machine import Watch, describe, now
+from latentrt.runtime.bench.report.text import milliseconds
 from latentrt.runtime.bench.rounds import take_turns, warm_up
 from latentrt.runtime.bench.samples import paired_ratio
-from latentrt.runtime.bench.text import milliseconds
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("peer_worker.py")
@@ -181,8 +181,8 @@ def make_job(arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Make the checkpoint and our bundle of it, once, and say what every peer shall draw."""
     from random_checkpoint import DEMO, save_random
 
-    from latentrt.engines.bundle import Bundle
-    from latentrt.export.exporting import export_checkpoint
+    from latentrt.engines.bundle.files import Bundle
+    from latentrt.export.export import export_checkpoint
 
     folder = cache / "models" / arguments.model
     checkpoint, bundle = DEMO if arguments.model == "demo" else folder / "checkpoint", folder / "bundle"

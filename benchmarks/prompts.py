@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.opening import open_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.open import open_engines
 from latentrt.runtime.bench.machine import describe
-from latentrt.runtime.prompt import Prompt, PromptTokenizer
-from latentrt.runtime.text import TextEncoder
+from latentrt.runtime.text.encoder import TextEncoder
+from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
 
 TEXT = "a large red circle on a striped blue background, highly detailed, sharp focus"
 WEIGHTED = "a large (red:1.3) circle on a [striped] (blue:0.6) background, highly detailed, sharp focus"

@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
 from latentrt.engines.progress import Report, terminal_report
-from latentrt.engines.weights import GraphWeights, read_weights
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.measure import Asked, run_bench
-from latentrt.runtime.loras import Lora
+from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 
 LOADS = 5
@@ -156,7 +156,7 @@ def export(model: str, folder: Path, report: Report) -> dict[str, Any]:
     from random_checkpoint import save_random
 
     from latentrt.export.cli import summarise
-    from latentrt.export.exporting import export_checkpoint
+    from latentrt.export.export import export_checkpoint
 
     checkpoint = model if model == "demo" else str(save_random(model, folder / f"{model}-checkpoint"))
     done = export_checkpoint(checkpoint, folder / model, precision="fp32", report=report)

@@ -8,17 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from latentrt.engines import graphs, onnxruntime, tensorrt
-from latentrt.engines.adapting import Changes
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.canvas.contract import DECODER, UNET, Canvas, CanvasShape
 from latentrt.engines.errors import EngineError
-from latentrt.engines.manifest import EngineRecord
-from latentrt.engines.onnxruntime import OnnxRuntimeOptions
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.graphs import edits as graphs
+from latentrt.engines.lora.weight_changes import Changes
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime.build import OnnxRuntimeOptions
+from latentrt.engines.onnxruntime.engines import Sessions
 from latentrt.engines.progress import Report
-from latentrt.engines.sessions import Sessions
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
+from latentrt.engines.tensorrt import build as tensorrt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,15 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import build_engines, engines_at
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.choosing import choose, choose_to_build, shapes_of
-from latentrt.engines.manifest import Provenance
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.build import build_engines, engines_at
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import Provenance
+from latentrt.engines.graphs.denoise_stage import STATE_ROWS
+from latentrt.engines.open import choose, choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
-from latentrt.engines.stage import STATE_ROWS
-from latentrt.engines.verification import Row
-from latentrt.engines.verification import verify as verify_bundle
+from latentrt.engines.verify.verify import Row
+from latentrt.engines.verify.verify import verify as verify_bundle
 
 MB = 1e6
 

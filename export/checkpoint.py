@@ -8,26 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.bundle import hash_file
+from latentrt.engines.bundle.files import hash_file
+from latentrt.engines.bundle.manifest import Family, LatentSpec, Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.manifest import Family, LatentSpec, Prediction, TrainingSchedule
-from latentrt.engines.residuals import PREFIX
-from latentrt.export.adapters import add_adapters, feature_dimensions
-from latentrt.export.assembly import open_file
-from latentrt.export.components import residual_dimensions
-from latentrt.export.configs import complete, require_levels
-from latentrt.export.controlnets import add_controlnets, per_level
-from latentrt.export.families import ACTIVATIONS
-from latentrt.export.folders import open_folder, refuse_other_vae
-from latentrt.export.fusing import add_loras
-from latentrt.export.hub import download
-from latentrt.export.normalising import Affine, read_normalising
+from latentrt.engines.tensor_names import PREFIX
+from latentrt.export.additions.controlnets import add_controlnets, per_level
+from latentrt.export.additions.loras import add_loras
+from latentrt.export.additions.replace import replace_unet, replace_vae
+from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
+from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
+from latentrt.export.configs.defaults import complete, require_levels
+from latentrt.export.configs.families import ACTIVATIONS
+from latentrt.export.configs.published import DEFAULT_SAMPLE_SIZE, sample_size
+from latentrt.export.configs.schedule import training_schedule
+from latentrt.export.graphs.normalised_latents import Affine, read_normalising
+from latentrt.export.networks.components import residual_dimensions
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import TEXT_ENCODERS, Parts, Recipe, Source
-from latentrt.export.published import DEFAULT_SAMPLE_SIZE, sample_size
-from latentrt.export.replacing import replace_unet, replace_vae
-from latentrt.export.schedule import training_schedule
-from latentrt.export.tiny_vae import add_tiny_vae, check_tiny_vae
+from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_vae
+from latentrt.export.sources.hub import download
+from latentrt.export.sources.parts import TEXT_ENCODERS, Parts, Recipe, Source
+from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")

@@ -7,21 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.documents import read_document
+from latentrt.engines.bundle.documents import read_document
+from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.safetensors_header import PICKLES, StoredTensor, TensorFile, read_header, weights_format
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import read_lora
-from latentrt.engines.parsing import ParseError
-from latentrt.engines.tensor_files import PICKLES, StoredTensor, TensorFile, read_header, weights_format
-from latentrt.export.adapters import KIND as ADAPTER_KIND
+from latentrt.engines.lora.file import read_lora
+from latentrt.export.additions.controlnet_files import DIFFERENCE
+from latentrt.export.additions.controlnets import KIND, per_level
+from latentrt.export.additions.t2i_adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
-from latentrt.export.controlnet_files import DIFFERENCE
-from latentrt.export.controlnets import KIND, per_level
-from latentrt.export.families import BASES, CONTROLNET, INPUTS, LABELS, LORA, SUPPORTED, name_pipeline, option_for
-from latentrt.export.folders import graph_files
-from latentrt.export.hub import find_cached
-from latentrt.export.parts import TEXT_ENCODERS
-from latentrt.export.single_file import SingleFile, name_other, recognise
-from latentrt.export.weights import find_weights, has_safetensors
+from latentrt.export.configs.families import (
+    BASES,
+    CONTROLNET,
+    INPUTS,
+    LABELS,
+    LORA,
+    SUPPORTED,
+    name_pipeline,
+    option_for,
+)
+from latentrt.export.sources.diffusers_folder import graph_files
+from latentrt.export.sources.hub import find_cached
+from latentrt.export.sources.parts import TEXT_ENCODERS
+from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
+from latentrt.export.sources.weight_files import find_weights, has_safetensors
 
 # What shapes cannot tell, said where it matters to whoever chooses steps and guidance.
 DISTILLED = (

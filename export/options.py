@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from latentrt.engines.bundle.manifest import Prediction
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import split_strength
-from latentrt.engines.manifest import Prediction
+from latentrt.engines.lora.file import split_strength
 
 CONTROL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it is part of the names of files
 

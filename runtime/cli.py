@@ -13,11 +13,10 @@ from typing import Any
 
 import click
 
-from latentrt.engines.bundle import Bundle, disk_errors
+from latentrt.engines.bundle.files import Bundle, disk_errors
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.engines.spec import Array
-from latentrt.runtime.animation import KeyFrame
 from latentrt.runtime.cli_options import (
     DECODING,
     LOADING,
@@ -29,15 +28,15 @@ from latentrt.runtime.cli_options import (
     TextCommand,
     options_of,
 )
-from latentrt.runtime.images import save_png
-from latentrt.runtime.movies import check_movie, save_movie
+from latentrt.runtime.draw.animation import KeyFrame
+from latentrt.runtime.draw.step import Step
+from latentrt.runtime.images.write_movie import check_movie, save_movie
+from latentrt.runtime.images.write_png import save_png
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.plan_json import plan_to_json
-from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
 from latentrt.runtime.result import Result
-from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.schedules import STABLE_DIFFUSION
-from latentrt.runtime.steps import Step
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.plan_text import format_plan, format_samplers, plan_to_json, samplers_table
+from latentrt.runtime.sampling.schedule import STABLE_DIFFUSION
 
 
 @click.command(cls=TextCommand)

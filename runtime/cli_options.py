@@ -11,15 +11,15 @@ from typing import Any
 
 import click
 
-from latentrt.engines.lora import split_strength
-from latentrt.runtime.animation import KeyFrame
-from latentrt.runtime.decoding import DECODERS
-from latentrt.runtime.guidance import ALWAYS
-from latentrt.runtime.loras import Lora
+from latentrt.engines.lora.file import split_strength
+from latentrt.runtime.draw.animation import KeyFrame
+from latentrt.runtime.draw.controls import Control
+from latentrt.runtime.draw.decode import DECODERS
+from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.request import NOISES
-from latentrt.runtime.samplers.make import TIMESTEP_SPACINGS
-from latentrt.runtime.spacings import SPACINGS
-from latentrt.runtime.steering import Control
+from latentrt.runtime.sampling.guidance import ALWAYS
+from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
+from latentrt.runtime.sampling.spacings import SPACINGS
 
 
 class TextCommand(click.Command):

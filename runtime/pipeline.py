@@ -15,25 +15,25 @@ from typing import Self, Unpack
 import numpy as np
 
 from latentrt import __version__
-from latentrt.engines.adapting import Changes, keys_of
-from latentrt.engines.bundle import Bundle, Check
-from latentrt.engines.canvas import REFINER, UNET, Canvas
+from latentrt.engines.bundle.files import Bundle, Check
+from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.canvas.contract import REFINER, UNET, Canvas
 from latentrt.engines.errors import DeadlineError, EngineError
-from latentrt.engines.manifest import Manifest
-from latentrt.engines.opening import OpenEngines, open_engines
-from latentrt.engines.residuals import PREFIX
-from latentrt.runtime.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
-from latentrt.runtime.decoding import DECODERS
-from latentrt.runtime.drawing import Drawing, Source, stream
-from latentrt.runtime.embeddings import load_embedding
-from latentrt.runtime.finite import TEXT, finite, one_coloured
-from latentrt.runtime.job import Job, latent_shape, repaints, resolve
-from latentrt.runtime.loras import Loras
-from latentrt.runtime.prompt import PromptTokenizer
+from latentrt.engines.lora.weight_changes import Changes, keys_of
+from latentrt.engines.open import OpenEngines, open_engines
+from latentrt.engines.tensor_names import PREFIX
+from latentrt.runtime.draw.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
+from latentrt.runtime.draw.decode import DECODERS
+from latentrt.runtime.draw.draw import Drawing, Source, stream
+from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
+from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
+from latentrt.runtime.draw.loras import Loras
+from latentrt.runtime.draw.step import Step, Watch
 from latentrt.runtime.request import NOISES, Options, Request
 from latentrt.runtime.result import Result, Settings
-from latentrt.runtime.steps import Step, Watch
-from latentrt.runtime.texts import Texts, read_tokenizers
+from latentrt.runtime.text.encoders import Texts, read_tokenizers
+from latentrt.runtime.text.textual_inversion import load_embedding
+from latentrt.runtime.text.tokenizer import PromptTokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from latentrt.engines.spec import Array
-from latentrt.runtime.decoding import DecoderName
-from latentrt.runtime.guidance import ALWAYS
-from latentrt.runtime.image_sources import (
-    Source,
-)
-from latentrt.runtime.loras import Lora
-from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
-from latentrt.runtime.prompt import Overflow
-from latentrt.runtime.prompt_syntax import Syntax
-from latentrt.runtime.steering import Control
+from latentrt.runtime.draw.controls import Control
+from latentrt.runtime.draw.decode import DecoderName
+from latentrt.runtime.draw.loras import Lora
+from latentrt.runtime.images.read import Source
+from latentrt.runtime.sampling.guidance import ALWAYS
+from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
+from latentrt.runtime.text.syntax import Syntax
+from latentrt.runtime.text.tokenizer import Overflow
 
 # What changes a picture beside prompt, steps, guidance, sampler, size and seed, and can be written down.
 FURTHER = frozenset(
@@ -107,9 +105,9 @@ class Request:
         The same seed gives the picture that diffusers gives with a generator of the same kind, see `noise`.
     size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
     steps: None for 20, or as many as `timesteps` or `sigmas` say
-    sampler: any of `latentrt.runtime.samplers.sampler_names()`, or a name that the community or diffusers has for it;
+    sampler: any of `latentrt.runtime.sampling.sampler_names()`, or a name that the community or diffusers has for it;
         None for the checkpoint's own scheduler
-    spacing, eta, stop, timesteps, sigmas: see `latentrt.runtime.samplers.make_plan`
+    spacing, eta, stop, timesteps, sigmas: see `latentrt.runtime.sampling.make_plan`
     guidance: the scale of classifier-free guidance; at 1 and below, as in diffusers, the prompt alone is followed: the
         negative prompt is not computed and a step costs half
     guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from latentrt.export.exporting import export_checkpoint
+from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from tests.tiny import save_adapter, save_controlnet, save_tiny
 

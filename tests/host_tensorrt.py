@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 
 from latentrt.engines.spec import Array, EngineSpec
-from latentrt.engines.tensorrt_profiles import input_shapes
+from latentrt.engines.tensorrt.profiles import input_shapes
 from tests.host_device import ALIGNMENT, FRESH, HostDevice
 
 NAMES = {

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from latentrt.engines.bundle import hash_file
+from latentrt.engines.bundle.files import hash_file
 
 REVISION = "5d1c3b2a0f9e8d7c6b5a49382716051423344556"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from latentrt.engines.spec import Array
-from latentrt.runtime.plan import SamplingPlan
+from latentrt.runtime.sampling.plan import SamplingPlan
 
 Denoiser = Callable[[Array, Array], Array]
 """(latents (n, C, h, w) float32, timesteps (n,) float32) -> guided output (n, C, h, w)"""

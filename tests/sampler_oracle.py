@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from latentrt.engines.manifest import TrainingSchedule
+from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
-from latentrt.runtime import schedules
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.plan import SamplingPlan
+from latentrt.runtime.sampling import schedule as schedules
+from latentrt.runtime.sampling.noise import TorchCpuNoise
+from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.loop import denoise
 
 SHAPE = (1, 4, 4, 4)

@@ -14,10 +14,11 @@ from typing import Any
 import onnx
 import pytest
 
-from latentrt.engines import choosing, tensorrt
-from latentrt.engines.gpu import Gpu
-from latentrt.engines.options import BuildOptions
+from latentrt.engines import open as choosing
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.cuda.device import Gpu
 from latentrt.engines.spec import EngineSpec
+from latentrt.engines.tensorrt import build as tensorrt
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, plan_bytes
 

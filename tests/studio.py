@@ -12,19 +12,19 @@ import onnx
 import onnxruntime
 from onnx import helper
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import CanvasShape, StageInput
-from latentrt.engines.graphs import append_pixel_tail, prepend_state_head
-from latentrt.engines.manifest import EngineRecord, LatentSpec, Manifest
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import EngineRecord, LatentSpec, Manifest
+from latentrt.engines.canvas.contract import CanvasShape, StageInput
+from latentrt.engines.graphs.denoise_stage import STATE_ROWS, fuse_stage
+from latentrt.engines.graphs.edits import append_pixel_tail, prepend_state_head
 from latentrt.engines.spec import Array, EngineKey, EngineSpec, TensorSpec
-from latentrt.engines.stage import STATE_ROWS, fuse_stage
-from latentrt.engines.tensorrt_canvas import TensorRTCanvas
-from latentrt.engines.tensorrt_session import TensorRTSession, open_tensorrt
-from latentrt.engines.verification import to_pixels
-from latentrt.runtime.denoise import begin, stage_inputs
-from latentrt.runtime.guidance import Guidance, plan_guidance
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan
+from latentrt.engines.tensorrt.canvas import TensorRTCanvas
+from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
+from latentrt.engines.verify.verify import to_pixels
+from latentrt.runtime.draw.denoise import begin, stage_inputs
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
+from latentrt.runtime.sampling.plan import SamplingPlan
 from tests import loop
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError, RequestError
-from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
-from latentrt.engines.verification import verify
-from latentrt.export.adapters import adapter_features, block_features
+from latentrt.engines.verify.verify import verify
+from latentrt.export.additions.t2i_adapters import adapter_features, block_features
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.configs import complete
+from latentrt.export.configs.defaults import complete
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
+from latentrt.runtime.draw.controls import Control
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.steering import Control
 from tests.conftest import Steered
 from tests.stand_in import install
 from tests.test_control_stage import LEVELS, canonical

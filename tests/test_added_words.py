@@ -20,11 +20,11 @@ from tokenizers import AddedToken
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.modules import load
-from latentrt.export.tokenizer import read_tokenizer, write_clip_files, write_tokenizer
+from latentrt.export.export import export_checkpoint
+from latentrt.export.networks.modules import load
+from latentrt.export.sources.tokenizer import read_tokenizer, write_clip_files, write_tokenizer
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.prompt import Prompt, PromptTokenizer
+from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
 from tests.test_families import LEAST, SEED, STEPS, XL, psnr, reference, theirs
 from tests.tiny import END, START, WORDS, clip_vocabulary, save_tiny, save_tokenizer
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.animation import Frame, batches, frame_draw, frame_text, frames_between
-from latentrt.runtime.mixing import slerp
-from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise
+from latentrt.runtime.draw.animation import Frame, batches, frame_draw, frame_text, frames_between, slerp
+from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
 
 SHAPE = (4, 6, 5)
 keys_and_frames = st.tuples(st.integers(2, 6), st.integers(2, 60)).filter(lambda pair: pair[1] >= pair[0])

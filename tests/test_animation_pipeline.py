@@ -11,7 +11,7 @@ import pytest
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.animation import KeyFrame
+from latentrt.runtime.draw.animation import KeyFrame
 from latentrt.runtime.pipeline import Pipeline
 
 KEYS = [

@@ -14,18 +14,18 @@ import jsonschema
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import RequestError
-from latentrt.engines.opening import open_engines
+from latentrt.engines.open import open_engines
 from latentrt.export.demo.scoring import held_out_prompts
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.compare import compare
 from latentrt.runtime.bench.machine import describe_machine, differences
 from latentrt.runtime.bench.measure import Asked, Candidate, names, run_bench
 from latentrt.runtime.bench.meters import open_gpu_meter
+from latentrt.runtime.bench.report.schema import json_schema
+from latentrt.runtime.bench.report.text import markdown, report_text
 from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
-from latentrt.runtime.bench.schema import json_schema
-from latentrt.runtime.bench.text import markdown, report_text
 from latentrt.runtime.bench.timing import TimedPipeline
 from latentrt.runtime.pipeline import Pipeline
 

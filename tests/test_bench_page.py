@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.runtime.bench.cold import measured
-from latentrt.runtime.bench.html import page, write_page
 from latentrt.runtime.bench.machine import Conditions, describe_machine
-from latentrt.runtime.bench.plots import accuracy_curves, scaling, stage_bars, stage_lines, strips
+from latentrt.runtime.bench.report.html import page, write_page
+from latentrt.runtime.bench.report.plots import accuracy_curves, scaling, stage_bars, stage_lines, strips
+from latentrt.runtime.bench.report.svg import linear, log_ticks, logarithmic, ticks
 from latentrt.runtime.bench.result import (
     BundleFacts,
     ColdStart,
@@ -30,7 +31,6 @@ from latentrt.runtime.bench.result import (
 )
 from latentrt.runtime.bench.rounds import Warmup
 from latentrt.runtime.bench.samples import summarise
-from latentrt.runtime.bench.svg import linear, log_ticks, logarithmic, ticks
 
 ROUNDS = 9
 

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.engines import bundle as bundles
-from latentrt.engines.bundle import Bundle, disk_errors, inside, record_file, write_manifest
-from latentrt.engines.errors import BundleError
-from latentrt.engines.manifest import (
+from latentrt.engines.bundle import files as bundles
+from latentrt.engines.bundle.files import Bundle, disk_errors, inside, record_file, write_manifest
+from latentrt.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     ComponentSpec,
@@ -26,6 +25,7 @@ from latentrt.engines.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import TensorSpec
 
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import onnxruntime
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import Canvas, CanvasShape
-from latentrt.engines.choosing import find_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
+from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import EngineError
-from latentrt.engines.host_canvas import HostCanvas
-from latentrt.engines.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeOptions
-from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
+from latentrt.engines.graphs.denoise_stage import STATE_ROWS
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.open import find_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
-from latentrt.engines.stage import STATE_ROWS
-from latentrt.runtime.denoise import begin, denoise
-from latentrt.runtime.guidance import plan_guidance
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.guidance import plan_guidance
+from latentrt.runtime.sampling.noise import TorchCpuNoise
 
 RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, over a whole trajectory
 SHAPE = CanvasShape(pictures=2, tokens=77, width=24, height=32)

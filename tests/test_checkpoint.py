@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export import hub
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.families import ACTIVATIONS
-from latentrt.export.schedule import training_schedule
-from latentrt.export.weights import find_weights
+from latentrt.export.configs.families import ACTIVATIONS
+from latentrt.export.configs.schedule import training_schedule
+from latentrt.export.sources import hub
+from latentrt.export.sources.weight_files import find_weights
 
 Edit = Callable[[dict[str, Any]], None]
 

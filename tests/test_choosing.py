@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from latentrt.engines import onnxruntime, tensorrt
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle, record_file, write_manifest
-from latentrt.engines.canvas import CanvasShape
-from latentrt.engines.choosing import choose, choose_to_build, find_engines, serving_engines, shapes_of
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
+from latentrt.engines.bundle.manifest import ENGINE_RECORD
+from latentrt.engines.canvas.contract import CanvasShape
+from latentrt.engines.cuda.device import Gpu
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.gpu import Gpu
-from latentrt.engines.manifest import ENGINE_RECORD
-from latentrt.engines.opening import open_engines
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.open import choose, choose_to_build, find_engines, open_engines, serving_engines, shapes_of
 from latentrt.engines.spec import BackendName, EngineKey
-from latentrt.export.inspect_cli import inspect
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.export.cli import inspect
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import H200, L4, install
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from latentrt.__main__ import COMMANDS
-from latentrt.engines.manifest import MANIFEST
+from latentrt.engines.bundle.manifest import MANIFEST
 
 
 def latentrt(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:

@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.configs import KEYS, UNUSED, complete
-from latentrt.export.exporting import export_checkpoint
+from latentrt.export.configs.defaults import KEYS, UNUSED, complete
+from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from latentrt.export.parts import Part
+from latentrt.export.sources.parts import Part
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_tiny_decoder import save_tiny_vae
 from tests.tiny import save_adapter, save_controlnet, save_tiny

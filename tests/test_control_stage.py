@@ -12,18 +12,18 @@ import numpy as np
 import onnx
 import pytest
 
-from latentrt.engines import onnxruntime
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.control_stage import fuse_control
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.onnxruntime import OnnxRuntimeEngine
-from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.graphs.controlnet_stage import fuse_control
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine
+from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
 from latentrt.engines.spec import Array
-from latentrt.engines.verification import verify
+from latentrt.engines.verify.verify import verify
+from latentrt.runtime.draw.controls import Control
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.steering import Control
 from tests.conftest import Steer
 from tests.host_device import HostDevice
 from tests.stand_in import install

@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.verification import verify
-from latentrt.export import conversion
+from latentrt.engines.verify.verify import verify
+from latentrt.export.additions.controlnets import add_controlnets
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.components import component_of, input_specs, residual_dimensions
-from latentrt.export.controlnets import add_controlnets
-from latentrt.export.folders import open_folder
 from latentrt.export.inspection import inspect_checkpoint
+from latentrt.export.networks import conversion
+from latentrt.export.networks.components import component_of, input_specs, residual_dimensions
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from latentrt.export.parts import Recipe
+from latentrt.export.sources.diffusers_folder import open_folder
+from latentrt.export.sources.parts import Recipe
 from latentrt.runtime.cli_options import Followed
-from latentrt.runtime.steering import Control
+from latentrt.runtime.draw.controls import Control
 from tests.conftest import Make, Steer
 from tests.single_files import unet_key
 from tests.tiny import save_controlnet

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentrt.engines.bundle.safetensors_header import read_header
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_files import read_header
+from latentrt.export.additions.controlnet_files import read_controlnet
 from latentrt.export.checkpoint import DEMO, open_checkpoint
-from latentrt.export.controlnet_files import read_controlnet
-from latentrt.export.conversion import written
-from latentrt.export.folders import open_folder
 from latentrt.export.inspection import inspect_checkpoint
+from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
-from latentrt.export.parts import Recipe
+from latentrt.export.sources.diffusers_folder import open_folder
+from latentrt.export.sources.parts import Recipe
 from tests.lora_files import every_layer, kohya, save
 from tests.single_files import save_header
 from tests.test_controlnet_export import original_key

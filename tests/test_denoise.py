@@ -13,18 +13,17 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.bundle.manifest import LatentSpec
+from latentrt.engines.canvas.contract import CanvasShape
+from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.engines.host_canvas import HostCanvas
-from latentrt.engines.manifest import LatentSpec
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
-from latentrt.runtime.denoise import begin, denoise
-from latentrt.runtime.guidance import Guidance, guidance_rows, guided_stages, plan_guidance
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan, sampler_names
-from latentrt.runtime.samplers.catalogue import SAMPLERS
-from latentrt.runtime.samplers.names import find
+from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.sampling import make_plan, sampler_names
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find
+from latentrt.runtime.sampling.guidance import Guidance, guidance_rows, guided_stages, plan_guidance
+from latentrt.runtime.sampling.noise import TorchCpuNoise
+from latentrt.runtime.sampling.plan import SamplingPlan
 from tests import loop
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.device import CudaDevice
+from latentrt.engines.cuda.device import CudaDevice, find_gpu
 from latentrt.engines.errors import EngineError
-from latentrt.engines.gpu import find_gpu
 from latentrt.engines.spec import Array
 
 here = find_gpu() is not None

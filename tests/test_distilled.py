@@ -12,16 +12,16 @@ import diffusers
 import pytest
 from safetensors.torch import load_file, save_file
 
-from latentrt.engines.bundle import Bundle, write_manifest
-from latentrt.engines.canvas import StageInput
+from latentrt.engines.bundle.files import Bundle, write_manifest
+from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.canvas.contract import StageInput
+from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.host_canvas import HostCanvas
-from latentrt.engines.manifest import TrainingSchedule
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
-from latentrt.export.conversion import written
-from latentrt.export.exporting import export_checkpoint
+from latentrt.export.export import export_checkpoint
+from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import Recipe
+from latentrt.export.sources.parts import Recipe
 from tests.conftest import Make
 from tests.lora_files import kohya, make_factors, save
 from tests.single_files import save_single_file, unet_tensors

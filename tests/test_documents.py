@@ -13,15 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentrt.__main__ import main
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.documents import decode
+from latentrt.engines.bundle.documents import decode
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import MANIFEST, engine_record_from_json, manifest_from_json
+from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.safetensors_header import read_header
+from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
 from latentrt.engines.errors import BundleError, CheckpointError
-from latentrt.engines.manifest import MANIFEST, engine_record_from_json, manifest_from_json
-from latentrt.engines.parsing import ParseError
-from latentrt.engines.tensor_files import read_header
-from latentrt.engines.weights import GraphWeights, read_weights
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.tokenizer import read_tokenizer
+from latentrt.export.sources.tokenizer import read_tokenizer
 
 # What a document may hold instead of one of its values.
 NASTY = [

@@ -10,8 +10,8 @@ import diffusers
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle import Bundle
-from latentrt.export.schedule import training_schedule
+from latentrt.engines.bundle.files import Bundle
+from latentrt.export.configs.schedule import training_schedule
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
 from tests.test_distilled import with_schedule

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.engines import building, onnxruntime
+from latentrt.engines import build as building
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.choosing import choose, find_engines
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import ENGINE_RECORD
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.manifest import ENGINE_RECORD
-from latentrt.engines.opening import open_engines
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.open import choose, find_engines, open_engines
 from latentrt.engines.spec import EngineKey
-from latentrt.engines.verification import read_golden, relative_error, to_pixels, verify
+from latentrt.engines.verify.verify import read_golden, relative_error, to_pixels, verify
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_truncated_canonical_graph_is_refused_by_name(copy: Bundle) -> None:
 def test_drift_is_reported_not_hidden(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, outputs = read_golden(copy, "text_encoder")
     moved = {name: array + 0.1 for name, array in outputs.items()}
-    monkeypatch.setattr("latentrt.engines.verification.read_golden", lambda bundle, component: (inputs, moved))
+    monkeypatch.setattr("latentrt.engines.verify.verify.read_golden", lambda bundle, component: (inputs, moved))
     row = next(row for row in verify(copy, backend="cpu") if row.what == "text_encoder")
     assert not row.ok
     assert "drifts" in row.message

@@ -12,10 +12,11 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.verification import relative_error
-from latentrt.export import golden, sessions
+from latentrt.engines.verify.verify import relative_error
+from latentrt.export.graphs import golden
+from latentrt.export.graphs import run as sessions
 from tests.tiny import NETWORKS
 
 FAMILIES = ("sd1", "sd2")
@@ -189,7 +190,7 @@ def test_half_precision_graphs_keep_timesteps_in_float32(demo_half_bundle: Path)
 def test_large_weights_lie_beside_the_graph(sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx_ir
 
-    from latentrt.export import graphs
+    from latentrt.export.graphs import trace as graphs
 
     monkeypatch.setattr(graphs, "EXTERNAL_BYTES", 0)
     bundle = Bundle.open(sd1_bundle)
@@ -225,7 +226,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
 
     from safetensors.numpy import save_file
 
-    from latentrt.export import modules
+    from latentrt.export.networks import modules
 
     shutil.copytree(sd1_checkpoint / folder, tmp_path / folder)
     weights = next((tmp_path / folder).glob("*.safetensors"))

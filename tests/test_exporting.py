@@ -17,11 +17,11 @@ from typing import Any
 import onnx
 import pytest
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
-from latentrt.export import exporting
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.jobs import MARKERS
+from latentrt.export import export as exporting
+from latentrt.export.export import export_checkpoint
+from latentrt.export.work.jobs import MARKERS
 from latentrt.runtime.pipeline import Pipeline
 from tests.tiny import NETWORKS
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines import onnxruntime
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import REFINED, Make

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.canvas import sums_of_squares
+from latentrt.engines.canvas.contract import sums_of_squares
 from latentrt.engines.errors import EngineError, NotFiniteError, RequestError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
-from latentrt.engines.verification import _compare
-from latentrt.runtime.animation import KeyFrame
+from latentrt.engines.verify.verify import _compare
 from latentrt.runtime.bench.measure import Asked, run_bench
-from latentrt.runtime.finite import LATENTS, PIXELS, START, TEXT, finite, one_coloured
+from latentrt.runtime.draw.animation import KeyFrame
+from latentrt.runtime.draw.finite import LATENTS, PIXELS, START, TEXT, finite, one_coloured
 from latentrt.runtime.pipeline import Pipeline
 from tests.test_pipeline_images import photo
 

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from latentrt.engines import onnxruntime
 from latentrt.engines.backends import BACKENDS
-from latentrt.engines.building import build_engines, build_missing, engines_at
-from latentrt.engines.bundle import Bundle, cache_folder
-from latentrt.engines.choosing import find_engines
+from latentrt.engines.build import build_engines, build_missing, engines_at
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle, cache_folder
+from latentrt.engines.bundle.staging import PARTIAL
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.options import BuildOptions
-from latentrt.engines.staging import PARTIAL
-from latentrt.engines.verification import verify
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.open import find_engines
+from latentrt.engines.verify.verify import verify
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import L4, install
 

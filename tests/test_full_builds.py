@@ -21,16 +21,17 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from latentrt.engines import tensorrt
+from latentrt.engines.build_options import BuildOptions, Profile
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs import load_graph
-from latentrt.engines.options import BuildOptions, Profile
+from latentrt.engines.graphs.denoise_stage import fuse_stage
+from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import TensorSpec
-from latentrt.engines.stage import fuse_stage
-from latentrt.engines.tensorrt_compile import compile_graph
-from latentrt.export import graphs, precision
-from latentrt.export.graph_types import infer_types
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt.compile import compile_graph
+from latentrt.export.graphs import half_precision as precision
+from latentrt.export.graphs import trace as graphs
+from latentrt.export.graphs.types import infer_types
 from latentrt.runtime.bench.machine import describe
 from tests.test_full_graphs import CONFIGS, LATENTS, specs, weightless
 

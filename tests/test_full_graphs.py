@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from latentrt.engines.spec import TensorSpec
-from latentrt.export import graphs, precision
-from latentrt.export.graph_types import FLOAT, HALF, infer_types
-from latentrt.export.modules import wrap_denoiser
+from latentrt.export.graphs import half_precision as precision
+from latentrt.export.graphs import trace as graphs
+from latentrt.export.graphs.types import FLOAT, HALF, infer_types
+from latentrt.export.networks.modules import wrap_denoiser
 
 LATENTS = ("batch", 4, "latent_height", "latent_width")
 # From the unet/config.json of runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2-1 and

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import BundleError
-from latentrt.engines.gpu import find_gpu
-from latentrt.engines.verification import verify
+from latentrt.engines.verify.verify import verify
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

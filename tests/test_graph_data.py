@@ -14,18 +14,18 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, CheckpointError
-from latentrt.engines.graphs import load_graph, widen
-from latentrt.engines.verification import verify
-from latentrt.export import hub
+from latentrt.engines.graphs.edits import load_graph, widen
+from latentrt.engines.verify.verify import verify
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.graph_data import data_files
+from latentrt.export.export import export_checkpoint
+from latentrt.export.graphs.external_data import data_files
+from latentrt.export.graphs.optimum import take_long_ids
 from latentrt.export.inspection import inspect_checkpoint
-from latentrt.export.optimum import take_long_ids
-from latentrt.runtime.loras import Lora
+from latentrt.export.sources import hub
+from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 from tests.hub_cache import in_hub_cache
 from tests.lora_files import kohya, make_factors, save

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.host_kernels import MICROSOFT, use_host_kernels
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.graphs.cpu_rewrites import MICROSOFT, use_host_kernels
 from tests.graphs import model_of
 
 SIZES = st.integers(1, 6)

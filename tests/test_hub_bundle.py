@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.engines.bundle import Bundle, inside
+from latentrt.engines.bundle.files import Bundle, inside
 from latentrt.engines.errors import BundleError
 from tests.hub_cache import REVISION, in_hub_cache
 from tests.test_bundle import write_bundle

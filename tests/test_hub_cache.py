@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
-from latentrt.export.conversion import written
 from latentrt.export.inspection import inspect_checkpoint
+from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
-from latentrt.export.parts import Recipe
-from latentrt.export.refiner import add_refiner
-from latentrt.runtime.embeddings import load_embedding
+from latentrt.export.sources.parts import Recipe
+from latentrt.runtime.text.textual_inversion import load_embedding
 from tests.conftest import _tiny
 from tests.hub_cache import in_hub_cache
 from tests.lora_files import adapter_metadata, kohya, make_factors, peft, save

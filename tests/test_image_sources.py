@@ -17,7 +17,7 @@ from PIL import Image
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.image_sources import MAX_PIXELS, decode, read_mask, read_pictures, rounded_size
+from latentrt.runtime.images.read import MAX_PIXELS, decode, read_mask, read_pictures, rounded_size
 
 FACTOR = 8
 

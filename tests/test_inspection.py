@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner
 from safetensors.numpy import save_file
 
+from latentrt.engines.bundle.safetensors_header import read_header
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_files import read_header
-from latentrt.export.inspect_cli import inspect
+from latentrt.export.cli import inspect
 from latentrt.export.inspection import Inspection, inspect_checkpoint
-from latentrt.export.single_file import recognise
+from latentrt.export.sources.recognise_file import recognise
 from tests.single_files import clip_tensors, open_clip_tensors, save_header, save_single_file, unet_tensors, vae_tensors
 from tests.test_guards import FORBID
 from tests.tiny import save_tiny

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.engines import tensorrt
 from latentrt.engines.errors import EngineError
-from latentrt.engines.interrupting import Cancelled, run_interruptibly
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt.compile import Cancelled, run_interruptibly
 
 
 @pytest.fixture(autouse=True)

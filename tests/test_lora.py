@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import Lora, read_lora
-from latentrt.engines.lora_kinds import KIND_OF, Change
-from latentrt.engines.lora_names import from_original, plain_module
+from latentrt.engines.lora.file import Lora, read_lora
+from latentrt.engines.lora.kinds import KIND_OF, Change
+from latentrt.engines.lora.names import from_original, plain_module
+from latentrt.export.additions.loras import fuse
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
-from latentrt.export.conversion import written
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.fusing import fuse
+from latentrt.export.export import export_checkpoint
+from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, LoraOption
-from latentrt.export.parts import Recipe
+from latentrt.export.sources.parts import Recipe
 from latentrt.runtime.pipeline import Pipeline
 from tests.lora_files import (
     TEXT,
@@ -282,7 +282,7 @@ def test_a_change_smaller_than_float16_can_tell_is_kept() -> None:
 def test_written_shards_are_read_as_one(
     sd1_checkpoint: Path, factors: list[Factors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrt.export import conversion, modules
+    from latentrt.export.networks import conversion, modules
 
     checkpoint = with_loras(sd1_checkpoint, (save(tmp_path / "a.safetensors", kohya(factors)), 0.5))
     recipe = checkpoint.networks["unet"]

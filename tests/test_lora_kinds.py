@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora import find_deltas, read_lora
+from latentrt.engines.lora.file import find_deltas, read_lora
 from latentrt.export.inspection import inspect_checkpoint
 from tests.lora_files import Array, Tensors, save
 from tests.lora_mixture import every_kind

@@ -19,14 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.__main__ import cli
-from latentrt.engines import onnxruntime, sessions
-from latentrt.engines.adapting import Adaptable
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle, record_file, write_manifest
-from latentrt.engines.errors import BundleError, EngineError, RequestError
-from latentrt.engines.manifest import EngineRecord, manifest_from_json
-from latentrt.engines.spec import Array, EngineKey
-from latentrt.engines.weights import (
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
+from latentrt.engines.bundle.manifest import EngineRecord, manifest_from_json
+from latentrt.engines.bundle.weight_map import (
     COLUMN,
     LAYOUTS,
     PADDED,
@@ -41,7 +37,12 @@ from latentrt.engines.weights import (
     restore,
     write_weights,
 )
-from latentrt.runtime.loras import Lora
+from latentrt.engines.errors import BundleError, EngineError, RequestError
+from latentrt.engines.lora.weight_changes import Adaptable
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import engines as sessions
+from latentrt.engines.spec import Array, EngineKey
+from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
 from tests.lora_files import WRITERS, Factors, every_layer, kohya, make_factors, peft, save, weight_shapes
@@ -226,7 +227,7 @@ def test_few_changed_sessions_are_kept(pipe: Pipeline, styles: list[Path], monke
 
 
 def test_an_animation_is_drawn_with_them(pipe: Pipeline, styles: list[Path]) -> None:
-    from latentrt.runtime.animation import KeyFrame
+    from latentrt.runtime.draw.animation import KeyFrame
 
     keys = [KeyFrame(prompt=PROMPT, seed=3), KeyFrame(prompt="a green square", seed=4)]
     (result,) = pipe.animate(keys, 2, steps=3, sampler="euler", guidance=4.0, loras=loras((styles[0], 1.0)))
@@ -324,7 +325,7 @@ def varied(made: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """A checkpoint whose vectors have numbers of their own, as trained ones have, and two pairs of equal weights."""
     from safetensors.torch import load_file, save_file
 
-    from latentrt.export.exporting import export_checkpoint
+    from latentrt.export.export import export_checkpoint
 
     folder = tmp_path_factory.mktemp("varied")
     root = shutil.copytree(made("sd1", "")[0], folder / "checkpoint")

@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.assembly import open_file
 from latentrt.export.checkpoint import DEMO, open_checkpoint
 from latentrt.export.cli import export
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import Parts
+from latentrt.export.sources.parts import Parts
+from latentrt.export.sources.single_file import open_file
 from tests.single_files import save_header, save_single_file
 from tests.test_inspection import TWO, XL, published
 

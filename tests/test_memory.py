@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.exporting import _job
-from latentrt.export.jobs import MARKERS
-from latentrt.export.worker import start_worker
+from latentrt.export.export import _job
+from latentrt.export.work.jobs import MARKERS
+from latentrt.export.work.worker import start_worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 

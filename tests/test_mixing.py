@@ -11,8 +11,8 @@ from scipy.linalg import expm
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.mixing import mix_text, slerp, variation_seeds, vary
-from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.draw.animation import mix_text, slerp, variation_seeds, vary
+from latentrt.runtime.sampling.noise import TorchCpuNoise
 
 weights = st.floats(0, 1)
 seeds = st.integers(0, 2**32 - 1)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.movies import FASTEST, check_movie, frame_times, save_movie
+from latentrt.runtime.images.write_movie import FASTEST, check_movie, frame_times, save_movie
 
 # Largest mean difference of a frame in levels of 255: GIF has 256 colours a frame, WebP and MP4 lose a little.
 LOSS = {".gif": 4.0, ".webp": 2.0, ".mp4": 2.0}

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentrt.runtime.noise import TorchCpuNoise, TorchCudaNoise, philox
+from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise, philox
 
 TOLERANCE = 5e-7  # torch's vectorised logarithm, sine and cosine differ from NumPy's in the last bits
 

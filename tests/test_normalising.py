@@ -16,14 +16,14 @@ import onnx
 import pytest
 import torch
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.normalising import KEYS
+from latentrt.export.export import export_checkpoint
+from latentrt.export.graphs.normalised_latents import KEYS
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.refiner import add_refiner
-from latentrt.runtime.preview import preview
+from latentrt.runtime.images.preview import preview
 from tests.conftest import Make
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_pipeline_images import left_half, photo

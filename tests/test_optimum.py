@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.verification import relative_error
-from latentrt.export import golden, sessions
-from latentrt.export.exporting import export_checkpoint
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.verify.verify import relative_error
+from latentrt.export.export import export_checkpoint
+from latentrt.export.graphs import golden
+from latentrt.export.graphs import run as sessions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

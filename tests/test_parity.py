@@ -12,7 +12,7 @@ import pytest
 from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import DEMO
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.plan_text import format_samplers, samplers_table
+from latentrt.runtime.sampling.plan_text import format_samplers, samplers_table
 
 # PSNR in dB that the final uint8 pictures must reach. 60: one pixel value in sixteen may differ by one level, which is
 # what float32 sums in another order leave. 50 for random weights, which amplify differences instead of forgetting them.

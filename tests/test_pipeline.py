@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import DeadlineError, EngineError, RequestError
-from latentrt.runtime.job import check_size
+from latentrt.runtime.draw.job import check_size
+from latentrt.runtime.draw.step import Step
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Options, Request
-from latentrt.runtime.steps import Step
 
 QUICK: dict[str, Any] = {"steps": 2, "sampler": "euler_ancestral", "guidance": 3.0}
 

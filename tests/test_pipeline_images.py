@@ -15,8 +15,8 @@ from PIL import Image
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.noise import TorchCpuNoise
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.sampling.noise import TorchCpuNoise
 
 LEAST = 50.0  # dB over the range of pixels: float32 sums in another order, amplified by random weights
 CALL: dict[str, Any] = {"steps": 5, "sampler": "ddim", "guidance": 2.0, "seed": 5}

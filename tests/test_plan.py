@@ -12,16 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latentrt.engines.bundle.manifest import Prediction, Spacing, TrainingSchedule
 from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import Prediction, Spacing, TrainingSchedule
 from latentrt.engines.spec import Array
-from latentrt.runtime.denoise import blend
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.plan_json import plan_from_json, plan_to_json
-from latentrt.runtime.plan_text import format_plan, format_samplers, samplers_table
-from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.samplers.catalogue import SAMPLERS
-from latentrt.runtime.spacings import SPACINGS
+from latentrt.runtime.draw.denoise import blend
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.plan import SamplingPlan
+from latentrt.runtime.sampling.plan_text import (
+    format_plan,
+    format_samplers,
+    plan_from_json,
+    plan_to_json,
+    samplers_table,
+)
+from latentrt.runtime.sampling.spacings import SPACINGS
 from tests.loop import advance, denoise
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.engines.portions import in_portions
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
+from latentrt.engines.tensorrt.engine import in_portions
 
 
 class Doubling:

@@ -18,19 +18,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentrt.engines import tensorrt
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError, EngineError
-from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import TensorSpec
-from latentrt.engines.verification import verify
-from latentrt.export import golden, graphs, modules, precision, ranges, sessions
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.graph_types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
-from latentrt.export.inspect_cli import inspect
-from latentrt.export.precision import LARGEST, LIMIT
-from latentrt.export.ranges import Ranges
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.verify.verify import verify
+from latentrt.export.cli import inspect
+from latentrt.export.export import export_checkpoint
+from latentrt.export.graphs import golden, ranges
+from latentrt.export.graphs import half_precision as precision
+from latentrt.export.graphs import run as sessions
+from latentrt.export.graphs import trace as graphs
+from latentrt.export.graphs.half_precision import LARGEST, LIMIT
+from latentrt.export.graphs.ranges import Ranges
+from latentrt.export.graphs.types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
+from latentrt.export.networks import modules
 
 # Over the output's range: a handful of layers, each rounded to 11 bits.
 CLOSE = 1e-2

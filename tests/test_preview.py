@@ -12,20 +12,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import MANIFEST, LatentSpec, Prediction
 from latentrt.engines.errors import BundleError, CheckpointError
-from latentrt.engines.manifest import MANIFEST, LatentSpec, Prediction
-from latentrt.engines.opening import open_engines
+from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array
 from latentrt.export.demo.drawing import any_scene, draw_scene
-from latentrt.export.preview import GRAPHS, fit_preview, least_squares, made_up_picture, r_squared
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.preview import predicted_latents, preview
-from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.samplers.catalogue import SAMPLERS
-from latentrt.runtime.samplers.equations import denoised
-from latentrt.runtime.schedules import Level
+from latentrt.export.graphs.preview import GRAPHS, fit_preview, least_squares, made_up_picture, r_squared
+from latentrt.runtime.images.preview import predicted_latents, preview
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.noise import TorchCpuNoise
+from latentrt.runtime.sampling.plan import SamplingPlan
+from latentrt.runtime.sampling.schedule import Level
+from latentrt.runtime.sampling.solvers.prediction import denoised
 from tests import loop
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 

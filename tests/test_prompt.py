@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import BundleError, RequestError
-from latentrt.export.tokenizer import read_tokenizer, write_tokenizer
-from latentrt.runtime.prompt import MOST_CHUNKS, Chunk, Prompt, PromptTokenizer
+from latentrt.export.sources.tokenizer import read_tokenizer, write_tokenizer
+from latentrt.runtime.text.tokenizer import MOST_CHUNKS, Chunk, Prompt, PromptTokenizer
 from tests.tiny import END, WORDS, clip_vocabulary, save_tokenizer
 
 ROOM = 75

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import RequestError
-from latentrt.runtime.embeddings import LearnedWord, load_embedding
+from latentrt.runtime.text.textual_inversion import LearnedWord, load_embedding
 
 
 def save(path: Path, **tensors: Any) -> Path:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import RequestError
-from latentrt.runtime.prompt_syntax import Segment, parse_weighted
+from latentrt.runtime.text.syntax import Segment, parse_weighted
 
 MEANINGS: dict[str, list[list[tuple[str, float]]]] = {
     "": [[]],

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import RequestError
-from latentrt.engines.opening import open_engines
+from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.runtime import text_rows
-from latentrt.runtime.embeddings import Embedding
-from latentrt.runtime.prompt import Prompt, PromptTokenizer
-from latentrt.runtime.text import Cache, Encoding, TextEncoder
+from latentrt.runtime.text import encoder as text_rows
+from latentrt.runtime.text.encoder import Cache, Encoding, TextEncoder
+from latentrt.runtime.text.textual_inversion import Embedding
+from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
 
 # float32 in another order of sums, through two or three layers
 CLOSE = 2e-5

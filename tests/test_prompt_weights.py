@@ -14,10 +14,10 @@ from safetensors import safe_open
 
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.export.checkpoint import DEMO
-from latentrt.export.tokenizer import read_tokenizer, write_tokenizer
-from latentrt.runtime.prompt import Prompt, PromptTokenizer
-from latentrt.runtime.prompt_syntax import parse_weighted
-from latentrt.runtime.text import TextEncoder
+from latentrt.export.sources.tokenizer import read_tokenizer, write_tokenizer
+from latentrt.runtime.text.encoder import TextEncoder
+from latentrt.runtime.text.syntax import parse_weighted
+from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
 from tests.compel_golden import CASES
 
 GOLDEN = Path(__file__).parent / "data" / "compel.safetensors"
@@ -34,7 +34,7 @@ Encode = Callable[[str], Array]
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     """The demo's text encoder, run by torch."""
-    from latentrt.export import modules
+    from latentrt.export.networks import modules
 
     folder = tmp_path_factory.mktemp("demo")
     module = modules.load("text_encoder", DEMO / "text_encoder")

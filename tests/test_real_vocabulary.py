@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from latentrt.engines.errors import RequestError
-from latentrt.export.tokenizer import read_tokenizer, write_tokenizer
-from latentrt.runtime.prompt import COMMA_REACH, Prompt, PromptTokenizer
+from latentrt.export.sources.tokenizer import read_tokenizer, write_tokenizer
+from latentrt.runtime.text.tokenizer import COMMA_REACH, Prompt, PromptTokenizer
 from tests.tiny import END, START, byte_letters, save_tokenizer
 
 # OpenCLIP's wheel (1.5 MB) holds the vocabulary that every published SD 1.x, 2.x and XL has; read, not installed.

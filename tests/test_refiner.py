@@ -15,19 +15,19 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.engines.spec import Array
-from latentrt.engines.verification import verify
-from latentrt.export.exporting import export_checkpoint
-from latentrt.export.inspect_cli import inspect
-from latentrt.export.jobs import Twin
-from latentrt.export.modules import load
+from latentrt.engines.verify.verify import verify
+from latentrt.export.cli import inspect
+from latentrt.export.export import export_checkpoint
+from latentrt.export.networks.modules import load
+from latentrt.export.networks.shared_encoder import require_same
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.twins import require_same
+from latentrt.export.work.jobs import Twin
 from latentrt.runtime.cli import generate
-from latentrt.runtime.legs import split
-from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.draw.job import split
+from latentrt.runtime.sampling import make_plan
 from tests.conftest import REFINED, Make
 from tests.sampler_oracle import STABLE_DIFFUSION
 from tests.test_families import LEAST, NEGATIVE, PROMPT, SEED, ours, psnr, reference, theirs

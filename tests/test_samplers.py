@@ -13,9 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from latentrt.engines.manifest import Prediction, Spacing
-from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.samplers.catalogue import SAMPLERS
+from latentrt.engines.bundle.manifest import Prediction, Spacing
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.catalogue import SAMPLERS
 from tests.sampler_oracle import STABLE_DIFFUSION, difference, reference, replay
 
 TRAJECTORY = 1e-4  # our coefficients are computed in double, diffusers' in float32: 3e-5 at worst was measured

@@ -16,15 +16,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.engines.errors import RequestError
-from latentrt.engines.manifest import TrainingSchedule
 from latentrt.engines.spec import Array
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan, own_sampler, sampler_names
-from latentrt.runtime.samplers.catalogue import SAMPLERS
-from latentrt.runtime.samplers.names import find
-from latentrt.runtime.spacings import ALIGNED
+from latentrt.runtime.sampling import make_plan, own_sampler, sampler_names
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find
+from latentrt.runtime.sampling.noise import TorchCpuNoise
+from latentrt.runtime.sampling.plan import SamplingPlan
+from latentrt.runtime.sampling.spacings import ALIGNED
 from tests.loop import denoise
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, network, reference, replay, scheduler_of, walk
 from tests.test_samplers import ORACLES, TOLERANCES, TRAJECTORY

@@ -23,15 +23,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latentrt.engines.bundle import Bundle, write_manifest
+from latentrt.engines.bundle.files import Bundle, write_manifest
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import DEMO, open_checkpoint
-from latentrt.export.schedule import SCHEDULERS, training_schedule
+from latentrt.export.configs.schedule import SCHEDULERS, training_schedule
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.samplers.catalogue import SAMPLERS
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import SHAPE, difference, replay, walk
 from tests.test_parity import NEGATIVE, PROMPT, psnr
 from tests.test_samplers import TOLERANCES, TRAJECTORY

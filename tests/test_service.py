@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentrt.engines.bundle.staging import claimed
 from latentrt.engines.spec import Array
-from latentrt.engines.staging import claimed
 from latentrt.runtime.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent

@@ -17,17 +17,17 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from latentrt.engines.bundle.manifest import Family
 from latentrt.engines.errors import CheckpointError, LatentrtError
-from latentrt.engines.manifest import Family
-from latentrt.export import modules
 from latentrt.export.checkpoint import DEMO, open_checkpoint
 from latentrt.export.cli import export
-from latentrt.export.conversion import read_tensors, written
-from latentrt.export.jobs import Job, run_job
+from latentrt.export.configs.published import CONFIGS
+from latentrt.export.networks import modules
+from latentrt.export.networks.conversion import read_tensors, written
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import Recipe
-from latentrt.export.published import CONFIGS
-from latentrt.export.tokenizer import read_tokenizer
+from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.tokenizer import read_tokenizer
+from latentrt.export.work.jobs import Job, run_job
 from tests.single_files import checkpoint_tensors, save_header, save_single_file, vae_tensors
 from tests.test_inspection import ONE, OPEN, REFINER, SD2, SECOND, TWO, XL, Texts, published
 from tests.tiny import save_tiny

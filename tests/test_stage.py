@@ -12,17 +12,16 @@ import onnx
 import onnxruntime
 import pytest
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.graphs import load_graph
-from latentrt.engines.manifest import TrainingSchedule
+from latentrt.engines.graphs.denoise_stage import STATE_ROWS, control_width, fuse_stage
+from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.spec import Array
-from latentrt.engines.stage import STATE_ROWS, control_width, fuse_stage
-from latentrt.runtime.control import pack_control
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan, sampler_names
-from latentrt.runtime.samplers.catalogue import SAMPLERS
-from latentrt.runtime.samplers.names import find
+from latentrt.runtime.draw.denoise import pack_control
+from latentrt.runtime.sampling import make_plan, sampler_names
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find
+from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.loop import denoise
 from tests.loop import guided as follow
 

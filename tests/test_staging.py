@@ -17,12 +17,22 @@ from pathlib import Path
 
 import pytest
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle, write_manifest
-from latentrt.engines.choosing import find_engines
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle, write_manifest
+from latentrt.engines.bundle.staging import (
+    LOCK,
+    PARTIAL,
+    can_hold,
+    claimed,
+    partial,
+    publish,
+    staged,
+    staged_file,
+    sweep,
+)
 from latentrt.engines.errors import BundleError
-from latentrt.engines.staging import LOCK, PARTIAL, can_hold, claimed, partial, publish, staged, staged_file, sweep
-from latentrt.engines.verification import verify
+from latentrt.engines.open import find_engines
+from latentrt.engines.verify.verify import verify
 
 HOLD = """
 import sys, time

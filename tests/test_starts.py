@@ -15,20 +15,15 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import LatentSpec
+from latentrt.engines.canvas.contract import CanvasShape
+from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import RequestError
-from latentrt.engines.host_canvas import HostCanvas
-from latentrt.engines.manifest import LatentSpec
-from latentrt.engines.opening import open_engines
+from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
-from latentrt.runtime.denoise import blend, denoise
-from latentrt.runtime.guidance import plan_guidance
-from latentrt.runtime.image_sources import read_mask, read_pictures
-from latentrt.runtime.noise import TorchCpuNoise
-from latentrt.runtime.plan import SamplingPlan
-from latentrt.runtime.samplers import make_plan
-from latentrt.runtime.starts import (
+from latentrt.runtime.draw.denoise import blend, denoise
+from latentrt.runtime.draw.start import (
     Start,
     check_latents,
     latent_mask,
@@ -37,6 +32,11 @@ from latentrt.runtime.starts import (
     start_from_image,
     start_inpainting,
 )
+from latentrt.runtime.images.read import read_mask, read_pictures
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.guidance import plan_guidance
+from latentrt.runtime.sampling.noise import TorchCpuNoise
+from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import STABLE_DIFFUSION, network
 
 # dB of the final latents over their range, and of the pixels over theirs: float32 sums in another order, and random

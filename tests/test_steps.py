@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from latentrt.engines.spec import Array
+from latentrt.runtime.draw.step import Step
+from latentrt.runtime.images.preview import preview
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.preview import preview
-from latentrt.runtime.samplers.equations import denoised
-from latentrt.runtime.schedules import Level
-from latentrt.runtime.steps import Step
+from latentrt.runtime.sampling.schedule import Level
+from latentrt.runtime.sampling.solvers.prediction import denoised
 from tests.test_pipeline_images import left_half, photo
 
 CALL: dict[str, Any] = {"prompt": "a red circle", "steps": 6, "seed": 5}

@@ -14,16 +14,17 @@ import fsspec
 import pytest
 from click.testing import CliRunner
 
-from latentrt.engines import building, tensorrt
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.choosing import find_engines
+from latentrt.engines import build as building
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
+from latentrt.engines.bundle.store import Store
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError, LatentrtError, RequestError
-from latentrt.engines.manifest import ENGINE_RECORD, EngineRecord
-from latentrt.engines.options import BuildOptions
-from latentrt.engines.store import Store
-from latentrt.engines.verification import verify
+from latentrt.engines.open import find_engines
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.verify.verify import verify
 from tests.stand_in import H200, install
 
 SMALL = BuildOptions(sizes=((32, 32),))

@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.spec import TensorSpec
-from latentrt.export import golden, graphs, modules, sessions
-from latentrt.export.stored import LARGE, StoredWeights, stored_dtype, windows
-from latentrt.export.weights import find_weights
+from latentrt.export.graphs import golden
+from latentrt.export.graphs import run as sessions
+from latentrt.export.graphs import trace as graphs
+from latentrt.export.networks import modules
+from latentrt.export.networks.streamed_weights import LARGE, StoredWeights, stored_dtype, windows
+from latentrt.export.sources.weight_files import find_weights
 
 FOLDERS = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 

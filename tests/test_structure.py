@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from latentrt.export.checkpoint import DEMO, open_checkpoint
-from latentrt.export.conversion import read_tensors
+from latentrt.export.configs.published import CONFIGS
 from latentrt.export.inspection import inspect_checkpoint
+from latentrt.export.networks.conversion import read_tensors
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import Recipe
-from latentrt.export.published import CONFIGS
-from latentrt.export.structure import read_structure
+from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.structure import read_structure
 from tests.single_files import save_header, unet_tensors
 from tests.test_inspection import ONE, REFINER, SD2, TWO, XL, published
 

@@ -18,18 +18,18 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from latentrt.engines import tensorrt, tensorrt_compile
 from latentrt.engines.backends import BACKENDS, Opening
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle, record_file, write_manifest
-from latentrt.engines.choosing import choose
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.cli import build as build_command
+from latentrt.engines.cuda.device import Gpu, find_gpu
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.engines.gpu import Gpu, find_gpu
-from latentrt.engines.opening import open_engines
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.open import choose, open_engines
 from latentrt.engines.progress import silent
-from latentrt.engines.verification import verify
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import compile as tensorrt_compile
+from latentrt.engines.verify.verify import verify
 from tests.conftest import Steer
 
 ADA = BuildOptions(sizes=((32, 32),), batches=(1, 2), compute_capability="8.9", optimization_level=0)

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.weight_map import BuiltWeights, read_weights
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
-from latentrt.engines.weights import BuiltWeights, read_weights
-from latentrt.runtime.loras import Lora
+from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
 from tests.host_device import HostDevice

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import NotFiniteError
-from latentrt.engines.options import BuildOptions
 from latentrt.engines.spec import Array
-from latentrt.runtime.finite import LATENTS
+from latentrt.runtime.draw.finite import LATENTS
+from latentrt.runtime.draw.step import Step
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.steps import Step
 from tests.conftest import REFINED, Make
 from tests.host_device import HostDevice
 from tests.stand_in import install

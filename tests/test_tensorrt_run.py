@@ -17,19 +17,19 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from latentrt.engines import tensorrt
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import StageInput
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.canvas.contract import StageInput
+from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.gpu import find_gpu
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.graphs.denoise_stage import STATE_ROWS, control_width
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.engines.stage import STATE_ROWS, control_width
-from latentrt.engines.tensorrt_profiles import input_shapes
-from latentrt.engines.tensorrt_run import open_program
-from latentrt.engines.tensorrt_session import TensorRTSession
-from latentrt.engines.tensorrt_text import STATES
+from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt.engines import TensorRTSession
+from latentrt.engines.tensorrt.execution import open_program
+from latentrt.engines.tensorrt.profiles import input_shapes
+from latentrt.engines.tensorrt.text_encoder import STATES
 from tests.graphs import model_of
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan

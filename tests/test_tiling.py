@@ -14,19 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import CanvasShape
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.canvas.contract import CanvasShape
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.engines.opening import open_engines
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array
-from latentrt.engines.verification import to_pixels
+from latentrt.engines.verify.verify import to_pixels
 from latentrt.export.demo.train import CHECKPOINT
-from latentrt.runtime.decoding import on_canvas
-from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.draw.decode import on_canvas
+from latentrt.runtime.images.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles
+from latentrt.runtime.sampling.noise import TorchCpuNoise
 from tests.stand_in import install
 from tests.test_pipeline_images import photo
 

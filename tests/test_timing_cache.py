@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from latentrt.engines.backends import BACKENDS
+from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.options import BuildOptions
-from latentrt.engines.timing_cache import attach_timing_cache, save_timing_cache
+from latentrt.engines.tensorrt.compile import attach_timing_cache, save_timing_cache
 from tests.stand_in import install
 
 

@@ -14,25 +14,25 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from latentrt.engines import onnxruntime
-from latentrt.engines.building import build_engines
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.canvas import DECODER, TINY_DECODER, Canvas, CanvasShape
+from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.canvas.contract import DECODER, TINY_DECODER, Canvas, CanvasShape
 from latentrt.engines.cli import show_bundle
 from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
-from latentrt.engines.onnxruntime import OnnxRuntimeOptions
-from latentrt.engines.onnxruntime_canvas import OnnxRuntimeCanvas
-from latentrt.engines.opening import open_engines
-from latentrt.engines.options import BuildOptions
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime.build import OnnxRuntimeOptions
+from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.open import open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
-from latentrt.engines.verification import to_pixels, verify
-from latentrt.export.exporting import export_checkpoint
+from latentrt.engines.verify.verify import to_pixels, verify
+from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions
 from latentrt.runtime.cli import generate
-from latentrt.runtime.decoding import through_engine
-from latentrt.runtime.noise import TorchCpuNoise
+from latentrt.runtime.draw.decode import through_engine
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.sampling.noise import TorchCpuNoise
 from tests.stand_in import install
 from tests.test_parity import LIMITS, NEGATIVE, PROMPT, Reference, psnr
 

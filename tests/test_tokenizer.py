@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import DEMO
-from latentrt.export.tokenizer import read_tokenizer, write_clip_files, write_tokenizer
+from latentrt.export.sources.tokenizer import read_tokenizer, write_clip_files, write_tokenizer
 from tests.tiny import END, START, WORDS, clip_vocabulary, save_tokenizer
 
 PADS = {"sd1": END, "sd2": "!"}

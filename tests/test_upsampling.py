@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.upsampling import split_upsampling
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.graphs.cpu_rewrites import split_upsampling
 from tests.graphs import model_of
 
 NEAREST = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export import hub, modules
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.conversion import written
+from latentrt.export.networks import modules
+from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.parts import Recipe
-from latentrt.export.weights import find_weights
+from latentrt.export.sources import hub
+from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.weight_files import find_weights
 from tests.single_files import checkpoint_tensors
 
 NETWORKS = ["text_encoder", "unet", "vae_decoder"]

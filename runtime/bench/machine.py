@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentrt.engines.gpu import find_gpu
+from latentrt.engines.cuda.device import find_gpu
 
 PACKAGES = (
     "latentrt",

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.choosing import choose, find_engines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.open import choose, find_engines
 from latentrt.engines.progress import Report as Progress
 from latentrt.engines.progress import silent
 from latentrt.runtime.bench.cold import cold_starts, measured
@@ -30,9 +30,9 @@ from latentrt.runtime.bench.result import (
 from latentrt.runtime.bench.rounds import RULE, Warmup, take_turns, warm_up
 from latentrt.runtime.bench.samples import summarise
 from latentrt.runtime.bench.timing import TimedPipeline
-from latentrt.runtime.images import parameters
+from latentrt.runtime.images.write_png import parameters
 from latentrt.runtime.result import Result
-from latentrt.runtime.samplers import make_plan
+from latentrt.runtime.sampling import make_plan
 
 PROMPT = "a large red circle on a striped blue background"
 WARMUP_SHARE = 0.5  # of the seconds asked for, all candidates together

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from latentrt.engines.bundle import Bundle
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.progress import Report as Progress
 from latentrt.engines.spec import Array
-from latentrt.engines.verification import verify
+from latentrt.engines.verify.verify import verify
 from latentrt.runtime.bench.result import ComponentError, PromptScore, Settings
 from latentrt.runtime.bench.samples import share_interval
 from latentrt.runtime.pipeline import Pipeline

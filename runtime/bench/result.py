@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from latentrt.engines.bundle import disk_errors
+from latentrt.engines.bundle.files import disk_errors
+from latentrt.engines.bundle.parsing import ParseError, parse
 from latentrt.engines.errors import RequestError
-from latentrt.engines.parsing import ParseError, parse
 from latentrt.runtime.bench.machine import Conditions, Machine
 from latentrt.runtime.bench.rounds import Warmup
 from latentrt.runtime.bench.samples import Summary

@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from latentrt.engines.bundle import Bundle
-from latentrt.engines.choosing import FOR_CPUS
-from latentrt.engines.opening import OpenEngines
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.open import FOR_CPUS, OpenEngines
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.runtime.pipeline import Pipeline
 

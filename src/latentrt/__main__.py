@@ -25,7 +25,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "generate": ("latentrt.runtime.cli", "generate", "Draw pictures from a prompt."),
     "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
     "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print one as a table of numbers."),
-    "inspect": ("latentrt.export.inspect_cli", "inspect", "Show what a bundle or a checkpoint is."),
+    "inspect": ("latentrt.export.cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.engines.cli", "verify", "Check a bundle's files and engines."),
     "bench": ("latentrt.runtime.bench.cli", "bench", "Measure latency by stage, memory and errors; compare results."),
 }

@@ -1,0 +1,151 @@
+"""Build a bundle's engines for this machine, or for the target that the options name."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from latentrt.engines.backends import BACKENDS
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle, disk_errors, read_engine_record, record_tree, write_manifest
+from latentrt.engines.bundle.manifest import ENGINE_RECORD, SCHEMA_VERSION, EngineRecord
+from latentrt.engines.bundle.staging import can_hold, publish, staged, sweep
+from latentrt.engines.bundle.store import Store
+from latentrt.engines.errors import BundleError, EngineError, RequestError
+from latentrt.engines.open import Choice, choose, choose_to_build, serves
+from latentrt.engines.progress import Report, silent
+from latentrt.engines.spec import BackendName, EngineKey
+
+DEFAULTS = BuildOptions()
+
+_log = logging.getLogger(__name__)
+
+
+def build_engines(
+    bundle: Bundle,
+    backend: BackendName,
+    *,
+    options: BuildOptions = DEFAULTS,
+    force: bool = False,
+    store: str | None = None,
+    fetch_only: bool = False,
+    report: Report = silent,
+) -> EngineRecord:
+    """Put every component's engine for this machine below the bundle's `engines/`: built, or fetched from a store.
+
+    Where nothing can be written there, they go into the user's cache (`Bundle.engine_homes`). Engines that are in
+    either under the same key are kept, unless `force`. Of two processes that build the same key one waits for the
+    other; what a killed one left is removed.
+    store: a URL where engines lie by their keys: fetched from there where it has them, else built and published there
+    fetch_only: build nothing
+    Raises EngineError (backend, store), BundleError (files) and RequestError (options).
+    """
+    if fetch_only and (store is None or force):
+        raise RequestError("--fetch-only needs --store URL to fetch from, and builds nothing with --force")
+    try:
+        key = BACKENDS[backend].key(bundle, options)
+    except EngineError:
+        _check_can_build(backend, options)  # which says more
+        raise
+    shelf = Store(store) if store is not None else None
+    there = None if force else engines_at(bundle, key)
+    if there is not None:
+        sweep(there.parent)
+        record = read_engine_record(there)
+    elif not force and shelf is not None and shelf.holds(key):
+        return _put(_home(bundle) / key.directory, lambda directory: shelf.fetch(key, directory, report))
+    elif fetch_only:
+        raise EngineError(
+            f"{store} holds no engines for this machine and these options ({key.directory}); run the same command "
+            "without --fetch-only to build them and to publish them there"
+        )
+    else:
+        _check_can_build(backend, options, f"{store} holds no engines of {key.directory}, and " if shelf else "")
+        there = _home(bundle) / key.directory
+        record = _put(
+            there, lambda directory: _build_into(bundle, backend, key, options, directory, report), overwrite=force
+        )
+    if shelf is not None and not fetch_only:
+        shelf.publish(there, record, report, overwrite=force)
+    return record
+
+
+def build_missing(bundle: Bundle, asked: str) -> Choice:
+    """Choose a backend to run on as `choose` does, and build its engines where the bundle has none for this machine.
+
+    What `latentrt build` builds without options is built. Raises EngineError and BundleError.
+    """
+    if serves(asked, bundle):
+        return choose(asked, bundle)
+    choice = choose_to_build(asked, DEFAULTS)
+    backend = BACKENDS[choice.backend]
+    reason = backend.unavailable() or backend.cannot_build(DEFAULTS)
+    if reason is not None:
+        raise EngineError(f"'{bundle.root}' holds no engines for this machine, and none can be built: {reason}")
+    _log.warning("'%s' holds no engines for this machine: building them for %s, once", bundle.root, choice.backend)
+    record = build_engines(bundle, choice.backend)
+    place = engines_at(bundle, record.key)
+    _log.warning("built %s in %.1f s", place, record.build_s)
+    return Choice(backend=choice.backend, reason=f"{choice.reason}; built when it was loaded, in {place}")
+
+
+def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
+    """Return where the engines of a key lie, the bundle's own before the cache's; None where there are none."""
+    places = (home / key.directory for home in bundle.engine_homes())
+    return next((place for place in places if (place / ENGINE_RECORD).is_file()), None)
+
+
+def _check_can_build(backend: BackendName, options: BuildOptions, before: str = "") -> None:
+    reason = BACKENDS[backend].cannot_build(options)
+    if reason is not None:
+        raise EngineError(f"{before}the backend '{backend}' cannot build here: {reason}")
+
+
+def _home(bundle: Bundle) -> Path:
+    """Return the first folder in which engines can be put, without what killed builds left there."""
+    homes = bundle.engine_homes()
+    for home in homes:
+        with disk_errors(home):
+            if can_hold(home):
+                sweep(home)
+                return home
+    raise BundleError(
+        f"nothing can be written in {' or in '.join(map(str, homes))}; name a folder for engines with the environment "
+        "variable LATENTRT_CACHE"
+    )
+
+
+def _put(target: Path, fill: Callable[[Path], EngineRecord], *, overwrite: bool = False) -> EngineRecord:
+    """Fill a directory beside `target`, then put it in its place: by one process at a time."""
+    with staged(target, "build") as directory:
+        try:
+            if not overwrite and (target / ENGINE_RECORD).is_file():  # another process was faster
+                return read_engine_record(target)
+            with disk_errors(target):
+                shutil.rmtree(directory)  # what a killed process left
+                directory.mkdir()
+                record = fill(directory)
+            publish(directory, target, overwrite=overwrite)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    return record
+
+
+def _build_into(
+    bundle: Bundle, backend: BackendName, key: EngineKey, options: BuildOptions, directory: Path, report: Report
+) -> EngineRecord:
+    start = time.perf_counter()
+    built = BACKENDS[backend].build(bundle, directory, options, report)
+    record = EngineRecord(
+        schema_version=SCHEMA_VERSION,
+        key=key,
+        specs={component: spec for component, (_, spec) in built.items()},
+        entries={component: entry for component, (entry, _) in built.items()},
+        files=record_tree(directory),
+        build_s=round(time.perf_counter() - start, 3),
+    )
+    write_manifest(directory, record)
+    return record

@@ -1,0 +1,123 @@
+"""What a build may be told: sizes, batches, the target, and how hard the compiler tries. Part of an engine's key."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.errors import RequestError
+from latentrt.engines.graphs.denoise_stage import STATE_ROWS
+from latentrt.engines.tensor_names import level_axes
+
+ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One set of shapes that engines are compiled for. Sizes are in pixels; `rows` are the UNet's batch."""
+
+    width: int
+    height: int
+    pictures: int
+    rows: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} pictures {self.pictures} rows {self.rows} tokens {self.tokens}"
+
+    def axes(self, factor: int) -> dict[str, int]:
+        """Return the size of each axis that a component's graph may name."""
+        return {
+            "batch": self.pictures,
+            "pictures": self.pictures,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "height": self.height,
+            "width": self.width,
+            "latent_height": self.height // factor,
+            "latent_width": self.width // factor,
+            **level_axes(self.height // factor, self.width // factor),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """How to build engines that are compiled for fixed shapes. What is None or empty is the bundle's or library's own.
+
+    sizes: (width, height) in pixels
+    batches: how many pictures are drawn at once
+    tokens: lengths of the prompt's encoding, in tokens
+    compute_capability: the GPU type to build for, `8.9`, on a machine that may have none
+    optimization_level: 0 to 5, how long the compiler searches
+    workspace_mb: scratch memory that a layer may use
+    version_compatible: engines for the lean runtime, and for later versions of the library
+    refit: weights can be exchanged later
+    strip: the engine holds no weights, and is refitted from the graph when it is loaded
+    state_rows: rows of state of the largest sampler that the fused denoiser shall carry
+    references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
+        part of the key, for the engines are the same
+    timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ()
+    batches: tuple[int, ...] = (1,)
+    tokens: tuple[int, ...] = ()
+    compute_capability: str | None = None
+    optimization_level: int | None = None
+    workspace_mb: int | None = None
+    version_compatible: bool = False
+    refit: bool = False
+    strip: bool = False
+    state_rows: int = STATE_ROWS
+    references: bool = True
+    timing_cache: Path | None = None
+
+    def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
+        """Return every combination of sizes, batches and tokens, each with guidance and without.
+
+        Raises RequestError where a size does not fit the bundle's latents or a number is not positive.
+        """
+        self._check(manifest.latents.factor)
+        lengths = tuple(dict.fromkeys(tokenizer.max_length for tokenizer in manifest.tokenizers.values()))
+        if len(lengths) == 1 and any(tokens % lengths[0] for tokens in self.tokens):
+            raise RequestError(
+                f"--tokens: found {', '.join(map(str, self.tokens))}, expected multiples of {lengths[0]}: a long "
+                "prompt is encoded in parts of that length"
+            )
+        combinations = itertools.product(
+            self.sizes or (manifest.default_size,), self.batches, ROWS_PER_PICTURE, self.tokens or lengths
+        )
+        profiles = (
+            Profile(width=width, height=height, pictures=pictures, rows=pictures * rows, tokens=tokens)
+            for (width, height), pictures, rows, tokens in combinations
+        )
+        return tuple(dict.fromkeys(profiles))
+
+    def _check(self, factor: int) -> None:
+        for size in self.sizes:
+            if min(size) < 1 or any(edge % factor for edge in size):
+                raise RequestError(f"--size: found {size[0]}x{size[1]}, expected multiples of {factor}")
+        for name, numbers in (
+            ("--batch", self.batches),
+            ("--tokens", self.tokens),
+            ("--state-rows", (self.state_rows,)),
+        ):
+            if any(number < 1 for number in numbers):
+                raise RequestError(f"{name}: found {min(numbers)}, expected 1 or more")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise RequestError(f"--optimization-level: found {self.optimization_level}, expected 0 to 5")
+
+    def key_lines(self) -> tuple[str, ...]:
+        """Return what the engine key says of these options; the shapes and the target are fields of its own."""
+        named: Mapping[str, int | bool | None] = {
+            "optimization level": self.optimization_level,
+            "workspace MB": self.workspace_mb,
+            "version compatible": self.version_compatible,
+            "refit": self.refit,
+            "strip": self.strip,
+            "state rows": self.state_rows,
+        }
+        return tuple(f"{name} {value}" for name, value in named.items() if value is not None and value is not False)

@@ -1,0 +1,360 @@
+"""The manifest: everything the runtime must know about a bundle, as frozen dataclasses, and their JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from latentrt.engines.bundle.documents import decode
+from latentrt.engines.bundle.parsing import ParseError, parse
+from latentrt.engines.errors import BundleError
+from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+ENGINE_RECORD = "engine.json"
+NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a component or a tokenizer
+
+Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+Spacing = Literal["leading", "trailing", "linspace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """One file of the bundle, by its path relative to the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComponentSpec:
+    """One network: its canonical graph, its golden pair, and what it takes and gives.
+
+    files: the graph and its external data; the graph comes first
+    weights: which initializer of the graph holds which of the checkpoint's weights, see `weights`; None where that is
+        not known, and the weights cannot be changed later
+    error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None where
+        a graph was adopted and there were no weights to compare it with
+    float32_layers: what an fp16 graph computes in fp32, by the checkpoint's own names of modules
+    largest_activation: the largest magnitude that the golden inputs cause in the graph in fp32, attention's logits
+        included; None in fp32 bundles, where nothing depends on it
+    """
+
+    files: tuple[str, ...]
+    golden: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights_bytes: int
+    weights: str | None = None
+    error: float | None = None
+    float32_layers: tuple[str, ...] = ()
+    largest_activation: float | None = None
+
+    @property
+    def graph(self) -> str:
+        """Return the path of the ONNX graph, relative to the bundle."""
+        return self.files[0]
+
+    def float32_note(self, *, names: int = 4) -> str | None:
+        """Say in a line what an fp16 graph computes in fp32, with the first names; None where that is nothing."""
+        if not self.float32_layers:
+            return None
+        shown, more = self.float32_layers[:names], len(self.float32_layers) - names
+        rest = f" and {more} more" if more > 0 else ""
+        reach = "" if self.largest_activation is None else f" (its values reach {self.largest_activation:.2g})"
+        return f"{len(self.float32_layers)} layers compute in fp32{reach}: {', '.join(shown)}{rest}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSpec:
+    """One text encoder's tokenizer. `max_length` counts the begin and end tokens."""
+
+    file: str
+    max_length: int
+    begin_id: int
+    end_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSpec:
+    """How one text encoder is read: its networks' outputs stand side by side in what the UNet attends to.
+
+    skip: how many of its last layers are left out unless a request says otherwise
+    pooled: the output that stands for the whole text, None where the UNet takes none of this encoder
+    """
+
+    component: str = "text_encoder"
+    tokenizer: str = "tokenizer"
+    skip: int = 0
+    pooled: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinerSpec:
+    """How the component `refiner` is told of a text: it takes the place of `unet` in the last part of a plan.
+
+    text_encoders: of the bundle's own, those that it takes, in their order
+    zero_negative: as in the manifest, of its own
+    """
+
+    text_encoders: tuple[TextSpec, ...]
+    zero_negative: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdmRange:
+    """The noise of a model with EDM's preconditioning (arXiv:2206.00364, Table 1), which has no training timesteps.
+
+    sigma_min, sigma_max: the ratios of noise to picture that it was trained between
+    sigma_data: the standard deviation of the latents it was trained on
+    """
+
+    sigma_min: float
+    sigma_max: float
+    sigma_data: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnSampler:
+    """A checkpoint's own scheduler: one of the runtime's samplers, and what its config sets; None is the sampler's own.
+
+    name, spacing: as in `latentrt.runtime.sampling`
+    order: of a multistep solver; solver_type: how its second order is taken (UniPC: which B(h))
+    lower_order_final, euler_at_final: whether the last steps have a lower order
+    predicts_noise: whether UniPC extrapolates the noise, not the picture
+    disable_corrector: the steps after which UniPC does not correct
+    end: the ratio after the last step: none, the least of training, or the last one again
+    sigma_min, sigma_max, rho: the ends and the exponent of a spacing of sigmas
+    interpolation: how ratios lie between timesteps; timestep_type: whether the model is told log(sigma) / 4
+    lambda_min: timesteps whose half-log-SNR is below this are not visited
+    variance: of DDPM's noise
+    original_inference_steps, timestep_scaling: of consistency models
+    shift: of a flow's steps towards the noise
+    rescale_betas_zero_snr: False where the class does not know the schedule's own value
+    """
+
+    name: str
+    spacing: str | None = None
+    order: Literal[1, 2, 3] | None = None
+    solver_type: Literal["midpoint", "heun", "bh1", "bh2"] | None = None
+    lower_order_final: bool | None = None
+    euler_at_final: bool | None = None
+    predicts_noise: bool | None = None
+    disable_corrector: tuple[int, ...] | None = None
+    end: Literal["zero", "lowest", "repeat"] | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float | None = None
+    interpolation: Literal["linear", "log_linear"] | None = None
+    timestep_type: Literal["discrete", "continuous"] | None = None
+    lambda_min: float | None = None
+    variance: Literal["fixed_small", "fixed_large"] | None = None
+    original_inference_steps: int | None = None
+    timestep_scaling: float | None = None
+    shift: float | None = None
+    rescale_betas_zero_snr: bool | None = None
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Return what the config sets beside the sampler and its spacing, by the names of the fields."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None and name not in ("name", "spacing")}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSchedule:
+    """The noise the checkpoint was trained with, and its own scheduler, in diffusers' terms.
+
+    timestep_spacing: None where the checkpoint's config leaves it to each scheduler, as Stable Diffusion 1.x does
+    scheduler: the checkpoint's own scheduler class; sampler: what it is here, None in bundles of older versions
+    edm: in place of the betas, where the model has EDM's preconditioning
+    clip_sample: whether diffusers' pipeline of this family would clip what the model predicts: no plan can, see `ddim`
+    """
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+    prediction_type: Prediction
+    timestep_spacing: Spacing | None
+    steps_offset: int
+    set_alpha_to_one: bool
+    rescale_betas_zero_snr: bool = False
+    trained_betas: tuple[float, ...] | None = None
+    scheduler: str = "DDIMScheduler"
+    sampler: OwnSampler | None = None
+    edm: EdmRange | None = None
+    clip_sample: bool = False
+
+    @property
+    def clip_note(self) -> str | None:
+        """Say what is drawn otherwise than diffusers' pipeline does; None where that is nothing."""
+        if not self.clip_sample:
+            return None
+        return (
+            f"the checkpoint's {self.scheduler} has clip_sample, which diffusers' pipeline of this family honours: it "
+            "cuts the predicted latents to -1..1; here nothing is cut, so its pictures differ"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentSpec:
+    """The latent space: (channels, height / factor, width / factor), multiplied by `scaling_factor`.
+
+    preview: what each channel adds to red, green and blue (0 to 255), and last what is there without any
+    """
+
+    channels: int
+    factor: int
+    scaling_factor: float
+    preview: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the weights came from.
+
+    checkpoint: as it was named
+    files: the SHA-256 of each that was read, by name
+    tools: the versions at work
+    options: what was chosen beside the checkpoint
+    """
+
+    checkpoint: str
+    files: Mapping[str, str]
+    tools: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
+    export_key: str = ""  # SHA-256 over all that the export depends on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A bundle's table of contents.
+
+    default_size: (width, height) in pixels
+    text_encoders: in the order in which the UNet takes what they give
+    zero_negative: zeros stand for a negative prompt that is not given; an empty one is encoded
+    refiner: what the component of that name takes of a text; None where there is none
+    """
+
+    schema_version: int
+    producer: str
+    family: Family
+    precision: Precision
+    provenance: Provenance
+    components: Mapping[str, ComponentSpec]
+    tokenizers: Mapping[str, TokenizerSpec]
+    schedule: TrainingSchedule
+    latents: LatentSpec
+    default_size: tuple[int, int]
+    files: Mapping[str, FileRecord]
+    text_encoders: tuple[TextSpec, ...] = (TextSpec(),)
+    zero_negative: bool = False
+    refiner: RefinerSpec | None = None
+
+    def graphs_digest(self, *, latents: bool = False) -> str:
+        """Return one SHA-256 over all canonical graphs and their weights, for engine keys.
+
+        latents: and over the latents' scale, which engines carry that begin at the sampler's state
+        """
+        lines = [
+            f"{name} {path} {self.files[path].sha256}"
+            for name, component in sorted(self.components.items())
+            for path in component.files
+        ]
+        if latents:
+            space = dataclasses.asdict(dataclasses.replace(self.latents, preview=None))
+            lines += [f"latents {name} {value}" for name, value in space.items() if value is not None]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRecord:
+    """What lies in one directory of `engines/`: its key, and a spec and a main file for each component.
+
+    The record stands beside the engines, not in the manifest, so that machines sharing one bundle can add
+    theirs without rewriting a common file.
+    """
+
+    schema_version: int
+    key: EngineKey
+    specs: Mapping[str, EngineSpec]
+    entries: Mapping[str, str]
+    files: Mapping[str, FileRecord]
+    build_s: float
+
+
+def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
+    """Write a manifest or an engine record as indented JSON."""
+    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=False, allow_nan=False) + "\n"
+
+
+def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
+    """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
+    manifest = _decode(Manifest, content, where=where, mend="export the checkpoint again")
+    _check_references(manifest, where=where)
+    return manifest
+
+
+def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord:
+    """Read an engine record strictly; `where` is the file's path, for the error. Raises BundleError."""
+    record = _decode(EngineRecord, content, where=where, mend="delete its directory and run `latentrt build`")
+    for component, entry in record.entries.items():
+        if entry not in record.files or component not in record.specs:
+            raise BundleError(
+                f"{where} $.entries.{component}: '{entry}' is not among $.files, or the component is not among "
+                "$.specs; delete its directory and run `latentrt build`"
+            )
+    return record
+
+
+T = TypeVar("T")
+
+
+def _decode(kind: type[T], content: bytes | str, *, where: str, mend: str) -> T:
+    try:
+        document = decode(content, strict=True)
+    except ParseError as error:
+        raise BundleError(f"{where} {error}; {mend}") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {version}, this latentrt reads up to {SCHEMA_VERSION}; upgrade latentrt"
+        )
+    try:
+        return parse(kind, document)
+    except ParseError as error:
+        raise BundleError(f"{where} {error}; {mend}") from None
+
+
+def _check_references(manifest: Manifest, *, where: str) -> None:
+    for kind, names in (("components", manifest.components), ("tokenizers", manifest.tokenizers)):
+        if strange := [name for name in names if not NAME.fullmatch(name)]:
+            raise BundleError(
+                f"{where} $.{kind}: found the name {strange[0]!r}, expected letters, digits, - and _, for files are "
+                "named for it; do not use this bundle"
+            )
+    named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
+    named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
+    named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
+    if manifest.refiner and "refiner" not in manifest.components:
+        raise BundleError(f"{where} $.refiner: there is no component 'refiner'; export the checkpoint again")
+    for key, path in named:
+        if path not in manifest.files:
+            raise BundleError(f"{where} $.{key}: '{path}' is not among $.files; export the checkpoint again")
+    if min(manifest.default_size) < 1 or min(manifest.latents.channels, manifest.latents.factor) < 1:
+        raise BundleError(f"{where} $.latents or $.default_size: sizes must be positive; export the checkpoint again")
+    preview = manifest.latents.preview
+    if preview is not None and [len(row) for row in preview] != [3] * (manifest.latents.channels + 1):
+        raise BundleError(
+            f"{where} $.latents.preview: expected {manifest.latents.channels + 1} rows of red, green and blue; "
+            "export the checkpoint again"
+        )

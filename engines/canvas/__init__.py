@@ -1,0 +1,1 @@
+"""Where drawing happens: the contract, and the implementation in NumPy around the canonical graphs."""

@@ -1,0 +1,132 @@
+"""One stream of a device as a queue: marks in it, memory that is freed together, and copies that never overtake."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+from latentrt.engines.cuda.device import Device
+from latentrt.engines.spec import Array
+
+ALIGNMENT = 256  # bytes: what CUDA aligns its own allocations to, and TensorRT expects of addresses
+
+
+def align(size: int) -> int:
+    """Return the next multiple of the alignment."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Mark:
+    """A place in the queue. Before it is first set it stands for the queue's beginning."""
+
+    __slots__ = ("event", "place")
+
+    def __init__(self, event: int) -> None:
+        self.event = event
+        self.place = 0
+
+
+class WorkQueue:
+    """The stream that everything of one session runs in, in the order in which it was put there.
+
+    lock: held while work is put in the queue, so that what one thread records holds no other thread's work
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.lock = threading.RLock()
+        self.stream = device.create_stream()
+        self._places = 0
+        self._reached = 0
+
+    def set(self, mark: Mark) -> None:
+        """Move a mark to the end of what is in the queue now."""
+        self.device.record(mark.event, self.stream)
+        self._places += 1
+        mark.place = self._places
+
+    def reach(self, mark: Mark) -> None:
+        """Wait until the queue came to the mark. Asks nothing of the device where that is known already."""
+        place = mark.place
+        if place > self._reached:
+            self.device.wait(mark.event)
+            self._reached = max(place, self._reached)
+
+    def drain(self) -> None:
+        """Wait until the queue is empty."""
+        self.device.synchronize(self.stream)
+        self._reached = self._places
+
+    def close(self) -> None:
+        """Destroy the stream. The queue must be empty."""
+        self.device.destroy_stream(self.stream)
+
+
+class Holding:
+    """The device memory, pinned memory and marks of one owner, freed together."""
+
+    def __init__(self, queue: WorkQueue) -> None:
+        self._queue = queue
+        self._addresses: list[int] = []
+        self._blocks: list[Array] = []
+        self._events: list[int] = []
+
+    def allocate(self, size: int) -> int:
+        """Return the address of fresh device memory. It is zero once the queue came here."""
+        device = self._queue.device
+        address = device.allocate(size)
+        self._addresses.append(address)
+        device.zero(address, size, self._queue.stream)
+        return address
+
+    def pinned(self, size: int) -> Array:
+        """Return fresh pinned memory: (size,), uint8."""
+        block = self._queue.device.allocate_pinned(size)
+        self._blocks.append(block)
+        return block
+
+    def mark(self, *, timed: bool = False) -> Mark:
+        """Return a fresh mark."""
+        self._events.append(self._queue.device.create_event(timed=timed))
+        return Mark(self._events[-1])
+
+    def close(self) -> None:
+        """Free everything. The queue must be empty."""
+        device = self._queue.device
+        while self._addresses:
+            device.free(self._addresses.pop())
+        while self._blocks:
+            device.free_pinned(self._blocks.pop())
+        while self._events:
+            device.destroy_event(self._events.pop())
+
+
+class Outbox:
+    """Pinned memory that the host fills for the device, in as many slots as there are copies under way.
+
+    A slot is filled again only after its last copy ran; with enough slots the host never waits for that.
+    """
+
+    def __init__(self, queue: WorkQueue, holding: Holding, size: int, *, slots: int = 1) -> None:
+        self._queue = queue
+        stride = align(size)
+        block = holding.pinned(stride * slots)
+        self._slots = [(block[n * stride :][:size], holding.mark()) for n in range(slots)]
+        self._next = 0
+
+    def send(self, address: int, pieces: Iterable[tuple[int, Array]]) -> None:
+        """Copy contiguous arrays to device memory, each to its offset in bytes from `address`, in one copy.
+
+        The arrays may be changed as soon as this returns.
+        """
+        slot, mark = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        self._queue.reach(mark)
+        end = 0
+        for offset, array in pieces:
+            slot[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
+            end = max(end, offset + array.nbytes)
+        self._queue.device.copy_in(address, slot[:end], self._queue.stream)
+        self._queue.set(mark)

@@ -1,0 +1,1 @@
+"""ONNX as it is edited before a backend compiles it."""

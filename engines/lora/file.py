@@ -1,0 +1,197 @@
+"""LoRA files, read with no framework: changes of weights, matched with the weights that a network has.
+
+What a change is stands in lora_kinds.py, what a name means in lora_names.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentrt.engines.bundle.safetensors_header import TensorFile, read_header, weights_format
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.lora.kinds import ALPHA, DIFFERENCES, DORA, KIND_OF, MAGNITUDES, Change, Kind, Role, Shape
+from latentrt.engines.lora.names import Parameter, from_original, plain_module, split_key
+from latentrt.engines.lora.peft_config import read_config
+from latentrt.engines.spec import Array
+
+Target = tuple[str, Parameter]
+"""A module in the one form of its name, and which of its parameters changes."""
+Delta = Callable[[Array], Array]
+"""What is added to a weight, computed from the base's own when it is asked for: float32, of the weight's shape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA file whose names are understood; its tensors are read when a change is asked for.
+
+    modules: for each network, the keys of each parameter that changes, by their role
+    """
+
+    file: TensorFile
+    modules: Mapping[str, Mapping[Target, Mapping[Role, str]]]
+
+    @property
+    def path(self) -> Path:
+        """Return where the file lies."""
+        return self.file.path
+
+    def match(self, part: str, shapes: Mapping[str, Shape]) -> dict[str, Target]:
+        """Find the weights of a network that the file changes.
+
+        shapes: of every weight of the network, by the name that diffusers or transformers gives it
+        Raises CheckpointError where a module fits no weight, or not its shape.
+        """
+        weights = {plain_module(name): name for name in shapes}
+        resnets = len({name for name in weights if re.fullmatch(r"down_blocks_0_resnets_\d+_conv1_weight", name)})
+        found: dict[str, Target] = {}
+        strangers = []
+        for module, parameter in self.modules.get(part, {}):
+            original = from_original(module, resnets=max(resnets, 1))
+            name = weights.get(f"{module}_{parameter}") or weights.get(f"{original}_{parameter}")
+            if name is None:
+                strangers.append(module if parameter == "weight" else f"{module}.{parameter}")
+            elif name in found:
+                raise CheckpointError(f"{self.path} changes {name} twice, as {found[name][0]} and as {module}")
+            else:
+                found[name] = (module, parameter)
+        if strangers:
+            raise CheckpointError(self._misfit(part, strangers))
+        for name, target in found.items():
+            self._check(part, target, name, shapes[name])
+        return found
+
+    def _misfit(self, part: str, strangers: list[str]) -> str:
+        base = self.file.metadata.get("ss_base_model_version")
+        made = f"; its metadata say that it was made for {base}" if base else ""
+        return (
+            f"{self.path}: {len(strangers)} of the {len(self.modules[part])} modules that it changes are not in this "
+            f"checkpoint's {part} ({', '.join(strangers[:3])}){made}; give a LoRA that was made for its family"
+        )
+
+    def _shapes(self, part: str, target: Target) -> dict[Role, Shape]:
+        return {role: self.file.tensors[key].shape for role, key in self.modules[part][target].items()}
+
+    def _check(self, part: str, target: Target, name: str, shape: Shape) -> None:
+        shapes = self._shapes(part, target)
+        if math.prod(shapes.pop(ALPHA, ())) != 1 or not self.kind(part, target).fits(shapes, shape):
+            raise CheckpointError(
+                f"{self.path}: {target[0]} has the shapes {' and '.join(map(str, shapes.values()))}, which do not fit "
+                f"{name} of shape {shape}; give a LoRA that was made for this checkpoint's family"
+            )
+
+    def kind(self, part: str, target: Target) -> Kind:
+        """Return what kind of change a parameter has."""
+        return next(KIND_OF[role] for role in self.modules[part][target] if role in KIND_OF)
+
+    def kind_name(self, part: str, target: Target) -> str:
+        """Return the kind's name, with what follows it."""
+        name = self.kind(part, target).name
+        return f"{name} with {DORA}" if set(MAGNITUDES) & set(self.modules[part][target]) else name
+
+    def rank(self, part: str, target: Target) -> int | None:
+        """Return the rank of one change, None where nothing in it is a product."""
+        return self.kind(part, target).rank(self._shapes(part, target))
+
+    def vectors(self, part: str) -> bool:
+        """Tell whether it changes anything in a network that is no matrix."""
+        changed = (
+            key for keys in self.modules.get(part, {}).values() for role, key in keys.items() if role in DIFFERENCES
+        )
+        return any(len(self.file.tensors[key].shape) == 1 for key in changed)
+
+    def change(self, part: str, target: Target) -> Change:
+        """Read one change."""
+        keys = self.modules[part][target]
+        tensors = {role: self.file.read_float32(key) for role, key in keys.items() if role != ALPHA}
+        return Change(kind=self.kind(part, target), tensors=tensors, scale=self._scale(part, target))
+
+    def _scale(self, part: str, target: Target) -> float:
+        """Return alpha / rank, 1 where the file has no alpha."""
+        key, rank = self.modules[part][target].get(ALPHA), self.rank(part, target)
+        if key is not None:
+            return float(self.file.read_float32(key).reshape(())) / rank if rank else 1.0
+        config = read_config(self.file, part)
+        return config.scale(target[0], rank) if config and self.kind(part, target).scaled else 1.0
+
+
+def find_deltas(lora: Lora, part: str, shapes: Mapping[str, Shape], *, strength: float) -> dict[str, Delta]:
+    """Find what a file adds to each weight of a network, computed when it is asked for: float32, of the weight's shape.
+
+    shapes, raises: as in `Lora.match`
+    """
+    return {
+        name: functools.partial(_added, lora, part, target, strength)
+        for name, target in lora.match(part, shapes).items()
+    }
+
+
+def _added(lora: Lora, part: str, target: Target, strength: float, weight: Array) -> Array:
+    return lora.change(part, target).added(weight, strength=strength)
+
+
+def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
+    """Read `file` or `file:0.8`. Raises CheckpointError."""
+    path, _, number = text.rpartition(":")
+    try:
+        strength = float(number)
+    except ValueError:
+        return text, 1.0
+    if not path or not math.isfinite(strength):
+        raise CheckpointError(f"{option} '{text}': expected a file and a number, as in style.safetensors:0.8")
+    return path, strength
+
+
+def read_lora(path: Path) -> Lora:
+    """Read the names of a LoRA file. Raises CheckpointError where it is none, or of a kind that is not supported."""
+    if not path.is_file():
+        raise CheckpointError(f"there is no LoRA at '{path}'; give a safetensors file")
+    if weights_format(path) != "safetensors":
+        raise CheckpointError(f"'{path}' is no safetensors file; convert the LoRA to safetensors")
+    file = read_header(path)
+    modules: dict[str, dict[Target, dict[Role, str]]] = {}
+    adapters: set[str] = set()
+    for key in sorted(file.tensors):
+        found = split_key(key, where=str(path))
+        keys = modules.setdefault(found.part, {}).setdefault((found.module, found.parameter), {})
+        adapters |= {found.adapter} if found.adapter else set()
+        if len(adapters) > 1:
+            raise CheckpointError(
+                f"{path} holds several adapters ({', '.join(sorted(adapters))}); save each in its own"
+            )
+        if found.role in keys:
+            raise CheckpointError(f"{path}: '{key}' and '{keys[found.role]}' say the same thing twice")
+        keys[found.role] = key
+    if not modules:
+        raise CheckpointError(f"'{path}' holds nothing; download it again")
+    for part, targets in modules.items():
+        for (module, _), keys in targets.items():
+            _require_kind(path, module, keys)
+        _require_magnitudes(file, part, targets)
+    return Lora(file=file, modules=modules)
+
+
+def _require_kind(path: Path, module: str, keys: Mapping[Role, str]) -> None:
+    """Refuse tensors that make up no change, or of which some would have no part in it."""
+    roles = set(keys)
+    kinds = {KIND_OF[role].name: KIND_OF[role] for role in sorted(roles & set(KIND_OF))}
+    if len(kinds) > 1:
+        raise CheckpointError(f"{path} changes {module} as {' and as '.join(kinds)}, expected one of them")
+    if not kinds:
+        raise CheckpointError(f"{path}: {module} lacks what '{min(keys.values())}' belongs to; download it again")
+    (kind,) = kinds.values()
+    strangers = kind.strangers(roles) or (roles & set(MAGNITUDES) if set(MAGNITUDES) <= roles else set())
+    if strangers:
+        raise CheckpointError(f"{path}: '{keys[min(strangers)]}' has no meaning for a {kind.name}; remove it")
+    if absent := kind.absent(roles):
+        raise CheckpointError(f"{path}: {module} lacks its {' and its '.join(absent)}; download it again")
+
+
+def _require_magnitudes(file: TensorFile, part: str, targets: Mapping[Target, Mapping[Role, str]]) -> None:
+    config = read_config(file, part)
+    if config and config.magnitudes and not any(set(MAGNITUDES) & set(keys) for keys in targets.values()):
+        raise CheckpointError(f"{config.where}: it says use_dora, and {file.path} holds no magnitudes; save it again")

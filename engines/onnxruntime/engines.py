@@ -1,0 +1,118 @@
+"""ONNX Runtime's engines of one directory, with the base's weights or with changed ones."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.canvas.contract import DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.canvas.numpy_canvas import HostCanvas
+from latentrt.engines.lora.weight_changes import Changes, adaptable
+from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider
+from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.spec import Array, Engine
+
+KEPT_CANVASES = 4  # with their buffers, for each backend that has some of its own
+# Sessions with changed weights that are kept beside the base's, for each component: each holds what changed.
+KEPT_ADAPTED = 2
+
+NOT_CHANGED: Mapping[str, Array] = {}
+
+Choice = tuple[tuple[str, str], ...]
+"""The components that are changed, each with the key of its changes."""
+
+
+class Sessions:
+    """Engines that share nothing but the files they map. It implements `backends.Opened`.
+
+    engines: by component, those in use: `adapt` puts others in their place
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        directory: Path,
+        record: EngineRecord,
+        components: Sequence[str],
+        provider: Provider,
+        *,
+        options: OnnxRuntimeOptions,
+    ) -> None:
+        self._provider, self._space = provider, bundle.manifest.latents
+        self._directory, self._record, self._options = directory, record, options
+        self._adaptable = adaptable(bundle, directory, record)
+        self.engines: dict[str, Engine] = {name: self._load(name) for name in components}
+        self._base: dict[str, Engine] = {}  # those that are not in use because a changed one is
+        self._adapted: OrderedDict[tuple[str, str], OnnxRuntimeEngine] = OrderedDict()
+        self._canvases: OrderedDict[tuple[Choice, CanvasShape, str], OnnxRuntimeCanvas] = OrderedDict()
+        self._choice: Choice = ()
+
+    def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
+        file = self._directory / self._record.entries[component]
+        return onnxruntime.load(file, self._record.specs[component], self._provider, self._options, changed=changed)
+
+    def adapt(self, changes: Mapping[str, Changes]) -> None:
+        """Change the weights of some components, and take all others as they are in the base.
+
+        Raises EngineError before anything is changed.
+        """
+        mine = {component: changes[component] for component in self.engines if component in changes}
+        for component, change in mine.items():
+            self._adaptable.check(component, change)
+        engines = {component: self._engine(component, change) for component, change in mine.items()}
+        self.engines.update(self._base)
+        self._base = {component: self.engines[component] for component in engines}
+        self.engines.update(engines)
+        self._choice = tuple(sorted((component, change.key) for component, change in mine.items()))
+
+    def _engine(self, component: str, change: Changes) -> OnnxRuntimeEngine:
+        """Return a component's engine with changed weights: one that is kept, or a new one."""
+        key = (component, change.key)
+        if key not in self._adapted:
+            kept = [other for other in self._adapted if other[0] == component]
+            for oldest in kept[: len(kept) - KEPT_ADAPTED + 1]:
+                self._forget(oldest)
+            arrays = (self._adaptable.changed(component, name, deltas) for name, deltas in change.deltas.items())
+            self._adapted[key] = self._load(component, dict(arrays))
+        self._adapted.move_to_end(key)
+        return self._adapted[key]
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        """Close a session with changed weights, and what draws with it."""
+        for other in [other for other in self._canvases if key in other[0]]:
+            del self._canvases[other]
+        if key in self._choice:  # it is in use: back to the base
+            self.adapt({})
+        self._adapted.pop(key).close()
+
+    def canvas(
+        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Canvas:
+        """Return what a batch of this shape is drawn on."""
+        if self._provider not in onnxruntime.FUSED:
+            return HostCanvas(
+                self.engines, self._space, shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder
+            )
+        key = (self._choice, shape, denoiser)
+        canvas = self._canvases.pop(key, None) or self._bound(shape, denoiser)
+        self._canvases[key] = canvas
+        if len(self._canvases) > KEPT_CANVASES:
+            self._canvases.popitem(last=False)
+        canvas.wipe(decoder=decoder)
+        return canvas
+
+    def _bound(self, shape: CanvasShape, denoiser: str) -> OnnxRuntimeCanvas:
+        bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
+        return OnnxRuntimeCanvas(bound, self._space, shape, device=self._provider, denoiser=denoiser)
+
+    def close(self) -> None:
+        """Close every engine."""
+        self._canvases.clear()
+        self.adapt({})
+        for engine in (*self.engines.values(), *self._adapted.values()):
+            engine.close()
+        self._adapted.clear()

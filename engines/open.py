@@ -1,0 +1,357 @@
+"""The engines of a bundle, opened for this machine."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentrt.engines.backends import BACKENDS, Opened, Opening
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle, Check, check_file
+from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, LatentSpec
+from latentrt.engines.canvas.contract import DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
+from latentrt.engines.spec import BackendName, Engine, EngineKey
+from latentrt.engines.tensorrt.engines import REFITTABLE
+
+_log = logging.getLogger(__name__)
+
+
+class OpenEngines:
+    """The engines of a bundle, ready to run, by component.
+
+    engines: those that were opened; what `load` opens is not added
+    choice: the backend and why it was chosen
+    key: of the engines that were opened first
+    load_s: how long it took to find, check and open them
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        choice: Choice,
+        *,
+        components: tuple[str, ...] | None,
+        needs: CanvasShape | None,
+        threads: int | None,
+        cuda_graphs: bool | None,
+        check: Check,
+    ) -> None:
+        start = time.perf_counter()
+        self.choice = choice
+        self._bundle, self._check = bundle, check
+        self._threads, self._cuda_graphs = threads, cuda_graphs
+        directory, record = find_engines(bundle, choice.backend, needs=needs)
+        self._components = components or tuple(record.entries)
+        self._first = (directory, record)
+        self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
+        self._further: list[Opened] = []
+        self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
+        self.engines = self._open(directory, record).engines
+        self.key: EngineKey = record.key
+        self.load_s = time.perf_counter() - start
+
+    def _open(self, directory: Path, record: EngineRecord) -> Opened:
+        if directory not in self._opened:
+            opened = self._open_components(directory, record, self._components)
+            self._opened[directory] = (record, opened)
+            opened.adapt(self._changes or NOTHING)
+        return self._opened[directory][1]
+
+    def _open_components(self, directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
+        for name, file in record.files.items():
+            check_file(directory, name, file, check=self._check)
+        _log.info("opening %s: %s (%s)", directory, ", ".join(components), self.choice.reason)
+        opening = Opening(
+            bundle=self._bundle,
+            directory=directory,
+            record=record,
+            components=components,
+            threads=self._threads,
+            cuda_graphs=self._cuda_graphs,
+        )
+        return BACKENDS[self.choice.backend].open(opening)
+
+    def load(self, component: str) -> Engine:
+        """Open one more component. Raises EngineError and BundleError."""
+        self._further.append(self._open_components(*self._first, (component,)))
+        return self._further[-1].engines[component]
+
+    def adapt(self, changes: Mapping[str, Changes]) -> bool:
+        """Change the weights of components, always from the base's; tell whether there was anything to do.
+
+        What is not named is as in the base again. What drew before must be asked for again with `canvas`.
+        Raises EngineError; then no weights are changed at all.
+        """
+        if self._changes is not None and keys_of(changes) == keys_of(self._changes):
+            return False
+        self._changes = None  # until it is known that everything went well
+        try:
+            self._adapt_all(changes)
+        except Exception:
+            self._adapt_all(NOTHING)
+            self._changes = NOTHING
+            raise
+        self._changes = changes
+        return True
+
+    def _adapt_all(self, changes: Mapping[str, Changes]) -> None:
+        for _, opened in self._opened.values():
+            opened.adapt(changes)
+
+    def canvas(
+        self,
+        space: LatentSpec,
+        shape: CanvasShape,
+        *,
+        state_rows: int,
+        denoiser: str = UNET,
+        decoder: str | None = DECODER,
+    ) -> Canvas:
+        """Return what a batch of this shape is drawn on, with one of the bundle's denoisers and decoders.
+
+        decoder: None where the pixels come from elsewhere
+
+        Where the bundle holds engines of several shapes, those that fit are opened when they are first needed, and
+        stay open. Raises EngineError where none fits.
+        """
+        fitting = self._fitting(shape)
+        return fitting.canvas(shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder)
+
+    def engine(self, component: str, shape: CanvasShape) -> Engine:
+        """Return the engine of an opened component that takes pictures of this shape. Raises EngineError."""
+        return self._fitting(shape).engines[component]
+
+    def _fitting(self, shape: CanvasShape) -> Opened:
+        for record, opened in self._opened.values():
+            if fits(record, shape, self._bundle):
+                return opened
+        return self._open(*find_engines(self._bundle, self.choice.backend, needs=shape))
+
+    def close(self) -> None:
+        """Close every engine."""
+        for _, opened in self._opened.values():
+            opened.close()
+        for opened in self._further:
+            opened.close()
+        self._opened.clear()
+        self._further.clear()
+
+
+def open_engines(
+    bundle: Bundle,
+    backend: str = "auto",
+    *,
+    components: tuple[str, ...] | None = None,
+    needs: CanvasShape | None = None,
+    threads: int | None = None,
+    cuda_graphs: bool | None = None,
+    check: Check = "hash",
+    build: bool = False,
+) -> OpenEngines:
+    """Open the engines of a bundle for this machine, all of them or the named components.
+
+    backend: `auto` or a backend's name; see `choose`
+    needs: the shape that shall be drawn first; None for any, the bundle's own size by preference
+    threads: how many CPU threads a run may use, None for the backend's own choice
+    cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
+    check: what is compared before a file is opened: its SHA-256, or only its size
+    build: build the engines where there are none for this machine; it is logged, and said in the choice's reason
+    Raises EngineError and BundleError.
+    """
+    if build:
+        from latentrt.engines.build import build_missing
+
+        choice = build_missing(bundle, backend)
+    else:
+        choice = choose(backend, bundle)
+    return OpenEngines(
+        bundle,
+        choice,
+        components=components,
+        needs=needs,
+        threads=threads,
+        cuda_graphs=cuda_graphs,
+        check=check,
+    )
+
+
+# The fastest first. `auto` takes the first of these that a bundle has engines for here, or that can build them here.
+FOR_GPUS: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx", "cuda")
+FOR_CPUS: BackendName = "cpu"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The backend that was chosen, and why."""
+
+    backend: BackendName
+    reason: str
+
+
+def choose(asked: str, bundle: Bundle) -> Choice:
+    """Choose a backend to run a bundle on: the one asked for, always.
+
+    With `auto`, on a machine whose NVIDIA GPU answers: the first of `FOR_GPUS` for which the bundle holds engines of
+    this machine; elsewhere the CPU. Raises EngineError where what was asked for is unknown, and where the bundle
+    holds no engines for the GPU: there is no silent second choice.
+    """
+    if asked != "auto":
+        return _as_asked(asked)
+    gpu = find_gpu()
+    if gpu is None:
+        return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
+    reasons = []
+    for name in FOR_GPUS:
+        try:
+            _, record = find_engines(bundle, name)
+        except EngineError as error:
+            reasons.append(str(error))
+            continue
+        version = record.key.backend_version
+        return Choice(backend=name, reason=f"auto: {gpu.name} answers here, and the bundle's {name} {version} engines")
+    raise EngineError(
+        f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {bundle.root}` on "
+        f"this machine, or choose --backend {FOR_CPUS} ({'; '.join(reasons)})"
+    )
+
+
+def serves(asked: str, bundle: Bundle) -> bool:
+    """Tell whether a bundle holds engines of this machine for the backend asked for, or with `auto` for one it takes.
+
+    Raises EngineError on an unknown backend, and BundleError.
+    """
+    if asked != "auto":
+        names: tuple[BackendName, ...] = (_as_asked(asked).backend,)
+    else:
+        names = FOR_GPUS if find_gpu() is not None else (FOR_CPUS,)
+    return any(BACKENDS[name].unavailable() is None and serving_engines(bundle, name) for name in names)
+
+
+def choose_to_build(asked: str, options: BuildOptions) -> Choice:
+    """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here.
+
+    Raises EngineError where there is none.
+    """
+    if asked != "auto":
+        return _as_asked(asked)
+    gpu = find_gpu()
+    if gpu is None:
+        return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
+    refusals = {name: BACKENDS[name].cannot_build(options) for name in FOR_GPUS}
+    best = next((name for name, refusal in refusals.items() if refusal is None), None)
+    if best is None:
+        words = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
+        raise EngineError(f"{gpu.name} answers here and nothing can build engines for it ({words})")
+    return Choice(backend=best, reason=f"auto: {gpu.name} answers here, and {best} can build for it")
+
+
+def _as_asked(asked: str) -> Choice:
+    for name in BACKENDS:
+        if name == asked:
+            return Choice(backend=name, reason="as asked")
+    raise EngineError(f"there is no backend '{asked}'; choose one of auto, {', '.join(BACKENDS)}")
+
+
+def find_engines(
+    bundle: Bundle, backend: BackendName, *, needs: CanvasShape | None = None
+) -> tuple[Path, EngineRecord]:
+    """Find the engines of a backend that run on this machine, and that were compiled for a shape.
+
+    needs: the shape to draw in; None for any, the bundle's own size by preference
+    Raises EngineError, which names the mend, and BundleError where a record contradicts its directory.
+    """
+    reason = BACKENDS[backend].unavailable()
+    if reason is not None:
+        raise EngineError(f"the backend '{backend}' cannot run here: {reason}")
+    serving = serving_engines(bundle, backend)
+    if not serving:
+        raise EngineError(_no_engines(bundle, backend))
+    fitting = [found for found in serving if fits(found[1], needs or _own_shape(bundle), bundle)]
+    fitting.sort(key=lambda found: REFITTABLE not in found[1].key.options)  # those that LoRAs can change come first
+    if needs is not None and not fitting:
+        raise EngineError(_no_shape(bundle, backend, needs, serving))
+    return (fitting or serving)[0]
+
+
+def serving_engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRecord]]:
+    """Return all engines of an available backend that run on this machine. Raises BundleError."""
+    return [(path, record) for path, record, differences in _engines(bundle, backend) if not differences]
+
+
+def _engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRecord, list[str]]]:
+    found = []
+    for path, record in bundle.engine_directories().items():
+        if record.key.backend != backend:
+            continue
+        differences = BACKENDS[backend].mismatches(bundle, record.key)
+        if path.name != record.key.directory:
+            raise BundleError(
+                f"{path / ENGINE_RECORD} was built for something else than its directory's name says "
+                f"({'; '.join(differences) or 'other shapes or options'}); delete {path} and run "
+                f"`latentrt build {bundle.root} --backend {backend}`"
+            )
+        found.append((path, record, differences))
+    return found
+
+
+def fits(record: EngineRecord, shape: CanvasShape, bundle: Bundle) -> bool:
+    """Tell whether a picture of this shape can be drawn with engines: with those that take any shape, always."""
+    factor = bundle.manifest.latents.factor
+    axes = {
+        "pictures": shape.pictures,
+        "tokens": shape.tokens,
+        "width": shape.width,
+        "height": shape.height,
+        "latent_width": shape.width // factor,
+        "latent_height": shape.height // factor,
+    }
+    return all(
+        not spec.profiles
+        or any(all(axes.get(axis, size) == size for axis, size in profile.items()) for profile in spec.profiles)
+        for spec in record.specs.values()
+    )
+
+
+def _own_shape(bundle: Bundle) -> CanvasShape:
+    width, height = bundle.manifest.default_size
+    tokens = max((tokenizer.max_length for tokenizer in bundle.manifest.tokenizers.values()), default=0)
+    return CanvasShape(pictures=1, tokens=tokens, width=width, height=height)
+
+
+def _no_engines(bundle: Bundle, backend: BackendName) -> str:
+    mend = _build_command(bundle, backend)
+    others = sorted((differences for _, _, differences in _engines(bundle, backend)), key=len)
+    if not others:
+        return f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}"
+    return f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {mend}"
+
+
+def _build_command(bundle: Bundle, backend: BackendName) -> str:
+    """Return the command that builds engines for this machine, and what it lacks to run it."""
+    lacking = BACKENDS[backend].cannot_build(BuildOptions())
+    first = f" (first: {lacking})" if lacking is not None else ""
+    return f"run `latentrt build {bundle.root} --backend {backend}` on this machine{first}"
+
+
+def _no_shape(
+    bundle: Bundle, backend: BackendName, needs: CanvasShape, serving: list[tuple[Path, EngineRecord]]
+) -> str:
+    held = dict.fromkeys(shape for _, record in serving for shape in shapes_of(record))
+    return (
+        f"'{bundle.root}' holds no {backend} engines for {needs.width}x{needs.height} pictures {needs.pictures} "
+        f"tokens {needs.tokens}, and shapes must match exactly; it holds {', '.join(held)}; run `latentrt build "
+        f"{bundle.root} --backend {backend} --size {needs.width}x{needs.height} --batch {needs.pictures} "
+        f"--tokens {needs.tokens}`"
+    )
+
+
+def shapes_of(record: EngineRecord) -> list[str]:
+    """Return the shapes that engines were compiled for, `512x512 pictures 1 tokens 77`; empty for any shape."""
+    return list(dict.fromkeys(re.sub(r" rows \d+", "", profile) for profile in record.key.profiles))

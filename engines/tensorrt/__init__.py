@@ -1,0 +1,1 @@
+"""TensorRT, its lean runtime, and TensorRT for RTX."""

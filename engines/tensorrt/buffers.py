@@ -1,0 +1,215 @@
+"""What a canvas on the device consists of: inputs that stay there, and passes that are bound to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.canvas.contract import CanvasShape, StageInput
+from latentrt.engines.cuda.stream import Holding, Outbox, align
+from latentrt.engines.errors import EngineError
+from latentrt.engines.graphs.edits import PIXELS, SQUARES
+from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.tensor_names import is_residual, level_axes
+from latentrt.engines.tensorrt.execution import Pass, Place, Program
+from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
+
+STATE, NEXT_STATE, ROWS = "state", "next_state", "rows"
+# What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often left away.
+PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bench:
+    """Where the parts of one canvas are made: where they run, what holds their memory, and the sizes of their axes."""
+
+    place: Place
+    holding: Holding
+    axes: Mapping[str, int]
+    origin: Origin
+
+    def profiles(self, spec: EngineSpec, *, free: str = "") -> dict[int, int]:
+        """Return {size of the free axis: profile} of those that fit. Raises EngineError where there is none."""
+        found = profiles_for(spec, self.axes, free=free)
+        if not found:
+            named = {name for sizes in spec.profiles for name in sizes} - {free}
+            raise self.origin.refuse(spec, {name: self.axes[name] for name in self.axes if name in named})
+        return found
+
+
+def canvas_axes(shape: CanvasShape, factor: int) -> dict[str, int]:
+    """Return the size of each axis that an engine's graph may name, but for the model rows."""
+    return {
+        "pictures": shape.pictures,
+        "batch": shape.pictures,
+        "tokens": shape.tokens,
+        "height": shape.height,
+        "width": shape.width,
+        "latent_height": shape.height // factor,
+        "latent_width": shape.width // factor,
+        **level_axes(shape.height // factor, shape.width // factor),
+    }
+
+
+def view(array: Array, tensor: TensorSpec, shape: Shape) -> Array:
+    """Return an array as contiguous values of the tensor's type. Raises EngineError where its shape is another."""
+    if np.shape(array) != shape:
+        raise EngineError(f"{tensor.name}: found shape {np.shape(array)}, expected {shape}")
+    return np.ascontiguousarray(array, dtype=tensor.dtype)
+
+
+class Resident:
+    """An input of the stage that stays on the device, with room for the largest number of model rows.
+
+    held: how many entries of its first axis are set, 0 before the first
+    written: whether the canvas's user set them
+    """
+
+    def __init__(self, bench: Bench, tensor: TensorSpec, shape: Shape) -> None:
+        if ROWS in tensor.shape[1:]:
+            raise EngineError(f"{tensor} has its model rows on another axis than the first; {REBUILD}")
+        self.tensor, self.shape = tensor, shape
+        self.by_rows = tensor.shape[0] == ROWS
+        self.size = nbytes(tensor, shape)
+        self.address = bench.holding.allocate(self.size)
+        self.held = 0
+        self.written = False
+        self._outbox = Outbox(bench.place.queue, bench.holding, self.size)
+
+    def write(self, array: Array) -> None:
+        """Set the values. With an axis of model rows there may be fewer than there is room for, and more: the first."""
+        if self.by_rows and np.ndim(array) == len(self.shape) and len(array):
+            array = array[: self.shape[0]]
+            values = view(array, self.tensor, (len(array), *self.shape[1:]))
+        else:
+            values = view(array, self.tensor, self.shape)
+        self._outbox.send(self.address, [(0, values)])
+        self.held, self.written = len(values), True
+
+    @property
+    def held_shape(self) -> Shape:
+        """Return the shape of what was set."""
+        return (self.held, *self.shape[1:])
+
+
+class Stage:
+    """The denoise stage for one number of model rows: what changes from stage to stage lies in one block."""
+
+    def __init__(self, bench: Bench, program: Program, profile: int, residents: Mapping[str, Resident]) -> None:
+        self._queue = bench.place.queue
+        self._run = Pass(bench.place, program, profile)
+        self._residents = residents
+        tensors = {tensor.name: tensor for tensor in program.spec.inputs}
+        self._tensors = tuple(tensors[name] for name in PER_STAGE)
+        self._offsets, self.block_size = lay_out(self._tensors, self._run.inputs)
+        self._address = bench.holding.allocate(self.block_size)
+        self._quiet = True  # fresh memory is zero
+        self._pictures = self._run.inputs["guidance"][0]
+        self._rows = self._run.inputs["guidance"][1]
+
+    @property
+    def run(self) -> Pass:
+        """Return the pass, for what binds and closes it."""
+        return self._run
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Return where what changes from stage to stage lies."""
+        return {name: self._address + offset for name, offset in self._offsets.items()}
+
+    def bind(self, previous: int, residuals: Mapping[str, int]) -> None:
+        """Set the addresses. The state is copied to `previous` first, where it is read, and written where it was."""
+        state = self._residents[STATE]
+        addresses = {name: resident.address for name, resident in self._residents.items()} | self.addresses
+        addresses |= {STATE: previous, NEXT_STATE: state.address, **residuals}
+        self._run.bind(addresses, before=[(previous, state.address, state.size)])
+
+    def send(self, stage: StageInput, outbox: Outbox) -> None:
+        """Put one copy of what a stage takes in the queue; the run itself comes behind it."""
+        for resident in self._residents.values():
+            if resident.held < (self._rows if resident.by_rows else 1):
+                raise EngineError(f"{resident.tensor.name}: a stage needs {self._wanted(resident)}; write it first")
+        arrays = {
+            tensor.name: view(array, tensor, self._run.inputs[tensor.name])
+            for tensor in self._tensors
+            if (array := getattr(stage, tensor.name)) is not None
+        }
+        owners = arrays["picture_of_row"]
+        if owners.min() < 0 or owners.max() >= self._pictures:  # the device would read past the end
+            raise EngineError(f"picture_of_row: found {owners.tolist()}, expected pictures below {self._pictures}")
+        outbox.send(self._address, [(self._offsets[name], array) for name, array in arrays.items()])
+        self._silence(silent="noise" not in arrays)
+
+    def _wanted(self, resident: Resident) -> str:
+        if not resident.held:
+            return "it and it was not written"
+        return f"{self._rows} rows of it and {resident.held} were written"
+
+    def _silence(self, *, silent: bool) -> None:
+        """Clear the noise of an earlier stage: it has no weight, unless it is not finite."""
+        if silent and not self._quiet:
+            size = self.block_size - self._offsets["noise"]
+            self._queue.device.zero(self._address + self._offsets["noise"], size, self._queue.stream)
+        self._quiet = silent
+
+
+def lay_out(tensors: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> tuple[dict[str, int], int]:
+    """Lay tensors one after another: {name: offset in bytes}, and the bytes of all."""
+    offsets, end = {}, 0
+    for tensor in tensors:
+        offsets[tensor.name] = end
+        end += align(nbytes(tensor, shapes[tensor.name]))
+    return offsets, end
+
+
+def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Resident]:
+    """Make the inputs that stay, with the shapes of the profile with the most model rows."""
+    names = {tensor.name for tensor in program.spec.inputs}
+    if not {STATE, *PER_STAGE} <= names or {tensor.name for tensor in program.spec.outputs} != {NEXT_STATE}:
+        raise EngineError(f"{program.spec.component} is no fused denoise stage: it takes {', '.join(names)}; {REBUILD}")
+    shapes = input_shapes(program.spec, profile)
+    stay = [tensor for tensor in program.spec.inputs if tensor.name not in PER_STAGE and not is_residual(tensor.name)]
+    return {tensor.name: Resident(bench, tensor, shapes[tensor.name]) for tensor in stay}
+
+
+class Decoded:
+    """What a decoder gives, on the device in one block, so that one copy brings it to the host."""
+
+    def __init__(self, holding: Holding, shape: CanvasShape) -> None:
+        self.shapes: dict[str, Shape] = {
+            PIXELS: (shape.pictures, shape.height, shape.width, 3),
+            SQUARES: (shape.pictures, 2),
+        }
+        self._squares = align(math.prod(self.shapes[PIXELS]))
+        size = self._squares + math.prod(self.shapes[SQUARES]) * np.dtype(np.float32).itemsize
+        self.address, self.host = holding.allocate(size), holding.pinned(size)
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Return where on the device each lies."""
+        return {PIXELS: self.address, SQUARES: self.address + self._squares}
+
+    def pixels(self) -> Array:
+        """Return a copy of the pixels as the last copy left them on the host."""
+        shape = self.shapes[PIXELS]
+        return self.host[: math.prod(shape)].reshape(shape).copy()
+
+    def squares(self) -> Array:
+        """Return a copy of the sums of squares beside them."""
+        return self.host[self._squares :].view(np.float32).reshape(self.shapes[SQUARES]).copy()
+
+
+def make_decoder(bench: Bench, program: Program, state: Resident, decoded: Decoded) -> Pass:
+    """Make the VAE's pass: from the state to the pixels, (P, height, width, 3) uint8, and the sums of squares."""
+    run = Pass(bench.place, program, next(iter(bench.profiles(program.spec).values())))
+    if run.inputs != {STATE: state.shape} or run.outputs != decoded.shapes:
+        given = ", ".join(f"{name} {shape}" for name, shape in decoded.shapes.items())
+        raise EngineError(
+            f"{program.spec.component} takes {run.inputs} and gives {run.outputs}, expected {STATE} {state.shape} "
+            f"and {given}; {REBUILD}"
+        )
+    run.bind({STATE: state.address, **decoded.addresses})
+    return run

@@ -1,0 +1,189 @@
+"""A compiled engine as a function of host arrays: copied in, run, copied out, with one wait."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from latentrt.engines.cuda.stream import Holding, Outbox
+from latentrt.engines.errors import EngineError
+from latentrt.engines.spec import Array, Engine, EngineView, Inputs
+from latentrt.engines.tensorrt.execution import Pass, Place, Program
+from latentrt.engines.tensorrt.profiles import Origin, Shape, input_shapes, nbytes
+
+
+class TensorRTEngine:
+    """One component for callers with NumPy arrays. The arrays it returns hold until its next call.
+
+    Each profile that was used keeps its context and buffers until `close`. It serves one thread at a time, together
+    with what else runs in the same place.
+    """
+
+    def __init__(self, place: Place, program: Program, origin: Origin) -> None:
+        self.spec = program.spec
+        self._place, self._origin = place, origin
+        self._program: Program | None = program  # None once closed
+        self._desks: dict[int, _Desk] = {}
+
+    @property
+    def closed(self) -> bool:
+        """Tell whether it was closed."""
+        return self._program is None
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        """Run the engine. Inputs are converted to the spec's dtypes.
+
+        Raises EngineError on wrong names, and on shapes that it is not compiled for, with the command that mends it.
+        """
+        if self._program is None:
+            raise EngineError(f"the engine of {self.spec.component} is closed; open the bundle again")
+        arrays = self._arrays(inputs)
+        profile = self._profile(arrays)
+        with self._place.queue.lock:
+            if profile not in self._desks:
+                self._desks[profile] = _Desk(self._place, self._program, profile)
+            self._desks[profile].put(arrays)
+        return self._desks[profile].outputs()
+
+    def _arrays(self, inputs: Inputs) -> dict[str, Array]:
+        names = [tensor.name for tensor in self.spec.inputs]
+        if set(inputs) != set(names):
+            raise EngineError(f"{self.spec.component} takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
+        arrays = {t.name: np.ascontiguousarray(inputs[t.name], dtype=t.dtype) for t in self.spec.inputs}
+        for tensor in self.spec.inputs:
+            if not tensor.accepts(arrays[tensor.name]):
+                raise EngineError(f"{self.spec.component} takes {tensor}, found shape {arrays[tensor.name].shape}")
+        return arrays
+
+    def _profile(self, arrays: Mapping[str, Array]) -> int:
+        asked = {name: array.shape for name, array in arrays.items()}
+        for number in range(len(self.spec.profiles)):
+            if input_shapes(self.spec, number) == asked:
+                return number
+        raise self._origin.refuse(self.spec, self._axes(asked))
+
+    def _axes(self, asked: Mapping[str, Shape]) -> dict[str, int]:
+        """Return the size that the asked shapes give each named axis."""
+        axes: dict[str, int] = {}
+        for tensor in self.spec.inputs:
+            for axis, size in zip(tensor.shape, asked[tensor.name], strict=True):
+                if isinstance(axis, str) and axes.setdefault(axis, size) != size:
+                    raise EngineError(
+                        f"{self.spec.component}: {tensor.name} has {axis} {size}, another input has {axes[axis]}"
+                    )
+        return axes
+
+    def close(self) -> None:
+        """Free the contexts and buffers. Closing twice is closing once."""
+        if self._program is None:
+            return
+        self._program = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the contexts and buffers; they are made again for the next call."""
+        with self._place.queue.lock:
+            while self._desks:
+                self._desks.popitem()[1].close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Desk:
+    """One profile with its own buffers, on the device and pinned on the host."""
+
+    def __init__(self, place: Place, program: Program, profile: int) -> None:
+        self._queue, self._holding = place.queue, Holding(place.queue)
+        self._pass: Pass | None = None
+        try:
+            self._pass = Pass(place, program, profile)
+            self._set_up(self._pass, program)
+        except EngineError:
+            self.close()
+            raise
+
+    def _set_up(self, run: Pass, program: Program) -> None:
+        holding = self._holding
+        sides = ((program.spec.inputs, run.inputs), (program.spec.outputs, run.outputs))
+        sizes = {t.name: nbytes(t, shapes[t.name]) for tensors, shapes in sides for t in tensors}
+        self._addresses = {name: holding.allocate(size) for name, size in sizes.items()}
+        self._outboxes = {name: Outbox(self._queue, holding, sizes[name]) for name in run.inputs}
+        self._blocks = {name: holding.pinned(sizes[name]) for name in run.outputs}
+        self._outputs = {
+            t.name: self._blocks[t.name].view(t.dtype).reshape(run.outputs[t.name]) for t in program.spec.outputs
+        }
+        self._done = holding.mark()
+        run.bind(self._addresses)
+
+    def put(self, arrays: Mapping[str, Array]) -> None:
+        """Put a run in the queue, with the copies around it."""
+        assert self._pass is not None
+        for name, array in arrays.items():
+            self._outboxes[name].send(self._addresses[name], [(0, array)])
+        self._pass.run()
+        for name, block in self._blocks.items():
+            self._queue.device.copy_out(block, self._addresses[name], self._queue.stream)
+        self._queue.set(self._done)
+
+    def outputs(self) -> dict[str, Array]:
+        """Wait for the last run and return what it gave."""
+        self._queue.reach(self._done)
+        return dict(self._outputs)
+
+    def close(self) -> None:
+        self._queue.drain()
+        if self._pass is not None:
+            self._pass.close()
+        self._holding.close()
+
+
+BATCH = "batch"
+
+
+def in_portions(engine: Engine) -> Engine:
+    """Return an engine that takes any number of rows, where `engine` is compiled for some numbers of them alone.
+
+    Engines without a batch of independent rows (the fused stage, the decoder from the state) are returned as they
+    are, as are those that take any shape.
+    """
+    return _InPortions(engine) if any(BATCH in profile for profile in engine.spec.profiles) else engine
+
+
+class _InPortions(EngineView):
+    """Largest portions first; the last one is filled up with copies of the last row, whose outputs are dropped."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._batches = sorted({profile[BATCH] for profile in engine.spec.profiles}, reverse=True)
+        # Not a row each: the text encoder's second table
+        self._shared = {tensor.name for tensor in engine.spec.inputs if tensor.shape[0] != BATCH}
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        """Run the engine as often as it takes. The arrays that are returned hold until the next call."""
+        rows = {name: np.asarray(array) for name, array in inputs.items() if name not in self._shared}
+        shared = {name: array for name, array in inputs.items() if name in self._shared}
+        count = len(next(iter(rows.values())))
+        if count in self._batches:
+            return self._engine(inputs)
+        found: list[dict[str, Array]] = []
+        start = 0
+        while start < count:
+            size = next((batch for batch in self._batches if batch <= count - start), self._batches[-1])
+            portion = {name: _take(array, start, size) for name, array in rows.items()}
+            found.append({name: array.copy() for name, array in self._engine({**portion, **shared}).items()})
+            start += size
+        return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
+
+
+def _take(array: Array, start: int, size: int) -> Array:
+    part = array[start : start + size]
+    return np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])

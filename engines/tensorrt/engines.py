@@ -1,0 +1,253 @@
+"""The engines of one target, opened on one device: canvases to draw on, and engines for host arrays."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.canvas.contract import DECODER, DECODERS, UNET, CanvasShape
+from latentrt.engines.cuda.device import Device
+from latentrt.engines.cuda.stream import WorkQueue
+from latentrt.engines.errors import EngineError
+from latentrt.engines.lora.weight_changes import Adaptable, Changes
+from latentrt.engines.spec import Array, EngineSpec
+from latentrt.engines.tensor_names import PREFIX
+from latentrt.engines.tensorrt.canvas import SLOTS, Programs, TensorRTCanvas
+from latentrt.engines.tensorrt.compile import _given
+from latentrt.engines.tensorrt.engine import TensorRTEngine
+from latentrt.engines.tensorrt.execution import Place, Program, Scratch, Told, logger_of, open_programs
+from latentrt.engines.tensorrt.profiles import Origin
+
+# Canvases that are kept: each holds its contexts, buffers and graphs.
+KEPT_CANVASES = 4
+
+
+def open_tensorrt(
+    library: ModuleType,
+    directory: Path,
+    record: EngineRecord,
+    device: Device,
+    *,
+    factor: int,
+    components: Sequence[str] | None = None,
+    graphs: bool = True,
+    canvases: int = KEPT_CANVASES,
+    slots: int = SLOTS,
+) -> TensorRTSession:
+    """Open the compiled engines in `directory`, read from all files at once.
+
+    library: tensorrt, tensorrt_lean, tensorrt_dispatch or tensorrt_rtx, of the version that the record's key names
+    directory, record: what `find_engines` returns; files are not hashed here
+    device: a `CudaDevice`, which is proof that a driver answers
+    factor: how many pixels an element of the latents is wide, as the manifest says
+    components: the ones to open, None for all
+    graphs: whether passes are recorded as CUDA graphs
+    canvases: how many shapes are kept ready; the one that was used longest ago makes room
+    slots: how many stages a canvas can have on their way to the device; see `tensorrt_canvas.SLOTS`
+    Raises EngineError with the library's own words, BundleError where a file cannot be read.
+    """
+    origin = Origin(bundle=directory.parent.parent, backend=record.key.backend, factor=factor)
+    names = tuple(record.entries) if components is None else tuple(components)
+    plans = {name: (directory / record.entries[name], record.specs[name]) for name in names}
+    return TensorRTSession(library, plans, device, origin, graphs=graphs, canvases=canvases, slots=slots)
+
+
+class TensorRTSession:
+    """Opened engines with the stream that all of them run in and the scratch memory that they share.
+
+    What it hands out is closed with it. Threads may share it: work of one waits until the other's is in the queue.
+    """
+
+    def __init__(
+        self,
+        library: ModuleType,
+        plans: Mapping[str, tuple[Path, EngineSpec]],
+        device: Device,
+        origin: Origin,
+        *,
+        graphs: bool = True,
+        canvases: int = KEPT_CANVASES,
+        slots: int = SLOTS,
+    ) -> None:
+        if min(canvases, slots) < 1:
+            raise EngineError(f"canvases and slots: found {canvases} and {slots}, expected 1 or more")
+        start = time.perf_counter()
+        self._origin, self._kept, self._slots = origin, canvases, slots
+        self._programs: dict[str, Program] = open_programs(library, plans)
+        queue = WorkQueue(device)
+        self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
+        self._canvases: OrderedDict[tuple[CanvasShape, str], TensorRTCanvas] = OrderedDict()
+        self._engines: list[TensorRTEngine] = []
+        self._closed = False
+        self.load_s = time.perf_counter() - start
+
+    def canvas(self, shape: CanvasShape, *, denoiser: str = UNET, decoder: str | None = DECODER) -> TensorRTCanvas:
+        """Return a blank canvas for a shape: the same one every time, wiped, while it is kept.
+
+        denoiser: the network that its stages run
+        decoder: what its pixels come from; None where they come from elsewhere: it then takes no memory for any
+        Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
+        the device has no room.
+        """
+        with self._place.queue.lock:
+            self._check_open()
+            key = (shape, denoiser)
+            if key not in self._canvases:
+                while len(self._canvases) >= self._kept:
+                    _, oldest = self._canvases.popitem(last=False)
+                    oldest.close("made room for another shape; ask for it again, or keep more canvases")
+                programs = self._drawing(denoiser)
+                self._canvases[key] = TensorRTCanvas(self._place, programs, shape, self._origin, slots=self._slots)
+            self._canvases.move_to_end(key)
+            self._canvases[key].wipe()
+            self._canvases[key].decode_with(decoder)
+            return self._canvases[key]
+
+    def _drawing(self, denoiser: str) -> Programs:
+        if denoiser not in self._programs:
+            raise EngineError(f"drawing needs {denoiser}, opened are {', '.join(self._programs)}")
+        return Programs(
+            unet=self._programs[denoiser],
+            decoders={name: self._programs[name] for name in DECODERS if name in self._programs},
+            text_encoder=self._programs.get("text_encoder"),
+            controlnets={name: one for name, one in self._programs.items() if name.startswith(PREFIX)},
+        )
+
+    def engine(self, component: str) -> TensorRTEngine:
+        """Return a fresh engine for host arrays. Raises EngineError where the component was not opened."""
+        self._check_open()
+        program = self._programs.get(component)
+        if program is None:
+            raise EngineError(f"there is no {component} here, opened are {', '.join(self._programs)}")
+        engine = TensorRTEngine(self._place, program, self._origin)
+        self._engines = [*(one for one in self._engines if not one.closed), engine]
+        return engine
+
+    def refit(self, component: str, exchange: Callable[[Program, int], None]) -> None:
+        """Exchange weights of an engine: `exchange` is given it and the stream in which to queue that.
+
+        Canvases are closed and passes are made anew: that recorded ones see new weights is promised nowhere.
+        """
+        with self._place.queue.lock:
+            self._check_open()
+            while self._canvases:
+                self._canvases.popitem()[1].close("had other weights; ask for it again")
+            for engine in self._engines:
+                engine.forget()
+            self._place.queue.drain()
+            exchange(self._programs[component], self._place.queue.stream)
+            self._place.queue.drain()
+
+    def warm_up(self, shape: CanvasShape) -> dict[str, float]:
+        """Make the canvas for a shape and run all of it; return the device's seconds by pass."""
+        return self.canvas(shape).warm_up()
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Return how much device memory the engines share for what they compute on the way."""
+        return self._place.scratch.size
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError(f"the engines of '{self._origin.bundle}' are closed; open the bundle again")
+
+    def close(self) -> None:
+        """Wait for the queue and free everything: contexts and graphs, engines, scratch memory, the stream."""
+        with self._place.queue.lock:
+            if self._closed:
+                return
+            self._closed = True
+            while self._canvases:
+                self._canvases.popitem()[1].close()
+            while self._engines:
+                self._engines.pop().close()
+            self._programs.clear()
+            self._place.scratch.close()
+            self._place.queue.drain()
+            self._place.queue.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+REFITTABLE = "refit True"  # as an engine's key says it
+UNKNOWN = "unknown"  # of weights where a refit went wrong: some may have been exchanged
+
+
+def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], Array | None], stream: int) -> None:
+    """Put weights into an engine, by the names of initializers, and queue the exchange.
+
+    base: gives the values of what else must be supplied because the compiler has put it together with these
+    Raises EngineError with the library's words; then some of the weights may have been exchanged and some not.
+    """
+    name, told = program.spec.component, Told(logger_of(program.library))
+    refitter = _given(
+        program.library.Refitter(program.engine, logger_of(program.library)), f"{name}: no refitter", told
+    )
+    kept = dict(weights)  # the library reads them until the refit is in the queue
+    for initializer, values in weights.items():
+        _set(refitter, initializer, values, name, told)
+    for initializer in refitter.get_missing_weights():
+        own = base(initializer) if initializer else None
+        if own is None:
+            raise EngineError(
+                f"{name}: its compiler has put '{initializer}' together with a weight that changes, and its own values "
+                "are not known; add the LoRA when exporting: latentrt export --lora"
+            )
+        kept[initializer] = own
+        _set(refitter, initializer, own, name, told)
+    if not refitter.refit_cuda_engine_async(stream):
+        _given(None, f"{name}: its weights could not be exchanged", told)
+
+
+def _set(refitter: Any, initializer: str, values: Array, name: str, told: Told) -> None:
+    if not refitter.set_named_weights(initializer, values):
+        _given(None, f"{name}: the weights of {initializer} were refused", told)
+
+
+class Refits:
+    """What the engines of a session have been changed to. They are changed in place, from the base's weights always."""
+
+    def __init__(self, session: TensorRTSession, weights: Adaptable) -> None:
+        self._session, self._weights = session, weights
+        self._now: dict[str, Changes] = {}
+
+    def adapt(self, changes: Mapping[str, Changes], components: tuple[str, ...]) -> None:
+        """Change the weights of some components, and bring the others' back. Raises EngineError."""
+        mine = {component: changes[component] for component in components if component in changes}
+        if mine and REFITTABLE not in self._weights.record.key.options:
+            raise EngineError(
+                f"the engines in {self._weights.directory} were built without --refittable, so no LoRA can be added to "
+                f"them; run `{self._weights.command}`"
+            )
+        for component, change in mine.items():
+            self._weights.check(component, change)
+        for component in {**self._now, **mine}:
+            before, after = self._now.get(component), mine.get(component)
+            if (before and before.key) != (after and after.key):
+                self._exchange(component, before, after)
+
+    def _exchange(self, component: str, before: Changes | None, after: Changes | None) -> None:
+        """Refit what changes now, and what was changed before to the base's."""
+        old, new = (change.deltas if change else {} for change in (before, after))
+        names = [*new, *(name for name in old if name not in new)]
+        self._now[component] = Changes(key=UNKNOWN, deltas=dict.fromkeys(names, ()))
+        arrays = dict(self._weights.changed(component, name, new.get(name, ())) for name in names)
+        self._session.refit(component, lambda program, stream: refit(program, arrays, self._base(component), stream))
+        if after is None:
+            del self._now[component]
+        else:
+            self._now[component] = after
+
+    def _base(self, component: str) -> Callable[[str], Array | None]:
+        return lambda initializer: self._weights.base(component, initializer)

@@ -1,0 +1,1 @@
+"""Recorded inputs and outputs, and whether engines still compute them."""

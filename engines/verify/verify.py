@@ -1,0 +1,151 @@
+"""Prove on any machine, without torch, that a bundle's files are whole and its engines compute the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from latentrt.engines.backends import BACKENDS, Opening
+from latentrt.engines.bundle.files import Bundle, check_file
+from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.graphs.edits import PIXELS, SQUARES
+from latentrt.engines.open import find_engines, serving_engines
+from latentrt.engines.progress import Report, silent
+from latentrt.engines.spec import Array, BackendName, Engine, Precision
+from latentrt.engines.tensor_names import level_axes
+from latentrt.engines.verify.canonical_view import as_canonical
+from latentrt.engines.verify.references import Pair, read_golden, read_references
+
+# Largest difference allowed, over the range of the expected values. fp32: other kernels, other summation order.
+# fp16: weights and activations carry 11 bits, and errors add up over some hundred layers.
+TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2}
+# Pixels are rounded, so a difference far below one level can still move a value by one.
+PIXEL_LEVEL = 1 / 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the verification's table.
+
+    error, limit: parts of the expected range, None for files
+    profile: the sizes at which an engine with fixed shapes was compared, empty for others
+    """
+
+    what: str
+    backend: str
+    ok: bool
+    message: str
+    error: float | None = None
+    limit: float | None = None
+    profile: str = ""
+
+
+def verify(bundle: Bundle, *, backend: BackendName | None = None, report: Report = silent) -> Iterator[Row]:
+    """Check the files' hashes, then what each component computes on every backend that can run here.
+
+    Engines that take any shape are compared with the golden pairs; of those with fixed shapes every profile is.
+
+    backend: only this one; then it is an error, not a remark, if it cannot run here
+    """
+    yield _verify_files(bundle, report)
+    ran = 0
+    for name in (backend,) if backend else tuple(BACKENDS):
+        try:
+            find_engines(bundle, name)
+        except (EngineError, BundleError) as error:
+            if backend or isinstance(error, BundleError) or BACKENDS[name].unavailable() is None:
+                yield Row(what="engines", backend=name, ok=False, message=str(error))
+            continue
+        ran += 1
+        for directory, record in serving_engines(bundle, name):
+            yield from _verify_engines(bundle, name, directory, record, report)
+    if not ran:
+        yield Row(what="engines", backend="any", ok=False, message="no backend here has engines in this bundle")
+
+
+def _verify_files(bundle: Bundle, report: Report) -> Row:
+    files = bundle.manifest.files
+    for done, name in enumerate(files):
+        report("hash files", done, len(files))
+        try:
+            bundle.path(name, check="hash")
+        except BundleError as error:
+            return Row(what="files", backend="", ok=False, message=str(error))
+    report("hash files", len(files), len(files))
+    return Row(what="files", backend="", ok=True, message=f"{len(files)} files have their recorded SHA-256")
+
+
+def _verify_engines(
+    bundle: Bundle, backend: BackendName, directory: Path, record: EngineRecord, report: Report
+) -> Iterator[Row]:
+    try:
+        for name, file in record.files.items():
+            check_file(directory, name, file, check="hash")
+    except BundleError as error:
+        yield Row(what="engines", backend=backend, ok=False, message=str(error))
+        return
+    for component in record.entries:
+        report(f"verify {component} ({backend})", 0, 1)
+        opening = Opening(bundle=bundle, directory=directory, record=record, components=(component,))
+        try:
+            with contextlib.closing(BACKENDS[backend].open(opening)) as opened:
+                yield from _compare_all(bundle, backend, opened.engines[component], directory, record)
+        except (EngineError, BundleError) as error:
+            yield Row(what=component, backend=backend, ok=False, message=str(error))
+        report(f"verify {component} ({backend})", 1, 1)
+
+
+def _compare_all(
+    bundle: Bundle, backend: BackendName, engine: Engine, directory: Path, record: EngineRecord
+) -> Iterator[Row]:
+    """Compare with the golden pair; an engine with fixed shapes, in each profile, with the reference of its size."""
+    limit = TOLERANCES["fp16" if bundle.manifest.precision == "fp16" else record.key.precision]
+    component = engine.spec.component
+    space, profiles = bundle.manifest.latents, engine.spec.profiles
+    if not profiles:
+        row = _compare(as_canonical(engine, space), read_golden(bundle, component), limit)
+        yield replace(row, what=component, backend=backend)
+        return
+    for profile, pair in zip(profiles, read_references(bundle, component, directory, record), strict=True):
+        pictures = profile.get("pictures", 1)
+        rows = profile.get("rows", profile.get("batch", pictures))
+        inputs, expected = ({name: np.repeat(a, rows, axis=0) for name, a in side.items()} for side in pair)
+        row = _compare(as_canonical(engine, space, pictures=pictures), (inputs, expected), limit)
+        words = ", ".join(f"{axis} {size}" for axis, size in profile.items() if axis not in level_axes(1, 1))
+        yield replace(row, what=component, backend=backend, profile=words)
+
+
+def _compare(engine: Engine, pair: Pair, limit: float) -> Row:
+    inputs, expected = pair
+    worst = 0.0
+    for name, output in engine(inputs).items():
+        if name == SQUARES:
+            worst = max(worst, 0.0 if np.isfinite(output).all() else float("inf"))
+            continue
+        target = to_pixels(expected["sample"]) if name == PIXELS else expected[name]
+        if name == PIXELS:
+            limit = max(limit, PIXEL_LEVEL)
+        worst = max(worst, relative_error(output, target))
+    ok = worst <= limit  # False for NaN too
+    message = "agrees with the recorded fp32 outputs" if ok else "drifts from the recorded fp32 outputs"
+    return Row(what="", backend="", ok=ok, message=message, error=worst, limit=limit)
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Return the largest difference over the largest expected magnitude; NaN anywhere gives infinity."""
+    if found.shape != expected.shape:
+        return float("inf")
+    wide, target = found.astype(np.float64), expected.astype(np.float64)
+    error = float(np.max(np.abs(wide - target))) / max(float(np.max(np.abs(target))), 1e-12)
+    return error if np.isfinite(error) else float("inf")
+
+
+def to_pixels(sample: Array) -> Array:
+    """Turn decoded samples (batch, 3, height, width) in -1..1 into (batch, height, width, 3), uint8."""
+    levels = np.clip(sample.astype(np.float32) * np.float32(127.5) + np.float32(127.5), 0, 255)
+    return np.asarray(np.rint(levels).transpose(0, 2, 3, 1), dtype=np.uint8)

@@ -1,0 +1,108 @@
+"""T2I-Adapters that are exported beside a checkpoint: found, and checked against the UNet that they steer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.tensor_names import ADAPTER, FEATURE, PREFIX
+from latentrt.export.options import ControlNetOption
+from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
+from latentrt.export.sources.parts import Parts
+
+KIND = "T2IAdapter"
+Sizes = list[tuple[int, int]]
+"""Of each feature, its channels and how many latents an element of it is wide."""
+
+
+def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
+    """Add T2I-Adapters to a checkpoint's networks. Raises CheckpointError where one is missing or made for another."""
+    if parts.source == "onnx":
+        raise CheckpointError(
+            "--adapter needs a UNet that takes features, and optimum exported this one without; "
+            "give the checkpoint that it came from"
+        )
+    for option in sorted(options, key=lambda option: option.name):
+        component = ADAPTER + option.name
+        if {component, PREFIX + option.name} & set(parts.networks):
+            raise CheckpointError(f"--adapter: the name '{option.name}' was given twice; give each its own")
+        parts = _add(parts, component, option, allow_pickle=allow_pickle)
+    return parts
+
+
+def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+    path, name = Path(option.path).expanduser(), f"--adapter {option.name}='{option.path}'"
+    if not path.is_dir():
+        raise CheckpointError(f"{name} is not there; give a directory in diffusers' layout")
+    config = read_config("adapter", path)
+    if config.get("_class_name", KIND) != KIND:
+        raise CheckpointError(f"{name} was recognised as {config['_class_name']}, expected a {KIND}")
+    if config["in_channels"] not in (1, 3):
+        raise CheckpointError(f"{name} reads {config['in_channels']} channels, expected grey or RGB")
+    wanted, found = block_features(parts.configs["unet"]), adapter_features(config, factor=_factor(parts.configs))
+    if found not in (wanted, wanted[:-1]):
+        raise CheckpointError(
+            f"{name} was made for another checkpoint: its features are {_words(found)} where this one's UNet takes "
+            f"{_words(wanted)}; give an adapter for this family"
+        )
+    others = [adapter_features(config, factor=_factor(parts.configs)) for config in _adapters(parts.configs)]
+    if any(other != found for other in others):
+        raise CheckpointError(f"{name} has {len(found)} features and another adapter {len(others[0])}; add one of them")
+    files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
+    return replace(
+        parts,
+        configs={**parts.configs, component: config},
+        networks={**parts.networks, component: open_network("adapter", path, allow_pickle=allow_pickle)},
+        files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
+    )
+
+
+def _factor(configs: Mapping[str, Mapping[str, Any]]) -> int:
+    return int(2 ** (len(configs["vae_decoder"]["block_out_channels"]) - 1))
+
+
+def _adapters(configs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [config for name, config in configs.items() if name.startswith(ADAPTER)]
+
+
+def _words(sizes: Sizes) -> str:
+    return ", ".join(f"{channels} channels at 1/{divisor}" for channels, divisor in sizes)
+
+
+def block_features(unet: Mapping[str, Any]) -> Sizes:
+    """Return what a UNet's blocks take on the way down, and last its middle.
+
+    A block with attention takes its feature before it halves its latents, one without takes it after.
+    """
+    channels, kinds = list(unet["block_out_channels"]), list(unet["down_block_types"])
+    last = len(channels) - 1
+    halved = [level + (level < last and "CrossAttn" not in kind) for level, kind in enumerate(kinds)]
+    sizes = [(width, 2**level) for width, level in zip(channels, halved, strict=True)]
+    return [*sizes, (channels[-1], 2**last)]
+
+
+def adapter_features(config: Mapping[str, Any], *, factor: int) -> Sizes:
+    """Return what a T2I-Adapter gives. factor: pixels a latent"""
+    kind, channels = config["adapter_type"], list(config["channels"])
+    first = config["downscale_factor"] / factor
+    if kind == "full_adapter_xl":  # halved once, before the third
+        levels = [int(number >= 2) for number in range(len(channels))]
+    else:
+        channels += channels[-1:] if kind == "light_adapter" else []
+        levels = list(range(len(channels)))
+    return [(width, int(first * 2**level)) for width, level in zip(channels, levels, strict=True)]
+
+
+def feature_dimensions(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """Name the sizes of what adapters give; there are no features where there is no adapter."""
+    first = next(iter(_adapters(configs)), None)
+    if first is None:
+        return {"adapter_features": 0, "adapter_multiple": 1}
+    sizes = adapter_features(first, factor=_factor(configs))
+    found = {"adapter_features": len(sizes), "adapter_multiple": first["downscale_factor"]}
+    for number, (width, divisor) in enumerate(sizes):
+        found |= {f"{FEATURE}{number}_channels": width, f"{FEATURE}{number}_divisor": divisor}
+    return found

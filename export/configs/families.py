@@ -1,0 +1,174 @@
+"""What models look like: tables by which a checkpoint is recognised from its configs, or from a file's keys and shapes.
+
+Names of models are what is printed; only what `engines.manifest.Family` lists can be exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from latentrt.engines.bundle.manifest import Family
+from latentrt.engines.bundle.safetensors_header import TensorFile
+
+SUPPORTED = "Stable Diffusion 1.x, 2.x or XL"
+# A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
+ACTIVATIONS: Mapping[str, Family] = {"quick_gelu": "sd1", "gelu": "sd2"}
+# Recognised in a directory and not supported: by the class of a network, and by a key of the UNet's config.
+OTHER_NETWORKS = {
+    "ChatGLMModel": "Kolors",
+    "SD3Transformer2DModel": "Stable Diffusion 3",
+    "FluxTransformer2DModel": "Flux",
+    "Flux2Transformer2DModel": "Flux 2",
+    "PixArtTransformer2DModel": "PixArt",
+    "SanaTransformer2DModel": "Sana",
+    "StableCascadeUNet": "Stable Cascade",
+    "QwenImageTransformer2DModel": "Qwen-Image",
+}
+OTHER_UNETS = (  # (key of unet/config.json, the value besides null that is supported, what any other is)
+    ("addition_embed_type", "text_time", "a UNet with added embeddings"),
+    ("class_embed_type", None, "a UNet with class embeddings"),
+    ("num_class_embeds", None, "a UNet with class embeddings (an upscaler)"),
+    ("encoder_hid_dim_type", None, "a UNet with image prompts"),
+)
+# Files of a UNet in a directory that holds it in no form that is read, and what that form is.
+OTHER_FORMATS = {
+    "openvino_model.xml": "graphs for OpenVINO",
+    "diffusion_flax_model.msgpack": "weights for Flax",
+}
+# A pipeline's class in model_index.json begins with one of these; the first that fits, so the longest first.
+PIPELINES: tuple[tuple[str, str], ...] = (
+    ("StableDiffusionXL", "Stable Diffusion XL"),
+    ("StableDiffusion3", "Stable Diffusion 3"),
+    ("StableDiffusionUpscale", "Stable Diffusion's upscaler"),
+    ("StableDiffusionLatentUpscale", "Stable Diffusion's latent upscaler"),
+    ("StableDiffusionDepth", "Stable Diffusion 2 with depth"),
+    ("StableDiffusionInstructPix2Pix", "InstructPix2Pix"),
+    ("StableUnCLIP", "Stable unCLIP"),
+    ("StableVideo", "Stable Video Diffusion"),
+    ("StableCascade", "Stable Cascade"),
+    ("Flux2", "Flux 2"),
+    ("Flux", "Flux"),
+    ("Wuerstchen", "Wuerstchen"),
+    ("PixArt", "PixArt"),
+    ("Sana", "Sana"),
+    ("QwenImage", "Qwen-Image"),
+    ("Kandinsky", "Kandinsky"),
+    ("HunyuanDiT", "Hunyuan-DiT"),
+    ("AuraFlow", "AuraFlow"),
+    ("Lumina", "Lumina"),
+    ("ZImage", "Z-Image"),
+    ("Kolors", "Kolors"),
+    ("Chroma", "Chroma"),
+    ("LatentConsistencyModel", "a latent consistency model"),
+    ("IF", "DeepFloyd IF"),
+)
+# A file with one of these keys, with or without the prefix that a whole checkpoint gives its denoiser, is that model.
+DENOISER_PREFIX = "model.diffusion_model."
+OTHER_DENOISER_KEYS: tuple[tuple[str, str], ...] = (
+    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "Stable Diffusion 3"),
+    ("single_stream_modulation.lin.weight", "Flux 2"),
+    ("distilled_guidance_layer.in_proj.bias", "Chroma"),
+    ("double_blocks.0.img_attn.norm.key_norm.scale", "Flux"),
+    ("txt_in.individual_token_refiner.blocks.0.adaLN_modulation.1.bias", "HunyuanVideo"),
+    ("double_layers.0.attn.w2q.weight", "AuraFlow"),
+    ("transformer_blocks.0.img_mod.1.weight", "Qwen-Image"),
+    ("patchify_proj.weight", "LTX-Video"),
+    ("layers.0.adaLN_modulation.0.weight", "Z-Image"),
+    ("cap_embedder.0.weight", "Lumina 2"),
+    ("head.modulation", "Wan"),
+    ("clip_txt_mapper.weight", "Stable Cascade, stage C"),
+    ("down_blocks.1.0.channelwise.0.weight", "Stable Cascade, stage B"),
+    ("blocks.0.cross_attn.q_linear.weight", "Sana or PixArt"),
+    ("encoder_hid_proj.weight", "Kolors"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Base:
+    """A Stable Diffusion by the sizes of its UNet.
+
+    family: None where it cannot be exported from a single file
+    channels: behind its first convolution
+    added: how many numbers it takes beside the text, 0 where it takes none
+    """
+
+    label: str
+    family: Family | None
+    channels: int
+    added: int = 0
+
+
+# By the width of the text that the UNet attends to.
+BASES: Mapping[int, Base] = {
+    768: Base(label="Stable Diffusion 1.x", family="sd1", channels=320),
+    1024: Base(label="Stable Diffusion 2.x", family="sd2", channels=320),
+    1280: Base(label="Stable Diffusion XL refiner", family="sdxl_refiner", channels=384, added=2560),
+    2048: Base(label="Stable Diffusion XL", family="sdxl", channels=320, added=2816),
+}
+INPAINTING = 9
+INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
+    5: "with a depth map",
+    7: "an upscaler",
+    8: "an editor of pictures (InstructPix2Pix)",
+    INPAINTING: "for inpainting",
+}
+LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values() if base.family}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A kind of file that is no whole checkpoint: any key that begins or ends as said, or has it, gives it away.
+
+    option: how it is given beside the checkpoint that it belongs to, empty where it cannot be
+    """
+
+    label: str
+    option: str = ""
+    starts: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    has: str | None = None
+
+    def fits(self, file: TensorFile) -> bool:
+        """Say whether a file is of this kind."""
+        return any(
+            key.startswith(self.starts) or key.endswith(self.ends) or (self.has is not None and self.has in key)
+            for key in file.tensors
+        )
+
+
+CONTROLNET = "ControlNet"
+LORA = "LoRA"  # and its kin: engines/lora_kinds.py
+LORA_ENDS = tuple(f"{name}.weight" for name in ("lora_down", "lora.down", "lora_linear_layer.down"))
+LORA_PARTS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".lora_magnitude_vector", ".diff", ".w_norm")
+LORA_STARTS = ("lora_unet_", "lora_te", "lycoris_")
+PARTS: tuple[Part, ...] = (
+    Part(label=LORA, option="--lora FILE", starts=LORA_STARTS, ends=(*LORA_ENDS, *LORA_PARTS), has=".lora_A."),
+    Part(label="IP-Adapter", starts=("ip_adapter.", "image_proj.")),
+    Part(label="Control-LoRA", starts=("lora_controlnet",)),
+    Part(label="ControlNet-LLLite", starts=("lllite_",)),
+    Part(label="ControlNet Union", starts=("task_embedding", "control_model.task_embedding", "control_add_embedding.")),
+    Part(
+        label=CONTROLNET, option="--controlnet NAME=FILE", starts=("control_model.", "controlnet_", "input_hint_block.")
+    ),
+    Part(label="T2I-Adapter", option="--adapter NAME=FILE", starts=("adapter.", "body.0.")),
+    Part(label="textual inversion embedding", starts=("emb_params", "string_to_param")),
+    Part(
+        label="tiny VAE (TAESD)",
+        option="--tiny-vae DIRECTORY that holds its config.json beside the weights",
+        starts=("encoder.layers.", "decoder.layers.", "taesd_", "3.conv.0."),
+    ),
+    Part(label="VAE", option="--vae FILE", starts=("encoder.conv_in.", "decoder.conv_in.")),
+    Part(label="UNet without text encoder and VAE", option="--unet FILE", starts=("down_blocks.0.", "input_blocks.0.")),
+    Part(label="text encoder", starts=("text_model.embeddings.", "embeddings.token_embedding.")),
+)
+
+
+def option_for(label: str) -> str:
+    """Return how a kind of file is given beside a checkpoint, empty where it cannot be."""
+    return next((part.option for part in PARTS if part.label == label), "")
+
+
+def name_pipeline(pipeline: str) -> str:
+    """Return what model a pipeline's class draws with, or the class itself."""
+    return next((label for start, label in PIPELINES if pipeline.startswith(start)), pipeline)

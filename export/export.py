@@ -1,0 +1,322 @@
+"""The whole export: a checkpoint becomes a bundle beside its target, then takes its place in one rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentrt import __version__
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle, disk_errors, record_file, write_manifest
+from latentrt.engines.bundle.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    ComponentSpec,
+    Family,
+    Manifest,
+    Provenance,
+    TextSpec,
+)
+from latentrt.engines.bundle.staging import publish, staged, sweep
+from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.engines.progress import Report, silent
+from latentrt.engines.spec import BackendName, Precision
+from latentrt.export.additions.refiner import add_refiner, refiner_spec
+from latentrt.export.checkpoint import Checkpoint, open_checkpoint
+from latentrt.export.graphs.optimum import write_configs
+from latentrt.export.graphs.preview import PreviewFit, fit_preview
+from latentrt.export.networks.components import row_of
+from latentrt.export.options import CheckpointOptions
+from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
+from latentrt.export.sources.parts import Recipe, Source
+from latentrt.export.sources.tokenizer import read_tokenizer, token_dimensions, write_tokenizer
+from latentrt.export.work.jobs import MARKERS, Finished, Job, Twin, read_marker
+from latentrt.export.work.worker import start_worker
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizerFast
+
+# The CPU computes in float32 whatever the weights are, so float16 would only cost accuracy there; a GPU's matrix
+# units want float16, which also halves memory.
+DEFAULT_PRECISION: Mapping[BackendName, Precision] = {
+    "cpu": "fp32",
+    "cuda": "fp16",
+    "tensorrt": "fp16",
+    "tensorrt-rtx": "fp16",
+}
+NEEDED: Mapping[Source, tuple[str, ...]] = {
+    "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "safetensors"),
+    "onnx": ("transformers", "onnx", "onnxruntime", "safetensors"),
+}
+TOOLS: Mapping[Source, tuple[str, ...]] = {
+    "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"),
+    "onnx": ("transformers", "onnx", "onnxruntime", "tokenizers"),
+}
+# What the UNet takes of each text encoder. SDXL's read the layer before the last, whose states have had no norm.
+_POOLED = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
+TEXT_ENCODERS: Mapping[Family, tuple[TextSpec, ...]] = {
+    "sd1": (TextSpec(),),
+    "sd2": (TextSpec(),),
+    "sdxl": (TextSpec(skip=1), _POOLED),
+    "sdxl_refiner": (_POOLED,),
+}
+
+TWINS = ("text_encoder_2",)  # what a refiner reads of the checkpoint's own, and must have the same weights of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What an export did. `already_there` says that the bundle was there already and nothing was done.
+
+    preview_r_squared: the share of the colours' variance that the latent preview explains; None where none was fitted
+    """
+
+    manifest: Manifest
+    components: Mapping[str, Finished]
+    resumed: tuple[str, ...]
+    engines: Mapping[str, str]
+    seconds: float
+    already_there: bool = False
+    preview_r_squared: float | None = None
+
+
+def export_checkpoint(
+    checkpoint: str,
+    target: Path,
+    *,
+    precision: Precision | None = None,
+    backends: Sequence[BackendName] = ("cpu",),
+    overwrite: bool = False,
+    options: CheckpointOptions | None = None,
+    report: Report = silent,
+) -> Exported:
+    """Export a checkpoint to a bundle and build its engines.
+
+    checkpoint: a directory in diffusers' or optimum's layout, a safetensors file, a hub id, or `demo`
+    precision: of the graphs; None for what suits the first backend (fp32 on a CPU, fp16 on a GPU)
+    backends: whose engines are built for the machine at hand; none is a choice too
+    Raises CheckpointError, BundleError and EngineError. A killed export leaves the target as it was; the same call
+    again goes on with the components that are missing.
+    """
+    start = time.perf_counter()
+    report("reading the checkpoint", 0, 1)
+    options = options or CheckpointOptions()
+    opened = add_refiner(open_checkpoint(checkpoint, options=options), options)
+    _require_tools(opened.source)
+    tokenizers = _tokenizers(opened)
+    precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
+    provenance = _provenance(opened, precision)
+    report("reading the checkpoint", 1, 1)
+    _existing(target, provenance, overwrite=overwrite)  # what is refused leaves nothing behind
+    with staged(target, provenance.export_key) as directory:
+        if existing := _existing(target, provenance, overwrite=overwrite):
+            shutil.rmtree(directory)
+            return _kept(existing, backends, report, start)
+        finished, resumed = _components(_told(opened, tokenizers), directory, precision, report)
+        report("fitting the preview", 0, 1)
+        preview = fit_preview(directory, opened.latents)
+        report("fitting the preview", 1, 1)
+        manifest = _manifest(opened, directory, precision, provenance, finished, preview, tokenizers)
+        write_manifest(directory, manifest)
+        engines = _build(Bundle.open(directory), backends, report)
+        _publish(directory, target, overwrite=overwrite)
+    return Exported(
+        manifest=manifest,
+        components=finished,
+        resumed=resumed,
+        engines=engines,
+        seconds=time.perf_counter() - start,
+        preview_r_squared=preview.r_squared,
+    )
+
+
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, CLIPTokenizerFast]:
+    """Read every tokenizer, for a text encoder that has a vector for each of its words. Raises CheckpointError."""
+    rows = {
+        TOKENIZERS[name]: checkpoint.configs[name].get("vocab_size", 49408)
+        for name in TOKENIZERS
+        if name in checkpoint.configs
+    }
+    special = checkpoint.special_tokens
+    return {
+        name: read_tokenizer(folder, rows=rows.get(name), special=special.get(name))
+        for name, folder in checkpoint.tokenizers.items()
+    }
+
+
+def _told(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast]) -> Checkpoint:
+    """Return a checkpoint whose dimensions name the tokens that a text begins and ends with."""
+    tokens = token_dimensions(next(iter(tokenizers.values())))
+    return dataclasses.replace(checkpoint, dimensions={**checkpoint.dimensions, **tokens})
+
+
+def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
+    files = checkpoint.hashes()
+    tools = {name: importlib.metadata.version(name) for name in TOOLS[checkpoint.source]}
+    options = dict(checkpoint.options)
+    document = [__version__, SCHEMA_VERSION, precision, files, tools, options]
+    key = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return Provenance(checkpoint=checkpoint.name, files=files, tools=tools, options=options, export_key=key)
+
+
+def _require_tools(source: Source) -> None:
+    absent = [name for name in NEEDED[source] if importlib.util.find_spec(name) is None]
+    if absent:
+        raise CheckpointError(
+            f"exporting needs {', '.join(absent)}, which is not installed; run: pip install 'latentrt[export]'"
+        )
+
+
+def _existing(target: Path, provenance: Provenance, *, overwrite: bool) -> Bundle | None:
+    """Return the bundle at the target if it is what would be made. Raises BundleError if it is something else."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return None
+    if not (target / MANIFEST).is_file():
+        raise BundleError(f"'{target}' exists and is not a bundle; choose another path for the bundle")
+    if overwrite:
+        return None
+    bundle = Bundle.open(target)
+    if bundle.manifest.provenance.export_key != provenance.export_key:
+        raise BundleError(
+            f"'{target}' is a bundle of '{bundle.manifest.provenance.checkpoint}' in {bundle.manifest.precision}, made "
+            "from other weights, with other options or tools; pass --overwrite to replace it, or choose another path"
+        )
+    return bundle
+
+
+def _kept(bundle: Bundle, backends: Sequence[BackendName], report: Report, start: float) -> Exported:
+    return Exported(
+        manifest=bundle.manifest,
+        components={},
+        resumed=(),
+        engines=_build(bundle, backends, report),
+        seconds=time.perf_counter() - start,
+        already_there=True,
+    )
+
+
+def _components(
+    checkpoint: Checkpoint, staged: Path, precision: Precision, report: Report
+) -> tuple[dict[str, Finished], tuple[str, ...]]:
+    """Export every component that no earlier run has finished. Returns all of them, and the names of those kept."""
+    names = sorted(_networks(checkpoint), key=lambda name: (row_of(name), name))
+    found = {name: read_marker(staged, name) for name in names}
+    kept = {name: finished for name, finished in found.items() if finished is not None}
+    made = {}
+    if len(kept) < len(names):
+        with start_worker(checkpoint.source) as worker:
+            for name in names:
+                if name not in kept:
+                    report(f"exporting {name}", 0, 1)
+                    made[name] = worker.run(_job(checkpoint, name, staged, precision))
+                    report(f"exporting {name}", 1, 1)
+    every = kept | made
+    return {name: every[name] for name in names}, tuple(kept)
+
+
+def _networks(checkpoint: Checkpoint) -> dict[str, Path | Recipe]:
+    """Return where each network's weights are, the refiner's included."""
+    further = {"refiner": checkpoint.refiner.networks["unet"]} if checkpoint.refiner else {}
+    return {**checkpoint.networks, **further}
+
+
+def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> Job:
+    folder, recipe = _place(_networks(checkpoint)[component], staged / MARKERS / "weights")
+    refiner = checkpoint.refiner
+    twin = None
+    if refiner and component in TWINS:
+        other, how = _place(refiner.networks[component], staged / MARKERS / "twin")
+        twin = Twin(name=refiner.name, folder=other, recipe=how)
+    return Job(
+        component=component,
+        source=checkpoint.source,
+        folder=folder,
+        recipe=recipe,
+        root=str(staged.resolve()),
+        precision=precision,
+        dimensions=refiner.dimensions if refiner and component == "refiner" else checkpoint.dimensions,
+        scaling_factor=checkpoint.latents.scaling_factor,
+        affine=checkpoint.normalising.get(component),
+        twin=twin,
+    )
+
+
+def _place(network: Path | Recipe, written: Path) -> tuple[str, Recipe | None]:
+    """Return the folder of a network, and how to write it where it is not there yet."""
+    recipe = network if isinstance(network, Recipe) else None
+    folder = written if isinstance(network, Recipe) else network
+    return str(folder.absolute()), recipe
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    staged: Path,
+    precision: Precision,
+    provenance: Provenance,
+    finished: Mapping[str, Finished],
+    preview: PreviewFit,
+    tokenizers: Mapping[str, CLIPTokenizerFast],
+) -> Manifest:
+    """Write the files that are not graphs, and describe the bundle."""
+    with disk_errors(staged):
+        specs = {name: write_tokenizer(one, staged, f"{name}/tokenizer.json") for name, one in tokenizers.items()}
+        extras = write_configs(checkpoint, tokenizers, staged / "onnx")
+    files = {name: record for component in finished.values() for name, record in component.files.items()}
+    others = (*(spec.file for spec in specs.values()), *(path.relative_to(staged).as_posix() for path in extras))
+    files |= {name: record_file(staged, name) for name in others}
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        producer=_producer(),
+        family=checkpoint.family,
+        precision=precision,
+        provenance=provenance,
+        components={name: _component_spec(component) for name, component in finished.items()},
+        tokenizers=specs,
+        schedule=checkpoint.schedule,
+        latents=dataclasses.replace(checkpoint.latents, preview=preview.weights),
+        default_size=checkpoint.default_size,
+        files=dict(sorted(files.items())),
+        text_encoders=TEXT_ENCODERS[checkpoint.family],
+        zero_negative=checkpoint.zero_negative,
+        refiner=refiner_spec(checkpoint.refiner, TEXT_ENCODERS["sdxl_refiner"]) if checkpoint.refiner else None,
+    )
+
+
+def _producer() -> str:
+    return f"latentrt {__version__}"
+
+
+def _component_spec(finished: Finished) -> ComponentSpec:
+    return ComponentSpec(
+        files=finished.graph_files,
+        golden=finished.golden,
+        inputs=finished.inputs,
+        outputs=finished.outputs,
+        weights_bytes=finished.weights_bytes,
+        weights=finished.weights,
+        error=finished.error,
+        float32_layers=finished.float32_layers,
+        largest_activation=finished.largest_activation,
+    )
+
+
+def _build(bundle: Bundle, backends: Sequence[BackendName], report: Report) -> dict[str, str]:
+    return {backend: build_engines(bundle, backend, report=report).key.directory for backend in backends}
+
+
+def _publish(directory: Path, target: Path, *, overwrite: bool) -> None:
+    shutil.rmtree(directory / MARKERS, ignore_errors=True)
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    publish(directory, target, overwrite=overwrite)
+    sweep(target.parent, glob.escape(target.name))  # killed exports to this place, with other options

@@ -1,0 +1,1 @@
+"""The networks as a table, and their weights, a layer at a time."""

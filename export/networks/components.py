@@ -1,0 +1,316 @@
+"""The networks of a Stable Diffusion checkpoint as a table: what each takes and gives, and how it loads alone.
+
+A shape names its axes. A name that is one of the checkpoint's `dimensions` is a fixed number; any other is dynamic.
+Names of tensors are those of optimum's exporter, so that its pipelines open the graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from latentrt.engines.canvas.contract import TINY_DECODER
+from latentrt.engines.spec import DType, Precision, TensorSpec
+from latentrt.engines.tensor_names import ADAPTER, COND, FEATURE, NEXT, PREFIX, SCALE, level_axes, residual_names
+
+Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
+"""What golden inputs of a tensor look like; see golden.py."""
+
+Case = Literal["traced", "checked", "odd"]
+REAL: Mapping[Precision, DType] = {"fp32": "float32", "fp16": "float16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tensor:
+    """One row: dtype None means the bundle's precision. A string with braces is an expression of other axes.
+
+    extra: an output that other exporters do not give, and without which the bundle does less
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: DType | None = None
+    values: Values = "normal"
+    extra: bool = False
+
+    def spec(self, dimensions: Mapping[str, int], precision: Precision) -> TensorSpec:
+        """Return the tensor as it is in one checkpoint's graph."""
+        return TensorSpec(
+            name=self.name,
+            dtype=self.dtype or REAL[precision],
+            shape=tuple(_axis(axis, dimensions) for axis in self.shape),
+        )
+
+
+def _axis(axis: int | str, dimensions: Mapping[str, int]) -> int | str:
+    if isinstance(axis, int):
+        return axis
+    return dimensions.get(axis, axis.format_map(dimensions))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One network.
+
+    traced: sizes of the dynamic axes at which it is traced and its golden pair is recorded, in the units below
+    checked: other sizes at which the graph must agree as well
+    units: the dimension that multiplies the sizes of an axis
+    odd: what is added to the checked sizes where the network takes any size; without it, only multiples of the units
+    controlled: where the residuals of ControlNets stand: among the inputs, or among the outputs too
+    adapted: where the features of T2I-Adapters stand: among the inputs, or the outputs
+    follows: axes that a trace is not told of: their sizes follow from the others'
+    """
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    traced: Mapping[str, int]
+    checked: Mapping[str, int]
+    units: Mapping[str, str]
+    odd: Mapping[str, int] = field(default_factory=dict)
+    controlled: Literal["no", "takes", "gives"] = "no"
+    adapted: Literal["no", "takes", "gives"] = "no"
+    follows: tuple[str, ...] = ()
+
+    def takes(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """Return every input that a checkpoint's network has: not what has an axis of 0 there."""
+        controlled = residuals(dimensions) if self.controlled != "no" else ()
+        adapted = features(dimensions) if self.adapted == "takes" else ()
+        every = (*self.inputs, *controlled, *adapted)
+        return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
+
+    def gives(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+        """Return every output that is not empty in a checkpoint."""
+        added = residuals(dimensions) if self.controlled == "gives" else ()
+        adapted = features(dimensions) if self.adapted == "gives" else ()
+        every = (*self.outputs, *(replace(tensor, name=NEXT + tensor.name) for tensor in added), *adapted)
+        return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
+
+    def sizes(self, which: Case, dimensions: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes of the dynamic axes in one of the cases."""
+        sizes = self.traced if which == "traced" else self.checked
+        odd = self.odd if which == "odd" else {}
+        units = {axis: dimensions[self.units[axis]] if axis in self.units else 1 for axis in sizes}
+        found = {axis: size * units[axis] + odd.get(axis, 0) for axis, size in sizes.items()}
+        if self.controlled == "no":
+            return found
+        height, width = found["latent_height"], found["latent_width"]
+        pixels = {"height": height * dimensions["factor"], "width": width * dimensions["factor"]}
+        return found | pixels | level_axes(height, width)
+
+    def axes(self, dimensions: Mapping[str, int]) -> dict[str, tuple[int, int] | None]:
+        """Return (smallest size, what sizes are multiples of) for the axes of which a trace may assume more than 2, 1.
+
+        None is for an axis whose size follows from the others'.
+
+        The smallest leaves at least 2 where the network is narrowest: torch takes an axis of 1 for another network.
+        The graph itself has no such limit, and is checked below it.
+        """
+        units = {axis: dimensions[unit] for axis, unit in self.units.items()}
+        named = {axis: (2 * unit, 1 if self.odd else unit) for axis, unit in units.items()}
+        following = (*self.follows, *(level_axes(1, 1) if self.controlled != "no" else ()))
+        return named | dict.fromkeys(following)
+
+
+LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
+PICTURES = ("batch", "picture_channels", "height", "width")
+
+CONTROLNET = Component(
+    name="controlnet",
+    inputs=(
+        Tensor(name="sample", shape=LATENTS),
+        Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+        Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+        Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+        Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
+        # What it follows, from 0 to 1, and how strongly: it multiplies the residuals.
+        Tensor(name=COND, shape=("batch", "picture_channels", "height", "width"), values="unit"),
+        Tensor(name=SCALE, shape=("batch",), dtype="float32", values="unit"),
+    ),
+    outputs=(),
+    traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
+    checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
+    units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
+    odd={"latent_height": 1, "latent_width": -1},
+    controlled="gives",
+    follows=("height", "width"),
+)
+
+ADAPTERS = Component(
+    name="adapter",
+    inputs=(Tensor(name=COND, shape=PICTURES, values="unit"),),
+    outputs=(),
+    traced={"batch": 2, "height": 4, "width": 6},
+    checked={"batch": 1, "height": 5, "width": 3},
+    units={"height": "adapter_multiple", "width": "adapter_multiple"},
+    adapted="gives",
+)
+
+_NETWORKS: Mapping[str, Component] = {
+    component.name: component
+    for component in (
+        Component(
+            name="text_encoder",
+            inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
+            outputs=(
+                Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
+                Tensor(name="pooler_output", shape=("batch", "text_width")),
+                # What the text is without the last 1, 2, … layers: clip-skip chooses among them.
+                Tensor(
+                    name="skipped_hidden_states", shape=("batch", "skipped_layers", "context", "text_width"), extra=True
+                ),
+            ),
+            traced={"batch": 2},
+            checked={"batch": 3},
+            units={},
+        ),
+        Component(
+            name="text_encoder_2",
+            inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
+            outputs=(
+                Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+                Tensor(name="last_hidden_state", shape=("batch", "context", "text_width_2")),
+                Tensor(
+                    name="skipped_hidden_states",
+                    shape=("batch", "skipped_layers_2", "context", "text_width_2"),
+                    extra=True,
+                ),
+            ),
+            traced={"batch": 2},
+            checked={"batch": 3},
+            units={},
+        ),
+        Component(
+            name="unet",
+            inputs=(
+                Tensor(name="sample", shape=("batch", "unet_channels", "latent_height", "latent_width")),
+                # float32: sigma spacings give fractional timesteps, and above 2048 float16 has none.
+                # One entry serves every row, or each row has its own: the graph expands it.
+                Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+                Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+                # SDXL: what the whole text is, and the sizes in pixels that the picture was trained to look like.
+                Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+                Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
+                # Latent consistency models: the scale of guidance, which they were distilled with.
+                Tensor(name="timestep_cond", shape=("batch", "guidance_width")),
+            ),
+            outputs=(Tensor(name="out_sample", shape=LATENTS),),
+            controlled="takes",
+            adapted="takes",
+            traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
+            checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
+            units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
+            odd={"latent_height": 1, "latent_width": -1},
+        ),
+        Component(
+            name="vae_decoder",
+            inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
+            outputs=(
+                # Expressions of the input's axes: optimum sizes its output buffers by evaluating them.
+                Tensor(
+                    name="sample",
+                    shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width"),
+                ),
+            ),
+            traced={"batch": 2, "latent_height": 6, "latent_width": 10},
+            checked={"batch": 1, "latent_height": 9, "latent_width": 5},
+            units={},
+        ),
+        Component(
+            name="vae_encoder",
+            inputs=(Tensor(name="sample", shape=PICTURES, values="pixels"),),
+            outputs=(
+                Tensor(
+                    name="latent_parameters",
+                    shape=("batch", "latent_parameters", "height // {factor}", "width // {factor}"),
+                ),
+            ),
+            traced={"batch": 2, "height": 6, "width": 10},
+            checked={"batch": 1, "height": 9, "width": 5},
+            units={"height": "factor", "width": "factor"},
+        ),
+        CONTROLNET,
+        # Small and rough: a picture on its way, or the last one where a hundredth of the VAE's time must do. It takes
+        # what the VAE's decoder takes.
+        Component(
+            name=TINY_DECODER,
+            inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
+            outputs=(
+                Tensor(
+                    name="sample",
+                    shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width"),
+                ),
+            ),
+            traced={"batch": 2, "latent_height": 6, "latent_width": 10},
+            checked={"batch": 1, "latent_height": 9, "latent_width": 5},
+            units={},
+        ),
+        ADAPTERS,
+    )
+}
+
+
+# The last: golden inputs are drawn by a component's place, and stay what they were.
+COMPONENTS: Mapping[str, Component] = {**_NETWORKS, "refiner": replace(_NETWORKS["unet"], name="refiner")}
+
+
+def component_of(name: str) -> Component:
+    """Return a component's row: all ControlNets, `controlnet_NAME`, have the same one, and all adapters."""
+    return replace(COMPONENTS[_row_name(name)], name=name)
+
+
+def _row_name(name: str) -> str:
+    rows = {PREFIX: CONTROLNET.name, ADAPTER: ADAPTERS.name}
+    return next((row for prefix, row in rows.items() if name.startswith(prefix)), name)
+
+
+def row_of(name: str) -> int:
+    """Return the place of a component's row in the table."""
+    return list(COMPONENTS).index(_row_name(name))
+
+
+def residuals(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """Return the residuals of a checkpoint's ControlNets; none where it has no ControlNet."""
+    downs = dimensions["down_residuals"]
+    return tuple(_at_level(name, dimensions) for name in (residual_names(downs) if downs else ()))
+
+
+def features(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
+    """Return the features of a checkpoint's T2I-Adapters; none where it has no adapter."""
+    names = [f"{FEATURE}{number}" for number in range(dimensions["adapter_features"])]
+    return tuple(_at_level(name, dimensions) for name in names)
+
+
+def _at_level(name: str, dimensions: Mapping[str, int]) -> Tensor:
+    """Return a tensor at a level of the UNet, whose dimensions are named after it."""
+    divisor = dimensions[f"{name}_divisor"]
+    sides = (f"latent_height_{divisor}", f"latent_width_{divisor}")
+    return Tensor(name=name, shape=("batch", dimensions[f"{name}_channels"], *sides))
+
+
+def residual_dimensions(channels: Sequence[int], layers: Sequence[int]) -> dict[str, int]:
+    """Return the dimensions of a UNet's residuals: how many there are, the channels of each, and how much smaller.
+
+    channels, layers: of each level. After a level's layers its downsampler leaves one more, but at the last level.
+    """
+    rows = [(channels[0], 1)]
+    for level, (width, depth) in enumerate(zip(channels, layers, strict=True)):
+        rows += [(width, 2**level)] * depth
+        if level < len(channels) - 1:
+            rows.append((width, 2 ** (level + 1)))
+    every = [*rows, (channels[-1], 2 ** (len(channels) - 1))]
+    found = {"down_residuals": len(rows)}
+    for name, (width, divisor) in zip(residual_names(len(rows)), every, strict=True):
+        found |= {f"{name}_channels": width, f"{name}_divisor": divisor}
+    return found
+
+
+def input_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
+    """Return what a component takes in one checkpoint."""
+    return tuple(tensor.spec(dimensions, precision) for tensor in component.takes(dimensions))
+
+
+def output_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:
+    """Return what a component gives in one checkpoint."""
+    return tuple(tensor.spec(dimensions, precision) for tensor in component.gives(dimensions))

@@ -1,0 +1,217 @@
+"""Write the folder that a network is loaded from: the tensors of a recipe's files under diffusers' names.
+
+The names of the original layout are turned into diffusers' by diffusers' own conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from latentrt.engines.bundle.safetensors_header import weights_format
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.spec import Array
+from latentrt.export.additions.loras import Changes, find_changes, fuse
+from latentrt.export.configs.families import DENOISER_PREFIX
+from latentrt.export.networks.streamed_weights import windows
+from latentrt.export.sources.parts import Part, Recipe
+from latentrt.export.sources.pickles import load_pickle
+
+Tensors = dict[str, Tensor]
+SHARD_BYTES = 1 << 28  # what is held in memory at once, and once more while it is written
+STEMS: Mapping[Part, str] = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "controlnet": "diffusion_pytorch_model",
+    "adapter": "diffusion_pytorch_model",
+}
+PREFIXES: Mapping[Part, tuple[str, ...]] = {
+    "text_encoder": (
+        "cond_stage_model.transformer.",
+        "cond_stage_model.model.",
+        "conditioner.embedders.0.transformer.",
+    ),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+    "unet": (DENOISER_PREFIX, ""),  # a UNet's own file has no prefix
+    "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
+    "controlnet": ("control_model.", ""),
+}
+# Left by training, derived, or a mark; no network reads them.
+UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.|difference$)")
+
+
+@contextmanager
+def written(recipe: Recipe, folder: Path) -> Iterator[Path]:
+    """Give a folder with a config and weights to load from; it is gone after the block. Raises CheckpointError."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        (folder / "config.json").write_text(recipe.config, encoding="utf-8")
+        tensors = read_tensors(recipe)
+        _save(folder, STEMS[recipe.part], tensors, _all_changes(recipe, tensors))
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _all_changes(recipe: Recipe, tensors: Tensors) -> Changes:
+    """Find what is added to each tensor: LoRAs, and the weights of the network that it is a difference to."""
+    own = find_changes(recipe, tensors)
+    if recipe.base is None:
+        return own
+    weights = read_tensors(recipe.base)
+    further, stored = find_changes(recipe.base, weights), windows(weights)
+    for key in sorted(tensors.keys() & weights.keys()):
+        if tensors[key].shape != weights[key].shape:
+            raise CheckpointError(
+                f"{recipe.files[0]} holds differences to a network of other sizes: its {key} is "
+                f"{list(tensors[key].shape)} where this checkpoint's is {list(weights[key].shape)}"
+            )
+
+    def whole(key: str, _: Array) -> Array:
+        """Return the other network's weight with its own changes, whatever it is added to."""
+        weight = stored[key].read() if key in stored else weights[key]
+        return fuse(weight, further.get(key, ())).float().numpy()
+
+    added = {key: [partial(whole, key)] for key in tensors if key in weights}
+    return {key: [*own.get(key, ()), *added.get(key, ())] for key in own.keys() | added.keys()}
+
+
+def read_tensors(recipe: Recipe) -> Tensors:
+    """Return a network's tensors under diffusers' names, mapped from the files. Raises CheckpointError."""
+    tensors = {key: tensor for file in recipe.files for key, tensor in _mapped(Path(file)).items()}
+    if recipe.layout == "diffusers":
+        return tensors
+    prefix = next(prefix for prefix in PREFIXES[recipe.part] if any(key.startswith(prefix) for key in tensors))
+    mine = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix) and not UNUSED.search(key)}
+    converted = _CONVERT[recipe.part](mine, prefix, json.loads(recipe.config))
+    return {key: tensor.contiguous() for key, tensor in converted.items()}
+
+
+def _mapped(file: Path) -> Tensors:
+    if weights_format(file) == "pickle":  # allowed, or the recipe would not name it
+        return load_pickle(file)
+    with safe_open(file, "pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
+def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any], *, projected: bool) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
+
+    if prefix.endswith(".model."):
+        model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+        found = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
+        if not projected:
+            found.pop("text_projection.weight", None)
+    else:
+        found = convert_ldm_clip_checkpoint(tensors)
+    start = "text_model."  # some merges of models have lost it
+    named = {
+        key if key == "text_projection.weight" else start + key.removeprefix(start): tensor
+        for key, tensor in found.items()
+    }
+    return {key: tensor for key, tensor in named.items() if _layer(key) < config["num_hidden_layers"]}
+
+
+def _layer(key: str) -> int:
+    """Return the number of a layer: published files hold one more than is used."""
+    found = re.search(r"\.layers\.(\d+)\.", key)
+    return int(found[1]) if found else -1
+
+
+def _unet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    named = {f"{DENOISER_PREFIX}{key.removeprefix(prefix)}": tensor for key, tensor in tensors.items()}
+    converted = convert_ldm_unet_checkpoint(named, dict(config))
+    scaled = named.get(f"{DENOISER_PREFIX}time_embed.cond_proj.weight")
+    if scaled is not None:
+        converted["time_embedding.cond_proj.weight"] = scaled  # of latent consistency models: diffusers leaves it out
+    return _whole(tensors, converted, "UNet")
+
+
+def _vae(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    return _whole(tensors, convert_ldm_vae_checkpoint(tensors, dict(config)), "VAE")
+
+
+def _controlnet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    converted = convert_controlnet_checkpoint(tensors, dict(config))
+    return _whole(tensors, {key: t for key, t in converted.items() if t is not None}, "ControlNet")
+
+
+_CONVERT: Mapping[Part, Callable[[Tensors, str, Mapping[str, Any]], Tensors]] = {
+    "text_encoder": partial(_text_encoder, projected=False),
+    "text_encoder_2": partial(_text_encoder, projected=True),
+    "unet": _unet,
+    "vae": _vae,
+    "controlnet": _controlnet,
+}
+
+
+def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
+    """Refuse a conversion that left something out, which diffusers' does without a word."""
+    lost = len(tensors) - len(converted)
+    if lost:
+        kept = {tensor.data_ptr() for tensor in converted.values()}
+        names = sorted(key for key, tensor in tensors.items() if tensor.data_ptr() not in kept)
+        raise CheckpointError(
+            f"the {network} holds {lost} tensors that its architecture does not have ({', '.join(names[:3])}, …); "
+            "pass --config DIRECTORY with the configs of its own"
+        )
+    return converted
+
+
+def _save(folder: Path, stem: str, tensors: Tensors, changes: Changes) -> None:
+    """Write tensors as shards, of which one is in memory at a time: the mapped files are not touched.
+
+    All are written in one type, or the libraries, which load into one, would hold copies: in float32 where LoRAs
+    change some of them, or where they are of several types.
+    """
+    stored = windows(tensors)
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    widened = bool(changes) or len(kinds) > 1
+    wide = {key for key, tensor in tensors.items() if widened and tensor.is_floating_point()}
+    sizes = {key: 4 * tensor.numel() if key in wide else tensor.nbytes for key, tensor in tensors.items()}
+    shards = _shards(sizes)
+    places: dict[str, str] = {}
+    for number, keys in enumerate(shards):
+        name = f"{stem}-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        shard = {}
+        for key in keys:
+            tensor = fuse(stored[key].read() if key in stored else tensors[key], changes.get(key, ()))
+            shard[key] = tensor.float() if key in wide else tensor
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(keys, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Return which tensors go into which file, in their order, each file no larger than it may be."""
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for key, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(key)
+        room -= size
+    return shards

@@ -1,0 +1,1 @@
+"""Checkpoints as they lie on disk and on the hub, taken apart."""

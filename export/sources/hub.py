@@ -1,0 +1,113 @@
+"""Fetch a checkpoint's files from the hub: only what the export reads, never a pickle."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Collection, Iterable
+from pathlib import Path, PurePosixPath
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.export.graphs.external_data import locations
+from latentrt.export.sources.diffusers_folder import source_of
+from latentrt.export.sources.weight_files import STEMS, choose_variant, variant_of
+
+FOLDERS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae",
+    "vae_decoder",
+    "vae_encoder",
+    "scheduler",
+    "tokenizer",
+    "tokenizer_2",
+)
+READ = (".json", ".txt", ".safetensors", ".onnx")
+NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
+
+
+def download(name: str, *, revision: str | None) -> Path:
+    """Fetch a repository of the hub into its cache and return the directory. Raises CheckpointError."""
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    except ImportError:
+        raise CheckpointError(
+            f"'{name}' is no directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
+        ) from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
+    try:
+        wanted = choose_files(HfApi().list_repo_files(name, revision=revision), name)
+        root = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        if data := graph_data(root, wanted):
+            snapshot_download(name, revision=revision, allow_patterns=data)
+        return root
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no answer"
+        raise CheckpointError(
+            f"'{name}' is no directory here, and the hub refused it ({status}); check the name, "
+            "the revision and your access token"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        return _cached(name, revision, error)
+    except Exception as error:  # each HTTP library of the hub's client has its own kinds of network failure
+        if type(error).__module__.startswith(NETWORK_LIBRARIES):
+            return _cached(name, revision, error)
+        raise
+
+
+def choose_files(files: Collection[str], where: str = "the repository") -> list[str]:
+    """Pick what the export reads from a repository's list of files: configs, and one variant of the weights, or graphs.
+
+    What lies beside a graph is not known before it is read: `graph_data`. Raises CheckpointError where the UNet is in
+    no form that is read.
+    """
+    source = source_of(where, {PurePosixPath(file).name for file in files if file.startswith("unet/")})
+    known = [file for file in files if _is_ours(PurePosixPath(file))]
+    weights = [file for file in known if file.endswith(".safetensors") or ".safetensors.index" in file]
+    others = [file for file in known if file not in weights and not file.endswith(".onnx")]
+    chosen = []
+    for folder in FOLDERS:
+        inside = {file: variant_of(file.split("/")[1]) for file in weights if _holds_network(file, folder)}
+        wanted = choose_variant(inside.values(), where=f"{folder}/ of the repository") if inside else None
+        chosen += [file for file, variant in inside.items() if variant == wanted]
+    graphs = [file for file in known if file.endswith("/model.onnx")]
+    return [*others, *(graphs if source == "onnx" else chosen)]
+
+
+def graph_data(root: Path, files: Iterable[str]) -> list[str]:
+    """Return the external data of the graphs among files that were fetched, as patterns for the hub's client."""
+    graphs = [PurePosixPath(file) for file in files if file.endswith(".onnx")]
+    return [glob.escape(str(graph.parent / place)) for graph in graphs for place in locations(root / graph)]
+
+
+def _holds_network(file: str, folder: str) -> bool:
+    return file.startswith(tuple(f"{folder}/{stem}{end}" for stem in STEMS for end in ".-"))
+
+
+def _is_ours(path: PurePosixPath) -> bool:
+    if len(path.parts) == 1:
+        return path.name == "model_index.json"
+    return len(path.parts) == 2 and path.parts[0] in FOLDERS and path.suffix in READ
+
+
+def find_cached(name: str, *, revision: str | None) -> Path | None:
+    """Return the directory of what an earlier run fetched, None where there is nothing."""
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+def _cached(name: str, revision: str | None, error: Exception) -> Path:
+    """Fall back on what an earlier run fetched."""
+    found = find_cached(name, revision=revision)
+    if found is None:
+        raise CheckpointError(
+            f"there is no directory '{name}', and the hub could not be reached for it "
+            f"({type(error).__name__}); check the path, or the network"
+        ) from error
+    return found

@@ -1,0 +1,173 @@
+"""A whole checkpoint in one safetensors file, in the layout of its first authors that Civitai and A1111 use.
+
+What it is comes from the keys, shapes and metadata of its header; no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentrt.engines.bundle.manifest import Family, Prediction
+from latentrt.engines.bundle.safetensors_header import StoredTensor, TensorFile
+from latentrt.export.configs.families import (
+    BASES,
+    DENOISER_PREFIX,
+    INPAINTING,
+    INPUTS,
+    OTHER_DENOISER_KEYS,
+    PARTS,
+    Base,
+)
+from latentrt.export.configs.published import CONFIGS
+from latentrt.export.sources.markers import Marker, find_markers, find_prediction, find_strangers
+from latentrt.export.sources.structure import read_structure
+
+FIRST = f"{DENOISER_PREFIX}input_blocks.0.0.weight"
+TOLD = f"{DENOISER_PREFIX}time_embed.cond_proj.weight"
+ADDED = f"{DENOISER_PREFIX}label_emb.0.0.weight"
+VAE_PREFIX = "first_stage_model."
+NETWORKS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer."),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+    "unet": (DENOISER_PREFIX,),
+    "vae": (VAE_PREFIX,),
+    "unet (average)": ("model_ema.",),
+}
+PREFIXES = tuple(prefix for prefixes in NETWORKS.values() for prefix in prefixes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SingleFile:
+    """What the header of a whole checkpoint says.
+
+    base: the Stable Diffusion that it is, None where its sizes are those of none
+    oddity: what makes it another model than those that can be exported, None where nothing does
+    input_channels: of the UNet
+    guidance_width: of the scale of guidance that a latent consistency model takes, None where it takes none
+    blocks: what of the UNet's config is otherwise than its base's, None where no config can say it
+    prediction: None where nothing tells; told: whether the file itself does
+    reason: how the prediction type is known, or why it is not
+    markers: what it says outside its networks; strangers: keys outside them that nobody knows
+    """
+
+    file: TensorFile
+    label: str
+    base: Base | None
+    oddity: str | None
+    input_channels: int
+    guidance_width: int | None
+    blocks: Mapping[str, Any] | None
+    prediction: Prediction | None
+    told: bool
+    reason: str
+    markers: tuple[Marker, ...]
+    strangers: tuple[str, ...]
+
+    @property
+    def family(self) -> Family | None:
+        """Return its family, None where it cannot be exported without configs from elsewhere."""
+        return self.base.family if self.base and not self.oddity and self.blocks is not None else None
+
+    def networks(self) -> dict[str, list[StoredTensor]]:
+        """Return the tensors of each network that is in the file."""
+        found = {
+            name: [stored for key, stored in self.file.tensors.items() if key.startswith(prefixes)]
+            for name, prefixes in NETWORKS.items()
+        }
+        return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def recognise(file: TensorFile) -> SingleFile | None:
+    """Say which Stable Diffusion a file is, None where it is no whole checkpoint of one."""
+    first = file.tensors.get(FIRST)
+    if first is None or len(first.shape) != 4 or any(key.startswith("control_model.") for key in file.tensors):
+        return None
+    base = BASES.get(_text_width(file))
+    if base and base.channels != first.shape[0]:
+        base = None
+    markers, oddity = find_markers(file), next(_oddities(file, base), None)
+    blocks = _blocks(file, base.family) if base and base.family else None
+    prediction, told, reason = _prediction(file, base.family if base else None)
+    return SingleFile(
+        file=file,
+        label=", ".join(
+            [base.label if base else "Stable Diffusion in other sizes than the published ones"]
+            + ([oddity] if oddity else _variants(file, blocks, markers))
+        ),
+        base=base,
+        oddity=oddity,
+        input_channels=first.shape[1],
+        guidance_width=file.tensors[TOLD].shape[1] if TOLD in file.tensors else None,
+        blocks=blocks,
+        prediction=prediction,
+        told=told,
+        reason=reason,
+        markers=markers,
+        strangers=find_strangers(file, PREFIXES),
+    )
+
+
+def _text_width(file: TensorFile) -> int:
+    """Return how wide the text is that the UNet attends to, 0 where it attends to none."""
+    keys = (key for key in file.tensors if key.startswith(DENOISER_PREFIX) and key.endswith(".attn2.to_k.weight"))
+    return next((file.tensors[key].shape[-1] for key in keys), 0)
+
+
+def _oddities(file: TensorFile, base: Base | None) -> Iterator[str]:
+    """Name what makes a UNet another model than its base: what it takes beside latents, time and text."""
+    channels, added = file.tensors[FIRST].shape[1], file.tensors.get(ADDED)
+    if added and _text_width(file) == 1024:
+        yield "conditioned on pictures (unCLIP)"
+    if added and base and base.added and added.shape[-1] != base.added:
+        yield f"with {added.shape[-1]} added numbers in place of {base.added} (another model, such as Kolors)"
+    if f"{DENOISER_PREFIX}label_emb.weight" in file.tensors:
+        yield "with classes (an upscaler)"
+    if base and channels not in (4, INPAINTING):
+        yield INPUTS.get(channels, f"with {channels} input channels")
+
+
+def _variants(file: TensorFile, blocks: Mapping[str, Any] | None, markers: tuple[Marker, ...]) -> list[str]:
+    """Name what a UNet is beside its base, in ways that can be exported."""
+    channels = file.tensors[FIRST].shape[1]
+    found = [] if channels == 4 else [INPUTS.get(channels, f"with {channels} input channels")]
+    found += ["in blocks of its own, as distilled ones have"] if blocks else []
+    found += ["for latent consistency"] if TOLD in file.tensors else []
+    return found + [marker.label for marker in markers if marker.label]
+
+
+def _blocks(file: TensorFile, family: Family) -> dict[str, Any] | None:
+    shapes = {
+        key.removeprefix(DENOISER_PREFIX): stored.shape
+        for key, stored in file.tensors.items()
+        if key.startswith(DENOISER_PREFIX)
+    }
+    return read_structure(shapes, "original").changes(CONFIGS[family]["unet"])
+
+
+def _prediction(file: TensorFile, family: Family | None) -> tuple[Prediction | None, bool, str]:
+    """Return the prediction type, whether the file says it, and how it is known."""
+    prediction, reason = find_prediction(file)
+    if reason:
+        return prediction, prediction is not None, reason
+    if family == "sd2":
+        kinds = "epsilon (512x512) and with v_prediction (768x768)"
+        return None, False, f"SD 2.x was published with {kinds}, in the same shapes"
+    return "epsilon", False, "as its base; nothing in the file says otherwise"
+
+
+def name_other(file: TensorFile) -> tuple[str, bool]:
+    """Name what is no Stable Diffusion checkpoint; the second says whether it is a denoiser.
+
+    The name is empty where nothing is known.
+    """
+    for key, label in OTHER_DENOISER_KEYS:
+        if key in file.tensors or f"{DENOISER_PREFIX}{key}" in file.tensors:
+            return label, True
+    for part in PARTS:
+        if part.fits(file):
+            return part.label, False
+    if 0 < len(file.tensors) <= 2 and all(len(stored.shape) == 2 for stored in file.tensors.values()):
+        return "textual inversion embedding", False
+    return "", False

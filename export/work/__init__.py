@@ -1,0 +1,1 @@
+"""The work that needs torch, in a process of its own."""

@@ -1,0 +1,363 @@
+"""One component's work: load it, record golden pairs, write its graph, narrow or check it.
+
+Each stage has its own process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from latentrt.engines.bundle.documents import read_document
+from latentrt.engines.bundle.files import disk_errors, record_file
+from latentrt.engines.bundle.manifest import FileRecord
+from latentrt.engines.bundle.parsing import ParseError, parse
+from latentrt.engines.bundle.weight_map import graph_record, write_weights
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.spec import Precision, TensorSpec
+from latentrt.export.graphs import golden
+from latentrt.export.graphs.normalised_latents import Affine
+from latentrt.export.networks.components import Case, component_of, input_specs, output_specs
+from latentrt.export.sources.parts import Recipe, Source
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
+Stage = Literal["make", "check", "narrow", "adopt"]
+# Neither stage holds a network's weights: `stored.py` reads a layer's when it computes, `sessions.py` runs a graph in
+# pieces. A graph is checked in another process than the one that made it, because torch's tracer keeps what it made.
+STAGES: Mapping[tuple[Source, Precision], tuple[Stage, ...]] = {
+    ("torch", "fp32"): ("make", "check"),
+    ("torch", "fp16"): ("make", "narrow"),
+    ("onnx", "fp32"): ("adopt",),
+    ("onnx", "fp16"): ("adopt",),
+}
+MARKERS = ".finished"  # in the staging directory: one file for each finished component, not part of the bundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A network of another checkpoint that must have the same weights, for both are to share one.
+
+    folder, recipe: as in a job; name: of that checkpoint, for the error
+    """
+
+    name: str
+    folder: str
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What one process must know.
+
+    folder: holds the weights or the graph
+    recipe: how to write that folder first, None where it is there
+    root: the staged bundle
+    twin: what must have the same weights
+    affine: what normalised latents add to half a VAE
+    """
+
+    component: str
+    source: Source
+    folder: str
+    root: str
+    precision: Precision
+    dimensions: Mapping[str, int]
+    scaling_factor: float
+    recipe: Recipe | None = None
+    twin: Twin | None = None
+    affine: Affine | None = None
+    stage: Stage = "make"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Return the stages that finish the component, in order."""
+        return STAGES[self.source, self.precision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What a finished component left: its files below the bundle, and figures.
+
+    error: the largest difference from torch over the output's range, None where there was no torch to compare with
+    peak_rss_bytes: the peak memory of the process that did the work, libraries included
+    float32_layers, largest_activation: as in the manifest
+    """
+
+    component: str
+    files: Mapping[str, FileRecord]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    weights_bytes: int
+    error: float | None
+    seconds: float
+    peak_rss_bytes: int
+    float32_layers: tuple[str, ...] = ()
+    largest_activation: float | None = None
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """Return the graph and its external data, the graph first."""
+        return tuple(sorted(name for name in self.files if name.startswith("onnx/")))
+
+    @property
+    def golden(self) -> str:
+        """Return the golden pair's path."""
+        return golden_path(self.component)
+
+    @property
+    def weights(self) -> str | None:
+        """Return the path of the record of weights, None where there is none."""
+        record = graph_record(self.component)
+        return record if record in self.files else None
+
+
+def graph_path(component: str) -> str:
+    """Return where a component's graph lies in a bundle."""
+    return f"onnx/{component}/model.onnx"
+
+
+def golden_path(component: str) -> str:
+    """Return where a component's golden pair lies in a bundle."""
+    return f"golden/{component}.safetensors"
+
+
+def run_job(job: Job) -> Finished:
+    """Do one stage of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
+    start = time.perf_counter()
+    root = Path(job.root)
+    work: Mapping[Stage, Callable[[Job], Finished]] = {
+        "make": _make,
+        "check": _check,
+        "narrow": _narrow,
+        "adopt": _adopt,
+    }
+    with disk_errors(root):
+        (root / MARKERS).mkdir(exist_ok=True)
+        finished = work[job.stage](job)
+        finished = dataclasses.replace(
+            finished,
+            seconds=round(finished.seconds + time.perf_counter() - start, 3),
+            peak_rss_bytes=max(finished.peak_rss_bytes, peak_rss_bytes()),
+        )
+        last = job.stage == job.stages[-1]
+        _write_marker(root, job.component if last else f"{job.component}.made", finished)
+    return finished
+
+
+def _make(job: Job) -> Finished:
+    """Load the network, record both pairs, write its graph in float32: a layer's weights at a time."""
+    import torch
+
+    from latentrt.export.graphs import trace as graphs
+    from latentrt.export.networks import modules
+    from latentrt.export.networks.streamed_weights import StoredWeights
+    from latentrt.export.networks.weight_names import NAMED, name_weights
+
+    component = component_of(job.component)
+    takes = input_specs(component, job.dimensions, "fp32")
+    gives = output_specs(component, job.dimensions, "fp32")
+    if job.twin:
+        _require_twin(job, job.twin)
+    with _loaded(job) as module:
+        weights = StoredWeights(module)
+        for which, path in zip(CASES, _pairs(job), strict=True):
+            inputs = golden.make_inputs(
+                component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
+            )
+            with weights.lent():
+                outputs = modules.run(module, inputs, [spec.name for spec in gives])
+            golden.require_finite(job.component, outputs)
+            golden.save_golden(path, inputs, outputs)
+        inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
+        traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        with weights.withheld():
+            model = graphs.trace_graph(module, traced, takes, gives, axes=component.axes(job.dimensions))
+            weights.fill(model)
+        if job.component in NAMED:
+            write_weights(Path(job.root) / graph_record(job.component), name_weights(model, weights))
+        files = graphs.save_graph(model, _traced_graph(job))
+    return _finished(job, files if job.precision == "fp32" else [])
+
+
+def _require_twin(job: Job, twin: Twin) -> None:
+    """Raise CheckpointError where the network that is to be shared has other weights in the other checkpoint."""
+    from latentrt.export.networks import shared_encoder as twins
+
+    # A LoRA changes the text for both: the checkpoints' own are what must be the same.
+    plain = dataclasses.replace(job.recipe, loras=()) if job.recipe else None
+    with _loaded(dataclasses.replace(job, recipe=plain)) as module:
+        twins.require_same(job.component, module, twin)
+
+
+def _traced_graph(job: Job) -> Path:
+    """Return where the float32 graph is written: in the bundle, or beside it where a float16 one is made of it."""
+    root = Path(job.root)
+    if job.precision == "fp32":
+        return root / graph_path(job.component)
+    return root / MARKERS / f"{job.component}.float32" / "model.onnx"
+
+
+@contextmanager
+def _loaded(job: Job) -> Iterator[nn.Module]:
+    """Load the network, from a folder that is there for the block alone where there is a recipe for it."""
+    from latentrt.export.networks import conversion, modules
+
+    normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
+    takes = tuple(tensor.name for tensor in component_of(job.component).takes(job.dimensions))
+    load = partial(
+        modules.load,
+        job.component,
+        takes=takes,
+        normed=normed,
+        scaling_factor=job.scaling_factor,
+        affine=job.affine,
+        dtype=None,
+    )
+    if job.recipe is None:
+        yield load(Path(job.folder))
+        return
+    with conversion.written(job.recipe, Path(job.folder)) as folder:
+        try:
+            module = load(folder)
+        except CheckpointError as error:  # the user knows the file, not the folder made of it
+            raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
+        yield module
+
+
+def _check(job: Job) -> Finished:
+    """Compare the graph that was made with the recorded pairs."""
+    pairs = [golden.load_golden(path) for path in _pairs(job)]
+    error = golden.check_graph(job.component, _traced_graph(job), pairs, precision=job.precision)
+    return dataclasses.replace(_made(job), error=error)
+
+
+def _narrow(job: Job) -> Finished:
+    """Make a float16 graph of the float32 one, and compare it with the recorded pairs."""
+    from latentrt.export.graphs import half_precision as precision
+
+    made, wide = _made(job), _traced_graph(job)
+    narrowed = precision.narrow_graph(
+        wide,
+        Path(job.root) / graph_path(job.component),
+        [golden.load_golden(path) for path in _pairs(job)],
+        component=job.component,
+        takes=made.inputs,
+        gives=made.outputs,
+    )
+    shutil.rmtree(wide.parent)
+    return dataclasses.replace(
+        made,
+        files=_records(job, narrowed.files),
+        weights_bytes=_weights_bytes(narrowed.files[0]),
+        error=narrowed.error,
+        float32_layers=narrowed.float32_layers,
+        largest_activation=narrowed.largest,
+    )
+
+
+def _made(job: Job) -> Finished:
+    return _parse_marker(Path(job.root) / MARKERS / f"{job.component}.made.json")
+
+
+def _adopt(job: Job) -> Finished:
+    """Take over a graph that another exporter made."""
+    from latentrt.export.graphs import optimum
+
+    root = Path(job.root)
+    files = optimum.adopt_graph(
+        component_of(job.component),
+        Path(job.folder),
+        root / graph_path(job.component),
+        root / golden_path(job.component),
+        dimensions=job.dimensions,
+        precision=job.precision,
+        scaling_factor=job.scaling_factor,
+        affine=job.affine,
+    )
+    finished = _finished(job, files)
+    _, recorded = golden.load_golden(root / golden_path(job.component))  # without the extra outputs it does not have
+    return dataclasses.replace(finished, outputs=tuple(spec for spec in finished.outputs if spec.name in recorded))
+
+
+def _pairs(job: Job) -> tuple[Path, Path]:
+    """Return where the golden pair and the pair at odd sizes lie; only the first is part of the bundle."""
+    root = Path(job.root)
+    return root / golden_path(job.component), root / MARKERS / f"{job.component}.odd.safetensors"
+
+
+def _finished(job: Job, files: list[Path]) -> Finished:
+    """Describe a component; without files, one whose graph is not there yet."""
+    component = component_of(job.component)
+    return Finished(
+        component=job.component,
+        files=_records(job, files),
+        inputs=input_specs(component, job.dimensions, job.precision),
+        outputs=output_specs(component, job.dimensions, job.precision),
+        weights_bytes=_weights_bytes(files[0]) if files else 0,
+        error=None,
+        seconds=0.0,
+        peak_rss_bytes=0,
+    )
+
+
+def _records(job: Job, files: list[Path]) -> dict[str, FileRecord]:
+    root = Path(job.root)
+    names = [path.relative_to(root).as_posix() for path in files]
+    record = graph_record(job.component)
+    others = [golden_path(job.component), *([record] if (root / record).is_file() else [])]
+    return {name: record_file(root, name) for name in (*names, *others)}
+
+
+def _weights_bytes(graph: Path) -> int:
+    """Sum the weights of a written graph, external ones included."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    sizes = {0: 0, 1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}  # bytes of TensorProto's element types
+    total = 0
+    for tensor in model.graph.initializer:
+        count = 1
+        for side in tensor.dims:
+            count *= side
+        total += count * sizes.get(tensor.data_type, 4)
+    return total
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _write_marker(root: Path, name: str, finished: Finished) -> None:
+    marker = root / MARKERS / f"{name}.json"
+    beside = marker.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(dataclasses.asdict(finished)), encoding="utf-8")
+    beside.replace(marker)
+
+
+def _parse_marker(marker: Path) -> Finished:
+    return parse(Finished, read_document(marker, strict=False))
+
+
+def read_marker(root: Path, component: str) -> Finished | None:
+    """Return what an earlier run left of a component, if all of it is still there and whole."""
+    try:
+        finished = _parse_marker(root / MARKERS / f"{component}.json")
+        whole = all(record_file(root, name) == record for name, record in finished.files.items())
+    except (OSError, ValueError, ParseError):
+        return None
+    return finished if whole else None

@@ -1,0 +1,165 @@
+"""Animation as data: where each frame lies between key frames, and what noise and text that gives a batch of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
+from latentrt.runtime.sampling.noise import TorchCpuNoise
+
+PICTURE = (1, 2, 3)  # the axes of one picture's noise in (n, C, h, w)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFrame:
+    """A picture that an animation comes from or goes to: what is drawn there alone from this prompt and seed."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """One frame, by the numbers of the key frames before and after it, and its share of the way between them."""
+
+    first: int
+    second: int
+    weight: float
+
+
+class Stream(Protocol):
+    """A seed's stream of unit normals."""
+
+    def normal(self, shape: Sequence[int]) -> Array: ...
+
+
+def frames_between(keys: int, frames: int, *, loop: bool = False) -> tuple[Frame, ...]:
+    """Return the frames of an animation at even steps from the first key frame to the last.
+
+    loop: from the last on to the first again, which is then not repeated at the end: the animation runs round
+    Raises RequestError on fewer than two key frames, and on fewer frames than those.
+    """
+    if keys < 2:
+        raise RequestError(f"key frames: found {keys}, expected two at least")
+    if frames < keys:
+        raise RequestError(f"frames: found {frames}, expected {keys} at least, one for each key frame")
+    legs, steps = (keys, frames) if loop else (keys - 1, frames - 1)
+    return tuple(_frame(i * legs, steps, keys) for i in range(frames))
+
+
+def _frame(position: int, steps: int, keys: int) -> Frame:
+    """Return the frame at position / steps of one leg: whole numbers, so that a key frame is met exactly."""
+    leg, rest = divmod(position, steps)
+    return Frame(first=leg % keys, second=(leg + 1) % keys if rest else leg % keys, weight=rest / steps)
+
+
+def batches(frames: Sequence[Frame], size: int) -> Iterator[tuple[Frame, ...]]:
+    """Yield the frames in order, `size` at a time: every batch is full but the last. Raises RequestError on no size."""
+    if size < 1:
+        raise RequestError(f"batch: found {size}, expected 1 at least")
+    for start in range(0, len(frames), size):
+        yield tuple(frames[start : start + size])
+
+
+def frame_text(encoded: Array, frames: Sequence[Frame]) -> Array:
+    """Return the text of a batch of frames: (b, T, D), float32. encoded: of the key frames' prompts, (K, T, D)."""
+    first, second, weights = _gather(frames)
+    return mix_text(encoded[first], encoded[second], weights.reshape(-1, 1, 1))
+
+
+def frame_rows(encoded: Array, frames: Sequence[Frame]) -> Array:
+    """Return what `frame_text` returns, of text or of what stands for a whole one: (b, …) for (K, …)."""
+    flat = frame_text(encoded.reshape(len(encoded), 1, -1), frames)
+    return flat.reshape(len(frames), *encoded.shape[1:])
+
+
+def frame_draw(
+    seeds: Sequence[int],
+    frames: Sequence[Frame],
+    shape: tuple[int, int, int],
+    *,
+    stream: Callable[[int], Stream] = TorchCpuNoise,
+) -> Callable[[], Array]:
+    """Return what draws for a batch of frames: each call gives the next unit normals, (b, C, h, w), float32.
+
+    seeds: of the key frames; shape: (C, h, w)
+    Each frame's noise is on the arc between its key frames' own, in the first draw and in those of a sampler that
+    draws at every stage, so that nothing flickers. It does not depend on the batch that a frame is in.
+    """
+    first, second, weights = _gather(frames)
+    used, index = np.unique(np.concatenate([first, second]), return_inverse=True)
+    streams = [stream(seeds[key]) for key in used]
+    low, high = index[: len(frames)], index[len(frames) :]
+
+    def draw() -> Array:
+        drawn = np.stack([one.normal(shape) for one in streams])
+        return slerp(drawn[low], drawn[high], weights.reshape(-1, 1, 1, 1), axes=PICTURE)
+
+    return draw
+
+
+def _gather(frames: Sequence[Frame]) -> tuple[Array, Array, Array]:
+    first, second = (np.array([getattr(f, name) for f in frames], dtype=np.int64) for name in ("first", "second"))
+    return first, second, np.array([frame.weight for frame in frames])
+
+
+COLUMNS = (-2,)  # the axis along which A1111's interface measures noise of (C, h, w): each column for itself
+STRAIGHT = 1e-6  # the sine of an angle below which float64 has no arc left to follow
+
+
+def slerp(first: Array, second: Array, weight: float | Array, *, axes: tuple[int, ...] | None = None) -> Array:
+    """Return the point of the arc from one vector to another: the shape of both together, float32.
+
+    weight: 0 gives the first and 1 the second, to the bit; a number, or an array that broadcasts with the vectors
+    axes: those that make up one vector, None for all; the others hold vectors of their own
+    Noise keeps its size on the arc, which it loses on the line between: halfway, three tenths of it.
+    Vectors on one line have no arc between them and are mixed along the line.
+    Shoemake, Animating Rotation with Quaternion Curves (1985), for vectors of any length.
+    """
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    lengths = np.sqrt((a * a).sum(axis=axes, keepdims=True) * (b * b).sum(axis=axes, keepdims=True))
+    cosine = (a * b).sum(axis=axes, keepdims=True) / np.where(lengths > 0, lengths, 1)
+    angle = np.where(lengths > 0, np.arccos(np.clip(cosine, -1, 1)), 0)
+    sine, weight = np.sin(angle), np.asarray(weight, dtype=np.float64)
+    curved = sine > STRAIGHT
+    divisor = np.where(curved, sine, 1)
+    low = np.where(curved, np.sin((1 - weight) * angle) / divisor, 1 - weight)
+    high = np.where(curved, np.sin(weight * angle) / divisor, weight)
+    return np.asarray(low * a + high * b, dtype=np.float32)
+
+
+def vary(noise: Array, other: Array, strength: float) -> Array:
+    """Return noise turned towards another seed's, as A1111's `variation strength` does: (n, C, h, w), float32.
+
+    noise: of the seeds, (n, C, h, w); other: of the variation seeds, the same shape
+    Raises RequestError on a strength outside 0 to 1.
+    """
+    if not 0 <= strength <= 1:
+        raise RequestError(f"variation_strength: found {strength}, expected 0 to 1")
+    return slerp(noise, other, strength, axes=COLUMNS)
+
+
+def variation_seeds(seed: int, variation_seed: int, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the seed and the variation seed of each picture, as A1111 counts: one seed, its variations in turn."""
+    return (seed,) * pictures, tuple(variation_seed + i for i in range(pictures))
+
+
+def mix_text(first: Array, second: Array, weight: float | Array) -> Array:
+    """Return the encoding between two prompts, on a straight line: the shape of both together, float32.
+
+    first, second: (..., T, D); weight: 0 gives the first and 1 the second, to the bit
+    Raises RequestError where the prompts have different numbers of tokens.
+    """
+    if first.shape[-2:] != second.shape[-2:]:
+        raise RequestError(
+            f"prompts to mix: found {first.shape[-2]} tokens in one and {second.shape[-2]} in the other, expected the "
+            "same number; bring both to the same number of chunks"
+        )
+    weight = np.asarray(weight, dtype=np.float32)
+    return np.asarray((1 - weight) * first + weight * second, dtype=np.float32)

@@ -1,0 +1,182 @@
+"""What a picture follows: images that a bundle's ControlNets and T2I-Adapters read, how strongly, and where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import ADAPTER, COND, FEATURE, PREFIX, level_axes
+from latentrt.runtime.draw.finite import FOLLOWED, finite
+from latentrt.runtime.images.read import Source, read_hints
+
+KINDS = (PREFIX, ADAPTER)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """An image to follow, as one of the bundle's ControlNets or T2I-Adapters reads it.
+
+    name: of the ControlNet or adapter, as the bundle was exported with
+    image: as `Request.image`, one for all pictures or one for each; it is brought to the size that is drawn
+    scale: how strongly to follow it; 0 is not at all
+    start, stop: the fractions of the steps between which it is followed, as diffusers' control_guidance_start and _end;
+        an adapter's stop is its adapter_conditioning_factor
+    """
+
+    name: str
+    image: Source | Sequence[Source]
+    scale: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __str__(self) -> str:
+        part = f":{self.start:g}:{self.stop:g}" if (self.start, self.stop) != (0, 1) else ""
+        return f"{self.name}:{self.scale:g}{part}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Steering:
+    """A control that can be followed.
+
+    pixels: (pictures, 3, height, width), float32, 0 to 1
+    stages: (K,) bool, where the plan follows it
+    """
+
+    component: str
+    pixels: Array
+    scale: float
+    stages: Array
+
+
+def steer(
+    controls: Sequence[Control], manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int
+) -> tuple[Steering, ...]:
+    """Check controls against a bundle, and read their images. Raises RequestError.
+
+    size: (width, height) to draw; stages: of the plan
+    """
+    if not isinstance(controls, list | tuple) or not all(isinstance(one, Control) for one in controls):
+        raise RequestError(f"controls: found {controls!r}, expected a list of Control(name=…, image=…)")
+    names = [control.name for control in controls]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RequestError(f"controls: found '{twice}' twice, expected each ControlNet once")
+    return tuple(_steer(control, manifest, pictures=pictures, size=size, stages=stages) for control in controls)
+
+
+def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int) -> Steering:
+    where = f"controls, '{control.name}'"
+    kinds = [kind + control.name for kind in KINDS if kind + control.name in manifest.components]
+    if not kinds:
+        raise RequestError(f"{where}: {_known(manifest)}")
+    if kinds[0].startswith(ADAPTER):
+        _check_multiple(kinds[0], manifest, size, where=where)
+    scale = control.scale
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+        raise RequestError(f"{where}: found the scale {scale!r}, expected a number")
+    pixels = read_hints(control.image, size=size, name=where)
+    if len(pixels) not in (1, pictures):
+        raise RequestError(f"{where}: found {len(pixels)} images for {pictures} pictures, expected one, or one each")
+    planar = np.ascontiguousarray(np.broadcast_to(pixels, (pictures, *pixels.shape[1:])).transpose(0, 3, 1, 2))
+    return Steering(
+        component=kinds[0],
+        pixels=planar,
+        scale=float(scale),
+        stages=followed_stages(control.start, control.stop, stages, where=where),
+    )
+
+
+def _known(manifest: Manifest) -> str:
+    names = [name.partition("_")[2] for name in manifest.components if name.startswith(KINDS)]
+    if names:
+        return f"this bundle holds no ControlNet or adapter of that name, it holds {', '.join(names)}"
+    return "this bundle holds no ControlNet; export it again with --controlnet NAME=CHECKPOINT"
+
+
+def _check_multiple(component: str, manifest: Manifest, size: tuple[int, int], *, where: str) -> None:
+    """Refuse a size that an adapter cannot cut into whole cells: its first feature's, of some latents each."""
+    first = str(manifest.components[component].outputs[0].shape[2])
+    multiple = int(first.rpartition("_")[2]) * manifest.latents.factor
+    if any(side % multiple for side in size):
+        raise RequestError(f"{where}: found {size[0]}x{size[1]} to draw, expected multiples of {multiple} pixels")
+
+
+def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Array:
+    """Tell at which stages of a plan a control is followed: (K,) bool.
+
+    Stage k of K is, where start <= k / K and (k + 1) / K <= stop: diffusers' rule. Raises RequestError.
+    """
+    for value in (start, stop):
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise RequestError(f"{where}: found {value!r} for start or stop, expected fractions of the steps, 0 to 1")
+    if not 0 <= start < stop <= 1:
+        raise RequestError(f"{where}: found {start:g} to {stop:g}, expected 0 <= start < stop <= 1")
+    followed = np.array([k / stages >= start and (k + 1) / stages <= stop for k in range(stages)])
+    if not followed.any():
+        raise RequestError(f"{where}: no one of {stages} stages lies from {start:g} to {stop:g}; leave it away")
+    return followed
+
+
+def scales_at(steering: Sequence[Steering], stage: int, rows: int) -> Mapping[str, Array]:
+    """Return the ControlNets that run at a stage, and how strongly: {component: (rows,) float32}."""
+    return {
+        one.component: np.full(rows, one.scale, dtype=np.float32)
+        for one in steering
+        if one.component.startswith(PREFIX) and one.stages[stage] and one.scale
+    }
+
+
+class Features:
+    """What T2I-Adapters add to the UNet along a plan: computed once a picture, and written where it changes.
+
+    run: runs a component; rows: the model's, of which row r is picture r % pictures
+    """
+
+    def __init__(
+        self,
+        steering: Sequence[Steering],
+        manifest: Manifest,
+        run: Callable[[str, Mapping[str, Array]], Mapping[str, Array]],
+        *,
+        size: tuple[int, int],
+        rows: int,
+    ) -> None:
+        self._shapes = _feature_shapes(manifest, size, rows)
+        self._given = [
+            (
+                one.stages,
+                one.scale,
+                {
+                    name: finite(np.array(array), FOLLOWED, pictures=len(one.pixels))
+                    for name, array in run(one.component, {COND: one.pixels}).items()
+                },
+            )
+            for one in steering
+            if one.component.startswith(ADAPTER)
+        ]
+
+    def at(self, stage: int) -> dict[str, Array]:
+        """Return what to write before a stage, {input of the UNet: (rows, …) float32}: nothing, where it stays so."""
+        followed = [bool(stages[stage]) for stages, _, _ in self._given]
+        if stage and followed == [bool(stages[stage - 1]) for stages, _, _ in self._given]:
+            return {}
+        written = {name: np.zeros(shape, dtype=np.float32) for name, shape in self._shapes.items()}
+        for on, (_, scale, features) in zip(followed, self._given, strict=True):
+            for name, array in features.items() if on else ():
+                written[name] += np.float32(scale) * np.resize(array, written[name].shape)
+        return written
+
+
+def _feature_shapes(manifest: Manifest, size: tuple[int, int], rows: int) -> dict[str, tuple[int, ...]]:
+    width, height = (side // manifest.latents.factor for side in size)
+    axes = {"batch": rows, **level_axes(height, width)}
+    return {
+        spec.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.shape)
+        for spec in manifest.components["unet"].inputs
+        if spec.name.startswith(FEATURE)
+    }

@@ -1,0 +1,60 @@
+"""From latents to pixels: which decoder, and whether at once where the latents lie, in tiles, or from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+
+from latentrt.engines.bundle.manifest import LatentSpec
+from latentrt.engines.canvas.contract import DECODER, TINY_DECODER, Canvas
+from latentrt.engines.graphs.edits import PIXELS, SQUARES
+from latentrt.engines.spec import Array, Engine
+from latentrt.engines.verify.canonical_view import as_canonical
+from latentrt.runtime.draw.finite import check_decoded, check_sums
+
+DecoderName = Literal["full", "tiny"]
+DECODERS: Mapping[DecoderName, str] = {"full": DECODER, "tiny": TINY_DECODER}
+NO_TINY = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
+
+Decode = Callable[[Array], Array]
+"""latents (n, C, h, w), float32, as the denoiser sees them -> pixels (n, height, width, 3), uint8"""
+
+
+def decode_in_place(canvas: Canvas) -> Array:
+    """Decode what a canvas has drawn, and set a mark; return its pixels. Raises NotFiniteError."""
+    canvas.decode()
+    canvas.mark()
+    return _checked_pixels(canvas)
+
+
+def _checked_pixels(canvas: Canvas) -> Array:
+    pixels = canvas.pixels()
+    check_decoded(canvas)
+    return pixels
+
+
+def on_canvas(canvas: Canvas) -> Decode:
+    """Return what decodes latents of the canvas's shape on it."""
+
+    def decode(latents: Array) -> Array:
+        state = np.zeros((len(latents), canvas.state_rows, *latents.shape[1:]), dtype=np.float32)
+        state[:, 0] = latents
+        canvas.write("state", state)
+        canvas.decode()
+        return _checked_pixels(canvas)
+
+    return decode
+
+
+def through_engine(engine: Engine, space: LatentSpec) -> Decode:
+    """Return what decodes latents with a decoder's engine, whatever that begins with."""
+    canonical, scale = as_canonical(engine, space), np.float32(space.scaling_factor)
+
+    def decode(latents: Array) -> Array:
+        decoded = canonical({"latent_sample": latents / scale})
+        check_sums(decoded[SQUARES])
+        return decoded[PIXELS].copy()
+
+    return decode

@@ -1,0 +1,232 @@
+"""One job drawn: its text, stages and pixels on the canvases of opened engines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.canvas.contract import TINY_DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.errors import BundleError, NotFiniteError
+from latentrt.engines.open import OpenEngines
+from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import PREFIX, hint_of
+from latentrt.runtime.draw.advice import explain
+from latentrt.runtime.draw.animation import vary
+from latentrt.runtime.draw.conditioning import conditions
+from latentrt.runtime.draw.controls import Features
+from latentrt.runtime.draw.decode import NO_TINY, decode_in_place, on_canvas, through_engine
+from latentrt.runtime.draw.denoise import denoise
+from latentrt.runtime.draw.finite import LATENTS, START, finite
+from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
+from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
+from latentrt.runtime.draw.step import Noise, Step, Watch
+from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
+from latentrt.runtime.request import NOISES, NoiseSource
+
+AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Source:
+    """Where a batch's text and noise come from.
+
+    tokens: the length of the text for a denoiser; tokenize_s: what reading it took
+    write: puts it on a canvas, as a denoiser takes it
+    draw: gives the next unit normals of every picture's own stream, (n, C, h, w)
+    """
+
+    tokens: Mapping[str, int]
+    tokenize_s: float
+    write: Callable[[Canvas, str], None]
+    draw: Callable[[], Array]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Drawn:
+    """The pictures, (n, height, width, 3), uint8, and the seconds that was where the engines run."""
+
+    pixels: Array
+    encode_s: float
+    step_seconds: tuple[float, ...]
+    decode_s: float
+
+
+class Drawing:
+    """Draws jobs on the canvases of opened engines, one at a time."""
+
+    def __init__(self, opened: OpenEngines, manifest: Manifest) -> None:
+        self._opened, self._manifest = opened, manifest
+
+    def __call__(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
+        """Draw a job, whose text and noise come from a source. Raises NotFiniteError with its likely causes."""
+        try:
+            return self._draw(job, source, watch)
+        except NotFiniteError as error:
+            raise explain(error, job, self._opened.key.precision) from None
+
+    def _draw(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
+        last = job.legs[-1].denoiser
+        decode = self._decoder(job, last, tokens=source.tokens[last])
+        canvas, encode, steps = self._denoise(job, source, watch)
+        pixels = decode(canvas)
+        further, *own, decode_s = canvas.elapsed()
+        return Drawn(pixels=pixels, encode_s=encode + further, step_seconds=(*steps, *own), decode_s=decode_s)
+
+    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Canvas], Array]:
+        """Return what decodes a canvas and then sets a mark: at once, or in tiles.
+
+        The tiles' canvas is asked for before anything is drawn: where no engine fits it, the error comes early.
+        """
+        grid, factor = job.grid, self._manifest.latents.factor
+        if grid is None:
+            return decode_in_place
+        size = self._decoded_size(job)
+        tile = on_canvas(self._canvas(job, denoiser, size, tokens=tokens, decoder=job.decoder))
+
+        def decode(canvas: Canvas) -> Array:
+            pixels = decode_tiles(_latents_of(job, canvas.read("state"), job.plan.stages), tile, grid, factor=factor)
+            canvas.mark()
+            return pixels
+
+        return decode
+
+    def _decoded_size(self, job: Job) -> tuple[int, int]:
+        """Return the (width, height) in pixels that a decoder is given at once: the picture's, or a tile's."""
+        grid, factor = job.grid, self._manifest.latents.factor
+        return job.size if grid is None else (grid.columns.tile * factor, grid.rows.tile * factor)
+
+    def _sketch(self, job: Job, tokens: int, latents: Array) -> Array:
+        """Return what latents show by the tiny decoder: (n, height, width, 3), uint8. Raises BundleError."""
+        space = self._manifest.latents
+        if TINY_DECODER not in self._manifest.components:
+            raise BundleError(NO_TINY)
+        width, height = self._decoded_size(job)
+        shape = CanvasShape(pictures=len(latents), tokens=tokens, width=width, height=height)
+        decode = through_engine(self._opened.engine(TINY_DECODER, shape), space)
+        return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
+
+    def _canvas(self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None) -> Canvas:
+        width, height = size
+        shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
+        rows = job.plan.rows
+        return self._opened.canvas(self._manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder)
+
+    def _denoise(self, job: Job, source: Source, watch: Watch | None) -> tuple[Canvas, float, list[float]]:
+        """Take every stage of the plan, each leg on a canvas of its denoiser.
+
+        Returns the last canvas, with its leg's marks, and what the legs before took: to encode, and each stage.
+        """
+        encode, steps, draw = 0.0, list[float](), Noise(source.draw)
+        whole = job.decoder if job.grid is None else None
+        inputs: dict[str, Array] | None = None
+        for leg in job.legs:
+            decoder = whole if leg is job.legs[-1] else None
+            tokens = source.tokens[leg.denoiser]
+            canvas = self._canvas(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
+            canvas.mark()
+            source.write(canvas, leg.denoiser)
+            canvas.mark()
+            if inputs is None:
+                inputs = self._begin(job, draw, state_rows=canvas.state_rows)
+            self._advance(job, leg, inputs, canvas, draw, watch)
+            if leg is not job.legs[-1]:  # read before the next canvas, which may take this one's place
+                inputs["state"] = canvas.read("state")
+                _latents_of(job, inputs["state"], leg.stages.stop)
+                first, *own = canvas.elapsed()
+                encode, steps = encode + first, steps + own
+        return canvas, encode, steps
+
+    def _begin(self, job: Job, draw: Callable[[], Array], *, state_rows: int) -> dict[str, Array]:
+        """Return what to write to a canvas before the first stage."""
+        start = self._start(job, draw)
+        if job.variations:
+            shape = latent_shape(job.size, self._manifest.latents)
+            other = stream(job.request.noise, job.variations, shape)()
+            varied = vary(start.noise, other, job.request.variation_strength)
+            start = dataclasses.replace(start, noise=varied)
+        written = start.inputs(job.plan, state_rows=state_rows)
+        return {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
+
+    def _advance(
+        self,
+        job: Job,
+        leg: Leg,
+        inputs: Mapping[str, Array],
+        canvas: Canvas,
+        draw: Noise,
+        watch: Watch | None,
+    ) -> None:
+        """Take the stages of one leg, from the state and what lies beside it among the inputs."""
+        further = conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser)
+        for name, array in {**further, **inputs}.items():
+            canvas.write(name, array)
+        steering = job.steering if leg.denoiser == UNET else ()  # what is added to the UNet is made for it alone
+        for one in steering:
+            if one.component.startswith(PREFIX):
+                canvas.write(hint_of(one.component), one.pixels)
+        features = Features(steering, self._manifest, self._run, size=job.size, rows=job.rows)
+        stages = denoise(canvas, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages)
+        for stage in stages:
+            if watch is not None:
+                canvas.settle(AHEAD)
+                watch(
+                    Step(
+                        stage=stage,
+                        stages=job.plan.stages,
+                        _canvas=canvas,
+                        _plan=job.plan,
+                        _manifest=self._manifest,
+                        _noise=draw.last,
+                        _keeps="known" in inputs,
+                        _sketch=partial(self._sketch, job, canvas.shape.tokens),
+                    )
+                )
+
+    def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
+        space, latents = self._manifest.latents, job.request.latents
+        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, grid=job.grid)
+        given = None if latents is None else check_latents(latents, pictures=len(job.prompts), shape=shape)
+        if job.pixels is None:
+            return Start(noise=draw() if given is None else given)
+        if job.mask is None:
+            start = start_from_image(job.pixels, encoder, draw, scaling_factor=space.scaling_factor)
+        else:
+            start = start_inpainting(
+                job.pixels,
+                job.mask,
+                encoder,
+                draw,
+                scaling_factor=space.scaling_factor,
+                factor=space.factor,
+                strength=job.strength,
+                inpainting_model=repaints(self._manifest),
+            )
+        return start if given is None else dataclasses.replace(start, noise=given)
+
+    def _encode_image(self, pixels: Array, *, grid: Grid | None) -> Array:
+        if grid is not None:
+            encoder = partial(self._encode_image, grid=None)
+            return encode_tiles(pixels, encoder, grid, factor=self._manifest.latents.factor)
+        return self._run("vae_encoder", {"sample": pixels})["latent_parameters"]
+
+    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a network that is loaded when the first image comes: most services draw from text alone."""
+        if component not in self._opened.engines:
+            self._opened.engines[component] = self._opened.load(component)
+        return self._opened.engines[component](inputs)
+
+
+def _latents_of(job: Job, state: Array, stage: int) -> Array:
+    """Return the latents of a state after a stage, (n, C, h, w). Raises NotFiniteError."""
+    return finite(state[:, 0], LATENTS, pictures=len(job.prompts), stage=stage, stages=job.plan.stages)
+
+
+def stream(source: NoiseSource, seeds: Sequence[int], shape: tuple[int, int, int]) -> Callable[[], Array]:
+    """Return what draws the next unit normals of each seed's own stream: (n, *shape), float32."""
+    generators = [NOISES[source](seed) for seed in seeds]
+    return lambda: np.stack([generator.normal(shape) for generator in generators])

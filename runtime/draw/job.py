@@ -1,0 +1,333 @@
+"""A request checked against a bundle: what is drawn, with which plan. All that can be refused is refused here."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from latentrt.engines.bundle.manifest import LatentSpec, Manifest
+from latentrt.engines.canvas.contract import REFINER, UNET
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
+from latentrt.runtime.draw.animation import variation_seeds
+from latentrt.runtime.draw.controls import Control, Steering, steer
+from latentrt.runtime.draw.decode import DECODERS, NO_TINY
+from latentrt.runtime.draw.loras import check_loras
+from latentrt.runtime.images.read import (
+    MAX_PIXELS,
+    Source,
+    decode,
+    first_of,
+    read_mask,
+    read_pictures,
+    rounded_size,
+    size_of,
+)
+from latentrt.runtime.images.tiling import Grid, plan_tiles
+from latentrt.runtime.request import CHANGES, NOISES, SCORES, Request
+from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
+from latentrt.runtime.sampling.plan import SamplingPlan
+from latentrt.runtime.text.tokenizer import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Job:
+    """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
+
+    variations: the variation seed of each picture, empty where the noise is the seeds' own
+    legs: which denoiser takes which stages of the plan
+    """
+
+    request: Request
+    prompts: tuple[str, ...]
+    negatives: tuple[str | None, ...]
+    seeds: tuple[int, ...]
+    variations: tuple[int, ...]
+    size: tuple[int, int]
+    plan: SamplingPlan
+    guidance: Guidance
+    legs: tuple[Leg, ...]
+    pixels: Array | None = None  # (1 or n, height, width, 3), float32, -1 to 1
+    mask: Array | None = None  # (1, height, width), float32
+    strength: float = 1.0
+    grid: Grid | None = None  # the tiles that the VAE sees, None for the whole picture
+    steering: tuple[Steering, ...] = ()
+
+    @property
+    def decoder(self) -> str:
+        """Return the component that makes the pixels."""
+        return DECODERS[self.request.decoder]
+
+    @property
+    def rows(self) -> int:
+        """Return how many model rows a batch has: the prompts, then the negative prompts if any stage needs them."""
+        return len(self.prompts) * (2 if self.guidance.needed else 1)
+
+    def read(self, texts: Sequence[str | None], *, negative: bool = False) -> list[Prompt]:
+        """Return texts with how this request reads them. Raises RequestError.
+
+        negative: they are negative prompts, for which no layer is left out, as in diffusers; None for one not given
+        """
+        how, skip = self.request, 0 if negative else self.request.clip_skip
+        return [
+            Prompt(
+                text=text or "",
+                syntax=how.prompt_syntax,
+                overflow=how.overflow,
+                clip_skip=skip,
+                given=text is not None,
+            )
+            for text in texts
+        ]
+
+
+def resolve(request: Request, manifest: Manifest) -> Job:
+    """Check a request against a bundle. Raises RequestError, with one sentence, on what cannot be drawn."""
+    if type(request.n) is not int or request.n < 1:
+        raise RequestError(f"n: found {request.n!r}, expected a whole number of pictures from 1 up")
+    prompts = tuple(text for text in _texts("prompt", request.prompt) for _ in range(request.n))
+    if request.deadline is not None and not request.deadline > 0:
+        raise RequestError(f"deadline: found {request.deadline!r}, expected seconds above 0")
+    if request.noise not in NOISES:
+        raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
+    request = dataclasses.replace(request, loras=check_loras(request.loras))
+    _check_decoder(request, manifest)
+    pixels, mask, size = _pictures(request, manifest)
+    if mask is None and repaints(manifest):
+        raise RequestError("mask: this checkpoint repaints a part of an image; give `image` and `mask`")
+    if pixels is not None and len(pixels) not in (1, len(prompts)):
+        raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
+    seeds, variations = _all_seeds(request, len(prompts))
+    guidance = _number("guidance", request.guidance)
+    if "time_ids" not in _unet_inputs(manifest):
+        for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
+            if getattr(request, name) != default:
+                raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; leave it away")
+    _check_scores(request, manifest)
+    plan = _plan(request, manifest)
+    return Job(
+        request=request,
+        prompts=prompts,
+        negatives=_negatives(request.negative_prompt, len(prompts)),
+        seeds=seeds,
+        variations=variations,
+        size=size,
+        pixels=pixels,
+        mask=mask,
+        strength=_strength(request),
+        grid=plan_tiles(size, request.tile, factor=manifest.latents.factor),
+        steering=steer(request.controls, manifest, pictures=len(prompts), size=size, stages=plan.stages),
+        plan=plan,
+        guidance=plan_guidance(
+            plan,
+            1.0 if _distilled(manifest) else guidance,
+            len(prompts),
+            interval=request.guidance_interval,
+            rescale=_number("guidance_rescale", request.guidance_rescale),
+        ),
+        legs=_legs(plan, request, manifest),
+    )
+
+
+def _check_decoder(request: Request, manifest: Manifest) -> None:
+    if request.decoder not in DECODERS:
+        raise RequestError(f"decoder: found {request.decoder!r}, expected one of {', '.join(DECODERS)}")
+    if DECODERS[request.decoder] not in manifest.components:
+        raise RequestError(f"decoder: {NO_TINY}, or leave it away")
+
+
+def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg, ...]:
+    if request.refine_from is None:
+        return split(plan, None, train_timesteps=manifest.schedule.num_train_timesteps)
+    if manifest.refiner is None:
+        raise RequestError(
+            "refine_from: this bundle holds no refiner; export it again with --refiner CHECKPOINT, or leave it away"
+        )
+    share = _number("refine_from", request.refine_from)
+    return split(plan, share, train_timesteps=manifest.schedule.num_train_timesteps)
+
+
+def _check_scores(request: Request, manifest: Manifest) -> None:
+    """Refuse scores that no denoiser of the bundle would be told, and what is no number."""
+    scored = manifest.refiner is not None or manifest.family == "sdxl_refiner"
+    for name, default in SCORES.items():
+        if _number(name, getattr(request, name)) != default and not scored:
+            raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; leave it away")
+
+
+def _unet_inputs(manifest: Manifest) -> set[str]:
+    return {spec.name for spec in manifest.components["unet"].inputs}
+
+
+def _distilled(manifest: Manifest) -> bool:
+    """Tell whether guidance was distilled into the UNet: then it takes the scale and no negative prompt."""
+    return "timestep_cond" in _unet_inputs(manifest)
+
+
+def repaints(manifest: Manifest) -> bool:
+    """Tell whether the UNet is an inpainting one, which sees mask and masked image beside the latents."""
+    sample = next(spec for spec in manifest.components["unet"].inputs if spec.name == "sample")
+    return sample.shape[1] != manifest.latents.channels
+
+
+def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array | None, tuple[int, int]]:
+    """Return image and mask as the networks take them, where there are any, and the size to draw."""
+    if request.image is None:
+        for name in ("mask", "strength"):
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name}: it says how to change an image, and there is none; give `image` too")
+        return None, None, check_size(request.size or _controlled_size(request, manifest), manifest)
+    factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
+    if request.mask is None:
+        pixels = read_pictures(request.image, factor=factor, size=size)
+        return pixels, None, check_size((pixels.shape[2], pixels.shape[1]), manifest)
+    if isinstance(request.image, list | tuple):
+        raise RequestError(f"mask: found {len(request.image)} images, expected the one that it masks")
+    image = decode(cast(Source, request.image), name="image")
+    size = check_size(size or rounded_size(size_of(image), factor), manifest)
+    mask = read_mask(request.mask, size=size, picture_size=size_of(image))
+    return read_pictures(image, factor=factor, size=size), mask, size
+
+
+def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | None:
+    """Return the size of the first image to follow, cut to the VAE's factor; None where there is none."""
+    first = next(iter(request.controls), None) if isinstance(request.controls, list | tuple) else None
+    if not isinstance(first, Control):
+        return None
+    name = f"controls, '{first.name}'"
+    return rounded_size(size_of(first_of(first.image, name=name)), manifest.latents.factor, name=name)
+
+
+def _strength(request: Request) -> float:
+    if request.image is None:
+        return 1.0
+    default = CHANGES if request.mask is None else 1.0
+    return default if request.strength is None else _number("strength", request.strength)
+
+
+def _plan(request: Request, manifest: Manifest) -> SamplingPlan:
+    free = request.timesteps is None and request.sigmas is None
+    return make_plan(
+        request.sampler,
+        manifest.schedule,
+        steps=20 if request.steps is None and free else request.steps,
+        spacing=request.spacing,
+        eta=request.eta,
+        strength=_strength(request),
+        stop=request.stop,
+        timesteps=request.timesteps,
+        sigmas=request.sigmas,
+    )
+
+
+def check_size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:
+    """Return (width, height) in pixels, the bundle's own for None. Raises RequestError on what it cannot draw."""
+    if size is None:
+        return manifest.default_size
+    if len(size) != 2 or any(type(side) is not int for side in size):
+        raise RequestError(f"size: found {size!r}, expected (width, height) in whole pixels")
+    width, height = size
+    factor = manifest.latents.factor
+    if width < factor or height < factor or width % factor or height % factor:
+        nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in size)
+        raise RequestError(
+            f"size: found {width}x{height}, expected multiples of {factor} pixels; the nearest is {nearest}"
+        )
+    if width * height > MAX_PIXELS:
+        raise RequestError(f"size: {width}x{height} is more than {MAX_PIXELS} pixels; ask for a smaller picture")
+    return width, height
+
+
+def latent_shape(size: tuple[int, int], space: LatentSpec) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the latents of a picture of (width, height) pixels."""
+    width, height = size
+    return space.channels, height // space.factor, width // space.factor
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise RequestError(f"{name}: found {value!r}, expected a number")
+    return float(value)
+
+
+def _texts(name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{name}: found {value!r}, expected a string or a list of strings")
+    return tuple(texts)
+
+
+def _negatives(value: str | Sequence[str | None] | None, pictures: int) -> tuple[str | None, ...]:
+    negatives = (value,) if value is None or isinstance(value, str) else value
+    if (
+        not isinstance(negatives, Sequence)
+        or not negatives
+        or not all(isinstance(one, str | None) for one in negatives)
+    ):
+        raise RequestError(f"negative_prompt: found {value!r}, expected a string, None, or a list of them")
+    if len(negatives) not in (1, pictures):
+        raise RequestError(f"negative_prompt: found {len(negatives)} for {pictures} pictures, expected one each")
+    return tuple(negatives) * (pictures // len(negatives))
+
+
+def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the seed and the variation seed of each picture; no variation seeds where there is no variation."""
+    if (request.variation_seed is None) != (request.variation_strength == 0):
+        raise RequestError("variation_seed: it and variation_strength belong together; give both, or none")
+    seeds = _seeds(request.seed, pictures)
+    if request.variation_seed is None:
+        return seeds, ()
+    if isinstance(request.seed, Sequence):
+        raise RequestError("variation_seed: it varies one seed, and seed is a list; give one seed")
+    _number("variation_strength", request.variation_strength)
+    return variation_seeds(seeds[0], _seeds(request.variation_seed, 1)[0], pictures)
+
+
+def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
+    if seed is None:
+        seed = secrets.randbits(32)
+    if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
+        return tuple(int(seed) + i for i in range(pictures))
+    if not isinstance(seed, Sequence) or not all(type(one) is int for one in seed):
+        raise RequestError(f"seed: found {seed!r}, expected a whole number or a list of them")
+    if len(seed) != pictures:
+        raise RequestError(f"seed: found {len(seed)} seeds for {pictures} pictures, expected one each")
+    return tuple(seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leg:
+    """Stages of a plan that one denoiser takes: from the first to before the end."""
+
+    denoiser: str
+    stages: range
+
+
+def split(plan: SamplingPlan, refine_from: float | None, *, train_timesteps: int) -> tuple[Leg, ...]:
+    """Return who takes which stages of a plan, in order; a denoiser without a stage is left away.
+
+    refine_from: the share of the training timesteps, from the noisy end, before which the base denoises: diffusers'
+        denoising_end and denoising_start. A stage belongs to the refiner where its timestep lies below, and so do
+        all stages after the first such one.
+    Raises RequestError where no stage is left for the refiner.
+    """
+    if refine_from is None:
+        return (Leg(denoiser=UNET, stages=range(plan.stages)),)
+    if not 0 < refine_from < 1:
+        raise RequestError(f"refine_from: found {refine_from:g}, expected a share of the noise between 0 and 1")
+    cutoff = round(train_timesteps - refine_from * train_timesteps)
+    below = plan.timesteps < cutoff
+    if not below.any():
+        raise RequestError(
+            f"refine_from: the last of {plan.stages} stages is at timestep {plan.timesteps[-1]:g}, and {refine_from:g} "
+            f"leaves the refiner those below {cutoff}; lower it, or take more steps"
+        )
+    switch = int(np.argmax(below))
+    legs = Leg(denoiser=UNET, stages=range(switch)), Leg(denoiser=REFINER, stages=range(switch, plan.stages))
+    return tuple(leg for leg in legs if leg.stages)

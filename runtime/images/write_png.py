@@ -1,0 +1,63 @@
+"""Pictures as files: PNG with the settings in the text chunk that the community's tools read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL.PngImagePlugin import PngInfo
+
+from latentrt.engines.bundle.files import disk_errors
+from latentrt.runtime.sampling.catalogue import OWN, SAMPLERS, find
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from latentrt.runtime.result import Settings
+
+
+def save_png(image: Image, path: Path, settings: Settings, seed: int) -> None:
+    """Write one picture with its settings, in one step: a killed run leaves no half picture. Raises BundleError."""
+    info = PngInfo()
+    info.add_itxt("parameters", parameters(settings, seed))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        image.save(beside, format="PNG", pnginfo=info)
+        beside.replace(path)
+
+
+def parameters(settings: Settings, seed: int) -> str:
+    """Return the settings as text, in the layout of the `parameters` chunk that A1111's interface introduced."""
+    width, height = settings.size
+    pairs = {
+        "Steps": settings.steps,
+        "Sampler": community_name(settings.sampler),
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": seed,
+        "Size": f"{width}x{height}",
+        **{_title(name): _plain(value) for name, value in settings.further.items()},
+        "Model": settings.model,
+        "Version": settings.version,
+    }
+    lines = [settings.prompt]
+    if settings.negative_prompt is not None:  # an empty one is not the same as none, see `Request`
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
+    return "\n".join(lines)
+
+
+def _title(name: str) -> str:
+    return {"strength": "Denoising strength"}.get(name, name.replace("_", " ").capitalize())
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_plain, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def community_name(sampler: str) -> str:
+    """Return the name under which other interfaces list a sampler, e.g. `DPM++ 2M Karras`."""
+    name = find(sampler.removeprefix(f"{OWN}:"))
+    return f"{SAMPLERS[name.sampler].title} {(name.spacing or '').capitalize()}".strip()

@@ -1,0 +1,364 @@
+"""Which samplers there are: for each its equations, its walk through the noise levels, and the names it goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+from latentrt.engines.bundle.manifest import OwnSampler, TrainingSchedule
+from latentrt.engines.errors import RequestError
+from latentrt.runtime.sampling.plan import Stage
+from latentrt.runtime.sampling.schedule import ve_level
+from latentrt.runtime.sampling.sigmas import FLOW, SIGMA, even_flow, flow_walk, full_flow, ratio_walk
+from latentrt.runtime.sampling.solvers.dpm import multistep, singlestep
+from latentrt.runtime.sampling.solvers.multistep import deis, sa_solver, unipc
+from latentrt.runtime.sampling.solvers.sigma import (
+    dpmpp_2s_ancestral,
+    dpmpp_sde,
+    euler,
+    euler_ancestral,
+    flow_euler,
+    flow_heun,
+    flow_lcm,
+    heun,
+    kdpm2,
+    kdpm2_ancestral,
+    lms,
+)
+from latentrt.runtime.sampling.solvers.timestep import ddim, ddpm, lcm, plms, pndm, tcd
+from latentrt.runtime.sampling.spacings import SPACINGS
+from latentrt.runtime.sampling.timesteps import Course, Habits, Walk, consistency_walk, posterior_walk, stride_walk
+
+DIFFUSION = ("epsilon", "v_prediction", "sample")
+ANY = DIFFUSION + FLOW
+# tests/test_parity.py::test_samplers_that_diffusers_clips_are_its_own_without_clipping has the figures
+UNCLIPPED = (
+    "clips nothing; diffusers' class cuts the predicted latents to -1..1 unless the scheduler's config says "
+    '"clip_sample": false, which PNDM\'s may leave out: pass clip_sample=False to its from_config to compare'
+)
+
+Equations = Callable[..., Iterator[Stage]]
+PLAIN = Habits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """One line of the table.
+
+    spaced: can follow a spacing of sigmas such as karras
+    measured: can follow sigmas that the caller gives
+    timed: can follow timesteps that the caller gives
+    eta: the default share of fresh noise, None where that is no option
+    note: what whoever compares its pictures should know
+    aliases: other names, of the community's interfaces and diffusers' classes; case and punctuation do not matter
+    """
+
+    title: str
+    equations: Equations
+    walk: Callable[[TrainingSchedule, Course, Habits], Walk] = ratio_walk
+    habits: Habits = PLAIN
+    aliases: tuple[str, ...] = ()
+    spaced: bool = True
+    measured: bool = True
+    timed: bool = True
+    eta: float | None = None
+    note: str = ""
+    predictions: tuple[str, ...] = DIFFUSION
+
+    def tuned(self, options: Mapping[str, object]) -> Sampler:
+        """Return the sampler with what a checkpoint's own scheduler sets, by the names of `OwnSampler`.
+
+        Raises RequestError where it does not know one of them.
+        """
+        habits = {name: value for name, value in options.items() if name in HABITS}
+        rest = {name: value for name, value in options.items() if name not in HABITS}
+        if unknown := [name for name in rest if name not in inspect.signature(self.equations).parameters]:
+            raise RequestError(
+                f"sampler: the checkpoint's own asks {self.title} for {unknown[0]}, which it has not; name one"
+            )
+        tuned = dataclasses.replace(self.habits, **habits)  # type: ignore[arg-type]
+        return dataclasses.replace(self, habits=tuned, equations=partial(self.equations, **rest))
+
+
+HABITS = {field.name for field in dataclasses.fields(Habits)}
+_KDPM = Habits(level=ve_level, extra=False, whole=False, rounds_karras=True)
+_DPM = Habits(truncates_cosine=True, flow=even_flow)
+_DPM_NOISE = Habits(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
+_SINGLE = Habits(fixed_spacing="linspace", flow=even_flow)
+_SINGLE_NOISE = Habits(fixed_spacing="linspace", end="lowest")
+_UNIPC = Habits(flow=full_flow)
+_EXPONENTIAL = Habits(end="repeat", flow=even_flow)
+
+SAMPLERS: Mapping[str, Sampler] = {
+    "ddim": Sampler(
+        title="DDIM",
+        walk=stride_walk,
+        equations=ddim,
+        aliases=("DDIMScheduler", "DDIMParallelScheduler"),
+        spaced=False,
+        measured=False,
+        eta=0.0,
+        note=UNCLIPPED,
+    ),
+    "ddpm": Sampler(
+        title="DDPM",
+        walk=posterior_walk,
+        equations=ddpm,
+        aliases=("DDPMScheduler", "DDPMParallelScheduler"),
+        spaced=False,
+        measured=False,
+        note=UNCLIPPED,
+    ),
+    "plms": Sampler(
+        title="PLMS",
+        walk=stride_walk,
+        equations=plms,
+        aliases=("PNDMScheduler",),
+        spaced=False,
+        measured=False,
+        timed=False,
+    ),
+    "pndm": Sampler(title="PNDM", walk=stride_walk, equations=pndm, spaced=False, measured=False, timed=False),
+    "lms": Sampler(title="LMS", habits=SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
+    "euler": Sampler(
+        title="Euler",
+        habits=SIGMA,
+        equations=euler,
+        aliases=("k_euler", "EulerDiscreteScheduler", "edm_euler", "EDMEulerScheduler"),
+    ),
+    "euler_ancestral": Sampler(
+        title="Euler a",
+        habits=SIGMA,
+        equations=euler_ancestral,
+        aliases=("euler_a", "k_euler_a", "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
+    ),
+    "heun": Sampler(title="Heun", habits=SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
+    "kdpm2": Sampler(
+        title="DPM2",
+        habits=_KDPM,
+        equations=kdpm2,
+        aliases=("dpm2", "dpm_2", "k_dpm_2", "KDPM2DiscreteScheduler"),
+    ),
+    "kdpm2_ancestral": Sampler(
+        title="DPM2 a",
+        habits=_KDPM,
+        equations=kdpm2_ancestral,
+        aliases=("dpm2_a", "dpm_2_ancestral", "k_dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
+    ),
+    "dpmpp_2m": Sampler(
+        title="DPM++ 2M",
+        habits=_DPM,
+        predictions=ANY,
+        equations=partial(multistep, kind="dpmpp", order=2),
+        aliases=("k_dpmpp_2m", "DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"),
+    ),
+    "dpmpp_2m_sde": Sampler(
+        title="DPM++ 2M SDE",
+        habits=_DPM,
+        predictions=ANY,
+        equations=partial(multistep, kind="sde-dpmpp", order=2),
+    ),
+    "dpmpp_3m": Sampler(
+        title="DPM++ 3M", habits=_DPM, predictions=ANY, equations=partial(multistep, kind="dpmpp", order=3)
+    ),
+    "dpmpp_3m_sde": Sampler(
+        title="DPM++ 3M SDE",
+        habits=_DPM,
+        predictions=ANY,
+        equations=partial(multistep, kind="sde-dpmpp", order=3),
+    ),
+    "dpmpp_2s": Sampler(
+        title="DPM++ 2S",
+        habits=_SINGLE,
+        predictions=ANY,
+        equations=partial(singlestep, kind="dpmpp", order=2),
+        aliases=("DPMSolverSinglestepScheduler",),
+    ),
+    "dpmpp_2s_sde": Sampler(
+        title="DPM++ 2S SDE",
+        habits=_SINGLE,
+        predictions=ANY,
+        equations=partial(singlestep, kind="sde-dpmpp", order=2),
+    ),
+    "dpmpp_2s_ancestral": Sampler(
+        title="DPM++ 2S a",
+        habits=SIGMA,
+        equations=dpmpp_2s_ancestral,
+        aliases=("dpmpp_2s_a", "k_dpmpp_2s_a"),
+    ),
+    "dpmpp_3s": Sampler(
+        title="DPM++ 3S",
+        habits=_SINGLE,
+        predictions=ANY,
+        equations=partial(singlestep, kind="dpmpp", order=3),
+    ),
+    "dpmpp_sde": Sampler(
+        title="DPM++ SDE",
+        note="diffusers takes its noise from another generator (torchsde's): as good a picture, and another one",
+        habits=SIGMA,
+        equations=dpmpp_sde,
+        aliases=("k_dpmpp_sde", "DPMSolverSDEScheduler"),
+    ),
+    "dpm_2s": Sampler(
+        title="DPM-Solver 2S",
+        habits=_SINGLE_NOISE,
+        equations=partial(singlestep, kind="dpm", order=2),
+    ),
+    "dpm_2m": Sampler(title="DPM-Solver 2M", habits=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
+    "dpm_2m_sde": Sampler(
+        title="DPM-Solver 2M SDE", habits=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
+    ),
+    "dpm_3m": Sampler(title="DPM-Solver 3M", habits=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
+    "unipc": Sampler(
+        title="UniPC",
+        habits=_UNIPC,
+        predictions=ANY,
+        equations=partial(unipc, order=2),
+        aliases=("uni_pc_bh2", "UniPCMultistepScheduler"),
+    ),
+    "unipc_3": Sampler(title="UniPC, order 3", habits=_UNIPC, predictions=ANY, equations=partial(unipc, order=3)),
+    "deis": Sampler(
+        title="DEIS",
+        habits=_EXPONENTIAL,
+        predictions=ANY,
+        equations=partial(deis, order=2),
+        aliases=("deis_2", "DEISMultistepScheduler"),
+    ),
+    "deis_3": Sampler(title="DEIS, order 3", habits=_EXPONENTIAL, predictions=ANY, equations=partial(deis, order=3)),
+    "sa_solver": Sampler(
+        title="SA-Solver",
+        habits=_EXPONENTIAL,
+        predictions=ANY,
+        equations=sa_solver,
+        aliases=("SASolverScheduler",),
+    ),
+    "lcm": Sampler(
+        title="LCM",
+        walk=partial(consistency_walk, last=None),
+        equations=lcm,
+        aliases=("LCMScheduler",),
+        spaced=False,
+        measured=False,
+    ),
+    "tcd": Sampler(
+        title="TCD",
+        walk=partial(consistency_walk, last=0),
+        equations=tcd,
+        aliases=("TCDScheduler",),
+        spaced=False,
+        measured=False,
+        eta=0.3,
+    ),
+    "flow_euler": Sampler(
+        title="Flow Euler",
+        walk=flow_walk,
+        equations=flow_euler,
+        aliases=("FlowMatchEulerDiscreteScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=FLOW,
+    ),
+    "flow_heun": Sampler(
+        title="Flow Heun",
+        walk=flow_walk,
+        equations=flow_heun,
+        aliases=("FlowMatchHeunDiscreteScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=FLOW,
+    ),
+    "flow_lcm": Sampler(
+        title="Flow LCM",
+        walk=flow_walk,
+        equations=flow_lcm,
+        aliases=("FlowMatchLCMScheduler",),
+        spaced=False,
+        timed=False,
+        predictions=FLOW,
+    ),
+}
+
+
+OWN = "own"  # the checkpoint's own scheduler, with what its config sets
+
+
+class Name(NamedTuple):
+    """A sampler's line in the table, and the spacing of sigmas that its name asks for.
+
+    own: whether a checkpoint's config sets more than a name can say, as in `own:dpmpp_2m_karras`
+    """
+
+    sampler: str
+    spacing: str | None
+    own: bool = False
+
+    def __str__(self) -> str:
+        plain = self.sampler if self.spacing is None else f"{self.sampler}_{self.spacing}"
+        return f"{OWN}:{plain}" if self.own else plain
+
+
+def sampler_names() -> tuple[str, ...]:
+    """Return the canonical names, sorted: every sampler, and its Karras form where it has one.
+
+    The other spacings make names in the same way: `dpmpp_2m_exponential`, `euler_ays`.
+    """
+    karras = [f"{name}_karras" for name, sampler in SAMPLERS.items() if sampler.spaced]
+    return tuple(sorted([*SAMPLERS, *karras]))
+
+
+def find(name: str) -> Name:
+    """Return what a name means: `dpmpp_2m_karras`, `DPM++ 2M Karras`, `k_dpmpp_2m`, `EulerDiscreteScheduler`.
+
+    Raises RequestError with the nearest name when there is none such.
+    """
+    squashed = _squash(name)
+    known = _known()
+    if squashed in known:
+        return known[squashed]
+    nearest = difflib.get_close_matches(squashed, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{known[nearest[0]]}'?" if nearest else "expected one of " + ", ".join(sampler_names())
+    raise RequestError(f"sampler: unknown sampler '{name}'; {hint}")
+
+
+def choose_sampler(name: str | None, schedule: TrainingSchedule) -> OwnSampler:
+    """Return what a name means for a checkpoint: its own scheduler for None, `own` and `own:…`, else a plain sampler.
+
+    Raises RequestError where there is no such sampler, or where the checkpoint's own is another one.
+    """
+    if name is None or name == OWN:
+        return own_sampler(schedule)
+    if not name.startswith(f"{OWN}:"):
+        plain = find(name)
+        return OwnSampler(name=plain.sampler, spacing=plain.spacing)
+    wanted, own = find(name.removeprefix(f"{OWN}:")), own_sampler(schedule)
+    if wanted != Name(own.name, own.spacing):
+        raise RequestError(f"sampler: found '{name}', and this checkpoint's own is '{Name(own.name, own.spacing)}'")
+    return own
+
+
+def own_sampler(schedule: TrainingSchedule) -> OwnSampler:
+    """Return the checkpoint's own scheduler. Raises RequestError when it is not known."""
+    if schedule.sampler is not None:
+        return schedule.sampler
+    name = find(schedule.scheduler)  # a bundle of an older version, which kept the class alone
+    return OwnSampler(name=name.sampler, spacing=name.spacing)
+
+
+@functools.cache
+def _known() -> dict[str, Name]:
+    plain = {_squash(n): key for key, s in SAMPLERS.items() for n in (key, s.title, *s.aliases)}
+    names = {n: Name(key, None) for n, key in plain.items()}
+    for spacing in SPACINGS:
+        names |= {n + _squash(spacing): Name(key, spacing) for n, key in plain.items() if SAMPLERS[key].spaced}
+    return names
+
+
+def _squash(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))

@@ -1,0 +1,190 @@
+"""From a name and a number of steps to a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from latentrt.engines.bundle.manifest import OwnSampler, Spacing, TrainingSchedule
+from latentrt.engines.errors import RequestError
+from latentrt.runtime.sampling.catalogue import SAMPLERS, Name, Sampler, choose_sampler
+from latentrt.runtime.sampling.plan import SamplingPlan, compile_plan
+from latentrt.runtime.sampling.schedule import CLEAN
+from latentrt.runtime.sampling.sigmas import FLOW
+from latentrt.runtime.sampling.solvers.prediction import edm_units
+from latentrt.runtime.sampling.spacings import SPACINGS
+from latentrt.runtime.sampling.timesteps import Course, Walk
+
+TIMESTEP_SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
+
+
+def make_plan(
+    sampler: str | None,
+    schedule: TrainingSchedule,
+    *,
+    steps: int | None = None,
+    spacing: str | None = None,
+    strength: float = 1.0,
+    stop: float = 1.0,
+    eta: float | None = None,
+    shift: float | None = None,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> SamplingPlan:
+    """Compile a sampler to a plan for a checkpoint's training schedule.
+
+    sampler: any name that `find` knows; None or `own` for the checkpoint's own scheduler with what its config sets
+    steps: may be left out where timesteps or sigmas are given
+    spacing: of timesteps (leading, trailing, linspace: instead of the checkpoint's) or of sigmas (karras, ..)
+    strength: the share of the steps to take, from the end: less than 1 keeps some of an image; 0 to 1
+    stop: the share of the steps after which to stop, leaving noise for another plan to remove; 0 to 1
+    eta: the share of fresh noise, where the sampler has that option; 0 to 1
+    shift: how far a flow's steps move towards the noise (3 for Stable Diffusion 3)
+    timesteps: what to tell the model, decreasing; sigmas: noise over picture, decreasing, with the one to end at
+    Raises RequestError when the name is unknown or any of this cannot be done.
+    """
+    chosen = choose_sampler(sampler, schedule)
+    schedule = _scheduled(schedule, chosen, spacing)
+    name = _name(chosen, spacing)
+    line = SAMPLERS[name.sampler].tuned(_walking(chosen))
+    _check_shares(name, line, schedule, strength=strength, stop=stop, eta=eta)
+    shift = (chosen.shift or 1.0) if shift is None else shift
+    course = _course(name, line, schedule, steps=steps, timesteps=timesteps, sigmas=sigmas, shift=shift)
+    options = {} if line.eta is None else {"eta": line.eta if eta is None else eta}
+    prediction = "v_prediction" if schedule.edm else schedule.prediction_type
+    try:
+        with np.errstate(divide="ignore", invalid="ignore"):  # compile_plan refuses what is not finite
+            walk = _part(line.walk(schedule, course, line.habits), course.steps, strength=strength, stop=stop)
+            stages = list(line.equations(walk, prediction, **options))
+    except RequestError:
+        raise
+    except (ArithmeticError, ValueError) as error:  # a logarithm or a quotient of zero: two levels are the same
+        raise RequestError(
+            f"{name} cannot walk this checkpoint's noise in {course.steps} steps ({error}); ask for fewer steps"
+        ) from None
+    end = CLEAN if walk.end == len(walk.legs) and walk.legs[-1].there.sigma == 0 else walk.legs[walk.end - 1].there
+    plan = compile_plan(str(name), stages, steps=course.steps, initial_scale=walk.initial_scale, end=end)
+    return edm_units(plan, schedule) if schedule.edm else plan
+
+
+def _walking(chosen: OwnSampler) -> dict[str, object]:
+    """Return what a checkpoint's config sets of the way and the equations: the rest is asked for elsewhere."""
+    return {name: value for name, value in chosen.options.items() if name not in ("shift", "rescale_betas_zero_snr")}
+
+
+def _scheduled(schedule: TrainingSchedule, chosen: OwnSampler, spacing: str | None) -> TrainingSchedule:
+    """Return the training schedule as a sampler sees it."""
+    if chosen.rescale_betas_zero_snr is not None:
+        schedule = dataclasses.replace(schedule, rescale_betas_zero_snr=chosen.rescale_betas_zero_snr)
+    if spacing not in TIMESTEP_SPACINGS:
+        return schedule
+    if schedule.edm is not None:
+        raise RequestError(f"spacing: '{spacing}' spaces training timesteps, and this checkpoint has none; use karras")
+    return dataclasses.replace(schedule, timestep_spacing=spacing)
+
+
+def _name(chosen: OwnSampler, spacing: str | None) -> Name:
+    """Return how the plan is called, with the spacing of sigmas that was asked for."""
+    name = Name(chosen.name, chosen.spacing, own=bool(chosen.options))
+    if spacing is None or spacing in TIMESTEP_SPACINGS:
+        return name
+    if spacing not in SPACINGS:
+        raise RequestError(f"spacing: found '{spacing}', expected one of {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}")
+    if name.spacing not in (None, spacing):
+        raise RequestError(f"spacing: found '{spacing}', but '{name}' names another")
+    if not SAMPLERS[name.sampler].spaced:
+        raise RequestError(f"spacing: {name.sampler} walks its own timesteps and cannot follow '{spacing}'")
+    return name._replace(spacing=spacing)
+
+
+def _check_shares(
+    name: Name, line: Sampler, schedule: TrainingSchedule, *, strength: float, stop: float, eta: float | None
+) -> None:
+    for option, value in (("strength", strength), ("stop", stop), ("eta", 0.0 if eta is None else eta)):
+        if not 0 <= value <= 1:
+            raise RequestError(f"{option}: found {value}, expected 0 to 1")
+    if eta is not None and line.eta is None:
+        raise RequestError(f"eta: {name} takes none; ddim and tcd do")
+    if schedule.edm is not None and not line.measured:
+        raise RequestError(
+            f"sampler: {name} counts training timesteps, and this checkpoint has none; use euler or dpmpp_2m"
+        )
+    if name.spacing is not None and str(schedule.prediction_type) in FLOW:
+        raise RequestError(f"spacing: '{name.spacing}' spaces the noise of a diffusion, not of a flow; use shift")
+    if str(schedule.prediction_type) not in line.predictions:
+        expected = " or ".join(line.predictions)
+        raise RequestError(
+            f"{name} needs a model that predicts {expected}; this one predicts {schedule.prediction_type}"
+        )
+
+
+def _course(
+    name: Name,
+    line: Sampler,
+    schedule: TrainingSchedule,
+    *,
+    steps: int | None,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+    shift: float,
+) -> Course:
+    _check_given(name, line, schedule, timesteps=timesteps, sigmas=sigmas)
+    if not 0 < shift < np.inf or (shift != 1 and str(schedule.prediction_type) not in FLOW):
+        raise RequestError(f"shift: found {shift}, expected a positive number, and 1 where the model is not of a flow")
+    given = len(timesteps) if timesteps is not None else len(sigmas) - 1 if sigmas is not None else steps
+    if given is None:
+        raise RequestError("steps: missing, expected a number of steps (or timesteps, or sigmas)")
+    if steps is not None and steps != given:
+        raise RequestError(f"steps: found {steps}, expected {given} as timesteps or sigmas have")
+    if type(given) is not int or not 1 <= given <= schedule.num_train_timesteps:
+        raise RequestError(f"steps: found {given}, expected 1 to {schedule.num_train_timesteps}")
+    return Course(
+        steps=given,
+        spacing=name.spacing,
+        timesteps=None if timesteps is None else tuple(timesteps),
+        sigmas=None if sigmas is None else tuple(sigmas),
+        shift=shift,
+    )
+
+
+def _check_given(
+    name: Name,
+    line: Sampler,
+    schedule: TrainingSchedule,
+    *,
+    timesteps: Sequence[float] | None,
+    sigmas: Sequence[float] | None,
+) -> None:
+    asked = [
+        n for n, v in (("timesteps", timesteps), ("sigmas", sigmas), (name.spacing, name.spacing)) if v is not None
+    ]
+    if len(asked) > 1:
+        raise RequestError(f"{asked[0]}: it and `{asked[1]}` each say where to step; give one of them")
+    if timesteps is not None:
+        if not line.timed or schedule.edm is not None or str(schedule.prediction_type) in FLOW:
+            raise RequestError(f"timesteps: {name} walks its own here")
+        _check_falling("timesteps", timesteps, low=0, high=schedule.num_train_timesteps - 1)
+    if sigmas is not None:
+        if not line.measured:
+            raise RequestError(f"sigmas: {name} walks whole timesteps; give `timesteps`")
+        _check_falling("sigmas", sigmas, low=0, high=np.inf)
+
+
+def _check_falling(name: str, values: Sequence[float], *, low: float, high: float) -> None:
+    array = np.array(values, dtype=np.float64)
+    inside = bool(np.all((array >= low) & (array <= high) & np.isfinite(array)))
+    if array.ndim != 1 or not inside or not bool(np.all(np.diff(array) < 0)):
+        raise RequestError(f"{name}: expected finite numbers that decrease, from {high:g} at most to {low:g} at least")
+
+
+def _part(walk: Walk, steps: int, *, strength: float, stop: float) -> Walk:
+    begin = len(walk.legs) - min(int(steps * strength), len(walk.legs))
+    end = round(stop * len(walk.legs))
+    if begin >= end:
+        raise RequestError(
+            f"strength: {strength:g} and a `stop` of {stop:g} leave none of {steps} steps to take; "
+            "raise one of the three"
+        )
+    return walk.part(begin, end)

@@ -1,0 +1,1 @@
+"""The equations, written once, run on the rows of an identity matrix."""

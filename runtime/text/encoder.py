@@ -1,0 +1,333 @@
+"""Prompts into what the UNet reads: chunks, weights and learned words, and a cache of what was encoded before."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.graphs.edits import EXTRA_EMBEDDINGS as EXTRA
+from latentrt.engines.spec import Array, EngineSpec
+from latentrt.runtime.text.textual_inversion import Embedding
+from latentrt.runtime.text.tokenizer import Chunk, Prompt, PromptTokenizer
+from latentrt.runtime.text.weighting import Ids, is_weighted, needed, weigh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Words:
+    """A tokenizer with the learned words it knows. `number` differs whenever they do."""
+
+    tokenizer: PromptTokenizer
+    embeddings: tuple[Embedding, ...] = ()
+    number: int = 0
+    vectors: Array | None = None  # of all embeddings, (rows, width)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(embedding.name for embedding in self.embeddings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Encoding:
+    """One prompt, or a batch of them with an axis before, as the UNet reads it.
+
+    states: (tokens, width); pooled: (pooled width,), None where the encoder is not read for it
+    """
+
+    states: Array
+    pooled: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return how much memory it takes."""
+        return self.states.nbytes + (0 if self.pooled is None else self.pooled.nbytes)
+
+
+class TextEncoder:
+    """Encodes prompts, and remembers those it has encoded. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        tokenizer: PromptTokenizer,
+        run: Run,
+        spec: EngineSpec,
+        *,
+        skip: int = 0,
+        pooled: str | None = None,
+        cache_entries: int = 1024,
+        cache_bytes: int = 256 << 20,
+    ) -> None:
+        """Wrap a text encoder.
+
+        run, spec: the engine, or what calls it, which no one else does meanwhile; and the engine's spec
+        skip: how many of its last layers the UNet never reads; a prompt's clip_skip comes on top
+        pooled: the output that stands for a whole text
+        cache_entries, cache_bytes: how much is remembered; what was not used for longest is forgotten first
+        """
+        self._plain = tokenizer
+        self._rows, self._skip = RowEncoder(run, spec, pooled=pooled), skip
+        self._words = _Words(tokenizer=tokenizer)
+        self.weights = ""  # names those that the engine has now, if they are not the base's
+        self._cache = Cache(cache_entries, cache_bytes)
+        self._lock = threading.Lock()
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Array:
+        """Encode a batch: (len(prompts), tokens, width), in the encoder's dtype.
+
+        A prompt of fewer chunks than another is followed by chunks of the empty prompt. Raises RequestError.
+        """
+        return self.batch(prompts).states
+
+    def batch(self, prompts: Sequence[Prompt]) -> Encoding:
+        """Encode a batch, as `__call__` does, with what stands for each whole text."""
+        encodings = self.encodings(prompts)
+        pooled = [one.pooled for one in encodings if one.pooled is not None]
+        return Encoding(states=self._even(encodings, prompts), pooled=np.stack(pooled) if pooled else None)
+
+    def _even(self, encodings: Sequence[Encoding], prompts: Sequence[Prompt]) -> Array:
+        """Stack states, those of fewer chunks followed by chunks of the empty prompt."""
+        encoded = [one.states for one in encodings]
+        longest = max(map(len, encoded))
+        if min(map(len, encoded)) < longest:
+            empties = self.encode([Prompt(text="", clip_skip=prompt.clip_skip) for prompt in prompts])
+            pairs = zip(encoded, empties, strict=True)
+            encoded = [np.concatenate([row, *[end] * ((longest - len(row)) // len(end))]) for row, end in pairs]
+        return np.stack(encoded)
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Array]:
+        """Encode each prompt by itself: (tokens, width), read-only; the same array for the same prompt.
+
+        tokens is the encoder's context, 77, times the number of chunks. Raises RequestError.
+        """
+        return [one.states for one in self.encodings(prompts)]
+
+    def encodings(self, prompts: Sequence[Prompt]) -> list[Encoding]:
+        """Encode each prompt by itself, as `encode` does, with what stands for its whole text: that of the first chunk.
+
+        Weights do not change what stands for the whole.
+        """
+        words = self._words
+        found = self._remembered(words, prompts)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if missing:
+            found |= self._encode(words, missing)
+        return [found[prompt] for prompt in prompts]
+
+    def tokens(self, prompts: Sequence[Prompt]) -> int:
+        """Return how many tokens the encoding of the longest of these prompts has. Raises RequestError."""
+        words = self._words
+        found = self._remembered(words, prompts)
+        known = (len(encoding.states) for encoding in found.values())
+        new = (len(words.tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)
+        return max(*known, *(words.tokenizer.spec.max_length * chunks for chunks in new), 0)
+
+    def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
+        """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
+
+        So it is where no word has a weight, no layer is skipped and all have the same number of chunks. None where
+        it is not, and where every prompt is remembered: there, calling this encoder is what to do.
+        """
+        words = self._words
+        if (
+            self._skip
+            or any(prompt.clip_skip for prompt in prompts)
+            or len(self._remembered(words, prompts)) == len(set(prompts))
+        ):
+            return None
+        chunks = [words.tokenizer.chunks(prompt) for prompt in prompts]
+        if len(set(map(len, chunks))) > 1 or any(is_weighted(chunk) for row in chunks for chunk in row):
+            return None
+        rows = words.tokenizer.rows([chunk.ids for row in chunks for chunk in row])
+        return self._rows.inputs(rows, words.vectors)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Return the learned words that prompts may use."""
+        return self._words.names
+
+    def add(self, embedding: Embedding) -> None:
+        """Let prompts use a learned word. Raises RequestError where it does not fit this encoder."""
+        with self._lock:
+            if embedding.name in self.embeddings:
+                raise RequestError(f"embeddings: '{embedding.name}' is loaded already; remove it first, or rename it")
+            self._learn((*self._words.embeddings, embedding))
+
+    def remove(self, name: str) -> None:
+        """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
+        with self._lock:
+            if name not in self.embeddings:
+                loaded = ", ".join(self.embeddings) or "nothing"
+                raise RequestError(f"embeddings: found {name!r}, expected one that is loaded: {loaded}")
+            self._learn(tuple(embedding for embedding in self._words.embeddings if embedding.name != name))
+
+    def _learn(self, embeddings: tuple[Embedding, ...]) -> None:
+        vectors = None
+        for embedding in embeddings:
+            self._rows.check_vectors(embedding.vectors)
+        if embeddings:
+            vectors = np.concatenate([embedding.vectors for embedding in embeddings])
+            self._rows.check_vectors(vectors)
+        tokenizer = self._plain.with_words({embedding.name: len(embedding.vectors) for embedding in embeddings})
+        number = self._words.number + 1
+        self._words = _Words(tokenizer=tokenizer, embeddings=embeddings, number=number, vectors=vectors)
+        self._cache.clear()  # its entries cannot be found any more
+
+    def _remembered(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
+        found = {prompt: self._cache.get((words.number, self.weights, prompt)) for prompt in prompts}
+        return {prompt: encoding for prompt, encoding in found.items() if encoding is not None}
+
+    def _encode(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
+        skips = {prompt: self._skip + prompt.clip_skip for prompt in prompts}
+        for skip in skips.values():
+            self._rows.check_skip(skip)
+        chunks = {prompt: words.tokenizer.chunks(prompt) for prompt in prompts}
+        wanted = dict.fromkeys(ids for row in chunks.values() for chunk in row for ids in needed(chunk))
+        places = {ids: place for place, ids in enumerate(wanted)}
+        rows = words.tokenizer.rows(list(wanted))
+        states = self._rows(rows, words.vectors, keep_skipped=any(skips.values()))
+        encoded = {}
+        for prompt, row in chunks.items():
+            array = _assemble(row, states.without(skips[prompt]), places)
+            array.setflags(write=False)
+            pooled = None if states.pooled is None else states.pooled[places[row[0].ids]].copy()
+            encoded[prompt] = Encoding(states=array, pooled=pooled)
+            self._cache.put((words.number, self.weights, prompt), encoded[prompt])
+        return encoded
+
+
+def _assemble(chunks: Sequence[Chunk], states: Array, places: Mapping[Ids, int]) -> Array:
+    """Weigh chunks and put them one after the other. states: (rows, context, width), by the places of their ids."""
+    return np.concatenate([weigh(chunk, lambda ids: np.asarray(states[places[ids]])) for chunk in chunks])
+
+
+class Cache:
+    """Encodings by key. When one too many is put in, what was not asked for longest goes. Safe for many threads."""
+
+    def __init__(self, entries: int, size: int) -> None:
+        """Hold at most so many, of at most so many bytes together."""
+        self._entries, self._bytes, self._used = entries, size, 0
+        self._kept: OrderedDict[Hashable, Encoding] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Encoding | None:
+        """Return an encoding, and count it as the one asked for last."""
+        with self._lock:
+            encoding = self._kept.get(key)
+            if encoding is not None:
+                self._kept.move_to_end(key)
+            return encoding
+
+    def put(self, key: Hashable, encoding: Encoding) -> None:
+        """Keep an encoding, or not if it is larger than all there is room for."""
+        with self._lock:
+            self._drop(key)
+            self._kept[key] = encoding
+            self._used += encoding.nbytes
+            while len(self._kept) > self._entries or self._used > self._bytes:
+                self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Hashable) -> None:
+        encoding = self._kept.pop(key, None)
+        self._used -= 0 if encoding is None else encoding.nbytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
+            self._used = 0
+
+
+IDS, STATES = "input_ids", "last_hidden_state"
+SKIPPED = "skipped_hidden_states"  # (batch, skipped layers, context, width), see export.modules.TextEncoder
+# At a time: a prompt of many weights is many rows, and must not take memory by the gigabyte.
+MOST_ROWS = 8
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowStates:
+    """What rows are encoded to: with all layers, and where the run was told to keep them, without the last ones.
+
+    pooled: what stands for a row's whole text, where the encoder is read for it
+    """
+
+    last: Array  # (rows, context, width)
+    skipped: Array | None  # (rows, skipped layers, context, width)
+    pooled: Array | None = None  # (rows, pooled width)
+
+    def without(self, clip_skip: int) -> Array:
+        """Return the states without that many of the last layers: (rows, context, width)."""
+        if clip_skip == 0:
+            return self.last
+        assert self.skipped is not None
+        return np.asarray(self.skipped[:, clip_skip - 1])
+
+
+class RowEncoder:
+    """The text encoder's engine, for any number of rows. Safe to use from many threads."""
+
+    def __init__(self, run: Run, spec: EngineSpec, *, pooled: str | None = None) -> None:
+        """Wrap an engine. run: the engine itself, or what calls it, which no one else does meanwhile.
+
+        pooled: the name of the output that stands for a whole row
+        """
+        self._run, self._lock, self._pooled = run, threading.Lock(), pooled
+        self._inputs = {tensor.name: tensor for tensor in spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in spec.outputs}
+
+    def check_skip(self, clip_skip: int) -> None:
+        """Raise RequestError where the encoder cannot leave out that many layers."""
+        if clip_skip == 0:
+            return
+        if SKIPPED not in self._outputs:
+            raise RequestError(
+                f"clip_skip: found {clip_skip}, but this bundle's text encoder gives no states of earlier layers; "
+                "export the checkpoint again"
+            )
+        layers = self._outputs[SKIPPED].shape[1]
+        if isinstance(layers, int) and clip_skip > layers:
+            raise RequestError(f"clip_skip: found {clip_skip}, expected at most {layers} for this text encoder")
+
+    def check_vectors(self, vectors: Array) -> None:
+        """Raise RequestError where the encoder cannot take these vectors besides its own table's."""
+        if EXTRA not in self._inputs:
+            raise RequestError("embeddings: the engine in use takes none; run `latentrt build --force` on this bundle")
+        rows, width = self._inputs[EXTRA].shape
+        if vectors.shape[1] != width:
+            raise RequestError(
+                f"embeddings: found vectors of width {vectors.shape[1]}, expected {width}; use embeddings that were "
+                "trained for this family of checkpoints"
+            )
+        if isinstance(rows, int) and len(vectors) > rows:
+            raise RequestError(
+                f"embeddings: found {len(vectors)} vectors in all, and the engine was compiled for {rows}; remove some"
+            )
+
+    def inputs(self, rows: Array, vectors: Array | None) -> dict[str, Array]:
+        """Return the engine's inputs for rows of ids, (rows, context); ids below zero are of `vectors`."""
+        if EXTRA not in self._inputs:
+            return {IDS: rows}
+        wanted, width = self._inputs[EXTRA].shape
+        assert isinstance(width, int)
+        own = 0 if vectors is None else len(vectors)
+        extra = np.zeros((wanted if isinstance(wanted, int) else max(1, own), width), dtype=self._inputs[EXTRA].dtype)
+        if vectors is not None:
+            extra[:own] = vectors
+        return {IDS: rows, EXTRA: extra}
+
+    def __call__(self, rows: Array, vectors: Array | None, *, keep_skipped: bool) -> RowStates:
+        """Encode rows of ids, (rows, context)."""
+        names = [STATES, *([SKIPPED] if keep_skipped else []), *([self._pooled] if self._pooled else [])]
+        kept: dict[str, list[Array]] = {name: [] for name in names}
+        for start in range(0, len(rows), MOST_ROWS):
+            with self._lock:  # the outputs are the engine's own until its next call
+                outputs = self._run(self.inputs(rows[start : start + MOST_ROWS], vectors))
+                for name in names:
+                    kept[name].append(outputs[name].copy())
+        arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
+        pooled = arrays[self._pooled] if self._pooled else None
+        return RowStates(last=arrays[STATES], skipped=arrays.get(SKIPPED), pooled=pooled)

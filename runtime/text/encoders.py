@@ -1,0 +1,141 @@
+"""All text encoders of a bundle together: what the UNet attends to, and what it takes of the whole text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from latentrt.engines.bundle.files import Bundle, Check
+from latentrt.engines.bundle.manifest import Manifest, TextSpec
+from latentrt.engines.canvas.contract import REFINER, UNET
+from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array, Engine
+from latentrt.runtime.text.encoder import TextEncoder
+from latentrt.runtime.text.textual_inversion import ENCODERS, LearnedWord
+from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
+
+STATES, POOLED = "encoder_hidden_states", "text_embeds"  # the UNet's names
+
+
+def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenizer]:
+    """Read the bundle's tokenizers, by name. Raises BundleError."""
+    specs = bundle.manifest.tokenizers
+    return {name: PromptTokenizer(bundle.path(spec.file, check=check), spec) for name, spec in specs.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """What one denoiser takes of a text: of which encoders, and whether zeros stand for no negative prompt."""
+
+    encoders: tuple[TextSpec, ...]
+    zero_negative: bool
+
+
+class Texts:
+    """The encoders of a bundle, and which of them each denoiser takes, in what order. A shared one is there once."""
+
+    def __init__(
+        self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, PromptTokenizer]
+    ) -> None:
+        own, refiner = manifest.text_encoders, manifest.refiner
+        self._readings = {UNET: _Reading(encoders=own, zero_negative=manifest.zero_negative)}
+        if refiner:
+            further = _Reading(encoders=refiner.text_encoders, zero_negative=refiner.zero_negative)
+            self._readings[REFINER] = further
+        self._encoders: dict[TextSpec, TextEncoder] = {}
+        for text in dict.fromkeys(text for reading in self._readings.values() for text in reading.encoders):
+            self._encoders[text] = TextEncoder(
+                tokenizers[text.tokenizer],
+                partial(_run, engines, text.component),  # the engine may be wrapped later, by what times it
+                engines[text.component].spec,
+                skip=text.skip,
+                pooled=text.pooled,
+            )
+
+    def __call__(
+        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str = UNET
+    ) -> dict[str, Array]:
+        """Encode a batch: a UNet's inputs by name, the prompts' rows first and then the negative prompts'.
+
+        negatives: as many as there are prompts, or none; zeros stand for those that nobody gave, where the UNet was
+            trained so
+        """
+        rows = [*prompts, *negatives]
+        reading = self._readings[denoiser]
+        batches = [self._encoders[text].batch(rows) for text in reading.encoders]
+        longest = max(batch.states.shape[1] for batch in batches)
+        states = [_even(batch.states, longest) for batch in batches]
+        inputs = {STATES: np.concatenate(states, axis=-1) if len(states) > 1 else states[0]}
+        pooled = [batch.pooled for batch in batches if batch.pooled is not None]
+        if pooled:
+            inputs[POOLED] = np.concatenate(pooled, axis=-1)
+        absent = [len(prompts) + i for i, prompt in enumerate(negatives) if not prompt.given]
+        return _zeroed(inputs, absent) if reading.zero_negative and absent else inputs
+
+    def tokens(self, prompts: Sequence[Prompt], *, denoiser: str = UNET) -> int:
+        """Return how many tokens the longest prompt's encoding has. Raises RequestError on what cannot be read."""
+        return max(self._encoders[text].tokens(prompts) for text in self._readings[denoiser].encoders)
+
+    def device_inputs(
+        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str = UNET
+    ) -> dict[str, Array] | None:
+        """Return the text encoder's inputs where its output, as it is, is what `__call__` would give; else None."""
+        reading = self._readings[denoiser]
+        if len(reading.encoders) > 1 or (reading.zero_negative and not all(prompt.given for prompt in negatives)):
+            return None
+        return self._encoders[reading.encoders[0]].device_inputs([*prompts, *negatives])
+
+    def adapt(self, weights: Mapping[str, str]) -> None:
+        """Remember from now on what engines with other weights give, by component; the base's where none is named."""
+        for text, encoder in self._encoders.items():
+            encoder.weights = weights.get(text.component, "")
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Return the learned words that prompts may use."""
+        return next(iter(self._encoders.values())).embeddings
+
+    def add(self, word: LearnedWord) -> None:
+        """Let prompts use a learned word: every encoder learns it, or none does. Raises RequestError."""
+        components = {text.component for text in self._encoders}
+        if not word.fits(components):
+            expected = " and ".join(ENCODERS) if len(components) > 1 else "a single text encoder"
+            raise RequestError(
+                f"embeddings: '{word.name}' was learned for {word.origin}, expected {expected}; "
+                "use a file that was trained for this family of checkpoints"
+            )
+        taught: list[TextEncoder] = []
+        try:
+            for text, encoder in self._encoders.items():
+                encoder.add(word.taught(text.component))
+                taught.append(encoder)
+        except RequestError:
+            for encoder in taught:
+                encoder.remove(word.name)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
+        for encoder in self._encoders.values():
+            encoder.remove(name)
+
+
+def _run(engines: Mapping[str, Engine], component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    return engines[component](inputs)
+
+
+def _even(states: Array, tokens: int) -> Array:
+    """Repeat the last chunk's place with zeros where another encoder's tokenizer needed more chunks."""
+    missing = tokens - states.shape[1]
+    return np.pad(states, ((0, 0), (0, missing), (0, 0))) if missing else states
+
+
+def _zeroed(inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
+    """Return the inputs with some rows zero: SDXL was trained with zeros where there is no text."""
+    copies = {name: array.copy() for name, array in inputs.items()}
+    for array in copies.values():
+        array[list(rows)] = 0
+    return copies

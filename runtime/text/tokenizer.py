@@ -1,0 +1,218 @@
+"""Prompts into tokens, with the bundle's own tokenizer and the `tokenizers` library."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from latentrt.engines.bundle.manifest import TokenizerSpec
+from latentrt.engines.errors import BundleError, RequestError
+from latentrt.engines.spec import Array
+from latentrt.runtime.text.syntax import EXPLICIT_WEIGHT, Part, Segment, Syntax, loaded_by_name, parse_weighted
+
+logger = logging.getLogger(__name__)
+
+Overflow = Literal["chunks", "truncate"]
+
+# A chunk's last comma is preferred to its last word where it lies among this many tokens at the end.
+COMMA_REACH = 20
+# 32 chunks are 2400 tokens; an essay that is pasted by mistake ends here, not in the memory of the attention.
+MOST_CHUNKS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A text and how it is read. Raises RequestError where a field has no meaning.
+
+    syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads weights and BREAK
+    overflow: what becomes of tokens that the text encoder has no room for: further `chunks`, or `truncate` as
+        diffusers does, with a warning
+    clip_skip: how many of the text encoder's last layers are left out, 0 for none, counted as diffusers does; the
+        community's interfaces count one more
+    given: whether anyone wrote it: where no negative prompt was given, SDXL's zeros stand for it
+    """
+
+    text: str
+    syntax: Syntax = "plain"
+    overflow: Overflow = "chunks"
+    clip_skip: int = 0
+    given: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise RequestError(f"prompt: found {type(self.text).__name__} ({self.text!r}), expected a string")
+        for name, value, known in (
+            ("prompt_syntax", self.syntax, get_args(Syntax)),
+            ("overflow", self.overflow, get_args(Overflow)),
+        ):
+            if value not in known:
+                raise RequestError(f"{name}: found {value!r}, expected one of {', '.join(known)}")
+        if type(self.clip_skip) is not int or self.clip_skip < 0:
+            raise RequestError(f"clip_skip: found {self.clip_skip!r}, expected a number of layers from 0 up")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One token of a prompt: its weight, the number of its segment, and whether a word or a clause ends with it."""
+
+    id: int
+    weight: float
+    segment: int
+    ends_word: bool
+    ends_clause: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one row of the text encoder holds between its begin and its end."""
+
+    tokens: tuple[Token, ...] = ()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Return the tokens' ids."""
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Return the tokens' weights."""
+        return tuple(token.weight for token in self.tokens)
+
+    @property
+    def weak_segments(self) -> dict[int, float]:
+        """Return the weights of the segments that weigh less than 1, by their numbers."""
+        return {token.segment: token.weight for token in self.tokens if token.weight < 1}
+
+    def without(self, segment: int) -> Chunk:
+        """Return the chunk as it were if a segment had not been written."""
+        return Chunk(tokens=tuple(token for token in self.tokens if token.segment != segment))
+
+
+class PromptTokenizer:
+    """Text in, chunks of tokens out, each small enough for one row of the text encoder."""
+
+    def __init__(self, file: Path, spec: TokenizerSpec) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise BundleError(f"{file} is not a tokenizer ({error}); export the checkpoint again") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._learned: dict[int, range] = {}
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())  # words that are one token each
+        self.spec = spec
+
+    @property
+    def room(self) -> int:
+        """Return how many tokens fit between begin and end."""
+        return self.spec.max_length - 2
+
+    def __call__(self, texts: Sequence[str]) -> Array:
+        """Return token ids: (len(texts), max_length), int64. Raises RequestError on what is not text."""
+        chunks = [self.chunks(Prompt(text=text, overflow="truncate"))[0] for text in texts]
+        return self.rows([chunk.ids for chunk in chunks])
+
+    def with_words(self, words: Mapping[str, int]) -> PromptTokenizer:
+        """Return a tokenizer that also knows learned words, as diffusers' tokenizer does once they are loaded.
+
+        words: how many tokens each stands for; in their order they get the ids -1, -2, …, see
+            `graphs.append_embedding_input`
+        Raises RequestError on a word that the tokenizer has already.
+        """
+        other = copy.copy(self)
+        other._tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        other._learned, following = dict(self._learned), -1
+        for word, tokens in words.items():
+            if not word.strip() or other._tokenizer.token_to_id(word) is not None:
+                raise RequestError(f"'{word}' cannot be the name of an embedding: the tokenizer has it; choose another")
+            other._tokenizer.add_tokens([AddedToken(word)])
+            added = other._tokenizer.token_to_id(word)
+            assert added is not None
+            other._learned[added] = range(following, following - tokens, -1)
+            following -= tokens
+        other._added = self._added | other._learned.keys()
+        return other
+
+    def chunks(self, prompt: Prompt) -> tuple[Chunk, ...]:
+        """Split a prompt into chunks, at least one. Raises RequestError on what is not text or does not parse."""
+        if prompt.syntax == "weighted":
+            parts = parse_weighted(prompt.text)
+        else:
+            _hint(prompt.text)
+            parts = ((Segment(text=prompt.text),),)
+        chunks = tuple(chunk for part in parts for chunk in self._part(part, prompt.overflow))
+        if len(chunks) > MOST_CHUNKS:
+            raise RequestError(
+                f"prompt: found {sum(len(chunk.tokens) for chunk in chunks)} tokens in {len(chunks)} chunks, expected "
+                f"at most {MOST_CHUNKS} chunks of {self.room} tokens; shorten it"
+            )
+        return chunks
+
+    def rows(self, chunks: Sequence[Sequence[int]]) -> Array:
+        """Put begin, end and padding around chunks' ids: (len(chunks), max_length), int64."""
+        spec = self.spec
+        rows = np.full((len(chunks), spec.max_length), spec.pad_id, dtype=np.int64)
+        for row, ids in zip(rows, chunks, strict=True):
+            row[: len(ids) + 2] = (spec.begin_id, *ids, spec.end_id)
+        return rows
+
+    def _part(self, part: Part, overflow: Overflow) -> Iterator[Chunk]:
+        tokens = tuple(token for number, segment in enumerate(part) for token in self._tokens(segment, number))
+        if overflow == "chunks":
+            return _split(tokens, self.room)
+        if len(tokens) > self.room:
+            logger.warning("the prompt has %d tokens; the last %d are not used", len(tokens), len(tokens) - self.room)
+        return iter((Chunk(tokens=tokens[: self.room]),))
+
+    def _tokens(self, segment: Segment, number: int) -> Iterator[Token]:
+        try:
+            encoding = self._tokenizer.encode(segment.text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError):  # lone surrogates are no text
+            raise RequestError(f"prompt: {segment.text!r} is not valid Unicode text") from None
+        for token, piece in zip(encoding.ids, encoding.tokens, strict=True):
+            ids = self._learned.get(token, range(token, token + 1))
+            for id in ids:
+                yield Token(
+                    id=id,
+                    weight=segment.weight,
+                    segment=number,
+                    ends_word=id == ids[-1] and (piece.endswith("</w>") or token in self._added),
+                    ends_clause=piece == ",</w>",
+                )
+
+
+def _hint(text: str) -> None:
+    """Say so where a plain prompt holds another interface's syntax: taken as text, it draws brackets and numbers."""
+    found = EXPLICIT_WEIGHT.search(text)
+    if found:
+        logger.warning("the prompt is plain text, '%s' included; weights need prompt_syntax 'weighted'", found[0])
+    for named, where in loaded_by_name(text):
+        logger.warning("the prompt is plain text, '%s' included, which loads nothing here: %s", named[0], where)
+
+
+def _split(tokens: Sequence[Token], room: int) -> Iterator[Chunk]:
+    """Split tokens into chunks that fit. A chunk ends with a clause or a word where it can."""
+    while len(tokens) > room:
+        end = _end(tokens[:room])
+        yield Chunk(tokens=tuple(tokens[:end]))
+        tokens = tokens[end:]
+    yield Chunk(tokens=tuple(tokens))
+
+
+def _end(tokens: Sequence[Token]) -> int:
+    choices: tuple[tuple[Callable[[Token], bool], int], ...] = (
+        (lambda token: token.ends_clause, len(tokens) - COMMA_REACH),
+        (lambda token: token.ends_word, 0),
+    )
+    for good, least in choices:
+        for end in range(len(tokens), max(least, 0), -1):
+            if good(tokens[end - 1]):
+                return end
+    return len(tokens)
