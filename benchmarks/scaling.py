@@ -31,8 +31,8 @@ from latentrt.engines.progress import Report, terminal_report
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.measure import Asked, run_bench
-from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Lora
 
 LOADS = 5
 FP32_BYTES = 4

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.canvas.contract import DECODER, UNET, Canvas, CanvasShape
-from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs import edits as graphs
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.lora.weight_changes import Changes
-from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.build import OnnxRuntimeOptions
-from latentrt.engines.onnxruntime.engines import Sessions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
-from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensor_names import DECODER, UNET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,72 +81,19 @@ class Backend:
     open: Callable[[Opening], Opened]
 
 
-def _onnxruntime(provider: onnxruntime.Provider) -> Backend:
-    def build(
-        bundle: Bundle, directory: Path, options: BuildOptions, report: Report
-    ) -> Mapping[str, tuple[str, EngineSpec]]:
-        return onnxruntime.build(bundle, directory, provider, report)
+def _row(module: str, kind: BackendName) -> Backend:
+    """Return the backend that a module's functions are, called with what kind of it; imported when one is called."""
 
-    def key(bundle: Bundle, options: BuildOptions) -> EngineKey:
-        if words := _shapeless(provider, options):
-            raise EngineError(words)
-        return onnxruntime.key(bundle, provider)
+    def call(function: str) -> Callable[..., Any]:
+        return lambda *arguments: getattr(importlib.import_module(module), function)(kind, *arguments)
 
-    def open_sessions(opening: Opening) -> Opened:
-        return Sessions(
-            opening.bundle,
-            opening.directory,
-            opening.record,
-            opening.components,
-            provider,
-            options=OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs)),
-        )
-
-    return Backend(
-        unavailable=partial(onnxruntime.unavailable, provider),
-        cannot_build=lambda options: (
-            _shapeless(provider, options) or onnxruntime.unavailable(provider) or graphs.unavailable()
-        ),
-        key=key,
-        mismatches=lambda bundle, there: onnxruntime.key(bundle, provider).differences(there),
-        build=build,
-        open=open_sessions,
-    )
+    return Backend(**{field.name: call(field.name) for field in dataclasses.fields(Backend)})
 
 
-def _shapeless(provider: onnxruntime.Provider, options: BuildOptions) -> str | None:
-    return None if options == BuildOptions() else f"{provider} engines take any shape: leave the build options away"
-
-
-def _tensorrt(flavor: tensorrt.Flavor) -> Backend:
-    def build(
-        bundle: Bundle, directory: Path, options: BuildOptions, report: Report
-    ) -> Mapping[str, tuple[str, EngineSpec]]:
-        return tensorrt.build(bundle, directory, flavor, options, report)
-
-    def open_on_device(opening: Opening) -> Opened:
-        return tensorrt.open_engines(
-            opening.bundle,
-            opening.directory,
-            opening.record,
-            opening.components,
-            flavor,
-            graphs=opening.cuda_graphs is not False,
-        )
-
-    return Backend(
-        unavailable=partial(tensorrt.cannot_run, flavor),
-        cannot_build=partial(tensorrt.cannot_build, flavor),
-        key=lambda bundle, options: tensorrt.key(bundle, flavor, options),
-        mismatches=lambda bundle, there: tensorrt.mismatches(bundle, flavor, there),
-        build=build,
-        open=open_on_device,
-    )
-
-
+ONNX_RUNTIME, TENSORRT = "latentrt.engines.onnxruntime.backend", "latentrt.engines.tensorrt.backend"
 BACKENDS: dict[BackendName, Backend] = {
-    "cpu": _onnxruntime("cpu"),
-    "cuda": _onnxruntime("cuda"),
-    "tensorrt": _tensorrt("tensorrt"),
-    "tensorrt-rtx": _tensorrt("tensorrt-rtx"),
+    "cpu": _row(ONNX_RUNTIME, "cpu"),
+    "cuda": _row(ONNX_RUNTIME, "cuda"),
+    "tensorrt": _row(TENSORRT, "tensorrt"),
+    "tensorrt-rtx": _row(TENSORRT, "tensorrt-rtx"),
 }

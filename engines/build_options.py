@@ -9,8 +9,7 @@ from pathlib import Path
 
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS
-from latentrt.engines.tensor_names import level_axes
+from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 
 ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
 
@@ -121,3 +120,6 @@ class BuildOptions:
             "state rows": self.state_rows,
         }
         return tuple(f"{name} {value}" for name, value in named.items() if value is not None and value is not False)
+
+
+REFITTABLE = "refit True"  # as an engine's key says it

@@ -20,9 +20,9 @@ from latentrt.engines.build import build_engines, engines_at
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS
 from latentrt.engines.open import choose, choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
+from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.verify.verify import Row
 from latentrt.engines.verify.verify import verify as verify_bundle
 

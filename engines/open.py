@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt.engines.backends import BACKENDS, Opened, Opening
-from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.build_options import REFITTABLE, BuildOptions
 from latentrt.engines.bundle.files import Bundle, Check, check_file
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, LatentSpec
-from latentrt.engines.canvas.contract import DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey
-from latentrt.engines.tensorrt.engines import REFITTABLE
+from latentrt.engines.tensor_names import DECODER, UNET
 
 _log = logging.getLogger(__name__)
 

@@ -8,6 +8,18 @@ each block on the way down.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+if TYPE_CHECKING:
+    pass
+from typing import TYPE_CHECKING
+
 PREFIX = "controlnet_"  # of the component's name; what follows is the name that requests use
 ADAPTER = "adapter_"  # of the component's name, as above
 FEATURE = "adapter_feature_"
@@ -37,3 +49,34 @@ def level_axes(latent_height: int, latent_width: int) -> dict[str, int]:
     """Return the sides of the levels of a UNet: `latent_height_N` is the height over N, rounded up."""
     sides = {"latent_height": latent_height, "latent_width": latent_width}
     return {f"{axis}_{n}": -(-side // n) for axis, side in sides.items() for n in DIVISORS}
+
+
+# The networks that are compiled as the denoise stage: a canvas runs one of them.
+UNET, REFINER = "unet", "refiner"
+DENOISERS = (UNET, REFINER)
+# The networks that turn a state into pixels: the checkpoint's own, and a small one that some bundles hold beside it.
+DECODER, TINY_DECODER = "vae_decoder", "tiny_decoder"
+DECODERS = (DECODER, TINY_DECODER)
+PREVIOUS = "previous_state"
+
+
+HINT = "hint"
+
+
+PIXELS = "pixels"
+SQUARES = "squares"  # what tells of a decoder's numbers whether all were finite
+EXTRA_EMBEDDINGS = "extra_embeddings"
+
+
+# Rows of state of the samplers that remember most (tests/test_stage.py::test_every_sampler_fits_the_fused_stage).
+STATE_ROWS = 6
+UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states")
+
+
+def control_width(state_rows: int) -> int:
+    """Return how many numbers control one stage of one picture.
+
+    They are, in order: the timestep; the rescaling of guidance (0 for none); the weights of picture and noise in
+    what is kept (see keep_mask); the input row, R; the transition, R * (R + 2), row-major.
+    """
+    return 4 + state_rows + state_rows * (state_rows + 2)

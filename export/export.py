@@ -38,9 +38,9 @@ from latentrt.export.graphs.preview import PreviewFit, fit_preview
 from latentrt.export.networks.components import row_of
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
-from latentrt.export.sources.parts import Recipe, Source
+from latentrt.export.sources.parts import Recipe, Source, Twin
 from latentrt.export.sources.tokenizer import read_tokenizer, token_dimensions, write_tokenizer
-from latentrt.export.work.jobs import MARKERS, Finished, Job, Twin, read_marker
+from latentrt.export.work.jobs import MARKERS, Finished, Job, read_marker
 from latentrt.export.work.worker import start_worker
 
 if TYPE_CHECKING:

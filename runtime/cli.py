@@ -28,11 +28,11 @@ from latentrt.runtime.cli_options import (
     TextCommand,
     options_of,
 )
-from latentrt.runtime.draw.animation import KeyFrame
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.images.write_movie import check_movie, save_movie
 from latentrt.runtime.images.write_png import save_png
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import KeyFrame
 from latentrt.runtime.result import Result
 from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.plan_text import format_plan, format_samplers, plan_to_json, samplers_table

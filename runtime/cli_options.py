@@ -12,11 +12,7 @@ from typing import Any
 import click
 
 from latentrt.engines.lora.file import split_strength
-from latentrt.runtime.draw.animation import KeyFrame
-from latentrt.runtime.draw.controls import Control
-from latentrt.runtime.draw.decode import DECODERS
-from latentrt.runtime.draw.loras import Lora
-from latentrt.runtime.request import NOISES
+from latentrt.runtime.request import DECODERS, NOISES, Control, KeyFrame, Lora
 from latentrt.runtime.sampling.guidance import ALWAYS
 from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
 from latentrt.runtime.sampling.spacings import SPACINGS

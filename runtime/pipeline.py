@@ -17,19 +17,18 @@ import numpy as np
 from latentrt import __version__
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import REFINER, UNET, Canvas
+from latentrt.engines.canvas.contract import Canvas
 from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.open import OpenEngines, open_engines
-from latentrt.engines.tensor_names import PREFIX
-from latentrt.runtime.draw.animation import Frame, KeyFrame, batches, frame_draw, frame_rows, frames_between
-from latentrt.runtime.draw.decode import DECODERS
+from latentrt.engines.tensor_names import PREFIX, REFINER, UNET
+from latentrt.runtime.draw.animation import Frame, batches, frame_draw, frame_rows, frames_between
 from latentrt.runtime.draw.draw import Drawing, Source, stream
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
 from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.draw.loras import Loras
 from latentrt.runtime.draw.step import Step, Watch
-from latentrt.runtime.request import NOISES, Options, Request
+from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
 from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.text.encoders import Texts, read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from latentrt.engines.spec import Array
-from latentrt.runtime.draw.controls import Control
-from latentrt.runtime.draw.decode import DecoderName
-from latentrt.runtime.draw.loras import Lora
+from latentrt.engines.tensor_names import DECODER, TINY_DECODER
 from latentrt.runtime.images.read import Source
 from latentrt.runtime.sampling.guidance import ALWAYS
 from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
@@ -184,3 +184,53 @@ class Request:
         changed = {"loras": [str(lora) for lora in self.loras]} if self.loras else {}
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
         return plain | followed | changed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFrame:
+    """A picture that an animation comes from or goes to: what is drawn there alone from this prompt and seed."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+
+
+DecoderName = Literal["full", "tiny"]
+DECODERS: Mapping[DecoderName, str] = {"full": DECODER, "tiny": TINY_DECODER}
+NO_TINY = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA file, in kohya's, diffusers' or PEFT's names, and how strongly it changes the weights.
+
+    scale: 1 as it was trained, 0 not at all, below 0 backwards
+    """
+
+    file: str | os.PathLike[str]
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.scale:g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """An image to follow, as one of the bundle's ControlNets or T2I-Adapters reads it.
+
+    name: of the ControlNet or adapter, as the bundle was exported with
+    image: as `Request.image`, one for all pictures or one for each; it is brought to the size that is drawn
+    scale: how strongly to follow it; 0 is not at all
+    start, stop: the fractions of the steps between which it is followed, as diffusers' control_guidance_start and _end;
+        an adapter's stop is its adapter_conditioning_factor
+    """
+
+    name: str
+    image: Source | Sequence[Source]
+    scale: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __str__(self) -> str:
+        part = f":{self.start:g}:{self.stop:g}" if (self.start, self.stop) != (0, 1) else ""
+        return f"{self.name}:{self.scale:g}{part}"

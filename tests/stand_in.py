@@ -19,6 +19,8 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.device import Gpu
 from latentrt.engines.spec import EngineSpec
 from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import engines
+from latentrt.engines.tensorrt import library as trt_library
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, plan_bytes
 
@@ -39,9 +41,9 @@ def install(patch: pytest.MonkeyPatch, *, gpu: Gpu | None = L4, **versions: str)
             library.__spec__ = ModuleSpec(name, None)  # transformers looks for it when it is imported
             library.ComputeCapability = enum.Enum("ComputeCapability", ["CURRENT", "SM86", "SM89", "SM120"])
         patch.setitem(sys.modules, name, library)
-    patch.setattr(tensorrt, "find_gpu", lambda: gpu)
+    patch.setattr(trt_library, "find_gpu", lambda: gpu)
     patch.setattr(choosing, "find_gpu", lambda: gpu)
-    patch.setattr(tensorrt, "CudaDevice", lambda: device)
+    patch.setattr(engines, "CudaDevice", lambda: device)
     patch.setattr(tensorrt, "compile_graph", keep_graph)
     return device
 

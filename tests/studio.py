@@ -15,12 +15,13 @@ from onnx import helper
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord, LatentSpec, Manifest
 from latentrt.engines.canvas.contract import CanvasShape, StageInput
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS, fuse_stage
+from latentrt.engines.compare import to_pixels
+from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import append_pixel_tail, prepend_state_head
 from latentrt.engines.spec import Array, EngineKey, EngineSpec, TensorSpec
+from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.tensorrt.canvas import TensorRTCanvas
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
-from latentrt.engines.verify.verify import to_pixels
 from latentrt.runtime.draw.denoise import begin, stage_inputs
 from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance

@@ -24,8 +24,8 @@ from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.configs.defaults import complete
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from latentrt.runtime.draw.controls import Control
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Control
 from tests.conftest import Steered
 from tests.stand_in import install
 from tests.test_control_stage import LEVELS, canonical

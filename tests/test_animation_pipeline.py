@@ -11,8 +11,8 @@ import pytest
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.draw.animation import KeyFrame
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import KeyFrame
 
 KEYS = [
     KeyFrame(prompt="a red circle", seed=1),

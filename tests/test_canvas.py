@@ -13,13 +13,14 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxruntime import session
 from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.open import find_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.runtime.draw.denoise import begin, denoise
 from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import plan_guidance
@@ -44,7 +45,7 @@ def fused(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Engines:
         patch.setattr(onnxruntime, "FUSED", {"cpu"})
         built = onnxruntime.build(bundle, directory, "cpu", silent)
     one = OnnxRuntimeOptions(threads=1)
-    return {name: onnxruntime.load(directory / file, spec, "cpu", one) for name, (file, spec) in built.items()}
+    return {name: session.load(directory / file, spec, "cpu", one) for name, (file, spec) in built.items()}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,7 @@ def canonical(bundle: Bundle) -> Engines:
     directory, record = find_engines(bundle, "cpu")
     one = OnnxRuntimeOptions(threads=1)
     return {
-        name: onnxruntime.load(directory / entry, record.specs[name], "cpu", one)
-        for name, entry in record.entries.items()
+        name: session.load(directory / entry, record.specs[name], "cpu", one) for name, entry in record.entries.items()
     }
 
 

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import PREVIOUS, Canvas, CanvasShape, StageInput, sums_of_squares
+from latentrt.engines.canvas.contract import Canvas, CanvasShape, StageInput, sums_of_squares
 from latentrt.engines.canvas.numpy_canvas import HostCanvas
+from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.denoise_stage import control_width, fuse_stage
+from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import append_pixel_tail, prepend_state_head
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import PREVIOUS, control_width
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
 from latentrt.engines.tensorrt.text_encoder import split_texts
-from latentrt.engines.verify.verify import to_pixels
 from tests.graphs import model_of
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan

@@ -24,6 +24,7 @@ from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.open import choose, choose_to_build, find_engines, open_engines, serving_engines, shapes_of
 from latentrt.engines.spec import BackendName, EngineKey
 from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.export.cli import inspect
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import H200, L4, install
@@ -59,7 +60,7 @@ def key_of(bundle: Bundle, gpu: Gpu, *, backend: BackendName = "tensorrt", **fie
         "precision": bundle.manifest.precision,
         "graphs": bundle.manifest.graphs_digest(latents=True),
         "profiles": ("32x32 pictures 1 rows 1 tokens 77", "32x32 pictures 1 rows 2 tokens 77"),
-        "options": (f"recipe {tensorrt.RECIPE}", "state rows 6"),
+        "options": (f"recipe {trt_library.RECIPE}", "state rows 6"),
     }
     return EngineKey(**common | fields)
 
@@ -141,7 +142,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "another version": ({"backend_version": "10.13.3.9"}, r"backend_version: .*11\.4\.0\.106 here, 10\.13\.3\.9 there"),
     "another precision": ({"precision": "fp16"}, "precision: fp32 here, fp16 there"),
     "another export": ({"graphs": "0" * 64}, "graphs: .* here, 0+ there"),
-    "another latentrt": ({"options": ("recipe 1",)}, rf"recipe: {tensorrt.RECIPE} here, 1 there"),
+    "another latentrt": ({"options": ("recipe 1",)}, rf"recipe: {trt_library.RECIPE} here, 1 there"),
 }
 
 
@@ -157,7 +158,7 @@ def test_engines_of_another_target_are_refused_and_the_difference_is_named(
         find_engines(copy, "tensorrt")
 
 
-LEAN = (f"recipe {tensorrt.RECIPE}", "version compatible True", "state rows 6")
+LEAN = (f"recipe {trt_library.RECIPE}", "version compatible True", "state rows 6")
 
 
 @pytest.mark.parametrize(
@@ -181,10 +182,10 @@ def test_engines_run_on_the_runtime_of_the_version_that_built_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     install(monkeypatch, **installed)
-    key = key_of(copy, L4, options=options or (f"recipe {tensorrt.RECIPE}",))
-    library = tensorrt.runtime_of("tensorrt", key)
+    key = key_of(copy, L4, options=options or (f"recipe {trt_library.RECIPE}",))
+    library = trt_library.runtime_of("tensorrt", key)
     assert (library and library.__name__) == runs_on
-    assert bool(tensorrt.mismatches(copy, "tensorrt", key)) == (runs_on is None)
+    assert bool(trt_library.mismatches(copy, "tensorrt", key)) == (runs_on is None)
 
 
 def test_a_key_that_is_there_is_hit_and_any_other_missed(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

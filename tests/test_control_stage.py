@@ -18,12 +18,12 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.graphs.controlnet_stage import fuse_control
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine
 from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.spec import Array
 from latentrt.engines.verify.verify import verify
-from latentrt.runtime.draw.controls import Control
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Control
 from tests.conftest import Steer
 from tests.host_device import HostDevice
 from tests.stand_in import install

@@ -24,7 +24,7 @@ from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import open_folder
 from latentrt.export.sources.parts import Recipe
 from latentrt.runtime.cli_options import Followed
-from latentrt.runtime.draw.controls import Control
+from latentrt.runtime.request import Control
 from tests.conftest import Make, Steer
 from tests.single_files import unet_key
 from tests.tiny import save_controlnet

@@ -13,8 +13,9 @@ from PIL import Image
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.draw.controls import Control, followed_stages
+from latentrt.runtime.draw.controls import followed_stages
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Control
 from tests.conftest import Make, Steer, Steered
 from tests.test_families import LEAST, PROMPT, SEED, STEPS, psnr, theirs
 from tests.test_pipeline_images import left_half, photo

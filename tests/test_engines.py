@@ -16,11 +16,12 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import ENGINE_RECORD
+from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.open import choose, find_engines, open_engines
 from latentrt.engines.spec import EngineKey
-from latentrt.engines.verify.verify import read_golden, relative_error, to_pixels, verify
+from latentrt.engines.verify.verify import read_golden, verify
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.verify.verify import relative_error
 from latentrt.export.graphs import golden
 from latentrt.export.graphs import run as sessions
 from tests.tiny import NETWORKS

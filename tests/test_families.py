@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.draw.animation import KeyFrame
 from latentrt.runtime.draw.conditioning import embed_guidance
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import KeyFrame
 from tests.conftest import Make
 from tests.test_pipeline_images import left_half, photo
 

@@ -15,9 +15,9 @@ from latentrt.engines.errors import EngineError, NotFiniteError, RequestError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.verify.verify import _compare
 from latentrt.runtime.bench.measure import Asked, run_bench
-from latentrt.runtime.draw.animation import KeyFrame
 from latentrt.runtime.draw.finite import LATENTS, PIXELS, START, TEXT, finite, one_coloured
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import KeyFrame
 from tests.test_pipeline_images import photo
 
 CALL: dict[str, Any] = {"prompt": "a red circle", "steps": 3, "seed": 0}

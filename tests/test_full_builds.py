@@ -28,6 +28,7 @@ from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import TensorSpec
 from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.tensorrt.compile import compile_graph
 from latentrt.export.graphs import half_precision as precision
 from latentrt.export.graphs import trace as graphs
@@ -77,7 +78,7 @@ def sow(model: ir.Model, file: Path) -> int:
 
 def compile_denoiser(graph: Path, side: int) -> dict[str, Any]:
     """Compile the fused stage of one guided picture, alone in its process."""
-    library = tensorrt.require("tensorrt-rtx")
+    library = trt_library.require("tensorrt-rtx")
     start = time.perf_counter()
     model = fuse_stage(load_graph(graph))
     edited = graph.with_name("fused.onnx")
@@ -99,7 +100,7 @@ def compile_denoiser(graph: Path, side: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("name", "side"), [("sd15", 64), ("sdxl", 128)])
 def test_a_full_size_denoiser_is_compiled_without_a_gpu(name: str, side: int, tmp_path: Path) -> None:
     try:
-        tensorrt.require("tensorrt-rtx")
+        trt_library.require("tensorrt-rtx")
     except EngineError as error:
         pytest.skip(str(error))
     graph = tmp_path / "model.onnx"

@@ -25,8 +25,8 @@ from latentrt.export.graphs.external_data import data_files
 from latentrt.export.graphs.optimum import take_long_ids
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.sources import hub
-from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Lora
 from tests.hub_cache import in_hub_cache
 from tests.lora_files import kohya, make_factors, save
 

@@ -12,8 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.compare import to_pixels
 from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.verify.verify import to_pixels
 
 ROWS = 3
 # Over the output's range. fp16: ONNX Runtime leaves out a cast to float16 before a layer that it computes in float32.

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.engines.errors import EngineError
-from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.tensorrt.compile import Cancelled, run_interruptibly
 
 
@@ -88,7 +88,7 @@ main()
 def test_an_interrupted_command_ends_in_order(demo_bundle: Path, wait_s: float) -> None:
     """Exit code 1 is click's for Ctrl-C; a compiler that outlived the interrupt ended the process by a signal."""
     try:
-        tensorrt.require("tensorrt-rtx")
+        trt_library.require("tensorrt-rtx")
     except EngineError as error:
         pytest.skip(str(error))
     command = [sys.executable, "-c", CHILD, "build", str(demo_bundle), "--backend", "tensorrt-rtx", *LONG.split()]

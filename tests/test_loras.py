@@ -40,10 +40,11 @@ from latentrt.engines.bundle.weight_map import (
 from latentrt.engines.errors import BundleError, EngineError, RequestError
 from latentrt.engines.lora.weight_changes import Adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import engines
 from latentrt.engines.onnxruntime import engines as sessions
 from latentrt.engines.spec import Array, EngineKey
-from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Lora
 from tests.conftest import Make
 from tests.lora_files import WRITERS, Factors, every_layer, kohya, make_factors, peft, save, weight_shapes
 from tests.lora_mixture import every_kind
@@ -211,13 +212,13 @@ def test_a_file_that_was_written_again_is_read_again(
 def test_few_changed_sessions_are_kept(pipe: Pipeline, styles: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The second turn of as many choices as are kept opens nothing; of one more, everything."""
     opened: list[Path] = []
-    load = onnxruntime.load
+    load = engines.load
 
     def counted(file: Path, *rest: Any, **more: Any) -> Any:
         opened.append(file)
         return load(file, *rest, **more)
 
-    monkeypatch.setattr(onnxruntime, "load", counted)
+    monkeypatch.setattr(engines, "load", counted)
     for scales, expected in (((0.1, 0.2), 2), ((0.1, 0.2), 0), ((0.3, 0.1, 0.2), 3)):
         opened.clear()
         for scale in scales:
@@ -227,7 +228,7 @@ def test_few_changed_sessions_are_kept(pipe: Pipeline, styles: list[Path], monke
 
 
 def test_an_animation_is_drawn_with_them(pipe: Pipeline, styles: list[Path]) -> None:
-    from latentrt.runtime.draw.animation import KeyFrame
+    from latentrt.runtime.request import KeyFrame
 
     keys = [KeyFrame(prompt=PROMPT, seed=3), KeyFrame(prompt="a green square", seed=4)]
     (result,) = pipe.animate(keys, 2, steps=3, sampler="euler", guidance=4.0, loras=loras((styles[0], 1.0)))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from latentrt.runtime.draw.controls import Control
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Control
 from tests.conftest import Steered
 from tests.single_files import save_single_file
 from tests.test_controlnet_files import differences

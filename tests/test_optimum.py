@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.verify.verify import relative_error
+from latentrt.engines.compare import relative_error
 from latentrt.export.export import export_checkpoint
 from latentrt.export.graphs import golden
 from latentrt.export.graphs import run as sessions

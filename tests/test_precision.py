@@ -23,7 +23,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError, EngineError
 from latentrt.engines.spec import TensorSpec
-from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
 from latentrt.export.cli import inspect
 from latentrt.export.export import export_checkpoint
@@ -414,7 +414,7 @@ def test_inspect_names_the_layers_in_float32(loud_bundle: Path) -> None:
 def test_the_strongly_typed_compiler_takes_mixed_graphs(loud_bundle: Path, tmp_path: Path) -> None:
     """TensorRT refuses a node whose inputs are of two types: each must have its casts."""
     try:
-        tensorrt.require("tensorrt-rtx")
+        trt_library.require("tensorrt-rtx")
     except EngineError as error:
         pytest.skip(str(error))
     bundle = Bundle.open(shutil.copytree(loud_bundle, tmp_path / "bundle"))

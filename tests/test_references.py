@@ -14,13 +14,14 @@ from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
+from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.open import find_engines
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.verify.references import distinct_sizes, read_golden, read_references, reference_file
-from latentrt.engines.verify.verify import Row, relative_error, verify
+from latentrt.engines.verify.verify import Row, verify
 from tests.stand_in import install
 
 OPTIONS = BuildOptions(sizes=((32, 32), (64, 32)), batches=(1, 2))

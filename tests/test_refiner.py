@@ -24,7 +24,7 @@ from latentrt.export.export import export_checkpoint
 from latentrt.export.networks.modules import load
 from latentrt.export.networks.shared_encoder import require_same
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.work.jobs import Twin
+from latentrt.export.sources.parts import Twin
 from latentrt.runtime.cli import generate
 from latentrt.runtime.draw.job import split
 from latentrt.runtime.sampling import make_plan

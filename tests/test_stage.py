@@ -15,9 +15,10 @@ import pytest
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS, control_width, fuse_stage
+from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import STATE_ROWS, control_width
 from latentrt.runtime.draw.denoise import pack_control
 from latentrt.runtime.sampling import make_plan, sampler_names
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find

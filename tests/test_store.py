@@ -23,7 +23,7 @@ from latentrt.engines.bundle.store import Store
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError, LatentrtError, RequestError
 from latentrt.engines.open import find_engines
-from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
 from tests.stand_in import H200, install
 
@@ -114,7 +114,7 @@ def test_a_machine_with_the_lean_runtime_alone_fetches_what_it_cannot_build(
         build_engines(service, "tensorrt", options=lean)
     build_engines(service, "tensorrt", options=lean, store=url)
     directory, record = find_engines(service, "tensorrt")
-    library = tensorrt.runtime_of("tensorrt", record.key)
+    library = trt_library.runtime_of("tensorrt", record.key)
     assert library is not None and library.__name__ == "tensorrt_lean"
     assert directory.name == record.key.directory
 

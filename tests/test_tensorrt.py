@@ -29,6 +29,7 @@ from latentrt.engines.open import choose, open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import compile as tensorrt_compile
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
 from tests.conftest import Steer
 
@@ -39,7 +40,7 @@ GPU = Gpu(name="NVIDIA L4", compute_capability="8.9", sm_count=58, memory_bytes=
 @pytest.fixture(scope="module")
 def library() -> Any:
     try:
-        return tensorrt.require("tensorrt-rtx")
+        return trt_library.require("tensorrt-rtx")
     except EngineError as error:
         pytest.skip(str(error))
 
@@ -59,13 +60,13 @@ def copy(sd1_bundle: Path, tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(trt_library, "find_gpu", lambda: GPU)
     yield
 
 
 @pytest.fixture
 def no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
+    monkeypatch.setattr(trt_library, "find_gpu", lambda: None)
     yield
 
 
@@ -153,7 +154,7 @@ def test_the_key_names_the_target_the_shapes_and_the_options(built: Bundle, libr
     assert (key.backend, key.backend_version) == ("tensorrt-rtx", library.__version__)
     assert (key.device, key.compute_capability, key.sm_count) == ("compute capability 8.9", "8.9", None)
     assert key.profiles[1] == "32x32 pictures 1 rows 2 tokens 77" and len(key.profiles) == 4
-    assert key.options == (f"recipe {tensorrt.RECIPE}", "optimization level 0", "state rows 6")
+    assert key.options == (f"recipe {trt_library.RECIPE}", "optimization level 0", "state rows 6")
 
 
 def test_the_same_options_find_what_was_built(built: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,7 +302,7 @@ def test_neither_auto_nor_verify_offers_engines_that_cannot_run(built: Bundle) -
 def test_without_the_library_the_error_is_the_install_command(
     copy: Bundle, flavor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in tensorrt.MODULES[flavor]:
+    for module in trt_library.MODULES[flavor]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(EngineError, match=rf"is not installed; install it with: pip install 'latentrt\[{flavor}\]'"):
         build_engines(copy, flavor, options=ADA)
@@ -313,13 +314,13 @@ def test_a_library_whose_shared_objects_are_missing_is_one_sentence(monkeypatch:
 
     monkeypatch.setattr("importlib.import_module", broken)
     with pytest.raises(EngineError, match=r"is installed and does not load \(libnvinfer\.so\.11\)"):
-        tensorrt.require("tensorrt")
+        trt_library.require("tensorrt")
 
 
 def test_a_library_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": "8.6.0"}))
     with pytest.raises(EngineError, match=r"tensorrt 8\.6\.0 is too old, 10\.13 is needed"):
-        tensorrt.require("tensorrt")
+        trt_library.require("tensorrt")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pytest
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import STATE_ROWS
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library
 from tests.studio import (

@@ -17,8 +17,8 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.weight_map import BuiltWeights, read_weights
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.draw.loras import Lora
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Lora
 from tests.conftest import Make
 from tests.host_device import HostDevice
 from tests.lora_files import every_layer, kohya, save

@@ -22,10 +22,11 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.canvas.contract import StageInput
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.graphs.denoise_stage import STATE_ROWS, control_width
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.tensor_names import STATE_ROWS, control_width
 from latentrt.engines.tensorrt import build as tensorrt
+from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.tensorrt.engines import TensorRTSession
 from latentrt.engines.tensorrt.execution import open_program
 from latentrt.engines.tensorrt.profiles import input_shapes
@@ -498,7 +499,7 @@ def test_numbers_that_make_no_sense_are_refused(studio: Studio, device: HostDevi
 def test_what_tensorrt_rtx_says_without_a_driver_reaches_the_user(sd1_bundle: Path, tmp_path: Path) -> None:
     """The real library, a real engine and the memory map: everything up to the driver that is not there."""
     try:
-        library = tensorrt.require("tensorrt-rtx")
+        library = trt_library.require("tensorrt-rtx")
     except EngineError as error:
         pytest.skip(str(error))
     options = BuildOptions(compute_capability="8.9", optimization_level=0)

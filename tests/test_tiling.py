@@ -18,10 +18,10 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.canvas.contract import CanvasShape
+from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array
-from latentrt.engines.verify.verify import to_pixels
 from latentrt.export.demo.train import CHECKPOINT
 from latentrt.runtime.draw.decode import on_canvas
 from latentrt.runtime.images.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles

@@ -17,16 +17,19 @@ from click.testing import CliRunner
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.canvas.contract import DECODER, TINY_DECODER, Canvas, CanvasShape
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.cli import show_bundle
+from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.build import OnnxRuntimeOptions
+from latentrt.engines.onnxruntime import session
 from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions
 from latentrt.engines.open import open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
-from latentrt.engines.verify.verify import to_pixels, verify
+from latentrt.engines.tensor_names import DECODER, TINY_DECODER
+from latentrt.engines.verify.verify import verify
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions
 from latentrt.runtime.cli import generate
@@ -161,7 +164,7 @@ def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, 
         patch.setattr(onnxruntime, "FUSED", {"cpu"})
         built = onnxruntime.build(bundle, tmp_path, "cpu", silent)
     one = OnnxRuntimeOptions(threads=1)
-    engines = {name: onnxruntime.load(tmp_path / file, spec, "cpu", one) for name, (file, spec) in built.items()}
+    engines = {name: session.load(tmp_path / file, spec, "cpu", one) for name, (file, spec) in built.items()}
     canvas = OnnxRuntimeCanvas(engines, bundle.manifest.latents, SHAPE, device="cpu")
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
     full = decoded_on(canvas, latents)

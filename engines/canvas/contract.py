@@ -12,14 +12,6 @@ import numpy as np
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 
-# The networks that are compiled as the denoise stage: a canvas runs one of them.
-UNET, REFINER = "unet", "refiner"
-DENOISERS = (UNET, REFINER)
-# The networks that turn a state into pixels: the checkpoint's own, and a small one that some bundles hold beside it.
-DECODER, TINY_DECODER = "vae_decoder", "tiny_decoder"
-DECODERS = (DECODER, TINY_DECODER)
-PREVIOUS = "previous_state"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanvasShape:

@@ -8,20 +8,22 @@ from typing import NamedTuple
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import (
-    DECODER,
-    PREVIOUS,
-    UNET,
-    CanvasShape,
-    ImmediateCanvas,
-    StageInput,
-    no_decoder,
-    sums_of_squares,
-)
+from latentrt.engines.canvas.contract import CanvasShape, ImmediateCanvas, StageInput, no_decoder, sums_of_squares
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.edits import PIXELS, SQUARES
 from latentrt.engines.spec import Array, Engine
-from latentrt.engines.tensor_names import COND, NEXT, SCALE, hint_of, is_residual, level_axes
+from latentrt.engines.tensor_names import (
+    COND,
+    DECODER,
+    NEXT,
+    PIXELS,
+    PREVIOUS,
+    SCALE,
+    SQUARES,
+    UNET,
+    hint_of,
+    is_residual,
+    level_axes,
+)
 
 
 class Control(NamedTuple):

@@ -10,23 +10,19 @@ from typing import TYPE_CHECKING
 from latentrt.engines.errors import BundleError
 from latentrt.engines.graphs.denoise_stage import (
     LATENTS_SHAPE,
-    STATE_ROWS,
-    UNET_INPUTS,
     Line,
     constants,
-    control_width,
     copy_info,
     make_info,
     make_nodes,
     rows_nodes,
     state_axes,
 )
-from latentrt.engines.tensor_names import COND, NEXT, SCALE, is_residual
+from latentrt.engines.tensor_names import COND, NEXT, SCALE, STATE_ROWS, UNET_INPUTS, control_width, is_residual
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
-
-HINT = "hint"
+from latentrt.engines.tensor_names import HINT
 
 
 def fuse_control(controlnet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:

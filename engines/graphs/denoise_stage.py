@@ -15,19 +15,7 @@ from latentrt.engines.errors import BundleError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
-
-# Rows of state of the samplers that remember most (tests/test_stage.py::test_every_sampler_fits_the_fused_stage).
-STATE_ROWS = 6
-UNET_INPUTS = ("sample", "timestep", "encoder_hidden_states")
-
-
-def control_width(state_rows: int) -> int:
-    """Return how many numbers control one stage of one picture.
-
-    They are, in order: the timestep; the rescaling of guidance (0 for none); the weights of picture and noise in
-    what is kept (see keep_mask); the input row, R; the transition, R * (R + 2), row-major.
-    """
-    return 4 + state_rows + state_rows * (state_rows + 2)
+from latentrt.engines.tensor_names import STATE_ROWS, UNET_INPUTS, control_width
 
 
 def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:

@@ -26,11 +26,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from latentrt.engines.tensor_names import EXTRA_EMBEDDINGS, PIXELS, SQUARES
 
-
-PIXELS = "pixels"
-SQUARES = "squares"  # what tells of a decoder's numbers whether all were finite
-EXTRA_EMBEDDINGS = "extra_embeddings"
 ALIGNMENT = 64  # bytes of a cache line
 LEAST_EXTERNAL = 1024  # bytes; smaller weights stay in the graph
 

@@ -9,21 +9,24 @@ from typing import Any
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import (
-    DECODER,
-    PREVIOUS,
-    UNET,
-    CanvasShape,
-    ImmediateCanvas,
-    StageInput,
-    no_decoder,
-)
+from latentrt.engines.canvas.contract import CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.controlnet_stage import HINT
-from latentrt.engines.graphs.edits import PIXELS, SQUARES
-from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine, require
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, require
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.engines.tensor_names import NEXT, PREFIX, SCALE, hint_of, is_residual, level_axes
+from latentrt.engines.tensor_names import (
+    DECODER,
+    HINT,
+    NEXT,
+    PIXELS,
+    PREFIX,
+    PREVIOUS,
+    SCALE,
+    SQUARES,
+    UNET,
+    hint_of,
+    is_residual,
+    level_axes,
+)
 
 # Inputs of the fused stage that every stage sets, and those that mean nothing until they are written.
 PER_STAGE = ("control", "noise", "guidance", "picture_of_row")

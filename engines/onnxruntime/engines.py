@@ -8,13 +8,14 @@ from pathlib import Path
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.canvas.contract import DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.lora.weight_changes import Changes, adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.build import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider
 from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider, load
 from latentrt.engines.spec import Array, Engine
+from latentrt.engines.tensor_names import DECODER, UNET
 
 KEPT_CANVASES = 4  # with their buffers, for each backend that has some of its own
 # Sessions with changed weights that are kept beside the base's, for each component: each holds what changed.
@@ -53,7 +54,7 @@ class Sessions:
 
     def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
         file = self._directory / self._record.entries[component]
-        return onnxruntime.load(file, self._record.specs[component], self._provider, self._options, changed=changed)
+        return load(file, self._record.specs[component], self._provider, self._options, changed=changed)
 
     def adapt(self, changes: Mapping[str, Changes]) -> None:
         """Change the weights of some components, and take all others as they are in the base.

@@ -11,9 +11,8 @@ import numpy as np
 from latentrt.engines.canvas.contract import CanvasShape, StageInput
 from latentrt.engines.cuda.stream import Holding, Outbox, align
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.edits import PIXELS, SQUARES
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.engines.tensor_names import is_residual, level_axes
+from latentrt.engines.tensor_names import PIXELS, SQUARES, is_residual, level_axes
 from latentrt.engines.tensorrt.execution import Pass, Place, Program
 from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
 

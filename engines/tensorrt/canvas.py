@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentrt.engines.canvas.contract import PREVIOUS, CanvasShape, StageInput, no_decoder
+from latentrt.engines.canvas.contract import CanvasShape, StageInput, no_decoder
 from latentrt.engines.cuda.stream import Holding, Mark, Outbox
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import is_residual
+from latentrt.engines.tensor_names import PREVIOUS, is_residual
 from latentrt.engines.tensorrt.buffers import (
     ROWS,
     STATE,

@@ -16,9 +16,7 @@ from latentrt.engines.bundle.staging import staged_file
 from latentrt.engines.errors import EngineError
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineSpec
-
-KEPT_LINES = 3  # of what the logger was told last
-LONGEST_LINE = 400
+from latentrt.engines.tensorrt.logger import KEPT_LINES, LONGEST_LINE, _given, make_logger
 
 
 def compile_graph(
@@ -59,21 +57,6 @@ def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildO
     return compiled
 
 
-def make_logger(library: ModuleType) -> Any:
-    """Return a logger of the library that keeps its errors in `lines` and prints nothing."""
-
-    class Logger(library.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            library.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (library.ILogger.Severity.INTERNAL_ERROR, library.ILogger.Severity.ERROR):
-                self.lines.append(" ".join(message.split())[:LONGEST_LINE])
-
-    return Logger()
-
-
 def make_monitor(library: ModuleType, what: str, report: Report, cancelled: Cancelled) -> Any:
     """Return a progress monitor that reports the outermost phase, and stops the build once it is cancelled.
 
@@ -103,14 +86,6 @@ def make_monitor(library: ModuleType, what: str, report: Report, cancelled: Canc
             self.steps.pop(phase, None)
 
     return Monitor()
-
-
-def _given(result: Any, failure: str, logger: Any) -> Any:
-    """Return what the library returned, unless that is its None for a failure."""
-    if result is None:
-        words = "; ".join(logger.lines[-KEPT_LINES:]) or "the library gave no reason"
-        raise EngineError(f"{failure}: {words}")
-    return result
 
 
 def _parse(library: ModuleType, network: Any, graph: Path, component: str, logger: Any) -> None:

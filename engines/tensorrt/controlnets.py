@@ -8,9 +8,8 @@ import numpy as np
 
 from latentrt.engines.canvas.contract import StageInput
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.controlnet_stage import HINT
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import NEXT, SCALE, hint_of, is_residual
+from latentrt.engines.tensor_names import HINT, NEXT, SCALE, hint_of, is_residual
 from latentrt.engines.tensorrt.buffers import ROWS, Bench, Resident, Stage, lay_out
 from latentrt.engines.tensorrt.execution import Copy, Pass, Program
 from latentrt.engines.tensorrt.profiles import input_shapes

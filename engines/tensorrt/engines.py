@@ -5,23 +5,30 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from latentrt.engines.build_options import REFITTABLE
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.canvas.contract import DECODER, DECODERS, UNET, CanvasShape
-from latentrt.engines.cuda.device import Device
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
+from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import EngineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
-from latentrt.engines.spec import Array, EngineSpec
-from latentrt.engines.tensor_names import PREFIX
+from latentrt.engines.spec import Array, Engine, EngineSpec
+from latentrt.engines.tensor_names import DECODER, DECODERS, PREFIX, UNET
 from latentrt.engines.tensorrt.canvas import SLOTS, Programs, TensorRTCanvas
-from latentrt.engines.tensorrt.compile import _given
-from latentrt.engines.tensorrt.engine import TensorRTEngine
-from latentrt.engines.tensorrt.execution import Place, Program, Scratch, Told, logger_of, open_programs
+from latentrt.engines.tensorrt.engine import TensorRTEngine, in_portions
+from latentrt.engines.tensorrt.execution import Place, Program, Scratch, open_programs
+from latentrt.engines.tensorrt.logger import Told, _given, logger_of
 from latentrt.engines.tensorrt.profiles import Origin
+
+if TYPE_CHECKING:
+    pass
+from latentrt.engines.tensorrt.library import Flavor, cannot_run, mismatches, runtime_of
 
 # Canvases that are kept: each holds its contexts, buffers and graphs.
 KEPT_CANVASES = 4
@@ -180,7 +187,6 @@ class TensorRTSession:
         self.close()
 
 
-REFITTABLE = "refit True"  # as an engine's key says it
 UNKNOWN = "unknown"  # of weights where a refit went wrong: some may have been exchanged
 
 
@@ -251,3 +257,56 @@ class Refits:
 
     def _base(self, component: str) -> Callable[[str], Array | None]:
         return lambda initializer: self._weights.base(component, initializer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """Engines that share one device's stream and scratch memory. It implements `backends.Opened`."""
+
+    engines: dict[str, Engine]
+    session: TensorRTSession
+    refits: Refits
+
+    def adapt(self, changes: Mapping[str, Changes]) -> None:
+        """Change the weights of components, from the base's always. Raises EngineError."""
+        self.refits.adapt(changes, tuple(self.engines))
+
+    def canvas(
+        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Canvas:
+        """Return the canvas of a shape and a denoiser: the same one every time, blank. Raises EngineError."""
+        return self.session.canvas(shape, denoiser=denoiser, decoder=decoder)
+
+    def close(self) -> None:
+        """Wait for the device and free everything."""
+        self.session.close()
+
+
+def open_engines(
+    bundle: Bundle,
+    directory: Path,
+    record: EngineRecord,
+    components: tuple[str, ...],
+    flavor: Flavor,
+    *,
+    graphs: bool = True,
+) -> OnDevice:
+    """Open engines on the first GPU; graphs: whether passes are recorded. Raises EngineError and BundleError."""
+    reason = cannot_run(flavor)
+    library = None if reason else runtime_of(flavor, record.key)
+    if library is None:
+        words = reason or "; ".join(mismatches(bundle, flavor, record.key))
+        raise EngineError(f"the engines in {directory} cannot be opened here: {words}")
+    if "strip True" in record.key.options:
+        raise EngineError(
+            f"the engines in {directory} were built with --strip, and this version of latentrt does not put weights "
+            "into engines; build them without it"
+        )
+    factor = bundle.manifest.latents.factor
+    session = open_tensorrt(
+        library, directory, record, CudaDevice(), factor=factor, components=components, graphs=graphs
+    )
+    command = f"latentrt build {bundle.root} --backend {flavor} --refittable"
+    weights = Adaptable(record=record, directory=directory, files=bundle.root, command=command)
+    engines = {name: in_portions(session.engine(name)) for name in components}
+    return OnDevice(engines=engines, session=session, refits=Refits(session, weights))

@@ -6,7 +6,6 @@ For `tensorrt`, its lean and dispatch runtimes and `tensorrt_rtx` alike: nothing
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from typing import Any
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
-from latentrt.engines.tensorrt.compile import _given, make_logger
+from latentrt.engines.tensorrt.logger import Told, _given, logger_of
 from latentrt.engines.tensorrt.profiles import REBUILD, Shape, input_shapes
 
 # TensorRT's names of the types that our engines may take and give.
@@ -31,24 +30,6 @@ DTYPES = {
     "BOOL": "bool",
 }
 ANY = -1  # how TensorRT writes an axis whose size the profile gives
-
-
-@functools.cache
-def logger_of(library: ModuleType) -> Any:
-    """Return the one logger of a library: it keeps the first it is given for the whole process."""
-    return make_logger(library)
-
-
-class Told:
-    """What a logger is told from now on."""
-
-    def __init__(self, logger: Any) -> None:
-        self._logger = logger
-        self._start = len(logger.lines)
-
-    @property
-    def lines(self) -> list[str]:
-        return list(self._logger.lines[self._start :])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

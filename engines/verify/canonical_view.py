@@ -10,13 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import DENOISERS
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.controlnet_stage import HINT
-from latentrt.engines.graphs.denoise_stage import control_width
-from latentrt.engines.graphs.edits import EXTRA_EMBEDDINGS
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
-from latentrt.engines.tensor_names import COND, PREFIX
+from latentrt.engines.tensor_names import COND, DENOISERS, EXTRA_EMBEDDINGS, HINT, PREFIX, control_width
 
 STATE = "state"
 # What an input of the stage holds where it shall have no effect; any that is not named here holds zeros.

@@ -19,6 +19,8 @@ from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.errors import BundleError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import session
+from latentrt.engines.onnxruntime.session import DTYPES
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 
 Arrays = dict[str, Array]
@@ -59,7 +61,7 @@ def reference_file(component: str) -> str:
 
 def unavailable() -> str | None:
     """Say in one sentence why references cannot be computed here, or return None."""
-    reason = onnxruntime.unavailable("cpu")
+    reason = session.unavailable("cpu")
     return reason and f"what `latentrt verify` compares with is computed on the CPU: {reason}, or pass --no-references"
 
 
@@ -150,16 +152,16 @@ def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays], directory: Pa
         else:
             path = files[0]
         del model
-        session = _open_session(path)
-    dtypes = {node.name: onnxruntime.DTYPES[node.type] for node in session.get_inputs()}
-    names = [node.name for node in session.get_outputs()]
+        opened = _open_session(path)
+    dtypes = {node.name: DTYPES[node.type] for node in opened.get_inputs()}
+    names = [node.name for node in opened.get_outputs()]
     for arrays in inputs:
-        outputs = session.run(names, {name: array.astype(dtypes[name]) for name, array in arrays.items()})
+        outputs = opened.run(names, {name: array.astype(dtypes[name]) for name, array in arrays.items()})
         yield {name: np.asarray(output, dtype=np.float32) for name, output in zip(names, outputs, strict=True)}
 
 
 def _open_session(path: Path) -> Any:
-    ort = onnxruntime.require()
+    ort = session.require()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -12,12 +12,12 @@ import numpy as np
 from latentrt.engines.backends import BACKENDS, Opening
 from latentrt.engines.bundle.files import Bundle, check_file
 from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.graphs.edits import PIXELS, SQUARES
 from latentrt.engines.open import find_engines, serving_engines
 from latentrt.engines.progress import Report, silent
-from latentrt.engines.spec import Array, BackendName, Engine, Precision
-from latentrt.engines.tensor_names import level_axes
+from latentrt.engines.spec import BackendName, Engine, Precision
+from latentrt.engines.tensor_names import PIXELS, SQUARES, level_axes
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.verify.references import Pair, read_golden, read_references
 
@@ -134,18 +134,3 @@ def _compare(engine: Engine, pair: Pair, limit: float) -> Row:
     ok = worst <= limit  # False for NaN too
     message = "agrees with the recorded fp32 outputs" if ok else "drifts from the recorded fp32 outputs"
     return Row(what="", backend="", ok=ok, message=message, error=worst, limit=limit)
-
-
-def relative_error(found: Array, expected: Array) -> float:
-    """Return the largest difference over the largest expected magnitude; NaN anywhere gives infinity."""
-    if found.shape != expected.shape:
-        return float("inf")
-    wide, target = found.astype(np.float64), expected.astype(np.float64)
-    error = float(np.max(np.abs(wide - target))) / max(float(np.max(np.abs(target))), 1e-12)
-    return error if np.isfinite(error) else float("inf")
-
-
-def to_pixels(sample: Array) -> Array:
-    """Turn decoded samples (batch, 3, height, width) in -1..1 into (batch, height, width, 3), uint8."""
-    levels = np.clip(sample.astype(np.float32) * np.float32(127.5) + np.float32(127.5), 0, 255)
-    return np.asarray(np.rint(levels).transpose(0, 2, 3, 1), dtype=np.uint8)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import TINY_DECODER
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.tensor_names import TINY_DECODER
 from latentrt.export.sources.diffusers_folder import network_files, read_config
 from latentrt.export.sources.parts import Parts
 

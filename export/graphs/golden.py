@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
-from latentrt.engines.verify.verify import relative_error
 from latentrt.export.graphs.run import Arrays, run_in_pieces
 from latentrt.export.networks.components import Case, Component, Tensor, row_of
 

@@ -10,9 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from latentrt.engines.canvas.contract import TINY_DECODER
 from latentrt.engines.spec import DType, Precision, TensorSpec
-from latentrt.engines.tensor_names import ADAPTER, COND, FEATURE, NEXT, PREFIX, SCALE, level_axes, residual_names
+from latentrt.engines.tensor_names import (
+    ADAPTER,
+    COND,
+    FEATURE,
+    NEXT,
+    PREFIX,
+    SCALE,
+    TINY_DECODER,
+    level_axes,
+    residual_names,
+)
 
 Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
 """What golden inputs of a tensor look like; see golden.py."""

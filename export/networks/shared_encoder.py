@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.networks import conversion
+from latentrt.export.sources.parts import Twin
 from latentrt.export.sources.weight_files import find_weights
-from latentrt.export.work.jobs import Twin
 
 START = "text_model."  # transformers 5 leaves it out where version 4 wrote it
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    pass
+
 
 Source = Literal["torch", "onnx"]
 Layout = Literal["diffusers", "original"]
@@ -80,3 +84,15 @@ class Parts:
     files: Mapping[str, Path]
     special_tokens: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A network of another checkpoint that must have the same weights, for both are to share one.
+
+    folder, recipe: as in a job; name: of that checkpoint, for the error
+    """
+
+    name: str
+    folder: str
+    recipe: Recipe | None = None

@@ -33,6 +33,7 @@ from latentrt.export.sources.parts import Recipe, Source
 
 if TYPE_CHECKING:
     from torch import nn
+from latentrt.export.sources.parts import Twin
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
 Stage = Literal["make", "check", "narrow", "adopt"]
@@ -45,18 +46,6 @@ STAGES: Mapping[tuple[Source, Precision], tuple[Stage, ...]] = {
     ("onnx", "fp16"): ("adopt",),
 }
 MARKERS = ".finished"  # in the staging directory: one file for each finished component, not part of the bundle
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Twin:
-    """A network of another checkpoint that must have the same weights, for both are to share one.
-
-    folder, recipe: as in a job; name: of that checkpoint, for the error
-    """
-
-    name: str
-    folder: str
-    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

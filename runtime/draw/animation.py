@@ -16,15 +16,6 @@ PICTURE = (1, 2, 3)  # the axes of one picture's noise in (n, C, h, w)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KeyFrame:
-    """A picture that an animation comes from or goes to: what is drawn there alone from this prompt and seed."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
     """One frame, by the numbers of the key frames before and after it, and its share of the way between them."""
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import UNET
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import UNET
 from latentrt.runtime.draw.job import Job
 
 

@@ -13,31 +13,10 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import ADAPTER, COND, FEATURE, PREFIX, level_axes
 from latentrt.runtime.draw.finite import FOLLOWED, finite
-from latentrt.runtime.images.read import Source, read_hints
+from latentrt.runtime.images.read import read_hints
+from latentrt.runtime.request import Control
 
 KINDS = (PREFIX, ADAPTER)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
-    """An image to follow, as one of the bundle's ControlNets or T2I-Adapters reads it.
-
-    name: of the ControlNet or adapter, as the bundle was exported with
-    image: as `Request.image`, one for all pictures or one for each; it is brought to the size that is drawn
-    scale: how strongly to follow it; 0 is not at all
-    start, stop: the fractions of the steps between which it is followed, as diffusers' control_guidance_start and _end;
-        an adapter's stop is its adapter_conditioning_factor
-    """
-
-    name: str
-    image: Source | Sequence[Source]
-    scale: float = 1.0
-    start: float = 0.0
-    stop: float = 1.0
-
-    def __str__(self) -> str:
-        part = f":{self.start:g}:{self.stop:g}" if (self.start, self.stop) != (0, 1) else ""
-        return f"{self.name}:{self.scale:g}{part}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable
 
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import DECODER, TINY_DECODER, Canvas
-from latentrt.engines.graphs.edits import PIXELS, SQUARES
+from latentrt.engines.canvas.contract import Canvas
 from latentrt.engines.spec import Array, Engine
+from latentrt.engines.tensor_names import PIXELS, SQUARES
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.runtime.draw.finite import check_decoded, check_sums
-
-DecoderName = Literal["full", "tiny"]
-DECODERS: Mapping[DecoderName, str] = {"full": DECODER, "tiny": TINY_DECODER}
-NO_TINY = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
 
 Decode = Callable[[Array], Array]
 """latents (n, C, h, w), float32, as the denoiser sees them -> pixels (n, height, width, 3), uint8"""

@@ -10,23 +10,23 @@ from functools import partial
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import TINY_DECODER, UNET, Canvas, CanvasShape
+from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.errors import BundleError, NotFiniteError
 from latentrt.engines.open import OpenEngines
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import PREFIX, hint_of
+from latentrt.engines.tensor_names import PREFIX, TINY_DECODER, UNET, hint_of
 from latentrt.runtime.draw.advice import explain
 from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
 from latentrt.runtime.draw.controls import Features
-from latentrt.runtime.draw.decode import NO_TINY, decode_in_place, on_canvas, through_engine
+from latentrt.runtime.draw.decode import decode_in_place, on_canvas, through_engine
 from latentrt.runtime.draw.denoise import denoise
 from latentrt.runtime.draw.finite import LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
 from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
 from latentrt.runtime.draw.step import Noise, Step, Watch
 from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
-from latentrt.runtime.request import NOISES, NoiseSource
+from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
 
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 

@@ -11,12 +11,11 @@ from typing import cast
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec, Manifest
-from latentrt.engines.canvas.contract import REFINER, UNET
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import REFINER, UNET
 from latentrt.runtime.draw.animation import variation_seeds
-from latentrt.runtime.draw.controls import Control, Steering, steer
-from latentrt.runtime.draw.decode import DECODERS, NO_TINY
+from latentrt.runtime.draw.controls import Steering, steer
 from latentrt.runtime.draw.loras import check_loras
 from latentrt.runtime.images.read import (
     MAX_PIXELS,
@@ -29,7 +28,7 @@ from latentrt.runtime.images.read import (
     size_of,
 )
 from latentrt.runtime.images.tiling import Grid, plan_tiles
-from latentrt.runtime.request import CHANGES, NOISES, SCORES, Request
+from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, Request
 from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.plan import SamplingPlan

@@ -20,23 +20,10 @@ from latentrt.engines.lora.file import Delta, find_deltas, read_lora
 from latentrt.engines.lora.file import Lora as LoraFile
 from latentrt.engines.lora.peft_config import PEFT_CONFIG
 from latentrt.engines.lora.weight_changes import NOTHING, Changes
+from latentrt.runtime.request import Lora
 
 State = tuple[str, int, int, int]
 KEPT_FILES = 32  # whose names are understood and whose contents are hashed; the matrices stay on the disk
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
-    """A LoRA file, in kohya's, diffusers' or PEFT's names, and how strongly it changes the weights.
-
-    scale: 1 as it was trained, 0 not at all, below 0 backwards
-    """
-
-    file: str | os.PathLike[str]
-    scale: float = 1.0
-
-    def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.scale:g}"
 
 
 def check_loras(loras: object) -> tuple[Lora, ...]:

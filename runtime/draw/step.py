@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import PREVIOUS, Canvas
+from latentrt.engines.canvas.contract import Canvas
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import PREVIOUS
 from latentrt.runtime.draw.finite import LATENTS, finite
 from latentrt.runtime.images.preview import predicted_latents, preview
 from latentrt.runtime.sampling.plan import SamplingPlan

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentrt.engines.errors import RequestError
-from latentrt.engines.graphs.edits import EXTRA_EMBEDDINGS as EXTRA
 from latentrt.engines.spec import Array, EngineSpec
+from latentrt.engines.tensor_names import EXTRA_EMBEDDINGS as EXTRA
 from latentrt.runtime.text.textual_inversion import Embedding
 from latentrt.runtime.text.tokenizer import Chunk, Prompt, PromptTokenizer
 from latentrt.runtime.text.weighting import Ids, is_weighted, needed, weigh

@@ -10,9 +10,9 @@ import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest, TextSpec
-from latentrt.engines.canvas.contract import REFINER, UNET
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array, Engine
+from latentrt.engines.tensor_names import REFINER, UNET
 from latentrt.runtime.text.encoder import TextEncoder
 from latentrt.runtime.text.textual_inversion import ENCODERS, LearnedWord
 from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer

@@ -1,0 +1,60 @@
+"""ONNX Runtime's rows in the table of backends: the functions of `Backend`, each of a provider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from latentrt.engines.backends import Opened, Opening
+from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.errors import EngineError
+from latentrt.engines.graphs import edits as graphs
+from latentrt.engines.onnxruntime import build as builder
+from latentrt.engines.onnxruntime import session
+from latentrt.engines.onnxruntime.engines import Sessions
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, Provider
+from latentrt.engines.progress import Report
+from latentrt.engines.spec import EngineKey, EngineSpec
+
+unavailable = session.unavailable
+
+
+def cannot_build(provider: Provider, options: BuildOptions) -> str | None:
+    """Say in a sentence why building cannot be done here, or with these options; None where it can."""
+    return _shapeless(provider, options) or session.unavailable(provider) or graphs.unavailable()
+
+
+def _shapeless(provider: Provider, options: BuildOptions) -> str | None:
+    return None if options == BuildOptions() else f"{provider} engines take any shape: omit the build options"
+
+
+def key(provider: Provider, bundle: Bundle, options: BuildOptions) -> EngineKey:
+    """Name what would be built. Raises EngineError on options that mean nothing here."""
+    if words := _shapeless(provider, options):
+        raise EngineError(words)
+    return builder.key(bundle, provider)
+
+
+def mismatches(provider: Provider, bundle: Bundle, there: EngineKey) -> list[str]:
+    """Name what keeps engines of a key from running here; empty where nothing does."""
+    return builder.key(bundle, provider).differences(there)
+
+
+def build(
+    provider: Provider, bundle: Bundle, directory: Path, options: BuildOptions, report: Report
+) -> Mapping[str, tuple[str, EngineSpec]]:
+    """Compile every component into a directory: {component: (main file, spec)}."""
+    return builder.build(bundle, directory, provider, report)
+
+
+def open(provider: Provider, opening: Opening) -> Opened:
+    """Open components of one directory."""
+    return Sessions(
+        opening.bundle,
+        opening.directory,
+        opening.record,
+        opening.components,
+        provider,
+        options=OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs)),
+    )
