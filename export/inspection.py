@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.bundle.documents import read_document
-from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.parsing import ParseError, read_document
 from latentrt.engines.bundle.safetensors_header import PICKLES, StoredTensor, TensorFile, read_header, weights_format
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.file import read_lora

@@ -34,7 +34,7 @@ from latentrt.runtime.images.write_png import save_png
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import KeyFrame
 from latentrt.runtime.result import Result
-from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan_text import format_plan, format_samplers, plan_to_json, samplers_table
 from latentrt.runtime.sampling.schedule import STABLE_DIFFUSION
 

@@ -23,8 +23,8 @@ from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.tensorrt.canvas import TensorRTCanvas
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
 from latentrt.runtime.draw.denoise import begin, stage_inputs
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests import loop
 from tests.host_device import HostDevice

@@ -22,8 +22,8 @@ from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.runtime.draw.denoise import begin, denoise
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import plan_guidance
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 
 RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, over a whole trajectory

@@ -19,9 +19,9 @@ from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
 from latentrt.runtime.draw.denoise import begin, denoise
-from latentrt.runtime.sampling import make_plan, sampler_names
-from latentrt.runtime.sampling.catalogue import SAMPLERS, find
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows, guided_stages, plan_guidance
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests import loop

@@ -16,8 +16,8 @@ from latentrt.engines.bundle.manifest import Prediction, Spacing, TrainingSchedu
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.draw.denoise import blend
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.plan_text import (
     format_plan,

@@ -20,8 +20,8 @@ from latentrt.engines.spec import Array
 from latentrt.export.demo.drawing import any_scene, draw_scene
 from latentrt.export.graphs.preview import GRAPHS, fit_preview, least_squares, made_up_picture, r_squared
 from latentrt.runtime.images.preview import predicted_latents, preview
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.schedule import Level

@@ -27,7 +27,7 @@ from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import Twin
 from latentrt.runtime.cli import generate
 from latentrt.runtime.draw.job import split
-from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.make import make_plan
 from tests.conftest import REFINED, Make
 from tests.sampler_oracle import STABLE_DIFFUSION
 from tests.test_families import LEAST, NEGATIVE, PROMPT, SEED, ours, psnr, reference, theirs

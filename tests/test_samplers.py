@@ -14,8 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.bundle.manifest import Prediction, Spacing
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.make import make_plan
 from tests.sampler_oracle import STABLE_DIFFUSION, difference, reference, replay
 
 TRAJECTORY = 1e-4  # our coefficients are computed in double, diffusers' in float32: 3e-5 at worst was measured

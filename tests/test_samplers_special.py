@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.sampling import make_plan, own_sampler, sampler_names
-from latentrt.runtime.sampling.catalogue import SAMPLERS, find
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find, own_sampler, sampler_names
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.spacings import ALIGNED

@@ -29,8 +29,8 @@ from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import DEMO, open_checkpoint
 from latentrt.export.configs.schedule import SCHEDULERS, training_schedule
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.catalogue import SAMPLERS
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import SHAPE, difference, replay, walk
 from tests.test_parity import NEGATIVE, PROMPT, psnr

@@ -20,8 +20,8 @@ from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS, control_width
 from latentrt.runtime.draw.denoise import pack_control
-from latentrt.runtime.sampling import make_plan, sampler_names
-from latentrt.runtime.sampling.catalogue import SAMPLERS, find
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.loop import denoise
 from tests.loop import guided as follow

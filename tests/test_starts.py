@@ -33,8 +33,8 @@ from latentrt.runtime.draw.start import (
     start_inpainting,
 )
 from latentrt.runtime.images.read import read_mask, read_pictures
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import plan_guidance
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import STABLE_DIFFUSION, network

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from latentrt.engines.bundle.documents import read_content
 from latentrt.engines.bundle.manifest import (
     ENGINE_RECORD,
     MANIFEST,
@@ -23,7 +22,7 @@ from latentrt.engines.bundle.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
-from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.parsing import ParseError, read_content
 from latentrt.engines.errors import BundleError
 
 Check = Literal["hash", "size"]

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
-from latentrt.engines.bundle.documents import decode
-from latentrt.engines.bundle.parsing import ParseError, parse
+from latentrt.engines.bundle.parsing import ParseError, decode, parse
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
 

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latentrt.engines.bundle.documents import decode
-from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.parsing import ParseError, decode
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array
 

@@ -16,9 +16,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from latentrt.engines.bundle.documents import read_document
 from latentrt.engines.bundle.files import inside
-from latentrt.engines.bundle.parsing import ParseError, parse
+from latentrt.engines.bundle.parsing import ParseError, parse, read_document
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array
 

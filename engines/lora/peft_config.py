@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentrt.engines.bundle.documents import decode
-from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.parsing import ParseError, decode
 from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.names import PEFT_PREFIX, plain_module

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.bundle.documents import read_document
-from latentrt.engines.bundle.parsing import ParseError
+from latentrt.engines.bundle.parsing import ParseError, read_document
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
 from latentrt.export.configs.families import OTHER_FORMATS, OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline

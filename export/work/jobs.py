@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentrt.engines.bundle.documents import read_document
 from latentrt.engines.bundle.files import disk_errors, record_file
 from latentrt.engines.bundle.manifest import FileRecord
-from latentrt.engines.bundle.parsing import ParseError, parse
+from latentrt.engines.bundle.parsing import ParseError, parse, read_document
 from latentrt.engines.bundle.weight_map import graph_record, write_weights
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Precision, TensorSpec

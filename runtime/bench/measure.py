@@ -32,7 +32,7 @@ from latentrt.runtime.bench.samples import summarise
 from latentrt.runtime.bench.timing import TimedPipeline
 from latentrt.runtime.images.write_png import parameters
 from latentrt.runtime.result import Result
-from latentrt.runtime.sampling import make_plan
+from latentrt.runtime.sampling.make import make_plan
 
 PROMPT = "a large red circle on a striped blue background"
 WARMUP_SHARE = 0.5  # of the seconds asked for, all candidates together

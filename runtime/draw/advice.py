@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.spec import Precision
 from latentrt.runtime.draw.finite import LATENTS, PIXELS, START
-from latentrt.runtime.draw.job import Job
+
+if TYPE_CHECKING:
+    from latentrt.runtime.draw.job import Job
 
 # Above these, pictures are rarely meant: they are named as a likely cause, and nothing is promised below them.
 LARGE_GUIDANCE, LARGE_SCALE, LARGE_LATENT = 30.0, 2.0, 100.0

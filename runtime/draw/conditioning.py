@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,7 +11,9 @@ from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import UNET
-from latentrt.runtime.draw.job import Job
+
+if TYPE_CHECKING:
+    from latentrt.runtime.draw.job import Job
 
 
 def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str = UNET) -> dict[str, Array]:

@@ -29,8 +29,8 @@ from latentrt.runtime.images.read import (
 )
 from latentrt.runtime.images.tiling import Grid, plan_tiles
 from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, Request
-from latentrt.runtime.sampling import make_plan
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
+from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.text.tokenizer import Prompt
 

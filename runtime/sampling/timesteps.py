@@ -189,3 +189,6 @@ def make_walk(
         unit=unit,
         end=len(legs),
     )
+
+
+FEW = 15  # on ways with fewer legs the last ones are of lower order, as the authors advise for stability

@@ -14,9 +14,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
 from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.solvers.prediction import denoised, noise
-from latentrt.runtime.sampling.timesteps import Walk
-
-FEW = 15  # on ways with fewer legs the last ones are of lower order, as the authors advise for stability
+from latentrt.runtime.sampling.timesteps import FEW, Walk
 
 Kind = Literal["dpm", "dpmpp", "sde-dpm", "sde-dpmpp"]
 Solver = Literal["midpoint", "heun"]

@@ -12,9 +12,8 @@ import numpy as np
 from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
 from latentrt.runtime.sampling.schedule import Level
-from latentrt.runtime.sampling.solvers.dpm import FEW
 from latentrt.runtime.sampling.solvers.prediction import denoised, moment_weights, noise
-from latentrt.runtime.sampling.timesteps import Walk
+from latentrt.runtime.sampling.timesteps import FEW, Walk
 
 
 def unipc(
