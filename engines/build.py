@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from latentrt.engines.backends import BACKENDS
@@ -15,9 +15,10 @@ from latentrt.engines.bundle.manifest import ENGINE_RECORD, SCHEMA_VERSION, Engi
 from latentrt.engines.bundle.staging import can_hold, publish, staged, sweep
 from latentrt.engines.bundle.store import Store
 from latentrt.engines.errors import BundleError, EngineError, RequestError
-from latentrt.engines.open import Choice, choose, choose_to_build, serves
+from latentrt.engines.open import Choice, cannot_build, choose, choose_to_build, serves
 from latentrt.engines.progress import Report, silent
-from latentrt.engines.spec import BackendName, EngineKey
+from latentrt.engines.spec import BackendName, EngineKey, EngineSpec
+from latentrt.engines.verify.references import write_references
 
 DEFAULTS = BuildOptions()
 
@@ -81,8 +82,7 @@ def build_missing(bundle: Bundle, asked: str) -> Choice:
     if serves(asked, bundle):
         return choose(asked, bundle)
     choice = choose_to_build(asked, DEFAULTS)
-    backend = BACKENDS[choice.backend]
-    reason = backend.unavailable() or backend.cannot_build(DEFAULTS)
+    reason = BACKENDS[choice.backend].unavailable() or cannot_build(choice.backend, DEFAULTS)
     if reason is not None:
         raise EngineError(f"'{bundle.root}' holds no engines for this machine, and none can be built: {reason}")
     _log.warning("'%s' holds no engines for this machine: building them for %s, once", bundle.root, choice.backend)
@@ -99,7 +99,7 @@ def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
 
 
 def _check_can_build(backend: BackendName, options: BuildOptions, before: str = "") -> None:
-    reason = BACKENDS[backend].cannot_build(options)
+    reason = cannot_build(backend, options)
     if reason is not None:
         raise EngineError(f"{before}the backend '{backend}' cannot build here: {reason}")
 
@@ -134,11 +134,21 @@ def _put(target: Path, fill: Callable[[Path], EngineRecord], *, overwrite: bool 
     return record
 
 
+def _write_references(bundle: Bundle, specs: Sequence[EngineSpec], directory: Path, report: Report) -> None:
+    """Write beside engines that were compiled for sizes what each must compute at them."""
+    for spec in (spec for spec in specs if spec.profiles):
+        what = f"references of {spec.component} (cpu)"
+        report(what, 0, 1)
+        write_references(bundle, spec, directory)
+        report(what, 1, 1)
+
+
 def _build_into(
     bundle: Bundle, backend: BackendName, key: EngineKey, options: BuildOptions, directory: Path, report: Report
 ) -> EngineRecord:
     start = time.perf_counter()
     built = BACKENDS[backend].build(bundle, directory, options, report)
+    _write_references(bundle, [spec for _, spec in built.values()] if options.references else [], directory, report)
     record = EngineRecord(
         schema_version=SCHEMA_VERSION,
         key=key,

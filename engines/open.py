@@ -184,6 +184,7 @@ def open_engines(
 
 # The fastest first. `auto` takes the first of these that a bundle has engines for here, or that can build them here.
 FOR_GPUS: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx", "cuda")
+COMPILED_FOR_SIZES: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx")
 FOR_CPUS: BackendName = "cpu"
 
 
@@ -234,6 +235,16 @@ def serves(asked: str, bundle: Bundle) -> bool:
     return any(BACKENDS[name].unavailable() is None and serving_engines(bundle, name) for name in names)
 
 
+def cannot_build(backend: BackendName, options: BuildOptions) -> str | None:
+    """Say in a sentence why a backend's engines cannot be built here with these options, or return None."""
+    reason = BACKENDS[backend].cannot_build(options)
+    if reason is not None or not options.references or backend not in COMPILED_FOR_SIZES:
+        return reason
+    from latentrt.engines.verify.references import unavailable  # which a service that only runs never needs
+
+    return unavailable()
+
+
 def choose_to_build(asked: str, options: BuildOptions) -> Choice:
     """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here.
 
@@ -244,7 +255,7 @@ def choose_to_build(asked: str, options: BuildOptions) -> Choice:
     gpu = find_gpu()
     if gpu is None:
         return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
-    refusals = {name: BACKENDS[name].cannot_build(options) for name in FOR_GPUS}
+    refusals = {name: cannot_build(name, options) for name in FOR_GPUS}
     best = next((name for name, refusal in refusals.items() if refusal is None), None)
     if best is None:
         words = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
@@ -335,7 +346,7 @@ def _no_engines(bundle: Bundle, backend: BackendName) -> str:
 
 def _build_command(bundle: Bundle, backend: BackendName) -> str:
     """Return the command that builds engines for this machine, and what it lacks to run it."""
-    lacking = BACKENDS[backend].cannot_build(BuildOptions())
+    lacking = cannot_build(backend, BuildOptions())
     first = f" (first: {lacking})" if lacking is not None else ""
     return f"run `latentrt build {bundle.root} --backend {backend}` on this machine{first}"
 

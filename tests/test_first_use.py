@@ -23,7 +23,7 @@ from latentrt.engines.bundle.staging import PARTIAL
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.open import find_engines
+from latentrt.engines.open import cannot_build, find_engines
 from latentrt.engines.verify.verify import verify
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import L4, install
@@ -237,8 +237,8 @@ def test_what_building_lacks_is_onnx_and_never_torch(
 def test_references_for_verify_name_the_option_that_leaves_them_out(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, gpu=L4, tensorrt="11.4.0.106")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "--no-references" in (BACKENDS["tensorrt"].cannot_build(BuildOptions()) or "")
-    assert BACKENDS["tensorrt"].cannot_build(BuildOptions(references=False)) is None
+    assert "--no-references" in (cannot_build("tensorrt", BuildOptions()) or "")
+    assert cannot_build("tensorrt", BuildOptions(references=False)) is None
 
 
 def test_engines_that_are_there_need_nothing_to_be_kept(sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,50 @@ def test_every_module_is_imported_by_another_or_is_a_front_door() -> None:
     unused = [path for path in sources(*FOLDERS) if path.stem not in doors and f"{path.stem} import" not in text]
     unused = [path for path in unused if f"import {path.stem}" not in text and f'.{path.stem}"' not in text]
     assert unused == []
+
+
+# --- the house in rooms ---
+
+LONGEST_CHAIN = 13  # files, each imported by the one before where it is loaded
+LARGEST_ROOM = 13  # files, without __init__.py
+
+
+def module_of(path: Path) -> str:
+    parts = ("latentrt", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path, known: set[str]) -> set[str]:
+    """Return the project's modules that a file imports when it is loaded itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & known or {node.module}
+    return (found & known) - {module_of(path)}
+
+
+def test_import_chains_are_short_and_run_in_no_circle(capsys: pytest.CaptureFixture[str]) -> None:
+    files = {module_of(path): path for path in sources(*FOLDERS)}
+    graph = {module: imported(path, set(files)) for module, path in files.items()}
+    longest: dict[str, tuple[str, ...]] = {}
+    for module in graphlib.TopologicalSorter(graph).static_order():  # raises where there is a circle
+        longest[module] = (module, *max((longest[used] for used in graph[module]), key=len, default=()))
+    chain = max(longest.values(), key=len)
+    with capsys.disabled():
+        print(f"\nthe longest import chain: {len(chain)} files: {' > '.join(chain)}")
+    assert len(chain) <= LONGEST_CHAIN
+
+
+def test_a_room_holds_about_a_dozen_files(capsys: pytest.CaptureFixture[str]) -> None:
+    rooms = Counter(path.parent.relative_to(ROOT) for path in sources(*FOLDERS) if path.name != "__init__.py")
+    room, files = rooms.most_common(1)[0]
+    with capsys.disabled():
+        print(f"\nthe largest folder: {room} with {files} files")
+    assert files <= LARGEST_ROOM
+
+
+@pytest.mark.parametrize("room", sorted({path.parent for path in sources(*FOLDERS)}), ids=lambda room: room.name)
+def test_a_room_says_what_belongs_there(room: Path) -> None:
+    assert ast.get_docstring(ast.parse((room / "__init__.py").read_text()))

@@ -21,7 +21,6 @@ from latentrt.engines.progress import Report
 from latentrt.engines.spec import DType, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import DECODERS, DENOISERS, PREFIX
 from latentrt.engines.tensorrt.compile import compile_graph
-from latentrt.engines.verify.references import write_references
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
@@ -37,7 +36,7 @@ def build(
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into `directory`, the UNet as the fused denoise stage, the VAE's decoder from the state.
 
-    What each must compute at its sizes is written beside it. Returns {component: (main file, spec)}.
+    Returns {component: (main file, spec)}.
     Raises EngineError with the library's own words, and KeyboardInterrupt after the compiler has stopped.
     """
     library = require(flavor)
@@ -46,11 +45,6 @@ def build(
         what = f"build {component} ({flavor})"
         report(what, 0, 1)
         built[component] = _build_one(library, bundle, component, directory, flavor, options, report)
-        report(what, 1, 1)
-    for component, (_, spec) in built.items() if options.references else ():
-        what = f"references of {component} (cpu)"
-        report(what, 0, 1)
-        write_references(bundle, spec, directory)
         report(what, 1, 1)
     return built
 

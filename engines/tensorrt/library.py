@@ -14,7 +14,6 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.spec import EngineKey
 from latentrt.engines.tensorrt.compile import capabilities
-from latentrt.engines.verify.references import unavailable as references_unavailable
 
 if TYPE_CHECKING:
     pass
@@ -136,7 +135,7 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
         ),
     }
     found = next((sentence for sentence, applies in refusals.items() if applies), None)
-    return found or graphs.unavailable() or (references_unavailable() if options.references else None)
+    return found or graphs.unavailable()
 
 
 def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
