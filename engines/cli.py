@@ -116,7 +116,7 @@ def build(
 
 
 def show_bundle(bundle: Path, *, as_json: bool) -> None:
-    """Print what a bundle holds: family, components, sizes, engines. export/inspect_cli.py has the command."""
+    """Print what a bundle holds: family, components, sizes, engines. export/cli.py has the command."""
     opened = Bundle.open(bundle)
     engines = {path.name: dataclasses.asdict(record) for path, record in opened.engine_directories().items()}
     if as_json:

@@ -276,7 +276,7 @@ def find_engines(
     """Find the engines of a backend that run on this machine, and that were compiled for a shape.
 
     needs: the shape to draw in; None for any, the bundle's own size by preference
-    Raises EngineError, which names the mend, and BundleError where a record contradicts its directory.
+    Raises EngineError, which says how to fix it, and BundleError where a record contradicts its directory.
     """
     reason = BACKENDS[backend].unavailable()
     if reason is not None:

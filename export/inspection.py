@@ -62,7 +62,7 @@ class Inspection:
     model: what it was recognised as, empty where it was not
     prediction: what the denoiser predicts and how that is known, None where there is no denoiser
     notes: what cannot be told, or should be known
-    problem: why it cannot be exported as it is and what mends that, None where it can
+    problem: why it cannot be exported as it is and what fixes that, None where it can
     """
 
     path: str
@@ -76,7 +76,7 @@ class Inspection:
 
 
 def inspect_checkpoint(name: str, *, revision: str | None = None) -> Inspection:
-    """Say what a path that is no bundle holds, or a hub id that was fetched before, or `demo`.
+    """Say what a path that is not a bundle holds, or a hub id that was fetched before, or `demo`.
 
     Raises CheckpointError where there is nothing, or where a file is damaged.
     """
@@ -132,7 +132,7 @@ def _absent(single: SingleFile) -> list[str]:
 
 
 def _inspect_part(file: TensorFile) -> Inspection:
-    """Describe a file that is no whole checkpoint of a Stable Diffusion."""
+    """Describe a file that is not a whole checkpoint of a Stable Diffusion."""
     name, denoiser = name_other(file)
     keys = ", ".join(sorted(file.tensors)[:3])
     if name == CONTROLNET:
@@ -277,7 +277,7 @@ def _graph(name: str, kind: str, folder: Path) -> Network:
 
 
 def _inspect_lone_folder(root: Path) -> Inspection:
-    """Describe a folder that is no whole checkpoint, perhaps one network of it."""
+    """Describe a folder that is not a whole checkpoint, perhaps one network of it."""
     config = _json(root / "config.json")
     kind = str(config.get("_class_name") or next(iter(config.get("architectures") or []), ""))
     networks = (_folder_network(kind, kind, root),) if kind and _holds_weights(root) else ()

@@ -19,7 +19,7 @@ from latentrt.runtime.sampling.spacings import SPACINGS
 
 
 class TextCommand(click.Command):
-    """A command whose arguments may be text that begins with -: what has spaces, `-a red circle`, is no option."""
+    """A command whose arguments may be text that begins with -: what has spaces, `-a red circle`, is not an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:

@@ -74,7 +74,7 @@ class Pipeline:
         build: where the bundle holds no engines for this machine, build them first, as `latentrt build` does: beside
             the bundle, or in the user's cache where that is read-only. Later loads find them; the log and every
             result's `reason` tell where they are
-        Raises BundleError (files) and EngineError (backend), each with the mend.
+        Raises BundleError (files) and EngineError (backend), each with how to fix it.
         """
         bundle = Bundle.open(path)
         with ThreadPoolExecutor(max_workers=1) as beside:

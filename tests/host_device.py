@@ -67,7 +67,7 @@ class HostDevice:
         self._events: dict[int, tuple[int, bool]] = {}
         self._handles = iter(range(1, 1 << 30))
         self._streams: set[int] = set()
-        self._lock = threading.RLock()  # the GPU itself is no Python object: threads may call CUDA together
+        self._lock = threading.RLock()  # the GPU itself is not a Python object: threads may call CUDA together
 
     # What tests ask.
 

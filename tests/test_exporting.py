@@ -233,7 +233,7 @@ def test_what_a_graph_does_not_give_is_not_promised(graphs: str, sd1_bundle: Pat
     [
         (lambda path: None, "there is no checkpoint at"),
         (lambda path: path.mkdir(), "it holds no model_index.json"),
-        (lambda path: path.write_bytes(b"x"), "is no safetensors file"),
+        (lambda path: path.write_bytes(b"x"), "is not a safetensors file"),
     ],
 )
 def test_the_command_refuses_with_one_sentence_and_code_2(tmp_path: Path, make: Any, sentence: str) -> None:

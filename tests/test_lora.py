@@ -407,7 +407,7 @@ def test_a_lora_for_another_checkpoint_is_refused_for_a_single_file_too(sd1_chec
 def test_files_that_are_none_are_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
     assert "there is no LoRA at" in refusal(sd1_checkpoint, tmp_path / "absent.safetensors")
     (tmp_path / "a.pt").write_bytes(b"x")
-    assert "is no safetensors file" in refusal(sd1_checkpoint, tmp_path / "a.pt")
+    assert "is not a safetensors file" in refusal(sd1_checkpoint, tmp_path / "a.pt")
     (tmp_path / "b.safetensors").write_bytes(b"x")
     assert "truncated or damaged" in refusal(sd1_checkpoint, tmp_path / "b.safetensors")
 

@@ -351,7 +351,7 @@ def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Pat
 def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
     named = {
         "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": (4, 4)}, "recognised as Flux"),
-        "lora": ({"x.lora_down.weight": (4, 4)}, "recognised as LoRA, which is no whole checkpoint"),
+        "lora": ({"x.lora_down.weight": (4, 4)}, "recognised as LoRA, which is not a whole checkpoint"),
         "what": ({"x.y": (4, 4, 4)}, "no checkpoint that is known here"),
         "less": (published({"cross_attention_dim": 768}, {}), "holds no text_encoder"),
         "half": (published(XL, SECOND), "(Stable Diffusion XL) holds no text_encoder;"),
@@ -360,7 +360,7 @@ def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
     for name, (tensors, words) in named.items():
         assert words in refusal(save_header(tmp_path / f"{name}.safetensors", tensors), tokenizer=str(DEMO))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert "is no safetensors file" in refusal(tmp_path / "a.gguf")
+    assert "is not a safetensors file" in refusal(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(

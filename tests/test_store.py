@@ -227,7 +227,7 @@ def spoil(url: str, record: EngineRecord, change: str) -> None:
     [
         ("altered", "holds another content for unet.onnx than its record says; remove it from the store"),
         ("truncated", "holds another content for unet.onnx than its record says"),
-        ("missing", "cannot be used .*; name another URL, or leave --store away"),
+        ("missing", "cannot be used .*; name another URL, or omit --store"),
         ("leads outside", "leads outside the bundle"),
         ("absolute", "leads outside the bundle"),
         ("no hash", "'../../../etc/passwd' is no SHA-256"),

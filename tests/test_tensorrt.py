@@ -368,7 +368,7 @@ def test_options_that_make_no_sense_are_refused(copy: Bundle, options: BuildOpti
 
 
 def test_the_cpu_takes_no_shapes(copy: Bundle) -> None:
-    with pytest.raises(EngineError, match="cpu engines take any shape: leave the build options away"):
+    with pytest.raises(EngineError, match="cpu engines take any shape: omit the build options"):
         build_engines(copy, "cpu", options=BuildOptions(batches=(2,)))
 
 

@@ -276,7 +276,7 @@ def test_the_command_line_decodes_with_it(bundle: Bundle, tmp_path: Path, pipe: 
 def test_a_bundle_without_one_says_so_in_a_sentence(sd1_bundle: Path) -> None:
     sentence = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
     with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe:
-        with pytest.raises(RequestError, match=f"decoder: {sentence}, or leave it away"):
+        with pytest.raises(RequestError, match=f"decoder: {sentence}, or omit it"):
             pipe(**CALL, steps=1, decoder="tiny")
         with pytest.raises(BundleError, match=f"^{sentence}$"):
             pipe(**CALL, steps=1, on_step=lambda step: np.asarray(step.draft).sum())
@@ -302,7 +302,7 @@ def test_one_that_was_made_for_other_latents_is_refused(
 def test_what_is_no_tiny_vae_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
     for given, sentence in (
         (sd1_checkpoint / "vae", r"\$\._class_name: found 'AutoencoderKL', expected AutoencoderTiny; .* with --vae"),
-        (tmp_path / "nothing", "is no directory; give one that diffusers wrote"),
+        (tmp_path / "nothing", "is not a directory; give one of diffusers"),
         (tmp_path, "config.json is missing"),
     ):
         with pytest.raises(CheckpointError, match=sentence):

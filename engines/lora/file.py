@@ -151,7 +151,7 @@ def read_lora(path: Path) -> Lora:
     if not path.is_file():
         raise CheckpointError(f"there is no LoRA at '{path}'; give a safetensors file")
     if weights_format(path) != "safetensors":
-        raise CheckpointError(f"'{path}' is no safetensors file; convert the LoRA to safetensors")
+        raise CheckpointError(f"'{path}' is not a safetensors file; convert the LoRA to safetensors")
     file = read_header(path)
     modules: dict[str, dict[Target, dict[Role, str]]] = {}
     adapters: set[str] = set()

@@ -17,7 +17,7 @@ from latentrt.engines.tensorrt.execution import Pass, Place, Program
 from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
 
 STATE, NEXT_STATE, ROWS = "state", "next_state", "rows"
-# What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often left away.
+# What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often omitted.
 PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
 
 

@@ -36,7 +36,7 @@ class TensorRTEngine:
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         """Run the engine. Inputs are converted to the spec's dtypes.
 
-        Raises EngineError on wrong names, and on shapes that it is not compiled for, with the command that mends it.
+        Raises EngineError on wrong names, and on shapes that it is not compiled for, with the command that fixes it.
         """
         if self._program is None:
             raise EngineError(f"the engine of {self.spec.component} is closed; open the bundle again")

@@ -119,13 +119,13 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
     refusals = {
         "tensorrt searches its kernels on the GPU that it builds for, and no NVIDIA GPU answers here; "
         "build there, or use --backend tensorrt-rtx": flavor == "tensorrt" and here is None,
-        "tensorrt builds for the GPU at hand: leave --compute-capability away": flavor == "tensorrt"
+        "tensorrt builds for the GPU at hand: omit --compute-capability": flavor == "tensorrt"
         and options.compute_capability is not None,
         "no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9": here is None
         and options.compute_capability is None,
         "--lean is for tensorrt: tensorrt-rtx has no lean runtime": flavor == "tensorrt-rtx"
         and options.version_compatible,
-        "a timing cache changes nothing in tensorrt-rtx's engines, and asks for a GPU: leave --timing-cache away; its "
+        "a timing cache changes nothing in tensorrt-rtx's engines, and asks for a GPU: omit --timing-cache; its "
         "kernels are compiled where the engines are loaded": flavor == "tensorrt-rtx"
         and options.timing_cache is not None,
         "tensorrt-rtx builds --refit and --strip engines only where an NVIDIA GPU answers": here is None

@@ -62,7 +62,7 @@ class Origin:
     factor: int
 
     def refuse(self, spec: EngineSpec, asked: Mapping[str, int]) -> EngineError:
-        """Return the error that no profile fits what was asked, with the shapes there are and the mend."""
+        """Return the error that no profile fits what was asked, with the shapes there are and how to fix it."""
         built = "; ".join(dict.fromkeys(_words(sizes) for sizes in spec.profiles)) or "no shapes at all"
         return EngineError(
             f"{spec.component} is not compiled for {_words(asked)} (shapes must match exactly, nothing is padded); "

@@ -28,7 +28,7 @@ def add_tiny_vae(parts: Parts, name: str) -> Parts:
     path = Path(name)
     if not path.is_dir():
         raise CheckpointError(
-            f"--tiny-vae '{name}' is no directory; give one that diffusers wrote, with config.json beside the weights"
+            f"--tiny-vae '{name}' is not a directory; give one of diffusers, with config.json beside the weights"
         )
     folder = path / "vae" if (path / "vae").is_dir() else path
     config = read_config("tiny_vae", folder)

@@ -118,7 +118,7 @@ LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A kind of file that is no whole checkpoint: any key that begins or ends as said, or has it, gives it away.
+    """A kind of file that is not a whole checkpoint: any key that begins or ends as said, or has it, gives it away.
 
     option: how it is given beside the checkpoint that it belongs to, empty where it cannot be
     """
@@ -138,7 +138,7 @@ class Part:
 
 
 CONTROLNET = "ControlNet"
-LORA = "LoRA"  # and its kin: engines/lora_kinds.py
+LORA = "LoRA"  # and its kin: engines/lora/kinds.py
 LORA_ENDS = tuple(f"{name}.weight" for name in ("lora_down", "lora.down", "lora_linear_layer.down"))
 LORA_PARTS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".lora_magnitude_vector", ".diff", ".w_norm")
 LORA_STARTS = ("lora_unet_", "lora_te", "lycoris_")

@@ -57,7 +57,7 @@ class Denoiser(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        # The UNet hands the sizes of its skip connections to its upsamplers only where a side is no multiple of
+        # The UNet hands the sizes of its skip connections to its upsamplers only where a side is not a multiple of
         # 2 ** num_upsamplers, which a trace would decide once and for all. No side is a multiple of 2 ** 40, so
         # the graph always hands them on and takes any latent size, as diffusers does.
         self.model.num_upsamplers = 40

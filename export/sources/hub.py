@@ -34,7 +34,7 @@ def download(name: str, *, revision: str | None) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
         raise CheckpointError(
-            f"'{name}' is no directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
+            f"'{name}' is not a directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
     try:
@@ -46,7 +46,7 @@ def download(name: str, *, revision: str | None) -> Path:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise CheckpointError(
-            f"'{name}' is no directory here, and the hub refused it ({status}); check the name, "
+            f"'{name}' is not a directory here, and the hub refused it ({status}); check the name, "
             "the revision and your access token"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:

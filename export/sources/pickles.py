@@ -57,7 +57,7 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6, and what is no pickle at all
+        except RuntimeError:  # the format before torch 1.6, and what is not a pickle at all
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]

@@ -80,7 +80,7 @@ class SingleFile:
 
 
 def recognise(file: TensorFile) -> SingleFile | None:
-    """Say which Stable Diffusion a file is, None where it is no whole checkpoint of one."""
+    """Say which Stable Diffusion a file is, None where it is not a whole checkpoint of one."""
     first = file.tensors.get(FIRST)
     if first is None or len(first.shape) != 4 or any(key.startswith("control_model.") for key in file.tensors):
         return None

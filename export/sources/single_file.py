@@ -86,7 +86,7 @@ def read_weights_header(path: Path, *, allow_pickle: bool) -> TensorFile:
             "convert it to safetensors, or pass --allow-pickle"
         )
     if kind is None:
-        raise CheckpointError(f"'{path}' is no safetensors file; give a checkpoint's file or directory")
+        raise CheckpointError(f"'{path}' is not a safetensors file; give a checkpoint's file or directory")
     return read_header(path)
 
 
@@ -98,10 +98,10 @@ def _not_whole(file: TensorFile) -> str:
     if name:
         option = option_for(name)
         return (
-            f"'{path}' was recognised as {name}, which is no whole checkpoint; give the checkpoint that it belongs to"
+            f"'{path}' was recognised as {name}, which is not a whole checkpoint; give the one that it belongs to"
             + (f", and this with {option}" if option else "")
         )
-    return f"'{path}' is no checkpoint that is known here; `latentrt inspect` says what it holds"
+    return f"'{path}' is not a checkpoint that is known here; `latentrt inspect` says what it holds"
 
 
 def _given(name: str, networks: Mapping[str, str]) -> Documents:

@@ -35,7 +35,7 @@ def read_tokenizer(
     pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
     if not pair and not (folder / "tokenizer.json").is_file():
         raise CheckpointError(f"{folder} holds neither vocab.json with merges.txt nor tokenizer.json; add them")
-    for path in sorted(folder.glob("*.json")):  # the libraries' own words name neither the file nor the mend
+    for path in sorted(folder.glob("*.json")):  # the libraries' own words name neither the file nor how to fix it
         read_json(path)
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **(special or {}))

@@ -110,7 +110,7 @@ def is_pickle(name: str) -> bool:
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Say whether a folder holds weights that are no pickle."""
+    """Say whether a folder holds weights that are not in a pickle."""
     return any(folder.glob("*.safetensors"))
 
 
@@ -122,7 +122,7 @@ def _read_shards(index: Path) -> tuple[TensorFile, ...]:
     except (ParseError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is no index of weights; download it again") from None
     if any("/" in name or not name.endswith(".safetensors") for name in places.values()):
-        raise CheckpointError(f"{index} names a file that is no safetensors file beside it; download it again")
+        raise CheckpointError(f"{index} names a file that is not a safetensors file beside it; download it again")
     shards = {name: _read_shard(index.parent / name) for name in sorted(set(places.values()))}
     for key, name in places.items():
         if key not in shards[name].tensors:

@@ -97,7 +97,7 @@ def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Ar
         raise RequestError(f"{where}: found {start:g} to {stop:g}, expected 0 <= start < stop <= 1")
     followed = np.array([k / stages >= start and (k + 1) / stages <= stop for k in range(stages)])
     if not followed.any():
-        raise RequestError(f"{where}: no one of {stages} stages lies from {start:g} to {stop:g}; leave it away")
+        raise RequestError(f"{where}: no one of {stages} stages lies from {start:g} to {stop:g}; omit it")
     return followed
 
 

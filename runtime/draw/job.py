@@ -107,7 +107,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     if "time_ids" not in _unet_inputs(manifest):
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
-                raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; leave it away")
+                raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; omit it")
     _check_scores(request, manifest)
     plan = _plan(request, manifest)
     return Job(
@@ -138,7 +138,7 @@ def _check_decoder(request: Request, manifest: Manifest) -> None:
     if request.decoder not in DECODERS:
         raise RequestError(f"decoder: found {request.decoder!r}, expected one of {', '.join(DECODERS)}")
     if DECODERS[request.decoder] not in manifest.components:
-        raise RequestError(f"decoder: {NO_TINY}, or leave it away")
+        raise RequestError(f"decoder: {NO_TINY}, or omit it")
 
 
 def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg, ...]:
@@ -146,18 +146,18 @@ def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg
         return split(plan, None, train_timesteps=manifest.schedule.num_train_timesteps)
     if manifest.refiner is None:
         raise RequestError(
-            "refine_from: this bundle holds no refiner; export it again with --refiner CHECKPOINT, or leave it away"
+            "refine_from: this bundle holds no refiner; export it again with --refiner CHECKPOINT, or omit it"
         )
     share = _number("refine_from", request.refine_from)
     return split(plan, share, train_timesteps=manifest.schedule.num_train_timesteps)
 
 
 def _check_scores(request: Request, manifest: Manifest) -> None:
-    """Refuse scores that no denoiser of the bundle would be told, and what is no number."""
+    """Refuse scores that no denoiser of the bundle would be told, and what is not a number."""
     scored = manifest.refiner is not None or manifest.family == "sdxl_refiner"
     for name, default in SCORES.items():
         if _number(name, getattr(request, name)) != default and not scored:
-            raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; leave it away")
+            raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; omit it")
 
 
 def _unet_inputs(manifest: Manifest) -> set[str]:
@@ -309,7 +309,7 @@ class Leg:
 
 
 def split(plan: SamplingPlan, refine_from: float | None, *, train_timesteps: int) -> tuple[Leg, ...]:
-    """Return who takes which stages of a plan, in order; a denoiser without a stage is left away.
+    """Return who takes which stages of a plan, in order; a denoiser without a stage is omitted.
 
     refine_from: the share of the training timesteps, from the noisy end, before which the base denoises: diffusers'
         denoising_end and denoising_start. A stage belongs to the refiner where its timestep lies below, and so do

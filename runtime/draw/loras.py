@@ -60,7 +60,7 @@ class Loras:
         """Return what LoRAs add to the weights of each component; nothing for a scale of 0.
 
         The sum is made in the order of the files' hashes, so that it is the same in whichever order they are given.
-        Raises RequestError where a file is no LoRA, or one of another model; BundleError where the bundle is too old.
+        Raises RequestError where a file is not a LoRA, or one of another model; BundleError where it is too old.
         """
         given = [lora for lora in loras if lora.scale != 0]
         if not given:

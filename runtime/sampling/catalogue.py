@@ -55,7 +55,7 @@ class Sampler:
     spaced: can follow a spacing of sigmas such as karras
     measured: can follow sigmas that the caller gives
     timed: can follow timesteps that the caller gives
-    eta: the default share of fresh noise, None where that is no option
+    eta: the default share of fresh noise, None where that is not an option
     note: what whoever compares its pictures should know
     aliases: other names, of the community's interfaces and diffusers' classes; case and punctuation do not matter
     """

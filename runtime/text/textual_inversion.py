@@ -66,7 +66,7 @@ def load_embedding(file: str | os.PathLike[str], *, name: str | None = None) -> 
         of SDXL (`clip_l` and `clip_g`, or one of them)
     name: the word in prompts; None for the file's own: the tensor's name where that is a word, or the file's without
         its ending
-    Raises RequestError, which names the mend.
+    Raises RequestError, which says how to fix it.
     """
     path = Path(file)
     tensors = _read(path)

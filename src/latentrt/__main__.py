@@ -105,7 +105,7 @@ def find_command(name: str) -> click.Command | None:
 
 @contextmanager
 def refused(arguments: Sequence[str]) -> Iterator[None]:
-    """Turn what the user can mend into a `Refusal`; click's own words on usage stay, unless JSON is asked for."""
+    """Turn bad input into a `Refusal`; click's own words on usage stay, unless JSON is asked for."""
     try:
         yield
     except click.UsageError as error:
@@ -176,7 +176,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line: what the user can mend is one sentence on stderr and exit code 2."""
+    """Run the command line: bad input is one sentence on stderr and exit code 2."""
     prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
     cli.main(prog_name="latentrt", obj=prompt_sets)
 

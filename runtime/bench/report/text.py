@@ -90,7 +90,7 @@ def warnings(report: Report) -> list[str]:
 
 
 def remarks(variant: Variant) -> str:
-    """Return the figures of a variant that are no times."""
+    """Return the figures of a variant that are not times."""
     parts = [
         f"backend {variant.backend} ({variant.reason})",
         f"{variant.steps_per_second.summary.p50:.3g} denoise stages a second",
