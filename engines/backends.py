@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
 from latentrt.engines.tensor_names import DECODER, UNET
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +48,9 @@ class Opened(Protocol):
         """
         ...
 
-    def canvas(
-        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> Canvas:
+    def workspace(
+        self, shape: WorkspaceShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Workspace:
         """Return what a batch of this shape is drawn on. Raises EngineError.
 
         state_rows: what the sampler needs; denoiser: the network that the stages run

@@ -13,12 +13,12 @@ from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.build_options import REFITTABLE, BuildOptions
 from latentrt.engines.bundle.files import Bundle, Check, check_file
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, LatentSpec
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey
 from latentrt.engines.tensor_names import DECODER, UNET
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class OpenEngines:
         choice: Choice,
         *,
         components: tuple[str, ...] | None,
-        needs: CanvasShape | None,
+        needs: WorkspaceShape | None,
         threads: int | None,
         cuda_graphs: bool | None,
         check: Check,
@@ -86,7 +86,7 @@ class OpenEngines:
     def adapt(self, changes: Mapping[str, Changes]) -> bool:
         """Change the weights of components, always from the base's; tell whether there was anything to do.
 
-        What is not named is as in the base again. What drew before must be asked for again with `canvas`.
+        What is not named is as in the base again. What drew before must be asked for again with `workspace`.
         Raises EngineError; then no weights are changed at all.
         """
         if self._changes is not None and keys_of(changes) == keys_of(self._changes):
@@ -105,15 +105,15 @@ class OpenEngines:
         for _, opened in self._opened.values():
             opened.adapt(changes)
 
-    def canvas(
+    def workspace(
         self,
         space: LatentSpec,
-        shape: CanvasShape,
+        shape: WorkspaceShape,
         *,
         state_rows: int,
         denoiser: str = UNET,
         decoder: str | None = DECODER,
-    ) -> Canvas:
+    ) -> Workspace:
         """Return what a batch of this shape is drawn on, with one of the bundle's denoisers and decoders.
 
         decoder: None where the pixels come from elsewhere
@@ -122,13 +122,13 @@ class OpenEngines:
         stay open. Raises EngineError where none fits.
         """
         fitting = self._fitting(shape)
-        return fitting.canvas(shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder)
+        return fitting.workspace(shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder)
 
-    def engine(self, component: str, shape: CanvasShape) -> Engine:
+    def engine(self, component: str, shape: WorkspaceShape) -> Engine:
         """Return the engine of an opened component that takes pictures of this shape. Raises EngineError."""
         return self._fitting(shape).engines[component]
 
-    def _fitting(self, shape: CanvasShape) -> Opened:
+    def _fitting(self, shape: WorkspaceShape) -> Opened:
         for record, opened in self._opened.values():
             if fits(record, shape, self._bundle):
                 return opened
@@ -149,7 +149,7 @@ def open_engines(
     backend: str = "auto",
     *,
     components: tuple[str, ...] | None = None,
-    needs: CanvasShape | None = None,
+    needs: WorkspaceShape | None = None,
     threads: int | None = None,
     cuda_graphs: bool | None = None,
     check: Check = "hash",
@@ -271,7 +271,7 @@ def _as_asked(asked: str) -> Choice:
 
 
 def find_engines(
-    bundle: Bundle, backend: BackendName, *, needs: CanvasShape | None = None
+    bundle: Bundle, backend: BackendName, *, needs: WorkspaceShape | None = None
 ) -> tuple[Path, EngineRecord]:
     """Find the engines of a backend that run on this machine, and that were compiled for a shape.
 
@@ -312,7 +312,7 @@ def _engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRec
     return found
 
 
-def fits(record: EngineRecord, shape: CanvasShape, bundle: Bundle) -> bool:
+def fits(record: EngineRecord, shape: WorkspaceShape, bundle: Bundle) -> bool:
     """Tell whether a picture of this shape can be drawn with engines: with those that take any shape, always."""
     factor = bundle.manifest.latents.factor
     axes = {
@@ -330,10 +330,10 @@ def fits(record: EngineRecord, shape: CanvasShape, bundle: Bundle) -> bool:
     )
 
 
-def _own_shape(bundle: Bundle) -> CanvasShape:
+def _own_shape(bundle: Bundle) -> WorkspaceShape:
     width, height = bundle.manifest.default_size
     tokens = max((tokenizer.max_length for tokenizer in bundle.manifest.tokenizers.values()), default=0)
-    return CanvasShape(pictures=1, tokens=tokens, width=width, height=height)
+    return WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
 
 
 def _no_engines(bundle: Bundle, backend: BackendName) -> str:
@@ -352,7 +352,7 @@ def _build_command(bundle: Bundle, backend: BackendName) -> str:
 
 
 def _no_shape(
-    bundle: Bundle, backend: BackendName, needs: CanvasShape, serving: list[tuple[Path, EngineRecord]]
+    bundle: Bundle, backend: BackendName, needs: WorkspaceShape, serving: list[tuple[Path, EngineRecord]]
 ) -> str:
     held = dict.fromkeys(shape for _, record in serving for shape in shapes_of(record))
     return (

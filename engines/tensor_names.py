@@ -31,7 +31,7 @@ DIVISORS = (1, 2, 4, 8, 16, 32)
 
 
 def hint_of(component: str) -> str:
-    """Return the name under which a canvas is given the picture that a ControlNet follows: (P, 3, height, width)."""
+    """Return the name under which a workspace is given the picture that a ControlNet follows: (P, 3, height, width)."""
     return f"{component}.{COND}"
 
 
@@ -51,7 +51,7 @@ def level_axes(latent_height: int, latent_width: int) -> dict[str, int]:
     return {f"{axis}_{n}": -(-side // n) for axis, side in sides.items() for n in DIVISORS}
 
 
-# The networks that are compiled as the denoise stage: a canvas runs one of them.
+# The networks that are compiled as the denoise stage: a workspace runs one of them.
 UNET, REFINER = "unet", "refiner"
 DENOISERS = (UNET, REFINER)
 # The networks that turn a state into pixels: the checkpoint's own, and a small one that some bundles hold beside it.

@@ -17,11 +17,11 @@ import numpy as np
 from latentrt import __version__
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import Canvas
 from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.open import OpenEngines, open_engines
 from latentrt.engines.tensor_names import PREFIX, REFINER, UNET
+from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.draw.animation import Frame, batches, frame_draw, frame_rows, frames_between
 from latentrt.runtime.draw.draw import Drawing, Source, stream
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
@@ -205,13 +205,13 @@ class Pipeline:
         negatives = job.read(job.negatives, negative=True) if job.guidance.needed else []
         tokens = {leg.denoiser: self._texts.tokens([*prompts, *negatives], denoiser=leg.denoiser) for leg in job.legs}
 
-        def write(canvas: Canvas, denoiser: str) -> None:
-            in_place = self._texts.device_inputs(prompts, negatives, denoiser=denoiser) if canvas.queued else None
+        def write(workspace: Workspace, denoiser: str) -> None:
+            in_place = self._texts.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
             if in_place is not None:
-                canvas.encode(in_place)
+                workspace.encode(in_place)
                 return
             for name, array in self._texts(prompts, negatives, denoiser=denoiser).items():
-                canvas.write(name, finite(array, TEXT, pictures=len(prompts)))
+                workspace.write(name, finite(array, TEXT, pictures=len(prompts)))
 
         shape = latent_shape(job.size, self.manifest.latents)
         return Source(
@@ -229,10 +229,10 @@ class Pipeline:
         texts = {leg.denoiser: self._texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
-        def write(canvas: Canvas, denoiser: str) -> None:
+        def write(workspace: Workspace, denoiser: str) -> None:
             for name, array in texts[denoiser].items():
                 rows = np.concatenate([frame_rows(array[part], frames) for part in parts])
-                canvas.write(name, finite(rows, TEXT, pictures=len(frames)))
+                workspace.write(name, finite(rows, TEXT, pictures=len(frames)))
 
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])

@@ -14,14 +14,14 @@ from onnx import helper
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord, LatentSpec, Manifest
-from latentrt.engines.canvas.contract import CanvasShape, StageInput
 from latentrt.engines.compare import to_pixels
 from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import append_pixel_tail, prepend_state_head
 from latentrt.engines.spec import Array, EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import STATE_ROWS
-from latentrt.engines.tensorrt.canvas import TensorRTCanvas
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
+from latentrt.engines.tensorrt.workspace import TensorRTWorkspace
+from latentrt.engines.workspace.contract import StageInput, WorkspaceShape
 from latentrt.runtime.draw.denoise import begin, stage_inputs
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
@@ -34,7 +34,7 @@ RANGE = 1e-5  # of the largest latent: the same float32 sums in another order
 GUIDANCE = 4.0
 STEPS = 5
 STAGE_FIELDS = ("control", "guidance", "picture_of_row", "noise")
-ONE = CanvasShape(pictures=1, tokens=77, width=32, height=32)
+ONE = WorkspaceShape(pictures=1, tokens=77, width=32, height=32)
 TWO = replace(ONE, pictures=2)
 TALL = replace(ONE, height=48)
 LONG = replace(ONE, tokens=154)
@@ -144,7 +144,7 @@ def spec_of(model: Any, component: str, profiles: list[Sizes]) -> EngineSpec:
 class Request:
     """What one call draws. guided: from and to which part of the plan, None for nowhere"""
 
-    shape: CanvasShape = ONE
+    shape: WorkspaceShape = ONE
     sampler: str = "euler"
     guided: tuple[float, float] | None = (0.0, 1.0)
     seed: int = 0
@@ -185,20 +185,20 @@ def expected(studio: Studio, request: Request) -> tuple[Array, Array]:
     return latents, to_pixels(studio.run("vae_decoder", latent_sample=latents / np.float32(space.scaling_factor)))
 
 
-def draw_on(canvas: TensorRTCanvas, studio: Studio, request: Request) -> None:
-    """Queue a whole picture. Whatever was handed over is spoilt at once: the canvas must have its own copy."""
+def draw_on(workspace: TensorRTWorkspace, studio: Studio, request: Request) -> None:
+    """Queue a whole picture. Whatever was handed over is spoilt at once: the workspace must have its own copy."""
     (plan, guidance), space = plan_of(studio, request), studio.manifest.latents
     draw = request.noises(space.channels, space.factor)
     ids = np.concatenate(request.texts if request.guided else request.texts[:1])
-    canvas.encode({"input_ids": ids})
-    state = begin(plan, draw(), state_rows=canvas.state_rows)
-    canvas.write("state", state)
+    workspace.encode({"input_ids": ids})
+    state = begin(plan, draw(), state_rows=workspace.state_rows)
+    workspace.write("state", state)
     spoil(ids, state)
-    for stage in stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows):
+    for stage in stage_inputs(plan, guidance, draw, state_rows=workspace.state_rows):
         mine = StageInput(**{name: copied(getattr(stage, name)) for name in STAGE_FIELDS})
-        canvas.advance(mine)
+        workspace.advance(mine)
         spoil(*(getattr(mine, name) for name in STAGE_FIELDS))
-    canvas.decode()
+    workspace.decode()
 
 
 def copied(array: Array | None) -> Array | None:
@@ -218,7 +218,7 @@ def assert_same(found: tuple[Array, Array], wanted: tuple[Array, Array]) -> None
     assert levels.max() <= 1 and np.mean(levels > 0) < 1e-2
 
 
-def picture(canvas: TensorRTCanvas, studio: Studio, request: Request) -> tuple[Array, Array]:
-    draw_on(canvas, studio, request)
-    pixels = canvas.pixels()
-    return canvas.read("state")[:, 0], pixels
+def picture(workspace: TensorRTWorkspace, studio: Studio, request: Request) -> tuple[Array, Array]:
+    draw_on(workspace, studio, request)
+    pixels = workspace.pixels()
+    return workspace.read("state")[:, 0], pixels

@@ -121,7 +121,7 @@ def draw(pipe: Pipeline, name: str) -> Array:
 
 
 @pytest.mark.parametrize("family", PIPELINES)
-def test_every_canvas_draws_what_numpy_draws(
+def test_every_workspace_draws_what_numpy_draws(
     adapted: Adapted, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = adapted(family).bundle

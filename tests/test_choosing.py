@@ -17,7 +17,6 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD
-from latentrt.engines.canvas.contract import CanvasShape
 from latentrt.engines.cuda.device import Gpu
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import build as onnxruntime
@@ -25,13 +24,14 @@ from latentrt.engines.open import choose, choose_to_build, find_engines, open_en
 from latentrt.engines.spec import BackendName, EngineKey
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import library as trt_library
+from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.export.cli import inspect
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import H200, L4, install
 
 SMALL = BuildOptions(sizes=((32, 32),))
 TALL = BuildOptions(sizes=((32, 64),), batches=(1, 2))
-ONE = CanvasShape(pictures=1, tokens=77, width=32, height=32)
+ONE = WorkspaceShape(pictures=1, tokens=77, width=32, height=32)
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_of_several_engines_those_that_fit_are_taken(copy: Bundle, monkeypatch: 
     ],
 )
 def test_a_shape_that_no_engine_has_names_those_there_are_and_the_command(
-    shape: CanvasShape, mend: str, copy: Bundle, monkeypatch: pytest.MonkeyPatch
+    shape: WorkspaceShape, mend: str, copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, tensorrt="11.4.0.106")
     for options in (SMALL, TALL):
@@ -255,7 +255,7 @@ def test_what_was_chosen_is_logged_once(
     build_engines(copy, "tensorrt", options=SMALL)
     with caplog.at_level(logging.INFO, logger="latentrt"):
         opened = open_engines(copy)
-        opened.canvas(copy.manifest.latents, ONE, state_rows=6)
+        opened.workspace(copy.manifest.latents, ONE, state_rows=6)
     (line,) = [record.getMessage() for record in caplog.records if "opening" in record.getMessage()]
     assert "auto: NVIDIA L4 answers here, and the bundle's tensorrt 11.4.0.106 engines" in line
     opened.close()
@@ -269,9 +269,9 @@ def test_engines_of_another_shape_are_opened_when_they_are_needed(
         build_engines(copy, "tensorrt", options=options)
     opened = open_engines(copy, "tensorrt", components=("text_encoder", "unet", "vae_decoder"))
     for shape in (ONE, replace(ONE, height=64), ONE):
-        assert opened.canvas(copy.manifest.latents, shape, state_rows=6).shape == shape
+        assert opened.workspace(copy.manifest.latents, shape, state_rows=6).shape == shape
     with pytest.raises(EngineError, match="--batch 9"):
-        opened.canvas(copy.manifest.latents, replace(ONE, pictures=9), state_rows=6)
+        opened.workspace(copy.manifest.latents, replace(ONE, pictures=9), state_rows=6)
     opened.close()
     assert device.leftovers() == {}
 

@@ -1,4 +1,4 @@
-"""ControlNets where the engines run: the graph from the state, and the canvases on which its residuals never leave."""
+"""ControlNets where the engines run: the graph from the state, and workspaces on which its residuals never leave."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.graphs.controlnet_stage import fuse_control
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
+from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
 from latentrt.engines.verify.verify import verify
 from latentrt.runtime.pipeline import Pipeline
@@ -156,17 +156,17 @@ def test_a_controlnet_runs_where_it_is_followed_and_nowhere_else(
     assert set(ran) == {unet, "vae_decoder"}
 
 
-def test_what_is_followed_must_be_on_the_canvas(bound: tuple[tuple[str, str], Pipeline]) -> None:
+def test_what_is_followed_must_be_on_the_workspace(bound: tuple[tuple[str, str], Pipeline]) -> None:
     _, pipe = bound
-    write = OnnxRuntimeCanvas.write
+    write = OnnxRuntimeWorkspace.write
 
-    def forget(self: OnnxRuntimeCanvas, name: str, array: Array) -> None:
+    def forget(self: OnnxRuntimeWorkspace, name: str, array: Array) -> None:
         if "controlnet" not in name:
             write(self, name, array)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OnnxRuntimeCanvas, "write", forget)
-        with pytest.raises(EngineError, match=r"controlnet_edges.controlnet_cond was not written to the canvas"):
+        patch.setattr(OnnxRuntimeWorkspace, "write", forget)
+        with pytest.raises(EngineError, match=r"controlnet_edges.controlnet_cond was not written to the workspace"):
             draw(pipe, controls=[EDGES])
 
 

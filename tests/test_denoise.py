@@ -1,4 +1,4 @@
-"""A canvas walks where a plan says, and guidance is a matrix."""
+"""A workspace walks where a plan says, and guidance is a matrix."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import CanvasShape
-from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
+from latentrt.engines.workspace.contract import WorkspaceShape
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.denoise import begin, denoise
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows, guided_stages, plan_guidance
@@ -63,17 +63,17 @@ def latents(count: int, seed: int = 0) -> Array:
     return TorchCpuNoise(seed).normal((count, *SHAPE[1:]))
 
 
-def canvas_for(plan: SamplingPlan, unet: Any, *, pictures: int = 2, prompts: Array | None = None) -> HostCanvas:
-    shape = CanvasShape(pictures=pictures, tokens=3, width=8 * WIDTH, height=8 * HEIGHT)
-    canvas = HostCanvas({"unet": unet}, SPACE, shape, state_rows=plan.rows, decoder=None)
-    canvas.write("encoder_hidden_states", text(1, 2, 0.5, 0.25) if prompts is None else prompts)
-    return canvas
+def workspace_for(plan: SamplingPlan, unet: Any, *, pictures: int = 2, prompts: Array | None = None) -> NumpyWorkspace:
+    shape = WorkspaceShape(pictures=pictures, tokens=3, width=8 * WIDTH, height=8 * HEIGHT)
+    workspace = NumpyWorkspace({"unet": unet}, SPACE, shape, state_rows=plan.rows, decoder=None)
+    workspace.write("encoder_hidden_states", text(1, 2, 0.5, 0.25) if prompts is None else prompts)
+    return workspace
 
 
-def walk(canvas: HostCanvas, plan: SamplingPlan, guidance: Guidance, draws: Iterator[Array]) -> list[Array]:
+def walk(workspace: NumpyWorkspace, plan: SamplingPlan, guidance: Guidance, draws: Iterator[Array]) -> list[Array]:
     """Return the latents after each stage."""
-    canvas.write("state", begin(plan, next(draws), state_rows=plan.rows))
-    return [canvas.read("state")[:, 0] for _ in denoise(canvas, plan, guidance, lambda: next(draws))]
+    workspace.write("state", begin(plan, next(draws), state_rows=plan.rows))
+    return [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, lambda: next(draws))]
 
 
 def noises(count: int) -> Iterator[Array]:
@@ -84,10 +84,10 @@ def noises(count: int) -> Iterator[Array]:
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])  # the stand-in is chaotic: more would amplify rounding without end
 @pytest.mark.parametrize("name", sampler_names())
-def test_a_canvas_walks_where_the_plan_says(name: str, scale: float) -> None:
+def test_a_workspace_walks_where_the_plan_says(name: str, scale: float) -> None:
     prediction = SAMPLERS[find(name).sampler].predictions[0]
     plan = make_plan(name, replace(STABLE_DIFFUSION, prediction_type=prediction), steps=5)  # type: ignore[arg-type]
-    found = walk(canvas_for(plan, Unet()), plan, plan_guidance(plan, scale, 2), noises(2))
+    found = walk(workspace_for(plan, Unet()), plan, plan_guidance(plan, scale, 2), noises(2))
     draws = noises(2)
     follow = loop.guided(prompted, text(1, 2), text(0.5, 0.25), scale)
     for mine, expected in zip(found, loop.denoise(plan, next(draws), follow, lambda: next(draws)), strict=True):
@@ -96,19 +96,19 @@ def test_a_canvas_walks_where_the_plan_says(name: str, scale: float) -> None:
 
 def test_without_guidance_the_model_sees_one_row_a_picture() -> None:
     plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=3), Unet()
-    walk(canvas_for(plan, unet), plan, plan_guidance(plan, 1.0, 2), noises(2))
+    walk(workspace_for(plan, unet), plan, plan_guidance(plan, 1.0, 2), noises(2))
     assert unet.rows == [2, 2, 2]
 
 
 def test_outside_its_interval_guidance_costs_nothing() -> None:
     plan, unet = make_plan("dpmpp_2m_karras", STABLE_DIFFUSION, steps=10), Unet()
-    walk(canvas_for(plan, unet), plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
+    walk(workspace_for(plan, unet), plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
     assert unet.rows == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
 
 
 def test_outside_its_interval_the_prompt_alone_is_followed() -> None:
     plan = make_plan("euler", STABLE_DIFFUSION, steps=4)
-    found = walk(canvas_for(plan, Unet()), plan, plan_guidance(plan, 7.5, 2, interval=(0, 0.5)), noises(2))
+    found = walk(workspace_for(plan, Unet()), plan, plan_guidance(plan, 7.5, 2, interval=(0, 0.5)), noises(2))
     draws = noises(2)
 
     def half_guided(x: Array, t: Array) -> Array:
@@ -132,9 +132,9 @@ def test_pictures_of_one_batch_do_not_touch_each_other() -> None:
 
     def last(part: slice) -> Array:
         rows = np.concatenate([prompts[:3][part], prompts[3:][part]])
-        canvas = canvas_for(plan, Unet(), pictures=len(rows) // 2, prompts=rows)
+        workspace = workspace_for(plan, Unet(), pictures=len(rows) // 2, prompts=rows)
         guidance = plan_guidance(plan, 3.0, len(rows) // 2)
-        return walk(canvas, plan, guidance, iter([together[part]]))[-1]
+        return walk(workspace, plan, guidance, iter([together[part]]))[-1]
 
     batch = last(slice(None))
     for i in range(3):
@@ -149,9 +149,9 @@ def test_noise_is_drawn_only_where_the_sampler_draws() -> None:
             drawn.append(1)
             return latents(2)
 
-        canvas = canvas_for(plan, Unet())
-        canvas.write("state", begin(plan, latents(2), state_rows=plan.rows))
-        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), draw))
+        workspace = workspace_for(plan, Unet())
+        workspace.write("state", begin(plan, latents(2), state_rows=plan.rows))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), draw))
         assert len(drawn) == expected, name
 
 
@@ -165,16 +165,16 @@ def test_a_model_that_predicts_the_picture_is_believed_by_the_last_step() -> Non
     for name in ("euler", "dpmpp_2m", "euler_ancestral", "ddim"):
         schedule = replace(STABLE_DIFFUSION, prediction_type="sample", set_alpha_to_one=True)
         plan = make_plan(name, schedule, steps=6)
-        last = walk(canvas_for(plan, Sure()), plan, plan_guidance(plan, 1.0, 2), noises(2))[-1]
+        last = walk(workspace_for(plan, Sure()), plan, plan_guidance(plan, 1.0, 2), noises(2))[-1]
         np.testing.assert_allclose(last, picture, atol=EXACT, err_msg=name)
 
 
 def test_an_image_starts_with_the_noise_of_the_first_stage() -> None:
     image, noise = latents(2, seed=1), latents(2, seed=2)
     plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=3), Unet()
-    canvas = canvas_for(plan, unet)
-    canvas.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
-    next(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: noise))
+    workspace = workspace_for(plan, unet)
+    workspace.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
+    next(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: noise))
     sigma = plan.sigmas[0]
     np.testing.assert_allclose(unet.samples[0], (image + sigma * noise) / np.hypot(sigma, 1), atol=EXACT)
 
@@ -183,15 +183,15 @@ def test_what_is_masked_stays_the_known_picture_at_every_level() -> None:
     plan, image, noise = make_plan("dpmpp_2m", STABLE_DIFFUSION, steps=5), latents(2, seed=1), latents(2, seed=2)
     mask = np.zeros((2, 1, HEIGHT, WIDTH), dtype=np.float32)
     mask[:, :, : HEIGHT // 2] = 1
-    canvas = canvas_for(plan, Unet())
-    canvas.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
-    canvas.write("keep_mask", mask)
-    canvas.write("known", np.stack([image, noise], axis=1))
-    for k in denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: noise):
-        found = canvas.read("state")[:, 0, :, HEIGHT // 2 :]
+    workspace = workspace_for(plan, Unet())
+    workspace.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
+    workspace.write("keep_mask", mask)
+    workspace.write("known", np.stack([image, noise], axis=1))
+    for k in denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: noise):
+        found = workspace.read("state")[:, 0, :, HEIGHT // 2 :]
         level = plan.levels[k]
         np.testing.assert_allclose(found, (level[0] * image + level[1] * noise)[:, :, HEIGHT // 2 :], atol=EXACT)
-        assert np.abs(canvas.read("state")[:, 0] - image).max() > 0.1
+        assert np.abs(workspace.read("state")[:, 0] - image).max() > 0.1
     np.testing.assert_allclose(found, image[:, :, HEIGHT // 2 :], atol=EXACT)
 
 
@@ -203,10 +203,10 @@ def test_a_unet_with_more_channels_sees_the_condition_after_the_latents() -> Non
             return {"out_sample": sample[:, :CHANNELS]}
 
     plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=2), Inpainting()
-    canvas = canvas_for(plan, unet)
+    workspace = workspace_for(plan, unet)
     condition = np.random.default_rng(0).standard_normal((2, 5, HEIGHT, WIDTH), dtype=np.float32)
-    canvas.write("condition", condition)
-    walk(canvas, plan, plan_guidance(plan, 2.0, 2), noises(2))
+    workspace.write("condition", condition)
+    walk(workspace, plan, plan_guidance(plan, 2.0, 2), noises(2))
     assert unet.samples[0].shape == (4, CHANNELS + 5, HEIGHT, WIDTH)
     np.testing.assert_array_equal(unet.samples[0][:, CHANNELS:], np.concatenate([condition, condition]))
 
@@ -222,8 +222,8 @@ def test_rescaled_guidance_is_diffusers(rescale: float) -> None:
             seen.append(outputs["out_sample"])
             return outputs
 
-    canvas = canvas_for(plan, Noting())
-    last = walk(canvas, plan, plan_guidance(plan, 7.5, 2, rescale=rescale), iter([x]))[-1]
+    workspace = workspace_for(plan, Noting())
+    last = walk(workspace, plan, plan_guidance(plan, 7.5, 2, rescale=rescale), iter([x]))[-1]
     positive, negative = seen[0][:2], seen[0][2:]
     mixed = torch.from_numpy(negative + 7.5 * (positive - negative))
     output = rescale_noise_cfg(mixed, torch.from_numpy(positive), guidance_rescale=rescale).numpy()
@@ -271,10 +271,10 @@ def test_an_impossible_guidance_rescale_is_refused(rescale: float) -> None:
 
 def test_what_was_never_written_is_named() -> None:
     plan = make_plan("euler", STABLE_DIFFUSION, steps=2)
-    canvas = canvas_for(plan, Unet())
+    workspace = workspace_for(plan, Unet())
     with pytest.raises(EngineError, match="state was not written"):
-        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: latents(2)))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: latents(2)))
     with pytest.raises(EngineError, match=r"state: found shape \(1, 2\), expected \(2, 1, 4"):
-        canvas.write("state", np.zeros((1, 2), dtype=np.float32))
+        workspace.write("state", np.zeros((1, 2), dtype=np.float32))
     with pytest.raises(EngineError, match="no pixels before `decode`"):
-        canvas.pixels()
+        workspace.pixels()

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from latentrt.engines.bundle.files import Bundle, write_manifest
 from latentrt.engines.bundle.manifest import TrainingSchedule
-from latentrt.engines.canvas.contract import StageInput
-from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.workspace.contract import StageInput
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.export import export_checkpoint
 from latentrt.export.networks.conversion import written
@@ -71,13 +71,13 @@ def with_schedule(bundle: Path, schedule: TrainingSchedule, target: Path) -> Pat
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many model rows each stage had."""
     counted: list[int] = []
-    advance = HostCanvas.advance
+    advance = NumpyWorkspace.advance
 
-    def count(self: HostCanvas, stage: StageInput) -> None:
+    def count(self: NumpyWorkspace, stage: StageInput) -> None:
         counted.append(len(stage.picture_of_row))
         advance(self, stage)
 
-    monkeypatch.setattr(HostCanvas, "advance", count)
+    monkeypatch.setattr(NumpyWorkspace, "advance", count)
     return counted
 
 

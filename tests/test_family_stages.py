@@ -14,7 +14,7 @@ import pytest
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
+from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import REFINED, Make
@@ -98,12 +98,12 @@ def test_every_family_is_drawn_alike_from_every_start(
 
 def test_the_fused_engines_are_what_drew(fused: Callable[[str, str], Draw], monkeypatch: pytest.MonkeyPatch) -> None:
     stages: list[object] = []
-    advance = OnnxRuntimeCanvas.advance
+    advance = OnnxRuntimeWorkspace.advance
 
-    def watch(self: OnnxRuntimeCanvas, stage: Any) -> None:
+    def watch(self: OnnxRuntimeWorkspace, stage: Any) -> None:
         stages.append(stage)
         advance(self, stage)
 
-    monkeypatch.setattr(OnnxRuntimeCanvas, "advance", watch)
+    monkeypatch.setattr(OnnxRuntimeWorkspace, "advance", watch)
     fused("sdxl", "")(prompt="a red circle", steps=3, sampler="euler", seed=1)
     assert len(stages) == 3

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.canvas.contract import sums_of_squares
 from latentrt.engines.errors import EngineError, NotFiniteError, RequestError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.verify.verify import _compare
+from latentrt.engines.workspace.contract import sums_of_squares
 from latentrt.runtime.bench.measure import Asked, run_bench
 from latentrt.runtime.draw.finite import LATENTS, PIXELS, START, TEXT, finite, one_coloured
 from latentrt.runtime.pipeline import Pipeline

@@ -17,11 +17,11 @@ from PIL import Image
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import CanvasShape
-from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import RequestError
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
+from latentrt.engines.workspace.contract import WorkspaceShape
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.denoise import blend, denoise
 from latentrt.runtime.draw.start import (
     Start,
@@ -153,15 +153,15 @@ def walk(
 ) -> tuple[Array, Array]:
     """Return the final latents, and the pictures."""
     width, height = (side * ours.space.factor for side in start.noise.shape[:1:-1])
-    shape = CanvasShape(pictures=len(start.noise), tokens=ours.text.shape[1], width=width, height=height)
+    shape = WorkspaceShape(pictures=len(start.noise), tokens=ours.text.shape[1], width=width, height=height)
     engines = {**ours.engines, "unet": unet or ours.engines["unet"]}
-    canvas = HostCanvas(engines, ours.space, shape, state_rows=plan.rows)
+    workspace = NumpyWorkspace(engines, ours.space, shape, state_rows=plan.rows)
     for name, array in {"encoder_hidden_states": ours.text, **start.inputs(plan, state_rows=plan.rows)}.items():
-        canvas.write(name, array)
-    for _ in denoise(canvas, plan, plan_guidance(plan, GUIDANCE, len(start.noise)), draw):
+        workspace.write(name, array)
+    for _ in denoise(workspace, plan, plan_guidance(plan, GUIDANCE, len(start.noise)), draw):
         pass
-    canvas.decode()
-    return canvas.read("state")[:, 0], canvas.pixels()
+    workspace.decode()
+    return workspace.read("state")[:, 0], workspace.pixels()
 
 
 def latent_shape(space: LatentSpec, size: tuple[int, int]) -> tuple[int, ...]:

@@ -110,9 +110,9 @@ def test_who_does_not_look_is_not_waited_for(pipe: Pipeline) -> None:
     reads: list[str] = []
 
     def on_step(step: Step) -> None:
-        canvas: Any = step._canvas
-        read = canvas.read
-        canvas.read = lambda name: reads.append(name) or read(name)
+        workspace: Any = step._workspace
+        read = workspace.read
+        workspace.read = lambda name: reads.append(name) or read(name)
 
     pipe(**CALL, on_step=on_step)
     assert reads == []

@@ -19,7 +19,6 @@ from onnx import TensorProto, helper
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.canvas.contract import StageInput
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.progress import silent
@@ -31,6 +30,7 @@ from latentrt.engines.tensorrt.engines import TensorRTSession
 from latentrt.engines.tensorrt.execution import open_program
 from latentrt.engines.tensorrt.profiles import input_shapes
 from latentrt.engines.tensorrt.text_encoder import STATES
+from latentrt.engines.workspace.contract import StageInput
 from tests.graphs import model_of
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan
@@ -99,7 +99,7 @@ def test_a_session_hands_out_engines_as_often_as_asked(studio: Studio, device: H
         with pytest.raises(EngineError, match="there is no unet here, opened are vae_encoder"):
             session.engine("unet")
         with pytest.raises(EngineError, match="drawing needs unet, opened are vae_encoder"):
-            session.canvas(ONE)
+            session.workspace(ONE)
 
 
 def test_shapes_that_no_engine_has_are_answered_with_the_command_that_builds_them(
@@ -110,7 +110,7 @@ def test_shapes_that_no_engine_has_are_answered_with_the_command_that_builds_the
     build = f"run `latentrt build {root} --backend tensorrt"
     with studio.open(device) as session:
         with pytest.raises(EngineError) as caught:
-            session.canvas(replace(ONE, pictures=3, width=512, height=768))
+            session.workspace(replace(ONE, pictures=3, width=512, height=768))
         words = str(caught.value)
         assert "unet is not compiled for pictures 3, tokens 77, latent_height 192, latent_width 128" in words
         assert "pictures 1, rows 2, tokens 154, latent_height 8, latent_width 8; run" in words
@@ -255,43 +255,43 @@ def test_what_the_library_refuses_is_said_in_its_own_words(studio: Studio, devic
         return
     with studio.open(device, library=library) as session:
         with pytest.raises(EngineError, match=rf"{REFUSALS[call]}: {call}: as the test wishes"):
-            picture(session.canvas(ONE), studio, Request())
+            picture(session.workspace(ONE), studio, Request())
         assert not device.recording
         library.refuses = set()
-        assert_same(picture(session.canvas(ONE), studio, Request()), expected(studio, Request()))
+        assert_same(picture(session.workspace(ONE), studio, Request()), expected(studio, Request()))
 
 
 def test_an_old_failure_is_not_told_as_the_reason_of_a_new_one(studio: Studio, device: HostDevice) -> None:
     library = make_library(device)
     with studio.open(device, library=library) as session:
-        canvas = session.canvas(ONE)
+        workspace = session.workspace(ONE)
         library.refuses = {"create_execution_context"}
         with pytest.raises(EngineError):
-            session.canvas(TWO)
+            session.workspace(TWO)
         library.refuses, library.silent = {"set_input_shape"}, True
         with pytest.raises(EngineError, match=r"was refused the shape .*: the library gave no reason"):
-            session.canvas(TALL)
-        assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+            session.workspace(TALL)
+        assert_same(picture(workspace, studio, Request()), expected(studio, Request()))
 
 
 def test_a_device_without_room_says_so_and_keeps_what_it_has(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
-        canvas, held = session.canvas(ONE), device.leftovers()
-        picture(canvas, studio, Request())
+        workspace, held = session.workspace(ONE), device.leftovers()
+        picture(workspace, studio, Request())
         before = device.leftovers()["memory"]
         device.out_of_memory_above = session.scratch_bytes
         with pytest.raises(EngineError, match="cudaErrorMemoryAllocation"):
-            session.canvas(TALL)
+            session.workspace(TALL)
         assert device.leftovers()["pinned"] == held["pinned"] and device.leftovers()["memory"] <= before
-        assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+        assert_same(picture(workspace, studio, Request()), expected(studio, Request()))
 
 
 def test_rtx_contexts_never_exchange_kernels_under_a_graph(studio: Studio, device: HostDevice) -> None:
     """The stand-in of TensorRT-RTX lets a context be recorded only if its kernels are final."""
     with studio.open(device, library=make_library(device, rtx=True)) as session:
-        canvas = session.canvas(ONE)
+        workspace = session.workspace(ONE)
         for _ in range(2):
-            assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+            assert_same(picture(workspace, studio, Request()), expected(studio, Request()))
         assert device.counted()["begin_capture"] == 3
 
 
@@ -301,9 +301,9 @@ def test_a_context_that_cannot_be_recorded_is_an_error_and_no_slower_picture(
     library = make_library(device, rtx=True)
     library.refuses = {"is_stream_capturable"}
     with studio.open(device, library=library) as session, pytest.raises(EngineError, match=r"or open .* graphs=False"):
-        picture(session.canvas(ONE), studio, Request())
+        picture(session.workspace(ONE), studio, Request())
     with studio.open(device, library=library, graphs=False) as session:
-        assert_same(picture(session.canvas(ONE), studio, Request()), expected(studio, Request()))
+        assert_same(picture(session.workspace(ONE), studio, Request()), expected(studio, Request()))
 
 
 def numbers(rows: int = 1, **fields: Any) -> StageInput:
@@ -316,123 +316,126 @@ def numbers(rows: int = 1, **fields: Any) -> StageInput:
 
 
 def ready(session: TensorRTSession, *, texts: int = 1) -> Any:
-    canvas = session.canvas(ONE)
-    canvas.write("state", np.zeros((1, STATE_ROWS, 4, 8, 8)))
-    canvas.encode({"input_ids": np.zeros((texts, 77), dtype=np.int64)})
-    return canvas
+    workspace = session.workspace(ONE)
+    workspace.write("state", np.zeros((1, STATE_ROWS, 4, 8, 8)))
+    workspace.encode({"input_ids": np.zeros((texts, 77), dtype=np.int64)})
+    return workspace
 
 
 WRONG_STEPS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no such input": (
-        lambda canvas: canvas.write("latents", np.zeros(3)),
-        "there is no latents on this canvas, expected one of state, keep_mask, known, encoder_hidden_states",
+        lambda workspace: workspace.write("latents", np.zeros(3)),
+        "there is no latents on this workspace, expected one of state, keep_mask, known, encoder_hidden_states",
     ),
-    "a stage's own input": (lambda canvas: canvas.write("noise", np.zeros(3)), "there is no noise on this canvas"),
+    "a stage's own input": (
+        lambda workspace: workspace.write("noise", np.zeros(3)),
+        "there is no noise on this workspace",
+    ),
     "a state of another size": (
-        lambda canvas: canvas.write("state", np.zeros((1, 2, 4, 8, 8))),
+        lambda workspace: workspace.write("state", np.zeros((1, 2, 4, 8, 8))),
         r"state: found shape \(1, 2, 4, 8, 8\), expected \(1, 6, 4, 8, 8\)",
     ),
     "text of another width": (
-        lambda canvas: canvas.write("encoder_hidden_states", np.zeros((2, 77, 5))),
+        lambda workspace: workspace.write("encoder_hidden_states", np.zeros((2, 77, 5))),
         r"encoder_hidden_states: found shape \(2, 77, 5\), expected \(2, 77, 32\)",
     ),
     "no text": (
-        lambda canvas: canvas.write("encoder_hidden_states", np.zeros((0, 77, 32))),
+        lambda workspace: workspace.write("encoder_hidden_states", np.zeros((0, 77, 32))),
         r"encoder_hidden_states: found shape \(0, 77, 32\), expected \(2, 77, 32\)",
     ),
     "other inputs of the encoder": (
-        lambda canvas: canvas.encode({"tokens": np.zeros((1, 77))}),
+        lambda workspace: workspace.encode({"tokens": np.zeros((1, 77))}),
         "the text encoder takes input_ids, found tokens",
     ),
     "more texts than rows": (
-        lambda canvas: canvas.encode({"input_ids": np.zeros((3, 77))}),
+        lambda workspace: workspace.encode({"input_ids": np.zeros((3, 77))}),
         "found 3 texts of 77 tokens, expected rows of 77 tokens, at most 2",
     ),
-    "no texts": (lambda canvas: canvas.encode({"input_ids": np.zeros((0, 77))}), "found 0 texts of 77 tokens"),
+    "no texts": (lambda workspace: workspace.encode({"input_ids": np.zeros((0, 77))}), "found 0 texts of 77 tokens"),
     "longer texts": (
-        lambda canvas: canvas.encode({"input_ids": np.zeros((1, 154))}),
+        lambda workspace: workspace.encode({"input_ids": np.zeros((1, 154))}),
         r"input_ids: found shape \(1, 154\), expected \(1, 77\)",
     ),
     "a number of rows": (
-        lambda canvas: canvas.advance(numbers(3)),
+        lambda workspace: workspace.advance(numbers(3)),
         r"compiled for \[1, 2\] model rows at 1 pictures, found 3: every picture with guidance, or none",
     ),
     "a picture that is not there": (
-        lambda canvas: canvas.advance(numbers(picture_of_row=np.array([1]))),
+        lambda workspace: workspace.advance(numbers(picture_of_row=np.array([1]))),
         r"picture_of_row: found \[1\], expected pictures below 1",
     ),
     "a picture before the first": (
-        lambda canvas: canvas.advance(numbers(picture_of_row=np.array([-1]))),
+        lambda workspace: workspace.advance(numbers(picture_of_row=np.array([-1]))),
         r"picture_of_row: found \[-1\]",
     ),
     "control of another width": (
-        lambda canvas: canvas.advance(numbers(control=np.zeros((1, 7)))),
+        lambda workspace: workspace.advance(numbers(control=np.zeros((1, 7)))),
         r"control: found shape \(1, 7\), expected \(1, 58\)",
     ),
     "guidance of another shape": (
-        lambda canvas: canvas.advance(numbers(guidance=np.ones((1, 2)))),
+        lambda workspace: workspace.advance(numbers(guidance=np.ones((1, 2)))),
         r"guidance: found shape \(1, 2\), expected \(1, 1\)",
     ),
     "noise of another shape": (
-        lambda canvas: canvas.advance(numbers(noise=np.zeros((1, 4, 8, 9)))),
+        lambda workspace: workspace.advance(numbers(noise=np.zeros((1, 4, 8, 9)))),
         r"noise: found shape \(1, 4, 8, 9\), expected \(1, 4, 8, 8\)",
     ),
     "too few rows of text": (
-        lambda canvas: canvas.advance(numbers(2)),
+        lambda workspace: workspace.advance(numbers(2)),
         "encoder_hidden_states: a stage needs 2 rows of it and 1 were written; write it first",
     ),
-    "pixels of no picture": (lambda canvas: canvas.pixels(), "the canvas has no pixels before `decode`"),
+    "pixels of no picture": (lambda workspace: workspace.pixels(), "the workspace has no pixels before `decode`"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_STEPS)
-def test_a_canvas_refuses_what_does_not_fit_it(studio: Studio, device: HostDevice, name: str) -> None:
+def test_a_workspace_refuses_what_does_not_fit_it(studio: Studio, device: HostDevice, name: str) -> None:
     step, words = WRONG_STEPS[name]
     with studio.open(device) as session:
-        canvas = ready(session)
+        workspace = ready(session)
         with pytest.raises(EngineError, match=words):
-            step(canvas)
-        assert_same(picture(canvas, studio, Request()), expected(studio, Request()))
+            step(workspace)
+        assert_same(picture(workspace, studio, Request()), expected(studio, Request()))
 
 
 @pytest.mark.parametrize("name", ["state", "encoder_hidden_states"])
-def test_a_canvas_refuses_to_draw_from_what_was_not_written(studio: Studio, device: HostDevice, name: str) -> None:
+def test_a_workspace_refuses_to_draw_from_what_was_not_written(studio: Studio, device: HostDevice, name: str) -> None:
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
+        workspace = session.workspace(ONE)
         if name == "state":
-            canvas.encode({"input_ids": np.zeros((1, 77))})
+            workspace.encode({"input_ids": np.zeros((1, 77))})
         else:
-            canvas.write("state", np.zeros((1, STATE_ROWS, 4, 8, 8)))
+            workspace.write("state", np.zeros((1, STATE_ROWS, 4, 8, 8)))
         with pytest.raises(EngineError, match=rf"{name}: a stage needs it and it was not written; write it first"):
-            canvas.advance(numbers())
-        with pytest.raises(EngineError, match=f"{name} was not written to the canvas"):
-            canvas.read(name)
+            workspace.advance(numbers())
+        with pytest.raises(EngineError, match=f"{name} was not written to the workspace"):
+            workspace.read(name)
 
 
 def test_text_can_be_written_with_more_rows_than_there_is_room_for(studio: Studio, device: HostDevice) -> None:
     text = np.random.default_rng(0).standard_normal((3, 77, 32)).astype(np.float32)
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        canvas.write("encoder_hidden_states", text)
-        np.testing.assert_array_equal(canvas.read("encoder_hidden_states"), text[:2])
-        canvas.write("encoder_hidden_states", text[2:])
-        np.testing.assert_array_equal(canvas.read("encoder_hidden_states"), text[2:])
+        workspace = session.workspace(ONE)
+        workspace.write("encoder_hidden_states", text)
+        np.testing.assert_array_equal(workspace.read("encoder_hidden_states"), text[:2])
+        workspace.write("encoder_hidden_states", text[2:])
+        np.testing.assert_array_equal(workspace.read("encoder_hidden_states"), text[2:])
 
 
 def test_without_a_text_encoder_the_text_is_written(studio: Studio, device: HostDevice) -> None:
     with studio.open(device, components=["unet", "vae_decoder"]) as session:
-        canvas = session.canvas(LONG)
+        workspace = session.workspace(LONG)
         with pytest.raises(
-            EngineError, match="no text encoder gives what the stage takes on this canvas: write encoder_hi"
+            EngineError, match="no text encoder gives what the stage takes on this workspace: write encoder_hi"
         ):
-            canvas.encode({"input_ids": np.zeros((2, 77))})
+            workspace.encode({"input_ids": np.zeros((2, 77))})
 
 
 def test_half_a_row_of_text_is_refused(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
-        canvas = session.canvas(LONG)
+        workspace = session.workspace(LONG)
         with pytest.raises(EngineError, match="found 1 texts of 77 tokens, expected rows of 154 tokens, at most 2"):
-            canvas.encode({"input_ids": np.zeros((1, 77))})
+            workspace.encode({"input_ids": np.zeros((1, 77))})
 
 
 def test_where_the_stage_takes_what_several_encoders_give_the_text_is_written(
@@ -454,11 +457,11 @@ def test_where_the_stage_takes_what_several_encoders_give_the_text_is_written(
     write_plan(directory / "text_encoder.engine", narrow, spec)
     record = replace(studio.record, specs=studio.record.specs | {"text_encoder": spec})
     with replace(studio, directory=directory, record=record).open(device) as session:
-        canvas, ids = session.canvas(ONE), np.arange(154).reshape(2, 77)
-        with pytest.raises(EngineError, match="no text encoder gives what the stage takes on this canvas"):
-            canvas.encode({"input_ids": ids})
+        workspace, ids = session.workspace(ONE), np.arange(154).reshape(2, 77)
+        with pytest.raises(EngineError, match="no text encoder gives what the stage takes on this workspace"):
+            workspace.encode({"input_ids": ids})
         np.testing.assert_array_equal(session.engine("text_encoder")({"input_ids": ids})[STATES][..., 0], ids)
-        canvas.write("encoder_hidden_states", np.zeros((2, 77, 32)))
+        workspace.write("encoder_hidden_states", np.zeros((2, 77, 32)))
 
 
 def test_an_encoder_that_is_compiled_for_more_texts_than_fit_is_answered_with_the_command(
@@ -469,7 +472,7 @@ def test_an_encoder_that_is_compiled_for_more_texts_than_fit_is_answered_with_th
         fewer_profiles(studio, "text_encoder", [profiles[2]]).open(device) as session,
         pytest.raises(EngineError, match=r"text_encoder is not compiled for batch 2 .* for batch 4; run .*--batch 4,2"),
     ):
-        session.canvas(ONE).encode({"input_ids": np.zeros((2, 77))})
+        session.workspace(ONE).encode({"input_ids": np.zeros((2, 77))})
 
 
 @pytest.mark.parametrize(
@@ -486,12 +489,12 @@ def test_an_engine_in_another_place_is_refused(
     entries = studio.record.entries | {stands_for: studio.record.entries[component]}
     other = replace(studio, record=replace(studio.record, specs=specs, entries=entries))
     with other.open(device) as session, pytest.raises(EngineError, match=words):
-        session.canvas(ONE)
+        session.workspace(ONE)
 
 
 def test_numbers_that_make_no_sense_are_refused(studio: Studio, device: HostDevice) -> None:
-    for options in ({"canvases": 0}, {"slots": 0}):
-        with pytest.raises(EngineError, match=r"canvases and slots: found .*, expected 1 or more"):
+    for options in ({"workspaces": 0}, {"slots": 0}):
+        with pytest.raises(EngineError, match=r"workspaces and slots: found .*, expected 1 or more"):
             studio.open(device, **options)
 
 

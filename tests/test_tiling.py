@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.canvas.contract import CanvasShape
 from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.export.demo.train import CHECKPOINT
-from latentrt.runtime.draw.decode import on_canvas
+from latentrt.runtime.draw.decode import on_workspace
 from latentrt.runtime.images.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.sampling.noise import TorchCpuNoise
@@ -107,18 +107,18 @@ def peer(sd1_checkpoint: Path) -> Any:
 
 
 def decoded_by(bundle: Path, latents: Array, grid: Grid | None) -> Array:
-    """Decode on a canvas of the CPU: in tiles, or where there is no grid at once."""
+    """Decode on a workspace of the CPU: in tiles, or where there is no grid at once."""
     opened, space = open_engines(Bundle.open(bundle), "cpu", threads=1), Bundle.open(bundle).manifest.latents
     cells = latents.shape[2:] if grid is None else (grid.rows.tile, grid.columns.tile)
     height, width = (side * space.factor for side in cells)
-    shape = CanvasShape(pictures=len(latents), tokens=77, width=width, height=height)
-    canvas = opened.canvas(space, shape, state_rows=1)
+    shape = WorkspaceShape(pictures=len(latents), tokens=77, width=width, height=height)
+    workspace = opened.workspace(space, shape, state_rows=1)
     if grid is not None:
-        pixels = decode_tiles(latents, on_canvas(canvas), grid, factor=space.factor)
+        pixels = decode_tiles(latents, on_workspace(workspace), grid, factor=space.factor)
     else:
-        canvas.write("state", latents[:, None])
-        canvas.decode()
-        pixels = canvas.pixels()
+        workspace.write("state", latents[:, None])
+        workspace.decode()
+        pixels = workspace.pixels()
     opened.close()
     return pixels
 

@@ -1,4 +1,4 @@
-"""A tiny decoder in a bundle: diffusers' AutoencoderTiny in the VAE's place, on every canvas, and what is refused."""
+"""A tiny decoder in a bundle: diffusers' AutoencoderTiny in the VAE's place, on every workspace, and refusals."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from click.testing import CliRunner
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.cli import show_bundle
 from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime import session
-from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions
+from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.open import open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import DECODER, TINY_DECODER
 from latentrt.engines.verify.verify import verify
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions
 from latentrt.runtime.cli import generate
@@ -40,7 +40,7 @@ from tests.stand_in import install
 from tests.test_parity import LIMITS, NEGATIVE, PROMPT, Reference, psnr
 
 CALL: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance": 2.0, "seed": 5, "sampler": "euler"}
-SHAPE = CanvasShape(pictures=2, tokens=77, width=40, height=32)
+SHAPE = WorkspaceShape(pictures=2, tokens=77, width=40, height=32)
 FACTOR = 4
 
 
@@ -148,15 +148,15 @@ def test_it_is_narrowed_to_fp16_as_the_others_are(tmp_path: Path, sd1_checkpoint
     assert_close(found.pixels, theirs(vae, latents[-1]), levels=6)
 
 
-# --- on every canvas ---
+# --- on every workspace ---
 
 
-def decoded_on(canvas: Canvas, latents: Array) -> Array:
-    state = np.zeros((len(latents), canvas.state_rows, *latents.shape[1:]), dtype=np.float32)
+def decoded_on(workspace: Workspace, latents: Array) -> Array:
+    state = np.zeros((len(latents), workspace.state_rows, *latents.shape[1:]), dtype=np.float32)
     state[:, 0] = latents
-    canvas.write("state", state)
-    canvas.decode()
-    return canvas.pixels()
+    workspace.write("state", state)
+    workspace.decode()
+    return workspace.pixels()
 
 
 def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, tiny_vae: Path, tmp_path: Path) -> None:
@@ -165,28 +165,28 @@ def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, 
         built = onnxruntime.build(bundle, tmp_path, "cpu", silent)
     one = OnnxRuntimeOptions(threads=1)
     engines = {name: session.load(tmp_path / file, spec, "cpu", one) for name, (file, spec) in built.items()}
-    canvas = OnnxRuntimeCanvas(engines, bundle.manifest.latents, SHAPE, device="cpu")
+    workspace = OnnxRuntimeWorkspace(engines, bundle.manifest.latents, SHAPE, device="cpu")
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
-    full = decoded_on(canvas, latents)
-    canvas.wipe(decoder=TINY_DECODER)
-    assert_close(decoded_on(canvas, latents), theirs(tiny_vae, latents))
-    canvas.wipe()
-    assert np.array_equal(decoded_on(canvas, latents), full)
-    canvas.wipe(decoder=None)
+    full = decoded_on(workspace, latents)
+    workspace.wipe(decoder=TINY_DECODER)
+    assert_close(decoded_on(workspace, latents), theirs(tiny_vae, latents))
+    workspace.wipe()
+    assert np.array_equal(decoded_on(workspace, latents), full)
+    workspace.wipe(decoder=None)
     with pytest.raises(EngineError, match="asked for without a decoder"):
-        decoded_on(canvas, latents)
+        decoded_on(workspace, latents)
     del engines[TINY_DECODER]
     with pytest.raises(EngineError, match="decoding needs tiny_decoder, opened are"):
-        canvas.wipe(decoder=TINY_DECODER)
+        workspace.wipe(decoder=TINY_DECODER)
 
 
-def test_the_canvas_in_numpy_has_the_decoder_it_was_asked_for_with(bundle: Bundle, tiny_vae: Path) -> None:
+def test_the_workspace_in_numpy_has_the_decoder_it_was_asked_for_with(bundle: Bundle, tiny_vae: Path) -> None:
     opened, space = open_engines(bundle, "cpu", threads=1), bundle.manifest.latents
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
-    tiny = opened.canvas(space, SHAPE, state_rows=1, decoder=TINY_DECODER)
+    tiny = opened.workspace(space, SHAPE, state_rows=1, decoder=TINY_DECODER)
     assert_close(decoded_on(tiny, latents), theirs(tiny_vae, latents))
     with pytest.raises(EngineError, match="asked for without a decoder"):
-        decoded_on(opened.canvas(space, SHAPE, state_rows=1, decoder=None), latents)
+        decoded_on(opened.workspace(space, SHAPE, state_rows=1, decoder=None), latents)
     opened.close()
 
 
@@ -223,19 +223,22 @@ def test_compiled_engines_decode_and_draft_with_it(compiled: Compiled) -> None:
         assert_close(draft, wanted, levels=3)  # predicted from two states: their rounding over a small weight
 
 
-def test_compiled_engines_are_verified_and_a_canvas_takes_memory_for_the_decoder_it_has(compiled: Compiled) -> None:
+def test_compiled_engines_are_verified_and_a_workspace_takes_memory_for_the_decoder_it_has(compiled: Compiled) -> None:
     rows = [row for row in verify(Bundle.open(compiled.root), backend="tensorrt") if row.what == TINY_DECODER]
     assert len(rows) == 2 and all(row.ok for row in rows)
     opened = open_engines(Bundle.open(compiled.root), "tensorrt")
-    space, shape = Bundle.open(compiled.root).manifest.latents, CanvasShape(pictures=1, tokens=77, width=40, height=32)
-    canvas: Any = opened.canvas(space, shape, state_rows=1, decoder=None)
-    passes = [run.name for run in canvas._passes]
+    space, shape = (
+        Bundle.open(compiled.root).manifest.latents,
+        WorkspaceShape(pictures=1, tokens=77, width=40, height=32),
+    )
+    workspace: Any = opened.workspace(space, shape, state_rows=1, decoder=None)
+    passes = [run.name for run in workspace._passes]
     assert not [name for name in passes if "decoder" in name]
     with pytest.raises(EngineError, match="asked for without a decoder"):
-        canvas.decode()
-    opened.canvas(space, shape, state_rows=1, decoder=TINY_DECODER)
-    opened.canvas(space, shape, state_rows=1, decoder=TINY_DECODER)
-    assert [run.name.split(",")[0] for run in canvas._passes[len(passes) :]] == [TINY_DECODER]
+        workspace.decode()
+    opened.workspace(space, shape, state_rows=1, decoder=TINY_DECODER)
+    opened.workspace(space, shape, state_rows=1, decoder=TINY_DECODER)
+    assert [run.name.split(",")[0] for run in workspace._passes[len(passes) :]] == [TINY_DECODER]
     opened.close()
 
 

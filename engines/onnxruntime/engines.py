@@ -8,16 +8,16 @@ from pathlib import Path
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
-from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.lora.weight_changes import Changes, adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider, load
+from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import DECODER, UNET
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 
-KEPT_CANVASES = 4  # with their buffers, for each backend that has some of its own
+KEPT_WORKSPACES = 4  # with their buffers, for each backend that has some of its own
 # Sessions with changed weights that are kept beside the base's, for each component: each holds what changed.
 KEPT_ADAPTED = 2
 
@@ -49,7 +49,7 @@ class Sessions:
         self.engines: dict[str, Engine] = {name: self._load(name) for name in components}
         self._base: dict[str, Engine] = {}  # those that are not in use because a changed one is
         self._adapted: OrderedDict[tuple[str, str], OnnxRuntimeEngine] = OrderedDict()
-        self._canvases: OrderedDict[tuple[Choice, CanvasShape, str], OnnxRuntimeCanvas] = OrderedDict()
+        self._workspaces: OrderedDict[tuple[Choice, WorkspaceShape, str], OnnxRuntimeWorkspace] = OrderedDict()
         self._choice: Choice = ()
 
     def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
@@ -84,35 +84,35 @@ class Sessions:
 
     def _forget(self, key: tuple[str, str]) -> None:
         """Close a session with changed weights, and what draws with it."""
-        for other in [other for other in self._canvases if key in other[0]]:
-            del self._canvases[other]
+        for other in [other for other in self._workspaces if key in other[0]]:
+            del self._workspaces[other]
         if key in self._choice:  # it is in use: back to the base
             self.adapt({})
         self._adapted.pop(key).close()
 
-    def canvas(
-        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> Canvas:
+    def workspace(
+        self, shape: WorkspaceShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Workspace:
         """Return what a batch of this shape is drawn on."""
         if self._provider not in onnxruntime.FUSED:
-            return HostCanvas(
+            return NumpyWorkspace(
                 self.engines, self._space, shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder
             )
         key = (self._choice, shape, denoiser)
-        canvas = self._canvases.pop(key, None) or self._bound(shape, denoiser)
-        self._canvases[key] = canvas
-        if len(self._canvases) > KEPT_CANVASES:
-            self._canvases.popitem(last=False)
-        canvas.wipe(decoder=decoder)
-        return canvas
+        workspace = self._workspaces.pop(key, None) or self._bound(shape, denoiser)
+        self._workspaces[key] = workspace
+        if len(self._workspaces) > KEPT_WORKSPACES:
+            self._workspaces.popitem(last=False)
+        workspace.wipe(decoder=decoder)
+        return workspace
 
-    def _bound(self, shape: CanvasShape, denoiser: str) -> OnnxRuntimeCanvas:
+    def _bound(self, shape: WorkspaceShape, denoiser: str) -> OnnxRuntimeWorkspace:
         bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
-        return OnnxRuntimeCanvas(bound, self._space, shape, device=self._provider, denoiser=denoiser)
+        return OnnxRuntimeWorkspace(bound, self._space, shape, device=self._provider, denoiser=denoiser)
 
     def close(self) -> None:
         """Close every engine."""
-        self._canvases.clear()
+        self._workspaces.clear()
         self.adapt({})
         for engine in (*self.engines.values(), *self._adapted.values()):
             engine.close()

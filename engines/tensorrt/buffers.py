@@ -1,4 +1,4 @@
-"""What a canvas on the device consists of: inputs that stay there, and passes that are bound to them."""
+"""What a workspace on the device consists of: inputs that stay there, and passes that are bound to them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentrt.engines.canvas.contract import CanvasShape, StageInput
 from latentrt.engines.cuda.stream import Holding, Outbox, align
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import PIXELS, SQUARES, is_residual, level_axes
 from latentrt.engines.tensorrt.execution import Pass, Place, Program
 from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
+from latentrt.engines.workspace.contract import StageInput, WorkspaceShape
 
 STATE, NEXT_STATE, ROWS = "state", "next_state", "rows"
 # What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often omitted.
@@ -23,7 +23,7 @@ PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bench:
-    """Where the parts of one canvas are made: where they run, what holds their memory, and the sizes of their axes."""
+    """Where the parts of one workspace are made: where they run, what holds their memory, and the sizes of axes."""
 
     place: Place
     holding: Holding
@@ -39,7 +39,7 @@ class Bench:
         return found
 
 
-def canvas_axes(shape: CanvasShape, factor: int) -> dict[str, int]:
+def workspace_axes(shape: WorkspaceShape, factor: int) -> dict[str, int]:
     """Return the size of each axis that an engine's graph may name, but for the model rows."""
     return {
         "pictures": shape.pictures,
@@ -64,7 +64,7 @@ class Resident:
     """An input of the stage that stays on the device, with room for the largest number of model rows.
 
     held: how many entries of its first axis are set, 0 before the first
-    written: whether the canvas's user set them
+    written: whether the workspace's user set them
     """
 
     def __init__(self, bench: Bench, tensor: TensorSpec, shape: Shape) -> None:
@@ -177,7 +177,7 @@ def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Re
 class Decoded:
     """What a decoder gives, on the device in one block, so that one copy brings it to the host."""
 
-    def __init__(self, holding: Holding, shape: CanvasShape) -> None:
+    def __init__(self, holding: Holding, shape: WorkspaceShape) -> None:
         self.shapes: dict[str, Shape] = {
             PIXELS: (shape.pictures, shape.height, shape.width, 3),
             SQUARES: (shape.pictures, 2),

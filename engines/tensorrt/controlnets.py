@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from latentrt.engines.canvas.contract import StageInput
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import HINT, NEXT, SCALE, hint_of, is_residual
 from latentrt.engines.tensorrt.buffers import ROWS, Bench, Resident, Stage, lay_out
 from latentrt.engines.tensorrt.execution import Copy, Pass, Program
 from latentrt.engines.tensorrt.profiles import input_shapes
+from latentrt.engines.workspace.contract import StageInput
 
 
 class Residuals:
@@ -54,7 +54,7 @@ class Residuals:
 
 
 class ControlNet:
-    """One ControlNet on a canvas: what it follows, how strongly, and a pass for each number of model rows."""
+    """One ControlNet on a workspace: what it follows, how strongly, and a pass for each number of model rows."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ControlNet:
 
 
 class Controls:
-    """The ControlNets of a canvas, by component. There may be none, for a UNet that takes residuals all the same."""
+    """The ControlNets of a workspace, by component. There may be none, for a UNet that takes residuals all the same."""
 
     def __init__(self, networks: Mapping[str, ControlNet], residuals: Residuals | None) -> None:
         self._networks, self._residuals = networks, residuals
@@ -104,7 +104,7 @@ class Controls:
             network = self._networks.get(component)
             if network is None or self._residuals is None or len(scale) != len(stage.picture_of_row):
                 raise EngineError(
-                    f"there is no {component} on this canvas for {len(scale)} model rows, expected one of "
+                    f"there is no {component} on this workspace for {len(scale)} model rows, expected one of "
                     f"{', '.join(self._networks) or 'none'} for {len(stage.picture_of_row)}"
                 )
             network.run(scale)

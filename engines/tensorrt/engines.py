@@ -1,4 +1,4 @@
-"""The engines of one target, opened on one device: canvases to draw on, and engines for host arrays."""
+"""The engines of one target, opened on one device: workspaces to draw on, and engines for host arrays."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import TYPE_CHECKING, Any, Self
 from latentrt.engines.build_options import REFITTABLE
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import EngineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
 from latentrt.engines.spec import Array, Engine, EngineSpec
 from latentrt.engines.tensor_names import DECODER, DECODERS, PREFIX, UNET
-from latentrt.engines.tensorrt.canvas import SLOTS, Programs, TensorRTCanvas
 from latentrt.engines.tensorrt.engine import TensorRTEngine, in_portions
 from latentrt.engines.tensorrt.execution import Place, Program, Scratch, open_programs
 from latentrt.engines.tensorrt.logger import Told, _given, logger_of
 from latentrt.engines.tensorrt.profiles import Origin
+from latentrt.engines.tensorrt.workspace import SLOTS, Programs, TensorRTWorkspace
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 if TYPE_CHECKING:
     pass
 from latentrt.engines.tensorrt.library import Flavor, cannot_run, mismatches, runtime_of
 
-# Canvases that are kept: each holds its contexts, buffers and graphs.
-KEPT_CANVASES = 4
+# Workspaces that are kept: each holds its contexts, buffers and graphs.
+KEPT_WORKSPACES = 4
 
 
 def open_tensorrt(
@@ -43,7 +43,7 @@ def open_tensorrt(
     factor: int,
     components: Sequence[str] | None = None,
     graphs: bool = True,
-    canvases: int = KEPT_CANVASES,
+    workspaces: int = KEPT_WORKSPACES,
     slots: int = SLOTS,
 ) -> TensorRTSession:
     """Open the compiled engines in `directory`, read from all files at once.
@@ -54,14 +54,14 @@ def open_tensorrt(
     factor: how many pixels an element of the latents is wide, as the manifest says
     components: the ones to open, None for all
     graphs: whether passes are recorded as CUDA graphs
-    canvases: how many shapes are kept ready; the one that was used longest ago makes room
-    slots: how many stages a canvas can have on their way to the device; see `tensorrt_canvas.SLOTS`
+    workspaces: how many shapes are kept ready; the one that was used longest ago makes room
+    slots: how many stages a workspace can have on their way to the device; see `tensorrt_workspace.SLOTS`
     Raises EngineError with the library's own words, BundleError where a file cannot be read.
     """
     origin = Origin(bundle=directory.parent.parent, backend=record.key.backend, factor=factor)
     names = tuple(record.entries) if components is None else tuple(components)
     plans = {name: (directory / record.entries[name], record.specs[name]) for name in names}
-    return TensorRTSession(library, plans, device, origin, graphs=graphs, canvases=canvases, slots=slots)
+    return TensorRTSession(library, plans, device, origin, graphs=graphs, workspaces=workspaces, slots=slots)
 
 
 class TensorRTSession:
@@ -78,23 +78,25 @@ class TensorRTSession:
         origin: Origin,
         *,
         graphs: bool = True,
-        canvases: int = KEPT_CANVASES,
+        workspaces: int = KEPT_WORKSPACES,
         slots: int = SLOTS,
     ) -> None:
-        if min(canvases, slots) < 1:
-            raise EngineError(f"canvases and slots: found {canvases} and {slots}, expected 1 or more")
+        if min(workspaces, slots) < 1:
+            raise EngineError(f"workspaces and slots: found {workspaces} and {slots}, expected 1 or more")
         start = time.perf_counter()
-        self._origin, self._kept, self._slots = origin, canvases, slots
+        self._origin, self._kept, self._slots = origin, workspaces, slots
         self._programs: dict[str, Program] = open_programs(library, plans)
         queue = WorkQueue(device)
         self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
-        self._canvases: OrderedDict[tuple[CanvasShape, str], TensorRTCanvas] = OrderedDict()
+        self._workspaces: OrderedDict[tuple[WorkspaceShape, str], TensorRTWorkspace] = OrderedDict()
         self._engines: list[TensorRTEngine] = []
         self._closed = False
         self.load_s = time.perf_counter() - start
 
-    def canvas(self, shape: CanvasShape, *, denoiser: str = UNET, decoder: str | None = DECODER) -> TensorRTCanvas:
-        """Return a blank canvas for a shape: the same one every time, wiped, while it is kept.
+    def workspace(
+        self, shape: WorkspaceShape, *, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> TensorRTWorkspace:
+        """Return a blank workspace for a shape: the same one every time, wiped, while it is kept.
 
         denoiser: the network that its stages run
         decoder: what its pixels come from; None where they come from elsewhere: it then takes no memory for any
@@ -104,16 +106,16 @@ class TensorRTSession:
         with self._place.queue.lock:
             self._check_open()
             key = (shape, denoiser)
-            if key not in self._canvases:
-                while len(self._canvases) >= self._kept:
-                    _, oldest = self._canvases.popitem(last=False)
-                    oldest.close("made room for another shape; ask for it again, or keep more canvases")
+            if key not in self._workspaces:
+                while len(self._workspaces) >= self._kept:
+                    _, oldest = self._workspaces.popitem(last=False)
+                    oldest.close("made room for another shape; ask for it again, or keep more workspaces")
                 programs = self._drawing(denoiser)
-                self._canvases[key] = TensorRTCanvas(self._place, programs, shape, self._origin, slots=self._slots)
-            self._canvases.move_to_end(key)
-            self._canvases[key].wipe()
-            self._canvases[key].decode_with(decoder)
-            return self._canvases[key]
+                self._workspaces[key] = TensorRTWorkspace(self._place, programs, shape, self._origin, slots=self._slots)
+            self._workspaces.move_to_end(key)
+            self._workspaces[key].wipe()
+            self._workspaces[key].decode_with(decoder)
+            return self._workspaces[key]
 
     def _drawing(self, denoiser: str) -> Programs:
         if denoiser not in self._programs:
@@ -138,21 +140,21 @@ class TensorRTSession:
     def refit(self, component: str, exchange: Callable[[Program, int], None]) -> None:
         """Exchange weights of an engine: `exchange` is given it and the stream in which to queue that.
 
-        Canvases are closed and passes are made anew: that recorded ones see new weights is promised nowhere.
+        Workspaces are closed and passes are made anew: that recorded ones see new weights is promised nowhere.
         """
         with self._place.queue.lock:
             self._check_open()
-            while self._canvases:
-                self._canvases.popitem()[1].close("had other weights; ask for it again")
+            while self._workspaces:
+                self._workspaces.popitem()[1].close("had other weights; ask for it again")
             for engine in self._engines:
                 engine.forget()
             self._place.queue.drain()
             exchange(self._programs[component], self._place.queue.stream)
             self._place.queue.drain()
 
-    def warm_up(self, shape: CanvasShape) -> dict[str, float]:
-        """Make the canvas for a shape and run all of it; return the device's seconds by pass."""
-        return self.canvas(shape).warm_up()
+    def warm_up(self, shape: WorkspaceShape) -> dict[str, float]:
+        """Make the workspace for a shape and run all of it; return the device's seconds by pass."""
+        return self.workspace(shape).warm_up()
 
     @property
     def scratch_bytes(self) -> int:
@@ -169,8 +171,8 @@ class TensorRTSession:
             if self._closed:
                 return
             self._closed = True
-            while self._canvases:
-                self._canvases.popitem()[1].close()
+            while self._workspaces:
+                self._workspaces.popitem()[1].close()
             while self._engines:
                 self._engines.pop().close()
             self._programs.clear()
@@ -271,11 +273,11 @@ class OnDevice:
         """Change the weights of components, from the base's always. Raises EngineError."""
         self.refits.adapt(changes, tuple(self.engines))
 
-    def canvas(
-        self, shape: CanvasShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> Canvas:
-        """Return the canvas of a shape and a denoiser: the same one every time, blank. Raises EngineError."""
-        return self.session.canvas(shape, denoiser=denoiser, decoder=decoder)
+    def workspace(
+        self, shape: WorkspaceShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
+    ) -> Workspace:
+        """Return the workspace of a shape and a denoiser: the same one every time, blank. Raises EngineError."""
+        return self.session.workspace(shape, denoiser=denoiser, decoder=decoder)
 
     def close(self) -> None:
         """Wait for the device and free everything."""

@@ -7,38 +7,38 @@ from collections.abc import Callable
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import Canvas
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import PIXELS, SQUARES
 from latentrt.engines.verify.canonical_view import as_canonical
+from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.draw.finite import check_decoded, check_sums
 
 Decode = Callable[[Array], Array]
 """latents (n, C, h, w), float32, as the denoiser sees them -> pixels (n, height, width, 3), uint8"""
 
 
-def decode_in_place(canvas: Canvas) -> Array:
-    """Decode what a canvas has drawn, and set a mark; return its pixels. Raises NotFiniteError."""
-    canvas.decode()
-    canvas.mark()
-    return _checked_pixels(canvas)
+def decode_in_place(workspace: Workspace) -> Array:
+    """Decode what a workspace has drawn, and set a mark; return its pixels. Raises NotFiniteError."""
+    workspace.decode()
+    workspace.mark()
+    return _checked_pixels(workspace)
 
 
-def _checked_pixels(canvas: Canvas) -> Array:
-    pixels = canvas.pixels()
-    check_decoded(canvas)
+def _checked_pixels(workspace: Workspace) -> Array:
+    pixels = workspace.pixels()
+    check_decoded(workspace)
     return pixels
 
 
-def on_canvas(canvas: Canvas) -> Decode:
-    """Return what decodes latents of the canvas's shape on it."""
+def on_workspace(workspace: Workspace) -> Decode:
+    """Return what decodes latents of the workspace's shape on it."""
 
     def decode(latents: Array) -> Array:
-        state = np.zeros((len(latents), canvas.state_rows, *latents.shape[1:]), dtype=np.float32)
+        state = np.zeros((len(latents), workspace.state_rows, *latents.shape[1:]), dtype=np.float32)
         state[:, 0] = latents
-        canvas.write("state", state)
-        canvas.decode()
-        return _checked_pixels(canvas)
+        workspace.write("state", state)
+        workspace.decode()
+        return _checked_pixels(workspace)
 
     return decode
 

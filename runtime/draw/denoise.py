@@ -1,4 +1,4 @@
-"""The denoising loop: it executes a plan on a canvas and knows nothing of samplers."""
+"""The denoising loop: it executes a plan on a workspace and knows nothing of samplers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from latentrt.engines.canvas.contract import Canvas, StageInput
 from latentrt.engines.errors import EngineError, NotFiniteError
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import StageInput, Workspace
 from latentrt.runtime.draw.controls import Features, Steering, scales_at
 from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows
@@ -16,7 +16,7 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 
 
 def denoise(
-    canvas: Canvas,
+    workspace: Workspace,
     plan: SamplingPlan,
     guidance: Guidance,
     draw: Callable[[], Array],
@@ -25,22 +25,22 @@ def denoise(
     features: Features | None = None,
     stages: range | None = None,
 ) -> Iterator[int]:
-    """Advance a canvas stage by stage; yield the number of stages done after each.
+    """Advance a workspace stage by stage; yield the number of stages done after each.
 
-    The canvas has its text and its state. draw: called at the stages in which the sampler draws, returns unit
-    normals, (n, C, h, w). steering: what is followed, whose pixels are on the canvas; features: what is written to it
-    along the way. A caller that stops iterating leaves the canvas where it is.
-    Raises NotFiniteError where the canvas knows of latents that are not finite any more.
+    The workspace has text and state. draw: called at the stages in which the sampler draws, returns unit
+    normals, (n, C, h, w). steering: what is followed, whose pixels are on the workspace; features: what is written
+    to it along the way. A caller that stops iterating leaves the workspace where it is.
+    Raises NotFiniteError where the workspace knows of latents that are not finite any more.
     stages: which of the plan's to take, None for all; the state is then that before the first of them
     """
     stages = range(plan.stages) if stages is None else stages
-    inputs = stage_inputs(plan, guidance, draw, state_rows=canvas.state_rows, steering=steering, stages=stages)
+    inputs = stage_inputs(plan, guidance, draw, state_rows=workspace.state_rows, steering=steering, stages=stages)
     for k, stage in zip(stages, inputs, strict=True):
         for name, array in features.at(k).items() if features else ():
-            canvas.write(name, array)
-        canvas.advance(stage)
-        canvas.mark()
-        if lost := canvas.lost():
+            workspace.write(name, array)
+        workspace.advance(stage)
+        workspace.mark()
+        if lost := workspace.lost():
             raise NotFiniteError(LATENTS, lost, stage=k + 1, stages=plan.stages)
         yield k + 1
 

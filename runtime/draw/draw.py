@@ -1,4 +1,4 @@
-"""One job drawn: its text, stages and pixels on the canvases of opened engines."""
+"""One job drawn: its text, stages and pixels on the workspaces of opened engines."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from functools import partial
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
 from latentrt.engines.errors import BundleError, NotFiniteError
 from latentrt.engines.open import OpenEngines
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PREFIX, TINY_DECODER, UNET, hint_of
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.draw.advice import explain
 from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
 from latentrt.runtime.draw.controls import Features
-from latentrt.runtime.draw.decode import decode_in_place, on_canvas, through_engine
+from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_engine
 from latentrt.runtime.draw.denoise import denoise
 from latentrt.runtime.draw.finite import LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
@@ -36,13 +36,13 @@ class Source:
     """Where a batch's text and noise come from.
 
     tokens: the length of the text for a denoiser; tokenize_s: what reading it took
-    write: puts it on a canvas, as a denoiser takes it
+    write: puts it on a workspace, as a denoiser takes it
     draw: gives the next unit normals of every picture's own stream, (n, C, h, w)
     """
 
     tokens: Mapping[str, int]
     tokenize_s: float
-    write: Callable[[Canvas, str], None]
+    write: Callable[[Workspace, str], None]
     draw: Callable[[], Array]
 
 
@@ -57,7 +57,7 @@ class Drawn:
 
 
 class Drawing:
-    """Draws jobs on the canvases of opened engines, one at a time."""
+    """Draws jobs on the workspaces of opened engines, one at a time."""
 
     def __init__(self, opened: OpenEngines, manifest: Manifest) -> None:
         self._opened, self._manifest = opened, manifest
@@ -72,25 +72,25 @@ class Drawing:
     def _draw(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
         last = job.legs[-1].denoiser
         decode = self._decoder(job, last, tokens=source.tokens[last])
-        canvas, encode, steps = self._denoise(job, source, watch)
-        pixels = decode(canvas)
-        further, *own, decode_s = canvas.elapsed()
+        workspace, encode, steps = self._denoise(job, source, watch)
+        pixels = decode(workspace)
+        further, *own, decode_s = workspace.elapsed()
         return Drawn(pixels=pixels, encode_s=encode + further, step_seconds=(*steps, *own), decode_s=decode_s)
 
-    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Canvas], Array]:
-        """Return what decodes a canvas and then sets a mark: at once, or in tiles.
+    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Workspace], Array]:
+        """Return what decodes a workspace and then sets a mark: at once, or in tiles.
 
-        The tiles' canvas is asked for before anything is drawn: where no engine fits it, the error comes early.
+        The tiles' workspace is asked for before anything is drawn: where no engine fits it, the error comes early.
         """
         grid, factor = job.grid, self._manifest.latents.factor
         if grid is None:
             return decode_in_place
         size = self._decoded_size(job)
-        tile = on_canvas(self._canvas(job, denoiser, size, tokens=tokens, decoder=job.decoder))
+        tile = on_workspace(self._workspace(job, denoiser, size, tokens=tokens, decoder=job.decoder))
 
-        def decode(canvas: Canvas) -> Array:
-            pixels = decode_tiles(_latents_of(job, canvas.read("state"), job.plan.stages), tile, grid, factor=factor)
-            canvas.mark()
+        def decode(workspace: Workspace) -> Array:
+            pixels = decode_tiles(_latents_of(job, workspace.read("state"), job.plan.stages), tile, grid, factor=factor)
+            workspace.mark()
             return pixels
 
         return decode
@@ -106,20 +106,24 @@ class Drawing:
         if TINY_DECODER not in self._manifest.components:
             raise BundleError(NO_TINY)
         width, height = self._decoded_size(job)
-        shape = CanvasShape(pictures=len(latents), tokens=tokens, width=width, height=height)
+        shape = WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height)
         decode = through_engine(self._opened.engine(TINY_DECODER, shape), space)
         return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
 
-    def _canvas(self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None) -> Canvas:
+    def _workspace(
+        self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None
+    ) -> Workspace:
         width, height = size
-        shape = CanvasShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
+        shape = WorkspaceShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
         rows = job.plan.rows
-        return self._opened.canvas(self._manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder)
+        return self._opened.workspace(
+            self._manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder
+        )
 
-    def _denoise(self, job: Job, source: Source, watch: Watch | None) -> tuple[Canvas, float, list[float]]:
-        """Take every stage of the plan, each leg on a canvas of its denoiser.
+    def _denoise(self, job: Job, source: Source, watch: Watch | None) -> tuple[Workspace, float, list[float]]:
+        """Take every stage of the plan, each leg on a workspace of its denoiser.
 
-        Returns the last canvas, with its leg's marks, and what the legs before took: to encode, and each stage.
+        Returns the last workspace, with its leg's marks, and what the legs before took: to encode, and each stage.
         """
         encode, steps, draw = 0.0, list[float](), Noise(source.draw)
         whole = job.decoder if job.grid is None else None
@@ -127,22 +131,22 @@ class Drawing:
         for leg in job.legs:
             decoder = whole if leg is job.legs[-1] else None
             tokens = source.tokens[leg.denoiser]
-            canvas = self._canvas(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
-            canvas.mark()
-            source.write(canvas, leg.denoiser)
-            canvas.mark()
+            workspace = self._workspace(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
+            workspace.mark()
+            source.write(workspace, leg.denoiser)
+            workspace.mark()
             if inputs is None:
-                inputs = self._begin(job, draw, state_rows=canvas.state_rows)
-            self._advance(job, leg, inputs, canvas, draw, watch)
-            if leg is not job.legs[-1]:  # read before the next canvas, which may take this one's place
-                inputs["state"] = canvas.read("state")
+                inputs = self._begin(job, draw, state_rows=workspace.state_rows)
+            self._advance(job, leg, inputs, workspace, draw, watch)
+            if leg is not job.legs[-1]:  # read before the next workspace, which may take this one's place
+                inputs["state"] = workspace.read("state")
                 _latents_of(job, inputs["state"], leg.stages.stop)
-                first, *own = canvas.elapsed()
+                first, *own = workspace.elapsed()
                 encode, steps = encode + first, steps + own
-        return canvas, encode, steps
+        return workspace, encode, steps
 
     def _begin(self, job: Job, draw: Callable[[], Array], *, state_rows: int) -> dict[str, Array]:
-        """Return what to write to a canvas before the first stage."""
+        """Return what to write to a workspace before the first stage."""
         start = self._start(job, draw)
         if job.variations:
             shape = latent_shape(job.size, self._manifest.latents)
@@ -157,33 +161,35 @@ class Drawing:
         job: Job,
         leg: Leg,
         inputs: Mapping[str, Array],
-        canvas: Canvas,
+        workspace: Workspace,
         draw: Noise,
         watch: Watch | None,
     ) -> None:
         """Take the stages of one leg, from the state and what lies beside it among the inputs."""
         further = conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser)
         for name, array in {**further, **inputs}.items():
-            canvas.write(name, array)
+            workspace.write(name, array)
         steering = job.steering if leg.denoiser == UNET else ()  # what is added to the UNet is made for it alone
         for one in steering:
             if one.component.startswith(PREFIX):
-                canvas.write(hint_of(one.component), one.pixels)
+                workspace.write(hint_of(one.component), one.pixels)
         features = Features(steering, self._manifest, self._run, size=job.size, rows=job.rows)
-        stages = denoise(canvas, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages)
+        stages = denoise(
+            workspace, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages
+        )
         for stage in stages:
             if watch is not None:
-                canvas.settle(AHEAD)
+                workspace.settle(AHEAD)
                 watch(
                     Step(
                         stage=stage,
                         stages=job.plan.stages,
-                        _canvas=canvas,
+                        _workspace=workspace,
                         _plan=job.plan,
                         _manifest=self._manifest,
                         _noise=draw.last,
                         _keeps="known" in inputs,
-                        _sketch=partial(self._sketch, job, canvas.shape.tokens),
+                        _sketch=partial(self._sketch, job, workspace.shape.tokens),
                     )
                 )
 

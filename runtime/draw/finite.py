@@ -6,9 +6,9 @@ import logging
 
 import numpy as np
 
-from latentrt.engines.canvas.contract import Canvas, sums_of_squares
 from latentrt.engines.errors import EngineError, NotFiniteError
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import Workspace, sums_of_squares
 
 # Where numbers may have left the range of float32, as `NotFiniteError.place` says it.
 TEXT, START, FOLLOWED = "the text", "what it starts from", "what a T2I-Adapter made of its image"
@@ -28,33 +28,33 @@ def finite(array: Array, place: str, *, pictures: int, stage: int | None = None,
     return array
 
 
-def check_decoded(canvas: Canvas) -> None:
+def check_decoded(workspace: Workspace) -> None:
     """Look at what a decoder was given and what it gave. Raises NotFiniteError.
 
     On a device nothing else is looked at, so that nothing waits. After a failure a wait costs nothing: then the text
     is, which was there before the first stage.
     """
-    sums = canvas.squares()
+    sums = workspace.squares()
     try:
         check_sums(sums)
     except NotFiniteError:
-        _check_text(canvas)
+        _check_text(workspace)
         raise
 
 
 def check_sums(sums: Array) -> None:
-    """Look at a decoder's sums of squares, (n, 2), see `Canvas.squares`. Raises NotFiniteError."""
+    """Look at a decoder's sums of squares, (n, 2), see `Workspace.squares`. Raises NotFiniteError."""
     for column, place in enumerate((LATENTS, PIXELS)):
         if lost := np.flatnonzero(~np.isfinite(sums[:, column])).tolist():
             raise NotFiniteError(place, tuple(lost))
 
 
-def _check_text(canvas: Canvas) -> None:
+def _check_text(workspace: Workspace) -> None:
     try:
-        text = canvas.read("encoder_hidden_states")
-    except EngineError:  # a canvas that only decodes was given none
+        text = workspace.read("encoder_hidden_states")
+    except EngineError:  # a workspace that only decodes was given none
         return
-    finite(text, TEXT, pictures=canvas.shape.pictures)
+    finite(text, TEXT, pictures=workspace.shape.pictures)
 
 
 def one_coloured(pixels: Array) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ class Start:
     condition: Array | None = None
 
     def inputs(self, plan: SamplingPlan, *, state_rows: int) -> dict[str, Array]:
-        """Return what to write to a canvas before the first stage: the state, and what lies beside it."""
+        """Return what to write to a workspace before the first stage: the state, and what lies beside it."""
         written = {"state": begin(plan, self.noise, state_rows=state_rows, image=self.image)}
         if self.kept is not None and self.mask is not None:
             written["keep_mask"] = np.repeat(self.mask, len(self.noise), axis=0)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.canvas.contract import Canvas
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PREVIOUS
+from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.draw.finite import LATENTS, finite
 from latentrt.runtime.images.preview import predicted_latents, preview
 from latentrt.runtime.sampling.plan import SamplingPlan
@@ -35,7 +35,7 @@ class Step:
 
     stage: int
     stages: int
-    _canvas: Canvas
+    _workspace: Workspace
     _plan: SamplingPlan
     _manifest: Manifest
     _noise: Array | None
@@ -45,7 +45,7 @@ class Step:
     @property
     def latents(self) -> Array:
         """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters."""
-        return self._finite(self._canvas.read("state")[:, 0])
+        return self._finite(self._workspace.read("state")[:, 0])
 
     def _finite(self, latents: Array) -> Array:
         return finite(latents, LATENTS, pictures=len(latents), stage=self.stage, stages=self.stages)
@@ -56,13 +56,13 @@ class Step:
 
         What a mask keeps is the image's own. A device is waited for.
         """
-        before, after = self._canvas.read(PREVIOUS), self._canvas.read("state")
+        before, after = self._workspace.read(PREVIOUS), self._workspace.read("state")
         self._finite(after[:, 0])
         schedule = self._manifest.schedule
         found = predicted_latents(before, after, self._plan, self.stage - 1, schedule, noise=self._noise)
         if not self._keeps:
             return found
-        mask, kept = self._canvas.read("keep_mask"), self._canvas.read("known")[:, 0]
+        mask, kept = self._workspace.read("keep_mask"), self._workspace.read("known")[:, 0]
         return np.asarray(mask * found + (1 - mask) * kept, dtype=np.float32)
 
     @property

@@ -1,6 +1,6 @@
 """Large pictures in parts: overlapping tiles through the VAE, blended, so that its memory is a tile's.
 
-A canvas of the tile's shape, or an engine, decodes one tile after another, whatever the backend is.
+A workspace of the tile's shape, or an engine, decodes one tile after another, whatever the backend is.
 A VAE normalises over all that it sees and attends to all of it, so a tile is not exactly the part of the whole
 picture: tiles overlap by a quarter, as in diffusers' tiled VAE, and each fades into the next one.
 """

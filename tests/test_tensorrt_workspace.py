@@ -68,12 +68,12 @@ def test_pictures_are_those_of_the_numpy_loop(studio: Studio, device: HostDevice
     """Three in a row: kernel by kernel and recorded, then from the graphs, then with another seed."""
     request = REQUESTS[name]
     with studio.open(device, graphs=graphs) as session:
-        canvas = session.canvas(request.shape)
+        workspace = session.workspace(request.shape)
         wanted = expected(studio, request)
         for _ in range(2):
-            assert_same(picture(canvas, studio, request), wanted)
+            assert_same(picture(workspace, studio, request), wanted)
         other = replace(request, seed=7)
-        assert_same(picture(canvas, studio, other), expected(studio, other))
+        assert_same(picture(workspace, studio, other), expected(studio, other))
 
 
 def test_the_first_picture_records_each_pass_once_and_the_next_only_launches(
@@ -81,14 +81,14 @@ def test_the_first_picture_records_each_pass_once_and_the_next_only_launches(
 ) -> None:
     """Of two encoders and two stages only those of the request run; every pass is put kernel by kernel once."""
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
+        workspace = session.workspace(ONE)
         device.forget()
-        first = picture(canvas, studio, Request())
+        first = picture(workspace, studio, Request())
         calls = device.counted()
         assert (calls["begin_capture"], calls["end_capture"]) == (3, 3)
         assert calls["launch"] == STEPS - 1  # encoder, first stage and decoder went kernel by kernel
         device.forget()
-        second = picture(canvas, studio, Request())
+        second = picture(workspace, studio, Request())
         calls = device.counted()
         assert calls["begin_capture"] == 0 and calls["launch"] == STEPS + 2
         np.testing.assert_array_equal(first[1], second[1])
@@ -97,12 +97,12 @@ def test_the_first_picture_records_each_pass_once_and_the_next_only_launches(
 def test_a_picture_is_one_queue_and_one_wait(studio: Studio, device: HostDevice) -> None:
     """From the second picture on: a copy and a launch a stage, nothing allocated, one wait at the end."""
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        picture(canvas, studio, Request())
+        workspace = session.workspace(ONE)
+        picture(workspace, studio, Request())
         device.forget()
-        draw_on(canvas, studio, Request())
+        draw_on(workspace, studio, Request())
         assert device.ran == [] and "wait" not in device.counted()
-        canvas.pixels()
+        workspace.pixels()
         stage = ["copy_in", "copy", "run next_state 1"]
         assert device.ran == [
             *("copy_in", "run last_hidden_state 1"),
@@ -118,11 +118,11 @@ def test_a_picture_is_one_queue_and_one_wait(studio: Studio, device: HostDevice)
 def test_noise_is_copied_only_where_it_has_weight(studio: Studio, device: HostDevice) -> None:
     """The last stage of an ancestral sampler draws none: what the stage before left is cleared, once."""
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        draw_on(canvas, studio, Request(sampler="euler_ancestral"))
-        canvas.pixels()
+        workspace = session.workspace(ONE)
+        draw_on(workspace, studio, Request(sampler="euler_ancestral"))
+        workspace.pixels()
         device.forget()
-        draw_on(canvas, studio, Request(sampler="euler_ancestral"))
+        draw_on(workspace, studio, Request(sampler="euler_ancestral"))
         sizes = [int(call.split()[1]) for call in device.calls if call.startswith("copy_in")]
         with_noise, without = sizes[-2], sizes[-1]
         assert sizes[2:] == [with_noise] * (STEPS - 1) + [without]
@@ -136,32 +136,32 @@ def test_few_slots_wait_for_a_copy_long_past_and_never_for_the_queue(
 ) -> None:
     request = Request(sampler="euler_ancestral")
     with studio.open(device, slots=slots) as session:
-        canvas = session.canvas(ONE)
-        picture(canvas, studio, request)
+        workspace = session.workspace(ONE)
+        picture(workspace, studio, request)
         device.forget()
-        draw_on(canvas, studio, request)
+        draw_on(workspace, studio, request)
         assert device.counted()["wait"] == STEPS - slots
         assert device.pending() >= slots
-        canvas.pixels()
-        assert_same((canvas.read("state")[:, 0], canvas.pixels()), expected(studio, request))
+        workspace.pixels()
+        assert_same((workspace.read("state")[:, 0], workspace.pixels()), expected(studio, request))
 
 
 def test_a_second_picture_may_be_queued_before_the_first_is_fetched(studio: Studio, device: HostDevice) -> None:
     other = Request(seed=5, guided=None)
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        draw_on(canvas, studio, Request())
-        draw_on(canvas, studio, other)
-        found = canvas.pixels()
-        assert_same((canvas.read("state")[:, 0], found), expected(studio, other))
+        workspace = session.workspace(ONE)
+        draw_on(workspace, studio, Request())
+        draw_on(workspace, studio, other)
+        found = workspace.pixels()
+        assert_same((workspace.read("state")[:, 0], found), expected(studio, other))
 
 
-def test_canvases_share_scratch_memory_which_grows_with_the_largest(studio: Studio, device: HostDevice) -> None:
+def test_workspacees_share_scratch_memory_which_grows_with_the_largest(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
-        small = session.canvas(ONE)
+        small = session.workspace(ONE)
         assert_same(picture(small, studio, Request()), expected(studio, Request()))
         before = session.scratch_bytes
-        tall = session.canvas(TALL)
+        tall = session.workspace(TALL)
         assert session.scratch_bytes > before
         device.forget()
         assert_same(picture(small, studio, Request()), expected(studio, Request()))
@@ -173,27 +173,27 @@ def test_canvases_share_scratch_memory_which_grows_with_the_largest(studio: Stud
         assert session.scratch_bytes > before and device.counted()["allocate"] == 0
 
 
-def test_the_canvas_that_was_used_longest_ago_makes_room(studio: Studio, device: HostDevice) -> None:
-    with studio.open(device, canvases=2) as session:
-        first, second = session.canvas(ONE), session.canvas(TWO)
-        assert session.canvas(ONE) is first
-        session.canvas(TALL)
-        assert session.canvas(ONE) is first
+def test_the_workspace_that_was_used_longest_ago_makes_room(studio: Studio, device: HostDevice) -> None:
+    with studio.open(device, workspaces=2) as session:
+        first, second = session.workspace(ONE), session.workspace(TWO)
+        assert session.workspace(ONE) is first
+        session.workspace(TALL)
+        assert session.workspace(ONE) is first
         with pytest.raises(EngineError, match="made room for another shape; ask for it again"):
             second.decode()
 
 
-def test_a_canvas_is_handed_out_blank(studio: Studio, device: HostDevice) -> None:
+def test_a_workspace_is_handed_out_blank(studio: Studio, device: HostDevice) -> None:
     """Nothing of a request that was left in the middle, or that kept a part of a picture, is seen by the next."""
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        canvas.write("keep_mask", np.zeros((1, 1, 8, 8)))
-        canvas.write("known", np.ones((1, 2, 4, 8, 8)))
-        draw_on(canvas, studio, Request())
-        canvas.mark()
-        canvas.mark()
-        again = session.canvas(ONE)
-        assert again is canvas and again.elapsed() == ()
+        workspace = session.workspace(ONE)
+        workspace.write("keep_mask", np.zeros((1, 1, 8, 8)))
+        workspace.write("known", np.ones((1, 2, 4, 8, 8)))
+        draw_on(workspace, studio, Request())
+        workspace.mark()
+        workspace.mark()
+        again = session.workspace(ONE)
+        assert again is workspace and again.elapsed() == ()
         for call in (again.pixels, again.decode, lambda: again.read("state")):
             with pytest.raises(EngineError):
                 call()
@@ -206,10 +206,10 @@ def test_what_is_kept_stays_as_it_is_known(studio: Studio, device: HostDevice) -
     mask = np.zeros((1, 1, 8, 8), dtype=np.float32)
     mask[..., :4] = 1
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        canvas.write("keep_mask", mask)
-        canvas.write("known", known)
-        latents, _ = picture(canvas, studio, Request())
+        workspace = session.workspace(ONE)
+        workspace.write("keep_mask", mask)
+        workspace.write("known", known)
+        latents, _ = picture(workspace, studio, Request())
         (plan, _), right = plan_of(studio, Request()), slice(4, 8)
         np.testing.assert_allclose(latents[..., right], plan.levels[-1, 0] * known[:, 0][..., right], atol=1e-5)
         assert np.abs(latents[..., :4] - known[:, 0][..., :4]).max() > 0.1
@@ -218,34 +218,34 @@ def test_what_is_kept_stays_as_it_is_known(studio: Studio, device: HostDevice) -
 def test_marks_tell_the_device_time_between_them(studio: Studio, device: HostDevice) -> None:
     """Each piece of work takes the stand-in a thousandth of a second."""
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        picture(canvas, studio, Request())
+        workspace = session.workspace(ONE)
+        picture(workspace, studio, Request())
         for _ in range(2):
-            canvas.mark()
-            draw_on(canvas, studio, Request(guided=None))
-            canvas.mark()
-            canvas.mark()
-            assert canvas.elapsed() == ((2 + 1 + 3 * STEPS + 2) / 1e3, 0.0)
-        assert canvas.elapsed() == ()
+            workspace.mark()
+            draw_on(workspace, studio, Request(guided=None))
+            workspace.mark()
+            workspace.mark()
+            assert workspace.elapsed() == ((2 + 1 + 3 * STEPS + 2) / 1e3, 0.0)
+        assert workspace.elapsed() == ()
 
 
 def test_settling_waits_for_marks_and_not_for_the_queue(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
-        canvas = session.canvas(ONE)
-        canvas.settle(0)
+        workspace = session.workspace(ONE)
+        workspace.settle(0)
         assert device.pending() > 0
         for name in ("state", "known", "keep_mask"):
-            canvas.mark()
-            canvas.write(name, np.zeros(STILL[name]))
-        canvas.settle(3)
+            workspace.mark()
+            workspace.write(name, np.zeros(STILL[name]))
+        workspace.settle(3)
         before = device.pending()
-        canvas.settle(2)
+        workspace.settle(2)
         assert device.pending() < before
-        canvas.settle(0)
+        workspace.settle(0)
         assert device.pending() == 1
 
 
-def test_warming_up_records_everything_and_leaves_a_blank_canvas(studio: Studio, device: HostDevice) -> None:
+def test_warming_up_records_everything_and_leaves_a_blank_workspace(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
         seconds = session.warm_up(ONE)
         assert list(seconds) == [
@@ -257,7 +257,7 @@ def test_warming_up_records_everything_and_leaves_a_blank_canvas(studio: Studio,
         ]
         assert all(one > 0 for one in seconds.values())
         device.forget()
-        assert_same(picture(session.canvas(ONE), studio, Request()), expected(studio, Request()))
+        assert_same(picture(session.workspace(ONE), studio, Request()), expected(studio, Request()))
         assert not {"begin_capture", "allocate", "allocate_pinned"} & set(device.counted())
 
 
@@ -267,11 +267,11 @@ def test_threads_share_a_session(studio: Studio, device: HostDevice) -> None:
     found: dict[int, tuple[Array, Array]] = {}
     device.capture_pause_s = 0.01
     with studio.open(device) as session:
-        canvases = [session.canvas(request.shape) for request in requests]
+        workspaces = [session.workspace(request.shape) for request in requests]
 
         def work(number: int) -> None:
             for _ in range(3):
-                found[number] = picture(canvases[number], studio, requests[number])
+                found[number] = picture(workspaces[number], studio, requests[number])
 
         threads = [threading.Thread(target=work, args=(number,)) for number in range(len(requests))]
         for thread in threads:
@@ -285,14 +285,19 @@ def test_threads_share_a_session(studio: Studio, device: HostDevice) -> None:
 def test_closing_frees_everything_once(studio: Studio, device: HostDevice) -> None:
     library = make_library(device)
     session = studio.open(device, library=library)
-    canvas, engine = session.canvas(ONE), session.engine("vae_encoder")
-    draw_on(canvas, studio, Request())
+    workspace, engine = session.workspace(ONE), session.engine("vae_encoder")
+    draw_on(workspace, studio, Request())
     assert len(library.engines) == 4 and device.leftovers()
     session.close()
     session.close()
-    canvas.close()
+    workspace.close()
     engine.close()
     assert device.leftovers() == {} and len(library.engines) == 0
-    for call in (lambda: canvas.pixels(), lambda: session.canvas(ONE), lambda: engine({}), lambda: canvas.decode()):
+    for call in (
+        lambda: workspace.pixels(),
+        lambda: session.workspace(ONE),
+        lambda: engine({}),
+        lambda: workspace.decode(),
+    ):
         with pytest.raises(EngineError, match=r"closed; open the bundle again"):
             call()

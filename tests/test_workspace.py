@@ -1,4 +1,4 @@
-"""Every canvas draws the picture that NumPy draws: here the one whose buffers ONNX Runtime holds, for real."""
+"""Every workspace draws the picture that NumPy draws: here the one whose buffers ONNX Runtime holds, for real."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.canvas.contract import Canvas, CanvasShape
-from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime import session
-from latentrt.engines.onnxruntime.canvas import OnnxRuntimeCanvas
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions
+from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.open import find_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.denoise import begin, denoise
 from latentrt.runtime.sampling.guidance import plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 
 RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, over a whole trajectory
-SHAPE = CanvasShape(pictures=2, tokens=77, width=24, height=32)
+SHAPE = WorkspaceShape(pictures=2, tokens=77, width=24, height=32)
 
 Engines = dict[str, OnnxRuntimeEngine]
 
@@ -61,7 +61,9 @@ def tokens_of(count: int) -> Array:
     return np.random.default_rng(5).integers(0, 20, (count, 77))
 
 
-def paint(canvas: Canvas, bundle: Bundle, *, sampler: str = "dpmpp_2m", write: Callable[[Canvas], None] | None) -> Any:
+def paint(
+    workspace: Workspace, bundle: Bundle, *, sampler: str = "dpmpp_2m", write: Callable[[Workspace], None] | None
+) -> Any:
     """Draw two guided pictures; return the latents after each stage and the pixels."""
     plan = make_plan(sampler, bundle.manifest.schedule, steps=6)
     generator = TorchCpuNoise(0)
@@ -69,23 +71,23 @@ def paint(canvas: Canvas, bundle: Bundle, *, sampler: str = "dpmpp_2m", write: C
     def draw() -> Array:
         return generator.normal((2, 4, SHAPE.height // 4, SHAPE.width // 4))
 
-    canvas.encode({"input_ids": tokens_of(4), "extra_embeddings": np.zeros((1, 32))})
-    canvas.write("state", begin(plan, draw(), state_rows=canvas.state_rows))
+    workspace.encode({"input_ids": tokens_of(4), "extra_embeddings": np.zeros((1, 32))})
+    workspace.write("state", begin(plan, draw(), state_rows=workspace.state_rows))
     if write is not None:
-        write(canvas)
+        write(workspace)
     guidance = plan_guidance(plan, 3.0, 2, interval=(0.2, 0.8), rescale=0.5)
-    path = [canvas.read("state")[:, 0] for _ in denoise(canvas, plan, guidance, draw)]
-    canvas.decode()
-    return path, canvas.pixels()
+    path = [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, draw)]
+    workspace.decode()
+    return path, workspace.pixels()
 
 
-def host(canonical: Engines, bundle: Bundle, sampler: str = "dpmpp_2m") -> HostCanvas:
+def host(canonical: Engines, bundle: Bundle, sampler: str = "dpmpp_2m") -> NumpyWorkspace:
     rows = make_plan(sampler, bundle.manifest.schedule, steps=6).rows
-    return HostCanvas(canonical, bundle.manifest.latents, SHAPE, state_rows=rows)
+    return NumpyWorkspace(canonical, bundle.manifest.latents, SHAPE, state_rows=rows)
 
 
-def device(fused: Engines, bundle: Bundle) -> OnnxRuntimeCanvas:
-    return OnnxRuntimeCanvas(fused, bundle.manifest.latents, SHAPE, device="cpu")
+def device(fused: Engines, bundle: Bundle) -> OnnxRuntimeWorkspace:
+    return OnnxRuntimeWorkspace(fused, bundle.manifest.latents, SHAPE, device="cpu")
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -95,69 +97,69 @@ def assert_same(found: Any, expected: Any) -> None:
     assert found[1].shape == (2, SHAPE.height, SHAPE.width, 3)
 
 
-def keep_half(canvas: Canvas) -> None:
+def keep_half(workspace: Workspace) -> None:
     mask = np.ones((2, 1, SHAPE.height // 4, SHAPE.width // 4), dtype=np.float32)
     mask[:, :, :3] = 0
-    canvas.write("keep_mask", mask)
-    canvas.write("known", TorchCpuNoise(9).normal((2, 2, 4, *mask.shape[2:])))
+    workspace.write("keep_mask", mask)
+    workspace.write("known", TorchCpuNoise(9).normal((2, 2, 4, *mask.shape[2:])))
 
 
 @pytest.mark.parametrize("write", [None, keep_half])
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral", "heun", "unipc_3"])
 def test_bound_buffers_draw_what_numpy_draws(
-    fused: Engines, canonical: Engines, bundle: Bundle, sampler: str, write: Callable[[Canvas], None] | None
+    fused: Engines, canonical: Engines, bundle: Bundle, sampler: str, write: Callable[[Workspace], None] | None
 ) -> None:
     """Two stages of six are not guided, so two numbers of rows take turns on one state."""
     found = paint(device(fused, bundle), bundle, sampler=sampler, write=write)
     assert_same(found, paint(host(canonical, bundle, sampler), bundle, sampler=sampler, write=write))
 
 
-def test_a_canvas_draws_again_as_it_drew_before(fused: Engines, bundle: Bundle) -> None:
-    canvas = device(fused, bundle)
-    noisy = paint(canvas, bundle, sampler="euler_ancestral", write=None)
-    quiet = paint(canvas, bundle, sampler="dpmpp_2m", write=None)  # the noise of before must not come back
-    assert np.array_equal(paint(canvas, bundle, sampler="euler_ancestral", write=None)[1], noisy[1])
+def test_a_workspace_draws_again_as_it_drew_before(fused: Engines, bundle: Bundle) -> None:
+    workspace = device(fused, bundle)
+    noisy = paint(workspace, bundle, sampler="euler_ancestral", write=None)
+    quiet = paint(workspace, bundle, sampler="dpmpp_2m", write=None)  # the noise of before must not come back
+    assert np.array_equal(paint(workspace, bundle, sampler="euler_ancestral", write=None)[1], noisy[1])
     assert np.array_equal(paint(device(fused, bundle), bundle, sampler="dpmpp_2m", write=None)[1], quiet[1])
 
 
-def test_a_wiped_canvas_knows_nothing_of_the_last_batch(fused: Engines, bundle: Bundle) -> None:
-    canvas = device(fused, bundle)
-    expected = paint(canvas, bundle, write=None)[1]
-    canvas.wipe()
-    masked = paint(canvas, bundle, write=keep_half)[1]
-    canvas.wipe()
+def test_a_wiped_workspace_knows_nothing_of_the_last_batch(fused: Engines, bundle: Bundle) -> None:
+    workspace = device(fused, bundle)
+    expected = paint(workspace, bundle, write=None)[1]
+    workspace.wipe()
+    masked = paint(workspace, bundle, write=keep_half)[1]
+    workspace.wipe()
     assert not np.array_equal(masked, expected)
-    assert np.array_equal(paint(canvas, bundle, write=None)[1], expected)
-    canvas.wipe()
+    assert np.array_equal(paint(workspace, bundle, write=None)[1], expected)
+    workspace.wipe()
     with pytest.raises(EngineError, match="no pixels before `decode`"):
-        canvas.pixels()
+        workspace.pixels()
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
     with pytest.raises(EngineError, match="state was not written"):
-        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
 
 
 def test_what_was_given_may_be_changed_afterwards(fused: Engines, bundle: Bundle) -> None:
-    canvas = device(fused, bundle)
+    workspace = device(fused, bundle)
     state = np.ones((2, STATE_ROWS, 4, 8, 6), dtype=np.float32)
     text = np.ones((2, 77, 32), dtype=np.float32)
-    canvas.write("state", state)
-    canvas.write("encoder_hidden_states", text)
+    workspace.write("state", state)
+    workspace.write("encoder_hidden_states", text)
     state[:], text[:] = 0, 0
-    assert canvas.read("state").all() and canvas.read("encoder_hidden_states").all()
+    assert workspace.read("state").all() and workspace.read("encoder_hidden_states").all()
 
 
 def test_wrong_names_and_shapes_are_refused(fused: Engines, bundle: Bundle) -> None:
-    canvas = device(fused, bundle)
+    workspace = device(fused, bundle)
     with pytest.raises(EngineError, match=r"state: found shape \(2, 4\), expected \(2, 6, 4, 8, 6\)"):
-        canvas.write("state", np.zeros((2, 4)))
+        workspace.write("state", np.zeros((2, 4)))
     with pytest.raises(EngineError, match="takes no 'text'; it takes state, control"):
-        canvas.write("text", np.zeros((2, 4)))
+        workspace.write("text", np.zeros((2, 4)))
     with pytest.raises(EngineError, match="no pixels before `decode`"):
-        canvas.pixels()
+        workspace.pixels()
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
-    canvas.write("state", np.zeros((2, STATE_ROWS, 4, 8, 6)))
+    workspace.write("state", np.zeros((2, STATE_ROWS, 4, 8, 6)))
     with pytest.raises(EngineError, match="encoder_hidden_states was not written"):
-        list(denoise(canvas, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
 
 
 def test_heavy_operators_on_the_cpu_are_refused_by_name(sd1_bundle: Path) -> None:

@@ -14,8 +14,8 @@ from latentrt.engines.spec import Array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CanvasShape:
-    """What one canvas is for. width and height are in pixels; tokens is the length of the prompts' encoding."""
+class WorkspaceShape:
+    """What one workspace is for. width and height are in pixels; tokens is the length of the prompts' encoding."""
 
     pictures: int
     tokens: int
@@ -25,7 +25,7 @@ class CanvasShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StageInput:
-    """What one stage takes besides what lies on the canvas: see `stage.fuse_stage` for each array's meaning.
+    """What one stage takes besides what lies on the workspace: see `stage.fuse_stage` for each array's meaning.
 
     control: (P, control_width) float32; guidance: (P, M) float32; picture_of_row: (M,) int64
     noise: (P, C, h, w) float32, or None where it has no weight
@@ -41,9 +41,9 @@ class StageInput:
 
 
 def no_decoder(name: str | None, there: Iterable[str]) -> EngineError:
-    """Return the error that a canvas cannot decode: it was asked for without a decoder, or there is none so named."""
+    """Return the error that a workspace cannot decode: it was asked for without one, or there is none so named."""
     if name is None:
-        return EngineError("the canvas was asked for without a decoder, so it has none to decode with")
+        return EngineError("the workspace was asked for without a decoder, so it has none to decode with")
     return EngineError(f"decoding needs {name}, opened are {', '.join(there)}")
 
 
@@ -56,21 +56,21 @@ def sums_of_squares(array: Array) -> Array:
     return np.asarray(np.einsum("rn,rn->r", flat, flat))
 
 
-class Canvas(Protocol):
+class Workspace(Protocol):
     """A batch of pictures where the engines run: on a device, or in this process's own memory.
 
     `encode`, `write`, `advance`, `decode` and `mark` put work in a queue, in the order of the calls, and return at
     once; the arrays they are given may be changed as soon as they return. Only `read`, `pixels`,
     `elapsed` and `settle` wait.
     Model rows are laid out with the prompts of all pictures first and then the negative prompts, so that a stage
-    without guidance uses the first rows of the same buffers. One canvas serves one thread at a time.
+    without guidance uses the first rows of the same buffers. One workspace serves one thread at a time.
 
     write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …; and what a
     ControlNet follows, `residuals.hint_of` its component. `previous_state` can be read too, from the first `advance`
     on: what the state was before the last one.
     """
 
-    shape: CanvasShape
+    shape: WorkspaceShape
     queued: bool
     """Whether work goes on behind the host's back: then encoding in place saves a wait."""
 
@@ -96,7 +96,7 @@ class Canvas(Protocol):
         ...
 
     def decode(self) -> None:
-        """Run the decoder that the canvas was asked for with on the first row of the state.
+        """Run the decoder that the workspace was asked for with on the first row of the state.
 
         Raises EngineError where it was asked for without one.
         """
@@ -134,8 +134,8 @@ class Canvas(Protocol):
         ...
 
 
-class ImmediateCanvas:
-    """What canvases share on which every call is done when it returns: the host's clock, and the last pictures."""
+class ImmediateWorkspace:
+    """What workspaces share on which every call is done when it returns: the host's clock, and the last pictures."""
 
     queued = False
 
@@ -147,13 +147,13 @@ class ImmediateCanvas:
     def pixels(self) -> Array:
         """Return the pictures of the last `decode`."""
         if self._pixels is None:
-            raise EngineError("the canvas has no pixels before `decode`")
+            raise EngineError("the workspace has no pixels before `decode`")
         return self._pixels
 
     def squares(self) -> Array:
         """Return the sums of squares of the last `decode`."""
         if self._squares is None:
-            raise EngineError("the canvas has no pixels before `decode`")
+            raise EngineError("the workspace has no pixels before `decode`")
         return self._squares
 
     def lost(self) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Whatever a canvas on the device is asked, in whatever order, it gives what the canvas in NumPy gives.
+"""Whatever a workspace on the device is asked, in whatever order, it gives what the workspace in NumPy gives.
 
 The network is a formula, so that many orders can be tried: tanh(sample / 2 + timestep / 10 + mean of the text).
 """
@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import Canvas, CanvasShape, StageInput, sums_of_squares
-from latentrt.engines.canvas.numpy_canvas import HostCanvas
 from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs.denoise_stage import fuse_stage
@@ -26,6 +24,8 @@ from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PREVIOUS, control_width
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
 from latentrt.engines.tensorrt.text_encoder import split_texts
+from latentrt.engines.workspace.contract import StageInput, Workspace, WorkspaceShape, sums_of_squares
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from tests.graphs import model_of
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan
@@ -101,9 +101,9 @@ def vae(inputs: Any) -> dict[str, Array]:
     return {"pixels": to_pixels(inputs["latent_sample"]), "squares": np.stack([sums, sums], axis=1)}
 
 
-def host_canvas(shape: CanvasShape) -> HostCanvas:
+def host_workspace(shape: WorkspaceShape) -> NumpyWorkspace:
     engines: Any = {"unet": unet, "vae_decoder": vae, "text_encoder": text}
-    return HostCanvas(engines, SPACE, shape, state_rows=ROWS)
+    return NumpyWorkspace(engines, SPACE, shape, state_rows=ROWS)
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +149,9 @@ STEPS = st.one_of(
 )
 
 
-def take(canvas: Canvas, step: str, seed: int) -> Array | None:
-    """Do one thing on a canvas; return what it shows. What was handed over is spoilt at once."""
-    draw, pictures = np.random.default_rng(seed), canvas.shape.pictures
+def take(workspace: Workspace, step: str, seed: int) -> Array | None:
+    """Do one thing on a workspace; return what it shows. What was handed over is spoilt at once."""
+    draw, pictures = np.random.default_rng(seed), workspace.shape.pictures
 
     def normal(*shape: int) -> Array:
         return draw.standard_normal((pictures, *shape), dtype=np.float32)
@@ -165,23 +165,23 @@ def take(canvas: Canvas, step: str, seed: int) -> Array | None:
         rows = pictures * (2 if step.startswith("two") else 1)
         if "text" in step:
             ids, shift = draw.integers(-9, 9, (rows * TOKENS // CONTEXT, CONTEXT)), normal(WIDTH)[:1]
-            canvas.encode({"input_ids": ids, "shift": shift})
+            workspace.encode({"input_ids": ids, "shift": shift})
             ids.fill(99)
             shift.fill(np.nan)
         else:
             written = {"encoder_hidden_states": draw.standard_normal((rows, TOKENS, WIDTH), dtype=np.float32)}
     elif step.startswith("read"):
-        return canvas.read(step.removeprefix("read "))
+        return workspace.read(step.removeprefix("read "))
     elif step == "decode":
-        canvas.decode()
-        return canvas.pixels()
+        workspace.decode()
+        return workspace.pixels()
     else:
-        canvas.advance(taken := stage_of(step, draw, pictures))
+        workspace.advance(taken := stage_of(step, draw, pictures))
         for array in (taken.control, taken.guidance, taken.picture_of_row, taken.noise):
             if array is not None:
                 array.fill(-1)
     for name, array in written.items():
-        canvas.write(name, array)
+        workspace.write(name, array)
         array.fill(np.nan)
     return None
 
@@ -207,8 +207,8 @@ def stage_of(step: str, draw: np.random.Generator, pictures: int) -> StageInput:
 def test_any_order_of_calls_gives_what_numpy_gives(
     sessions: dict[bool, TensorRTSession], pictures: int, graphs: bool, begin: tuple[int, int], steps: Any
 ) -> None:
-    shape = CanvasShape(pictures=pictures, tokens=TOKENS, width=SIZE[2], height=SIZE[1])
-    canvases: list[Canvas] = [sessions[graphs].canvas(shape), host_canvas(shape)]
+    shape = WorkspaceShape(pictures=pictures, tokens=TOKENS, width=SIZE[2], height=SIZE[1])
+    workspaces: list[Workspace] = [sessions[graphs].workspace(shape), host_workspace(shape)]
     rows, advanced = 2, False
     for step, seed in [("state", begin[0]), ("two rows a picture", begin[1]), *steps, ("decode", 0), ("read state", 0)]:
         if step.endswith("a picture"):
@@ -216,12 +216,12 @@ def test_any_order_of_calls_gives_what_numpy_gives(
         if step.startswith("guided") and rows == 1:
             continue  # refused, as tests/test_tensorrt_run.py shows
         if step == f"read {PREVIOUS}" and not advanced:
-            for canvas in canvases:
+            for workspace in workspaces:
                 with pytest.raises(EngineError, match=PREVIOUS):
-                    canvas.read(PREVIOUS)
+                    workspace.read(PREVIOUS)
             continue
         advanced = "stage" in step or (advanced and step != "state")
-        found, wanted = (take(canvas, step, seed) for canvas in canvases)
+        found, wanted = (take(workspace, step, seed) for workspace in workspaces)
         if wanted is not None:
             assert np.isfinite(wanted).all() and found.dtype == wanted.dtype
             close = 1 if wanted.dtype == np.uint8 else CLOSE * max(1.0, float(np.abs(wanted).max()))

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import CanvasShape, ImmediateCanvas, StageInput, no_decoder
 from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, require
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
@@ -27,16 +26,17 @@ from latentrt.engines.tensor_names import (
     is_residual,
     level_axes,
 )
+from latentrt.engines.workspace.contract import ImmediateWorkspace, StageInput, WorkspaceShape, no_decoder
 
 # Inputs of the fused stage that every stage sets, and those that mean nothing until they are written.
 PER_STAGE = ("control", "noise", "guidance", "picture_of_row")
-RECORDINGS = itertools.count(1)  # of one session, which serves many canvases; 0 is ONNX Runtime's default
+RECORDINGS = itertools.count(1)  # of one session, which serves many workspaces; 0 is ONNX Runtime's default
 NEUTRAL = {"keep_mask": 1.0, "known": 0.0}
 NOBODY = "nobody"
 
 
-class OnnxRuntimeCanvas(ImmediateCanvas):
-    """A canvas whose buffers lie on an ONNX Runtime device. It implements `Canvas`.
+class OnnxRuntimeWorkspace(ImmediateWorkspace):
+    """A workspace whose buffers lie on an ONNX Runtime device. It implements `Workspace`.
 
     The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
     its work is done, so nothing is queued.
@@ -53,7 +53,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         self,
         engines: Mapping[str, OnnxRuntimeEngine],
         space: LatentSpec,
-        shape: CanvasShape,
+        shape: WorkspaceShape,
         *,
         device: str,
         denoiser: str = UNET,
@@ -80,7 +80,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             **level_axes(*self._size[1:]),
         }
         self._host: dict[str, Array] = {}  # what was written, for the inputs with an axis of rows
-        self._written: set[str] = set()  # since the canvas was blank
+        self._written: set[str] = set()  # since the workspace was blank
         self._values: dict[tuple[str, int], Any] = {}  # (input, rows) -> its buffer; rows is 0 where it has none
         self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
         # (what runs, rows, which state is read, the last ControlNet before it) -> its binding, its number
@@ -115,7 +115,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             self._put(name, 0, array)
 
     def wipe(self, *, decoder: str | None = DECODER) -> None:
-        """Make the canvas blank for another batch: nothing is kept of the last one but the buffers themselves.
+        """Make the workspace blank for another batch: nothing is kept of the last one but the buffers themselves.
 
         decoder: what `decode` runs from now on, None for nothing. Raises EngineError where it was not opened.
         """
@@ -208,7 +208,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
         needed = [hint_of(component) if s.name == HINT else s.name for s in spec.inputs if not is_residual(s.name)]
         missing = [name for name in needed if name not in set_here and name not in self._written]
         if missing:
-            raise EngineError(f"{missing[0]} was not written to the canvas before it was needed")
+            raise EngineError(f"{missing[0]} was not written to the workspace before it was needed")
 
     def _bound(self, component: str, spec: TensorSpec, rows: int, before: str) -> Any:
         """Return the buffer that an input is read from."""
@@ -234,7 +234,7 @@ class OnnxRuntimeCanvas(ImmediateCanvas):
             elif rows and len(self._host.get(name, ())) >= rows:
                 self._values[name, rows] = self._on_device(np.ascontiguousarray(self._host[name][:rows]))
             else:
-                raise EngineError(f"{name} was not written to the canvas before it was needed")
+                raise EngineError(f"{name} was not written to the workspace before it was needed")
         return self._values[name, rows]
 
     def decode(self) -> None:

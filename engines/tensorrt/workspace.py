@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from latentrt.engines.canvas.contract import CanvasShape, StageInput, no_decoder
 from latentrt.engines.cuda.stream import Holding, Mark, Outbox
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
@@ -20,14 +19,15 @@ from latentrt.engines.tensorrt.buffers import (
     Decoded,
     Resident,
     Stage,
-    canvas_axes,
     make_decoder,
     make_residents,
+    workspace_axes,
 )
 from latentrt.engines.tensorrt.controlnets import ControlNet, Controls, Residuals
 from latentrt.engines.tensorrt.execution import Pass, Place, Program
 from latentrt.engines.tensorrt.profiles import Origin
 from latentrt.engines.tensorrt.text_encoder import TextEncoder, fills
+from latentrt.engines.workspace.contract import StageInput, WorkspaceShape, no_decoder
 
 TEXT = "encoder_hidden_states"
 # What an input holds before it is written: no part of a picture is kept.
@@ -39,7 +39,7 @@ SLOTS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Programs:
-    """What a canvas runs.
+    """What a workspace runs.
 
     unet: any denoiser; decoders and controlnets: by component; text_encoder: None where the text is always written
     """
@@ -50,8 +50,8 @@ class Programs:
     controlnets: Mapping[str, Program] = field(default_factory=dict)
 
 
-class TensorRTCanvas:
-    """A canvas on the device; see `Canvas` for the methods of that name.
+class TensorRTWorkspace:
+    """A workspace on the device; see `Workspace` for the methods of that name.
 
     Everything is allocated when it is constructed: a context for each number of model rows that the UNet is compiled
     for and for each number of texts that the text encoder is; and one for a decoder when `decode_with` names it first.
@@ -64,7 +64,7 @@ class TensorRTCanvas:
     queued = True
 
     def __init__(
-        self, place: Place, programs: Programs, shape: CanvasShape, origin: Origin, *, slots: int = SLOTS
+        self, place: Place, programs: Programs, shape: WorkspaceShape, origin: Origin, *, slots: int = SLOTS
     ) -> None:
         self.shape = shape
         self._queue, self._holding = place.queue, Holding(place.queue)
@@ -78,7 +78,7 @@ class TensorRTCanvas:
         self._decoders: dict[str, Pass] = {}
         self._programs = dict(programs.decoders)
         self._bench = bench = Bench(
-            place=place, holding=self._holding, axes=canvas_axes(shape, origin.factor), origin=origin
+            place=place, holding=self._holding, axes=workspace_axes(shape, origin.factor), origin=origin
         )
         with self._queue.lock:
             try:
@@ -146,12 +146,12 @@ class TensorRTCanvas:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineError(f"the canvas for {self.shape} {self._closed}")
+            raise EngineError(f"the workspace for {self.shape} {self._closed}")
 
     def _resident(self, name: str) -> Resident:
         known = {**self._residents, **self._controls.hints}
         if name not in known:
-            raise EngineError(f"there is no {name} on this canvas, expected one of {', '.join(known)}")
+            raise EngineError(f"there is no {name} on this workspace, expected one of {', '.join(known)}")
         return known[name]
 
     def encode(self, inputs: Mapping[str, Array]) -> None:
@@ -163,7 +163,7 @@ class TensorRTCanvas:
         with self._queue.lock:
             self._check_open()
             if self._text is None:
-                raise EngineError(f"no text encoder gives what the stage takes on this canvas: write {TEXT}")
+                raise EngineError(f"no text encoder gives what the stage takes on this workspace: write {TEXT}")
             self._text.put(inputs)
 
     def write(self, name: str, array: Array) -> None:
@@ -195,7 +195,7 @@ class TensorRTCanvas:
             if self._decoder is None:
                 raise no_decoder(None, self._programs)
             if not self._residents[STATE].held:
-                raise EngineError("the canvas has no state to decode; write it first")
+                raise EngineError("the workspace has no state to decode; write it first")
             self._decoder.run()
             self._queue.device.copy_out(self._output.host, self._output.address, self._queue.stream)
             self._queue.set(self._finished)
@@ -216,7 +216,7 @@ class TensorRTCanvas:
     def _decoded_by_now(self, look: Callable[[], Array]) -> Array:
         self._check_open()
         if not self._decoded:
-            raise EngineError("the canvas has no pixels before `decode`")
+            raise EngineError("the workspace has no pixels before `decode`")
         self._queue.reach(self._end_of_picture())
         with self._queue.lock:
             self._check_open()
@@ -233,7 +233,7 @@ class TensorRTCanvas:
             self._check_open()
             resident = self._resident(STATE if name == PREVIOUS else name)
             if not resident.held or (name == PREVIOUS and not self._advanced):
-                raise EngineError(f"{name} was not written to the canvas")
+                raise EngineError(f"{name} was not written to the workspace")
             shape, dtype = resident.held_shape, np.dtype(resident.tensor.dtype)
             block = self._inbox[: int(np.prod(shape)) * dtype.itemsize]
             address = self._previous if name == PREVIOUS else resident.address
@@ -271,7 +271,7 @@ class TensorRTCanvas:
             self._queue.reach(self._ticks[-1 - behind])
 
     def wipe(self) -> None:
-        """Make the canvas as good as new: nothing written, no marks."""
+        """Make the workspace as good as new: nothing written, no marks."""
         with self._queue.lock:
             self._check_open()
             self._idle_ticks += self._ticks
@@ -291,7 +291,7 @@ class TensorRTCanvas:
     def warm_up(self) -> dict[str, float]:
         """Run everything once, so that graphs are recorded, then once more; return the device's seconds by pass.
 
-        It leaves the canvas as good as new.
+        It leaves the workspace as good as new.
         """
         with self._queue.lock:
             for run in self._passes:
@@ -304,7 +304,7 @@ class TensorRTCanvas:
             return dict(zip((run.name for run in self._passes), self.elapsed(), strict=True))
 
     def close(self, reason: str = "is closed; open the bundle again") -> None:
-        """Wait for the queue and free what the canvas holds. Closing twice is closing once."""
+        """Wait for the queue and free what the workspace holds. Closing twice is closing once."""
         with self._queue.lock:
             if self._closed:
                 return

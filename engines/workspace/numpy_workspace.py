@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.canvas.contract import CanvasShape, ImmediateCanvas, StageInput, no_decoder, sums_of_squares
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import (
@@ -23,6 +22,13 @@ from latentrt.engines.tensor_names import (
     hint_of,
     is_residual,
     level_axes,
+)
+from latentrt.engines.workspace.contract import (
+    ImmediateWorkspace,
+    StageInput,
+    WorkspaceShape,
+    no_decoder,
+    sums_of_squares,
 )
 
 
@@ -48,8 +54,8 @@ def split_control(control: Array, state_rows: int) -> Control:
     )
 
 
-class HostCanvas(ImmediateCanvas):
-    """A canvas on which every call is done when it returns. It implements `Canvas`.
+class NumpyWorkspace(ImmediateWorkspace):
+    """A workspace on which every call is done when it returns. It implements `Workspace`.
 
     engines: text_encoder, the denoisers, decoders and ControlNets, each with its canonical inputs
     state_rows: what the sampler's plan needs; there is no larger state to carry
@@ -61,7 +67,7 @@ class HostCanvas(ImmediateCanvas):
         self,
         engines: Mapping[str, Engine],
         space: LatentSpec,
-        shape: CanvasShape,
+        shape: WorkspaceShape,
         *,
         state_rows: int,
         denoiser: str = UNET,
@@ -145,7 +151,7 @@ class HostCanvas(ImmediateCanvas):
         try:
             return self._written[name]
         except KeyError:
-            raise EngineError(f"{name} was not written to the canvas before it was needed") from None
+            raise EngineError(f"{name} was not written to the workspace before it was needed") from None
 
     def decode(self) -> None:
         """Run the decoder on the first row of the state."""
