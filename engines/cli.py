@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from latentrt.engines.build import build_engines, engines_at
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
+from latentrt.engines.cli_types import Many, Size
 from latentrt.engines.open import choose, choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.tensor_names import STATE_ROWS
@@ -29,40 +29,10 @@ from latentrt.engines.verify.verify import verify as verify_bundle
 MB = 1e6
 
 
-class _Numbers(click.ParamType[tuple[int, ...]]):
-    """Numbers between commas: `1,2,4`."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(int(number) for number in value.split(","))
-        except ValueError:
-            self.fail(f"found '{value}', expected numbers between commas, as in 1,2", param, ctx)
-
-
-class _Sizes(click.ParamType[tuple[tuple[int, int], ...]]):
-    """Sizes in pixels between commas: `512x512,768x512`."""
-
-    name = "sizes"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[tuple[int, int], ...]:
-        if isinstance(value, tuple):
-            return value
-        pairs = [re.fullmatch(r"(\d+)x(\d+)", size) for size in value.split(",")]
-        if not all(pairs):
-            self.fail(f"found '{value}', expected sizes between commas, as in 512x512,768x512", param, ctx)
-        return tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
-
-
 _SHAPE_OPTIONS = (
-    click.option("--size", "sizes", type=_Sizes(), default=(), help="Pixels, e.g. 512x512,768x512."),
-    click.option("--batch", "batches", type=_Numbers(), default=(1,), help="Pictures drawn at once, e.g. 1,2,4."),
-    click.option("--tokens", type=_Numbers(), default=(), help="Lengths of the prompt's encoding."),
+    click.option("--size", "sizes", type=Many(Size(), "512x512,768x512"), default=(), help="Pixels."),
+    click.option("--batch", "batches", type=Many(click.INT, "1,2,4"), default=(1,), help="Pictures drawn at once."),
+    click.option("--tokens", type=Many(click.INT, "77,154"), default=(), help="Lengths of the prompt's encoding."),
     click.option("--compute-capability", metavar="8.9", help="GPU type to build for where there is no GPU."),
     click.option("--optimization-level", type=int, help="0 to 5: how long the compiler searches."),
     click.option("--workspace-mb", type=int, help="Scratch memory that one layer may use."),

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from latentrt.engines.bundle.files import Bundle, disk_errors
+from latentrt.engines.cli_types import Size
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.engines.spec import Array
@@ -24,7 +25,6 @@ from latentrt.runtime.cli_options import (
     SAMPLING,
     STARTS,
     Key,
-    Size,
     TextCommand,
     options_of,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from latentrt.engines.cli_types import Many
 from latentrt.engines.lora.file import split_strength
 from latentrt.runtime.request import DECODERS, NOISES, Control, KeyFrame, Lora
 from latentrt.runtime.sampling.guidance import ALWAYS
@@ -57,30 +58,6 @@ def options_first(arguments: Sequence[str], params: Sequence[click.Parameter]) -
 def _spaced(argument: str) -> bool:
     """Tell whether there is a space where an option's name would be."""
     return any(sign.isspace() for sign in argument.partition("=")[0])
-
-
-class Size(click.ParamType[tuple[int, int]]):
-    """`512x768` or `512`: width and height in pixels."""
-
-    name = "WIDTHxHEIGHT"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", str(value))
-        if found is None:
-            self.fail(f"'{value}' is not a size; write it as 512x768", param, ctx)
-        return int(found[1]), int(found[2] or found[1])
-
-
-class Numbers(click.ParamType[tuple[float, ...]]):
-    """Numbers between commas: `999,500,10`."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        try:
-            return tuple(float(number) for number in str(value).split(","))
-        except ValueError:
-            self.fail(f"found '{value}', expected numbers between commas, as in 999,500,10", param, ctx)
 
 
 class Key(click.ParamType[KeyFrame]):
@@ -149,8 +126,10 @@ SAMPLING = (
     click.option("--spacing", default=None, help=f"Of the steps: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."),
     click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1, for ddim and tcd."),
     click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, leaving noise."),
-    click.option("--timesteps", type=Numbers(), default=None, help="What to tell the model, e.g. 999,700,300."),
-    click.option("--sigmas", type=Numbers(), default=None, help="Noise over picture, ending with 0."),
+    click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="What to tell the model."),
+    click.option(
+        "--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise over picture, ending with 0."
+    ),
     click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
     click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),

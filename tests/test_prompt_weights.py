@@ -41,7 +41,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     spec = write_tokenizer(read_tokenizer(DEMO / "tokenizer"), folder, "tokenizer.json")
     names = ["last_hidden_state", "pooler_output", "skipped_hidden_states"]
     tokenizer = PromptTokenizer(folder / spec.file, spec)
-    return TextEncoder(tokenizer, lambda inputs: modules.run(module, inputs, names), SPEC, cache_entries=0)
+    return TextEncoder(tokenizer, lambda inputs: modules.run(module, inputs, names), SPEC, cache_bytes=0)
 
 
 @pytest.fixture(scope="module")

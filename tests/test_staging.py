@@ -37,7 +37,7 @@ from latentrt.engines.verify.verify import verify
 HOLD = """
 import sys, time
 from pathlib import Path
-from latentrt.engines.staging import staged
+from latentrt.engines.bundle.staging import staged
 with staged(Path(sys.argv[1]), sys.argv[2]) as directory:
     (directory / "half").write_text("work")
     print("held", flush=True)
@@ -151,7 +151,7 @@ def test_the_next_one_takes_over_from_a_killed_process(tmp_path: Path, processes
 def test_a_file_is_whole_or_as_before(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("old")
-    partial(file, "file").write_text("what a killed process left")
+    (tmp_path / ".file.part").write_text("what a killed process left")
     with pytest.raises(ValueError), staged_file(file) as beside:
         beside.write_text("half")
         raise ValueError

@@ -182,11 +182,25 @@ def record_tree(root: Path) -> Mapping[str, FileRecord]:
 def write_manifest(root: Path, manifest: Manifest | EngineRecord) -> None:
     """Write manifest.json, or engine.json for an engine record, in one step."""
     name = MANIFEST if isinstance(manifest, Manifest) else ENGINE_RECORD
-    with disk_errors(root):
-        beside = root / f".{name}.part"
+    with disk_errors(root), atomic_write(root / name) as beside:
         beside.write_text(manifest_to_json(manifest), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give the path beside a file at which it is written; flushed to the disk, it takes its place when the block ends.
+
+    A block that fails, or a process that is killed, leaves what was there. The folder is made. Two that write the same
+    file at once must not: `staging.staged_file` lets them wait. Raises OSError: wrap it in `disk_errors`.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield beside
         sync(beside)
-        beside.replace(root / name)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from latentrt.engines.bundle.files import disk_errors, sync
+from latentrt.engines.bundle.files import atomic_write, disk_errors, sync
 
 PARTIAL = ".partial-"
 LOCK = ".lock"
@@ -68,13 +68,8 @@ def staged_file(target: Path) -> Iterator[Path]:
 
     Another one that writes the same file waits. Raises OSError.
     """
-    path = partial(target, "file")
-    with claimed(path):
-        try:
-            yield path
-            path.replace(target)
-        finally:
-            path.unlink(missing_ok=True)
+    with claimed(partial(target, "file")), atomic_write(target) as beside:
+        yield beside
 
 
 def publish(directory: Path, target: Path, *, overwrite: bool = False) -> None:

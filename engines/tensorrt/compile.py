@@ -242,6 +242,6 @@ def attach_timing_cache(config: Any, file: Path) -> None:
 def save_timing_cache(config: Any, file: Path) -> None:
     """Write what is known now in one step. Of two builds that share a file the last one's knowledge stays."""
     with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)  # for the lock
         with staged_file(file) as beside:
             beside.write_bytes(config.get_timing_cache().serialize())

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from latentrt.engines.bundle.files import atomic_write
 from latentrt.export.demo.autoencoder import FACTOR, SCALING, make_autoencoder, patch_statistics
 from latentrt.export.demo.drawing import Pixels, draw_scene, random_scene
 
@@ -35,8 +36,8 @@ class DecoderState:
         """Write the state so that an interrupted write leaves the old file."""
         parts = {"vae": self.vae, "average": self.average, "optimizer": self.optimizer}
         contents = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
-        torch.save(contents, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        with atomic_write(path) as beside:
+            torch.save(contents, beside)
 
     def load(self, path: Path) -> None:
         """Go on where a file stopped."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from latentrt.engines.bundle.files import atomic_write
 from latentrt.export.demo.dataset import ATTRIBUTES, UNSAID, Examples
 from latentrt.export.demo.tokens import CONTEXT
 
@@ -135,8 +136,8 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
-        torch.save(contents, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        with atomic_write(path) as beside:
+            torch.save(contents, beside)
 
     def load(self, path: Path) -> None:
         """Go on where a file stopped."""

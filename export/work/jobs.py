@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import shutil
 import sys
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from latentrt.engines.bundle.files import disk_errors, record_file
+from latentrt.engines.bundle.files import atomic_write, disk_errors, record_file
 from latentrt.engines.bundle.manifest import FileRecord
 from latentrt.engines.bundle.parsing import ParseError, parse, read_document
 from latentrt.engines.bundle.weight_map import graph_record, write_weights
@@ -332,9 +331,8 @@ def peak_rss_bytes() -> int:
 
 def _write_marker(root: Path, name: str, finished: Finished) -> None:
     marker = root / MARKERS / f"{name}.json"
-    beside = marker.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(dataclasses.asdict(finished)), encoding="utf-8")
-    beside.replace(marker)
+    with atomic_write(marker) as beside:
+        beside.write_text(json.dumps(dataclasses.asdict(finished)), encoding="utf-8")
 
 
 def _parse_marker(marker: Path) -> Finished:

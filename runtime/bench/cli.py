@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import click
 
+from latentrt.engines.cli_types import Many, Size
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
@@ -22,51 +22,22 @@ from latentrt.runtime.bench.report.text import comparison_text, markdown, report
 from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
 
 File = click.Path(path_type=Path)
-
-
-class Many(click.ParamType[tuple[Any, ...]]):
-    """Values between commas, each read by `kind`: `1,2,4`."""
-
-    def __init__(self, kind: Any, example: str) -> None:
-        self.name = example
-        self._kind = kind
-        self._example = example
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            found = tuple(self._kind(part.strip()) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"found '{value}', expected values between commas, as in {self._example}", param, ctx)
-        return found
-
-
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if found is None:
-        raise ValueError(text)
-    return int(found[1]), int(found[2] or found[1])
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+POSITIVE = click.IntRange(min=1)
 
 
 @click.command()
 @click.argument("bundle", required=False)
-@click.option("--size", "sizes", type=Many(_size, "256x256,512x512"), default=(), help="Default: the checkpoint's own.")
-@click.option("--batch", "batches", type=Many(_positive, "1,4"), default=(1,), help="Pictures drawn at once.")
-@click.option("--steps", type=Many(_positive, "4,20"), default=(20,), help="Default: 20.")
-@click.option("--sampler", "samplers", type=Many(str, "euler,dpmpp_2m_karras"), default=(None,), help="Default: own.")
-@click.option("--guidance", "guidances", type=Many(float, "1,7.5"), default=(7.5,), help="Default: 7.5.")
-@click.option("--backend", "backends", type=Many(str, "cpu,cuda"), default=("auto",), help="Default: auto.")
 @click.option(
-    "--threads", type=Many(_positive, "1,2"), default=(None,), help="CPU threads. Default: the backend's own."
+    "--size", "sizes", type=Many(Size(), "256x256,512x512"), default=(), help="Default: the checkpoint's own."
 )
+@click.option("--batch", "batches", type=Many(POSITIVE, "1,4"), default=(1,), help="Pictures drawn at once.")
+@click.option("--steps", type=Many(POSITIVE, "4,20"), default=(20,), help="Default: 20.")
+@click.option(
+    "--sampler", "samplers", type=Many(click.STRING, "euler,dpmpp_2m_karras"), default=(None,), help="Default: own."
+)
+@click.option("--guidance", "guidances", type=Many(click.FLOAT, "1,7.5"), default=(7.5,), help="Default: 7.5.")
+@click.option("--backend", "backends", type=Many(click.STRING, "cpu,cuda"), default=("auto",), help="Default: auto.")
+@click.option("--threads", type=Many(POSITIVE, "1,2"), default=(None,), help="CPU threads. Default: the backend's own.")
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="At most.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="For rounds, at most.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from latentrt.engines.bundle.files import disk_errors
+from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.engines.bundle.parsing import ParseError, parse
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.bench.machine import Conditions, Machine
@@ -174,11 +174,8 @@ def write_report(report: Report, path: Path) -> None:
 
 def write_text(text: str, path: Path) -> None:
     """Write a text file in one step, with its folder. Raises BundleError."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.part")
+    with disk_errors(path), atomic_write(path) as beside:
         beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
 
 
 def read_report(path: Path) -> Report:

@@ -6,12 +6,12 @@ import hashlib
 import math
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from cachetools import LRUCache
 
 from latentrt.engines.bundle.files import Bundle, hash_file
 from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
@@ -52,7 +52,7 @@ class Loras:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._files: OrderedDict[tuple[State, ...], _Read] = OrderedDict()
+        self._files: LRUCache[tuple[State, ...], _Read] = LRUCache(KEPT_FILES)
         self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
         self._lock = threading.Lock()
 
@@ -121,12 +121,11 @@ class Loras:
         config = path.with_name(PEFT_CONFIG)  # which says how strong PEFT's own files are
         files = [path, *([config] if config.is_file() else [])]
         key = tuple(_state(file) for file in files)
-        if key not in self._files:
-            self._files[key] = _Read(lora=read_lora(path), digest=_digest([hash_file(file) for file in files]))
-        self._files.move_to_end(key)
-        while len(self._files) > KEPT_FILES:
-            self._files.popitem(last=False)
-        return self._files[key]
+        read = self._files.get(key)
+        if read is None:
+            read = _Read(lora=read_lora(path), digest=_digest([hash_file(file) for file in files]))
+            self._files[key] = read
+        return read
 
 
 def _state(file: Path) -> State:

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
-from latentrt.engines.bundle.files import disk_errors
+from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array
 
@@ -46,14 +46,8 @@ def save_movie(frames: Iterable[Array], path: Path, *, fps: float = 8.0, loop: b
     Raises what `check_movie` raises, RequestError on no frames or frames of two sizes, BundleError on a full disk.
     """
     check_movie(path, fps=fps)
-    beside = path.with_name(f".{path.name}.part")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            WRITERS[path.suffix.lower()](_checked(frames), beside, fps, loop)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+    with disk_errors(path), atomic_write(path) as beside:
+        WRITERS[path.suffix.lower()](_checked(frames), beside, fps, loop)
 
 
 def require_av() -> ModuleType:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL.PngImagePlugin import PngInfo
 
-from latentrt.engines.bundle.files import disk_errors
+from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.runtime.sampling.catalogue import OWN, SAMPLERS, find
 
 if TYPE_CHECKING:
@@ -20,11 +20,8 @@ def save_png(image: Image, path: Path, settings: Settings, seed: int) -> None:
     """Write one picture with its settings, in one step: a killed run leaves no half picture. Raises BundleError."""
     info = PngInfo()
     info.add_itxt("parameters", parameters(settings, seed))
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.part")
+    with disk_errors(path), atomic_write(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
-        beside.replace(path)
 
 
 def parameters(settings: Settings, seed: int) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from cachetools import LRUCache
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array, EngineSpec
@@ -58,7 +59,6 @@ class TextEncoder:
         *,
         skip: int = 0,
         pooled: str | None = None,
-        cache_entries: int = 1024,
         cache_bytes: int = 256 << 20,
     ) -> None:
         """Wrap a text encoder.
@@ -66,13 +66,13 @@ class TextEncoder:
         run, spec: the engine, or what calls it, which no one else does meanwhile; and the engine's spec
         skip: how many of its last layers the UNet never reads; a prompt's clip_skip comes on top
         pooled: the output that stands for a whole text
-        cache_entries, cache_bytes: how much is remembered; what was not used for longest is forgotten first
+        cache_bytes: how much is remembered; what was not used for longest is forgotten first
         """
         self._plain = tokenizer
         self._rows, self._skip = RowEncoder(run, spec, pooled=pooled), skip
         self._words = _Words(tokenizer=tokenizer)
         self.weights = ""  # names those that the engine has now, if they are not the base's
-        self._cache = Cache(cache_entries, cache_bytes)
+        self._cache = Cache(cache_bytes)
         self._lock = threading.Lock()
 
     def __call__(self, prompts: Sequence[Prompt]) -> Array:
@@ -207,38 +207,25 @@ def _assemble(chunks: Sequence[Chunk], states: Array, places: Mapping[Ids, int])
 class Cache:
     """Encodings by key. When one too many is put in, what was not asked for longest goes. Safe for many threads."""
 
-    def __init__(self, entries: int, size: int) -> None:
-        """Hold at most so many, of at most so many bytes together."""
-        self._entries, self._bytes, self._used = entries, size, 0
-        self._kept: OrderedDict[Hashable, Encoding] = OrderedDict()
+    def __init__(self, size: int) -> None:
+        """Hold encodings of at most so many bytes together."""
+        self._kept: LRUCache[Hashable, Encoding] = LRUCache(size, getsizeof=lambda encoding: encoding.nbytes)
         self._lock = threading.Lock()
 
     def get(self, key: Hashable) -> Encoding | None:
         """Return an encoding, and count it as the one asked for last."""
         with self._lock:
-            encoding = self._kept.get(key)
-            if encoding is not None:
-                self._kept.move_to_end(key)
-            return encoding
+            return self._kept.get(key)
 
     def put(self, key: Hashable, encoding: Encoding) -> None:
         """Keep an encoding, or not if it is larger than all there is room for."""
-        with self._lock:
-            self._drop(key)
+        with self._lock, contextlib.suppress(ValueError):
             self._kept[key] = encoding
-            self._used += encoding.nbytes
-            while len(self._kept) > self._entries or self._used > self._bytes:
-                self._drop(next(iter(self._kept)))
-
-    def _drop(self, key: Hashable) -> None:
-        encoding = self._kept.pop(key, None)
-        self._used -= 0 if encoding is None else encoding.nbytes
 
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
             self._kept.clear()
-            self._used = 0
 
 
 IDS, STATES = "input_ids", "last_hidden_state"
