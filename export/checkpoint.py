@@ -11,14 +11,14 @@ from typing import Any
 from latentrt.engines.bundle.files import hash_file
 from latentrt.engines.bundle.manifest import Family, LatentSpec, Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import PREFIX
+from latentrt.engines.tensor_names import PREFIX, SIZES
 from latentrt.export.additions.controlnets import add_controlnets, per_level
 from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.replace import replace_unet, replace_vae
 from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
 from latentrt.export.configs.defaults import complete, require_levels
-from latentrt.export.configs.families import ACTIVATIONS
+from latentrt.export.configs.families import FAMILIES
 from latentrt.export.configs.published import DEFAULT_SAMPLE_SIZE, sample_size
 from latentrt.export.configs.schedule import training_schedule
 from latentrt.export.graphs.normalised_latents import Affine, read_normalising
@@ -31,9 +31,7 @@ from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
-# Whose pipelines in diffusers take a side below 64 latents for a mistake where this or an older version wrote it.
-ENLARGED: frozenset[Family] = frozenset(("sd1", "sd2"))
-ENLARGED_BEFORE = (0, 9, 0)
+ENLARGED_BEFORE = (0, 9, 0)  # diffusers' version, see `FamilyRow.enlarges`
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -177,12 +175,13 @@ def locate(name: str, *, revision: str | None = None) -> Path:
 def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
     unet = configs["unet"]
     texts = {name: configs[name] for name in TEXT_ENCODERS if name in configs}
+    activations = [row.activation for row in FAMILIES.values() if row.activation]
     for name, text in texts.items():
         kinds, activation = text.get("architectures") or CLIP_MODELS, text["hidden_act"]
-        if activation not in ACTIVATIONS or not set(kinds) & set(CLIP_MODELS):
+        if activation not in activations or not set(kinds) & set(CLIP_MODELS):
             raise CheckpointError(
                 f"{root}/{name}/config.json: found {kinds} with hidden_act '{activation}', expected "
-                f"{' or '.join(CLIP_MODELS)} with one of {', '.join(ACTIVATIONS)}; this family is not supported"
+                f"{' or '.join(CLIP_MODELS)} with one of {', '.join(activations)}; this family is not supported"
             )
     width = sum(text["hidden_size"] for text in texts.values())
     if set(per_level(unet["cross_attention_dim"], 1)) != {width}:
@@ -190,19 +189,17 @@ def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
             f"{root}: the text {'encoder is' if len(texts) == 1 else 'encoders are'} {width} wide but the UNet's "
             f"cross_attention_dim is {unet['cross_attention_dim']}; they are not of one checkpoint"
         )
-    if unet["addition_embed_type"] == "text_time":
-        if "text_encoder_2" not in texts:
-            raise CheckpointError(
-                f"'{root}' was recognised as Stable Diffusion XL by its UNet and holds no text_encoder_2; "
-                "download the whole checkpoint"
-            )
-        return "sdxl" if "text_encoder" in texts else "sdxl_refiner"
-    if list(texts) != ["text_encoder"]:
+    sized = unet["addition_embed_type"] == "text_time"
+    told = [family for family, row in FAMILIES.items() if row.sized == sized]
+    fitting = [family for family in told if FAMILIES[family].networks == tuple(texts)]
+    if not fitting:
+        expected = " or ".join(" and ".join(names) for names in dict.fromkeys(FAMILIES[f].networks for f in told))
         raise CheckpointError(
-            f"{root}: its UNet's config names no addition_embed_type and is for one text encoder, and found "
-            f"{' and '.join(texts) or 'none'}; this family is not supported"
+            f"{root}: found {' and '.join(texts) or 'no text encoder'} beside a UNet whose addition_embed_type is "
+            f"{unet['addition_embed_type']}, expected {expected}; download the whole checkpoint"
         )
-    return ACTIVATIONS[texts["text_encoder"]["hidden_act"]]
+    first = next(iter(texts.values()))["hidden_act"]
+    return next(family for family in fitting if FAMILIES[family].activation in (None, first))
 
 
 def _latents(parts: Parts) -> LatentSpec:
@@ -227,7 +224,7 @@ def _default_size(unet: Mapping[str, Any], family: Family, prediction: Predictio
     if given is None:  # they draw nothing then
         given = sample_size(family, prediction)
     version = tuple(int(part) for part in re.findall(r"\d+", str(unet.get("_diffusers_version", "")))[:3])
-    if isinstance(given, int) and family in ENLARGED and () < version < ENLARGED_BEFORE:
+    if isinstance(given, int) and FAMILIES[family].enlarges and () < version < ENLARGED_BEFORE:
         given = max(given, DEFAULT_SAMPLE_SIZE)
     height, width = per_level(given, 2)
     return width * factor, height * factor
@@ -269,11 +266,17 @@ def _residuals(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:
-    """Return how many numbers of sizes a UNet takes beside the pooled text: 6 for SDXL, 5 for its refiner."""
+    """Return how many numbers of sizes a UNet takes beside the pooled text. Raises CheckpointError."""
     told, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
     if told is None or width is None or told <= pooled or (told - pooled) % width:
         raise CheckpointError(
             f"the UNet's config $.projection_class_embeddings_input_dim: found {told}, expected the text's {pooled} "
             f"and a multiple of addition_time_embed_dim, which is {width}; restore the config"
         )
-    return int((told - pooled) // width)
+    numbers = int((told - pooled) // width)
+    if numbers not in SIZES:
+        raise CheckpointError(
+            f"the UNet takes {numbers} numbers of sizes beside the text, expected 6 (SDXL) or 5 (its refiner); "
+            "this kind of UNet is not supported"
+        )
+    return numbers

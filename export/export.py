@@ -22,20 +22,21 @@ from latentrt.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     ComponentSpec,
-    Family,
+    DenoiserSpec,
     Manifest,
     Provenance,
-    TextSpec,
 )
 from latentrt.engines.bundle.staging import publish, staged, sweep
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
-from latentrt.export.additions.refiner import add_refiner, refiner_spec
+from latentrt.engines.tensor_names import SIZES
+from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
+from latentrt.export.configs.families import FAMILIES
 from latentrt.export.graphs.optimum import write_configs
 from latentrt.export.graphs.preview import PreviewFit, fit_preview
-from latentrt.export.networks.components import row_of
+from latentrt.export.networks.components import DENOISER, REFINER, component_of, row_of
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.sources.parts import Recipe, Source, Twin
@@ -62,15 +63,6 @@ TOOLS: Mapping[Source, tuple[str, ...]] = {
     "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"),
     "onnx": ("transformers", "onnx", "onnxruntime", "tokenizers"),
 }
-# What the UNet takes of each text encoder. SDXL's read the layer before the last, whose states have had no norm.
-_POOLED = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
-TEXT_ENCODERS: Mapping[Family, tuple[TextSpec, ...]] = {
-    "sd1": (TextSpec(),),
-    "sd2": (TextSpec(),),
-    "sdxl": (TextSpec(skip=1), _POOLED),
-    "sdxl_refiner": (_POOLED,),
-}
-
 TWINS = ("text_encoder_2",)  # what a refiner reads of the checkpoint's own, and must have the same weights of
 
 
@@ -226,7 +218,7 @@ def _components(
 
 def _networks(checkpoint: Checkpoint) -> dict[str, Path | Recipe]:
     """Return where each network's weights are, the refiner's included."""
-    further = {"refiner": checkpoint.refiner.networks["unet"]} if checkpoint.refiner else {}
+    further = {REFINER: checkpoint.refiner.networks[DENOISER]} if checkpoint.refiner else {}
     return {**checkpoint.networks, **further}
 
 
@@ -244,7 +236,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         recipe=recipe,
         root=str(staged.resolve()),
         precision=precision,
-        dimensions=refiner.dimensions if refiner and component == "refiner" else checkpoint.dimensions,
+        dimensions=refiner.dimensions if refiner and component == REFINER else checkpoint.dimensions,
         scaling_factor=checkpoint.latents.scaling_factor,
         affine=checkpoint.normalising.get(component),
         twin=twin,
@@ -280,24 +272,37 @@ def _manifest(
         family=checkpoint.family,
         precision=precision,
         provenance=provenance,
-        components={name: _component_spec(component) for name, component in finished.items()},
+        components={name: _component_spec(name, component) for name, component in finished.items()},
         tokenizers=specs,
         schedule=checkpoint.schedule,
         latents=dataclasses.replace(checkpoint.latents, preview=preview.weights),
         default_size=checkpoint.default_size,
         files=dict(sorted(files.items())),
-        text_encoders=TEXT_ENCODERS[checkpoint.family],
-        zero_negative=checkpoint.zero_negative,
-        refiner=refiner_spec(checkpoint.refiner, TEXT_ENCODERS["sdxl_refiner"]) if checkpoint.refiner else None,
+        denoisers=_denoisers(checkpoint),
     )
+
+
+def _denoisers(checkpoint: Checkpoint) -> dict[str, DenoiserSpec]:
+    """Say what each denoiser is told, the one that draws first."""
+    refiner = {REFINER: checkpoint.refiner} if checkpoint.refiner else {}
+    return {
+        name: DenoiserSpec(
+            text_encoders=FAMILIES[one.family].text_encoders,
+            zero_negative=one.zero_negative,
+            sizes=SIZES.get(one.dimensions["size_numbers"], ()),
+        )
+        for name, one in {DENOISER: checkpoint, **refiner}.items()
+    }
 
 
 def _producer() -> str:
     return f"latentrt {__version__}"
 
 
-def _component_spec(finished: Finished) -> ComponentSpec:
+def _component_spec(name: str, finished: Finished) -> ComponentSpec:
+    row = component_of(name)
     return ComponentSpec(
+        role=row.role,
         files=finished.graph_files,
         golden=finished.golden,
         inputs=finished.inputs,
@@ -307,6 +312,8 @@ def _component_spec(finished: Finished) -> ComponentSpec:
         error=finished.error,
         float32_layers=finished.float32_layers,
         largest_activation=finished.largest_activation,
+        of=DENOISER if row.control else None,
+        control=row.control,
     )
 
 

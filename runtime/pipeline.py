@@ -20,7 +20,6 @@ from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import DeadlineError, EngineError
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.open import OpenEngines, open_engines
-from latentrt.engines.tensor_names import PREFIX, REFINER, UNET
 from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.draw.animation import Frame, batches, frame_draw, frame_rows, frames_between
 from latentrt.runtime.draw.draw import Drawing, Source, stream
@@ -310,11 +309,7 @@ def _ordinary(manifest: Manifest) -> Request:
 
 def _needed(bundle: Bundle) -> tuple[str, ...]:
     """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
-    texts, refiner = bundle.manifest.text_encoders, bundle.manifest.refiner
-    controlnets = (name for name in bundle.manifest.components if name.startswith(PREFIX))
-    further = (*controlnets, *((REFINER,) if refiner else ()))
-    decoders = (name for name in DECODERS.values() if name in bundle.manifest.components)
-    return (*(text.component for text in texts), UNET, *further, *decoders)
+    return bundle.manifest.of_role("text_encoder", "denoiser", "controlnet", *DECODERS.values())
 
 
 def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None:

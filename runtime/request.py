@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import DECODER, TINY_DECODER
 from latentrt.runtime.images.read import Source
 from latentrt.runtime.sampling.guidance import ALWAYS
 from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
@@ -196,7 +196,7 @@ class KeyFrame:
 
 
 DecoderName = Literal["full", "tiny"]
-DECODERS: Mapping[DecoderName, str] = {"full": DECODER, "tiny": TINY_DECODER}
+DECODERS: Mapping[DecoderName, Role] = {"full": "decoder", "tiny": "tiny_decoder"}
 NO_TINY = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
 
 

@@ -17,9 +17,11 @@ from latentrt.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
     ComponentSpec,
+    DenoiserSpec,
     LatentSpec,
     Manifest,
     Provenance,
+    Role,
     TokenizerSpec,
     TrainingSchedule,
     manifest_from_json,
@@ -31,7 +33,9 @@ from latentrt.engines.spec import TensorSpec
 
 def write_bundle(root: Path) -> Manifest:
     """Write the smallest directory that is a bundle: every file is there and says nothing."""
-    names = ("onnx/unet/model.onnx", "golden/unet.safetensors", "tokenizer/tokenizer.json")
+    components: dict[str, Role] = {"unet": "denoiser", "vae_decoder": "decoder", "vae_encoder": "encoder"}
+    graphs = {name: (f"onnx/{name}/model.onnx", f"golden/{name}.safetensors") for name in components}
+    names = (*(file for files in graphs.values() for file in files), "tokenizer/tokenizer.json")
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"the content of {name}")
@@ -42,15 +46,18 @@ def write_bundle(root: Path) -> Manifest:
         precision="fp32",
         provenance=Provenance(checkpoint="none", files={}, tools={}),
         components={
-            "unet": ComponentSpec(
-                files=(names[0],),
-                golden=names[1],
+            name: ComponentSpec(
+                role=role,
+                files=(graphs[name][0],),
+                golden=graphs[name][1],
                 inputs=(TensorSpec(name="sample", dtype="float32", shape=("batch", 4, "height", "width")),),
                 outputs=(TensorSpec(name="out_sample", dtype="float32", shape=("batch", 4, "height", "width")),),
                 weights_bytes=12,
             )
+            for name, role in components.items()
         },
-        tokenizers={"tokenizer": TokenizerSpec(file=names[2], max_length=77, begin_id=0, end_id=1, pad_id=1)},
+        denoisers={"unet": DenoiserSpec(text_encoders=())},
+        tokenizers={"tokenizer": TokenizerSpec(file=names[-1], max_length=77, begin_id=0, end_id=1, pad_id=1)},
         schedule=TrainingSchedule(
             num_train_timesteps=1000,
             beta_start=0.00085,
@@ -93,7 +100,7 @@ def test_every_file_of_a_whole_bundle_passes_both_checks(root: Path) -> None:
 
 def test_a_manifest_from_the_future_is_refused_by_its_version_alone(root: Path) -> None:
     edit(root, schema_version=SCHEMA_VERSION + 1, something_new=True)
-    with pytest.raises(BundleError, match=r"schema version 2.*reads up to 1; upgrade latentrt"):
+    with pytest.raises(BundleError, match=r"schema version 3.*reads up to 2; upgrade latentrt"):
         Bundle.open(root)
 
 

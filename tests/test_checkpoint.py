@@ -8,13 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from latentrt.engines.bundle.manifest import Family
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.configs.families import ACTIVATIONS
+from latentrt.export.configs.families import FAMILIES
 from latentrt.export.configs.schedule import training_schedule
 from latentrt.export.sources import hub
 from latentrt.export.sources.weight_files import find_weights
@@ -144,7 +145,11 @@ OTHERS: list[tuple[str, Edit, str]] = [
     ("model_index.json", lambda d: d.update(transformer=["diffusers", "FluxTransformer2DModel"]), "Flux"),
     ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="WuerstchenDecoderPipeline"), "Wuerstchen"),
     ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="NewPipeline"), "recognised as NewPipeline"),
-    ("unet/config.json", lambda d: d.update(addition_embed_type="text_time"), "holds no text_encoder_2"),
+    (
+        "unet/config.json",
+        lambda d: d.update(addition_embed_type="text_time"),
+        "expected text_encoder and text_encoder_2",
+    ),
     ("unet/config.json", lambda d: d.update(addition_embed_type="image"), "a UNet with added embeddings"),
     ("unet/config.json", lambda d: d.update(class_embed_type="timestep"), "class embeddings"),
     ("unet/config.json", lambda d: d.update(in_channels=7), "expected 4, or 9 for inpainting"),
@@ -199,5 +204,8 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
     assert "the hub could not be reached" in refusal("someone/some-model")
 
 
-def test_every_family_has_an_activation() -> None:
-    assert set(ACTIVATIONS.values()) == {"sd1", "sd2"}
+def test_families_are_told_apart_by_what_a_checkpoint_holds() -> None:
+    assert set(FAMILIES) == set(get_args(Family))
+    marks = [(row.sized, row.networks, row.activation) for row in FAMILIES.values()]
+    assert len(set(marks)) == len(marks)
+    assert all(row.refines in (None, *FAMILIES) for row in FAMILIES.values())

@@ -275,7 +275,7 @@ def test_every_weight_of_a_checkpoint_is_found_in_the_graph_and_every_matrix_in_
     bundle = Bundle.open(root)
     (directory,) = bundle.engine_directories()
     shapes = weight_shapes(checkpoint)
-    for part in ("unet", *(text.component for text in bundle.manifest.text_encoders)):
+    for part in ("unet", *bundle.manifest.of_role("text_encoder")):
         expected = {
             key.removeprefix(f"{part}:").removeprefix("text_model."): shape
             for key, shape in shapes.items()

@@ -35,6 +35,7 @@ from tests.test_pipeline_images import left_half, photo
 from tests.tiny import save_tiny
 
 STEPS = 6
+PAIR = ("unet", "refiner")
 SAMPLERS = {"euler": diffusers.EulerDiscreteScheduler, "ddim": diffusers.DDIMScheduler}
 KINDS = {
     "euler": diffusers.EulerDiscreteScheduler,
@@ -159,7 +160,7 @@ def test_a_bundle_without_a_refiner_says_how_to_get_one(made: Make) -> None:
 def test_every_stage_has_one_denoiser_and_none_goes_back() -> None:
     plan = make_plan("heun", STABLE_DIFFUSION, steps=STEPS)
     for share in np.linspace(0.05, 0.95, 19):
-        legs = split(plan, float(share), train_timesteps=1000)
+        legs = split(plan, float(share), PAIR, train_timesteps=1000)
         assert [k for leg in legs for k in leg.stages] == list(range(plan.stages))
         assert legs[-1].denoiser == "refiner"
         assert all(plan.timesteps[k] < 1000 - 1000 * share + 0.5 for k in legs[-1].stages)
@@ -169,13 +170,13 @@ def test_every_stage_has_one_denoiser_and_none_goes_back() -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
     with pytest.raises(RequestError, match=r"refine_from: found .*, expected a share of the noise between 0 and 1"):
-        split(make_plan("euler", STABLE_DIFFUSION, steps=STEPS), share, train_timesteps=1000)
+        split(make_plan("euler", STABLE_DIFFUSION, steps=STEPS), share, PAIR, train_timesteps=1000)
 
 
 def test_a_switch_after_the_last_stage_is_refused() -> None:
     plan = make_plan("euler", STABLE_DIFFUSION, steps=2, spacing="trailing")
     with pytest.raises(RequestError, match=r"the last of 2 stages is at timestep 499, .* lower it, or take more steps"):
-        split(plan, 0.8, train_timesteps=1000)
+        split(plan, 0.8, PAIR, train_timesteps=1000)
 
 
 def test_an_image_that_keeps_most_is_drawn_by_the_refiner_alone(made: Make) -> None:

@@ -152,6 +152,8 @@ def test_a_picture_from_text_is_waited_for_once(pair: Pair) -> None:
         pair.device.forget()
         pair.compiled(**request_for(pair, prompt=f"a {word} square on a circle"))
     waits = pair.device.counted()["wait"]
-    one_encoder = len(pair.compiled.manifest.text_encoders) == 1  # what SDXL's two give is put together on the host
+    one_encoder = (
+        len(pair.compiled.manifest.of_role("text_encoder")) == 1
+    )  # what SDXL's two give is put together on the host
     assert waits == 1 if one_encoder and not repaints(pair) else waits > 1
     assert pair.device.counted()["synchronize"] == 0

@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from latentrt.engines.bundle.parsing import ParseError, decode, parse
+from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
+from latentrt.engines.tensor_names import SizeName
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a component or a tokenizer
@@ -22,6 +24,9 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a component or a tokenizer
 Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
+Role = Literal["text_encoder", "denoiser", "encoder", "decoder", "tiny_decoder", "controlnet", "adapter"]
+Join = Literal["width", "length"]
+STEERING: tuple[Role, ...] = ("controlnet", "adapter")  # what follows a picture, and adds to a denoiser
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +39,11 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComponentSpec:
-    """One network: its canonical graph, its golden pair, and what it takes and gives.
+    """One network: what it is, its canonical graph, its golden pair, and what it takes and gives.
 
+    role: what it is for; several components may have the same one
+    of: the denoiser that a ControlNet or an adapter adds to, None for all others
+    control: the name under which requests ask for a ControlNet or an adapter, None for all others
     files: the graph and its external data; the graph comes first
     weights: which initializer of the graph holds which of the checkpoint's weights, see `weights`; None where that is
         not known, and the weights cannot be changed later
@@ -46,6 +54,7 @@ class ComponentSpec:
         included; None in fp32 bundles, where nothing depends on it
     """
 
+    role: Role
     files: tuple[str, ...]
     golden: str
     inputs: tuple[TensorSpec, ...]
@@ -55,6 +64,8 @@ class ComponentSpec:
     error: float | None = None
     float32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
+    of: str | None = None
+    control: str | None = None
 
     @property
     def graph(self) -> str:
@@ -84,28 +95,34 @@ class TokenizerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpec:
-    """How one text encoder is read: its networks' outputs stand side by side in what the UNet attends to.
+    """How one text encoder is read, and how what it gives joins what the encoders before it gave.
 
     skip: how many of its last layers are left out unless a request says otherwise
-    pooled: the output that stands for the whole text, None where the UNet takes none of this encoder
+    pooled: the output that stands for the whole text, None where the denoiser takes none of this encoder; those of
+        several stand side by side
+    join: `width` stands its states beside those before it, `length` puts them after all of those; what is narrower
+        is filled up with zeros
     """
 
-    component: str = "text_encoder"
-    tokenizer: str = "tokenizer"
+    component: str
+    tokenizer: str
     skip: int = 0
     pooled: str | None = None
+    join: Join = "width"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RefinerSpec:
-    """How the component `refiner` is told of a text: it takes the place of `unet` in the last part of a plan.
+class DenoiserSpec:
+    """What one denoiser is told besides latents and timestep.
 
-    text_encoders: of the bundle's own, those that it takes, in their order
-    zero_negative: as in the manifest, of its own
+    text_encoders: in the order in which they join
+    zero_negative: zeros stand for a negative prompt that is not given; otherwise an empty one is encoded
+    sizes: what the numbers of its input `time_ids` are, empty where it has none
     """
 
     text_encoders: tuple[TextSpec, ...]
     zero_negative: bool = False
+    sizes: tuple[SizeName, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,9 +256,8 @@ class Manifest:
     """A bundle's table of contents.
 
     default_size: (width, height) in pixels
-    text_encoders: in the order in which the UNet takes what they give
-    zero_negative: zeros stand for a negative prompt that is not given; an empty one is encoded
-    refiner: what the component of that name takes of a text; None where there is none
+    denoisers: by component, in the order in which they take the stages of a plan: where there are two, the second
+        refines what the first draws
     """
 
     schema_version: int
@@ -255,9 +271,29 @@ class Manifest:
     latents: LatentSpec
     default_size: tuple[int, int]
     files: Mapping[str, FileRecord]
-    text_encoders: tuple[TextSpec, ...] = (TextSpec(),)
-    zero_negative: bool = False
-    refiner: RefinerSpec | None = None
+    denoisers: Mapping[str, DenoiserSpec]
+
+    def of_role(self, *roles: Role) -> tuple[str, ...]:
+        """Return the components of these roles, in the manifest's order; none where the bundle has none."""
+        return tuple(name for name, component in self.components.items() if component.role in roles)
+
+    def find(self, role: Role) -> str | None:
+        """Return the component of a role that a bundle has once, or None."""
+        return next(iter(self.of_role(role)), None)
+
+    @property
+    def denoiser(self) -> str:
+        """Return the component that draws from noise."""
+        return next(iter(self.denoisers))
+
+    @property
+    def refiner(self) -> str | None:
+        """Return the denoiser that may take the last stages of a plan, None where there is none."""
+        return next(iter(list(self.denoisers)[1:]), None)
+
+    def steering(self, control: str) -> str | None:
+        """Return the ControlNet or adapter that requests call so, None where there is none."""
+        return next((name for name, component in self.components.items() if component.control == control), None)
 
     def graphs_digest(self, *, latents: bool = False) -> str:
         """Return one SHA-256 over all canonical graphs and their weights, for engine keys.
@@ -329,7 +365,7 @@ def _decode(kind: type[T], content: bytes | str, *, where: str, mend: str) -> T:
             f"{where} has schema version {version}, this latentrt reads up to {SCHEMA_VERSION}; upgrade latentrt"
         )
     try:
-        return parse(kind, document)
+        return parse(kind, upgrade(document) if kind is Manifest else document)
     except ParseError as error:
         raise BundleError(f"{where} {error}; {mend}") from None
 
@@ -344,8 +380,8 @@ def _check_references(manifest: Manifest, *, where: str) -> None:
     named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
     named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
     named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
-    if manifest.refiner and "refiner" not in manifest.components:
-        raise BundleError(f"{where} $.refiner: there is no component 'refiner'; export the checkpoint again")
+    for fault in _role_faults(manifest):
+        raise BundleError(f"{where} {fault}; export the checkpoint again")
     for key, path in named:
         if path not in manifest.files:
             raise BundleError(f"{where} $.{key}: '{path}' is not among $.files; export the checkpoint again")
@@ -357,3 +393,28 @@ def _check_references(manifest: Manifest, *, where: str) -> None:
             f"{where} $.latents.preview: expected {manifest.latents.channels + 1} rows of red, green and blue; "
             "export the checkpoint again"
         )
+
+
+ONCE: Mapping[Role, tuple[int, ...]] = {"encoder": (1,), "decoder": (1,), "tiny_decoder": (0, 1)}
+
+
+def _role_faults(manifest: Manifest) -> Iterator[str]:
+    """Say where components, and what the manifest says of them, do not belong together."""
+    roles = {name: component.role for name, component in manifest.components.items()}
+    if set(manifest.of_role("denoiser")) != set(manifest.denoisers) or not manifest.denoisers:
+        yield f"$.denoisers: found {', '.join(manifest.denoisers)}, expected the components with the role denoiser"
+    for role, counts in ONCE.items():
+        if (number := len(manifest.of_role(role))) not in counts:
+            yield f"$.components: found {number} with the role {role}, expected one"
+    for name, spec in manifest.denoisers.items():
+        for text in spec.text_encoders:
+            if roles.get(text.component) != "text_encoder" or text.tokenizer not in manifest.tokenizers:
+                yield f"$.denoisers.{name}.text_encoders: there is no text encoder {text.component} with its tokenizer"
+        told = [tensor.shape[1] for tensor in manifest.components[name].inputs if tensor.name == "time_ids"]
+        if told != ([len(spec.sizes)] if spec.sizes else []):
+            yield f"$.denoisers.{name}.sizes: found {len(spec.sizes)} for an input time_ids of {told or 'no'} numbers"
+    for name, component in manifest.components.items():
+        steers = component.role in STEERING
+        if steers != (component.control is not None) or component.of not in (manifest.denoisers if steers else (None,)):
+            found = f"found it to steer {component.of} as {component.control}"
+            yield f"$.components.{name}: {found}, which does not fit the role {component.role}"

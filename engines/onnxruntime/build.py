@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import LatentSpec
+from latentrt.engines.bundle.manifest import LatentSpec, Role
 from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import EngineError
@@ -20,7 +20,7 @@ from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.locate_weights import GraphValues, places
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey, EngineSpec, TensorSpec
-from latentrt.engines.tensor_names import DECODERS, DENOISERS, PREFIX, STATE_ROWS
+from latentrt.engines.tensor_names import STATE_ROWS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -102,7 +102,8 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
         if not (provider == "cpu" and graphs.widen(model, files[0].parent, widened)):
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
-        model = _edit(model, component, bundle.manifest.latents, fused=provider in FUSED)
+        role = bundle.manifest.components[component].role
+        model = _edit(model, role, bundle.manifest.latents, fused=provider in FUSED)
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
@@ -116,17 +117,18 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
     return output.name, _spec(component, session)
 
 
-def _edit(model: ModelProto, component: str, latents: LatentSpec, *, fused: bool) -> ModelProto:
-    if component in DENOISERS and fused:
-        return fuse_stage(model)
-    if component.startswith(PREFIX) and fused:
-        return fuse_control(model)
-    if component in DECODERS:
+def _edit(model: ModelProto, role: Role, latents: LatentSpec, *, fused: bool) -> ModelProto:
+    if fused and role in FUSIONS:
+        return FUSIONS[role](model)
+    if role in ("decoder", "tiny_decoder"):
         graphs.append_pixel_tail(model)
         if fused:
             graphs.prepend_state_head(model, STATE_ROWS, latents)
     graphs.append_embedding_input(model)
     return model
+
+
+FUSIONS: Mapping[Role, Callable[[ModelProto], ModelProto]] = {"denoiser": fuse_stage, "controlnet": fuse_control}
 
 
 def save_graph(model: ModelProto, path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
-from latentrt.engines.tensor_names import DENOISERS, PREFIX
+from latentrt.engines.tensor_names import COND, HINT
 
 if TYPE_CHECKING:
     pass
@@ -129,9 +129,10 @@ def load(
         session_options.add_initializer(name, value)
     if changed:  # a packed copy of every matrix, changed or not, is what a session would keep beside the mapped file
         session_options.add_session_config_entry("session.disable_prepacking", "1")
-    if spec.component not in DENOISERS:  # runs once a picture: its threads must not spin while the UNet's work
+    names = {tensor.name for tensor in spec.inputs}
+    every_stage = bool(names & {"timestep", "control"})
+    if not every_stage or names & {COND, HINT}:  # its threads must not spin while the denoiser's work
         session_options.add_session_config_entry("session.force_spinning_stop", "1")
-    every_stage = spec.component in DENOISERS or spec.component.startswith(PREFIX)
     recorded = options.cuda_graph and provider == "cuda" and every_stage
     settings = {"enable_cuda_graph": "1"} if recorded else NO_SETTINGS
     return OnnxRuntimeEngine(_session(file, session_options, provider, settings), spec, weights=(values, changed))

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
-from latentrt.engines.tensor_names import COND, DENOISERS, EXTRA_EMBEDDINGS, HINT, PREFIX, control_width
+from latentrt.engines.tensor_names import COND, EXTRA_EMBEDDINGS, HINT, control_width
 
-STATE = "state"
+STATE, CONTROL = "state", "control"
 # What an input of the stage holds where it shall have no effect; any that is not named here holds zeros.
 NEUTRAL = {"keep_mask": 1.0}
 # The numbers of `stage.control_width` before the input row: timestep, rescaling, two weights of what is kept.
@@ -32,10 +32,10 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
         return _TextEncoder(engine)
     if STATE not in names:
         return engine
-    if engine.spec.component in DENOISERS:
-        return _Unet(engine, pictures)
-    if engine.spec.component.startswith(PREFIX):
+    if HINT in names:
         return _ControlNet(engine, pictures)
+    if CONTROL in names:
+        return _Unet(engine, pictures)
     return _Decoder(engine, space)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from latentrt.engines.bundle.manifest import RefinerSpec, TextSpec
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
+from latentrt.export.configs.families import FAMILIES
 from latentrt.export.options import CheckpointOptions
 
 # What of a training schedule a plan is made of: both denoisers follow one plan.
@@ -43,7 +43,7 @@ def add_refiner(base: Checkpoint, options: CheckpointOptions) -> Checkpoint:
 def _objections(base: Checkpoint, refiner: Checkpoint) -> list[str]:
     """Say what keeps the two from drawing one picture, a sentence each."""
     found = []
-    if base.family != "sdxl" or refiner.family != "sdxl_refiner":
+    if FAMILIES[refiner.family].refines != base.family:
         found.append(
             f"found a checkpoint of the family {refiner.family} beside one of {base.family}, "
             "expected SDXL's refiner beside SDXL"
@@ -63,8 +63,3 @@ def _files(refiner: Checkpoint) -> dict[str, Path]:
     """Name what the export reads of it: not its VAE, nor its vocabulary."""
     left_out = ("vae/", "tokenizer")
     return {f"refiner/{name}": path for name, path in refiner.files.items() if not name.startswith(left_out)}
-
-
-def refiner_spec(refiner: Checkpoint, text_encoders: tuple[TextSpec, ...]) -> RefinerSpec:
-    """Return what the manifest says of a refiner. text_encoders: those of its family."""
-    return RefinerSpec(text_encoders=text_encoders, zero_negative=refiner.zero_negative)

@@ -6,14 +6,82 @@ Names of models are what is printed; only what `engines.manifest.Family` lists c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from latentrt.engines.bundle.manifest import Family
+from latentrt.engines.bundle.manifest import Family, Prediction, TextSpec
 from latentrt.engines.bundle.safetensors_header import TensorFile
 
 SUPPORTED = "Stable Diffusion 1.x, 2.x or XL"
-# A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
-ACTIVATIONS: Mapping[str, Family] = {"quick_gelu": "sd1", "gelu": "sd2"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyRow:
+    """What a family's checkpoints have in common, and what diffusers' pipelines for it do.
+
+    text_encoders: those that its denoiser takes, in the order in which they join
+    sized: whether its UNet is told the sizes of pictures beside the text (addition_embed_type text_time)
+    pipeline: diffusers' class, for graphs that optimum opens
+    activation: of its text encoder, where that alone tells it from another family
+    refines: the family whose pictures it finishes
+    enlarges: whether its pipelines take a side below 64 latents for a mistake where an old version wrote it
+    normalises: whether its pipelines read the mean and the deviation of latents in a VAE's config
+    corrections, inpainting_corrections: what its pipelines make of a scheduler's config, whatever that says
+    sample_sizes: how many latents a side it draws by what its UNet predicts, where it was published with several kinds
+    padding: the word that fills up a short text, by tokenizer
+    """
+
+    text_encoders: tuple[TextSpec, ...]
+    pipeline: str
+    padding: Mapping[str, str]
+    sized: bool = False
+    activation: str | None = None
+    refines: Family | None = None
+    enlarges: bool = False
+    normalises: bool = False
+    corrections: Mapping[str, Any] = field(default_factory=dict)
+    inpainting_corrections: Mapping[str, Any] = field(default_factory=dict)
+    sample_sizes: Mapping[Prediction, int] = field(default_factory=dict)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Return its text encoders by component."""
+        return tuple(text.component for text in self.text_encoders)
+
+
+# SDXL's denoisers read the layer before the last, whose states have had no norm.
+_CLIP = TextSpec(component="text_encoder", tokenizer="tokenizer")
+_FIRST = replace(_CLIP, skip=1)
+_SECOND = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
+_OLD: dict[str, Any] = {
+    "text_encoders": (_CLIP,),
+    "pipeline": "StableDiffusionPipeline",
+    "enlarges": True,
+    "corrections": {"steps_offset": 1, "clip_sample": False},
+    "inpainting_corrections": {"steps_offset": 1, "skip_prk_steps": True},
+}
+FAMILIES: Mapping[Family, FamilyRow] = {
+    # A text encoder's activation tells OpenAI's CLIP of SD 1.x from OpenCLIP of SD 2.x, whatever its size.
+    "sd1": FamilyRow(**_OLD, activation="quick_gelu", padding={"tokenizer": "<|endoftext|>"}),
+    "sd2": FamilyRow(
+        **_OLD, activation="gelu", padding={"tokenizer": "!"}, sample_sizes={"epsilon": 64, "v_prediction": 96}
+    ),
+    "sdxl": FamilyRow(
+        text_encoders=(_FIRST, _SECOND),
+        pipeline="StableDiffusionXLPipeline",
+        padding={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+        sized=True,
+        normalises=True,
+    ),
+    "sdxl_refiner": FamilyRow(
+        text_encoders=(_SECOND,),
+        pipeline="StableDiffusionXLImg2ImgPipeline",
+        padding={"tokenizer_2": "!"},
+        sized=True,
+        normalises=True,
+        refines="sdxl",
+    ),
+}
 # Recognised in a directory and not supported: by the class of a network, and by a key of the UNet's config.
 OTHER_NETWORKS = {
     "ChatGLMModel": "Kolors",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from latentrt.engines.bundle.manifest import Family, Prediction
+from latentrt.export.configs.families import FAMILIES
 
 Config = Mapping[str, Any]
 
@@ -166,23 +167,15 @@ CONFIGS: Mapping[Family, Mapping[str, Config]] = {
         },
     },
 }
-# Latents a side of the pictures it was trained on, where what it predicts decides that.
-SAMPLE_SIZES: Mapping[Family, Mapping[Prediction, int]] = {"sd2": {"v_prediction": 96}}
 DEFAULT_SAMPLE_SIZE = 64
 
 
 def sample_size(family: Family, prediction: Prediction) -> int:
     """Return how many latents a side the pictures have that a published checkpoint draws."""
     known = CONFIGS[family]["unet"].get("sample_size")
-    return known or SAMPLE_SIZES.get(family, {}).get(prediction, DEFAULT_SAMPLE_SIZE)
+    return known or FAMILIES[family].sample_sizes.get(prediction, DEFAULT_SAMPLE_SIZE)
 
 
-PADDING: Mapping[Family, Mapping[str, str]] = {  # by tokenizer
-    "sd1": {"tokenizer": "<|endoftext|>"},
-    "sd2": {"tokenizer": "!"},
-    "sdxl": {"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
-    "sdxl_refiner": {"tokenizer_2": "!"},
-}
 # Where the vocabulary, the same for all, may lie in the hub's cache: a repository and a folder of it.
 VOCABULARIES = (
     ("openai/clip-vit-large-patch14", ""),

@@ -14,6 +14,7 @@ from typing import Any
 from latentrt.engines.bundle.manifest import Family, TrainingSchedule
 from latentrt.engines.bundle.parsing import ParseError, parse
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.configs.families import FAMILIES
 
 Values = Mapping[str, Any]
 Reading = Callable[[Any], Values]
@@ -321,14 +322,6 @@ SCHEDULERS: Mapping[str, Scheduler] = {
         keys={**_EDM_KEYS, **_algorithm(_SDE)},
     ),
 }
-# What a family's pipeline in diffusers makes of its scheduler's config, whatever that says.
-CORRECTED: Mapping[Family, Values] = {
-    "sd1": {"steps_offset": 1, "clip_sample": False},
-    "sd2": {"steps_offset": 1, "clip_sample": False},
-}
-CORRECTED_INPAINTING: Mapping[Family, Values] = {
-    family: {"steps_offset": 1, "skip_prk_steps": True} for family in CORRECTED
-}
 FACTS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
 
 
@@ -346,7 +339,8 @@ def training_schedule(
         raise CheckpointError(
             f"{where}: the scheduler class '{scheduler}' is not supported; expected one of {', '.join(SCHEDULERS)}"
         )
-    corrected = (CORRECTED_INPAINTING if repaints else CORRECTED).get(family, {}) if family else {}
+    row = FAMILIES[family] if family else None
+    corrected = (row.inpainting_corrections if repaints else row.corrections) if row else {}
     config = {**config, **{key: value for key, value in corrected.items() if key in (*config, *known.defaults)}}
     try:
         values = _complete(config, known.defaults)

@@ -15,12 +15,11 @@ import numpy as np
 
 from latentrt.engines.bundle.manifest import Family
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.configs.families import FAMILIES
 
 if TYPE_CHECKING:
     from onnx import GraphProto, NodeProto
 
-# Those whose pipelines in diffusers look at the two keys; Stable Diffusion 1.x and 2.x's do not.
-FAMILIES: frozenset[Family] = frozenset(("sdxl", "sdxl_refiner"))
 KEYS = ("latents_mean", "latents_std")
 
 
@@ -39,7 +38,7 @@ def read_normalising(config: Mapping[str, Any], *, family: Family, channels: int
     Raises CheckpointError.
     """
     given = [config.get(key) for key in KEYS]
-    if family not in FAMILIES or None in given:
+    if not FAMILIES[family].normalises or None in given:
         return {}
     mean, deviation = (_numbers(value, key, channels, where) for value, key in zip(given, KEYS, strict=True))
     if min(deviation) <= 0:

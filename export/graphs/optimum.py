@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentrt.engines.bundle.manifest import Family
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.graphs.edits import link_data
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.configs.families import FAMILIES
 from latentrt.export.graphs.external_data import DATA_SUFFIX, data_files, read_graph, rename_data
 from latentrt.export.graphs.golden import make_inputs, save_golden
 from latentrt.export.graphs.normalised_latents import Affine, normalise_graph, without_normalising
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
     from transformers import CLIPTokenizerFast
 
-PIPELINES: Mapping[Family, str] = {
-    "sdxl": "StableDiffusionXLPipeline",
-    "sdxl_refiner": "StableDiffusionXLImg2ImgPipeline",
-}
 CASES: tuple[Case, ...] = ("traced", "checked")
 
 
@@ -224,7 +220,7 @@ def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     texts = {name: [module, "ORTTextEncoder"] for name in TEXT_ENCODERS if name in checkpoint.networks}
     vocabularies = {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
     return {
-        "_class_name": PIPELINES.get(checkpoint.family, "StableDiffusionPipeline"),
+        "_class_name": FAMILIES[checkpoint.family].pipeline,
         "_diffusers_version": checkpoint.index.get("_diffusers_version", "0.36.0"),
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

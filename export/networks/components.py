@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import DType, Precision, TensorSpec
 from latentrt.engines.tensor_names import (
     ADAPTER,
@@ -18,7 +19,6 @@ from latentrt.engines.tensor_names import (
     NEXT,
     PREFIX,
     SCALE,
-    TINY_DECODER,
     level_axes,
     residual_names,
 )
@@ -62,6 +62,7 @@ def _axis(axis: int | str, dimensions: Mapping[str, int]) -> int | str:
 class Component:
     """One network.
 
+    role, control: as in the manifest
     traced: sizes of the dynamic axes at which it is traced and its golden pair is recorded, in the units below
     checked: other sizes at which the graph must agree as well
     units: the dimension that multiplies the sizes of an axis
@@ -72,6 +73,7 @@ class Component:
     """
 
     name: str
+    role: Role
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     traced: Mapping[str, int]
@@ -81,6 +83,7 @@ class Component:
     controlled: Literal["no", "takes", "gives"] = "no"
     adapted: Literal["no", "takes", "gives"] = "no"
     follows: tuple[str, ...] = ()
+    control: str | None = None
 
     def takes(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
         """Return every input that a checkpoint's network has: not what has an axis of 0 there."""
@@ -122,11 +125,13 @@ class Component:
         return named | dict.fromkeys(following)
 
 
+DENOISER, REFINER = "unet", "refiner"  # a checkpoint's own, and one of another checkpoint that refines
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
 PICTURES = ("batch", "picture_channels", "height", "width")
 
 CONTROLNET = Component(
     name="controlnet",
+    role="controlnet",
     inputs=(
         Tensor(name="sample", shape=LATENTS),
         Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
@@ -148,6 +153,7 @@ CONTROLNET = Component(
 
 ADAPTERS = Component(
     name="adapter",
+    role="adapter",
     inputs=(Tensor(name=COND, shape=PICTURES, values="unit"),),
     outputs=(),
     traced={"batch": 2, "height": 4, "width": 6},
@@ -161,6 +167,7 @@ _NETWORKS: Mapping[str, Component] = {
     for component in (
         Component(
             name="text_encoder",
+            role="text_encoder",
             inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
             outputs=(
                 Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
@@ -176,6 +183,7 @@ _NETWORKS: Mapping[str, Component] = {
         ),
         Component(
             name="text_encoder_2",
+            role="text_encoder",
             inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
             outputs=(
                 Tensor(name="text_embeds", shape=("batch", "pooled_width")),
@@ -191,7 +199,8 @@ _NETWORKS: Mapping[str, Component] = {
             units={},
         ),
         Component(
-            name="unet",
+            name=DENOISER,
+            role="denoiser",
             inputs=(
                 Tensor(name="sample", shape=("batch", "unet_channels", "latent_height", "latent_width")),
                 # float32: sigma spacings give fractional timesteps, and above 2048 float16 has none.
@@ -214,6 +223,7 @@ _NETWORKS: Mapping[str, Component] = {
         ),
         Component(
             name="vae_decoder",
+            role="decoder",
             inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
             outputs=(
                 # Expressions of the input's axes: optimum sizes its output buffers by evaluating them.
@@ -228,6 +238,7 @@ _NETWORKS: Mapping[str, Component] = {
         ),
         Component(
             name="vae_encoder",
+            role="encoder",
             inputs=(Tensor(name="sample", shape=PICTURES, values="pixels"),),
             outputs=(
                 Tensor(
@@ -243,7 +254,8 @@ _NETWORKS: Mapping[str, Component] = {
         # Small and rough: a picture on its way, or the last one where a hundredth of the VAE's time must do. It takes
         # what the VAE's decoder takes.
         Component(
-            name=TINY_DECODER,
+            name="tiny_decoder",
+            role="tiny_decoder",
             inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
             outputs=(
                 Tensor(
@@ -261,12 +273,13 @@ _NETWORKS: Mapping[str, Component] = {
 
 
 # The last: golden inputs are drawn by a component's place, and stay what they were.
-COMPONENTS: Mapping[str, Component] = {**_NETWORKS, "refiner": replace(_NETWORKS["unet"], name="refiner")}
+COMPONENTS: Mapping[str, Component] = {**_NETWORKS, REFINER: replace(_NETWORKS[DENOISER], name=REFINER)}
 
 
 def component_of(name: str) -> Component:
     """Return a component's row: all ControlNets, `controlnet_NAME`, have the same one, and all adapters."""
-    return replace(COMPONENTS[_row_name(name)], name=name)
+    row = _row_name(name)
+    return replace(COMPONENTS[row], name=name, control=name.removeprefix(f"{row}_") if row != name else None)
 
 
 def _row_name(name: str) -> str:

@@ -14,6 +14,7 @@ from latentrt.engines.bundle.safetensors_header import StoredTensor, TensorFile
 from latentrt.export.configs.families import (
     BASES,
     DENOISER_PREFIX,
+    FAMILIES,
     INPAINTING,
     INPUTS,
     OTHER_DENOISER_KEYS,
@@ -151,9 +152,10 @@ def _prediction(file: TensorFile, family: Family | None) -> tuple[Prediction | N
     prediction, reason = find_prediction(file)
     if reason:
         return prediction, prediction is not None, reason
-    if family == "sd2":
-        kinds = "epsilon (512x512) and with v_prediction (768x768)"
-        return None, False, f"SD 2.x was published with {kinds}, in the same shapes"
+    kinds = FAMILIES[family].sample_sizes if family else {}
+    if len(kinds) > 1:
+        named = " and with ".join(f"{kind} ({8 * side}x{8 * side})" for kind, side in kinds.items())
+        return None, False, f"SD 2.x was published with {named}, in the same shapes"
     return "epsilon", False, "as its base; nothing in the file says otherwise"
 
 

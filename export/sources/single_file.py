@@ -11,8 +11,8 @@ from typing import Any
 from latentrt.engines.bundle.safetensors_header import TensorFile, read_header, weights_format
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
-from latentrt.export.configs.families import SUPPORTED, option_for
-from latentrt.export.configs.published import CONFIGS, PADDING, VOCABULARIES, sample_size
+from latentrt.export.configs.families import FAMILIES, SUPPORTED, option_for
+from latentrt.export.configs.published import CONFIGS, VOCABULARIES, sample_size
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import read_configs, read_json, refuse_other_unet
 from latentrt.export.sources.markers import read_changes
@@ -48,7 +48,7 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
     )
     tokenizers = _find_tokenizers(networks, options)
     _require(single, options, tokenizers)
-    padding = PADDING[single.family] if single.family and not options.config else {}
+    padding = FAMILIES[single.family].padding if single.family and not options.config else {}
     return Parts(
         root=path,
         source="torch",

@@ -1,4 +1,4 @@
-"""What a UNet takes besides latents, timestep and text: sizes in pixels, and the scale of guidance."""
+"""What a denoiser takes besides latents, timestep and text: sizes in pixels, and the scale of guidance."""
 
 from __future__ import annotations
 
@@ -7,52 +7,59 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.errors import RequestError
+from latentrt.engines.bundle.manifest import DenoiserSpec, Manifest
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import UNET
+from latentrt.engines.tensor_names import SizeName
 
 if TYPE_CHECKING:
     from latentrt.runtime.draw.job import Job
 
 
-def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str = UNET) -> dict[str, Array]:
-    """Return a UNet's further inputs by name, a row for each model row: (rows, …), float32.
+def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str) -> dict[str, Array]:
+    """Return a denoiser's further inputs by name, a row for each model row: (rows, …), float32.
 
     rows: the prompts' own and, where there is guidance, then the negative prompts'
-    Raises RequestError where the UNet takes something that nobody here knows.
     """
-    made = {}
+    told, made = manifest.denoisers[denoiser], {}
     for spec in manifest.components[denoiser].inputs:
         if spec.name in CONDITIONS:
             width = spec.shape[1]
             assert isinstance(width, int)
-            made[spec.name] = CONDITIONS[spec.name](job, rows, width)
+            made[spec.name] = CONDITIONS[spec.name](job, rows, width, told)
     return made
 
 
-def _sizes(job: Job, rows: int, numbers: int) -> Array:
-    """Return SDXL's six numbers, arXiv:2307.01952 section 2.2, or the five of its refiner: (rows, numbers)."""
-    request, (width, height) = job.request, job.size
-    original, target = request.original_size or job.size, request.target_size or (width, height)
-    top, left = request.crop
-    shared = [original[1], original[0], top, left]
-    if numbers == len(shared) + 2:
-        row = [*shared, target[1], target[0]]
-        return np.tile(np.array(row, dtype=np.float32), (rows, 1))
-    if numbers == len(shared) + 1:
-        pictures = len(job.prompts)
-        both = np.array([request.aesthetic_score, request.negative_aesthetic_score], dtype=np.float32)
-        scores = np.repeat(both, pictures)[:rows]
-        return np.concatenate([np.tile(np.array(shared, dtype=np.float32), (rows, 1)), scores[:, None]], axis=1)
-    raise RequestError(f"this UNet takes {numbers} numbers of sizes, expected 6 (SDXL) or 5 (its refiner)")
+def _sizes(job: Job, rows: int, numbers: int, told: DenoiserSpec) -> Array:
+    """Return the numbers of arXiv:2307.01952, section 2.2, that a denoiser is told: (rows, numbers)."""
+    pictures = len(job.prompts)
+    positive, negative = (_size_numbers(job, negative=on) for on in (False, True))
+    both = np.array([[one[name] for name in told.sizes] for one in (positive, negative)], dtype=np.float32)
+    return np.repeat(both, pictures, axis=0)[:rows]
 
 
-def _guidance(job: Job, rows: int, width: int) -> Array:
+def _size_numbers(job: Job, *, negative: bool) -> dict[SizeName, float]:
+    """Return what each number is for a prompt, or for a negative prompt."""
+    request = job.request
+    original, target = request.original_size or job.size, request.target_size or job.size
+    return {
+        "original_height": original[1],
+        "original_width": original[0],
+        "crop_top": request.crop[0],
+        "crop_left": request.crop[1],
+        "target_height": target[1],
+        "target_width": target[0],
+        "aesthetic_score": request.negative_aesthetic_score if negative else request.aesthetic_score,
+    }
+
+
+def _guidance(job: Job, rows: int, width: int, told: DenoiserSpec) -> Array:
     return np.tile(embed_guidance(job.request.guidance, width), (rows, 1))
 
 
-CONDITIONS: Mapping[str, Callable[[Job, int, int], Array]] = {"time_ids": _sizes, "timestep_cond": _guidance}
+CONDITIONS: Mapping[str, Callable[[Job, int, int, DenoiserSpec], Array]] = {
+    "time_ids": _sizes,
+    "timestep_cond": _guidance,
+}
 
 
 def embed_guidance(scale: float, width: int) -> Array:

@@ -8,26 +8,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.bundle.manifest import STEERING, Manifest, Role
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import ADAPTER, COND, FEATURE, PREFIX, level_axes
+from latentrt.engines.tensor_names import COND, FEATURE, level_axes
 from latentrt.runtime.draw.finite import FOLLOWED, finite
 from latentrt.runtime.images.read import read_hints
 from latentrt.runtime.request import Control
-
-KINDS = (PREFIX, ADAPTER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steering:
     """A control that can be followed.
 
+    role, of: what its component is, and the denoiser that it adds to
     pixels: (pictures, 3, height, width), float32, 0 to 1
     stages: (K,) bool, where the plan follows it
     """
 
     component: str
+    role: Role
+    of: str
     pixels: Array
     scale: float
     stages: Array
@@ -50,11 +51,13 @@ def steer(
 
 def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int) -> Steering:
     where = f"controls, '{control.name}'"
-    kinds = [kind + control.name for kind in KINDS if kind + control.name in manifest.components]
-    if not kinds:
+    component = manifest.steering(control.name)
+    if component is None:
         raise RequestError(f"{where}: {_known(manifest)}")
-    if kinds[0].startswith(ADAPTER):
-        _check_multiple(kinds[0], manifest, size, where=where)
+    spec = manifest.components[component]
+    assert spec.of is not None
+    if spec.role == "adapter":
+        _check_multiple(component, manifest, size, where=where)
     scale = control.scale
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
         raise RequestError(f"{where}: found the scale {scale!r}, expected a number")
@@ -63,7 +66,9 @@ def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[i
         raise RequestError(f"{where}: found {len(pixels)} images for {pictures} pictures, expected one, or one each")
     planar = np.ascontiguousarray(np.broadcast_to(pixels, (pictures, *pixels.shape[1:])).transpose(0, 3, 1, 2))
     return Steering(
-        component=kinds[0],
+        component=component,
+        role=spec.role,
+        of=spec.of,
         pixels=planar,
         scale=float(scale),
         stages=followed_stages(control.start, control.stop, stages, where=where),
@@ -71,7 +76,7 @@ def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[i
 
 
 def _known(manifest: Manifest) -> str:
-    names = [name.partition("_")[2] for name in manifest.components if name.startswith(KINDS)]
+    names = [str(manifest.components[name].control) for name in manifest.of_role(*STEERING)]
     if names:
         return f"this bundle holds no ControlNet or adapter of that name, it holds {', '.join(names)}"
     return "this bundle holds no ControlNet; export it again with --controlnet NAME=CHECKPOINT"
@@ -106,26 +111,23 @@ def scales_at(steering: Sequence[Steering], stage: int, rows: int) -> Mapping[st
     return {
         one.component: np.full(rows, one.scale, dtype=np.float32)
         for one in steering
-        if one.component.startswith(PREFIX) and one.stages[stage] and one.scale
+        if one.role == "controlnet" and one.stages[stage] and one.scale
     }
 
 
 class Features:
-    """What T2I-Adapters add to the UNet along a plan: computed once a picture, and written where it changes.
+    """What T2I-Adapters add to a denoiser along a plan: computed once a picture, and written where it changes.
 
-    run: runs a component; rows: the model's, of which row r is picture r % pictures
+    shapes: of the denoiser's inputs for features, whose row r is picture r % pictures; run: runs a component
     """
 
     def __init__(
         self,
         steering: Sequence[Steering],
-        manifest: Manifest,
+        shapes: Mapping[str, tuple[int, ...]],
         run: Callable[[str, Mapping[str, Array]], Mapping[str, Array]],
-        *,
-        size: tuple[int, int],
-        rows: int,
     ) -> None:
-        self._shapes = _feature_shapes(manifest, size, rows)
+        self._shapes = shapes
         self._given = [
             (
                 one.stages,
@@ -136,11 +138,11 @@ class Features:
                 },
             )
             for one in steering
-            if one.component.startswith(ADAPTER)
+            if one.role == "adapter"
         ]
 
     def at(self, stage: int) -> dict[str, Array]:
-        """Return what to write before a stage, {input of the UNet: (rows, …) float32}: nothing, where it stays so."""
+        """Return what to write before a stage, {the denoiser's input: (rows, …)}, float32; nothing where it stays."""
         followed = [bool(stages[stage]) for stages, _, _ in self._given]
         if stage and followed == [bool(stages[stage - 1]) for stages, _, _ in self._given]:
             return {}
@@ -151,11 +153,14 @@ class Features:
         return written
 
 
-def _feature_shapes(manifest: Manifest, size: tuple[int, int], rows: int) -> dict[str, tuple[int, ...]]:
+def feature_shapes(
+    manifest: Manifest, denoiser: str, *, size: tuple[int, int], rows: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what T2I-Adapters add to a denoiser. size: (width, height) to draw; rows: the model's"""
     width, height = (side // manifest.latents.factor for side in size)
     axes = {"batch": rows, **level_axes(height, width)}
     return {
         spec.name: tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.shape)
-        for spec in manifest.components["unet"].inputs
+        for spec in manifest.components[denoiser].inputs
         if spec.name.startswith(FEATURE)
     }

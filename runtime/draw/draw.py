@@ -13,12 +13,12 @@ from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import BundleError, NotFiniteError
 from latentrt.engines.open import OpenEngines
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import PREFIX, TINY_DECODER, UNET, hint_of
+from latentrt.engines.tensor_names import hint_of
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.draw.advice import explain
 from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
-from latentrt.runtime.draw.controls import Features
+from latentrt.runtime.draw.controls import Features, feature_shapes
 from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_engine
 from latentrt.runtime.draw.denoise import denoise
 from latentrt.runtime.draw.finite import LATENTS, START, finite
@@ -103,11 +103,12 @@ class Drawing:
     def _sketch(self, job: Job, tokens: int, latents: Array) -> Array:
         """Return what latents show by the tiny decoder: (n, height, width, 3), uint8. Raises BundleError."""
         space = self._manifest.latents
-        if TINY_DECODER not in self._manifest.components:
+        tiny = self._manifest.find("tiny_decoder")
+        if tiny is None:
             raise BundleError(NO_TINY)
         width, height = self._decoded_size(job)
         shape = WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height)
-        decode = through_engine(self._opened.engine(TINY_DECODER, shape), space)
+        decode = through_engine(self._opened.engine(tiny, shape), space)
         return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
 
     def _workspace(
@@ -169,11 +170,12 @@ class Drawing:
         further = conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser)
         for name, array in {**further, **inputs}.items():
             workspace.write(name, array)
-        steering = job.steering if leg.denoiser == UNET else ()  # what is added to the UNet is made for it alone
+        steering = [one for one in job.steering if one.of == leg.denoiser]  # it is made for that one alone
         for one in steering:
-            if one.component.startswith(PREFIX):
+            if one.role == "controlnet":
                 workspace.write(hint_of(one.component), one.pixels)
-        features = Features(steering, self._manifest, self._run, size=job.size, rows=job.rows)
+        shapes = feature_shapes(self._manifest, leg.denoiser, size=job.size, rows=job.rows)
+        features = Features(steering, shapes, self._run)
         stages = denoise(
             workspace, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages
         )
@@ -218,7 +220,8 @@ class Drawing:
         if grid is not None:
             encoder = partial(self._encode_image, grid=None)
             return encode_tiles(pixels, encoder, grid, factor=self._manifest.latents.factor)
-        return self._run("vae_encoder", {"sample": pixels})["latent_parameters"]
+        (component,) = self._manifest.of_role("encoder")
+        return self._run(component, {"sample": pixels})["latent_parameters"]
 
     def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a network that is loaded when the first image comes: most services draw from text alone."""

@@ -13,7 +13,6 @@ import numpy as np
 from latentrt.engines.bundle.manifest import LatentSpec, Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import REFINER, UNET
 from latentrt.runtime.draw.animation import variation_seeds
 from latentrt.runtime.draw.controls import Steering, steer
 from latentrt.runtime.draw.loras import check_loras
@@ -41,6 +40,7 @@ class Job:
 
     variations: the variation seed of each picture, empty where the noise is the seeds' own
     legs: which denoiser takes which stages of the plan
+    decoder: the component that makes the pixels
     """
 
     request: Request
@@ -52,16 +52,12 @@ class Job:
     plan: SamplingPlan
     guidance: Guidance
     legs: tuple[Leg, ...]
+    decoder: str
     pixels: Array | None = None  # (1 or n, height, width, 3), float32, -1 to 1
     mask: Array | None = None  # (1, height, width), float32
     strength: float = 1.0
     grid: Grid | None = None  # the tiles that the VAE sees, None for the whole picture
     steering: tuple[Steering, ...] = ()
-
-    @property
-    def decoder(self) -> str:
-        """Return the component that makes the pixels."""
-        return DECODERS[self.request.decoder]
 
     @property
     def rows(self) -> int:
@@ -96,7 +92,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
     request = dataclasses.replace(request, loras=check_loras(request.loras))
-    _check_decoder(request, manifest)
+    decoder = _decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
     if mask is None and repaints(manifest):
         raise RequestError("mask: this checkpoint repaints a part of an image; give `image` and `mask`")
@@ -104,7 +100,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
     seeds, variations = _all_seeds(request, len(prompts))
     guidance = _number("guidance", request.guidance)
-    if "time_ids" not in _unet_inputs(manifest):
+    if not any(told.sizes for told in manifest.denoisers.values()):
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
                 raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; omit it")
@@ -131,47 +127,46 @@ def resolve(request: Request, manifest: Manifest) -> Job:
             rescale=_number("guidance_rescale", request.guidance_rescale),
         ),
         legs=_legs(plan, request, manifest),
+        decoder=decoder,
     )
 
 
-def _check_decoder(request: Request, manifest: Manifest) -> None:
+def _decoder(request: Request, manifest: Manifest) -> str:
     if request.decoder not in DECODERS:
         raise RequestError(f"decoder: found {request.decoder!r}, expected one of {', '.join(DECODERS)}")
-    if DECODERS[request.decoder] not in manifest.components:
+    found = manifest.find(DECODERS[request.decoder])
+    if found is None:
         raise RequestError(f"decoder: {NO_TINY}, or omit it")
+    return found
 
 
 def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg, ...]:
     if request.refine_from is None:
-        return split(plan, None, train_timesteps=manifest.schedule.num_train_timesteps)
+        return (Leg(denoiser=manifest.denoiser, stages=range(plan.stages)),)
     if manifest.refiner is None:
         raise RequestError(
             "refine_from: this bundle holds no refiner; export it again with --refiner CHECKPOINT, or omit it"
         )
     share = _number("refine_from", request.refine_from)
-    return split(plan, share, train_timesteps=manifest.schedule.num_train_timesteps)
+    return split(plan, share, tuple(manifest.denoisers), train_timesteps=manifest.schedule.num_train_timesteps)
 
 
 def _check_scores(request: Request, manifest: Manifest) -> None:
     """Refuse scores that no denoiser of the bundle would be told, and what is not a number."""
-    scored = manifest.refiner is not None or manifest.family == "sdxl_refiner"
+    scored = any("aesthetic_score" in told.sizes for told in manifest.denoisers.values())
     for name, default in SCORES.items():
         if _number(name, getattr(request, name)) != default and not scored:
             raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; omit it")
 
 
-def _unet_inputs(manifest: Manifest) -> set[str]:
-    return {spec.name for spec in manifest.components["unet"].inputs}
-
-
 def _distilled(manifest: Manifest) -> bool:
-    """Tell whether guidance was distilled into the UNet: then it takes the scale and no negative prompt."""
-    return "timestep_cond" in _unet_inputs(manifest)
+    """Tell whether guidance was distilled into the denoiser: then it takes the scale and no negative prompt."""
+    return any(spec.name == "timestep_cond" for spec in manifest.components[manifest.denoiser].inputs)
 
 
 def repaints(manifest: Manifest) -> bool:
-    """Tell whether the UNet is an inpainting one, which sees mask and masked image beside the latents."""
-    sample = next(spec for spec in manifest.components["unet"].inputs if spec.name == "sample")
+    """Tell whether the denoiser is an inpainting one, which sees mask and masked image beside the latents."""
+    sample = next(spec for spec in manifest.components[manifest.denoiser].inputs if spec.name == "sample")
     return sample.shape[1] != manifest.latents.channels
 
 
@@ -308,16 +303,17 @@ class Leg:
     stages: range
 
 
-def split(plan: SamplingPlan, refine_from: float | None, *, train_timesteps: int) -> tuple[Leg, ...]:
+def split(
+    plan: SamplingPlan, refine_from: float, denoisers: tuple[str, ...], *, train_timesteps: int
+) -> tuple[Leg, ...]:
     """Return who takes which stages of a plan, in order; a denoiser without a stage is omitted.
 
     refine_from: the share of the training timesteps, from the noisy end, before which the base denoises: diffusers'
         denoising_end and denoising_start. A stage belongs to the refiner where its timestep lies below, and so do
         all stages after the first such one.
+    denoisers: the one that draws, and the one that refines
     Raises RequestError where no stage is left for the refiner.
     """
-    if refine_from is None:
-        return (Leg(denoiser=UNET, stages=range(plan.stages)),)
     if not 0 < refine_from < 1:
         raise RequestError(f"refine_from: found {refine_from:g}, expected a share of the noise between 0 and 1")
     cutoff = round(train_timesteps - refine_from * train_timesteps)
@@ -328,5 +324,5 @@ def split(plan: SamplingPlan, refine_from: float | None, *, train_timesteps: int
             f"leaves the refiner those below {cutoff}; lower it, or take more steps"
         )
     switch = int(np.argmax(below))
-    legs = Leg(denoiser=UNET, stages=range(switch)), Leg(denoiser=REFINER, stages=range(switch, plan.stages))
-    return tuple(leg for leg in legs if leg.stages)
+    parts = range(switch), range(switch, plan.stages)
+    return tuple(Leg(denoiser=name, stages=part) for name, part in zip(denoisers, parts, strict=True) if part)

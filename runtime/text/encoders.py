@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, Check
-from latentrt.engines.bundle.manifest import Manifest, TextSpec
+from latentrt.engines.bundle.manifest import Join, Manifest, TextSpec
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array, Engine
-from latentrt.engines.tensor_names import REFINER, UNET
 from latentrt.runtime.text.encoder import TextEncoder
 from latentrt.runtime.text.textual_inversion import ENCODERS, LearnedWord
 from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
@@ -26,27 +24,15 @@ def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenize
     return {name: PromptTokenizer(bundle.path(spec.file, check=check), spec) for name, spec in specs.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reading:
-    """What one denoiser takes of a text: of which encoders, and whether zeros stand for no negative prompt."""
-
-    encoders: tuple[TextSpec, ...]
-    zero_negative: bool
-
-
 class Texts:
     """The encoders of a bundle, and which of them each denoiser takes, in what order. A shared one is there once."""
 
     def __init__(
         self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, PromptTokenizer]
     ) -> None:
-        own, refiner = manifest.text_encoders, manifest.refiner
-        self._readings = {UNET: _Reading(encoders=own, zero_negative=manifest.zero_negative)}
-        if refiner:
-            further = _Reading(encoders=refiner.text_encoders, zero_negative=refiner.zero_negative)
-            self._readings[REFINER] = further
+        self._readings = manifest.denoisers
         self._encoders: dict[TextSpec, TextEncoder] = {}
-        for text in dict.fromkeys(text for reading in self._readings.values() for text in reading.encoders):
+        for text in dict.fromkeys(text for reading in self._readings.values() for text in reading.text_encoders):
             self._encoders[text] = TextEncoder(
                 tokenizers[text.tokenizer],
                 partial(_run, engines, text.component),  # the engine may be wrapped later, by what times it
@@ -55,9 +41,7 @@ class Texts:
                 pooled=text.pooled,
             )
 
-    def __call__(
-        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str = UNET
-    ) -> dict[str, Array]:
+    def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:
         """Encode a batch: a UNet's inputs by name, the prompts' rows first and then the negative prompts'.
 
         negatives: as many as there are prompts, or none; zeros stand for those that nobody gave, where the UNet was
@@ -65,28 +49,28 @@ class Texts:
         """
         rows = [*prompts, *negatives]
         reading = self._readings[denoiser]
-        batches = [self._encoders[text].batch(rows) for text in reading.encoders]
-        longest = max(batch.states.shape[1] for batch in batches)
-        states = [_even(batch.states, longest) for batch in batches]
-        inputs = {STATES: np.concatenate(states, axis=-1) if len(states) > 1 else states[0]}
+        batches = [self._encoders[text].batch(rows) for text in reading.text_encoders]
+        joins = [text.join for text in reading.text_encoders]
+        inputs = {STATES: join_states([batch.states for batch in batches], joins)}
         pooled = [batch.pooled for batch in batches if batch.pooled is not None]
         if pooled:
             inputs[POOLED] = np.concatenate(pooled, axis=-1)
         absent = [len(prompts) + i for i, prompt in enumerate(negatives) if not prompt.given]
         return _zeroed(inputs, absent) if reading.zero_negative and absent else inputs
 
-    def tokens(self, prompts: Sequence[Prompt], *, denoiser: str = UNET) -> int:
+    def tokens(self, prompts: Sequence[Prompt], *, denoiser: str) -> int:
         """Return how many tokens the longest prompt's encoding has. Raises RequestError on what cannot be read."""
-        return max(self._encoders[text].tokens(prompts) for text in self._readings[denoiser].encoders)
+        texts = self._readings[denoiser].text_encoders
+        return joined_length([self._encoders[text].tokens(prompts) for text in texts], [text.join for text in texts])
 
     def device_inputs(
-        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str = UNET
+        self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str
     ) -> dict[str, Array] | None:
         """Return the text encoder's inputs where its output, as it is, is what `__call__` would give; else None."""
         reading = self._readings[denoiser]
-        if len(reading.encoders) > 1 or (reading.zero_negative and not all(prompt.given for prompt in negatives)):
+        if len(reading.text_encoders) > 1 or (reading.zero_negative and not all(prompt.given for prompt in negatives)):
             return None
-        return self._encoders[reading.encoders[0]].device_inputs([*prompts, *negatives])
+        return self._encoders[reading.text_encoders[0]].device_inputs([*prompts, *negatives])
 
     def adapt(self, weights: Mapping[str, str]) -> None:
         """Remember from now on what engines with other weights give, by component; the base's where none is named."""
@@ -127,10 +111,45 @@ def _run(engines: Mapping[str, Engine], component: str, inputs: Mapping[str, Arr
     return engines[component](inputs)
 
 
-def _even(states: Array, tokens: int) -> Array:
-    """Repeat the last chunk's place with zeros where another encoder's tokenizer needed more chunks."""
-    missing = tokens - states.shape[1]
-    return np.pad(states, ((0, 0), (0, missing), (0, 0))) if missing else states
+def join_states(states: Sequence[Array], joins: Sequence[Join]) -> Array:
+    """Return what a denoiser attends to, of what its encoders gave: (rows, tokens, width).
+
+    states: of each encoder, (rows, its tokens, its width); joins: how each joins those before it
+    """
+    blocks = [_beside([states[i] for i in block]) for block in _blocks(joins)]
+    return _after(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def joined_length(tokens: Sequence[int], joins: Sequence[Join]) -> int:
+    """Return how many tokens are attended to. tokens: of each encoder"""
+    return sum(max(tokens[i] for i in block) for block in _blocks(joins))
+
+
+def _blocks(joins: Sequence[Join]) -> list[list[int]]:
+    """Return the encoders that stand side by side, block after block."""
+    blocks: list[list[int]] = [[]]
+    for number, join in enumerate(joins):
+        if join == "length" and number:
+            blocks.append([])
+        blocks[-1].append(number)
+    return blocks
+
+
+def _beside(states: Sequence[Array]) -> Array:
+    """Stand states side by side, with zeros where another encoder's tokenizer needed more chunks."""
+    longest = max(one.shape[1] for one in states)
+    return np.concatenate([_grown(one, longest, axis=1) for one in states], axis=2) if len(states) > 1 else states[0]
+
+
+def _after(blocks: Sequence[Array]) -> Array:
+    """Put blocks one after another, the narrower ones filled up with zeros."""
+    widest = max(block.shape[2] for block in blocks)
+    return np.concatenate([_grown(block, widest, axis=2) for block in blocks], axis=1)
+
+
+def _grown(states: Array, size: int, *, axis: int) -> Array:
+    missing = size - states.shape[axis]
+    return np.pad(states, [(0, missing if i == axis else 0) for i in range(3)]) if missing else states
 
 
 def _zeroed(inputs: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
