@@ -8,9 +8,6 @@ each block on the way down.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
-
 PREFIX = "controlnet_"  # of the component's name; what follows is the name that requests use
 ADAPTER = "adapter_"  # of the component's name, as above
 FEATURE = "adapter_feature_"
@@ -67,20 +64,3 @@ def control_width(state_rows: int) -> int:
     what is kept (see keep_mask); the input row, R; the transition, R * (R + 2), row-major.
     """
     return 4 + state_rows + state_rows * (state_rows + 2)
-
-
-SizeName = Literal[
-    "original_height",
-    "original_width",
-    "crop_top",
-    "crop_left",
-    "target_height",
-    "target_width",
-    "aesthetic_score",
-]
-_SHARED: tuple[SizeName, ...] = ("original_height", "original_width", "crop_top", "crop_left")
-# What the numbers of `time_ids` are, by how many there are: SDXL takes six, and its refiner five.
-SIZES: Mapping[int, tuple[SizeName, ...]] = {
-    6: (*_SHARED, "target_height", "target_width"),
-    5: (*_SHARED, "aesthetic_score"),
-}

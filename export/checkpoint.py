@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle.files import hash_file
-from latentrt.engines.bundle.manifest import Family, LatentSpec, Prediction, TrainingSchedule
+from latentrt.engines.bundle.manifest import SIZES, Family, LatentSpec, Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import PREFIX, SIZES
+from latentrt.engines.tensor_names import PREFIX
 from latentrt.export.additions.controlnets import add_controlnets, per_level
 from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.replace import replace_unet, replace_vae

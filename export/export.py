@@ -21,6 +21,7 @@ from latentrt.engines.bundle.files import Bundle, disk_errors, record_file, writ
 from latentrt.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
+    SIZES,
     ComponentSpec,
     DenoiserSpec,
     Manifest,
@@ -30,7 +31,6 @@ from latentrt.engines.bundle.staging import publish, staged, sweep
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
-from latentrt.engines.tensor_names import SIZES
 from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.configs.families import FAMILIES

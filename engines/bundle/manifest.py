@@ -14,7 +14,6 @@ from latentrt.engines.bundle.parsing import ParseError, decode, parse
 from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
-from latentrt.engines.tensor_names import SizeName
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -27,6 +26,22 @@ Spacing = Literal["leading", "trailing", "linspace"]
 Role = Literal["text_encoder", "denoiser", "encoder", "decoder", "tiny_decoder", "controlnet", "adapter"]
 Join = Literal["width", "length"]
 STEERING: tuple[Role, ...] = ("controlnet", "adapter")  # what follows a picture, and adds to a denoiser
+
+SizeName = Literal[
+    "original_height",
+    "original_width",
+    "crop_top",
+    "crop_left",
+    "target_height",
+    "target_width",
+    "aesthetic_score",
+]
+_SHARED: tuple[SizeName, ...] = ("original_height", "original_width", "crop_top", "crop_left")
+# What the numbers of `time_ids` are, by how many there are: SDXL takes six, and its refiner five.
+SIZES: Mapping[int, tuple[SizeName, ...]] = {
+    6: (*_SHARED, "target_height", "target_width"),
+    5: (*_SHARED, "aesthetic_score"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

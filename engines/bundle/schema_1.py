@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latentrt.engines.tensor_names import SIZES
-
 BASE, REFINER = "unet", "refiner"
 ROLES: Mapping[str, str] = {
     "text_encoder": "text_encoder",
@@ -18,6 +16,11 @@ ROLES: Mapping[str, str] = {
     "tiny_decoder": "tiny_decoder",
 }
 STEERING: Mapping[str, str] = {"controlnet_": "controlnet", "adapter_": "adapter"}  # by how the names begin
+SHARED = ("original_height", "original_width", "crop_top", "crop_left")
+SIZES: Mapping[int, tuple[str, ...]] = {  # by how many numbers a denoiser is told beside the text
+    6: (*SHARED, "target_height", "target_width"),
+    5: (*SHARED, "aesthetic_score"),
+}
 TOLD = ("text_encoders", "zero_negative")  # of the only denoiser, or of the first
 TEXTS = [{"component": "text_encoder", "tokenizer": "tokenizer"}]  # of a manifest that names none
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import DenoiserSpec, Manifest
+from latentrt.engines.bundle.manifest import DenoiserSpec, Manifest, SizeName
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import SizeName
 
 if TYPE_CHECKING:
     from latentrt.runtime.draw.job import Job
