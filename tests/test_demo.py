@@ -10,11 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latentrt.export.demo.autoencoder import SCALING, make_autoencoder, patch_statistics
 from latentrt.export.demo.checker import check_picture, count_right, read_picture
-from latentrt.export.demo.dataset import ATTRIBUTES, name_attributes
-from latentrt.export.demo.decoder import make_decoder_state, train_decoder
-from latentrt.export.demo.denoiser import FullPrecisionAttention, Schedule, make_state, make_unet
 from latentrt.export.demo.drawing import (
     COLOURS,
     PATTERNS,
@@ -27,10 +23,14 @@ from latentrt.export.demo.drawing import (
     is_held_out,
     random_scene,
 )
-from latentrt.export.demo.evaluate import draw, load_pipeline
-from latentrt.export.demo.saving import save_checkpoint
-from latentrt.export.demo.tokens import CONTEXT, train_tokenizer
-from latentrt.export.demo.train import CHECKPOINT
+from latentrt.export.demo.training.autoencoder import SCALING, make_autoencoder, patch_statistics
+from latentrt.export.demo.training.dataset import ATTRIBUTES, name_attributes
+from latentrt.export.demo.training.decoder import make_decoder_state, train_decoder
+from latentrt.export.demo.training.denoiser import FullPrecisionAttention, Schedule, make_state, make_unet
+from latentrt.export.demo.training.evaluate import draw, load_pipeline
+from latentrt.export.demo.training.saving import save_checkpoint
+from latentrt.export.demo.training.tokens import CONTEXT, train_tokenizer
+from latentrt.export.demo.training.train import CHECKPOINT
 from latentrt.export.demo.wording import ONE_OBJECT, describe, fill, held_out_pairs, held_out_scenes
 
 WHOLE_FOLDER_BYTES = 12_000_000

@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("export", "engines", "runtime")
+TRAINING = ROOT / "export/demo/training"  # of the demo checkpoint: in no wheel
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "optimum")
 LIGHT = ("latentrt", "latentrt.runtime", "latentrt.runtime.pipeline", "latentrt.runtime.cli", "latentrt.engines.cli")
 
@@ -76,20 +77,21 @@ def test_the_arrow_between_the_folders_holds() -> None:
     assert result.returncode == 0, result.stdout
 
 
-def test_the_wheel_holds_every_module_and_the_demo_checkpoint(tmp_path: Path) -> None:
+def test_the_wheel_holds_every_module_but_the_demos_training_and_nothing_else(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"latentrt/{path.relative_to(ROOT).as_posix()}" for path in sources(*FOLDERS)}
+    travelling = [path for path in sources(*FOLDERS) if TRAINING not in path.parents]
+    expected = {f"latentrt/{path.relative_to(ROOT).as_posix()}" for path in travelling}
     expected |= {"latentrt/__init__.py", "latentrt/__main__.py", "latentrt/py.typed"}
     expected |= {
         f"latentrt/{path.relative_to(ROOT).as_posix()}"
         for path in (ROOT / "export/demo/checkpoint").rglob("*")
         if path.is_file()
     }
-    assert expected <= names
-    assert not any("__pycache__" in name for name in names)
+    assert expected == {name for name in names if ".dist-info/" not in name}
+    assert [path for path in travelling if "demo.training" in path.read_text()] == []
 
 
 def test_every_module_is_imported_by_another_or_is_a_front_door() -> None:

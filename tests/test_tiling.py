@@ -22,7 +22,7 @@ from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array
 from latentrt.engines.workspace.contract import WorkspaceShape
-from latentrt.export.demo.train import CHECKPOINT
+from latentrt.export.demo.training.train import CHECKPOINT
 from latentrt.runtime.draw.decode import on_workspace
 from latentrt.runtime.images.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles
 from latentrt.runtime.pipeline import Pipeline

@@ -1,1 +1,1 @@
-"""The demo checkpoint "shapes": a tiny text-to-image model, its pictures, its training and its checker."""
+"""The demo checkpoint "shapes": a tiny text-to-image model, its pictures and the checker that scores them."""

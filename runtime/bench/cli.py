@@ -16,7 +16,6 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
 from latentrt.runtime.bench.measure import PROMPT, Asked, run_bench
-from latentrt.runtime.bench.report.html import write_page
 from latentrt.runtime.bench.report.schema import json_schema
 from latentrt.runtime.bench.report.text import comparison_text, markdown, report_text
 from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
@@ -93,6 +92,8 @@ def _deliver(report: Report, json_file: Path | None, html_file: Path | None, *, 
     if json_file is not None and str(json_file) != "-":
         write_report(report, json_file)
     if html_file is not None:
+        from latentrt.runtime.bench.report.html import write_page
+
         write_page(report, html_file)
     if str(json_file) == "-":
         click.echo(to_json(report), nl=False)

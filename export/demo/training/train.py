@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from transformers import CLIPTokenizer
 
-from latentrt.export.demo.dataset import Examples, make_examples, random_scenes
-from latentrt.export.demo.decoder import make_decoder_state, train_decoder
-from latentrt.export.demo.denoiser import Schedule, make_state, process_number, train
-from latentrt.export.demo.saving import save_checkpoint
-from latentrt.export.demo.tokens import train_tokenizer
+from latentrt.export.demo.training.dataset import Examples, make_examples, random_scenes
+from latentrt.export.demo.training.decoder import make_decoder_state, train_decoder
+from latentrt.export.demo.training.denoiser import Schedule, make_state, process_number, train
+from latentrt.export.demo.training.saving import save_checkpoint
+from latentrt.export.demo.training.tokens import train_tokenizer
 from latentrt.export.demo.wording import describe
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "checkpoint"
 
 
 def prepare(work: Path, count: int) -> None:
@@ -116,7 +116,7 @@ def report(step: int, losses: dict[str, float], *, every: int) -> None:
 
 def main() -> None:
     """Run one part of the training."""
-    parser = argparse.ArgumentParser(prog="python -m latentrt.export.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m latentrt.export.demo.training.train", description=__doc__)
     parser.add_argument("part", choices=("prepare", "decoder", "denoiser", "save"))
     parser.add_argument("--work", type=Path, default=Path(".cache/demo"))
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="where `save` writes the checkpoint")

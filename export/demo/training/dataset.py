@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
-from latentrt.export.demo.autoencoder import patch_statistics
 from latentrt.export.demo.drawing import COLOURS, PATTERNS, SHAPES, Scene, draw_scene, random_scene
-from latentrt.export.demo.tokens import CONTEXT
+from latentrt.export.demo.training.autoencoder import patch_statistics
+from latentrt.export.demo.training.tokens import CONTEXT
 from latentrt.export.demo.wording import describe, says_pattern
 
 UNSAID = -1

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from latentrt.export.demo.tokens import CONTEXT, END, START
+from latentrt.export.demo.training.tokens import CONTEXT, END, START
 
 INDEX = {
     "_class_name": "StableDiffusionPipeline",

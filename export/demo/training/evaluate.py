@@ -1,4 +1,4 @@
-"""Prompt accuracy of the demo checkpoint, drawn with diffusers: `python -m latentrt.export.demo.evaluate`."""
+"""Prompt accuracy of the demo checkpoint, drawn with diffusers: `python -m latentrt.export.demo.training.evaluate`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentrt.export.demo.checker import Verdict, check_picture, count_right
 from latentrt.export.demo.drawing import Pixels, Scene
 from latentrt.export.demo.wording import ONE_OBJECT, TWO_OBJECTS, fill, held_out_pairs, held_out_scenes
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
+CHECKPOINT = Path(__file__).parent.parent / "checkpoint"
 SETS = {"one": (held_out_scenes, ONE_OBJECT[0]), "two": (held_out_pairs, TWO_OBJECTS[0])}
 
 
@@ -58,7 +58,7 @@ def lay_out(pictures: Pixels, verdicts: list[Verdict], columns: int = 10) -> Ima
 
 def main() -> None:
     """Draw held-out prompts and print which share of them came out right."""
-    parser = argparse.ArgumentParser(prog="python -m latentrt.export.demo.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m latentrt.export.demo.training.evaluate", description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--prompts", choices=tuple(SETS), default="one", help="objects in each picture")
     parser.add_argument("--count", type=int, default=200)

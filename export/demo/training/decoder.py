@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from latentrt.engines.bundle.files import atomic_write
-from latentrt.export.demo.autoencoder import FACTOR, SCALING, make_autoencoder, patch_statistics
 from latentrt.export.demo.drawing import Pixels, draw_scene, random_scene
+from latentrt.export.demo.training.autoencoder import FACTOR, SCALING, make_autoencoder, patch_statistics
 
 PEAK = 3e-3
 WARM_UP = 50

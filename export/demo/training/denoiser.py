@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from latentrt.engines.bundle.files import atomic_write
-from latentrt.export.demo.dataset import ATTRIBUTES, UNSAID, Examples
-from latentrt.export.demo.tokens import CONTEXT
+from latentrt.export.demo.training.dataset import ATTRIBUTES, UNSAID, Examples
+from latentrt.export.demo.training.tokens import CONTEXT
 
 WIDTH = 64
 TRAIN_STEPS = 1000
