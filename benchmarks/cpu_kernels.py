@@ -19,19 +19,19 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+from paired import paired_ratio
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.rounds import take_turns
-from latentrt.runtime.bench.samples import paired_ratio
 
 Edit = Callable[[Any, Path], int]
 EDITS: Mapping[str, tuple[Edit, ...]] = {
     "as exported": (),
-    "host kernels": (lambda model, path: use_host_kernels(model),),
-    "host kernels, split upsampling": (lambda model, path: use_host_kernels(model), split_upsampling),
+    "host kernels": (lambda model, _: use_host_kernels(model),),
+    "host kernels, split upsampling": (lambda model, _: use_host_kernels(model), split_upsampling),
 }
 
 

@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paired import paired_ratio
+
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.report.text import milliseconds
 from latentrt.runtime.bench.rounds import take_turns, warm_up
-from latentrt.runtime.bench.samples import paired_ratio
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("peer_worker.py")

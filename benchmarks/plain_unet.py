@@ -148,7 +148,7 @@ class Level(nn.Module):
             self.upsamplers = nn.ModuleList([Sampler(out, 1)])
 
     def pairs(self) -> Any:
-        nothing = [lambda x, context: x] * len(self.resnets)
+        nothing = [lambda x, _: x] * len(self.resnets)
         return zip(self.resnets, getattr(self, "attentions", nothing), strict=True)
 
 

@@ -54,7 +54,6 @@ class BuildOptions:
     workspace_mb: scratch memory that a layer may use
     version_compatible: engines for the lean runtime, and for later versions of the library
     refit: weights can be exchanged later
-    strip: the engine holds no weights, and is refitted from the graph when it is loaded
     state_rows: rows of state of the largest sampler that the fused denoiser shall carry
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
@@ -69,7 +68,6 @@ class BuildOptions:
     workspace_mb: int | None = None
     version_compatible: bool = False
     refit: bool = False
-    strip: bool = False
     state_rows: int = STATE_ROWS
     references: bool = True
     timing_cache: Path | None = None
@@ -116,7 +114,6 @@ class BuildOptions:
             "workspace MB": self.workspace_mb,
             "version compatible": self.version_compatible,
             "refit": self.refit,
-            "strip": self.strip,
             "state rows": self.state_rows,
         }
         return tuple(f"{name} {value}" for name, value in named.items() if value is not None and value is not False)

@@ -41,7 +41,6 @@ _SHAPE_OPTIONS = (
         "--timing-cache", type=click.Path(dir_okay=False, path_type=Path), help="File of what the compiler measured."
     ),
     click.option("--refittable", "--refit", "refit", is_flag=True, help="Let LoRAs change the weights later."),
-    click.option("--strip", is_flag=True, help="Leave the weights out; they are put in when loading."),
     click.option(
         "--references/--no-references", default=True, help="Compute on the CPU what `latentrt verify` compares with."
     ),

@@ -15,7 +15,6 @@ from latentrt.runtime.bench.samples import (
     drift,
     median_interval,
     normal_quantile,
-    paired_ratio,
     share_interval,
     summarise,
     unpaired_ratio,
@@ -70,17 +69,6 @@ def test_the_interval_holds_the_true_median_as_often_as_promised(count: int) -> 
     intervals = [median_interval(generator.exponential(size=count).tolist()) for _ in range(2000)]
     held = sum(low <= math.log(2) <= high for low, high in (pair for pair in intervals if pair))
     assert held / 2000 >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 2000)
-
-
-def test_a_drift_that_hits_both_alike_leaves_the_paired_ratio_alone() -> None:
-    wander = np.linspace(1, 9, 12)
-    ratio = paired_ratio((2 * wander).tolist(), (3 * wander).tolist())
-    assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
-
-
-def test_rounds_that_do_not_pair_are_refused() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        paired_ratio([1.0, 2.0], [1.0])
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (12, 30), (40, 25)])

@@ -318,10 +318,15 @@ def test_a_damaged_plan_is_refused(
         open_engines(copy, "tensorrt")
 
 
-def test_stripped_engines_are_refused_not_run_without_weights(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stripped_engines_of_an_older_version_are_refused_not_run_without_weights(
+    copy: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     install(monkeypatch, tensorrt="11.4.0.106")
-    build_engines(copy, "tensorrt", options=replace(SMALL, strip=True))
-    with pytest.raises(EngineError, match="were built with --strip"):
+    record = build_engines(copy, "tensorrt", options=SMALL)
+    directory, _ = find_engines(copy, "tensorrt")
+    stripped = replace(record, key=replace(record.key, options=(*record.key.options, "strip True")))
+    write_manifest(directory.rename(directory.with_name(stripped.key.directory)), stripped)
+    with pytest.raises(EngineError, match="hold no weights"):
         open_engines(copy, "tensorrt")
 
 

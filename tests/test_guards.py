@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "src" else ("latentrt", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 @pytest.mark.parametrize("module", LIGHT)
@@ -94,23 +101,90 @@ def test_the_wheel_holds_every_module_but_the_demos_training_and_nothing_else(tm
     assert [path for path in travelling if "demo.training" in path.read_text()] == []
 
 
+# --- nothing dead: a test, or a script of benchmarks/, keeps nothing alive but what is listed here with a reason ---
+
+FRONT_DOORS = {  # modules that are run, or imported by whoever uses this
+    "latentrt.export.demo.training.train": "python -m",
+    "latentrt.export.demo.training.evaluate": "python -m",
+}
+PUBLIC = {
+    "latentrt.runtime.bench.machine.describe": "every script of benchmarks/ records its machine with it",
+    "latentrt.runtime.draw.step.Step.draft": "for a caller's on_step",
+    "latentrt.runtime.pipeline.Pipeline.remove_embedding": "for a caller",
+    "latentrt.engines.tensorrt.engines.TensorRTSession.scratch_bytes": "for a caller who plans a device's memory",
+}
+CALLED_BY_LIBRARIES = {"click.Group", "click.Command", "click.ParamType", "nn.Module"}  # they call their own methods
+
+
+def said(tree: ast.AST) -> set[str]:
+    """Return every name that code reads, imports or takes from something; of a text what may name code, in parts."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.alias):
+            found |= set(node.name.split("."))
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= set(node.module.split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) == 1:
+            found |= set(node.value.split("."))
+    return found
+
+
+def definitions(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
+    """Give each function, class and constant of a module, and each method, as `Class.method`."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for name in (name for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)):
+            yield name.id, node
+        if isinstance(node, ast.ClassDef) and not {ast.unparse(base).split("[")[0] for base in node.bases} & (
+            CALLED_BY_LIBRARIES
+        ):
+            yield from ((f"{node.name}.{one.name}", one) for one in node.body if isinstance(one, ast.FunctionDef))
+
+
+def unused() -> set[str]:
+    trees = {module_of(path): ast.parse(path.read_text()) for path in sources(*FOLDERS, "src/latentrt")}
+    words = {module: Counter(word for node in tree.body for word in said(node)) for module, tree in trees.items()}
+    found = set()
+    for module, tree in trees.items():
+        room = module.rpartition(".")[2]
+        users = {other for other in trees if other == module or room in words[other]}
+        for name, node in definitions(tree):
+            word = name.rpartition(".")[2]
+            inside = word in said(node) if "." not in name else False
+            wanted = trees if "." in name else users  # a method is called on an object, whoever made that
+            count = sum(words[other][word] for other in wanted) - inside
+            if count <= 0 and not word.startswith("__"):
+                found.add(f"{module}.{name}")
+    return found
+
+
+def test_every_function_class_and_constant_is_used_by_what_travels() -> None:
+    assert unused() == set(PUBLIC)
+
+
 def test_every_module_is_imported_by_another_or_is_a_front_door() -> None:
-    doors = {"__init__", "__main__", "cli", "train", "evaluate", "pipeline", "sheet"}
-    text = "\n".join(path.read_text() for path in [*sources(*FOLDERS), *sources("tests", "benchmarks", "src/latentrt")])
-    unused = [path for path in sources(*FOLDERS) if path.stem not in doors and f"{path.stem} import" not in text]
-    unused = [path for path in unused if f"import {path.stem}" not in text and f'.{path.stem}"' not in text]
-    assert unused == []
+    trees = {module_of(path): ast.parse(path.read_text()) for path in sources(*FOLDERS, "src/latentrt")}
+    imported = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                imported.add(node.value)  # a command, a backend: by name where it is used
+    rooms = {module_of(path) for path in sources(*FOLDERS, "src/latentrt") if path.name.startswith("__")}
+    assert set(trees) - imported - rooms == set(FRONT_DOORS)
 
 
 # --- the house in rooms ---
 
 LONGEST_CHAIN = 13  # files, each imported by the one before where it is loaded
 LARGEST_ROOM = 13  # files, without __init__.py
-
-
-def module_of(path: Path) -> str:
-    parts = ("latentrt", *path.relative_to(ROOT).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imported(path: Path, known: set[str]) -> set[str]:

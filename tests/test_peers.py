@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,6 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import peers  # noqa: E402
 import plots  # noqa: E402
 import scaling  # noqa: E402
+from paired import paired_ratio  # noqa: E402
 
 from latentrt.runtime.bench.measure import Asked, run_bench  # noqa: E402
 from latentrt.runtime.bench.result import to_json  # noqa: E402
@@ -166,3 +168,14 @@ def test_a_report_of_bench_is_plotted(sd1_bundle: Path, tmp_path: Path) -> None:
         variant["prompts"] = score
     plots.draw(report, tmp_path / "accuracy.png")
     assert len({(tmp_path / name).read_bytes() for name in ("stages.png", "accuracy.png")}) == 2
+
+
+def test_a_drift_that_hits_both_alike_leaves_the_paired_ratio_alone() -> None:
+    wander = np.linspace(1, 9, 12)
+    ratio = paired_ratio((2 * wander).tolist(), (3 * wander).tolist())
+    assert (ratio.estimate, ratio.low, ratio.high) == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_rounds_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        paired_ratio([1.0, 2.0], [1.0])

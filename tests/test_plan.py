@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.bundle.manifest import Prediction, Spacing, TrainingSchedule
-from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.draw.denoise import blend
 from latentrt.runtime.sampling.catalogue import SAMPLERS
@@ -22,13 +21,12 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.plan_text import (
     format_plan,
     format_samplers,
-    plan_from_json,
     plan_to_json,
     samplers_table,
 )
 from latentrt.runtime.sampling.spacings import SPACINGS
 from tests.loop import advance, denoise
-from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
+from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION
 
 CONSISTENT = 2e-3  # float32 coefficients of up to a few hundred, whose sum is one
 CLEAN = replace(STABLE_DIFFUSION, set_alpha_to_one=True)
@@ -117,47 +115,11 @@ def test_every_spacing_falls_from_the_most_noise_to_the_clean_picture(name: str,
 @given(name=st.sampled_from(sorted(SAMPLERS)), steps=steps_of)
 def test_json_reads_back_to_the_same_bits(name: str, steps: int) -> None:
     plan = plan_of(name, flow_or(name, STABLE_DIFFUSION), steps)
-    back = plan_from_json(plan_to_json(plan))
-    for field in SamplingPlan.__dataclass_fields__:
-        ours, theirs = getattr(plan, field), getattr(back, field)
-        assert np.array_equal(ours, theirs) and getattr(ours, "dtype", None) == getattr(theirs, "dtype", None), field
-
-
-def spoiled(**changes: Any) -> str:
-    document = json.loads(plan_to_json(make_plan("euler", STABLE_DIFFUSION, steps=2)))
-    return json.dumps({key: value for key, value in (document | changes).items() if value is not ...})
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "plan is not JSON"),
-        ("[]", "expected an object"),
-        (spoiled(version=2), r"\$.version: found 2, expected 1"),
-        (spoiled(sampler=...), r"\$.sampler: missing"),
-        (spoiled(extra=1), r"\$.extra: unknown key"),
-        (spoiled(timesteps=[float("nan"), 1.0]), "every number of a plan must be finite"),
-        (spoiled(timesteps=[float("inf"), 1.0]), "every number of a plan must be finite"),
-        (spoiled(initial_scale=1e300), r"\$.initial_scale: every number of a plan must be finite in float32"),
-        (spoiled(levels=[[1.0, 1e300]] * 3), r"\$.levels: every number of a plan must be finite in float32"),
-        (spoiled(levels=[[1.0, 1.0]] * 2), r"\$.levels: found shape \(2, 2\), expected \(3, 2\)"),
-        (spoiled(input_rows=[[1.0], [1.0, 2.0]]), r"\$.input_rows: rows of different lengths"),
-        (spoiled(transitions=[[[1.0, 2.0]], [[1.0, 2.0]]]), r"\$.transitions: found shape"),
-        (spoiled(draws_noise=[], timesteps=[], input_rows=[]), "one stage and one row or more"),
-        (spoiled(draws_noise=[1, 0]), r"\$.draws_noise\[0\]: found 1, expected true or false"),
-    ],
-)
-def test_a_bad_plan_is_refused_with_the_place(text: str, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        plan_from_json(text)
-
-
-def test_a_plan_from_json_denoises_to_the_same_latents() -> None:
-    plan = make_plan("unipc_karras", STABLE_DIFFUSION, steps=7)
-    noise = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
-    np.testing.assert_array_equal(
-        final(plan, network, noise), final(plan_from_json(plan_to_json(plan)), network, noise)
-    )
+    back = json.loads(plan_to_json(plan))
+    assert (back["sampler"], back["steps"], back["initial_scale"]) == (plan.sampler, plan.steps, plan.initial_scale)
+    for field in ("timesteps", "levels", "input_rows", "transitions", "draws_noise"):
+        ours: Any = getattr(plan, field)
+        assert np.array_equal(np.array(back[field], dtype=ours.dtype), ours), field
 
 
 def test_a_plan_can_be_executed_from_its_json_alone() -> None:

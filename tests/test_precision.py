@@ -53,7 +53,8 @@ class Model:
         (folder / "wide").mkdir(parents=True)
         self.path = folder / "wide" / "model.onnx"
         self.half = folder / "half" / "model.onnx"
-        graphs.export_graph(module, inputs, self.takes("float32"), self.gives("float32"), self.path, axes={})
+        model = graphs.trace_graph(module, inputs, self.takes("float32"), self.gives("float32"), axes={})
+        graphs.save_graph(model, self.path)
 
     def takes(self, dtype: Any = "float16") -> list[TensorSpec]:
         return [TensorSpec(name=name, dtype=dtype, shape=tuple(t.shape)) for name, t in self.inputs.items()]

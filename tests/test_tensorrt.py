@@ -173,7 +173,6 @@ def test_the_same_options_find_what_was_built(built: Bundle, monkeypatch: pytest
         {"workspace_mb": 512},
         {"state_rows": 2},
         {"refit": True},
-        {"strip": True},
         {"version_compatible": True},
     ],
 )
@@ -327,8 +326,7 @@ def test_a_library_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -
     ("change", "words"),
     [
         ({"compute_capability": None}, "say what to build for, as in --compute-capability 8.9"),
-        ({"refit": True}, "builds --refit and --strip engines only where an NVIDIA GPU answers"),
-        ({"strip": True}, "builds --refit and --strip engines only where an NVIDIA GPU answers"),
+        ({"refit": True}, "builds --refit engines only where an NVIDIA GPU answers"),
         ({"version_compatible": True}, "--lean is for tensorrt"),
     ],
 )

@@ -42,7 +42,7 @@ def mismatches(provider: Provider, bundle: Bundle, there: EngineKey) -> list[str
 
 
 def build(
-    provider: Provider, bundle: Bundle, directory: Path, options: BuildOptions, report: Report
+    provider: Provider, bundle: Bundle, directory: Path, _options: BuildOptions, report: Report
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into a directory: {component: (main file, spec)}."""
     return builder.build(bundle, directory, provider, report)

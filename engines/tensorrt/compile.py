@@ -119,7 +119,6 @@ def _configure(library: ModuleType, builder: Any, options: BuildOptions, logger:
         "VERSION_COMPATIBLE": options.version_compatible,
         "EXCLUDE_LEAN_RUNTIME": options.version_compatible,  # the service brings it: latentrt[tensorrt-lean]
         "REFIT": options.refit,
-        "STRIP_PLAN": options.strip,
     }
     # TensorRT-RTX allows a pass to be recorded as a CUDA graph only where it allocates nothing itself.
     flags["REQUIRE_USER_ALLOCATION"] = hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION")

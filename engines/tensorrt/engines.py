@@ -301,8 +301,8 @@ def open_engines(
         raise EngineError(f"the engines in {directory} cannot be opened here: {words}")
     if "strip True" in record.key.options:
         raise EngineError(
-            f"the engines in {directory} were built with --strip, and this version of latentrt does not put weights "
-            "into engines; build them without it"
+            f"the engines in {directory} hold no weights: an older latentrt built them with --strip, and none opens "
+            "them; delete the directory and run `latentrt build`"
         )
     factor = bundle.manifest.latents.factor
     session = open_tensorrt(

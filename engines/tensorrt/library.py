@@ -128,8 +128,7 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
         "a timing cache changes nothing in tensorrt-rtx's engines, and asks for a GPU: omit --timing-cache; its "
         "kernels are compiled where the engines are loaded": flavor == "tensorrt-rtx"
         and options.timing_cache is not None,
-        "tensorrt-rtx builds --refit and --strip engines only where an NVIDIA GPU answers": here is None
-        and (options.refit or options.strip),
+        "tensorrt-rtx builds --refit engines only where an NVIDIA GPU answers": here is None and options.refit,
         f"{flavor} {library.__version__} serves no compute capability {target}, it serves {', '.join(served)}": (
             target is not None and served and target not in served
         ),

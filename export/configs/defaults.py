@@ -47,7 +47,7 @@ TEXTS: tuple[Fits, str] = _is_list_of(lambda value: isinstance(value, str)), "a 
 PER_LEVEL: tuple[Fits, str] = (lambda value: _is_count(value) or COUNTS[0](value)), f"{COUNT[1]}, or a list of them"
 SIZE: tuple[Fits, str] = (lambda value: _is_count(value) or _is_pair(value)), f"{COUNT[1]}, or [height, width]"
 SWITCH: tuple[Fits, str] = (lambda value: isinstance(value, bool)), "true or false"
-ANY: tuple[Fits, str] = (lambda value: True), "anything"  # whoever reads it looks at it
+ANY: tuple[Fits, str] = (lambda _: True), "anything"  # whoever reads it looks at it
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ DYNAMIC = "it moves the steps by the size of the picture, which diffusers' Stabl
 LEARNED = "the denoiser would have to predict the noise's variance too, which Stable Diffusion's do not"
 
 
-def _idle(value: Any) -> Values:
+def _idle(_: Any) -> Values:
     return {}
 
 
@@ -322,7 +322,6 @@ SCHEDULERS: Mapping[str, Scheduler] = {
         keys={**_EDM_KEYS, **_algorithm(_SDE)},
     ),
 }
-FACTS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample")
 
 
 def training_schedule(

@@ -27,19 +27,6 @@ LIMITS: Mapping[str, tuple[int, int]] = {"batch": (1, 63), "tokens": (1, 4096)}
 LARGEST_SIDE = 8192
 
 
-def export_graph(
-    module: nn.Module,
-    inputs: Mapping[str, torch.Tensor],
-    takes: Sequence[TensorSpec],
-    gives: Sequence[TensorSpec],
-    path: Path,
-    *,
-    axes: Mapping[str, tuple[int, int] | None],
-) -> list[Path]:
-    """Trace a module and write its graph. Returns the files, the graph first. The arguments are `trace_graph`'s."""
-    return save_graph(trace_graph(module, inputs, takes, gives, axes=axes), path)
-
-
 def trace_graph(
     module: nn.Module,
     inputs: Mapping[str, torch.Tensor],

@@ -143,13 +143,13 @@ def _unet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
     return _whole(tensors, converted, "UNet")
 
 
-def _vae(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+def _vae(tensors: Tensors, _: str, config: Mapping[str, Any]) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     return _whole(tensors, convert_ldm_vae_checkpoint(tensors, dict(config)), "VAE")
 
 
-def _controlnet(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+def _controlnet(tensors: Tensors, _: str, config: Mapping[str, Any]) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 
     converted = convert_controlnet_checkpoint(tensors, dict(config))

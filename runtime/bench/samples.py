@@ -90,17 +90,6 @@ def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) ->
     return ordered[k - 1], ordered[n - k]
 
 
-def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
-    """Return the median over rounds of theirs/ours: both were measured in each round, so that drift cancels.
-
-    ours, theirs: as many of each, round by round
-    """
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    interval = median_interval(ratios)
-    low, high = interval if interval else (None, None)
-    return Ratio(estimate=float(np.median(ratios)), low=low, high=high)
-
-
 def unpaired_ratio(before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE) -> Ratio:
     """Return how many times as large `after` is as `before`, where the two were measured apart.
 

@@ -28,7 +28,7 @@ def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str) -> dic
     return made
 
 
-def _sizes(job: Job, rows: int, numbers: int, told: DenoiserSpec) -> Array:
+def _sizes(job: Job, rows: int, _: int, told: DenoiserSpec) -> Array:
     """Return the numbers of arXiv:2307.01952, section 2.2, that a denoiser is told: (rows, numbers)."""
     pictures = len(job.prompts)
     positive, negative = (_size_numbers(job, negative=on) for on in (False, True))
@@ -51,7 +51,7 @@ def _size_numbers(job: Job, *, negative: bool) -> dict[SizeName, float]:
     }
 
 
-def _guidance(job: Job, rows: int, width: int, told: DenoiserSpec) -> Array:
+def _guidance(job: Job, rows: int, width: int, _: DenoiserSpec) -> Array:
     return np.tile(embed_guidance(job.request.guidance, width), (rows, 1))
 
 

@@ -101,7 +101,7 @@ def _webp(frames: Iterator[Array], path: Path, fps: float, loop: bool) -> None:
     )
 
 
-def _mp4(frames: Iterator[Array], path: Path, fps: float, loop: bool) -> None:
+def _mp4(frames: Iterator[Array], path: Path, fps: float, _: bool) -> None:
     av = require_av()
     first = next(frames)
     height, width, _ = first.shape

@@ -121,7 +121,7 @@ def _told(ratios: Array, table: Array, spacing: str | None, schedule: TrainingSc
     return np.round(timesteps)
 
 
-def flow_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> Walk:
+def flow_walk(schedule: TrainingSchedule, course: Course, _: Habits) -> Walk:
     """Walk rectified flow's way: sigma falls from 1 evenly, shifted towards the noise as arXiv:2403.03206, eq. 23.
 
     The ends are shifted before the way between them is divided and shifted, as the reference does.

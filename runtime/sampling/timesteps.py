@@ -120,7 +120,7 @@ class Walk:
         return dataclasses.replace(self, begin=begin, end=end, initial_scale=scale)
 
 
-def stride_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> Walk:
+def stride_walk(schedule: TrainingSchedule, course: Course, _: Habits) -> Walk:
     """Walk DDIM's way: every step goes T // steps timesteps down, wherever the next one starts."""
     bars = bars_of(schedule, final_is_clean=schedule.set_alpha_to_one)
     timesteps = whole_timesteps(schedule, course)
@@ -130,7 +130,7 @@ def stride_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> W
     return make_walk(legs, schedule, course)
 
 
-def posterior_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> Walk:
+def posterior_walk(schedule: TrainingSchedule, course: Course, _: Habits) -> Walk:
     """Walk DDPM's way: every step ends where the next one starts, the last at the clean picture."""
     bars = bars_of(schedule, final_is_clean=True)
     timesteps = whole_timesteps(schedule, course)

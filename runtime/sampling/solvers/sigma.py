@@ -149,14 +149,14 @@ def dpmpp_sde(walk: Walk, prediction: str) -> Iterator[Stage]:
         yield Stage(told, middle, x / middle.size, (step, saved, earlier), draws=True)
 
 
-def flow_euler(walk: Walk, prediction: str) -> Iterator[Stage]:
+def flow_euler(walk: Walk, _prediction: str) -> Iterator[Stage]:
     """Yield straight steps along the velocity."""
     for _, (timestep, here, there) in walk:
         x, m, _ = basis(1)
         yield Stage(timestep, here, x, (x + (there.sigma - here.sigma) * m,))
 
 
-def flow_heun(walk: Walk, prediction: str) -> Iterator[Stage]:
+def flow_heun(walk: Walk, _prediction: str) -> Iterator[Stage]:
     """Yield steps along the mean of the velocities at both ends; the last step has one evaluation."""
     for k, (timestep, here, there) in walk:
         width = there.sigma - here.sigma
@@ -168,7 +168,7 @@ def flow_heun(walk: Walk, prediction: str) -> Iterator[Stage]:
         yield Stage(walk.legs[k + 1].timestep, there, x, (saved + width * (first + m) / 2, saved, first))
 
 
-def flow_lcm(walk: Walk, prediction: str) -> Iterator[Stage]:
+def flow_lcm(walk: Walk, _prediction: str) -> Iterator[Stage]:
     """Yield jumps to the picture and back to the next level with fresh noise."""
     for _, (timestep, here, there) in walk:
         x, m, z = basis(1)
