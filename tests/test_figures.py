@@ -1,0 +1,131 @@
+"""docs/figures.md says what benchmarks/results/ says: each figure is computed from its result and looked for there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = (ROOT / "docs" / "figures.md").read_text()
+UNTRIED = "No GPU has run this yet"
+MIB = 1 << 20
+PEERS = {
+    "latentrt": "latentrt",
+    "plain": "ONNX Runtime, plain loop (steps alone)",
+    "diffusers": "diffusers, eager",
+    "diffusers-compiled": "diffusers, torch.compile",
+    "optimum": "optimum-onnx",
+    "openvino": "OpenVINO GenAI",
+}
+RUNS = ("demo-batch1", "middle-batch1", "middle-batch4", "sd15-batch1")
+SAMPLERS = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+    "lcm": "LCM (on a model that was not distilled)",
+}
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def line_with(start: str) -> str:
+    (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
+    return line
+
+
+def table_of(name: str) -> dict[str, list[str]]:
+    """Return the rows of a Markdown table in the results, by their first cell."""
+    lines = (RESULTS / f"{name}.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {first: rest for first, *rest in cells}
+
+
+def ratio(cells: list[str]) -> str:
+    """Return times ours, of a batch where it was measured and of a step elsewhere."""
+    return cells[1] or cells[3]
+
+
+def test_a_gpu_is_spoken_of_when_one_has_run() -> None:
+    measured = [path.name for path in RESULTS.glob("*.json") if result(path.stem)["machine"].get("gpu")]
+    for page in ("README.md", "docs/engines.md", "docs/figures.md"):
+        assert (UNTRIED in (ROOT / page).read_text()) == (not measured), page
+
+
+def test_the_demo_is_as_right_as_it_was_counted() -> None:
+    found = result("accuracy")
+    right = round(found["right"]["right"] * found["prompts"])
+    assert f"{right} of {found['prompts']}" in line_with("demo: held-out prompts")
+
+
+def test_imports_take_as_long_as_was_measured() -> None:
+    seconds: Mapping[str, float] = result("import_time")["seconds"]
+    base, theirs = seconds["numpy, onnxruntime"], seconds["diffusers' StableDiffusionPipeline"]
+    (ours,) = [value for name, value in seconds.items() if name.startswith("latentrt")]
+    assert f" {ours / base:.1f} times" in line_with("importing the runtime")
+    assert f" {theirs / base:.0f} times" in line_with("importing diffusers")
+
+
+def test_exports_and_builds_are_as_large_as_was_measured() -> None:
+    export = result("full-size-export-sdxl-fp16")["export"]
+    peak = f"{export['peak_rss_over_largest']:.2f} times"
+    assert peak in line_with("SDXL at full size")
+    assert f"{export['components']['unet']['weights_bytes'] / 1e9:.2f} GB" in line_with("SDXL at full size")
+    assert f"{export['bytes'] / 1e9:.2f} GB on disk" in PAGE
+    error = max(part["error"] for part in export["components"].values())
+    assert f"{error:.1e}".replace("e-0", "e-") in line_with("the same: largest error")
+    build = result("full-size-build-sd15")
+    assert f"{build['engine_bytes'] / 1e9:.2f} GB" in line_with("SD 1.5's UNet as the fused stage")
+    assert f"{build['peak_bytes'] / 1e9:.1f} GB" in line_with("the same: peak memory of building")
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_other_libraries_take_as_long_as_was_measured(peer: str) -> None:
+    tables = [table_of(f"peers-{run}").get(PEERS[peer].removesuffix(" (steps alone)")) for run in RUNS]
+    ratios = ["not run" if cells is None else ratio(cells) for cells in tables]
+    expected = ["1.00"] * len(RUNS) if peer == "latentrt" else ratios
+    *_, last = [cells for cells in tables if cells is not None]
+    peak = last[4] if tables[-1] is not None else "–"
+    assert row(PEERS[peer], *expected, peak, *last[5:]) in PAGE.splitlines()
+
+
+def test_memory_is_what_was_measured() -> None:
+    for run, start in (("demo-batch1", "demo |"), ("middle-batch1", "`middle`: "), ("sd15-batch1", "SD 1.5, full size |")):
+        peak = result(f"peers-{run}")["peers"]["latentrt"]["peak_rss_bytes"] / MIB
+        assert line_with(start).endswith(f"| {peak:.0f} |")
+
+
+def test_loras_take_as_long_as_was_measured() -> None:
+    medians = {one["count"]: one["adapt"]["p50"] * 1e3 for one in result("scaling")["loras"]}
+    assert f"with one LoRA takes {medians[1]:.0f} ms, with eight {medians[8]:.0f} ms." in PAGE
+    assert f"Going back takes {medians[0]:.1f} ms" in PAGE
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samplers_are_as_accurate_as_was_counted(sampler: str) -> None:
+    variants = [one for one in result("curves-demo")["variants"] if one["settings"]["sampler"] == sampler]
+    right = {one["settings"]["steps"]: one["prompts"]["right"] for one in variants}
+    assert row(SAMPLERS[sampler], *(right[steps] for steps in (1, 2, 4, 8, 20, 50))) in PAGE.splitlines()
+
+
+def test_guidance_for_part_of_the_steps_is_what_was_measured() -> None:
+    for one in result("guidance")["intervals"]:
+        first, last = (f"{end:g}" for end in one["interval"])
+        share, seconds = (f"{value:.{digits}f}".rstrip("0").rstrip(".") for value, digits in _figures(one))
+        assert row(f"{first} – {last}", f"{share} %", seconds) in PAGE.splitlines()
+
+
+def _figures(one: Mapping[str, float]) -> tuple[tuple[float, int], tuple[float, int]]:
+    return (one["right"] * 100, 1), (one["ratio"], 2)

@@ -1,0 +1,238 @@
+"""README.md and docs/: their commands and Python run, their links lead somewhere, and they name everything there is.
+
+A command runs if it draws from, checks or measures a bundle that is here. Others are parsed: exports, which other
+tests make, what compiles for TensorRT, and what names a file of the reader's own, `./…`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from latentrt.__main__ import COMMANDS, PROMPT_SETS, cli, find_command, prompt_set
+from latentrt.engines import errors
+from latentrt.runtime.request import Request
+from latentrt.runtime.result import Result
+from latentrt.runtime.sampling.catalogue import sampler_names
+from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
+from latentrt.runtime.sampling.spacings import SPACINGS
+from tests.conftest import Steer
+from tests.lora_files import kohya, make_factors, save
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", ROOT / "export" / "demo" / "README.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+REPOSITORY_PATH = re.compile(r"(?<![\w./-])(?:export|engines|runtime|tests|benchmarks|docs|src)/[\w./-]*[\w/]")
+EXTRA = re.compile(r"(?:latentrt|whl|\.)\[([\w,-]+)\]|`\[([\w-]+)\]`")
+HERE = {"demo/shapes", "my-sd15"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands in a page between two fences."""
+
+    page: str
+    language: str
+    text: str
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    found = BLOCK.findall(page.read_text())
+    return [Block(page=page.name, language=kind, text=text) for kind, text in found if kind == language]
+
+
+def commands(program: str) -> list[tuple[str, list[str]]]:
+    """Return the lines of all pages that call a program: (page, words after it)."""
+    found = []
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            lines = [shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()]
+            found += [(page.name, line[1:]) for line in lines if line and line[0] == program]
+    return found
+
+
+@pytest.fixture(scope="module")
+def desk(demo_bundle: Path, steered: Steer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages speak of: the demo's bundle, one with ControlNets, pictures, LoRAs."""
+    desk = tmp_path_factory.mktemp("desk")
+    shutil.copytree(demo_bundle, desk / "demo" / "shapes")
+    made = steered("sd1", "")
+    (desk / "my-sd15").symlink_to(made.bundle)
+    grey = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None], (128, 3)).reshape(128, 128, 3))
+    for name in ("star", "edges", "depth"):
+        grey.resize((128, 128) if name == "star" else (32, 32)).save(desk / f"{name}.png")
+    for seed, name in enumerate(("style", "person")):
+        save(desk / f"{name}.safetensors", kohya(make_factors(made.checkpoint, seed=seed)))
+    return desk
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    names: dict[str, Any] = {"__name__": page.name}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in blocks(page, "python"):
+            exec(compile(block.text, page.name, "exec"), names)
+
+
+def runs_here(words: list[str]) -> bool:
+    """Tell whether a command is cheap and has all that it needs on the desk."""
+    own = any("./" in word for word in words if not word.startswith("--"))
+    compiles = "tensorrt-rtx" in words
+    bundle = next((word for word in words[1:] if "/" in word or word.startswith("my-")), None)
+    return words[0] != "export" and not own and not compiles and (bundle is None or bundle in HERE)
+
+
+@pytest.mark.parametrize(("page", "words"), commands("latentrt"), ids=lambda value: " ".join(value)[:60])
+def test_a_command_of_a_page_runs_or_is_at_least_one(
+    page: str, words: list[str], desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(desk)
+    if runs_here(words):
+        prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
+        done = CliRunner().invoke(cli, words, obj=prompt_sets)
+        assert done.exit_code == 0, (page, done.output)
+    else:
+        command = find_command(words[0])
+        assert command is not None
+        command.make_context(words[0], words[1:])  # raises on an option or an argument that there is not
+
+
+def test_the_pages_run_commands_of_every_kind_that_can_run() -> None:
+    ran = {words[0] for _, words in commands("latentrt") if runs_here(words)}
+    assert ran == set(COMMANDS) - {"export"}
+
+
+def test_other_commands_of_the_pages_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {words[0] for _, words in commands("make")} <= set(targets)
+    for page in PAGES:
+        scripts = re.findall(r"python (benchmarks/\w+\.py)((?: [^`\n]*)?)", page.read_text())
+        for script, _ in scripts:
+            assert (ROOT / script).is_file(), (page.name, script)
+
+
+# --- what they lead to ---
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives a page's headings."""
+    text = BLOCK.sub("", page.read_text())
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for page in [*PAGES, *OTHERS]:
+        for link in LINK.findall(BLOCK.sub("", page.read_text())):
+            if "://" not in link:
+                yield page, link
+
+
+@pytest.mark.parametrize(("page", "link"), links(), ids=str)
+def test_a_link_leads_to_a_file_and_a_heading(page: Path, link: str) -> None:
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_path_of_the_repository_that_a_page_names_exists(page: Path) -> None:
+    named = {path for code in CODE.findall(BLOCK.sub("", page.read_text())) for path in REPOSITORY_PATH.findall(code)}
+    assert [path for path in sorted(named) if "*" not in path and not (ROOT / path).exists()] == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    linked = {link.partition("#")[0] for page, link in links() if page.name == "README.md"}
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES[1:]} <= linked
+
+
+# --- what they must name ---
+
+
+def code_in(page: str) -> set[str]:
+    return set(CODE.findall((ROOT / page).read_text()))
+
+
+def test_the_api_page_names_every_field_and_every_error() -> None:
+    named = code_in("docs/api.md")
+    fields = {field.name for kind in (Request, Result) for field in dataclasses.fields(kind)}
+    assert fields - named == set()
+    assert {*TIMESTEP_SPACINGS, *SPACINGS} - named == set()
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LatentrtError)]
+    assert {kind.__name__ for kind in kinds} - named == set()
+
+
+def options_of(command: str) -> set[str]:
+    found = find_command(command)
+    assert found is not None
+    return {name for option in found.params if isinstance(option, click.Option) for name in option.opts} | {
+        name for option in found.params for name in option.secondary_opts
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_page_has_every_option_and_no_other(command: str) -> None:
+    text = (ROOT / "docs" / "cli.md").read_text()
+    (section,) = re.findall(rf"^## latentrt {command}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    named = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", " ".join(CODE.findall(BLOCK.sub("", section)))))
+    known = options_of(command)
+    shared = options_of("generate") if command == "animate" else set()  # "most options of `generate` work here too"
+    assert named - known <= {"--help"}
+    assert known - named - shared <= {"--json", "--refit", "-o"}
+
+
+def test_the_pages_name_every_extra_and_no_other() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]) - {"dev"}
+    for page in PAGES:
+        named = {name for pair in EXTRA.findall(page.read_text()) for text in pair for name in text.split(",") if name}
+        assert named <= extras, page.name
+        if page.name in ("README.md", "engines.md"):
+            assert named == extras, page.name
+
+
+def test_the_readme_counts_the_samplers() -> None:
+    assert f"({len(sampler_names())} of them)" in (ROOT / "README.md").read_text()
+
+
+def test_the_architecture_page_has_every_room() -> None:
+    rooms = {
+        path.parent.relative_to(ROOT).as_posix() + "/"
+        for folder in ("export", "engines", "runtime")
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    assert rooms - code_in("docs/architecture.md") == set()
+
+
+def test_what_the_readme_calls_linux_only_is_not_loaded_by_drawing(demo_bundle: Path) -> None:
+    code = f"""
+import sys
+from latentrt.runtime.pipeline import Pipeline
+with Pipeline.load({str(demo_bundle)!r}, "cpu") as pipe:
+    pipe("a red circle", steps=1, seed=0)
+print([name for name in ("fcntl", "resource") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
