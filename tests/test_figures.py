@@ -102,7 +102,11 @@ def test_other_libraries_take_as_long_as_was_measured(peer: str) -> None:
 
 
 def test_memory_is_what_was_measured() -> None:
-    for run, start in (("demo-batch1", "demo |"), ("middle-batch1", "`middle`: "), ("sd15-batch1", "SD 1.5, full size |")):
+    for run, start in (
+        ("demo-batch1", "demo |"),
+        ("middle-batch1", "`middle`: "),
+        ("sd15-batch1", "SD 1.5, full size |"),
+    ):
         peak = result(f"peers-{run}")["peers"]["latentrt"]["peak_rss_bytes"] / MIB
         assert line_with(start).endswith(f"| {peak:.0f} |")
 
