@@ -1,10 +1,26 @@
-"""The errors a user can mend, named for who can act on them. Anything else that is raised is a bug of ours."""
+"""The errors a user can mend, named for who can act on them. Anything else that is raised is a bug of ours.
+
+Four kinds: `CheckpointError`, `BundleError`, `EngineError` and `RequestError`. What a program may want to tell apart
+is a type of its own below one of them, and each says in `retryable` whether trying again can help.
+"""
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any, ClassVar
+
 
 class LatentrtError(Exception):
-    """One sentence: what is wrong, where, and what to do. The command line prints it and exits with 2."""
+    """One sentence: what is wrong, where, and what to do. The command line prints it and exits with 2.
+
+    retryable: whether the same call may succeed later though its caller changes nothing
+    """
+
+    retryable: ClassVar[bool] = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process with every field, whatever the constructor takes."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class CheckpointError(LatentrtError):
@@ -17,6 +33,35 @@ class BundleError(LatentrtError):
 
 class EngineError(LatentrtError):
     """A backend is not installed, has no engine for this machine, or refused what it was given."""
+
+
+class NotInstalledError(EngineError):
+    """A library is missing, or too old. install: the command that installs it."""
+
+    def __init__(self, sentence: str, *, install: str) -> None:
+        self.install = install
+        super().__init__(f"{sentence}; install it with: {install}")
+
+
+class WrongMachineError(EngineError):
+    """This machine is not one to run on: no GPU answers, or the engines were built for another target.
+
+    differences: what differs between here and there, as `field: ours here, theirs there`; empty where no GPU answers
+    """
+
+    def __init__(self, sentence: str, *, differences: tuple[str, ...] = ()) -> None:
+        self.differences = differences
+        super().__init__(sentence)
+
+
+class OutOfMemoryError(EngineError, MemoryError):
+    """The device, or the host where engines run on the CPU, has no room for what was asked now."""
+
+    retryable = True
+
+
+class ClosedError(EngineError):
+    """What was closed is used again: load the bundle anew."""
 
 
 class NotFiniteError(EngineError):
@@ -49,5 +94,15 @@ class RequestError(LatentrtError, ValueError):
     """
 
 
-class DeadlineError(LatentrtError, TimeoutError):
+class NestedCallError(RequestError):
+    """A pipeline was called from within a call of it on the same thread: it would wait for itself for ever."""
+
+
+class CancelledError(RequestError):
+    """The caller cancelled the call before its pictures were finished."""
+
+
+class DeadlineError(RequestError, TimeoutError):
     """A request was not finished by its deadline."""
+
+    retryable = True

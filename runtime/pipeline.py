@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,16 +17,17 @@ import numpy as np
 from latentrt import __version__
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.errors import DeadlineError, EngineError
+from latentrt.engines.errors import ClosedError
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.open import OpenEngines, open_engines
 from latentrt.engines.workspace.contract import Workspace
-from latentrt.runtime.draw.animation import Frame, batches, frame_draw, frame_rows, frames_between
-from latentrt.runtime.draw.draw import Drawing, Source, stream
+from latentrt.runtime.calls import Cancellation, Limits, Stream, Turn, finish, limited, tell
+from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
+from latentrt.runtime.draw.draw import Drawing, Source, Stages, stream
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
 from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.draw.loras import Loras
-from latentrt.runtime.draw.step import Step, Watch
+from latentrt.runtime.draw.step import Watch
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
 from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.text.encoders import Texts, read_tokenizers
@@ -44,7 +45,9 @@ class Pipeline:
         self.load_s, self.warm_up_s = opened.load_s, 0.0
         self._opened = opened
         self._engines = opened.engines
-        self._lock = threading.Lock()
+        self._turn, self._closed = Turn(), False
+        self._streams = weakref.WeakSet[Stream]()
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")  # starts with the first await
         self._said: set[str] = set()
         self._texts = Texts(bundle.manifest, opened.engines, tokenizers)
         self._loras = Loras(bundle)
@@ -73,7 +76,8 @@ class Pipeline:
         build: where the bundle holds no engines for this machine, build them first, as `latentrt build` does: beside
             the bundle, or in the user's cache where that is read-only. Later loads find them; the log and every
             result's `reason` tell where they are
-        Raises BundleError (files) and EngineError (backend), each with how to fix it.
+        Raises BundleError (files) and EngineError (backend), each with how to fix it: NotInstalledError where a library
+        is missing, WrongMachineError where no GPU answers or the engines are another machine's, OutOfMemoryError
         """
         bundle = Bundle.open(path)
         with ThreadPoolExecutor(max_workers=1) as beside:
@@ -92,6 +96,7 @@ class Pipeline:
         except Exception:
             opened.close()
             raise
+        logger.info("loaded '%s' on %s in %.2f s (%s)", bundle.root, pipe.backend, pipe.load_s, opened.choice.reason)
         if warm_up:
             pipe.warm_up()
         return pipe
@@ -124,21 +129,72 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         on_step: Watch | None = None,
+        cancel: Cancellation | None = None,
         **options: Unpack[Options],
     ) -> Result:
-        """Draw pictures of a prompt. The options are the fields of `Request`; on_step: see `draw`."""
-        return self.draw(Request(prompt=prompt, **options), on_step=on_step)
+        """Draw pictures of a prompt. The options are the fields of `Request`; the rest is as `draw` says."""
+        return self.draw(Request(prompt=prompt, **options), on_step=on_step, cancel=cancel)
 
-    def draw(self, request: Request, *, on_step: Watch | None = None) -> Result:
+    def draw(self, request: Request, *, on_step: Watch | None = None, cancel: Cancellation | None = None) -> Result:
         """Draw what a request asks for.
 
         on_step: called after each stage, on the calling thread; what it raises ends the call
-        Raises RequestError on what cannot be drawn, DeadlineError where the request's time is over, and NotFiniteError
-        where numbers of a picture left the range of floats: then none of the call's pictures is given.
+        cancel: what another thread may end the call with, between two stages
+        Raises RequestError on what cannot be drawn, and of its kinds DeadlineError where the request's time is over,
+        CancelledError where the call was cancelled, and NestedCallError where it comes from `on_step` or from between
+        two steps of a stream. Raises EngineError where the backend fails: OutOfMemoryError, ClosedError, and
+        NotFiniteError where numbers of a picture left the range of floats. Then none of the call's pictures is given.
         """
+        return self._drawn(request, on_step, Limits.of(request, cancel))
+
+    def stream(self, request: Request, *, cancel: Cancellation | None = None) -> Stream:
+        """Draw what a request asks for, one stage whenever the next step is asked for.
+
+            with pipe.stream(request) as stream:
+                for step in stream:
+                    show(step.preview)
+            stream.result.images[0].save("picture.png")
+
+        The pipeline's turn is taken with the first step and kept until the stream ends or is closed.
+        Raises RequestError at once; the steps raise what `draw` raises.
+        """
+        stream = Stream(self._call(request, Limits.of(request, cancel), watched=True))
+        self._streams.add(stream)
+        return stream
+
+    async def draw_async(self, request: Request, *, on_step: Watch | None = None) -> Result:
+        """Draw what a request asks for without blocking the event loop: on one thread of the pipeline's own.
+
+        on_step: as for `draw`, but called on that thread
+        Cancelling the task ends the call between two stages. Raises as `draw` does.
+        """
+        import asyncio
+
+        self._turn.refuse_nested()
+        limits = Limits.of(request, Cancellation())
+        try:
+            work = self._worker.submit(self._drawn, request, on_step, limits)
+        except RuntimeError:
+            raise self._closed_error() from None
+        drawn = asyncio.wrap_future(work)
+        try:
+            finished, _ = await asyncio.wait([drawn], timeout=limits.left)
+            if not finished and work.cancel():  # it has not begun
+                limits.check("while other calls were drawing")
+            return await drawn
+        except asyncio.CancelledError:
+            limits.end()
+            drawn.cancel()
+            raise
+
+    def _drawn(self, request: Request, on_step: Watch | None, limits: Limits) -> Result:
+        return finish(self._call(request, limits, watched=on_step is not None or limits.any), on_step)
+
+    def _call(self, request: Request, limits: Limits, *, watched: bool) -> Stages[Result]:
         job = resolve(request, self.manifest)
         self._say(self.manifest.schedule.clip_note)
-        return self._locked(job, lambda watch: self._draw(job, self._prompted(job), watch), on_step)
+        changes = self._loras.changes(job.request.loras)
+        return self._alone(limits, changes, lambda: self._draw(job, self._prompted(job), watched=watched))
 
     def _say(self, note: str | None) -> None:
         """Log a warning that holds for every picture, once."""
@@ -160,6 +216,7 @@ class Pipeline:
         batch: int = 4,
         loop: bool = False,
         on_step: Watch | None = None,
+        cancel: Cancellation | None = None,
         **options: Unpack[Options],
     ) -> Iterator[Result]:
         """Draw an animation from key frame to key frame; give its frames in order, a batch of them at a time.
@@ -167,35 +224,46 @@ class Pipeline:
         keys: what to go through; text is mixed on a line and noise on an arc, see `animation`
         batch: how many frames are drawn at once; every batch is full but the last
         loop: go on from the last key frame to the first
-        options: of every frame, as in a call; keys bring prompt, negative prompt and seed
-        Raises RequestError.
+        options: of every frame, as in a call; keys bring prompt, negative prompt and seed. A deadline is each batch's
+        Raises RequestError at once, before a frame is drawn; each batch raises what `draw` raises.
         """
-        for part in batches(frames_between(len(keys), frames, loop=loop), batch):
-            nearest = [keys[frame.second if frame.weight > 0.5 else frame.first] for frame in part]
-            own: Options = {
-                "negative_prompt": [key.negative_prompt for key in nearest],
-                "seed": [key.seed for key in nearest],
-            }
-            request = Request(prompt=[key.prompt for key in nearest], **(options | own))
-            job = resolve(request, self.manifest)
-            yield self._locked(job, partial(self._draw_between, job, keys, part), on_step)
-
-    def _locked(self, job: Job, work: Callable[[Watch | None], Result], on_step: Watch | None) -> Result:
-        """Do work alone, with the weights that its request asks for and the deadline counted from now."""
+        keys, parts = check_keys(keys), batches(frames_between(len(keys), frames, loop=loop), batch)
+        requests = [between(keys, part, options) for part in parts]
+        for request in {len(part): request for part, request in zip(parts, requests, strict=True)}.values():
+            job = resolve(request, self.manifest)  # those of one size differ in nothing else that can be refused
+            for leg in job.legs:
+                self._texts.tokens([text for side in job.read_keys(keys) for text in side], denoiser=leg.denoiser)
         changes = self._loras.changes(job.request.loras)
-        deadline = job.request.deadline
-        end = None if deadline is None else time.perf_counter() + deadline
-        if not self._lock.acquire(timeout=-1 if deadline is None else deadline):
-            raise DeadlineError(f"deadline: {deadline:g} s were over while another call was drawing")
+
+        def drawn() -> Iterator[Result]:
+            for part, request in zip(parts, requests, strict=True):
+                limits = Limits.of(request, cancel)
+                job = resolve(request, self.manifest)
+                draw = partial(self._draw_between, job, keys, part, watched=on_step is not None or limits.any)
+                yield finish(self._alone(limits, changes, draw), on_step)
+
+        return drawn()
+
+    def _alone(
+        self, limits: Limits, changes: Mapping[str, Changes], draw: Callable[[], Stages[Result]]
+    ) -> Stages[Result]:
+        """Draw when it is this call's turn, with the weights that it asks for, within its limits."""
+        self._turn.take(limits)
+        waited = limits.spent
         try:
-            if not self._engines:
-                raise EngineError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
+            if self._closed:
+                raise self._closed_error()
             adapt_s = self._adapt(changes)
-            result = work(_watcher(job, end, on_step))
-            seconds = {"adapt": adapt_s, **result.seconds, "total": adapt_s + result.seconds["total"]}
-            return dataclasses.replace(result, seconds=seconds)
+            limits.check("before the first stage")
+            result = yield from limited(draw(), limits, self._turn)
         finally:
-            self._lock.release()
+            self._turn.give_back()
+        tell(result, limits, waited=waited)
+        seconds = {"adapt": adapt_s, **result.seconds, "total": adapt_s + result.seconds["total"]}
+        return dataclasses.replace(result, seconds=seconds)
+
+    def _closed_error(self) -> ClosedError:
+        return ClosedError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
 
     def _prompted(self, job: Job) -> Source:
         """Return what a request's own prompts and seeds give."""
@@ -220,11 +288,12 @@ class Pipeline:
             draw=stream(job.request.noise, job.seeds, shape),
         )
 
-    def _draw_between(self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], watch: Watch | None) -> Result:
+    def _draw_between(
+        self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], *, watched: bool
+    ) -> Stages[Result]:
         """Draw frames that lie between key frames."""
         start = time.perf_counter()
-        prompts = job.read([key.prompt for key in keys])
-        negatives = job.read([key.negative_prompt for key in keys] if job.guidance.needed else [], negative=True)
+        prompts, negatives = job.read_keys(keys)
         texts = {leg.denoiser: self._texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
@@ -237,11 +306,11 @@ class Pipeline:
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
         tokens = {denoiser: arrays["encoder_hidden_states"].shape[1] for denoiser, arrays in texts.items()}
         source = Source(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
-        return self._draw(job, source, watch)
+        return (yield from self._draw(job, source, watched=watched))
 
-    def _draw(self, job: Job, source: Source, watch: Watch | None) -> Result:
+    def _draw(self, job: Job, source: Source, *, watched: bool) -> Stages[Result]:
         start = time.perf_counter()
-        drawn = self._drawing(job, source, watch)
+        drawn = yield from self._drawing(job, source, watched=watched)
         stages = {"encode": drawn.encode_s, "denoise": sum(drawn.step_seconds), "decode": drawn.decode_s}
         total = source.tokenize_s + time.perf_counter() - start
         return Result(
@@ -276,20 +345,26 @@ class Pipeline:
     def add_embedding(self, file: str | os.PathLike[str], *, name: str | None = None) -> str:
         """Let prompts use a learned word from a safetensors file; return the word. Raises RequestError."""
         embedding = load_embedding(file, name=name)
-        with self._lock:
+        with self._turn.hold():
             self._texts.add(embedding)
         return embedding.name
 
     def remove_embedding(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError where there is no such word."""
-        with self._lock:
+        with self._turn.hold():
             self._texts.remove(name)
 
     def close(self) -> None:
-        """Free the engines. A call that is running ends first."""
-        with self._lock:
+        """Free the engines. Another thread's call ends first; a stream that this thread has not finished is closed.
+
+        Raises NestedCallError in `on_step`.
+        """
+        for one in list(self._streams) if self._turn.mine else ():
+            one.leave()
+        with self._turn.hold():
+            self._closed = True
+            self._worker.shutdown(wait=False)
             self._opened.close()
-            self._engines.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -310,19 +385,3 @@ def _ordinary(manifest: Manifest) -> Request:
 def _needed(bundle: Bundle) -> tuple[str, ...]:
     """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
     return bundle.manifest.of_role("text_encoder", "denoiser", "controlnet", *DECODERS.values())
-
-
-def _watcher(job: Job, end: float | None, on_step: Watch | None) -> Watch | None:
-    """Return what looks at each stage: the deadline, then the caller. None where nobody does."""
-    if end is None:
-        return on_step
-
-    def watch(step: Step) -> None:
-        if time.perf_counter() > end:
-            raise DeadlineError(
-                f"deadline: {job.request.deadline:g} s were over after stage {step.stage} of {step.stages}"
-            )
-        if on_step is not None:
-            on_step(step)
-
-    return watch

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.images.preview import preview
 from latentrt.runtime.pipeline import Pipeline
@@ -105,14 +106,13 @@ def test_what_a_mask_keeps_is_the_image_from_the_first_stage_on(pipe: Pipeline) 
     assert np.abs(predicted[0][..., :5] - latents[-1][..., :5]).max() > 0.1
 
 
-def test_who_does_not_look_is_not_waited_for(pipe: Pipeline) -> None:
-    """Watching alone reads nothing from where the engines run."""
+def test_who_does_not_look_is_not_waited_for(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watching alone, and keeping steps, reads nothing from where the engines run; looking reads once."""
     reads: list[str] = []
-
-    def on_step(step: Step) -> None:
-        workspace: Any = step._workspace
-        read = workspace.read
-        workspace.read = lambda name: reads.append(name) or read(name)
-
-    pipe(**CALL, on_step=on_step)
-    assert reads == []
+    read = NumpyWorkspace.read
+    monkeypatch.setattr(NumpyWorkspace, "read", lambda self, name: reads.append(name) or read(self, name))
+    kept: list[Step] = []
+    pipe(**CALL, on_step=kept.append)
+    assert reads == [] and len(kept) == kept[0].stages
+    pipe(**CALL, on_step=lambda step: step.latents.sum() + step.latents.sum() if step.stage == 2 else None)
+    assert reads == ["state"]

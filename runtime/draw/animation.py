@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.runtime.request import KeyFrame, Options, Request
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 
 PICTURE = (1, 2, 3)  # the axes of one picture's noise in (n, C, h, w)
@@ -50,12 +51,33 @@ def _frame(position: int, steps: int, keys: int) -> Frame:
     return Frame(first=leg % keys, second=(leg + 1) % keys if rest else leg % keys, weight=rest / steps)
 
 
-def batches(frames: Sequence[Frame], size: int) -> Iterator[tuple[Frame, ...]]:
-    """Yield the frames in order, `size` at a time: every batch is full but the last. Raises RequestError on no size."""
+def batches(frames: Sequence[Frame], size: int) -> list[tuple[Frame, ...]]:
+    """Return the frames in order, `size` at a time: each full but the last. Raises RequestError on no size."""
     if size < 1:
         raise RequestError(f"batch: found {size}, expected 1 at least")
-    for start in range(0, len(frames), size):
-        yield tuple(frames[start : start + size])
+    return [tuple(frames[start : start + size]) for start in range(0, len(frames), size)]
+
+
+def between(keys: Sequence[KeyFrame], frames: Sequence[Frame], options: Options) -> Request:
+    """Return the request of a batch of frames: each is said to be of the key frame it is nearest to."""
+    nearest = [keys[frame.second if frame.weight > 0.5 else frame.first] for frame in frames]
+    own: Options = {
+        "negative_prompt": [key.negative_prompt for key in nearest],
+        "seed": [key.seed for key in nearest],
+    }
+    return Request(prompt=[key.prompt for key in nearest], **(options | own))
+
+
+def check_keys(keys: Sequence[KeyFrame]) -> tuple[KeyFrame, ...]:
+    """Return the key frames. Raises RequestError where they are something else, or a field is of another type."""
+    if not isinstance(keys, list | tuple) or not all(isinstance(key, KeyFrame) for key in keys):
+        raise RequestError(f"key frames: found {keys!r}, expected a list of KeyFrame(prompt=…, seed=…)")
+    for number, key in enumerate(keys, 1):
+        fields = {"prompt": str, "seed": int, "negative_prompt": str | None}
+        for name, kind in fields.items():
+            if not isinstance(value := getattr(key, name), kind) or isinstance(value, bool):
+                raise RequestError(f"key frames: found {value!r} for the {name} of number {number}")
+    return tuple(keys)
 
 
 def frame_text(encoded: Array, frames: Sequence[Frame]) -> Array:

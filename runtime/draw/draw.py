@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,10 +26,12 @@ from latentrt.runtime.draw.denoise import denoise
 from latentrt.runtime.draw.finite import LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
 from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
-from latentrt.runtime.draw.step import Noise, Step, Watch
+from latentrt.runtime.draw.step import Look, Noise, Step
 from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
 from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
 
+T = TypeVar("T")
+Stages = Generator[Step, None, T]  # what yields each stage that is done, and returns what came of them
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
 
@@ -62,17 +66,26 @@ class Drawing:
     def __init__(self, opened: OpenEngines, manifest: Manifest) -> None:
         self._opened, self._manifest = opened, manifest
 
-    def __call__(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
-        """Draw a job, whose text and noise come from a source. Raises NotFiniteError with its likely causes."""
+    def __call__(self, job: Job, source: Source, *, watched: bool) -> Stages[Drawn]:
+        """Draw a job, whose text and noise come from a source; a generator that returns what was drawn.
+
+        watched: it yields after each stage, and the queue is kept short; else it runs through
+        Raises NotFiniteError with its likely causes. Closing it ends the call where it is.
+        """
+        with self._explaining(job):
+            return (yield from self._draw(job, source, watched=watched))
+
+    @contextmanager
+    def _explaining(self, job: Job) -> Iterator[None]:
         try:
-            return self._draw(job, source, watch)
+            yield
         except NotFiniteError as error:
             raise explain(error, job, self._opened.key.precision) from None
 
-    def _draw(self, job: Job, source: Source, watch: Watch | None) -> Drawn:
+    def _draw(self, job: Job, source: Source, *, watched: bool) -> Stages[Drawn]:
         last = job.legs[-1].denoiser
         decode = self._decoder(job, last, tokens=source.tokens[last])
-        workspace, encode, steps = self._denoise(job, source, watch)
+        workspace, encode, steps = yield from self._denoise(job, source, watched=watched)
         pixels = decode(workspace)
         further, *own, decode_s = workspace.elapsed()
         return Drawn(pixels=pixels, encode_s=encode + further, step_seconds=(*steps, *own), decode_s=decode_s)
@@ -121,7 +134,7 @@ class Drawing:
             self._manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder
         )
 
-    def _denoise(self, job: Job, source: Source, watch: Watch | None) -> tuple[Workspace, float, list[float]]:
+    def _denoise(self, job: Job, source: Source, *, watched: bool) -> Stages[tuple[Workspace, float, list[float]]]:
         """Take every stage of the plan, each leg on a workspace of its denoiser.
 
         Returns the last workspace, with its leg's marks, and what the legs before took: to encode, and each stage.
@@ -138,7 +151,7 @@ class Drawing:
             workspace.mark()
             if inputs is None:
                 inputs = self._begin(job, draw, state_rows=workspace.state_rows)
-            self._advance(job, leg, inputs, workspace, draw, watch)
+            yield from self._advance(job, leg, inputs, workspace, draw, watched=watched)
             if leg is not job.legs[-1]:  # read before the next workspace, which may take this one's place
                 inputs["state"] = workspace.read("state")
                 _latents_of(job, inputs["state"], leg.stages.stop)
@@ -164,8 +177,9 @@ class Drawing:
         inputs: Mapping[str, Array],
         workspace: Workspace,
         draw: Noise,
-        watch: Watch | None,
-    ) -> None:
+        *,
+        watched: bool,
+    ) -> Stages[None]:
         """Take the stages of one leg, from the state and what lies beside it among the inputs."""
         further = conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser)
         for name, array in {**further, **inputs}.items():
@@ -180,20 +194,37 @@ class Drawing:
             workspace, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages
         )
         for stage in stages:
-            if watch is not None:
+            if watched:
                 workspace.settle(AHEAD)
-                watch(
-                    Step(
+                look = self._look(job, workspace, stage)
+                try:
+                    yield Step(
                         stage=stage,
                         stages=job.plan.stages,
-                        _workspace=workspace,
+                        _look=look,
                         _plan=job.plan,
                         _manifest=self._manifest,
                         _noise=draw.last,
                         _keeps="known" in inputs,
-                        _sketch=partial(self._sketch, job, workspace.shape.tokens),
                     )
-                )
+                finally:
+                    look.end()
+
+    def _look(self, job: Job, workspace: Workspace, stage: int) -> Look:
+        """Return what a caller may look at after a stage, until the next one begins."""
+
+        def read(name: str) -> Array:
+            array = workspace.read(name)
+            if name == "state":
+                with self._explaining(job):
+                    _latents_of(job, array, stage)
+            return array
+
+        def sketch(latents: Array) -> Array:
+            with self._explaining(job):
+                return self._sketch(job, workspace.shape.tokens, latents)
+
+        return Look(read, sketch, f"stage {stage} of {job.plan.stages}")
 
     def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
         space, latents = self._manifest.latents, job.request.latents

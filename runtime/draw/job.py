@@ -27,7 +27,7 @@ from latentrt.runtime.images.read import (
     size_of,
 )
 from latentrt.runtime.images.tiling import Grid, plan_tiles
-from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, Request
+from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
@@ -81,14 +81,17 @@ class Job:
             for text in texts
         ]
 
+    def read_keys(self, keys: Sequence[KeyFrame]) -> tuple[list[Prompt], list[Prompt]]:
+        """Return key frames' prompts and negative prompts; none of these where no stage needs them."""
+        negatives = [key.negative_prompt for key in keys] if self.guidance.needed else []
+        return self.read([key.prompt for key in keys]), self.read(negatives, negative=True)
+
 
 def resolve(request: Request, manifest: Manifest) -> Job:
     """Check a request against a bundle. Raises RequestError, with one sentence, on what cannot be drawn."""
     if type(request.n) is not int or request.n < 1:
         raise RequestError(f"n: found {request.n!r}, expected a whole number of pictures from 1 up")
     prompts = tuple(text for text in _texts("prompt", request.prompt) for _ in range(request.n))
-    if request.deadline is not None and not request.deadline > 0:
-        raise RequestError(f"deadline: found {request.deadline!r}, expected seconds above 0")
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
     request = dataclasses.replace(request, loras=check_loras(request.loras))

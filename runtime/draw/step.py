@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PREVIOUS
-from latentrt.engines.workspace.contract import Workspace
-from latentrt.runtime.draw.finite import LATENTS, finite
 from latentrt.runtime.images.preview import predicted_latents, preview
 from latentrt.runtime.sampling.plan import SamplingPlan
+
+KEPT = ("keep_mask", "known")  # what a mask keeps, and what of
 
 
 class Noise:
@@ -29,41 +32,82 @@ class Noise:
         return self.last
 
 
+class Look:
+    """What lies where the engines run after one stage: read when it is first asked for, and kept from then on.
+
+    Nobody who does not look pays for it. Once the stage is over, what was not looked at is gone.
+    """
+
+    def __init__(self, read: Callable[[str], Array], sketch: Callable[[Array], Array], where: str) -> None:
+        self._read: Callable[[str], Array] | None = read
+        self._sketch, self._where = sketch, where
+        self._kept: dict[str, Array] = {}
+        self._lock = threading.Lock()  # held while something is read, so that no other thread goes on meanwhile
+
+    def __call__(self, name: str) -> Array:
+        """Return an input of the stage, read-only. Raises RequestError where it is too late to read it."""
+        return self._once(name, lambda read: read(name))
+
+    def draft(self, predicted: Array) -> Array:
+        """Return the picture that a tiny decoder makes of latents, read-only. Raises as `__call__` does."""
+        return self._once("draft", lambda _: self._sketch(predicted))
+
+    def _once(self, name: str, make: Callable[[Callable[[str], Array]], Array]) -> Array:
+        with self._lock:
+            if name not in self._kept:
+                if self._read is None:
+                    raise RequestError(
+                        f"{self._where} is over and nobody looked at this of it; look while it is the last one, or "
+                        "call step.keep() then"
+                    )
+                self._kept[name] = make(self._read)
+                self._kept[name].flags.writeable = False
+            return self._kept[name]
+
+    def end(self) -> None:
+        """Read nothing from now on: the next stage begins."""
+        with self._lock:
+            self._read = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
-    """Told to `on_step` after each stage. Raise in it to end the call. What it shows is to be looked at in there."""
+    """One stage that is done: given to `on_step`, which may raise to end the call, and by `Pipeline.stream`.
+
+    Arrays are read where the engines run when they are first asked for, and are read-only. What was looked at stays
+    true for as long as the step is kept; what was not can be looked at until the next stage begins, and raises
+    RequestError from then on. `keep` looks at all of it.
+    """
 
     stage: int
     stages: int
-    _workspace: Workspace
+    _look: Look
     _plan: SamplingPlan
     _manifest: Manifest
     _noise: Array | None
     _keeps: bool
-    _sketch: Callable[[Array], Array]
 
     @property
     def latents(self) -> Array:
-        """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters."""
-        return self._finite(self._workspace.read("state")[:, 0])
+        """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters.
 
-    def _finite(self, latents: Array) -> Array:
-        return finite(latents, LATENTS, pictures=len(latents), stage=self.stage, stages=self.stages)
+        Raises NotFiniteError where they have left the range of floats.
+        """
+        return self._look("state")[:, 0]
 
     @property
     def predicted(self) -> Array:
         """Return the clean latents that the model has in mind, (n, C, h, w), float32: a picture when half is noise yet.
 
-        What a mask keeps is the image's own. A device is waited for.
+        What a mask keeps is the image's own. A device is waited for. Raises as `latents` does.
         """
-        before, after = self._workspace.read(PREVIOUS), self._workspace.read("state")
-        self._finite(after[:, 0])
+        after, before = self._look("state"), self._look(PREVIOUS)
         schedule = self._manifest.schedule
         found = predicted_latents(before, after, self._plan, self.stage - 1, schedule, noise=self._noise)
         if not self._keeps:
             return found
-        mask, kept = self._workspace.read("keep_mask"), self._workspace.read("known")[:, 0]
-        return np.asarray(mask * found + (1 - mask) * kept, dtype=np.float32)
+        mask, known = (self._look(name) for name in KEPT)
+        return np.asarray(mask * found + (1 - mask) * known[:, 0], dtype=np.float32)
 
     @property
     def preview(self) -> Array:
@@ -79,7 +123,16 @@ class Step:
 
         Raises BundleError where the bundle holds no tiny decoder.
         """
-        return self._sketch(self.predicted)
+        return self._look.draft(self.predicted)
+
+    def keep(self) -> Self:
+        """Read all that `latents`, `predicted` and `preview` show, so that they show it for ever; return the step.
+
+        A draft is kept where it was looked at: it takes a network. Raises as `latents` does.
+        """
+        for name in ("state", PREVIOUS, *(KEPT if self._keeps else ())):
+            self._look(name)
+        return self
 
 
 Watch = Callable[[Step], None]

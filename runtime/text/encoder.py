@@ -120,6 +120,8 @@ class TextEncoder:
     def tokens(self, prompts: Sequence[Prompt]) -> int:
         """Return how many tokens the encoding of the longest of these prompts has. Raises RequestError."""
         words = self._words
+        for prompt in prompts:
+            self._rows.check_skip(self._skip + prompt.clip_skip)
         found = self._remembered(words, prompts)
         known = (len(encoding.states) for encoding in found.values())
         new = (len(words.tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)

@@ -1,0 +1,247 @@
+"""Calls of a pipeline: whose turn it is, until when, who may end it, and how its stages are handed out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Self
+
+from latentrt.engines.errors import CancelledError, DeadlineError, NestedCallError, RequestError
+from latentrt.runtime.draw.draw import Stages
+from latentrt.runtime.draw.step import Step, Watch
+from latentrt.runtime.request import Request
+from latentrt.runtime.result import Result
+
+SLOW_S, SLOW_SHARE = 10.0, 0.8  # a call is slow that takes longer, or with a deadline more than this share of it
+logger = logging.getLogger(__name__)
+
+
+class Cancellation:
+    """Ends calls from another thread: give it to them as `cancel`, and call its own `cancel`.
+
+    A call that waits for its turn ends at once, one that draws after the stage it is in; both raise CancelledError.
+    """
+
+    def __init__(self) -> None:
+        self._cancelled = False
+        self._wakes: list[Callable[[], None]] = []
+
+    @property
+    def cancelled(self) -> bool:
+        """Tell whether it was cancelled. There is no way back."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """End every call that was given this, now and later. Safe from any thread, and from signal handlers."""
+        self._cancelled = True
+        for wake in list(self._wakes):
+            wake()
+
+    @contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Have `wake` called when it is cancelled meanwhile."""
+        self._wakes.append(wake)
+        try:
+            yield
+        finally:
+            self._wakes.remove(wake)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What may end a call before its pictures are finished. deadline: seconds from `began` on."""
+
+    deadline: float | None = None
+    cancel: Cancellation | None = None
+    began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def of(cls, request: Request, cancel: Cancellation | None) -> Self:
+        """Return those of a call that begins now. Raises RequestError where its deadline is none."""
+        deadline = request.deadline
+        if deadline is None:
+            return cls(cancel=cancel)
+        if isinstance(deadline, bool) or not isinstance(deadline, int | float) or not deadline > 0:
+            raise RequestError(f"deadline: found {deadline!r}, expected seconds above 0")
+        return cls(deadline=deadline, cancel=cancel)
+
+    @property
+    def any(self) -> bool:
+        """Tell whether there is one."""
+        return self.deadline is not None or self.cancel is not None
+
+    @property
+    def left(self) -> float | None:
+        """Return the seconds until the deadline, None where there is none."""
+        return None if self.deadline is None else self.deadline - self.spent
+
+    @property
+    def spent(self) -> float:
+        """Return the seconds since the call began."""
+        return time.perf_counter() - self.began
+
+    def check(self, where: str) -> None:
+        """Raise CancelledError or DeadlineError where the call is to end. where: as in `after stage 2 of 20`"""
+        if self.cancel is not None and self.cancel.cancelled:
+            raise CancelledError(f"the call was cancelled {where}")
+        if self.left is not None and self.left <= 0:
+            raise DeadlineError(f"deadline: {self.deadline:g} s were over {where}")
+
+    def end(self) -> None:
+        """Cancel the call."""
+        if self.cancel is not None:
+            self.cancel.cancel()
+
+
+class Turn:
+    """A lock whose owner is known, so that a call from within a call is refused instead of waiting for itself."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._owner: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Tell whether this thread has the turn."""
+        return self._owner == threading.get_ident()
+
+    def take(self, limits: Limits) -> None:
+        """Wait for the turn and take it.
+
+        Raises NestedCallError where this thread has it, CancelledError and DeadlineError where waiting is to end.
+        """
+        self.refuse_nested()
+        with self._change, limits.cancel.waking(self._wake) if limits.cancel else nobody():
+            while self._owner is not None:
+                limits.check("while another call was drawing")
+                self._change.wait(limits.left)
+            self._owner = threading.get_ident()
+
+    def _wake(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    def refuse_nested(self) -> None:
+        """Raise NestedCallError where this thread has the turn."""
+        if self.mine:
+            raise NestedCallError(
+                "the pipeline was called from within one of its own calls on this thread; let on_step return, or "
+                "take the stream's last step or close it, first"
+            )
+
+    def carry(self) -> None:
+        """Let the thread that goes on with a stream be the one that has the turn."""
+        self._owner = threading.get_ident()
+
+    def give_back(self) -> None:
+        """Let the next one have it."""
+        with self._change:
+            self._owner = None
+            self._change.notify()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Have the turn for a while. Raises NestedCallError."""
+        self.take(Limits())
+        try:
+            yield
+        finally:
+            self.give_back()
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Wait for nobody's sign."""
+    yield
+
+
+class Stream(Iterator[Step]):
+    """A call that is drawn while it is iterated: its steps, and at the end its `result`.
+
+    It draws on the thread that iterates, between one step and the next, and no other call does before it ends or is
+    closed. Closing it, leaving its `with` block or dropping it ends the call early. One thread at a time may use it.
+    """
+
+    def __init__(self, stages: Stages[Result]) -> None:
+        self._stages = stages
+        self._result: Result | None = None
+
+    def __next__(self) -> Step:
+        """Draw the next stage. Raises what `Pipeline.draw` raises; the StopIteration at the end has the result too."""
+        try:
+            return next(self._stages)
+        except StopIteration as end:
+            self._result = self._result or end.value
+            raise StopIteration(self._result) from None
+
+    @property
+    def result(self) -> Result:
+        """Return what was drawn. Raises RequestError before the last step was taken, and where it was closed early."""
+        if self._result is None:
+            raise RequestError("a stream has its result when all of its steps were taken; take them first")
+        return self._result
+
+    def close(self) -> None:
+        """End the call where it is, and let the next one draw."""
+        self._stages.close()
+
+    def leave(self) -> None:
+        """Close it where it waits between two steps; one that another thread draws goes on."""
+        if inspect.getgeneratorstate(self._stages) == inspect.GEN_SUSPENDED:
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def finish(stages: Stages[Result], on_step: Watch | None) -> Result:
+    """Draw to the end, each step shown to `on_step`: what it raises ends the call."""
+    with closing(stages):
+        while True:
+            try:
+                step = next(stages)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            if on_step is not None:
+                on_step(step)
+
+
+def limited(stages: Stages[Result], limits: Limits, turn: Turn) -> Stages[Result]:
+    """Draw to the end within limits, the turn being that of whoever goes on."""
+    with closing(stages):
+        while True:
+            try:
+                step = next(stages)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            limits.check(f"after stage {step.stage} of {step.stages}")
+            yield step
+            turn.carry()
+
+
+def tell(result: Result, limits: Limits, *, waited: float) -> None:
+    """Log a call that is done: with INFO where it was slow, else with DEBUG. waited: seconds, for its turn"""
+    allowed = SLOW_S if limits.deadline is None else SLOW_SHARE * limits.deadline
+    slow = limits.spent > allowed
+    size = "x".join(map(str, result.settings[0].size))
+    logger.log(
+        logging.INFO if slow else logging.DEBUG,
+        "%s: %d of %s in %.3f s, %.3f s of them waiting for other calls, %d stages (%s)",
+        f"slow call, more than {allowed:g} s" if slow else "drew",
+        len(result.pixels),
+        size,
+        limits.spent,
+        waited,
+        len(result.step_seconds),
+        result.backend,
+    )
