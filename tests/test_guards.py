@@ -91,7 +91,7 @@ def test_the_wheel_holds_every_module_but_the_demos_training_and_nothing_else(tm
     names = set(zipfile.ZipFile(wheel).namelist())
     travelling = [path for path in sources(*FOLDERS) if TRAINING not in path.parents]
     expected = {f"latentrt/{path.relative_to(ROOT).as_posix()}" for path in travelling}
-    expected |= {"latentrt/__init__.py", "latentrt/__main__.py", "latentrt/py.typed"}
+    expected |= {f"latentrt/{path.name}" for path in (ROOT / "src/latentrt").iterdir() if path.is_file()}
     expected |= {
         f"latentrt/{path.relative_to(ROOT).as_posix()}"
         for path in (ROOT / "export/demo/checkpoint").rglob("*")
