@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from latentrt.engines.errors import CancelledError, DeadlineError, NestedCallError, RequestError
-from latentrt.runtime.draw.draw import Stages
-from latentrt.runtime.draw.step import Step, Watch
+from latentrt.runtime.draw.step import Stages, Step, Watch
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
 

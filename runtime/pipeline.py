@@ -23,11 +23,11 @@ from latentrt.engines.open import OpenEngines, open_engines
 from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.calls import Cancellation, Limits, Stream, Turn, finish, limited, tell
 from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
-from latentrt.runtime.draw.draw import Drawing, Source, Stages, stream
+from latentrt.runtime.draw.draw import Drawing, Source, stream
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
 from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.draw.loras import Loras
-from latentrt.runtime.draw.step import Watch
+from latentrt.runtime.draw.step import Stages, Watch
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
 from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.text.encoders import Texts, read_tokenizers

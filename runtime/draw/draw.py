@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
@@ -26,12 +25,10 @@ from latentrt.runtime.draw.denoise import denoise
 from latentrt.runtime.draw.finite import LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
 from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
-from latentrt.runtime.draw.step import Look, Noise, Step
+from latentrt.runtime.draw.step import Look, Noise, Stages, Step
 from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
 from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
 
-T = TypeVar("T")
-Stages = Generator[Step, None, T]  # what yields each stage that is done, and returns what came of them
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
 

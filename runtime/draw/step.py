@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -136,3 +136,5 @@ class Step:
 
 
 Watch = Callable[[Step], None]
+T = TypeVar("T")
+Stages = Generator[Step, None, T]  # yields each stage that is done, and returns what came of them
