@@ -6,7 +6,6 @@ is a type of its own below one of them, and each says in `retryable` whether try
 
 from __future__ import annotations
 
-import copyreg
 from typing import Any, ClassVar
 
 
@@ -20,7 +19,13 @@ class LatentrtError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process with every field, whatever the constructor takes."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+        return _rebuild, (type(self), self.args), self.__dict__
+
+
+def _rebuild(kind: type[LatentrtError], args: tuple[Any, ...]) -> LatentrtError:
+    error = kind.__new__(kind)
+    error.args = args
+    return error
 
 
 class CheckpointError(LatentrtError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,7 +132,6 @@ def animate(
 
 
 def _load(bundle: str, backend: str, *, threads: int | None, build: bool, embeddings: tuple[Path, ...]) -> Pipeline:
-    logging.basicConfig(format="latentrt: %(message)s")
     pipe = Pipeline.load(bundle, backend, threads=threads, build=build)
     for embedding in embeddings:
         pipe.add_embedding(embedding)

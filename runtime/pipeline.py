@@ -230,6 +230,7 @@ class Pipeline:
         keys, parts = check_keys(keys), batches(frames_between(len(keys), frames, loop=loop), batch)
         requests = [between(keys, part, options) for part in parts]
         for request in {len(part): request for part, request in zip(parts, requests, strict=True)}.values():
+            Limits.of(request, cancel)
             job = resolve(request, self.manifest)  # those of one size differ in nothing else that can be refused
             for leg in job.legs:
                 self._texts.tokens([text for side in job.read_keys(keys) for text in side], denoiser=leg.denoiser)

@@ -84,7 +84,7 @@ def main(path: str, cancel: Cancellation) -> list[int]:
             with pipe.stream(Request(prompt="a circle"), cancel=cancel) as stream:
                 for step in stream:
                     seen.append(step.stages)
-                reveal_type(step.latents.shape)
+                reveal_type(step.stage)
             result = stream.result
             for part in pipe.animate([KeyFrame(prompt="a", seed=1), KeyFrame(prompt="b", seed=2)], 4):
                 result = part
@@ -504,7 +504,6 @@ import logging, sys
 from latentrt import Pipeline
 if len(sys.argv) > 1:
     logging.basicConfig(level=sys.argv[1], format="%(levelname)s %(name)s %(message)s")
-    logging.getLogger("latentrt.runtime").warning
 with Pipeline.load({str(sd1_bundle)!r}, "cpu") as pipe:
     pipe("a circle", steps=1)
 logging.getLogger("latentrt").warning("heard only where somebody listens")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -70,7 +69,6 @@ def bench(
     --compare A B exits with 1 where B is slower than A past the noise of both, and with 2 where they cannot be
     compared.
     """
-    logging.basicConfig(format="latentrt: %(message)s")
     if sum((schema, show is not None, pair is not None, bundle is not None)) != 1:
         raise RequestError("bench takes one of: a BUNDLE to measure, --show FILE, --compare A B, --schema")
     if schema:

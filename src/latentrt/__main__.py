@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -176,7 +177,8 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line: bad input is one sentence on stderr and exit code 2."""
+    """Run the command line: bad input is one sentence on stderr and exit code 2; the log's warnings go there too."""
+    logging.basicConfig(format="latentrt: %(message)s")
     prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
     cli.main(prog_name="latentrt", obj=prompt_sets)
 
