@@ -17,9 +17,10 @@ class LatentrtError(Exception):
 
     retryable: ClassVar[bool] = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to another process with every field, whatever the constructor takes."""
-        return _rebuild, (type(self), self.args), self.__dict__
+
+def _travel(error: LatentrtError) -> tuple[Any, ...]:
+    """Return what pickles an error whose constructor makes its sentence: the sentence and the fields as they are."""
+    return _rebuild, (type(error), error.args), error.__dict__
 
 
 def _rebuild(kind: type[LatentrtError], args: tuple[Any, ...]) -> LatentrtError:
@@ -46,6 +47,9 @@ class NotInstalledError(EngineError):
     def __init__(self, sentence: str, *, install: str) -> None:
         self.install = install
         super().__init__(f"{sentence}; install it with: {install}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _travel(self)
 
 
 class WrongMachineError(EngineError):
@@ -90,6 +94,9 @@ class NotFiniteError(EngineError):
         which = ", ".join(str(picture + 1) for picture in pictures)
         when = f" at stage {stage} of {stages}" if stage else f" by the end of {stages} stages" if stages else ""
         super().__init__(f"picture {which}: {place} left the range of finite numbers{when}{advice}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _travel(self)
 
 
 class RequestError(LatentrtError, ValueError):

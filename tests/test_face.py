@@ -512,7 +512,7 @@ logging.getLogger("latentrt").warning("heard only where somebody listens")
     told = run("-c", code, "DEBUG").stderr.splitlines()
     mine = [line.split(" ", 2) for line in told if " latentrt." in line]
     assert ("INFO", "loaded") in {(level, message.split()[0]) for level, _, message in mine}
-    assert ("DEBUG", "drew") in {(level, message.split()[0]) for level, _, message in mine}
+    assert ("DEBUG", "drew:") in {(level, message.split()[0]) for level, _, message in mine}
 
 
 def test_slow_calls_stand_out(pipe: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
