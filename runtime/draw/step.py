@@ -48,7 +48,7 @@ class Look:
         """Return an input of the stage, read-only. Raises RequestError where it is too late to read it."""
         return self._once(name, lambda read: read(name))
 
-    def draft(self, predicted: Array) -> Array:
+    def sketched(self, predicted: Array) -> Array:
         """Return the picture that a tiny decoder makes of latents, read-only. Raises as `__call__` does."""
         return self._once("draft", lambda _: self._sketch(predicted))
 
@@ -123,7 +123,7 @@ class Step:
 
         Raises BundleError where the bundle holds no tiny decoder.
         """
-        return self._look.draft(self.predicted)
+        return self._look.sketched(self.predicted)
 
     def keep(self) -> Self:
         """Read all that `latents`, `predicted` and `preview` show, so that they show it for ever; return the step.
