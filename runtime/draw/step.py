@@ -50,7 +50,7 @@ class Look:
 
     def sketched(self, predicted: Array) -> Array:
         """Return the picture that a tiny decoder makes of latents, read-only. Raises as `__call__` does."""
-        return self._once("draft", lambda _: self._sketch(predicted))
+        return self._once("a draft", lambda _: self._sketch(predicted))
 
     def _once(self, name: str, make: Callable[[Callable[[str], Array]], Array]) -> Array:
         with self._lock:
