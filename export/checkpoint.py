@@ -11,7 +11,6 @@ from typing import Any
 from latentrt.engines.bundle.files import hash_file
 from latentrt.engines.bundle.manifest import SIZES, Family, LatentSpec, Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import PREFIX
 from latentrt.export.additions.controlnets import add_controlnets, per_level
 from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.replace import replace_unet, replace_vae
@@ -26,7 +25,7 @@ from latentrt.export.networks.components import residual_dimensions
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_vae
 from latentrt.export.sources.hub import download
-from latentrt.export.sources.parts import TEXT_ENCODERS, Parts, Recipe, Source
+from latentrt.export.sources.parts import TEXT_ENCODERS, Parts, Recipe, Source, Steering
 from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
@@ -45,6 +44,7 @@ class Checkpoint:
     tokenizers: the folder with each one's vocabulary; special_tokens: what that folder does not decide
     files: what the export reads, by name
     options: choices that changed the result
+    steering: its ControlNets and adapters, by component
     dimensions: the sizes that the tables of shapes refer to by name
     normalising: what normalised latents add to the VAE's halves, by component
     refiner: the checkpoint whose UNet becomes the component `refiner`
@@ -61,6 +61,7 @@ class Checkpoint:
     special_tokens: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Path]
     options: Mapping[str, str]
+    steering: Mapping[str, Steering]
     schedule: TrainingSchedule
     latents: LatentSpec
     default_size: tuple[int, int]
@@ -135,10 +136,11 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         special_tokens=parts.special_tokens,
         files=parts.files,
         options=parts.options,
+        steering=parts.steering,
         schedule=schedule,
         latents=latents,
         default_size=_default_size(parts.configs["unet"], family, schedule.prediction_type, factor=latents.factor),
-        dimensions=_dimensions(parts.configs, latents) | _residuals(parts.configs) | feature_dimensions(parts.configs),
+        dimensions=_dimensions(parts.configs, latents) | _residuals(parts) | feature_dimensions(parts),
         normalising=read_normalising(
             parts.configs["vae_decoder"],
             family=family,
@@ -257,12 +259,13 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
     }
 
 
-def _residuals(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def _residuals(parts: Parts) -> dict[str, int]:
     """Name the sizes of what ControlNets add to the UNet; there is nothing to add where there is none."""
-    if not any(name.startswith(PREFIX) for name in configs):
+    if not parts.steered("controlnet"):
         return {"down_residuals": 0}
-    channels = configs["unet"]["block_out_channels"]
-    return residual_dimensions(channels, per_level(configs["unet"]["layers_per_block"], len(channels)))
+    unet = parts.configs["unet"]
+    channels = unet["block_out_channels"]
+    return residual_dimensions(channels, per_level(unet["layers_per_block"], len(channels)))
 
 
 def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:

@@ -36,7 +36,7 @@ from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.configs.families import FAMILIES
 from latentrt.export.graphs.optimum import write_configs
 from latentrt.export.graphs.preview import PreviewFit, fit_preview
-from latentrt.export.networks.components import DENOISER, REFINER, component_of, row_of
+from latentrt.export.networks.components import COMPONENTS, DENOISER, REFINER, place_of
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.sources.parts import Recipe, Source, Twin
@@ -201,7 +201,7 @@ def _components(
     checkpoint: Checkpoint, staged: Path, precision: Precision, report: Report
 ) -> tuple[dict[str, Finished], tuple[str, ...]]:
     """Export every component that no earlier run has finished. Returns all of them, and the names of those kept."""
-    names = sorted(_networks(checkpoint), key=lambda name: (row_of(name), name))
+    names = sorted(_networks(checkpoint), key=lambda name: (place_of(_row(checkpoint, name)), name))
     found = {name: read_marker(staged, name) for name in names}
     kept = {name: finished for name, finished in found.items() if finished is not None}
     made = {}
@@ -222,6 +222,12 @@ def _networks(checkpoint: Checkpoint) -> dict[str, Path | Recipe]:
     return {**checkpoint.networks, **further}
 
 
+def _row(checkpoint: Checkpoint, component: str) -> str:
+    """Return the component's row in the table: its name, but for what has a name of the user's."""
+    steering = checkpoint.steering.get(component)
+    return steering.row if steering else component
+
+
 def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> Job:
     folder, recipe = _place(_networks(checkpoint)[component], staged / MARKERS / "weights")
     refiner = checkpoint.refiner
@@ -231,6 +237,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         twin = Twin(name=refiner.name, folder=other, recipe=how)
     return Job(
         component=component,
+        row=_row(checkpoint, component),
         source=checkpoint.source,
         folder=folder,
         recipe=recipe,
@@ -272,7 +279,7 @@ def _manifest(
         family=checkpoint.family,
         precision=precision,
         provenance=provenance,
-        components={name: _component_spec(name, component) for name, component in finished.items()},
+        components={name: _component_spec(checkpoint, name, component) for name, component in finished.items()},
         tokenizers=specs,
         schedule=checkpoint.schedule,
         latents=dataclasses.replace(checkpoint.latents, preview=preview.weights),
@@ -299,10 +306,10 @@ def _producer() -> str:
     return f"latentrt {__version__}"
 
 
-def _component_spec(name: str, finished: Finished) -> ComponentSpec:
-    row = component_of(name)
+def _component_spec(checkpoint: Checkpoint, name: str, finished: Finished) -> ComponentSpec:
+    steering = checkpoint.steering.get(name)
     return ComponentSpec(
-        role=row.role,
+        role=COMPONENTS[_row(checkpoint, name)].role,
         files=finished.graph_files,
         golden=finished.golden,
         inputs=finished.inputs,
@@ -312,8 +319,8 @@ def _component_spec(name: str, finished: Finished) -> ComponentSpec:
         error=finished.error,
         float32_layers=finished.float32_layers,
         largest_activation=finished.largest_activation,
-        of=DENOISER if row.control else None,
-        control=row.control,
+        of=DENOISER if steering else None,
+        control=steering.control if steering else None,
     )
 
 

@@ -19,7 +19,7 @@ from latentrt.export.additions.controlnets import add_controlnets
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.networks import conversion
-from latentrt.export.networks.components import component_of, input_specs, residual_dimensions
+from latentrt.export.networks.components import COMPONENTS, input_specs, residual_dimensions
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import open_folder
 from latentrt.export.sources.parts import Recipe
@@ -56,7 +56,7 @@ def test_the_residuals_are_those_that_diffusers_gives(steered: Steer) -> None:
         dimensions = open_checkpoint(
             str(made.checkpoint), options=options(f"edges={made.networks['edges']}")
         ).dimensions
-        specs = {s.name: s for s in input_specs(component_of("controlnet_edges"), dimensions, "fp32")}
+        specs = {s.name: s for s in input_specs(COMPONENTS["controlnet"], dimensions, "fp32")}
         found = [specs[f"down_residual_{n}"].shape for n in range(len(down))] + [specs["mid_residual"].shape]
         for shape, tensor in zip(found, (*down, mid), strict=True):
             divisor = int(str(shape[2]).removeprefix("latent_height_"))

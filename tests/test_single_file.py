@@ -335,6 +335,7 @@ def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Pat
         assert isinstance(recipe, Recipe)
         job = Job(
             component="unet",
+            row="unet",
             source="torch",
             folder=str(tmp_path / "weights"),
             recipe=recipe,

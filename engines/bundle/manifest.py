@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+from latentrt.engines.bundle.consistency import faults
 from latentrt.engines.bundle.parsing import ParseError, decode, parse
 from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.errors import BundleError
@@ -18,7 +18,6 @@ from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
-NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a component or a tokenizer
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -350,7 +349,8 @@ def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
 def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
     """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
     manifest = _decode(Manifest, content, where=where, mend="export the checkpoint again")
-    _check_references(manifest, where=where)
+    for fault in faults(manifest):
+        raise BundleError(f"{where} {fault}")
     return manifest
 
 
@@ -383,53 +383,3 @@ def _decode(kind: type[T], content: bytes | str, *, where: str, mend: str) -> T:
         return parse(kind, upgrade(document) if kind is Manifest else document)
     except ParseError as error:
         raise BundleError(f"{where} {error}; {mend}") from None
-
-
-def _check_references(manifest: Manifest, *, where: str) -> None:
-    for kind, names in (("components", manifest.components), ("tokenizers", manifest.tokenizers)):
-        if strange := [name for name in names if not NAME.fullmatch(name)]:
-            raise BundleError(
-                f"{where} $.{kind}: found the name {strange[0]!r}, expected letters, digits, - and _, for files are "
-                "named for it; do not use this bundle"
-            )
-    named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
-    named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
-    named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
-    for fault in _role_faults(manifest):
-        raise BundleError(f"{where} {fault}; export the checkpoint again")
-    for key, path in named:
-        if path not in manifest.files:
-            raise BundleError(f"{where} $.{key}: '{path}' is not among $.files; export the checkpoint again")
-    if min(manifest.default_size) < 1 or min(manifest.latents.channels, manifest.latents.factor) < 1:
-        raise BundleError(f"{where} $.latents or $.default_size: sizes must be positive; export the checkpoint again")
-    preview = manifest.latents.preview
-    if preview is not None and [len(row) for row in preview] != [3] * (manifest.latents.channels + 1):
-        raise BundleError(
-            f"{where} $.latents.preview: expected {manifest.latents.channels + 1} rows of red, green and blue; "
-            "export the checkpoint again"
-        )
-
-
-ONCE: Mapping[Role, tuple[int, ...]] = {"encoder": (1,), "decoder": (1,), "tiny_decoder": (0, 1)}
-
-
-def _role_faults(manifest: Manifest) -> Iterator[str]:
-    """Say where components, and what the manifest says of them, do not belong together."""
-    roles = {name: component.role for name, component in manifest.components.items()}
-    if set(manifest.of_role("denoiser")) != set(manifest.denoisers) or not manifest.denoisers:
-        yield f"$.denoisers: found {', '.join(manifest.denoisers)}, expected the components with the role denoiser"
-    for role, counts in ONCE.items():
-        if (number := len(manifest.of_role(role))) not in counts:
-            yield f"$.components: found {number} with the role {role}, expected one"
-    for name, spec in manifest.denoisers.items():
-        for text in spec.text_encoders:
-            if roles.get(text.component) != "text_encoder" or text.tokenizer not in manifest.tokenizers:
-                yield f"$.denoisers.{name}.text_encoders: there is no text encoder {text.component} with its tokenizer"
-        told = [tensor.shape[1] for tensor in manifest.components[name].inputs if tensor.name == "time_ids"]
-        if told != ([len(spec.sizes)] if spec.sizes else []):
-            yield f"$.denoisers.{name}.sizes: found {len(spec.sizes)} for an input time_ids of {told or 'no'} numbers"
-    for name, component in manifest.components.items():
-        steers = component.role in STEERING
-        if steers != (component.control is not None) or component.of not in (manifest.denoisers if steers else (None,)):
-            found = f"found it to steer {component.of} as {component.control}"
-            yield f"$.components.{name}: {found}, which does not fit the role {component.role}"

@@ -107,7 +107,7 @@ def split_key(key: str, *, where: str) -> Key:
             part, module = _split_module(key[: found.start()], where=where)
             told = found.groupdict()
             role, adapter = told.get("role") or role, told.get("adapter")
-            return Key(part=part, module=_plain(part, module), parameter=parameter, role=role, adapter=adapter)
+            return Key(part=part, module=_plain(module), parameter=parameter, role=role, adapter=adapter)
     raise CheckpointError(f"{where}: '{key}' is no tensor of a LoRA; expected names that end with {EXPECTED}")
 
 
@@ -126,14 +126,14 @@ def _split_module(name: str, *, where: str) -> tuple[Part, str]:
     )
 
 
-def _plain(part: Part, module: str) -> str:
+def _plain(module: str) -> str:
     """Bring a module's name to one form."""
     module = module.replace(".processor.", ".")
     *path, last = module.split(".")
-    if part == "unet" and path and last == "to_out":
-        module = f"{module}.0"
-    elif part != "unet" and path and path[-1] == "self_attn":
+    if path and path[-1] == "self_attn":  # a text encoder's
         module = ".".join([*path, OLD_ATTENTION.get(last, last)])
+    elif path and last == "to_out":  # a UNet's
+        module = f"{module}.0"
     return plain_module(module)
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import PREFIX
 from latentrt.export.additions.controlnet_files import read_controlnet
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config, read_json
-from latentrt.export.sources.parts import Parts, Recipe
+from latentrt.export.sources.parts import Parts, Recipe, Steering
 from latentrt.export.sources.single_file import read_weights_header
 
 KIND = "ControlNetModel"
@@ -34,14 +33,13 @@ def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_
             "give the checkpoint that it came from"
         )
     for option in sorted(options, key=lambda option: option.name):
-        component = PREFIX + option.name
-        if component in parts.networks:
+        if option.name in (one.control for one in parts.steering.values()):
             raise CheckpointError(f"--controlnet: the name '{option.name}' was given twice; give each its own")
-        parts = _add(parts, component, option, allow_pickle=allow_pickle)
+        parts = _add(parts, Steering(row="controlnet", control=option.name), option, allow_pickle=allow_pickle)
     return parts
 
 
-def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+def _add(parts: Parts, steering: Steering, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
     path = Path(option.path).expanduser()
     config: Mapping[str, Any]
     network: Path | Recipe
@@ -56,11 +54,13 @@ def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle
     else:
         raise CheckpointError(f"{_name(option)} is not there; give a directory or a safetensors file")
     _check(option, config, parts)
+    component = steering.component
     return replace(
         parts,
         configs={**parts.configs, component: config},
         networks={**parts.networks, component: network},
         files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
+        steering={**parts.steering, component: steering},
     )
 
 

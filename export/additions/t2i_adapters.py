@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import ADAPTER, FEATURE, PREFIX
+from latentrt.engines.tensor_names import FEATURE
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
-from latentrt.export.sources.parts import Parts
+from latentrt.export.sources.parts import Parts, Steering
 
 KIND = "T2IAdapter"
 Sizes = list[tuple[int, int]]
@@ -26,14 +26,13 @@ def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pic
             "give the checkpoint that it came from"
         )
     for option in sorted(options, key=lambda option: option.name):
-        component = ADAPTER + option.name
-        if {component, PREFIX + option.name} & set(parts.networks):
+        if option.name in (one.control for one in parts.steering.values()):
             raise CheckpointError(f"--adapter: the name '{option.name}' was given twice; give each its own")
-        parts = _add(parts, component, option, allow_pickle=allow_pickle)
+        parts = _add(parts, Steering(row="adapter", control=option.name), option, allow_pickle=allow_pickle)
     return parts
 
 
-def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+def _add(parts: Parts, steering: Steering, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
     path, name = Path(option.path).expanduser(), f"--adapter {option.name}='{option.path}'"
     if not path.is_dir():
         raise CheckpointError(f"{name} is not there; give a directory in diffusers' layout")
@@ -48,15 +47,17 @@ def _add(parts: Parts, component: str, option: ControlNetOption, *, allow_pickle
             f"{name} was made for another checkpoint: its features are {_words(found)} where this one's UNet takes "
             f"{_words(wanted)}; give an adapter for this family"
         )
-    others = [adapter_features(config, factor=_factor(parts.configs)) for config in _adapters(parts.configs)]
+    others = [adapter_features(config, factor=_factor(parts.configs)) for config in _adapters(parts)]
     if any(other != found for other in others):
         raise CheckpointError(f"{name} has {len(found)} features and another adapter {len(others[0])}; add one of them")
     files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
+    component = steering.component
     return replace(
         parts,
         configs={**parts.configs, component: config},
         networks={**parts.networks, component: open_network("adapter", path, allow_pickle=allow_pickle)},
         files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
+        steering={**parts.steering, component: steering},
     )
 
 
@@ -64,8 +65,8 @@ def _factor(configs: Mapping[str, Mapping[str, Any]]) -> int:
     return int(2 ** (len(configs["vae_decoder"]["block_out_channels"]) - 1))
 
 
-def _adapters(configs: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [config for name, config in configs.items() if name.startswith(ADAPTER)]
+def _adapters(parts: Parts) -> list[Mapping[str, Any]]:
+    return [parts.configs[name] for name in parts.steered("adapter")]
 
 
 def _words(sizes: Sizes) -> str:
@@ -96,12 +97,12 @@ def adapter_features(config: Mapping[str, Any], *, factor: int) -> Sizes:
     return [(width, int(first * 2**level)) for width, level in zip(channels, levels, strict=True)]
 
 
-def feature_dimensions(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+def feature_dimensions(parts: Parts) -> dict[str, int]:
     """Name the sizes of what adapters give; there are no features where there is no adapter."""
-    first = next(iter(_adapters(configs)), None)
+    first = next(iter(_adapters(parts)), None)
     if first is None:
         return {"adapter_features": 0, "adapter_multiple": 1}
-    sizes = adapter_features(first, factor=_factor(configs))
+    sizes = adapter_features(first, factor=_factor(parts.configs))
     found = {"adapter_features": len(sizes), "adapter_multiple": first["downscale_factor"]}
     for number, (width, divisor) in enumerate(sizes):
         found |= {f"{FEATURE}{number}_channels": width, f"{FEATURE}{number}_divisor": divisor}

@@ -11,7 +11,7 @@ from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
 from latentrt.export.graphs.run import Arrays, run_in_pieces
-from latentrt.export.networks.components import Case, Component, Tensor, row_of
+from latentrt.export.networks.components import Case, Component, Tensor, place_of
 
 Pair = tuple[Mapping[str, Array], Mapping[str, Array]]
 """Inputs and the outputs they must give."""
@@ -33,7 +33,7 @@ def make_inputs(
     seed: int = 0,
 ) -> Arrays:
     """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments."""
-    generator = np.random.default_rng([seed, row_of(component.name), which != "traced"])
+    generator = np.random.default_rng([seed, place_of(component.name), which != "traced"])
     sizes = {**dimensions, **component.sizes(which, dimensions)}
     made = {}
     for tensor in component.takes(dimensions):

@@ -13,11 +13,9 @@ from typing import Literal
 from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import DType, Precision, TensorSpec
 from latentrt.engines.tensor_names import (
-    ADAPTER,
     COND,
     FEATURE,
     NEXT,
-    PREFIX,
     SCALE,
     level_axes,
     residual_names,
@@ -62,7 +60,8 @@ def _axis(axis: int | str, dimensions: Mapping[str, int]) -> int | str:
 class Component:
     """One network.
 
-    role, control: as in the manifest
+    name: of the row, which ControlNets share
+    role: as in the manifest
     traced: sizes of the dynamic axes at which it is traced and its golden pair is recorded, in the units below
     checked: other sizes at which the graph must agree as well
     units: the dimension that multiplies the sizes of an axis
@@ -83,7 +82,6 @@ class Component:
     controlled: Literal["no", "takes", "gives"] = "no"
     adapted: Literal["no", "takes", "gives"] = "no"
     follows: tuple[str, ...] = ()
-    control: str | None = None
 
     def takes(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
         """Return every input that a checkpoint's network has: not what has an axis of 0 there."""
@@ -276,20 +274,9 @@ _NETWORKS: Mapping[str, Component] = {
 COMPONENTS: Mapping[str, Component] = {**_NETWORKS, REFINER: replace(_NETWORKS[DENOISER], name=REFINER)}
 
 
-def component_of(name: str) -> Component:
-    """Return a component's row: all ControlNets, `controlnet_NAME`, have the same one, and all adapters."""
-    row = _row_name(name)
-    return replace(COMPONENTS[row], name=name, control=name.removeprefix(f"{row}_") if row != name else None)
-
-
-def _row_name(name: str) -> str:
-    rows = {PREFIX: CONTROLNET.name, ADAPTER: ADAPTERS.name}
-    return next((row for prefix, row in rows.items() if name.startswith(prefix)), name)
-
-
-def row_of(name: str) -> int:
-    """Return the place of a component's row in the table."""
-    return list(COMPONENTS).index(_row_name(name))
+def place_of(row: str) -> int:
+    """Return the place of a row in the table."""
+    return list(COMPONENTS).index(row)
 
 
 def residuals(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import ADAPTER, COND, DOWN, FEATURE, MID, PREFIX, SCALE, is_residual
+from latentrt.engines.tensor_names import COND, DOWN, FEATURE, MID, SCALE, is_residual
 from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.streamed_weights import stored_dtype
 from latentrt.export.sources.weight_files import find_weights
@@ -274,7 +274,7 @@ class Encoder(nn.Module):
 
 
 def load(
-    component: str,
+    row: str,
     folder: Path,
     *,
     takes: Sequence[str] = (),
@@ -285,6 +285,7 @@ def load(
 ) -> nn.Module:
     """Load one network without gradients. Raises CheckpointError where the weights do not fit.
 
+    row: of the table of components
     takes: the names of its inputs, for networks that ControlNets have to do with
     normed: of a text encoder, whether the states of earlier layers go through the final norm
     scaling_factor: of the checkpoint's latents
@@ -316,7 +317,7 @@ def load(
             {"torch_dtype": dtype},
         ),
     }
-    kind, wrap, options = rows[component.split("_")[0] if component.startswith((PREFIX, ADAPTER)) else component]
+    kind, wrap, options = rows[row]
     try:
         model, found = kind.from_pretrained(
             str(folder),

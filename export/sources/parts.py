@@ -62,6 +62,22 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Steering:
+    """A ControlNet or a T2I-Adapter beside a checkpoint.
+
+    row: of the table of components; control: the name under which requests ask for it
+    """
+
+    row: Literal["controlnet", "adapter"]
+    control: str
+
+    @property
+    def component(self) -> str:
+        """Return the component's name, after which its files are named."""
+        return f"{self.row}_{self.control}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """A checkpoint before anybody has asked what it means.
 
@@ -72,6 +88,7 @@ class Parts:
     special_tokens: what a tokenizer's folder is not to decide
     files: whatever the export reads, by the name it has in the bundle's provenance
     options: choices that change the result, for the provenance
+    steering: ControlNets and adapters, by component
     """
 
     root: Path
@@ -84,6 +101,11 @@ class Parts:
     files: Mapping[str, Path]
     special_tokens: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+    steering: Mapping[str, Steering] = field(default_factory=dict)
+
+    def steered(self, row: Literal["controlnet", "adapter"]) -> tuple[str, ...]:
+        """Return the components of one row that steer the denoiser."""
+        return tuple(name for name, one in self.steering.items() if one.row == row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

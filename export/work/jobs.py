@@ -26,7 +26,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.graphs import golden
 from latentrt.export.graphs.normalised_latents import Affine
-from latentrt.export.networks.components import Case, component_of, input_specs, output_specs
+from latentrt.export.networks.components import COMPONENTS, Case, input_specs, output_specs
 from latentrt.export.sources.parts import Recipe, Source
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ MARKERS = ".finished"  # in the staging directory: one file for each finished co
 class Job:
     """What one process must know.
 
+    row: of the table of components; ControlNets share one
     folder: holds the weights or the graph
     recipe: how to write that folder first, None where it is there
     root: the staged bundle
@@ -58,6 +59,7 @@ class Job:
     """
 
     component: str
+    row: str
     source: Source
     folder: str
     root: str
@@ -154,7 +156,7 @@ def _make(job: Job) -> Finished:
     from latentrt.export.networks.streamed_weights import StoredWeights
     from latentrt.export.networks.weight_names import NAMED, name_weights
 
-    component = component_of(job.component)
+    component = COMPONENTS[job.row]
     takes = input_specs(component, job.dimensions, "fp32")
     gives = output_specs(component, job.dimensions, "fp32")
     if job.twin:
@@ -204,10 +206,10 @@ def _loaded(job: Job) -> Iterator[nn.Module]:
     from latentrt.export.networks import conversion, modules
 
     normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
-    takes = tuple(tensor.name for tensor in component_of(job.component).takes(job.dimensions))
+    takes = tuple(tensor.name for tensor in COMPONENTS[job.row].takes(job.dimensions))
     load = partial(
         modules.load,
-        job.component,
+        job.row,
         takes=takes,
         normed=normed,
         scaling_factor=job.scaling_factor,
@@ -266,7 +268,7 @@ def _adopt(job: Job) -> Finished:
 
     root = Path(job.root)
     files = optimum.adopt_graph(
-        component_of(job.component),
+        COMPONENTS[job.row],
         Path(job.folder),
         root / graph_path(job.component),
         root / golden_path(job.component),
@@ -288,7 +290,7 @@ def _pairs(job: Job) -> tuple[Path, Path]:
 
 def _finished(job: Job, files: list[Path]) -> Finished:
     """Describe a component; without files, one whose graph is not there yet."""
-    component = component_of(job.component)
+    component = COMPONENTS[job.row]
     return Finished(
         component=job.component,
         files=_records(job, files),

@@ -1,0 +1,79 @@
+"""Whether a manifest's parts belong together: what its fields alone cannot say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentrt.engines.bundle.manifest import ComponentSpec, DenoiserSpec, Manifest, Role
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,100}")  # of a component or a tokenizer
+AGAIN = "export the checkpoint again"
+COUNTS: Mapping[Role, tuple[int, ...]] = {"encoder": (1,), "decoder": (1,), "tiny_decoder": (0, 1)}
+
+
+def faults(manifest: Manifest) -> Iterator[str]:
+    """Say what is wrong and how to fix it, a sentence each that begins with the place; nothing where all is well."""
+    yield from _names(manifest)
+    yield from (f"{fault}; {AGAIN}" for fault in _roles(manifest))
+    for name, spec in manifest.denoisers.items():
+        yield from (f"$.denoisers.{name}.{fault}; {AGAIN}" for fault in _told(manifest, name, spec))
+    for name, component in manifest.components.items():
+        if not _steers_well(manifest, component):
+            found = f"found it to steer {component.of} as {component.control}"
+            yield f"$.components.{name}: {found}, which does not fit the role {component.role}; {AGAIN}"
+    yield from (f"{fault}; {AGAIN}" for fault in (*_files(manifest), *_latents(manifest)))
+
+
+def _names(manifest: Manifest) -> Iterator[str]:
+    for kind, names in (("components", manifest.components), ("tokenizers", manifest.tokenizers)):
+        for name in names:
+            if not NAME.fullmatch(name):
+                yield (
+                    f"$.{kind}: found the name {name!r}, expected letters, digits, - and _, for files are named for "
+                    "it; do not use this bundle"
+                )
+
+
+def _roles(manifest: Manifest) -> Iterator[str]:
+    if set(manifest.of_role("denoiser")) != set(manifest.denoisers) or not manifest.denoisers:
+        found = ", ".join(manifest.denoisers) or "none"
+        yield f"$.denoisers: found {found}, expected the components with the role denoiser"
+    for role, counts in COUNTS.items():
+        if (number := len(manifest.of_role(role))) not in counts:
+            yield f"$.components: found {number} with the role {role}, expected one"
+
+
+def _told(manifest: Manifest, name: str, spec: DenoiserSpec) -> Iterator[str]:
+    for text in spec.text_encoders:
+        if text.component not in manifest.of_role("text_encoder") or text.tokenizer not in manifest.tokenizers:
+            yield f"text_encoders: there is no text encoder {text.component} with a tokenizer {text.tokenizer}"
+    taken = [axis for one in manifest.components[name].inputs if one.name == "time_ids" for axis in one.shape[1:]]
+    if taken != ([len(spec.sizes)] if spec.sizes else []):
+        yield f"sizes: found {len(spec.sizes)}, and the graph takes {taken or 'none'}"
+
+
+def _steers_well(manifest: Manifest, component: ComponentSpec) -> bool:
+    """Tell whether a ControlNet or an adapter, and nothing else, belongs to a denoiser and has a name for requests."""
+    if component.role in ("controlnet", "adapter"):
+        return component.control is not None and component.of in manifest.denoisers
+    return component.control is None and component.of is None
+
+
+def _files(manifest: Manifest) -> Iterator[str]:
+    named = [(f"components.{n}", path) for n, c in manifest.components.items() for path in (*c.files, c.golden)]
+    named += [(f"components.{n}", c.weights) for n, c in manifest.components.items() if c.weights is not None]
+    named += [(f"tokenizers.{n}", t.file) for n, t in manifest.tokenizers.items()]
+    for key, path in named:
+        if path not in manifest.files:
+            yield f"$.{key}: '{path}' is not among $.files"
+
+
+def _latents(manifest: Manifest) -> Iterator[str]:
+    space = manifest.latents
+    if min(*manifest.default_size, space.channels, space.factor) < 1:
+        yield "$.latents or $.default_size: sizes must be positive"
+    if space.preview is not None and [len(row) for row in space.preview] != [3] * (space.channels + 1):
+        yield f"$.latents.preview: expected {space.channels + 1} rows of red, green and blue"
