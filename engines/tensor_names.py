@@ -9,7 +9,6 @@ each block on the way down.
 from __future__ import annotations
 
 PREFIX = "controlnet_"  # of the component's name; what follows is the name that requests use
-ADAPTER = "adapter_"  # of the component's name, as above
 FEATURE = "adapter_feature_"
 DOWN, MID = "down_residual_", "mid_residual"
 NEXT = "next_"  # before the name of a residual, where it is an output
