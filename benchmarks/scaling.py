@@ -136,7 +136,7 @@ def save_lora(bundle: str, path: Path, *, seed: int, rank: int = 16) -> Path:
     assert record is not None, "export the bundle again"
     generator, tensors = np.random.default_rng(seed), {}
     for name, weight in read_weights(opened.path(record), GraphWeights).weights.items():
-        if ".attn" in name:
+        if ".attn" in name and len(weight.shape) == 2:  # its biases are no products
             module, (outputs, inputs) = name.removesuffix(".weight"), weight.shape
             tensors[f"unet.{module}.lora_A.weight"] = generator.normal(0, 0.02, (rank, inputs)).astype(np.float32)
             tensors[f"unet.{module}.lora_B.weight"] = generator.normal(0, 0.02, (outputs, rank)).astype(np.float32)

@@ -22,7 +22,7 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError, EngineError
-from latentrt.engines.spec import TensorSpec
+from latentrt.engines.spec import Array, TensorSpec
 from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
 from latentrt.export.cli import inspect
@@ -290,11 +290,20 @@ def test_a_graph_in_range_is_what_torch_exports_in_half(sd1_checkpoint: Path, sd
     theirs = graphs.trace_graph(module, inputs, spec.inputs, spec.outputs, axes=axes)
     ours = ir.load(bundle.root / spec.graph)
     assert Counter(node.op_type for node in ours.graph) == Counter(node.op_type for node in theirs.graph)
-    assert set(ours.graph.initializers) == set(theirs.graph.initializers)
-    for name, weight in theirs.graph.initializers.items():
-        value, other = weight.const_value, ours.graph.initializers[name].const_value
-        assert value is not None and other is not None
-        np.testing.assert_array_equal(value.numpy(), other.numpy(), err_msg=name)
+    found, expected = constants(ours), constants(theirs)
+    assert set(found) == set(expected)
+    for place, values in expected.items():
+        np.testing.assert_array_equal(found[place], values, err_msg=str(place))
+
+
+def constants(model: ir.Model) -> dict[tuple[str, int], Array]:
+    """Return what the nodes read of weights, by node and input: layers with equal weights may share an initializer."""
+    return {
+        (str(node.name), place): value.const_value.numpy()
+        for node in model.graph
+        for place, value in enumerate(node.inputs)
+        if value is not None and value.is_initializer() and value.const_value is not None
+    }
 
 
 def test_a_bundle_says_how_far_it_is_from_the_checkpoint(sd1_half_bundle: Path) -> None:

@@ -64,7 +64,7 @@ def make_plan(
         raise RequestError(
             f"{name} cannot walk this checkpoint's noise in {course.steps} steps ({error}); ask for fewer steps"
         ) from None
-    end = CLEAN if walk.end == len(walk.legs) and walk.legs[-1].there.sigma == 0 else walk.legs[walk.end - 1].there
+    end = CLEAN if walk.end == len(walk.legs) else walk.legs[walk.end - 1].there
     plan = compile_plan(str(name), stages, steps=course.steps, initial_scale=walk.initial_scale, end=end)
     return edm_units(plan, schedule) if schedule.edm else plan
 
