@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class OpenEngines:
     """The engines of a bundle, ready to run, by component.
 
-    engines: those that were opened; what `load` opens is not added
+    engines: of those that were opened first, in use until `close`
     choice: the backend and why it was chosen
     key: of the engines that were opened first
     load_s: how long it took to find, check and open them
@@ -49,7 +49,6 @@ class OpenEngines:
         self._threads, self._cuda_graphs = threads, cuda_graphs
         directory, record = find_engines(bundle, choice.backend, needs=needs)
         self._components = components or tuple(record.entries)
-        self._first = (directory, record)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
         self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
@@ -77,11 +76,6 @@ class OpenEngines:
             cuda_graphs=self._cuda_graphs,
         )
         return BACKENDS[self.choice.backend].open(opening)
-
-    def load(self, component: str) -> Engine:
-        """Open one more component. Raises EngineError and BundleError."""
-        self._further.append(self._open_components(*self._first, (component,)))
-        return self._further[-1].engines[component]
 
     def adapt(self, changes: Mapping[str, Changes]) -> bool:
         """Change the weights of components, always from the base's; tell whether there was anything to do.
@@ -125,8 +119,16 @@ class OpenEngines:
         return fitting.workspace(shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder)
 
     def engine(self, component: str, shape: WorkspaceShape) -> Engine:
-        """Return the engine of an opened component that takes pictures of this shape. Raises EngineError."""
-        return self._fitting(shape).engines[component]
+        """Return the engine of a component for pictures of this shape, opened when it is first asked for.
+
+        Raises EngineError and BundleError.
+        """
+        opened = self._fitting(shape)
+        if component not in opened.engines:
+            (found,) = ((path, record) for path, (record, one) in self._opened.items() if one is opened)
+            self._further.append(self._open_components(*found, (component,)))
+            opened.engines[component] = self._further[-1].engines[component]
+        return opened.engines[component]
 
     def _fitting(self, shape: WorkspaceShape) -> Opened:
         for record, opened in self._opened.values():

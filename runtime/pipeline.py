@@ -27,6 +27,7 @@ from latentrt.runtime.draw.draw import Drawing, Source, stream
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
 from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.draw.loras import Loras
+from latentrt.runtime.draw.slots import encode_rows, write_rows
 from latentrt.runtime.draw.step import Stages, Watch
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
 from latentrt.runtime.result import Result, Settings
@@ -44,7 +45,6 @@ class Pipeline:
         self.bundle = bundle
         self.load_s, self.warm_up_s = opened.load_s, 0.0
         self._opened = opened
-        self._engines = opened.engines
         self._turn, self._closed = Turn(), False
         self._streams = weakref.WeakSet[Stream]()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")  # starts with the first await
@@ -273,13 +273,13 @@ class Pipeline:
         negatives = job.read(job.negatives, negative=True) if job.guidance.needed else []
         tokens = {leg.denoiser: self._texts.tokens([*prompts, *negatives], denoiser=leg.denoiser) for leg in job.legs}
 
-        def write(workspace: Workspace, denoiser: str) -> None:
+        def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
             in_place = self._texts.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
             if in_place is not None:
-                workspace.encode(in_place)
+                encode_rows(workspace, *in_place, slots, parts=2 if negatives else 1)
                 return
             for name, array in self._texts(prompts, negatives, denoiser=denoiser).items():
-                workspace.write(name, finite(array, TEXT, pictures=len(prompts)))
+                write_rows(workspace, name, finite(array, TEXT, pictures=len(prompts)), slots)
 
         shape = latent_shape(job.size, self.manifest.latents)
         return Source(
@@ -298,10 +298,10 @@ class Pipeline:
         texts = {leg.denoiser: self._texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
-        def write(workspace: Workspace, denoiser: str) -> None:
+        def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
             for name, array in texts[denoiser].items():
                 rows = np.concatenate([frame_rows(array[part], frames) for part in parts])
-                workspace.write(name, finite(rows, TEXT, pictures=len(frames)))
+                write_rows(workspace, name, finite(rows, TEXT, pictures=len(frames)), slots)
 
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])

@@ -21,8 +21,9 @@ from latentrt.engines.spec import Array, EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
 from latentrt.engines.tensorrt.workspace import TensorRTWorkspace
-from latentrt.engines.workspace.contract import StageInput, WorkspaceShape
-from latentrt.runtime.draw.denoise import begin, stage_inputs
+from latentrt.engines.workspace.contract import ALL, STATE, Workspace, WorkspaceShape
+from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.draw.slots import encode_rows
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
@@ -33,7 +34,6 @@ from tests.host_tensorrt import make_library, write_plan
 RANGE = 1e-5  # of the largest latent: the same float32 sums in another order
 GUIDANCE = 4.0
 STEPS = 5
-STAGE_FIELDS = ("control", "guidance", "picture_of_row", "noise")
 ONE = WorkspaceShape(pictures=1, tokens=77, width=32, height=32)
 TWO = replace(ONE, pictures=2)
 TALL = replace(ONE, height=48)
@@ -185,30 +185,33 @@ def expected(studio: Studio, request: Request) -> tuple[Array, Array]:
     return latents, to_pixels(studio.run("vae_decoder", latent_sample=latents / np.float32(space.scaling_factor)))
 
 
-def draw_on(workspace: TensorRTWorkspace, studio: Studio, request: Request) -> None:
-    """Queue a whole picture. Whatever was handed over is spoilt at once: the workspace must have its own copy."""
+class Spoiling:
+    """A workspace that is handed arrays which are spoilt at once: it must have its own copy."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._workspace, name)
+
+    def write(self, name: str, array: Any, rows: slice = ALL) -> None:
+        mine = np.array(array)
+        self._workspace.write(name, mine, rows)
+        mine.fill(-77)
+
+
+def draw_on(drawn: TensorRTWorkspace, studio: Studio, request: Request) -> None:
+    """Queue a whole picture. Whatever was handed over is spoilt at once."""
+    workspace: Any = Spoiling(drawn)
     (plan, guidance), space = plan_of(studio, request), studio.manifest.latents
     draw = request.noises(space.channels, space.factor)
     ids = np.concatenate(request.texts if request.guided else request.texts[:1])
-    workspace.encode({"input_ids": ids})
-    state = begin(plan, draw(), state_rows=workspace.state_rows)
-    workspace.write("state", state)
-    spoil(ids, state)
-    for stage in stage_inputs(plan, guidance, draw, state_rows=workspace.state_rows):
-        mine = StageInput(**{name: copied(getattr(stage, name)) for name in STAGE_FIELDS})
-        workspace.advance(mine)
-        spoil(*(getattr(mine, name) for name in STAGE_FIELDS))
-    workspace.decode()
-
-
-def copied(array: Array | None) -> Array | None:
-    return None if array is None else np.array(array)
-
-
-def spoil(*arrays: Array | None) -> None:
-    for array in arrays:
-        if array is not None:
-            array.fill(-77)
+    slots, parts = slice(0, request.shape.pictures), 2 if request.guided else 1
+    encode_rows(workspace, "text_encoder", {"input_ids": ids}, slots, parts=parts)
+    workspace.write(STATE, begin(plan, draw(), state_rows=workspace.state_rows))
+    for _ in denoise(workspace, plan, guidance, draw):
+        pass
+    workspace.run("vae_decoder")
 
 
 def assert_same(found: tuple[Array, Array], wanted: tuple[Array, Array]) -> None:
@@ -220,5 +223,5 @@ def assert_same(found: tuple[Array, Array], wanted: tuple[Array, Array]) -> None
 
 def picture(workspace: TensorRTWorkspace, studio: Studio, request: Request) -> tuple[Array, Array]:
     draw_on(workspace, studio, request)
-    pixels = workspace.pixels()
-    return workspace.read("state")[:, 0], pixels
+    pixels = workspace.read("pixels")
+    return workspace.read(STATE)[:, 0], pixels

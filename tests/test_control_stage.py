@@ -22,6 +22,7 @@ from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
 from latentrt.engines.verify.verify import verify
+from latentrt.engines.workspace.contract import ALL
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control
 from tests.conftest import Steer
@@ -160,9 +161,9 @@ def test_what_is_followed_must_be_on_the_workspace(bound: tuple[tuple[str, str],
     _, pipe = bound
     write = OnnxRuntimeWorkspace.write
 
-    def forget(self: OnnxRuntimeWorkspace, name: str, array: Array) -> None:
+    def forget(self: OnnxRuntimeWorkspace, name: str, array: Array, rows: slice = ALL) -> None:
         if "controlnet" not in name:
-            write(self, name, array)
+            write(self, name, array, rows)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeWorkspace, "write", forget)

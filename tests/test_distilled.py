@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from latentrt.engines.bundle.files import Bundle, write_manifest
 from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.workspace.contract import StageInput
+from latentrt.engines.workspace.contract import ALL
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.export import export_checkpoint
@@ -71,13 +71,14 @@ def with_schedule(bundle: Path, schedule: TrainingSchedule, target: Path) -> Pat
 def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many model rows each stage had."""
     counted: list[int] = []
-    advance = NumpyWorkspace.advance
+    run = NumpyWorkspace.run
 
-    def count(self: NumpyWorkspace, stage: StageInput) -> None:
-        counted.append(len(stage.picture_of_row))
-        advance(self, stage)
+    def count(self: NumpyWorkspace, program: str, rows: slice = ALL) -> None:
+        if program == "unet":
+            counted.append(rows.stop)
+        run(self, program, rows)
 
-    monkeypatch.setattr(NumpyWorkspace, "advance", count)
+    monkeypatch.setattr(NumpyWorkspace, "run", count)
     return counted
 
 

@@ -98,12 +98,13 @@ def test_every_family_is_drawn_alike_from_every_start(
 
 def test_the_fused_engines_are_what_drew(fused: Callable[[str, str], Draw], monkeypatch: pytest.MonkeyPatch) -> None:
     stages: list[object] = []
-    advance = OnnxRuntimeWorkspace.advance
+    run = OnnxRuntimeWorkspace.run
 
-    def watch(self: OnnxRuntimeWorkspace, stage: Any) -> None:
-        stages.append(stage)
-        advance(self, stage)
+    def watch(self: OnnxRuntimeWorkspace, program: str, rows: slice) -> None:
+        if program == "unet":
+            stages.append(rows)
+        run(self, program, rows)
 
-    monkeypatch.setattr(OnnxRuntimeWorkspace, "advance", watch)
+    monkeypatch.setattr(OnnxRuntimeWorkspace, "run", watch)
     fused("sdxl", "")(prompt="a red circle", steps=3, sampler="euler", seed=1)
     assert len(stages) == 3

@@ -13,7 +13,7 @@ import pytest
 from latentrt.engines.errors import EngineError, NotFiniteError, RequestError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.verify.verify import _compare
-from latentrt.engines.workspace.contract import sums_of_squares
+from latentrt.engines.workspace.contract import WorkspaceShape, sums_of_squares
 from latentrt.runtime.bench.measure import Asked, run_bench
 from latentrt.runtime.draw.finite import LATENTS, PIXELS, START, TEXT, finite, one_coloured
 from latentrt.runtime.pipeline import Pipeline
@@ -27,7 +27,7 @@ LATENT = (4, 8, 8)
 @pytest.fixture(scope="module")
 def pipe(sd1_bundle: Path) -> Iterator[Pipeline]:
     with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe:
-        pipe._opened.engines["vae_encoder"] = pipe._opened.load("vae_encoder")
+        pipe._opened.engine("vae_encoder", WorkspaceShape(pictures=1, tokens=77, width=32, height=32))
         yield pipe
 
 

@@ -160,8 +160,8 @@ def walk(
         workspace.write(name, array)
     for _ in denoise(workspace, plan, plan_guidance(plan, GUIDANCE, len(start.noise)), draw):
         pass
-    workspace.decode()
-    return workspace.read("state")[:, 0], workspace.pixels()
+    workspace.run("vae_decoder")
+    return workspace.read("state")[:, 0], workspace.read("pixels")
 
 
 def latent_shape(space: LatentSpec, size: tuple[int, int]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import ALL
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.images.preview import preview
@@ -42,10 +43,10 @@ class Watching:
 
 @pytest.fixture
 def unet(pipe: Pipeline) -> Iterator[Watching]:
-    engine = pipe._engines["unet"]
-    pipe._engines["unet"] = watching = Watching(engine)  # type: ignore[assignment]
+    engine = pipe._opened.engines["unet"]
+    pipe._opened.engines["unet"] = watching = Watching(engine)  # type: ignore[assignment]
     yield watching
-    pipe._engines["unet"] = engine
+    pipe._opened.engines["unet"] = engine
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc", "lcm"])
@@ -110,7 +111,12 @@ def test_who_does_not_look_is_not_waited_for(pipe: Pipeline, monkeypatch: pytest
     """Watching alone, and keeping steps, reads nothing from where the engines run; looking reads once."""
     reads: list[str] = []
     read = NumpyWorkspace.read
-    monkeypatch.setattr(NumpyWorkspace, "read", lambda self, name: reads.append(name) or read(self, name))
+
+    def look(self: NumpyWorkspace, name: str, rows: slice = ALL) -> Array:
+        reads.extend([name] if rows == ALL else [])  # the loop's own looks are at its slots
+        return read(self, name, rows)
+
+    monkeypatch.setattr(NumpyWorkspace, "read", look)
     kept: list[Step] = []
     pipe(**CALL, on_step=kept.append)
     assert reads == [] and len(kept) == kept[0].stages

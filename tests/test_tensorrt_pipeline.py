@@ -157,3 +157,19 @@ def test_a_picture_from_text_is_waited_for_once(pair: Pair) -> None:
     )  # what SDXL's two give is put together on the host
     assert waits == 1 if one_encoder and not repaints(pair) else waits > 1
     assert pair.device.counted()["synchronize"] == 0
+
+
+def test_an_image_is_read_by_the_engines_of_its_size(sd1_bundle: Path, tmp_path: Path) -> None:
+    """Engines of two sizes in two directories: what is opened first is of no use to the other size."""
+    root = shutil.copytree(sd1_bundle, tmp_path / "bundle")
+    with pytest.MonkeyPatch.context() as patch:
+        device = install(patch, tensorrt="11.4.0.106")
+        for size in (SIZE, (32, 32)):
+            options = BuildOptions(sizes=(size,), batches=(1,), tokens=(77,), references=False)
+            build_engines(Bundle.open(root), "tensorrt", options=options)
+        pair = Pair(root, device)
+        for _ in range(2):
+            for size in (SIZE, (32, 32)):
+                asked = request_for(pair, image=photo(*size), strength=0.7, size=None)
+                assert_close(pair.compiled(**asked).pixels, pair.plain(**asked).pixels)
+        pair.close()

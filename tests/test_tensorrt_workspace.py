@@ -102,17 +102,17 @@ def test_a_picture_is_one_queue_and_one_wait(studio: Studio, device: HostDevice)
         device.forget()
         draw_on(workspace, studio, Request())
         assert device.ran == [] and "wait" not in device.counted()
-        workspace.pixels()
+        workspace.read("pixels")
         stage = ["copy_in", "copy", "run next_state 1"]
         assert device.ran == [
-            *("copy_in", "run last_hidden_state 1"),
+            *("copy_in", "run last_hidden_state 1", "copy"),
             "copy_in",
             *(stage * STEPS),
             *("run pixels 0", "copy_out"),
         ]
         calls = device.counted()
         assert calls["wait"] == 1
-        assert set(calls) == {"copy_in", "launch", "record", "copy_out", "wait"}
+        assert set(calls) == {"copy_in", "copy", "launch", "record", "copy_out", "wait"}
 
 
 def test_noise_is_copied_only_where_it_has_weight(studio: Studio, device: HostDevice) -> None:
@@ -120,7 +120,7 @@ def test_noise_is_copied_only_where_it_has_weight(studio: Studio, device: HostDe
     with studio.open(device) as session:
         workspace = session.workspace(ONE)
         draw_on(workspace, studio, Request(sampler="euler_ancestral"))
-        workspace.pixels()
+        workspace.read("pixels")
         device.forget()
         draw_on(workspace, studio, Request(sampler="euler_ancestral"))
         sizes = [int(call.split()[1]) for call in device.calls if call.startswith("copy_in")]
@@ -142,8 +142,8 @@ def test_few_slots_wait_for_a_copy_long_past_and_never_for_the_queue(
         draw_on(workspace, studio, request)
         assert device.counted()["wait"] == STEPS - slots
         assert device.pending() >= slots
-        workspace.pixels()
-        assert_same((workspace.read("state")[:, 0], workspace.pixels()), expected(studio, request))
+        workspace.read("pixels")
+        assert_same((workspace.read("state")[:, 0], workspace.read("pixels")), expected(studio, request))
 
 
 def test_a_second_picture_may_be_queued_before_the_first_is_fetched(studio: Studio, device: HostDevice) -> None:
@@ -152,7 +152,7 @@ def test_a_second_picture_may_be_queued_before_the_first_is_fetched(studio: Stud
         workspace = session.workspace(ONE)
         draw_on(workspace, studio, Request())
         draw_on(workspace, studio, other)
-        found = workspace.pixels()
+        found = workspace.read("pixels")
         assert_same((workspace.read("state")[:, 0], found), expected(studio, other))
 
 
@@ -180,7 +180,7 @@ def test_the_workspace_that_was_used_longest_ago_makes_room(studio: Studio, devi
         session.workspace(TALL)
         assert session.workspace(ONE) is first
         with pytest.raises(EngineError, match="made room for another shape; ask for it again"):
-            second.decode()
+            second.run("vae_decoder")
 
 
 def test_a_workspace_is_handed_out_blank(studio: Studio, device: HostDevice) -> None:
@@ -190,11 +190,14 @@ def test_a_workspace_is_handed_out_blank(studio: Studio, device: HostDevice) -> 
         workspace.write("keep_mask", np.zeros((1, 1, 8, 8)))
         workspace.write("known", np.ones((1, 2, 4, 8, 8)))
         draw_on(workspace, studio, Request())
-        workspace.mark()
-        workspace.mark()
         again = session.workspace(ONE)
-        assert again is workspace and again.elapsed() == ()
-        for call in (again.pixels, again.decode, lambda: again.read("state")):
+        assert again is workspace
+        for call in (
+            lambda: again.read("pixels"),
+            lambda: again.run("vae_decoder"),
+            lambda: again.read("state"),
+            lambda: again.run("unet"),
+        ):
             with pytest.raises(EngineError):
                 call()
         assert_same(picture(again, studio, Request()), expected(studio, Request()))
@@ -215,33 +218,33 @@ def test_what_is_kept_stays_as_it_is_known(studio: Studio, device: HostDevice) -
         assert np.abs(latents[..., :4] - known[:, 0][..., :4]).max() > 0.1
 
 
-def test_marks_tell_the_device_time_between_them(studio: Studio, device: HostDevice) -> None:
-    """Each piece of work takes the stand-in a thousandth of a second."""
+def test_events_tell_the_device_time_between_them(studio: Studio, device: HostDevice) -> None:
+    """Each piece of work takes the stand-in a thousandth of a second. Events that nobody holds serve again."""
     with studio.open(device) as session:
         workspace = session.workspace(ONE)
         picture(workspace, studio, Request())
-        for _ in range(2):
-            workspace.mark()
+        for _ in range(3):
+            events = [workspace.event()]
             draw_on(workspace, studio, Request(guided=None))
-            workspace.mark()
-            workspace.mark()
-            assert workspace.elapsed() == ((2 + 1 + 3 * STEPS + 2) / 1e3, 0.0)
-        assert workspace.elapsed() == ()
+            events += [workspace.event(), workspace.event()]
+            assert events[1].since(events[0]) == (3 + 1 + 3 * STEPS + 2) / 1e3
+            assert events[2].since(events[1]) == 0
+            device.forget() if "create_event" in device.counted() else None
+        assert "create_event" not in device.counted()
 
 
-def test_settling_waits_for_marks_and_not_for_the_queue(studio: Studio, device: HostDevice) -> None:
+def test_waiting_for_an_event_is_not_waiting_for_the_queue(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
         workspace = session.workspace(ONE)
-        workspace.settle(0)
         assert device.pending() > 0
+        events = []
         for name in ("state", "known", "keep_mask"):
-            workspace.mark()
+            events.append(workspace.event())
             workspace.write(name, np.zeros(STILL[name]))
-        workspace.settle(3)
         before = device.pending()
-        workspace.settle(2)
-        assert device.pending() < before
-        workspace.settle(0)
+        events[0].wait()
+        assert 0 < device.pending() < before
+        events[2].wait()
         assert device.pending() == 1
 
 
@@ -294,10 +297,10 @@ def test_closing_frees_everything_once(studio: Studio, device: HostDevice) -> No
     engine.close()
     assert device.leftovers() == {} and len(library.engines) == 0
     for call in (
-        lambda: workspace.pixels(),
+        lambda: workspace.read("pixels"),
         lambda: session.workspace(ONE),
         lambda: engine({}),
-        lambda: workspace.decode(),
+        lambda: workspace.run("vae_decoder"),
     ):
         with pytest.raises(EngineError, match=r"closed; open the bundle again"):
             call()

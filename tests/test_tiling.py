@@ -114,11 +114,11 @@ def decoded_by(bundle: Path, latents: Array, grid: Grid | None) -> Array:
     shape = WorkspaceShape(pictures=len(latents), tokens=77, width=width, height=height)
     workspace = opened.workspace(space, shape, state_rows=1)
     if grid is not None:
-        pixels = decode_tiles(latents, on_workspace(workspace), grid, factor=space.factor)
+        pixels = decode_tiles(latents, on_workspace(workspace, "vae_decoder"), grid, factor=space.factor)
     else:
         workspace.write("state", latents[:, None])
-        workspace.decode()
-        pixels = workspace.pixels()
+        workspace.run("vae_decoder")
+        pixels = workspace.read("pixels")
     opened.close()
     return pixels
 
@@ -255,7 +255,7 @@ def test_a_tile_changes_the_decoding_alone(pipe: Pipeline) -> None:
 def test_a_large_image_is_read_in_tiles_too(pipe: Pipeline) -> None:
     shapes: list[tuple[int, ...]] = []
     pipe(**CALL, image=photo(64, 32), strength=0.5)
-    encoder = pipe._engines["vae_encoder"]
+    encoder = pipe._opened.engines["vae_encoder"]
 
     class Watching:
         spec = encoder.spec
@@ -264,9 +264,9 @@ def test_a_large_image_is_read_in_tiles_too(pipe: Pipeline) -> None:
             shapes.append(inputs["sample"].shape)
             return encoder(inputs)
 
-    pipe._engines["vae_encoder"] = Watching()  # type: ignore[assignment]
+    pipe._opened.engines["vae_encoder"] = Watching()  # type: ignore[assignment]
     found = pipe(**CALL, image=photo(64, 32), strength=0.5, tile=32)
-    pipe._engines["vae_encoder"] = encoder
+    pipe._opened.engines["vae_encoder"] = encoder
     assert found.pixels.shape == (1, 32, 64, 3) and shapes == [(1, 3, 32, 32)] * 3
 
 

@@ -22,6 +22,7 @@ from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.draw.slots import encode_rows
 from latentrt.runtime.sampling.guidance import plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
@@ -71,14 +72,15 @@ def paint(
     def draw() -> Array:
         return generator.normal((2, 4, SHAPE.height // 4, SHAPE.width // 4))
 
-    workspace.encode({"input_ids": tokens_of(4), "extra_embeddings": np.zeros((1, 32))})
+    inputs = {"input_ids": tokens_of(4), "extra_embeddings": np.zeros((1, 32))}
+    encode_rows(workspace, "text_encoder", inputs, slice(0, 2), parts=2)
     workspace.write("state", begin(plan, draw(), state_rows=workspace.state_rows))
     if write is not None:
         write(workspace)
     guidance = plan_guidance(plan, 3.0, 2, interval=(0.2, 0.8), rescale=0.5)
     path = [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, draw)]
-    workspace.decode()
-    return path, workspace.pixels()
+    workspace.run("vae_decoder")
+    return path, workspace.read("pixels")
 
 
 def host(canonical: Engines, bundle: Bundle, sampler: str = "dpmpp_2m") -> NumpyWorkspace:
@@ -131,8 +133,8 @@ def test_a_wiped_workspace_knows_nothing_of_the_last_batch(fused: Engines, bundl
     assert not np.array_equal(masked, expected)
     assert np.array_equal(paint(workspace, bundle, write=None)[1], expected)
     workspace.wipe()
-    with pytest.raises(EngineError, match="no pixels before `decode`"):
-        workspace.pixels()
+    with pytest.raises(EngineError, match="pixels was not written"):
+        workspace.read("pixels")
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
     with pytest.raises(EngineError, match="state was not written"):
         list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
@@ -152,10 +154,10 @@ def test_wrong_names_and_shapes_are_refused(fused: Engines, bundle: Bundle) -> N
     workspace = device(fused, bundle)
     with pytest.raises(EngineError, match=r"state: found shape \(2, 4\), expected \(2, 6, 4, 8, 6\)"):
         workspace.write("state", np.zeros((2, 4)))
-    with pytest.raises(EngineError, match="takes no 'text'; it takes state, control"):
+    with pytest.raises(EngineError, match="nothing here takes a 'text'"):
         workspace.write("text", np.zeros((2, 4)))
-    with pytest.raises(EngineError, match="no pixels before `decode`"):
-        workspace.pixels()
+    with pytest.raises(EngineError, match="pixels was not written"):
+        workspace.read("pixels")
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
     workspace.write("state", np.zeros((2, STATE_ROWS, 4, 8, 6)))
     with pytest.raises(EngineError, match="encoder_hidden_states was not written"):

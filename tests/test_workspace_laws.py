@@ -1,200 +1,101 @@
-"""Whatever a workspace on the device is asked, in whatever order, it gives what the workspace in NumPy gives.
-
-The network is a formula, so that many orders can be tried: tanh(sample / 2 + timestep / 10 + mean of the text).
-"""
+"""Whatever a workspace on the device is asked, in whatever order, it gives what the workspace in NumPy gives."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
 
-from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs.denoise_stage import fuse_stage
-from latentrt.engines.graphs.edits import append_pixel_tail, prepend_state_head
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PREVIOUS, control_width
-from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
+from latentrt.engines.tensorrt.engines import TensorRTSession
 from latentrt.engines.tensorrt.text_encoder import split_texts
-from latentrt.engines.workspace.contract import StageInput, Workspace, WorkspaceShape, sums_of_squares
-from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
-from tests.graphs import model_of
-from tests.host_device import HostDevice
-from tests.host_tensorrt import make_library, write_plan
-from tests.studio import record_of, spec_of
+from latentrt.engines.workspace.contract import STATE, TEXT, Workspace, own_buffer
+from latentrt.runtime.draw.denoise import rest
+from latentrt.runtime.sampling.guidance import guidance_rows
+from tests.sketch import CONTEXT, SIZE, TOKENS, WIDTH, bound_workspace, compiled, numpy_workspace, shape_for
 
-ROWS, SIZE, TOKENS, WIDTH = 2, (3, 2, 3), 4, 2  # rows of state; latents; the text of a row
-CONTEXT = 2  # tokens of one text: a row is two
-COMPILED = (1, 3)  # numbers of texts
-SPACE = LatentSpec(channels=3, factor=1, scaling_factor=0.5)
+ROWS = 2  # of state
 CLOSE = 1e-5  # of numbers around 1: the same float32 sums in another order
-SLOTS = 2
-
-
-def unet_graph() -> Any:
-    latents = ["batch", 3, "latent_height", "latent_width"]
-    constants = {"axes": np.array([1, 2]), "spread": np.array([-1, 1, 1, 1])}
-    numbers = {"half": np.float32(2), "tenth": np.float32(10)}
-    nodes = [
-        helper.make_node("ReduceMean", ["encoder_hidden_states", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Div", ["timestep", "tenth"], ["time"]),
-        helper.make_node("Add", ["mean", "time"], ["shift"]),
-        helper.make_node("Reshape", ["shift", "spread"], ["shifts"]),
-        helper.make_node("Div", ["sample", "half"], ["halves"]),
-        helper.make_node("Add", ["halves", "shifts"], ["sum"]),
-        helper.make_node("Tanh", ["sum"], ["out_sample"]),
-    ]
-    inputs = {"sample": latents, "timestep": ["batch"], "encoder_hidden_states": ["batch", "tokens", WIDTH]}
-    return model_of(nodes, inputs, {"out_sample": latents}, constants | numbers)
-
-
-def vae_graph() -> Any:
-    latents = ["batch", 3, "latent_height", "latent_width"]
-    nodes = [helper.make_node("Identity", ["latent_sample"], ["sample"])]
-    model = model_of(nodes, {"latent_sample": latents}, {"sample": latents}, {})
-    append_pixel_tail(model)
-    prepend_state_head(model, ROWS, SPACE)
-    return model
-
-
-def text_graph() -> Any:
-    """Each token is its number over ten, and its negative, moved by what is the same for all texts."""
-    nodes = [
-        helper.make_node("Cast", ["input_ids"], ["numbers"], to=TensorProto.FLOAT),
-        helper.make_node("Unsqueeze", ["numbers", "last"], ["column"]),
-        helper.make_node("Mul", ["column", "signs"], ["apart"]),
-        helper.make_node("Add", ["apart", "shift"], ["last_hidden_state"]),
-    ]
-    constants = {"last": np.array([2]), "signs": np.array([0.1, -0.1], dtype=np.float32)}
-    inputs, outputs = (
-        {"input_ids": ["batch", CONTEXT], "shift": [1, WIDTH]},
-        {"last_hidden_state": ["batch", CONTEXT, WIDTH]},
-    )
-    return model_of(nodes, inputs, outputs, constants, types={"input_ids": TensorProto.INT64})
-
-
-def text(inputs: Any) -> dict[str, Array]:
-    apart = inputs["input_ids"][..., None].astype(np.float32) * np.float32([0.1, -0.1])
-    return {"last_hidden_state": apart + inputs["shift"]}
-
-
-def unet(inputs: Any) -> dict[str, Array]:
-    shift = inputs["encoder_hidden_states"].mean(axis=(1, 2)) + inputs["timestep"] / 10
-    return {"out_sample": np.tanh(inputs["sample"] / 2 + shift.reshape(-1, 1, 1, 1))}
-
-
-unet.spec = SimpleNamespace(  # type: ignore[attr-defined]
-    inputs=[SimpleNamespace(name=name) for name in ("sample", "timestep", "encoder_hidden_states")]
-)
-
-
-def vae(inputs: Any) -> dict[str, Array]:
-    sums = sums_of_squares(inputs["latent_sample"])
-    return {"pixels": to_pixels(inputs["latent_sample"]), "squares": np.stack([sums, sums], axis=1)}
-
-
-def host_workspace(shape: WorkspaceShape) -> NumpyWorkspace:
-    engines: Any = {"unet": unet, "vae_decoder": vae, "text_encoder": text}
-    return NumpyWorkspace(engines, SPACE, shape, state_rows=ROWS)
 
 
 @pytest.fixture(scope="module")
 def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, TensorRTSession]]:
-    """One with graphs and one without, each with fewer slots than most examples have stages."""
-    directory = tmp_path_factory.mktemp("sketch") / "engines" / "host"
-    directory.mkdir(parents=True)
-    latents = {"latent_height": SIZE[1], "latent_width": SIZE[2]}
-    pictures = (1, 2)
-    stages = [{"pictures": p, "rows": p * m, "tokens": TOKENS, **latents} for p in pictures for m in (1, 2)]
-    models = {
-        "unet": fuse_stage(unet_graph(), state_rows=ROWS),
-        "vae_decoder": vae_graph(),
-        "text_encoder": text_graph(),
-    }
-    profiles = {
-        "unet": stages,
-        "vae_decoder": [{"pictures": p, **latents} for p in pictures],
-        "text_encoder": [{"batch": texts} for texts in COMPILED],
-    }
-    record = record_of({name: spec_of(model, name, profiles[name]) for name, model in models.items()})
-    for name, model in models.items():
-        write_plan(directory / f"{name}.engine", model, record.specs[name])
-    device = HostDevice()
-    opened = {
-        graphs: open_tensorrt(make_library(device), directory, record, device, factor=1, graphs=graphs, slots=SLOTS)
-        for graphs in (True, False)
-    }
-    yield opened
-    for session in opened.values():
-        session.close()
-    assert device.leftovers() == {}
+    with compiled(tmp_path_factory.mktemp("sketch") / "engines" / "host", ROWS, {1: (1, 2), 2: (2, 4)}) as opened:
+        yield opened
 
 
 seeds = st.integers(0, 1 << 30)
 STEPS = st.one_of(
-    st.tuples(st.just("state"), seeds),
-    st.tuples(st.sampled_from(["one row a picture", "two rows a picture"]), seeds),
-    st.tuples(st.sampled_from(["one text row a picture", "two text rows a picture"]), seeds),
-    st.tuples(st.just("keep"), seeds),
+    st.tuples(st.sampled_from(["state", "text", "texts", "encode", "keep"]), seeds),
     st.tuples(st.sampled_from(["stage", "stage with noise", "guided stage", "guided stage with noise"]), seeds),
-    st.tuples(st.sampled_from(["read state", f"read {PREVIOUS}", "read encoder_hidden_states", "decode"]), seeds),
+    st.tuples(st.sampled_from([f"read {name}" for name in (STATE, PREVIOUS, TEXT)] + ["decode"]), seeds),
 )
+"""What is done next, and the seed of its numbers and of the slots that it is done for."""
 
 
 def take(workspace: Workspace, step: str, seed: int) -> Array | None:
     """Do one thing on a workspace; return what it shows. What was handed over is spoilt at once."""
-    draw, pictures = np.random.default_rng(seed), workspace.shape.pictures
+    draw, slots = np.random.default_rng(seed), workspace.shape.pictures
+    first = int(draw.integers(slots)) if seed % 2 else 0
+    part = slice(first, slots)
 
     def normal(*shape: int) -> Array:
-        return draw.standard_normal((pictures, *shape), dtype=np.float32)
+        return draw.standard_normal((slots - first, *shape), dtype=np.float32)
 
-    written: dict[str, Array] = {}
+    written: dict[str, tuple[Array, slice]] = {}
     if step == "state":
-        written = {"state": normal(ROWS, *SIZE)}
+        written = {STATE: (normal(ROWS, *SIZE), part)}
     elif step == "keep":
-        written = {"keep_mask": (normal(1, *SIZE[1:]) > 0).astype(np.float32), "known": normal(2, *SIZE)}
-    elif step.endswith("a picture"):
-        rows = pictures * (2 if step.startswith("two") else 1)
-        if "text" in step:
-            ids, shift = draw.integers(-9, 9, (rows * TOKENS // CONTEXT, CONTEXT)), normal(WIDTH)[:1]
-            workspace.encode({"input_ids": ids, "shift": shift})
-            ids.fill(99)
-            shift.fill(np.nan)
-        else:
-            written = {"encoder_hidden_states": draw.standard_normal((rows, TOKENS, WIDTH), dtype=np.float32)}
+        written = {
+            "keep_mask": ((normal(1, *SIZE[1:]) > 0).astype(np.float32), part),
+            "known": (normal(2, *SIZE), part),
+        }
+    elif step in ("text", "texts"):
+        rows = part if step == "text" else slice(slots + first, 2 * slots)
+        written = {TEXT: (normal(TOKENS, WIDTH), rows)}
+    elif step == "encode":
+        texts = (2 * slots - first) * TOKENS // CONTEXT
+        for name, array in (("input_ids", draw.integers(-9, 9, (texts, CONTEXT))), ("shift", normal(WIDTH)[:1])):
+            workspace.write(own_buffer("text_encoder", name), array)
+            array.fill(99)
+        workspace.run("text_encoder", slice(first, 2 * slots))
     elif step.startswith("read"):
         return workspace.read(step.removeprefix("read "))
     elif step == "decode":
-        workspace.decode()
-        return workspace.pixels()
+        workspace.run("vae_decoder")
+        return workspace.read("pixels")
     else:
-        workspace.advance(taken := stage_of(step, draw, pictures))
-        for array in (taken.control, taken.guidance, taken.picture_of_row, taken.noise):
-            if array is not None:
-                array.fill(-1)
-    for name, array in written.items():
-        workspace.write(name, array)
+        stage(workspace, step, draw)
+    for name, (array, rows) in written.items():
+        workspace.write(name, array, rows)
         array.fill(np.nan)
     return None
 
 
-def stage_of(step: str, draw: np.random.Generator, pictures: int) -> StageInput:
-    rows = pictures * (2 if step.startswith("guided") else 1)
-    noise = draw.standard_normal((pictures, *SIZE), dtype=np.float32) if step.endswith("noise") else None
-    return StageInput(
-        control=draw.uniform(-0.5, 0.5, (pictures, control_width(ROWS))).astype(np.float32),
-        guidance=draw.uniform(-1, 1, (pictures, rows)).astype(np.float32),
-        picture_of_row=draw.permutation(np.arange(rows) % pictures),
-        noise=noise,
-    )
+def stage(workspace: Workspace, step: str, draw: np.random.Generator) -> None:
+    """Run a stage of some of the pictures, some of which are guided."""
+    slots = workspace.shape.pictures
+    own = draw.uniform(0.5, 1, slots) * (draw.integers(3, size=slots) > 0)
+    negative = draw.uniform(-1, 1, slots) * (own > 0) * step.startswith("guided")
+    needed = slots + int(np.flatnonzero(negative).max(initial=-1)) + 1
+    matrix, owners = guidance_rows(own, negative, workspace.fit("unet", needed))
+    control = draw.uniform(-0.5, 0.5, (slots, control_width(ROWS))).astype(np.float32)
+    control[own == 0] = rest(ROWS)
+    given = {"control": control, "guidance": matrix, "picture_of_row": owners}
+    if step.endswith("noise"):
+        given["noise"] = draw.standard_normal((slots, *SIZE), dtype=np.float32)
+    for name, array in given.items():
+        workspace.write(name, array)
+    count = len(owners)
+    for array in given.values():
+        array.fill(-1)
+    workspace.run("unet", slice(0, count))
 
 
 @settings(max_examples=120)
@@ -207,25 +108,35 @@ def stage_of(step: str, draw: np.random.Generator, pictures: int) -> StageInput:
 def test_any_order_of_calls_gives_what_numpy_gives(
     sessions: dict[bool, TensorRTSession], pictures: int, graphs: bool, begin: tuple[int, int], steps: Any
 ) -> None:
-    shape = WorkspaceShape(pictures=pictures, tokens=TOKENS, width=SIZE[2], height=SIZE[1])
-    workspaces: list[Workspace] = [sessions[graphs].workspace(shape), host_workspace(shape)]
-    rows, advanced = 2, False
-    for step, seed in [("state", begin[0]), ("two rows a picture", begin[1]), *steps, ("decode", 0), ("read state", 0)]:
-        if step.endswith("a picture"):
-            rows = 2 if step.startswith("two") else 1
-        if step.startswith("guided") and rows == 1:
-            continue  # refused, as tests/test_tensorrt_run.py shows
-        if step == f"read {PREVIOUS}" and not advanced:
-            for workspace in workspaces:
-                with pytest.raises(EngineError, match=PREVIOUS):
-                    workspace.read(PREVIOUS)
-            continue
-        advanced = "stage" in step or (advanced and step != "state")
-        found, wanted = (take(workspace, step, seed) for workspace in workspaces)
-        if wanted is not None:
-            assert np.isfinite(wanted).all() and found.dtype == wanted.dtype
-            close = 1 if wanted.dtype == np.uint8 else CLOSE * max(1.0, float(np.abs(wanted).max()))
-            np.testing.assert_allclose(found.astype(float), wanted.astype(float), rtol=0, atol=close)
+    """Stages take some of the slots, guided or not, and text and state are written by rows."""
+    device = sessions[graphs].workspace(shape_for(pictures))
+    workspaces: list[Workspace] = [device, bound_workspace(pictures, ROWS), numpy_workspace(pictures, ROWS)]
+    whole = [("state", begin[0] * 2), ("text", begin[1] * 2), ("texts", begin[1] * 2)]
+    for step, seed in [*whole, *steps, ("decode", 0), ("read state", 0)]:
+        *found, wanted = (outcome(workspace, step, seed) for workspace in workspaces)
+        for one in found:
+            assert_close(one, wanted)
+
+
+def assert_close(found: Array | None, wanted: Array | None) -> None:
+    if wanted is None or found is None:
+        assert wanted is None and found is None
+        return
+    assert np.isfinite(wanted).all() and found.dtype == wanted.dtype
+    close = 1 if wanted.dtype == np.uint8 else CLOSE * max(1.0, float(np.abs(wanted).max(initial=0)))
+    np.testing.assert_allclose(found.astype(float), wanted.astype(float), rtol=0, atol=close)
+
+
+REFUSED = np.zeros(0, dtype=bool)
+
+
+def outcome(workspace: Workspace, step: str, seed: int) -> Array | None:
+    """Return what a step shows; REFUSED where it asks for what is not there yet."""
+    try:
+        return take(workspace, step, seed)
+    except EngineError:
+        assert step == f"read {PREVIOUS}"
+        return REFUSED
 
 
 @given(texts=st.integers(1, 40), compiled=st.sets(st.integers(1, 9), min_size=1))
@@ -235,4 +146,3 @@ def test_texts_are_split_without_a_gap_and_only_the_last_run_is_padded(texts: in
     assert all(batch in compiled for batch, _, _ in parts)
     assert all(batch == count == max(compiled) for batch, _, count in parts[:-1])
     assert all(batch - count < min({size for size in compiled if size >= count}) for batch, _, count in parts)
-    assert parts[0][0] >= parts[-1][0]  # what a later run leaves at the beginning reaches no other run's place

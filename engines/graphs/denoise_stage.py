@@ -127,6 +127,7 @@ def rows_nodes(infos: dict[str, ValueInfoProto], *, shape: list[Line], condition
 def _guided_nodes(output: str) -> list[NodeProto]:
     """Make `stage.model` (P, 1, C * height * width): guidance @ outputs, with the prompts' own contrast restored.
 
+    No matrix product: there 0 times what is not finite is not finite, and one picture would spoil all.
     The rescaling is that of arXiv:2305.08891, eqs. 14 to 16; at 0 its factor is exactly 1.
     """
     from onnx import TensorProto
@@ -135,7 +136,11 @@ def _guided_nodes(output: str) -> list[NodeProto]:
     table: list[Line] = [
         ("Cast", [output], ["stage.wide"], {"to": TensorProto.FLOAT}),
         ("Reshape", ["stage.wide", "stage.vectors"], ["stage.outputs"], {}),  # (M, C * height * width)
-        ("MatMul", ["guidance", "stage.outputs"], [mixed], {}),  # (P, C * height * width)
+        ("Unsqueeze", ["guidance", "stage.last"], ["stage.shares"], {}),  # (P, M, 1)
+        ("Equal", ["stage.shares", "stage.nothing"], ["stage.strangers"], {}),
+        ("Mul", ["stage.shares", "stage.outputs"], ["stage.parts_of_all"], {}),  # (P, M, C * height * width)
+        ("Where", ["stage.strangers", "stage.nothing", "stage.parts_of_all"], ["stage.own_parts"], {}),
+        ("ReduceSum", ["stage.own_parts", "stage.one"], [mixed], {"keepdims": 0}),  # (P, C * height * width)
         ("Shape", ["noise"], ["stage.pictures"], {"start": 0, "end": 1}),
         ("Slice", ["stage.outputs", "stage.zero", "stage.pictures", "stage.zero"], [own], {}),
         *_variance(own),
@@ -207,9 +212,10 @@ def constants(state_rows: int) -> list[Any]:
         "stage.square": [0, state_rows, state_rows + 2],
         "stage.parts": [1, state_rows - 1] if state_rows > 1 else [1],
         "stage.one": [1],
+        "stage.last": [2],
         "stage.zero": [0],
     }
-    numbers = {"stage.unit": 1.0, "stage.tiny": 1e-20}
+    numbers = {"stage.unit": 1.0, "stage.tiny": 1e-20, "stage.nothing": 0.0}
     arrays = {name: np.array(value, dtype=np.int64) for name, value in integers.items()}
     arrays |= {name: np.array(value, dtype=np.float32) for name, value in numbers.items()}
     return [numpy_helper.from_array(array, name) for name, array in arrays.items()]

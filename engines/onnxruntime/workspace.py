@@ -7,35 +7,82 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, require
-from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.spec import Array, TensorSpec
 from latentrt.engines.tensor_names import (
     DECODER,
     HINT,
     NEXT,
     PIXELS,
-    PREFIX,
     PREVIOUS,
     SCALE,
     SQUARES,
     UNET,
-    hint_of,
     is_residual,
     level_axes,
 )
-from latentrt.engines.workspace.contract import ImmediateWorkspace, StageInput, WorkspaceShape, no_decoder
+from latentrt.engines.workspace.contract import (
+    ALL,
+    AT_FIRST,
+    GUIDANCE,
+    IDS,
+    NOISE,
+    OWNERS,
+    PER_STAGE,
+    STATE,
+    TEXT,
+    Event,
+    Instant,
+    WorkspaceShape,
+    Written,
+    buffer_of,
+    no_decoder,
+    own_buffer,
+    rows_in,
+    span,
+)
 
-# Inputs of the fused stage that every stage sets, and those that mean nothing until they are written.
-PER_STAGE = ("control", "noise", "guidance", "picture_of_row")
 RECORDINGS = itertools.count(1)  # of one session, which serves many workspaces; 0 is ONNX Runtime's default
-NEUTRAL = {"keep_mask": 1.0, "known": 0.0}
 NOBODY = "nobody"
 
 
-class OnnxRuntimeWorkspace(ImmediateWorkspace):
+class Buffer:
+    """An array on a device of ONNX Runtime, and what the host wrote to it: on the CPU they are one."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: str, *, number: float = 0.0) -> None:
+        self.dtype, self.shape = np.dtype(dtype), shape
+        self._value = require().OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, 0)
+        self._host = np.full(shape, number, dtype=self.dtype)
+        self._value.update_inplace(self._host)
+        self._one = device == "cpu"
+        if self._one:
+            self._host = self._value.numpy()  # the same memory
+
+    @property
+    def address(self) -> int:
+        """Return where it lies."""
+        return int(self._value.data_ptr())
+
+    def write(self, values: Array, rows: slice, *, computed: bool = False) -> None:
+        """Set rows. computed: a program wrote to it, so that the host does not know what there is"""
+        if computed and not self._one:
+            self._host = np.array(self._value.numpy())
+        if not computed and np.array_equal(self._host[rows], np.broadcast_to(values, self._host[rows].shape)):
+            return
+        self._host[rows] = values
+        if not self._one:
+            self._value.update_inplace(self._host)
+
+    def read(self) -> Array:
+        """Return what there is, not to be kept."""
+        return np.asarray(self._value.numpy())
+
+
+class OnnxRuntimeWorkspace:
     """A workspace whose buffers lie on an ONNX Runtime device. It implements `Workspace`.
 
     The state lives in two buffers that take turns as the stage's input and output. A run of ONNX Runtime ends when
@@ -44,10 +91,12 @@ class OnnxRuntimeWorkspace(ImmediateWorkspace):
     The residuals of ControlNets stay there too: each one's outputs are bound as the next one's inputs, and the last
     one's as the UNet's; where none runs, zeros are.
 
-    engines: text_encoder, the fused denoisers and ControlNets, and the decoders that take the state
+    engines: text encoders, the fused denoisers and ControlNets, and the decoders that take the state
     device: `cuda` or `cpu`, ONNX Runtime's own name
     denoiser: the network that its stages run
     """
+
+    queued, local = False, False
 
     def __init__(
         self,
@@ -58,204 +107,196 @@ class OnnxRuntimeWorkspace(ImmediateWorkspace):
         device: str,
         denoiser: str = UNET,
     ) -> None:
-        super().__init__()
         self.shape = shape
-        self._engines, self._device, self._ort = engines, device, require()
-        self._denoiser = denoiser
+        self._engines, self._device, self._denoiser = engines, device, denoiser
         self._specs = {spec.name: spec for spec in engines[denoiser].spec.inputs}
-        self._hints = {
-            hint_of(name): next(spec for spec in engine.spec.inputs if spec.name == HINT)
-            for name, engine in engines.items()
-            if name.startswith(PREFIX)
-        }
-        self.state_rows = int(self._specs["state"].shape[1])
-        self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
+        for name, engine in engines.items():
+            own = [spec for spec in engine.spec.inputs if spec.name in (HINT, SCALE)]
+            self._specs |= {buffer_of(name, spec.name): spec for spec in own}
+        self.state_rows = int(self._specs[STATE].shape[1])
+        height, width = shape.height // space.factor, shape.width // space.factor
         self._axes = {
             "pictures": shape.pictures,
+            "rows": 2 * shape.pictures,
             "tokens": shape.tokens,
-            "latent_height": self._size[1],
-            "latent_width": self._size[2],
+            "latent_height": height,
+            "latent_width": width,
             "height": shape.height,
             "width": shape.width,
-            **level_axes(*self._size[1:]),
+            **level_axes(height, width),
         }
-        self._host: dict[str, Array] = {}  # what was written, for the inputs with an axis of rows
-        self._written: set[str] = set()  # since the workspace was blank
-        self._values: dict[tuple[str, int], Any] = {}  # (input, rows) -> its buffer; rows is 0 where it has none
-        self._states = [self._filled("state", 0.0), self._filled("state", 0.0)]
-        # (what runs, rows, which state is read, the last ControlNet before it) -> its binding, its number
+        self._buffers: dict[tuple[str, int], Buffer] = {}  # by name, and M where it is written whole
+        self._states = [self._new(self._specs[STATE]) for _ in range(2)]
+        self._given: dict[str, Array] = {}  # what text encoders read, and the last guidance and pixels
+        self._written = Written()
+        # (what runs, M, which state is read, the last ControlNet before it) -> its binding, its recording's number
         self._bindings: dict[tuple[str, int, int, str], tuple[Any, int]] = {}
         self._decoder: str | None = DECODER
-        self._advanced = False  # since the state was written
-        self._silent = True  # the noise buffer holds zeros
+        self._before = NOBODY  # the last ControlNet since the last stage
+        self._quiet = True  # the noise is zero
 
-    def encode(self, inputs: Mapping[str, Array]) -> None:
-        """Run the text encoder and keep its output as the stage's text."""
-        output = self._engines["text_encoder"](inputs)["last_hidden_state"]
-        self.write("encoder_hidden_states", output.reshape(-1, self.shape.tokens, output.shape[-1]))
+    def fit(self, program: str, rows: int) -> int:
+        """Return the number itself: any will do."""
+        return rows
 
-    def write(self, name: str, array: Array) -> None:
-        """Copy one of the stage's inputs to the device. Raises EngineError on a wrong name or shape."""
-        spec = self._spec(name)
-        array = np.ascontiguousarray(array, dtype=spec.dtype)
-        sizes = self._axes | ({"rows": len(array)} if "rows" in spec.shape else {})
-        expected = tuple(axis if isinstance(axis, int) else sizes.get(axis) for axis in spec.shape)
-        if array.shape != expected:
-            raise EngineError(f"{name}: found shape {array.shape}, expected {expected}")
-        self._written.add(name)
-        if name == "state":
-            self._states[0].update_inplace(array)
-            self._advanced = False
-        elif "rows" in spec.shape:
-            self._host[name] = array.copy()
-            for known, rows in list(self._values):
-                if known == name and rows <= len(array):
-                    self._values[name, rows].update_inplace(np.ascontiguousarray(array[:rows]))
+    def _new(self, spec: TensorSpec, *, rows: int | None = None) -> Buffer:
+        axes = self._axes if rows is None else {**self._axes, "rows": rows}
+        shape = tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.shape)
+        return Buffer(shape, spec.dtype, self._device, number=AT_FIRST.get(spec.name, 0.0))
+
+    def _buffer(self, name: str, rows: int) -> Buffer:
+        """Return the buffer of a name, made when it is first needed. rows: M, for what is written whole for each M"""
+        if name == STATE:
+            return self._states[0]
+        key = (name, rows if name in (GUIDANCE, OWNERS) else 0)
+        if key not in self._buffers:
+            self._buffers[key] = self._new(self._specs[name], rows=key[1] or None)
+        return self._buffers[key]
+
+    def write(self, name: str, array: npt.ArrayLike, rows: slice = ALL) -> None:
+        """Copy rows to the device. Raises EngineError on a wrong name or shape."""
+        values, size = np.asarray(array), rows_in(name, self.shape.pictures)
+        if name not in self._specs and size is None:
+            self._given[name] = np.array(values)
+        elif name not in self._specs:
+            raise EngineError(f"nothing here takes a '{name}'; there are {', '.join(self._specs)}")
+        elif size is None:
+            self._given[name] = np.array(values)
+            self._put(name, values, ALL)
         else:
-            self._put(name, 0, array)
+            rows = span(name, values, rows, size)
+            self._put(name, values, rows)
+        self._written.note(name, rows if size else ALL, size or 1)
+        if name == STATE:
+            self._written.forget(PREVIOUS, rows=rows)
+        self._quiet = self._quiet and name != NOISE
+
+    def _put(self, name: str, values: Array, rows: slice) -> None:
+        buffer = self._buffer(name, values.shape[-1] if values.ndim else 0)
+        expected = (rows.stop - rows.start, *buffer.shape[1:]) if rows != ALL else buffer.shape
+        if values.ndim and values.shape != expected:
+            raise EngineError(f"{name}: found shape {values.shape}, expected {expected}")
+        buffer.write(values.astype(buffer.dtype, copy=False), rows, computed=name == STATE)
+
+    def read(self, name: str, rows: slice = ALL) -> Array:
+        """Return a copy of rows of a buffer."""
+        self._written.require(name, rows)
+        where = slice(self._written.extent(name)) if rows == ALL else rows
+        if name in (PIXELS, SQUARES):
+            return self._given[name][where].copy()
+        buffer = self._states[1] if name == PREVIOUS else self._buffer(name, 0)
+        return buffer.read()[where].copy()
+
+    def event(self) -> Event:
+        """Note the time."""
+        return Instant()
 
     def wipe(self, *, decoder: str | None = DECODER) -> None:
-        """Make the workspace blank for another batch: nothing is kept of the last one but the buffers themselves.
+        """Make the workspace blank for other pictures: nothing is kept of the last ones but the buffers themselves.
 
-        decoder: what `decode` runs from now on, None for nothing. Raises EngineError where it was not opened.
+        decoder: the one that may be run from now on, None for none. Raises EngineError where it was not opened.
         """
         if decoder is not None and decoder not in self._engines:
             raise no_decoder(decoder, self._engines)
-        self._decoder, self._advanced = decoder, False
-        for name in self._written & set(NEUTRAL):
-            spec = self._specs[name]
-            shape = tuple(axis if isinstance(axis, int) else self._axes[axis] for axis in spec.shape)
-            self._put(name, 0, np.full(shape, NEUTRAL[name], dtype=spec.dtype))
-        self._written.clear()
-        self._marks.clear()
-        self._pixels = self._squares = None
+        self._decoder, self._before = decoder, NOBODY
+        for name, number in AT_FIRST.items():
+            if self._written.extent(name):
+                self.write(name, number)
+        self._written.forget()
+        self._given.clear()
 
-    def _spec(self, name: str) -> TensorSpec:
-        try:
-            return self._hints.get(name) or self._specs[name]
-        except KeyError:
-            raise EngineError(f"the denoise stage takes no '{name}'; it takes {', '.join(self._specs)}") from None
-
-    def _put(self, name: str, rows: int, array: Array) -> None:
-        value = self._values.get((name, rows))
-        if value is None:
-            self._values[name, rows] = self._on_device(array)
+    def run(self, program: str, rows: slice = ALL) -> None:
+        """Run a program; it is done when this returns."""
+        if program == self._denoiser:
+            self._advance(self._stage_rows(rows))
+        elif program == self._decoder:
+            self._decode(program, rows)
+        elif own_buffer(program, SCALE) in self._specs:
+            self._run_bound(program, self._stage_rows(rows))
+            self._before = program
+        elif program in self._engines and IDS in {spec.name for spec in self._engines[program].spec.inputs}:
+            self._encode(program, rows)
         else:
-            value.update_inplace(array)
+            raise no_decoder(program, self._engines)
 
-    def _on_device(self, array: Array) -> Any:
-        """Return a buffer on the device that holds a copy: on the CPU ONNX Runtime would only refer to the array."""
-        value = self._ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, self._device, 0)
-        value.update_inplace(array)
-        return value
+    def _stage_rows(self, rows: slice) -> int:
+        for name in PER_STAGE[:-1]:
+            self._written.require(name, ALL)
+        return int(self._given[OWNERS].size if rows.stop is None else rows.stop)
 
-    def _filled(self, name: str, number: float) -> Any:
-        spec = self._specs[name]
-        shape = tuple(axis if isinstance(axis, int) else self._axes[axis] for axis in spec.shape)
-        return self._on_device(np.full(shape, number, dtype=spec.dtype))
+    def _encode(self, program: str, rows: slice) -> None:
+        engine = self._engines[program]
+        output = engine({spec.name: self._given[own_buffer(program, spec.name)] for spec in engine.spec.inputs})
+        states = output["last_hidden_state"]
+        self.write(TEXT, states.reshape(-1, self.shape.tokens, states.shape[-1]), rows)
 
-    def advance(self, stage: StageInput) -> None:
-        """Run one denoise stage."""
-        rows = len(stage.picture_of_row)
-        self._put("control", 0, np.ascontiguousarray(stage.control, dtype=np.float32))
-        self._put("guidance", rows, np.ascontiguousarray(stage.guidance, dtype=np.float32))
-        self._put("picture_of_row", rows, np.ascontiguousarray(stage.picture_of_row, dtype=np.int64))
-        self._put_noise(stage.noise)
-        before = NOBODY
-        for component, scale in stage.scales.items():
-            self._put(f"{component}.{SCALE}", rows, np.ascontiguousarray(scale, dtype=np.float32))
-            self._run(component, rows, before)
-            before = component
-        self._run(self._denoiser, rows, before)
+    def _advance(self, rows: int) -> None:
+        if not self._written.extent(NOISE) and not self._quiet:
+            self.write(NOISE, 0.0)
+            self._quiet = True
+        self._run_bound(self._denoiser, rows)
         self._states.reverse()
-        self._advanced = True
+        self._before = NOBODY
+        self._written.note(PREVIOUS, (self._given[GUIDANCE] != 0).any(axis=1), self.shape.pictures)
+        self._written.forget(*PER_STAGE)
 
-    def _run(self, component: str, rows: int, before: str) -> None:
-        """Run the stage or one of its ControlNets. before: the ControlNet whose residuals it takes"""
-        binding, graph = self._binding(component, rows, before)
-        self._engines[component].run_bound(binding, graph=graph)
+    def _run_bound(self, program: str, rows: int) -> None:
+        """Run the stage or one of its ControlNets on the residuals of the ControlNet before it."""
+        self._check_written(program)
+        key = (program, rows, id(self._states[0]), self._before)
+        if key not in self._bindings:
+            self._bindings[key] = self._bind(program, rows), next(RECORDINGS)
+        binding, graph = self._bindings[key]
+        self._engines[program].run_bound(binding, graph=graph)
 
-    def _put_noise(self, noise: Array | None) -> None:
-        if noise is not None:
-            self._put("noise", 0, np.ascontiguousarray(noise, dtype=np.float32))
-        elif ("noise", 0) not in self._values:
-            self._values["noise", 0] = self._filled("noise", 0.0)
-        elif not self._silent:
-            self._put("noise", 0, np.zeros((self.shape.pictures, *self._size), dtype=np.float32))
-        self._silent = noise is None
+    def _check_written(self, program: str) -> None:
+        weighted = self._given[GUIDANCE] != 0
+        for spec in self._engines[program].spec.inputs:
+            if spec.name not in (*PER_STAGE, *AT_FIRST) and not is_residual(spec.name):
+                used = weighted.any(axis=0 if "rows" in spec.shape else 1)
+                self._written.require(buffer_of(program, spec.name), used)
 
-    def _binding(self, component: str, rows: int, before: str) -> tuple[Any, int]:
-        """Return the inputs and outputs of what runs bound, and a number for the recording of their kernels.
+    def _bind(self, program: str, rows: int) -> Any:
+        """Return the inputs and outputs of what runs.
 
         Made once for each number of rows, turn of the states, and ControlNet before it.
         """
-        reads, writes = self._states
-        engine = self._engines[component]
-        self._check_written(component, engine.spec)
-        key = (component, rows, id(reads), before)
-        if key not in self._bindings:
-            binding = engine.new_binding()
-            for spec in engine.spec.inputs:
-                binding.bind_ortvalue_input(spec.name, self._bound(component, spec, rows, before))
-            for spec in engine.spec.outputs:
-                value = writes if spec.name == "next_state" else self._residual(component, spec, rows)
-                binding.bind_ortvalue_output(spec.name, value)
-            self._bindings[key] = binding, next(RECORDINGS)
-        return self._bindings[key]
-
-    def _check_written(self, component: str, spec: EngineSpec) -> None:
-        set_here = (*PER_STAGE, *NEUTRAL, SCALE)
-        needed = [hint_of(component) if s.name == HINT else s.name for s in spec.inputs if not is_residual(s.name)]
-        missing = [name for name in needed if name not in set_here and name not in self._written]
-        if missing:
-            raise EngineError(f"{missing[0]} was not written to the workspace before it was needed")
-
-    def _bound(self, component: str, spec: TensorSpec, rows: int, before: str) -> Any:
-        """Return the buffer that an input is read from."""
-        if spec.name == "state":
-            return self._states[0]
-        if is_residual(spec.name):
-            return self._residual(before, spec, rows)
-        own = {HINT: hint_of(component), SCALE: f"{component}.{SCALE}"}
-        return self._input(own.get(spec.name, spec.name), rows if "rows" in spec.shape else 0)
-
-    def _residual(self, component: str, spec: TensorSpec, rows: int) -> Any:
-        """Return the buffer of what a ControlNet adds up to, zeros for nobody's."""
-        key = (f"{component}.{spec.name.removeprefix(NEXT)}", rows)
-        if key not in self._values:
-            shape = [axis if isinstance(axis, int) else {**self._axes, "rows": rows}[axis] for axis in spec.shape]
-            self._values[key] = self._on_device(np.zeros(shape, dtype=spec.dtype))
-        return self._values[key]
-
-    def _input(self, name: str, rows: int) -> Any:
-        if (name, rows) not in self._values:
-            if name in NEUTRAL:
-                self._values[name, rows] = self._filled(name, NEUTRAL[name])
-            elif rows and len(self._host.get(name, ())) >= rows:
-                self._values[name, rows] = self._on_device(np.ascontiguousarray(self._host[name][:rows]))
-            else:
-                raise EngineError(f"{name} was not written to the workspace before it was needed")
-        return self._values[name, rows]
-
-    def decode(self) -> None:
-        """Run the decoder on the state, which it finds where the last stage left it."""
-        if self._decoder is None:
-            raise no_decoder(None, self._engines)
-        engine = self._engines[self._decoder]
+        engine = self._engines[program]
         binding = engine.new_binding()
-        binding.bind_ortvalue_input("state", self._states[0])
+        for spec in engine.spec.inputs:
+            binding.bind_input(spec.name, *self._bound(self._input(program, spec, rows), spec, rows))
+        for spec in engine.spec.outputs:
+            buffer = self._states[1] if program == self._denoiser else self._residual(program, spec)
+            binding.bind_output(spec.name, *self._bound(buffer, spec, rows))
+        return binding
+
+    def _input(self, program: str, spec: TensorSpec, rows: int) -> Buffer:
+        if is_residual(spec.name):
+            return self._residual(self._before, spec)
+        return self._buffer(buffer_of(program, spec.name), rows)
+
+    def _bound(self, buffer: Buffer, spec: TensorSpec, rows: int) -> tuple[str, int, Any, list[int], int]:
+        """Return what ONNX Runtime binds a tensor by: device, type, shape, and address of the buffer's first rows."""
+        axes = {**self._axes, "rows": rows}
+        shape = [axis if isinstance(axis, int) else axes[axis] for axis in spec.shape]
+        return self._device, 0, buffer.dtype.type, shape, buffer.address
+
+    def _residual(self, component: str, spec: TensorSpec) -> Buffer:
+        """Return the buffer of what ControlNets up to this one add up to, zeros for nobody's."""
+        key = (f"{component}.{spec.name.removeprefix(NEXT)}", 0)
+        if key not in self._buffers:
+            self._buffers[key] = self._new(spec)
+        return self._buffers[key]
+
+    def _decode(self, program: str, rows: slice) -> None:
+        """Run the decoder on the state, which it finds where the last stage left it."""
+        self._written.require(STATE, rows)
+        engine, state = self._engines[program], self._states[0]
+        binding = engine.new_binding()
+        binding.bind_input(STATE, self._device, 0, state.dtype.type, list(state.shape), state.address)
         for output in (PIXELS, SQUARES):
             binding.bind_output(output, "cpu")
         engine.run_bound(binding)
-        self._pixels, self._squares = (value.numpy().copy() for value in binding.get_outputs())
-
-    def read(self, name: str) -> Array:
-        """Return a copy of one of the stage's inputs, or of the state before the last stage."""
-        if name == PREVIOUS and self._advanced:
-            return np.array(self._states[1].numpy())
-        self._spec(name)
-        if name == "state":
-            return np.array(self._states[0].numpy())
-        if name in self._host:
-            return self._host[name].copy()
-        return np.array(self._input(name, 0).numpy())
+        for name, value in zip((PIXELS, SQUARES), binding.get_outputs(), strict=True):
+            self._given[name] = value.numpy().copy()
+            self._written.note(name, rows, self.shape.pictures)

@@ -14,11 +14,9 @@ from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import PIXELS, SQUARES, is_residual, level_axes
 from latentrt.engines.tensorrt.execution import Pass, Place, Program
 from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
-from latentrt.engines.workspace.contract import StageInput, WorkspaceShape
+from latentrt.engines.workspace.contract import GUIDANCE, NOISE, OWNERS, PER_STAGE, STATE, WorkspaceShape, span
 
-STATE, NEXT_STATE, ROWS = "state", "next_state", "rows"
-# What changes from stage to stage, in the order in which it lies in memory: noise last, for it is often omitted.
-PER_STAGE = ("control", "guidance", "picture_of_row", "noise")
+NEXT_STATE, ROWS = "next_state", "rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,11 +59,7 @@ def view(array: Array, tensor: TensorSpec, shape: Shape) -> Array:
 
 
 class Resident:
-    """An input of the stage that stays on the device, with room for the largest number of model rows.
-
-    held: how many entries of its first axis are set, 0 before the first
-    written: whether the workspace's user set them
-    """
+    """A buffer that stays on the device, with room for the largest number of model rows."""
 
     def __init__(self, bench: Bench, tensor: TensorSpec, shape: Shape) -> None:
         if ROWS in tensor.shape[1:]:
@@ -74,24 +68,23 @@ class Resident:
         self.by_rows = tensor.shape[0] == ROWS
         self.size = nbytes(tensor, shape)
         self.address = bench.holding.allocate(self.size)
-        self.held = 0
-        self.written = False
         self._outbox = Outbox(bench.place.queue, bench.holding, self.size)
 
-    def write(self, array: Array) -> None:
-        """Set the values. With an axis of model rows there may be fewer than there is room for, and more: the first."""
-        if self.by_rows and np.ndim(array) == len(self.shape) and len(array):
-            array = array[: self.shape[0]]
-            values = view(array, self.tensor, (len(array), *self.shape[1:]))
-        else:
-            values = view(array, self.tensor, self.shape)
-        self._outbox.send(self.address, [(0, values)])
-        self.held, self.written = len(values), True
-
     @property
-    def held_shape(self) -> Shape:
-        """Return the shape of what was set."""
-        return (self.held, *self.shape[1:])
+    def row_size(self) -> int:
+        """Return the bytes of a row."""
+        return self.size // self.shape[0]
+
+    def write(self, array: Array, rows: slice, *, name: str = "") -> slice:
+        """Set rows, to a number or to values for each; return which. Raises EngineError on another shape."""
+        name = name or self.tensor.name
+        rows = span(name, array, rows, self.shape[0])
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        if array.ndim and array.shape != shape:
+            raise EngineError(f"{name}: found shape {array.shape}, expected {shape}")
+        values = np.ascontiguousarray(np.broadcast_to(array, shape), dtype=self.tensor.dtype)
+        self._outbox.send(self.address + rows.start * self.row_size, [(0, values)])
+        return rows
 
 
 class Stage:
@@ -106,8 +99,7 @@ class Stage:
         self._offsets, self.block_size = lay_out(self._tensors, self._run.inputs)
         self._address = bench.holding.allocate(self.block_size)
         self._quiet = True  # fresh memory is zero
-        self._pictures = self._run.inputs["guidance"][0]
-        self._rows = self._run.inputs["guidance"][1]
+        self._pictures = self._run.inputs[GUIDANCE][0]
 
     @property
     def run(self) -> Pass:
@@ -126,32 +118,24 @@ class Stage:
         addresses |= {STATE: previous, NEXT_STATE: state.address, **residuals}
         self._run.bind(addresses, before=[(previous, state.address, state.size)])
 
-    def send(self, stage: StageInput, outbox: Outbox) -> None:
+    def send(self, given: Mapping[str, Array], outbox: Outbox) -> None:
         """Put one copy of what a stage takes in the queue; the run itself comes behind it."""
-        for resident in self._residents.values():
-            if resident.held < (self._rows if resident.by_rows else 1):
-                raise EngineError(f"{resident.tensor.name}: a stage needs {self._wanted(resident)}; write it first")
         arrays = {
-            tensor.name: view(array, tensor, self._run.inputs[tensor.name])
+            tensor.name: view(given[tensor.name], tensor, self._run.inputs[tensor.name])
             for tensor in self._tensors
-            if (array := getattr(stage, tensor.name)) is not None
+            if tensor.name in given
         }
-        owners = arrays["picture_of_row"]
+        owners = arrays[OWNERS]
         if owners.min() < 0 or owners.max() >= self._pictures:  # the device would read past the end
-            raise EngineError(f"picture_of_row: found {owners.tolist()}, expected pictures below {self._pictures}")
+            raise EngineError(f"{OWNERS}: found {owners.tolist()}, expected pictures below {self._pictures}")
         outbox.send(self._address, [(self._offsets[name], array) for name, array in arrays.items()])
-        self._silence(silent="noise" not in arrays)
-
-    def _wanted(self, resident: Resident) -> str:
-        if not resident.held:
-            return "it and it was not written"
-        return f"{self._rows} rows of it and {resident.held} were written"
+        self._silence(silent=NOISE not in arrays)
 
     def _silence(self, *, silent: bool) -> None:
         """Clear the noise of an earlier stage: it has no weight, unless it is not finite."""
         if silent and not self._quiet:
-            size = self.block_size - self._offsets["noise"]
-            self._queue.device.zero(self._address + self._offsets["noise"], size, self._queue.stream)
+            size = self.block_size - self._offsets[NOISE]
+            self._queue.device.zero(self._address + self._offsets[NOISE], size, self._queue.stream)
         self._quiet = silent
 
 
@@ -192,13 +176,13 @@ class Decoded:
         return {PIXELS: self.address, SQUARES: self.address + self._squares}
 
     def pixels(self) -> Array:
-        """Return a copy of the pixels as the last copy left them on the host."""
+        """Return the pixels as the last copy left them on the host, not to be kept."""
         shape = self.shapes[PIXELS]
-        return self.host[: math.prod(shape)].reshape(shape).copy()
+        return self.host[: math.prod(shape)].reshape(shape)
 
     def squares(self) -> Array:
-        """Return a copy of the sums of squares beside them."""
-        return self.host[self._squares :].view(np.float32).reshape(self.shapes[SQUARES]).copy()
+        """Return the sums of squares beside them, not to be kept."""
+        return self.host[self._squares :].view(np.float32).reshape(self.shapes[SQUARES])
 
 
 def make_decoder(bench: Bench, program: Program, state: Resident, decoded: Decoded) -> Pass:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from latentrt.engines.errors import EngineError
-from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import HINT, NEXT, SCALE, hint_of, is_residual
 from latentrt.engines.tensorrt.buffers import ROWS, Bench, Resident, Stage, lay_out
 from latentrt.engines.tensorrt.execution import Copy, Pass, Program
 from latentrt.engines.tensorrt.profiles import input_shapes
-from latentrt.engines.workspace.contract import StageInput
+from latentrt.engines.workspace.contract import own_buffer
 
 
 class Residuals:
@@ -70,49 +67,48 @@ class ControlNet:
             raise EngineError(f"{self._component} is not compiled for {sorted(missing)} model rows, as the UNet is")
         shapes = input_shapes(program.spec, profiles[max(profiles)])
         tensors = {tensor.name: tensor for tensor in program.spec.inputs}
-        self.hint, self._scale = (Resident(bench, tensors[name], shapes[name]) for name in (HINT, SCALE))
-        self._scales: Array | None = None  # what the device holds
+        self.hint, self.scale = (Resident(bench, tensors[name], shapes[name]) for name in (HINT, SCALE))
+        self.needs = {
+            hint_of(self._component),
+            own_buffer(self._component, SCALE),
+            *(tensors.keys() & residents.keys()),
+        }
         addresses = {name: resident.address for name, resident in residents.items()}
-        addresses |= {HINT: self.hint.address, SCALE: self._scale.address, **residuals.inputs, **residuals.outputs}
+        addresses |= {HINT: self.hint.address, SCALE: self.scale.address, **residuals.inputs, **residuals.outputs}
         self.passes = {rows: Pass(bench.place, program, profiles[rows]) for rows in stages}
         for rows, run in self.passes.items():
             run.bind(addresses | stages[rows].addresses, after=residuals.copies)
-
-    def run(self, scale: Array) -> None:
-        """Put one run in the queue. scale: (M,), float32. Raises EngineError."""
-        if not self.hint.held:
-            raise EngineError(f"{hint_of(self._component)}: a stage needs it and it was not written; write it first")
-        if self._scales is None or not np.array_equal(scale, self._scales):
-            self._scale.write(scale)
-            self._scales = np.array(scale)
-        self.passes[len(scale)].run()
 
 
 class Controls:
     """The ControlNets of a workspace, by component. There may be none, for a UNet that takes residuals all the same."""
 
     def __init__(self, networks: Mapping[str, ControlNet], residuals: Residuals | None) -> None:
-        self._networks, self._residuals = networks, residuals
-        self.hints = {hint_of(component): network.hint for component, network in networks.items()}
+        self.networks, self._residuals = networks, residuals
+        self.residents = {hint_of(component): network.hint for component, network in networks.items()}
+        self.residents |= {own_buffer(component, SCALE): network.scale for component, network in networks.items()}
         self.passes = [run for network in networks.values() for run in network.passes.values()]
+        self._added = False  # by a ControlNet since the last stage
 
-    def run(self, stage: StageInput) -> None:
-        """Put what a stage follows in the queue, behind what the stage takes and before it. Raises EngineError."""
-        if self._residuals is not None:
+    def run(self, component: str, rows: int) -> None:
+        """Put one ControlNet in the queue, behind what the stage takes and before it. Raises EngineError."""
+        assert self._residuals is not None
+        self.settle()
+        self.networks[component].passes[rows].run()
+        self._added = True
+        self._residuals.spoil()
+
+    def settle(self) -> None:
+        """Have no residuals but those of the ControlNets since the last stage."""
+        if self._residuals is not None and not self._added:
             self._residuals.clear()
-        for component, scale in stage.scales.items():
-            network = self._networks.get(component)
-            if network is None or self._residuals is None or len(scale) != len(stage.picture_of_row):
-                raise EngineError(
-                    f"there is no {component} on this workspace for {len(scale)} model rows, expected one of "
-                    f"{', '.join(self._networks) or 'none'} for {len(stage.picture_of_row)}"
-                )
-            network.run(scale)
-            self._residuals.spoil()
+
+    def used_up(self) -> None:
+        """Note that a stage took the residuals."""
+        self._added = False
 
     def wipe(self) -> None:
-        """Forget what was followed."""
-        for hint in self.hints.values():
-            hint.held = 0
+        """Forget what was added."""
+        self._added = False
         if self._residuals is not None:
             self._residuals.spoil()

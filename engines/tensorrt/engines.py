@@ -24,7 +24,7 @@ from latentrt.engines.tensorrt.execution import Place, Program, Scratch, open_pr
 from latentrt.engines.tensorrt.logger import Told, _given, logger_of
 from latentrt.engines.tensorrt.profiles import Origin
 from latentrt.engines.tensorrt.workspace import SLOTS, Programs, TensorRTWorkspace
-from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
+from latentrt.engines.workspace.contract import IDS, Workspace, WorkspaceShape
 
 if TYPE_CHECKING:
     pass
@@ -113,8 +113,7 @@ class TensorRTSession:
                 programs = self._drawing(denoiser)
                 self._workspaces[key] = TensorRTWorkspace(self._place, programs, shape, self._origin, slots=self._slots)
             self._workspaces.move_to_end(key)
-            self._workspaces[key].wipe()
-            self._workspaces[key].decode_with(decoder)
+            self._workspaces[key].wipe(decoder=decoder)
             return self._workspaces[key]
 
     def _drawing(self, denoiser: str) -> Programs:
@@ -123,7 +122,7 @@ class TensorRTSession:
         return Programs(
             unet=self._programs[denoiser],
             decoders={name: self._programs[name] for name in DECODERS if name in self._programs},
-            text_encoder=self._programs.get("text_encoder"),
+            text_encoders={name: one for name, one in self._programs.items() if IDS in _inputs(one)},
             controlnets={name: one for name, one in self._programs.items() if name.startswith(PREFIX)},
         )
 
@@ -187,6 +186,10 @@ class TensorRTSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _inputs(program: Program) -> set[str]:
+    return {tensor.name for tensor in program.spec.inputs}
 
 
 UNKNOWN = "unknown"  # of weights where a refit went wrong: some may have been exchanged

@@ -12,8 +12,9 @@ from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensorrt.buffers import Bench, Resident, view
 from latentrt.engines.tensorrt.execution import Pass, Program
 from latentrt.engines.tensorrt.profiles import input_shapes, nbytes
+from latentrt.engines.workspace.contract import IDS
 
-IDS, STATES = "input_ids", "last_hidden_state"
+STATES = "last_hidden_state"
 Part = tuple[int, int, int]
 """One run: the number of texts it is compiled for, the first text that it takes, and how many."""
 
@@ -30,84 +31,76 @@ def split_texts(texts: int, compiled: Collection[int]) -> list[Part]:
 
 
 class TextEncoder:
-    """The text encoder's passes, bound to where the stage reads the text.
+    """A text encoder's passes, and where what they give is copied from: to the rows of the text that it is for."""
 
-    Every run leaves what it gives at the beginning of the stage's input. So the runs of later texts come first, and
-    what they gave is copied to its place; one run, the usual case, copies nothing.
-    """
-
-    def __init__(self, bench: Bench, program: Program, resident: Resident) -> None:
-        self._queue, self._spec, self._resident = bench.place.queue, program.spec, resident
+    def __init__(self, bench: Bench, program: Program, text: Resident) -> None:
+        self._queue, self.spec, self._text = bench.place.queue, program.spec, text
         self._origin = bench.origin
         self._batch_axis = str(_tensor(program.spec, IDS).shape[0])
         found = bench.profiles(program.spec, free=self._batch_axis)
         _, self._length = input_shapes(program.spec, next(iter(found.values())))[IDS]
-        self._most = resident.shape[0] * resident.shape[1] // self._length
-        self._runs = {
-            batch: _Run(bench, program, profile, resident, slots=-(-self._most // batch))
-            for batch, profile in sorted(found.items())
-            if batch <= self._most  # more would write past the end of the stage's input
-        }
+        self._size = text.row_size * self._length // text.shape[1]  # of one text's encoding
+        self._most = text.shape[0] * text.shape[1] // self._length
+        slots = -(-self._most // min(found))
+        batches = sorted(batch for batch in found if batch <= self._most) or [min(found)]  # or one that is filled up
+        self._runs = {batch: _Run(bench, program, found[batch], slots=slots) for batch in batches}
 
     @property
     def passes(self) -> list[Pass]:
         """Return its passes, for what warms up and closes them."""
         return [run.run for run in self._runs.values()]
 
-    def put(self, inputs: Mapping[str, Array]) -> None:
-        """Put the encoding of a batch in the queue. Raises EngineError on other names or shapes, or too many texts."""
-        names = [tensor.name for tensor in self._spec.inputs]
+    def put(self, inputs: Mapping[str, Array], rows: slice) -> slice:
+        """Put the encoding of texts for some rows in the queue; return which.
+
+        Raises EngineError on other names or shapes, or too many texts.
+        """
+        names = [tensor.name for tensor in self.spec.inputs]
         if set(inputs) != set(names):
             raise EngineError(f"the text encoder takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
-        texts = len(inputs[IDS])
-        rows, rest = divmod(texts * self._length, self._resident.shape[1])
-        if rest or not 0 < texts <= self._most:
+        texts, first = len(inputs[IDS]), rows.start or 0
+        count, rest = divmod(texts * self._length, self._text.shape[1])
+        asked = count if rows.stop is None else rows.stop - first
+        if rest or count < 1 or count != asked or first + count > self._text.shape[0]:
             raise EngineError(
-                f"the text encoder: found {texts} texts of {self._length} tokens, expected rows of "
-                f"{self._resident.shape[1]} tokens, at most {self._resident.shape[0]}"
+                f"the text encoder: found {texts} texts of {self._length} tokens, expected {asked} rows of "
+                f"{self._text.shape[1]} tokens, at most {self._text.shape[0]}"
             )
-        if not self._runs:
-            raise self._origin.refuse(self._spec, {self._batch_axis: texts})
-        for batch, start, count in reversed(split_texts(texts, self._runs)):
-            self._runs[batch].put({name: self._part(name, inputs[name], batch, start) for name in names})
-            self._move(start, count)
-        self._resident.held, self._resident.written = rows, True
+        for batch, start, taken in split_texts(texts, self._runs):
+            output = self._runs[batch].put({name: self._part(name, inputs[name], batch, start) for name in names})
+            target = self._text.address + first * self._text.row_size + start * self._size
+            self._queue.device.copy(target, output, taken * self._size, self._queue.stream)
+        return slice(first, first + count)
 
     def _part(self, name: str, array: Array, batch: int, start: int) -> Array:
         """Return the texts of one run, the last one again where there are too few."""
-        if _tensor(self._spec, name).shape[0] != self._batch_axis:
+        if _tensor(self.spec, name).shape[0] != self._batch_axis:
             return array
         part = array[start : start + batch]
         return np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)])
 
-    def _move(self, start: int, count: int) -> None:
-        if start:
-            size = self._length * self._resident.size // (self._resident.shape[0] * self._resident.shape[1])
-            address = self._resident.address
-            self._queue.device.copy(address + start * size, address, count * size, self._queue.stream)
-
 
 class _Run:
-    """The text encoder for one number of texts."""
+    """A text encoder for one number of texts."""
 
-    def __init__(self, bench: Bench, program: Program, profile: int, resident: Resident, *, slots: int) -> None:
+    def __init__(self, bench: Bench, program: Program, profile: int, *, slots: int) -> None:
         self.run = Pass(bench.place, program, profile)
         self._tensors = program.spec.inputs
         allocate, queue = bench.holding.allocate, bench.place.queue
         sizes = {tensor.name: nbytes(tensor, self.run.inputs[tensor.name]) for tensor in self._tensors}
         self._addresses = {name: allocate(size) for name, size in sizes.items()}
         self._outboxes = {name: Outbox(queue, bench.holding, size, slots=slots) for name, size in sizes.items()}
-        # What else it gives, such as CLIP's pooled output, is of no use here.
-        outputs = {t.name: nbytes(t, self.run.outputs[t.name]) for t in program.spec.outputs if t.name != STATES}
-        self.run.bind(
-            self._addresses | {STATES: resident.address} | {name: allocate(size) for name, size in outputs.items()}
-        )
+        outputs = {t.name: allocate(nbytes(t, self.run.outputs[t.name])) for t in program.spec.outputs}
+        self._output = outputs[STATES]
+        self.run.bind(self._addresses | outputs)
 
-    def put(self, inputs: Mapping[str, Array]) -> None:
+    def put(self, inputs: Mapping[str, Array]) -> int:
+        """Put one run in the queue; return where what it gives will be."""
         arrays = {t.name: view(inputs[t.name], t, self.run.inputs[t.name]) for t in self._tensors}
         for name, array in arrays.items():
             self._outboxes[name].send(self._addresses[name], [(0, array)])
         self.run.run()
+        return self._output
 
 
 def fills(spec: EngineSpec, resident: Resident) -> bool:

@@ -1,21 +1,47 @@
-"""The contract of drawing where the engines run: text, state and pixels of a batch stay there from start to end."""
+"""The contract of drawing where the engines run: named buffers, and programs bound to them by tensor name.
+
+A workspace has P slots, one for a picture. What belongs to a picture lies in the row of its slot; what a denoiser
+takes by model rows has 2 P rows at the most: row r belongs to the picture in slot r % P, the first P rows are the
+pictures' own prompts and the others their negative prompts. Programs are the components of a bundle, by name. Each
+reads the buffers that are called as its inputs and writes those that are called as its outputs; `next_` before a name
+says what becomes of the buffer of that name once the program ran. `buffer_of` and `own_buffer` give the exceptions.
+
+    text encoder    reads `own_buffer` of its inputs, writes `encoder_hidden_states` in the rows that it is run for
+    ControlNet      reads the state, what it follows and its scales, and adds to the residuals
+    denoiser        reads the state, `control` and all that its graph takes, writes the state; uses up the residuals
+    decoder         reads the state, writes `pixels` and `squares`
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import COND, HINT, SCALE, hint_of
+
+ALL = slice(None)
+TEXT = "encoder_hidden_states"
+IDS = "input_ids"  # what tells a text encoder
+STATE, CONTROL, NOISE, GUIDANCE, OWNERS = "state", "control", "noise", "guidance", "picture_of_row"
+# Written before each stage, which uses it up, in the order in which it lies in a device's memory. Noise may be left
+# out where it has no weight, and comes last for that.
+PER_STAGE = (CONTROL, GUIDANCE, OWNERS, NOISE)
+# What a buffer holds before it is written, where that means something: no part of a picture is kept.
+AT_FIRST = {"keep_mask": 1.0, "known": 0.0}
+# The buffers with a row for each slot; the others have one for each model row.
+BY_SLOT = frozenset({STATE, CONTROL, NOISE, "keep_mask", "known", "condition", "pixels", "squares"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkspaceShape:
-    """What one workspace is for. width and height are in pixels; tokens is the length of the prompts' encoding."""
+    """What one workspace is for. pictures: its slots; width and height are in pixels; tokens: the text's length."""
 
     pictures: int
     tokens: int
@@ -23,28 +49,27 @@ class WorkspaceShape:
     height: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageInput:
-    """What one stage takes besides what lies on the workspace: see `stage.fuse_stage` for each array's meaning.
-
-    control: (P, control_width) float32; guidance: (P, M) float32; picture_of_row: (M,) int64
-    noise: (P, C, h, w) float32, or None where it has no weight
-    scales: the ControlNets that run at this stage, each with what multiplies its residuals: (M,) float32
-    M may differ from stage to stage: a stage without guidance has a row for each picture, not two.
-    """
-
-    control: Array
-    guidance: Array
-    picture_of_row: Array
-    noise: Array | None = None
-    scales: Mapping[str, Array] = field(default_factory=dict)
+def own_buffer(component: str, tensor: str) -> str:
+    """Return the buffer of a tensor that other programs have too: a text encoder's inputs, a ControlNet's scale."""
+    return f"{component}.{tensor}"
 
 
-def no_decoder(name: str | None, there: Iterable[str]) -> EngineError:
-    """Return the error that a workspace cannot decode: it was asked for without one, or there is none so named."""
-    if name is None:
-        return EngineError("the workspace was asked for without a decoder, so it has none to decode with")
-    return EngineError(f"decoding needs {name}, opened are {', '.join(there)}")
+def buffer_of(component: str, tensor: str) -> str:
+    """Return the buffer that a tensor of a denoiser or a ControlNet is bound to."""
+    if tensor == HINT:
+        return hint_of(component)
+    return own_buffer(component, tensor) if tensor == SCALE else tensor
+
+
+def no_decoder(name: str, there: Iterable[str]) -> EngineError:
+    """Return the error that a workspace cannot decode: it was asked for without this one, or there is none."""
+    return EngineError(f"the workspace was asked for without the decoder {name}; opened are {', '.join(there)}")
+
+
+def not_written(name: str, rows: Iterable[int] = ()) -> EngineError:
+    """Return the error that something is needed and was not written."""
+    where = ", ".join(map(str, rows))
+    return EngineError(f"{name}{f' (rows {where})' if where else ''} was not written to the workspace; write it first")
 
 
 def sums_of_squares(array: Array) -> Array:
@@ -56,118 +81,134 @@ def sums_of_squares(array: Array) -> Array:
     return np.asarray(np.einsum("rn,rn->r", flat, flat))
 
 
+class Event(Protocol):
+    """A place in the queue of a workspace."""
+
+    def wait(self) -> None:
+        """Wait until the queue comes to this place."""
+        ...
+
+    def since(self, earlier: Event) -> float:
+        """Wait as `wait` does and return the seconds between an earlier place of the same workspace and this one."""
+        ...
+
+
 class Workspace(Protocol):
-    """A batch of pictures where the engines run: on a device, or in this process's own memory.
+    """Where pictures are drawn: on a device, or in this process's own memory. It serves one thread at a time.
 
-    `encode`, `write`, `advance`, `decode` and `mark` put work in a queue, in the order of the calls, and return at
-    once; the arrays they are given may be changed as soon as they return. Only `read`, `pixels`,
-    `elapsed` and `settle` wait.
-    Model rows are laid out with the prompts of all pictures first and then the negative prompts, so that a stage
-    without guidance uses the first rows of the same buffers. One workspace serves one thread at a time.
-
-    write and read name the inputs of the fused stage: state, encoder_hidden_states, keep_mask, …; and what a
-    ControlNet follows, `residuals.hint_of` its component. `previous_state` can be read too, from the first `advance`
-    on: what the state was before the last one.
+    `write`, `run` and `event` put work in a queue, in the order of the calls, and return at once; the arrays they are
+    given may be changed as soon as they return. Only `read` and an event's methods wait. Each raises EngineError on a
+    name that is not there, on another shape, and where something is needed and was not written.
     """
 
     shape: WorkspaceShape
     queued: bool
     """Whether work goes on behind the host's back: then encoding in place saves a wait."""
+    local: bool
+    """Whether the buffers are this process's own memory: then a look at them costs nothing."""
 
     @property
     def state_rows(self) -> int:
-        """Return how many rows of state it carries."""
+        """Return how many rows of state a picture has."""
         ...
 
-    def encode(self, inputs: Mapping[str, Array]) -> None:
-        """Run the text encoder, rows of tokens in, and leave its output as the stage's `encoder_hidden_states`."""
+    def fit(self, program: str, rows: int) -> int:
+        """Return the least number of model rows, from `rows` up, that a program can run on."""
         ...
 
-    def write(self, name: str, array: Array) -> None:
-        """Set an input of the stage that stays the same from stage to stage, or the state to begin with.
+    def write(self, name: str, array: npt.ArrayLike, rows: slice = ALL) -> None:
+        """Set rows of a buffer; a number sets all of theirs. They stay so until they are written again.
 
-        Inputs with an axis of rows may be given more rows than a stage uses: it takes the first ones.
-        What was written stays until it is written again, on the next picture too.
+        `guidance`, (P, M), and `picture_of_row`, (M,), are written whole, for the M rows of the next stage.
         """
         ...
 
-    def advance(self, stage: StageInput) -> None:
-        """Run one denoise stage: the state becomes the next state."""
-        ...
+    def run(self, program: str, rows: slice = ALL) -> None:
+        """Run a program on rows: the first M model rows, or the slots, or the model rows that a text is for.
 
-    def decode(self) -> None:
-        """Run the decoder that the workspace was asked for with on the first row of the state.
-
-        Raises EngineError where it was asked for without one.
+        A program may compute more than was asked for, in slots that nobody looks at.
         """
         ...
 
-    def read(self, name: str) -> Array:
-        """Wait for the queue and return a copy of an input of the stage; `state` is (P, R, C, h, w) float32."""
-        ...
+    def read(self, name: str, rows: slice = ALL) -> Array:
+        """Wait for the queue and return a copy of what was written or computed.
 
-    def pixels(self) -> Array:
-        """Wait for the queue and return the pictures of the last `decode`: (P, height, width, 3), uint8, a copy."""
-        ...
-
-    def squares(self) -> Array:
-        """Wait as `pixels` does and return sums of squares of the latents and of what became of them: (P, 2), float32.
-
-        Where one is not finite, the numbers it is the sum of are not, and the pixels mean nothing.
+        `state`: (P, R, C, h, w); `previous_state`: what it was before the last stage; `pixels`: (P, height, width, 3),
+        uint8, of the last decoder; `squares`: (P, 2), float32, sums of squares of its latents and of what became of
+        them: where one is not finite, the numbers it is the sum of are not, and the pixels mean nothing.
         """
         ...
 
-    def lost(self) -> tuple[int, ...]:
-        """Return the pictures whose latents are known to be no longer finite. On a device only `squares` knows."""
-        ...
-
-    def mark(self) -> None:
-        """Note the time at which the queue comes to this place."""
-        ...
-
-    def elapsed(self) -> tuple[float, ...]:
-        """Wait for the queue and return the seconds between one mark and the next; forget the marks."""
-        ...
-
-    def settle(self, behind: int) -> None:
-        """Wait until the queue is at most this many marks behind: what paces a caller who watches each stage."""
+    def event(self) -> Event:
+        """Note where the queue is now."""
         ...
 
 
-class ImmediateWorkspace:
-    """What workspaces share on which every call is done when it returns: the host's clock, and the last pictures."""
-
-    queued = False
+class Instant:
+    """An event where every call is done when it returns."""
 
     def __init__(self) -> None:
-        self._marks: list[float] = []
-        self._pixels: Array | None = None
-        self._squares: Array | None = None
+        self._at = time.perf_counter()
 
-    def pixels(self) -> Array:
-        """Return the pictures of the last `decode`."""
-        if self._pixels is None:
-            raise EngineError("the workspace has no pixels before `decode`")
-        return self._pixels
+    def wait(self) -> None:
+        """Return at once."""
 
-    def squares(self) -> Array:
-        """Return the sums of squares of the last `decode`."""
-        if self._squares is None:
-            raise EngineError("the workspace has no pixels before `decode`")
-        return self._squares
+    def since(self, earlier: Event) -> float:
+        """Return the seconds between two of them."""
+        assert isinstance(earlier, Instant)
+        return self._at - earlier._at
 
-    def lost(self) -> tuple[int, ...]:
-        """Return nothing: the state may lie on a device."""
-        return ()
 
-    def mark(self) -> None:
-        """Note the time."""
-        self._marks.append(time.perf_counter())
+class Written:
+    """Which rows of which buffers hold what somebody wrote or a program computed."""
 
-    def elapsed(self) -> tuple[float, ...]:
-        """Return the seconds between the marks and forget them."""
-        seconds, self._marks = np.diff(self._marks), []
-        return tuple(seconds.tolist())
+    def __init__(self) -> None:
+        self._rows: dict[str, Array] = {}
 
-    def settle(self, behind: int) -> None:
-        """Return at once: nothing is behind."""
+    def note(self, name: str, rows: slice | Array, size: int) -> None:
+        """Note rows of a buffer that has `size` of them. rows: a slice, or a bool for each"""
+        self._rows.setdefault(name, np.zeros(size, dtype=bool))[rows] = True
+
+    def require(self, name: str, rows: slice | Array) -> None:
+        """Raise EngineError where one of the rows is not there. rows: a slice, or a bool for each of the first"""
+        known = self._rows.get(name, NO_ROWS)
+        if isinstance(rows, slice):
+            there = known[rows].any() if rows == ALL else known[rows].all() and len(known) >= (rows.stop or 0)
+        else:
+            there = not (rows[: len(known)] & ~known[: len(rows)]).any() and not rows[len(known) :].any()
+        if not there:
+            raise not_written(name)
+
+    def extent(self, name: str) -> int:
+        """Return how many rows there are up to the last one that is there."""
+        return int(np.flatnonzero(self._rows.get(name, NO_ROWS)).max(initial=-1)) + 1
+
+    def forget(self, *names: str, rows: slice = ALL) -> None:
+        """Forget rows of these buffers, or of all."""
+        for name in names or tuple(self._rows):
+            self._rows.get(name, NO_ROWS)[rows] = False
+
+
+NO_ROWS = np.zeros(0, dtype=bool)
+
+
+def rows_in(name: str, slots: int) -> int | None:
+    """Return how many rows a buffer has; None for one that is written whole."""
+    tensor = name.rpartition(".")[2]
+    if name in BY_SLOT or tensor == COND:
+        return slots
+    if name in (GUIDANCE, OWNERS) or ("." in name and tensor != SCALE):
+        return None
+    return 2 * slots
+
+
+def span(name: str, array: Array, rows: slice, size: int) -> slice:
+    """Return the rows of a buffer that an array is for: as many as it has, or for a number as many as were named.
+
+    size: of the buffer. Raises EngineError where they are not as many as named, or not there.
+    """
+    start = rows.start or 0
+    stop = (size if rows.stop is None else rows.stop) if array.ndim == 0 else start + len(array)
+    if stop > size or start >= stop or (rows.stop is not None and stop != rows.stop):
+        raise EngineError(f"{name}: found {stop - start} rows from {start} on, expected some of {size}")
+    return slice(start, stop)

@@ -106,12 +106,10 @@ def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Ar
     return followed
 
 
-def scales_at(steering: Sequence[Steering], stage: int, rows: int) -> Mapping[str, Array]:
-    """Return the ControlNets that run at a stage, and how strongly: {component: (rows,) float32}."""
+def strengths_at(steering: Sequence[Steering], stage: int) -> Mapping[str, float]:
+    """Return the ControlNets that run at a stage, and how strongly each is followed."""
     return {
-        one.component: np.full(rows, one.scale, dtype=np.float32)
-        for one in steering
-        if one.role == "controlnet" and one.stages[stage] and one.scale
+        one.component: one.scale for one in steering if one.role == "controlnet" and one.stages[stage] and one.scale
     }
 
 

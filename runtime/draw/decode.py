@@ -10,35 +10,37 @@ from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import PIXELS, SQUARES
 from latentrt.engines.verify.canonical_view import as_canonical
-from latentrt.engines.workspace.contract import Workspace
+from latentrt.engines.workspace.contract import STATE, Event, Workspace
 from latentrt.runtime.draw.finite import check_decoded, check_sums
 
 Decode = Callable[[Array], Array]
 """latents (n, C, h, w), float32, as the denoiser sees them -> pixels (n, height, width, 3), uint8"""
 
 
-def decode_in_place(workspace: Workspace) -> Array:
-    """Decode what a workspace has drawn, and set a mark; return its pixels. Raises NotFiniteError."""
-    workspace.decode()
-    workspace.mark()
-    return _checked_pixels(workspace)
+def decode_in_place(workspace: Workspace, events: list[Event], *, decoder: str, slots: slice) -> Array:
+    """Decode what was drawn in some slots, and note when that was done; return the pixels. Raises NotFiniteError."""
+    workspace.run(decoder, slots)
+    events.append(workspace.event())
+    events[-1].wait()  # which is behind the pixels: they are not waited for once more
+    return _checked_pixels(workspace, slots)
 
 
-def _checked_pixels(workspace: Workspace) -> Array:
-    pixels = workspace.pixels()
-    check_decoded(workspace)
+def _checked_pixels(workspace: Workspace, slots: slice) -> Array:
+    pixels = workspace.read(PIXELS, slots)
+    check_decoded(workspace, slots)
     return pixels
 
 
-def on_workspace(workspace: Workspace) -> Decode:
+def on_workspace(workspace: Workspace, decoder: str) -> Decode:
     """Return what decodes latents of the workspace's shape on it."""
 
     def decode(latents: Array) -> Array:
         state = np.zeros((len(latents), workspace.state_rows, *latents.shape[1:]), dtype=np.float32)
         state[:, 0] = latents
-        workspace.write("state", state)
-        workspace.decode()
-        return _checked_pixels(workspace)
+        slots = slice(0, len(latents))
+        workspace.write(STATE, state, slots)
+        workspace.run(decoder, slots)
+        return _checked_pixels(workspace, slots)
 
     return decode
 

@@ -1,18 +1,165 @@
-"""The denoising loop: it executes a plan on a workspace and knows nothing of samplers."""
+"""The denoising loop: it takes pictures through their plans on a workspace and knows nothing of samplers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from latentrt.engines.errors import EngineError, NotFiniteError
 from latentrt.engines.spec import Array
-from latentrt.engines.workspace.contract import StageInput, Workspace
-from latentrt.runtime.draw.controls import Features, Steering, scales_at
+from latentrt.engines.tensor_names import SCALE, UNET
+from latentrt.engines.workspace.contract import (
+    CONTROL,
+    GUIDANCE,
+    NOISE,
+    OWNERS,
+    STATE,
+    Workspace,
+    own_buffer,
+    sums_of_squares,
+)
+from latentrt.runtime.draw.controls import Features, Steering, strengths_at
 from latentrt.runtime.draw.finite import LATENTS
+from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows
 from latentrt.runtime.sampling.plan import SamplingPlan
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Walk:
+    """Pictures on their way through one plan, each in a slot of its own.
+
+    slots: where their text and state are when they join, (n)
+    draw: called at the stages in which the sampler draws, returns unit normals, (n, C, h, w)
+    steering: the ControlNets that are followed, whose pixels are in the slots; features: what is written on the way
+    stages: which of the plan's to take; the state is that before the first of them
+    done: the stages that are done, from `stages.start` on
+    """
+
+    plan: SamplingPlan
+    guidance: Guidance
+    draw: Callable[[], Array]
+    slots: slice
+    stages: range
+    steering: Sequence[Steering] = ()
+    features: Features | None = None
+    done: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.done = self.stages.start
+
+    @property
+    def running(self) -> bool:
+        """Tell whether there is a stage left."""
+        return self.done < self.stages.stop
+
+    def weights(self) -> tuple[Array, Array]:
+        """Return the weights of the prompts and of the negative prompts in the next stage, (n,) each."""
+        scales = self.guidance.scales if self.guidance.stages[self.done] else np.ones_like(self.guidance.scales)
+        return scales, 1 - scales
+
+    def control(self, state_rows: int) -> Array:
+        """Return the numbers of the next stage, see `pack_control`."""
+        rescale = self.guidance.rescale if self.guidance.stages[self.done] else 0.0
+        return pack_control(self.plan, self.done, state_rows, rescale=rescale)
+
+    def noise(self) -> Array | None:
+        """Draw for the next stage, where diffusers draws; None where that weighs nothing."""
+        drawn = self.draw() if self.plan.draws_noise[self.done] else None
+        return drawn if self.plan.uses_noise[self.done] else None
+
+
+class Loop:
+    """Takes all pictures on a workspace from stage to stage, each by its own plan: they join and leave in between."""
+
+    def __init__(self, workspace: Workspace, denoiser: str = UNET) -> None:
+        self._workspace, self._denoiser = workspace, denoiser
+        self.walks: list[Walk] = []
+        self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
+
+    def join(self, walk: Walk) -> None:
+        """Let pictures take part from the next stage on. Raises EngineError where a slot is taken, or not there."""
+        taken = {slot for other in self.walks for slot in range(other.slots.start, other.slots.stop)}
+        slots = range(walk.slots.start, walk.slots.stop)
+        if taken & set(slots) or slots.stop > self._workspace.shape.pictures or len(walk.guidance.scales) != len(slots):
+            raise EngineError(
+                f"slots: found {slots.start} to {slots.stop} for {len(walk.guidance.scales)} pictures, expected free "
+                f"ones below {self._workspace.shape.pictures}"
+            )
+        self.walks.append(walk)
+
+    def leave(self, walk: Walk) -> None:
+        """Free the slots of pictures, finished or not; nothing of them is left to meet those that come next."""
+        self.walks.remove(walk)
+        for name, number in (("keep_mask", 1.0), ("known", 0.0), (STATE, 0.0)):
+            self._workspace.write(name, number, walk.slots)
+
+    def advance(self) -> None:
+        """Take one stage of every picture that has one left. What is not finite is told by `lost`."""
+        walks = [walk for walk in self.walks if walk.running]
+        for walk in walks:
+            for name, array in walk.features.at(walk.done).items() if walk.features else ():
+                write_rows(self._workspace, name, array, walk.slots)
+        rows = self._write_stage(walks)
+        for component, strengths in self._strengths(walks).items():
+            self._follow(component, np.resize(strengths, rows.stop), rows)
+        self._workspace.run(self._denoiser, rows)
+        for walk in walks:
+            walk.done += 1
+
+    def _write_stage(self, walks: Sequence[Walk]) -> slice:
+        """Write what changes from stage to stage; return the model rows of this one."""
+        workspace, slots = self._workspace, self._workspace.shape.pictures
+        own, negative = np.zeros(slots, dtype=np.float32), np.zeros(slots, dtype=np.float32)
+        control = np.tile(rest(workspace.state_rows), (slots, 1))
+        noises = list[tuple[slice, Array]]()
+        for walk in walks:
+            own[walk.slots], negative[walk.slots] = walk.weights()
+            control[walk.slots] = walk.control(workspace.state_rows)
+            if (noise := walk.noise()) is not None:
+                noises.append((walk.slots, noise))
+        rows = workspace.fit(self._denoiser, slots + int(np.flatnonzero(negative).max(initial=-1)) + 1)
+        matrix, owners = guidance_rows(own, negative, rows)
+        for name, array in ((CONTROL, control), (GUIDANCE, matrix), (OWNERS, owners)):
+            workspace.write(name, array)
+        if noises:
+            workspace.write(NOISE, _spread(noises, slots))
+        return slice(0, rows)
+
+    def _follow(self, component: str, scales: Array, rows: slice) -> None:
+        """Run a ControlNet. How strongly rows follow it is written where that changed: mostly once a picture."""
+        if not np.array_equal(self._scales.get(component, scales[:0])[: rows.stop], scales):
+            self._workspace.write(own_buffer(component, SCALE), scales, rows)
+            self._scales[component] = scales
+        self._workspace.run(component, rows)
+
+    def _strengths(self, walks: Sequence[Walk]) -> dict[str, Array]:
+        """Return the ControlNets that run at the next stage, and how strongly each slot follows them: (P,) float32."""
+        found: dict[str, Array] = {}
+        for walk in walks:
+            for component, strength in strengths_at(walk.steering, walk.done).items():
+                zeros = np.zeros(self._workspace.shape.pictures, dtype=np.float32)
+                found.setdefault(component, zeros)[walk.slots] = strength
+        return found
+
+    def lost(self, walk: Walk) -> tuple[int, ...]:
+        """Return which of the pictures are known to be lost: a device knows of none before the end."""
+        if not self._workspace.local:
+            return ()
+        sums = sums_of_squares(self._workspace.read(STATE, walk.slots)[:, 0])
+        return tuple(np.flatnonzero(~np.isfinite(sums)).tolist())
+
+
+def _spread(noises: Sequence[tuple[slice, Array]], slots: int) -> Array:
+    """Return the noise of every slot, (slots, C, h, w), zeros where nothing was drawn."""
+    if len(noises) == 1 and len(noises[0][1]) == slots:
+        return noises[0][1]
+    spread = np.zeros((slots, *noises[0][1].shape[1:]), dtype=np.float32)
+    for place, noise in noises:
+        spread[place] = noise
+    return spread
 
 
 def denoise(
@@ -24,52 +171,30 @@ def denoise(
     steering: Sequence[Steering] = (),
     features: Features | None = None,
     stages: range | None = None,
+    denoiser: str = UNET,
 ) -> Iterator[int]:
-    """Advance a workspace stage by stage; yield the number of stages done after each.
+    """Take the pictures that fill a workspace through one plan; yield the number of stages done after each.
 
-    The workspace has text and state. draw: called at the stages in which the sampler draws, returns unit
-    normals, (n, C, h, w). steering: what is followed, whose pixels are on the workspace; features: what is written
-    to it along the way. A caller that stops iterating leaves the workspace where it is.
+    stages: which of the plan's to take, None for all; see `Walk` for the others
+    A caller that stops iterating leaves the workspace where it is.
     Raises NotFiniteError where the workspace knows of latents that are not finite any more.
-    stages: which of the plan's to take, None for all; the state is then that before the first of them
     """
-    stages = range(plan.stages) if stages is None else stages
-    inputs = stage_inputs(plan, guidance, draw, state_rows=workspace.state_rows, steering=steering, stages=stages)
-    for k, stage in zip(stages, inputs, strict=True):
-        for name, array in features.at(k).items() if features else ():
-            workspace.write(name, array)
-        workspace.advance(stage)
-        workspace.mark()
-        if lost := workspace.lost():
-            raise NotFiniteError(LATENTS, lost, stage=k + 1, stages=plan.stages)
-        yield k + 1
-
-
-def stage_inputs(
-    plan: SamplingPlan,
-    guidance: Guidance,
-    draw: Callable[[], Array],
-    *,
-    state_rows: int,
-    steering: Sequence[Steering] = (),
-    stages: range | None = None,
-) -> Iterator[StageInput]:
-    """Yield what each stage of a plan takes, or each of some stages, the noise being drawn only when it is reached."""
-    pictures = len(guidance.scales)
-    rows = {on: guidance_rows(guidance.scales, guided=on) for on in (False, True)}
-    weighted = plan.uses_noise
-    for k in range(plan.stages) if stages is None else stages:
-        on = bool(guidance.stages[k])
-        control = pack_control(plan, k, state_rows, rescale=guidance.rescale if on else 0.0)
-        noise = draw() if plan.draws_noise[k] else None  # drawn where diffusers draws, even if it weighs nothing
-        matrix, picture_of_row = rows[on]
-        yield StageInput(
-            control=np.broadcast_to(control, (pictures, len(control))),
-            guidance=matrix,
-            picture_of_row=picture_of_row,
-            noise=noise if weighted[k] else None,
-            scales=scales_at(steering, k, len(picture_of_row)),
-        )
+    walk = Walk(
+        plan=plan,
+        guidance=guidance,
+        draw=draw,
+        slots=slice(0, workspace.shape.pictures),
+        stages=range(plan.stages) if stages is None else stages,
+        steering=steering,
+        features=features,
+    )
+    loop = Loop(workspace, denoiser)
+    loop.join(walk)
+    while walk.running:
+        loop.advance()
+        if lost := loop.lost(walk):
+            raise NotFiniteError(LATENTS, lost, stage=walk.done, stages=plan.stages)
+        yield walk.done
 
 
 def begin(plan: SamplingPlan, noise: Array, *, state_rows: int, image: Array | None = None) -> Array:
@@ -85,6 +210,12 @@ def begin(plan: SamplingPlan, noise: Array, *, state_rows: int, image: Array | N
 def blend(level: Array, image: Array, noise: Array) -> Array:
     """Return the image at a noise level, one of `plan.levels`: the shape of the image, float32."""
     return np.asarray(level[0] * image + level[1] * noise, dtype=np.float32)
+
+
+def rest(state_rows: int) -> Array:
+    """Return what controls a slot that takes no part in a stage: its state stays. (control_width(R),), float32"""
+    head, row = [0, 0, 1, 0], np.zeros(state_rows)
+    return np.concatenate([head, row, np.eye(state_rows, state_rows + 2).reshape(-1)], dtype=np.float32)
 
 
 def pack_control(plan: SamplingPlan, stage: int, state_rows: int, *, rescale: float = 0.0) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from latentrt.engines.errors import BundleError, NotFiniteError
 from latentrt.engines.open import OpenEngines
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import hint_of
-from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
+from latentrt.engines.workspace.contract import STATE, Event, Workspace, WorkspaceShape
 from latentrt.runtime.draw.advice import explain
 from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
@@ -24,6 +25,7 @@ from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_
 from latentrt.runtime.draw.denoise import denoise
 from latentrt.runtime.draw.finite import LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
+from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
 from latentrt.runtime.draw.step import Look, Noise, Stages, Step
 from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
@@ -32,18 +34,22 @@ from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
 
+Run = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
+"""runs a component of the bundle on its inputs"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Source:
     """Where a batch's text and noise come from.
 
     tokens: the length of the text for a denoiser; tokenize_s: what reading it took
-    write: puts it on a workspace, as a denoiser takes it
+    write: puts it on a workspace, as a denoiser takes it, for the pictures in some slots
     draw: gives the next unit normals of every picture's own stream, (n, C, h, w)
     """
 
     tokens: Mapping[str, int]
     tokenize_s: float
-    write: Callable[[Workspace, str], None]
+    write: Callable[[Workspace, str, slice], None]
     draw: Callable[[], Array]
 
 
@@ -82,25 +88,25 @@ class Drawing:
     def _draw(self, job: Job, source: Source, *, watched: bool) -> Stages[Drawn]:
         last = job.legs[-1].denoiser
         decode = self._decoder(job, last, tokens=source.tokens[last])
-        workspace, encode, steps = yield from self._denoise(job, source, watched=watched)
-        pixels = decode(workspace)
-        further, *own, decode_s = workspace.elapsed()
+        workspace, encode, steps, events = yield from self._denoise(job, source, watched=watched)
+        pixels = decode(workspace, events)
+        further, *own, decode_s = _seconds(events)
         return Drawn(pixels=pixels, encode_s=encode + further, step_seconds=(*steps, *own), decode_s=decode_s)
 
-    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Workspace], Array]:
-        """Return what decodes a workspace and then sets a mark: at once, or in tiles.
+    def _decoder(self, job: Job, denoiser: str, *, tokens: int) -> Callable[[Workspace, list[Event]], Array]:
+        """Return what decodes a workspace and notes when that was done: at once, or in tiles.
 
         The tiles' workspace is asked for before anything is drawn: where no engine fits it, the error comes early.
         """
         grid, factor = job.grid, self._manifest.latents.factor
         if grid is None:
-            return decode_in_place
+            return partial(decode_in_place, decoder=job.decoder, slots=slice(0, len(job.prompts)))
         size = self._decoded_size(job)
-        tile = on_workspace(self._workspace(job, denoiser, size, tokens=tokens, decoder=job.decoder))
+        tile = on_workspace(self._workspace(job, denoiser, size, tokens=tokens, decoder=job.decoder), job.decoder)
 
-        def decode(workspace: Workspace) -> Array:
-            pixels = decode_tiles(_latents_of(job, workspace.read("state"), job.plan.stages), tile, grid, factor=factor)
-            workspace.mark()
+        def decode(workspace: Workspace, events: list[Event]) -> Array:
+            pixels = decode_tiles(_latents_of(job, workspace.read(STATE), job.plan.stages), tile, grid, factor=factor)
+            events.append(workspace.event())
             return pixels
 
         return decode
@@ -131,40 +137,44 @@ class Drawing:
             self._manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder
         )
 
-    def _denoise(self, job: Job, source: Source, *, watched: bool) -> Stages[tuple[Workspace, float, list[float]]]:
+    def _denoise(
+        self, job: Job, source: Source, *, watched: bool
+    ) -> Stages[tuple[Workspace, float, list[float], list[Event]]]:
         """Take every stage of the plan, each leg on a workspace of its denoiser.
 
-        Returns the last workspace, with its leg's marks, and what the legs before took: to encode, and each stage.
+        Returns the last workspace, what the legs before took to encode and for each stage, and the last leg's events:
+        before its text was written, after that, and after each stage.
         """
         encode, steps, draw = 0.0, list[float](), Noise(source.draw)
         whole = job.decoder if job.grid is None else None
         inputs: dict[str, Array] | None = None
+        slots = slice(0, len(job.prompts))
         for leg in job.legs:
             decoder = whole if leg is job.legs[-1] else None
             tokens = source.tokens[leg.denoiser]
             workspace = self._workspace(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
-            workspace.mark()
-            source.write(workspace, leg.denoiser)
-            workspace.mark()
+            events = [workspace.event()]
+            source.write(workspace, leg.denoiser, slots)
+            events.append(workspace.event())
             if inputs is None:
-                inputs = self._begin(job, draw, state_rows=workspace.state_rows)
-            yield from self._advance(job, leg, inputs, workspace, draw, watched=watched)
+                inputs = self._begin(job, draw, workspace)
+            yield from self._advance(job, leg, inputs, workspace, draw, events, watched=watched)
             if leg is not job.legs[-1]:  # read before the next workspace, which may take this one's place
-                inputs["state"] = workspace.read("state")
-                _latents_of(job, inputs["state"], leg.stages.stop)
-                first, *own = workspace.elapsed()
+                inputs[STATE] = workspace.read(STATE)
+                _latents_of(job, inputs[STATE], leg.stages.stop)
+                first, *own = _seconds(events)
                 encode, steps = encode + first, steps + own
-        return workspace, encode, steps
+        return workspace, encode, steps, events
 
-    def _begin(self, job: Job, draw: Callable[[], Array], *, state_rows: int) -> dict[str, Array]:
+    def _begin(self, job: Job, draw: Callable[[], Array], workspace: Workspace) -> dict[str, Array]:
         """Return what to write to a workspace before the first stage."""
-        start = self._start(job, draw)
+        start = self._start(job, draw, partial(self._run, workspace.shape))
         if job.variations:
             shape = latent_shape(job.size, self._manifest.latents)
             other = stream(job.request.noise, job.variations, shape)()
             varied = vary(start.noise, other, job.request.variation_strength)
             start = dataclasses.replace(start, noise=varied)
-        written = start.inputs(job.plan, state_rows=state_rows)
+        written = start.inputs(job.plan, state_rows=workspace.state_rows)
         return {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
 
     def _advance(
@@ -174,25 +184,36 @@ class Drawing:
         inputs: Mapping[str, Array],
         workspace: Workspace,
         draw: Noise,
+        events: list[Event],
         *,
         watched: bool,
     ) -> Stages[None]:
-        """Take the stages of one leg, from the state and what lies beside it among the inputs."""
-        further = conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser)
-        for name, array in {**further, **inputs}.items():
-            workspace.write(name, array)
+        """Take the stages of one leg, from the state and what lies beside it among the inputs; note each one's end."""
+        slots = slice(0, len(job.prompts))
+        for name, array in conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser).items():
+            write_rows(workspace, name, array, slots)
+        for name, array in inputs.items():
+            workspace.write(name, array, slots)
         steering = [one for one in job.steering if one.of == leg.denoiser]  # it is made for that one alone
         for one in steering:
             if one.role == "controlnet":
-                workspace.write(hint_of(one.component), one.pixels)
+                workspace.write(hint_of(one.component), one.pixels, slots)
         shapes = feature_shapes(self._manifest, leg.denoiser, size=job.size, rows=job.rows)
-        features = Features(steering, shapes, self._run)
+        features = Features(steering, shapes, partial(self._run, workspace.shape))
         stages = denoise(
-            workspace, job.plan, job.guidance, draw, steering=steering, features=features, stages=leg.stages
+            workspace,
+            job.plan,
+            job.guidance,
+            draw,
+            steering=steering,
+            features=features,
+            stages=leg.stages,
+            denoiser=leg.denoiser,
         )
         for stage in stages:
+            events.append(workspace.event())
             if watched:
-                workspace.settle(AHEAD)
+                events[-1 - AHEAD].wait()
                 look = self._look(job, workspace, stage)
                 try:
                     yield Step(
@@ -212,7 +233,7 @@ class Drawing:
 
         def read(name: str) -> Array:
             array = workspace.read(name)
-            if name == "state":
+            if name == STATE:
                 with self._explaining(job):
                     _latents_of(job, array, stage)
             return array
@@ -223,9 +244,9 @@ class Drawing:
 
         return Look(read, sketch, f"stage {stage} of {job.plan.stages}")
 
-    def _start(self, job: Job, draw: Callable[[], Array]) -> Start:
+    def _start(self, job: Job, draw: Callable[[], Array], run: Run) -> Start:
         space, latents = self._manifest.latents, job.request.latents
-        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, grid=job.grid)
+        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, run, grid=job.grid)
         given = None if latents is None else check_latents(latents, pictures=len(job.prompts), shape=shape)
         if job.pixels is None:
             return Start(noise=draw() if given is None else given)
@@ -244,18 +265,26 @@ class Drawing:
             )
         return start if given is None else dataclasses.replace(start, noise=given)
 
-    def _encode_image(self, pixels: Array, *, grid: Grid | None) -> Array:
+    def _encode_image(self, run: Run, pixels: Array, *, grid: Grid | None) -> Array:
         if grid is not None:
-            encoder = partial(self._encode_image, grid=None)
+            encoder = partial(self._encode_image, run, grid=None)
             return encode_tiles(pixels, encoder, grid, factor=self._manifest.latents.factor)
         (component,) = self._manifest.of_role("encoder")
-        return self._run(component, {"sample": pixels})["latent_parameters"]
+        return run(component, {"sample": pixels})["latent_parameters"]
 
-    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run a network that is loaded when the first image comes: most services draw from text alone."""
-        if component not in self._opened.engines:
-            self._opened.engines[component] = self._opened.load(component)
-        return self._opened.engines[component](inputs)
+    def _run(self, near: WorkspaceShape, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a network on pictures that belong to those of a workspace, which may have another size.
+
+        It is opened when the first image comes: most services draw from text alone.
+        """
+        height, width = next(iter(inputs.values())).shape[-2:]
+        return self._opened.engine(component, dataclasses.replace(near, width=width, height=height))(inputs)
+
+
+def _seconds(events: Sequence[Event]) -> list[float]:
+    """Return the seconds from each event to the next one."""
+    events[-1].wait()  # a device is waited for once
+    return [later.since(earlier) for earlier, later in itertools.pairwise(events)]
 
 
 def _latents_of(job: Job, state: Array, stage: int) -> Array:

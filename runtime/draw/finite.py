@@ -8,6 +8,8 @@ import numpy as np
 
 from latentrt.engines.errors import EngineError, NotFiniteError
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import SQUARES
+from latentrt.engines.workspace.contract import TEXT as TEXT_ROWS
 from latentrt.engines.workspace.contract import Workspace, sums_of_squares
 
 # Where numbers may have left the range of float32, as `NotFiniteError.place` says it.
@@ -28,13 +30,13 @@ def finite(array: Array, place: str, *, pictures: int, stage: int | None = None,
     return array
 
 
-def check_decoded(workspace: Workspace) -> None:
-    """Look at what a decoder was given and what it gave. Raises NotFiniteError.
+def check_decoded(workspace: Workspace, slots: slice) -> None:
+    """Look at what a decoder was given and what it gave in some slots. Raises NotFiniteError.
 
     On a device nothing else is looked at, so that nothing waits. After a failure a wait costs nothing: then the text
     is, which was there before the first stage.
     """
-    sums = workspace.squares()
+    sums = workspace.read(SQUARES, slots)
     try:
         check_sums(sums)
     except NotFiniteError:
@@ -43,7 +45,7 @@ def check_decoded(workspace: Workspace) -> None:
 
 
 def check_sums(sums: Array) -> None:
-    """Look at a decoder's sums of squares, (n, 2), see `Workspace.squares`. Raises NotFiniteError."""
+    """Look at a decoder's sums of squares, (n, 2), see `Workspace.read`. Raises NotFiniteError."""
     for column, place in enumerate((LATENTS, PIXELS)):
         if lost := np.flatnonzero(~np.isfinite(sums[:, column])).tolist():
             raise NotFiniteError(place, tuple(lost))
@@ -51,7 +53,7 @@ def check_sums(sums: Array) -> None:
 
 def _check_text(workspace: Workspace) -> None:
     try:
-        text = workspace.read("encoder_hidden_states")
+        text = workspace.read(TEXT_ROWS)
     except EngineError:  # a workspace that only decodes was given none
         return
     finite(text, TEXT, pictures=workspace.shape.pictures)

@@ -78,14 +78,15 @@ def guided_stages(plan: SamplingPlan, start: float, stop: float) -> Array:
     return np.asarray((plan.timesteps >= inside.min()) & (plan.timesteps <= inside.max()))
 
 
-def guidance_rows(scales: Array, *, guided: bool) -> tuple[Array, Array]:
-    """Return G of `output = G @ rows` and the picture of each row, for one stage of n pictures.
+def guidance_rows(own: Array, negative: Array, rows: int) -> tuple[Array, Array]:
+    """Return G of `output = G @ rows` and the slot of each row, for one stage of the pictures in P slots.
 
-    The rows are the prompts' own and, where the stage is guided, then the negative prompts'.
-    returns: (n, M) float32 and (M,) int64, with M = n or 2 n
+    own, negative: (P,), the weight of each picture's prompt and of its negative prompt, 0 where it has no part
+    rows: how many there are, P at the least: the prompts' own, then negative prompts', then ones without a weight
+    returns: (P, rows) float32 and (rows,) int64
     """
-    own = np.arange(len(scales), dtype=np.int64)
-    if not guided:
-        return np.eye(len(scales), dtype=np.float32), own
-    matrix = np.concatenate([np.diag(scales), np.diag(1 - scales)], axis=1)
-    return matrix.astype(np.float32), np.concatenate([own, own])
+    slots, index = len(own), np.arange(rows, dtype=np.int64)
+    weights = np.zeros((slots, max(rows, 2 * slots)), dtype=np.float32)
+    weights[index[:slots], index[:slots]] = own
+    weights[index[:slots], index[:slots] + slots] = negative
+    return np.ascontiguousarray(weights[:, :rows]), index % slots

@@ -65,12 +65,14 @@ class Texts:
 
     def device_inputs(
         self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str
-    ) -> dict[str, Array] | None:
-        """Return the text encoder's inputs where its output, as it is, is what `__call__` would give; else None."""
+    ) -> tuple[str, dict[str, Array]] | None:
+        """Return the one text encoder and its inputs where what it gives is what `__call__` would give; else None."""
         reading = self._readings[denoiser]
         if len(reading.text_encoders) > 1 or (reading.zero_negative and not all(prompt.given for prompt in negatives)):
             return None
-        return self._encoders[reading.text_encoders[0]].device_inputs([*prompts, *negatives])
+        (text,) = reading.text_encoders
+        inputs = self._encoders[text].device_inputs([*prompts, *negatives])
+        return None if inputs is None else (text.component, inputs)
 
     def adapt(self, weights: Mapping[str, str]) -> None:
         """Remember from now on what engines with other weights give, by component; the base's where none is named."""

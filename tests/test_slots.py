@@ -1,0 +1,187 @@
+"""A picture that shares its stages with others is the one drawn alone, whatever they are and whenever they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latentrt.engines.errors import EngineError
+from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import STATE_ROWS
+from latentrt.engines.tensorrt.engines import TensorRTSession
+from latentrt.engines.workspace.contract import STATE, TEXT, Workspace
+from latentrt.runtime.draw.denoise import Loop, Walk
+from latentrt.runtime.draw.slots import write_rows
+from latentrt.runtime.draw.start import Start
+from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
+from latentrt.runtime.sampling.guidance import plan_guidance
+from latentrt.runtime.sampling.make import make_plan
+from latentrt.runtime.sampling.plan import SamplingPlan
+from tests.sampler_oracle import STABLE_DIFFUSION
+from tests.sketch import SIZE, TOKENS, WIDTH, bound_workspace, compiled, numpy_workspace, shape_for
+
+SLOTS = 4
+COMPILED = (4, 5, 8)  # model rows: what needs 6 or 7 is filled up
+RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, through a whole trajectory
+
+Make = Callable[[], Workspace]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorRTSession]:
+    directory = tmp_path_factory.mktemp("slots") / "engines" / "host"
+    with compiled(directory, STATE_ROWS, {SLOTS: COMPILED}) as opened:
+        yield opened[True]
+
+
+@pytest.fixture(scope="module", params=["numpy", "bound", "device"])
+def make(request: pytest.FixtureRequest, session: TensorRTSession) -> Make:
+    """Make a blank workspace of each kind."""
+    bound = bound_workspace(SLOTS, STATE_ROWS)
+
+    def blank() -> Workspace:
+        if request.param == "numpy":
+            return numpy_workspace(SLOTS, STATE_ROWS)
+        if request.param == "device":
+            return session.workspace(shape_for(SLOTS))
+        bound.wipe()
+        return bound
+
+    return blank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is drawn: some pictures of one plan. after: the stages of others before it joins, where there is room"""
+
+    sampler: str
+    steps: int
+    scale: float
+    interval: tuple[float, float]
+    rescale: float
+    start: str
+    seed: int
+    pictures: int = 1
+    after: int = 0
+
+    @property
+    def plan(self) -> SamplingPlan:
+        prediction = SAMPLERS[find(self.sampler).sampler].predictions[0]
+        schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
+        return make_plan(self.sampler, schedule, steps=self.steps)
+
+    def join(self, loop: Loop, workspace: Workspace, slots: slice) -> Walk:
+        """Write text and start to slots, and go along."""
+        plan, draw = self.plan, np.random.default_rng(self.seed)
+        guidance = plan_guidance(plan, self.scale, self.pictures, interval=self.interval, rescale=self.rescale)
+
+        def normal(*shape: int) -> Array:
+            return draw.standard_normal((self.pictures, *shape), dtype=np.float32)
+
+        texts = [normal(TOKENS, WIDTH) for _ in range(2 if guidance.needed else 1)]
+        write_rows(workspace, TEXT, np.concatenate(texts), slots)
+        image, noise = normal(*SIZE), normal(*SIZE)
+        mask = (normal(1, *SIZE[1:])[:1] > 0).astype(np.float32)
+        kept = {"kept": image, "mask": mask} if self.start == "mask" else {}
+        begins = Start(noise=noise, image=None if self.start == "text" else image, **kept)
+        for name, array in begins.inputs(plan, state_rows=workspace.state_rows).items():
+            workspace.write(name, array, slots)
+        if self.start == "lost":
+            workspace.write(STATE, np.nan, slots)
+        walk = Walk(plan=plan, guidance=guidance, draw=lambda: normal(*SIZE), slots=slots, stages=range(plan.stages))
+        loop.join(walk)
+        return walk
+
+
+def alone(wish: Wish) -> Array:
+    """Return the latents of a wish that shares nothing, on NumPy's workspace, and the pixels of them."""
+    workspace = numpy_workspace(wish.pictures, wish.plan.rows)
+    loop = Loop(workspace)
+    walk = wish.join(loop, workspace, slice(0, wish.pictures))
+    while walk.running:
+        loop.advance()
+    return workspace.read(STATE)[:, 0]
+
+
+def together(workspace: Workspace, wishes: list[Wish]) -> dict[int, Array]:
+    """Draw wishes, each from the stage on that it comes at and that has room for it; return the latents of each."""
+    loop, waiting, stage = Loop(workspace), dict(enumerate(wishes)), 0
+    walks: dict[int, Walk] = {}
+    found: dict[int, Array] = {}
+    while waiting or walks:
+        for number, wish in list(waiting.items()):
+            slots = room(loop, wish.pictures)
+            if slots is not None and (stage >= wish.after or not walks):
+                walks[number] = waiting.pop(number).join(loop, workspace, slots)
+        loop.advance()
+        stage += 1
+        for number, walk in list(walks.items()):
+            if not walk.running:
+                found[number] = workspace.read(STATE, walk.slots)[:, 0]
+                loop.leave(walks.pop(number))
+    return found
+
+
+def room(loop: Loop, pictures: int) -> slice | None:
+    """Return the last free slots, so that pictures are in the first ones seldom; None where there are too few."""
+    taken = {slot for walk in loop.walks for slot in range(walk.slots.start, walk.slots.stop)}
+    starts = range(SLOTS - pictures, -1, -1)
+    start = next((one for one in starts if not taken & set(range(one, one + pictures))), None)
+    return None if start is None else slice(start, start + pictures)
+
+
+WISHES = st.builds(
+    Wish,
+    sampler=st.sampled_from(sampler_names()),
+    steps=st.integers(4, 6),
+    scale=st.sampled_from([1.0, 1.5, 2.0]),
+    interval=st.sampled_from([(0.0, 1.0), (0.0, 0.5)]),
+    rescale=st.sampled_from([0.0, 0.7]),
+    start=st.sampled_from(["text", "image", "mask", "lost"]),
+    seed=st.integers(0, 1 << 16),
+    pictures=st.sampled_from([1, 1, 2]),
+    after=st.integers(0, 6),
+)
+
+
+def assert_alike(found: dict[int, Array], wishes: list[Wish]) -> None:
+    for number, wish in enumerate(wishes):
+        if wish.start == "lost":
+            assert not np.isfinite(found[number]).all()
+            continue
+        expected = alone(wish)
+        np.testing.assert_allclose(found[number], expected, rtol=0, atol=RANGE * float(np.abs(expected).max()))
+
+
+@settings(max_examples=40)
+@given(wishes=st.lists(WISHES, min_size=1, max_size=6))
+def test_a_picture_among_others_is_the_one_drawn_alone(make: Make, wishes: list[Wish]) -> None:
+    assert_alike(together(make(), wishes), wishes)
+
+
+@pytest.mark.parametrize("name", sampler_names())
+def test_every_sampler_can_share_its_stages(make: Make, name: str) -> None:
+    """Guided and not, from an image with a mask and from noise, one behind the other."""
+    common: dict[str, Any] = {"sampler": name, "interval": (0.0, 1.0), "rescale": 0.0}
+    wishes = [
+        Wish(steps=5, scale=2.0, start="mask", seed=1, **common),
+        Wish(steps=4, scale=1.0, start="text", seed=2, after=1, **common),
+        Wish(steps=6, scale=1.5, start="image", seed=3, after=2, pictures=2, **common),
+    ]
+    assert_alike(together(make(), wishes), wishes)
+
+
+def test_slots_are_given_once(make: Make) -> None:
+    workspace = make()
+    wish = Wish(sampler="euler", steps=2, scale=1.0, interval=(0.0, 1.0), rescale=0.0, start="text", seed=0)
+    loop = Loop(workspace)
+    wish.join(loop, workspace, slice(1, 2))
+    for slots in (slice(1, 2), slice(SLOTS, SLOTS + 1), slice(2, 4)):
+        with pytest.raises(EngineError):
+            wish.join(loop, workspace, slots)
