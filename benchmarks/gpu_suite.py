@@ -131,9 +131,12 @@ def suite(arguments: argparse.Namespace, work: Path) -> int:
 
 def presence() -> dict[str, str | None]:
     """Name what the suite can use, each with None or why it cannot be used."""
-    found: dict[str, str | None] = {name: BACKENDS[name].unavailable() for name in (*BACKEND_NAMES, REHEARSAL)}  # type: ignore[index]
-    for name in BACKEND_NAMES[:2]:
-        found[name] = found[name] or BACKENDS[name].cannot_build(BuildOptions())  # type: ignore[index]
+    found: dict[str, str | None] = {}
+    for name in (*BACKEND_NAMES, REHEARSAL):
+        backend = BACKENDS[name]  # type: ignore[index]
+        builds = backend.cannot_build(BuildOptions()) if name in BACKEND_NAMES[:2] else None
+        error = backend.unavailable() or builds
+        found[name] = None if error is None else str(error)
     for package in ("torch", "diffusers", "onnx", "pynvml"):
         found[package] = None if importlib.util.find_spec(package) else f"{package} is not installed"
     return found

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.errors import EngineError
 from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
@@ -65,7 +66,7 @@ class Opened(Protocol):
 class Backend:
     """One way to compile and run graphs.
 
-    unavailable: says in a sentence why it cannot run here, or None
+    unavailable: gives the error that says why it cannot run here, or None
     cannot_build: the same of building, which may need less than running
     key: names what it would build for a bundle on this machine
     mismatches: names what keeps engines of a key from running here, where it is available; empty where nothing
@@ -73,8 +74,8 @@ class Backend:
     open: opens components of one directory
     """
 
-    unavailable: Callable[[], str | None]
-    cannot_build: Callable[[BuildOptions], str | None]
+    unavailable: Callable[[], EngineError | None]
+    cannot_build: Callable[[BuildOptions], EngineError | None]
     key: Callable[[Bundle, BuildOptions], EngineKey]
     mismatches: Callable[[Bundle, EngineKey], list[str]]
     build: Callable[[Bundle, Path, BuildOptions, Report], Mapping[str, tuple[str, EngineSpec]]]

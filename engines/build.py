@@ -69,6 +69,7 @@ def build_engines(
         record = _put(
             there, lambda directory: _build_into(bundle, backend, key, options, directory, report), overwrite=force
         )
+        _log.info("built %s for %s in %.2f s", there, backend, record.build_s)
     if shelf is not None and not fetch_only:
         shelf.publish(there, record, report, overwrite=force)
     return record
@@ -84,7 +85,7 @@ def build_missing(bundle: Bundle, asked: str) -> Choice:
     choice = choose_to_build(asked, DEFAULTS)
     reason = BACKENDS[choice.backend].unavailable() or cannot_build(choice.backend, DEFAULTS)
     if reason is not None:
-        raise EngineError(f"'{bundle.root}' holds no engines for this machine, and none can be built: {reason}")
+        raise reason.within(f"'{bundle.root}' holds no engines for this machine, and none can be built: ")
     _log.warning("'%s' holds no engines for this machine: building them for %s, once", bundle.root, choice.backend)
     record = build_engines(bundle, choice.backend)
     place = engines_at(bundle, record.key)
@@ -101,7 +102,7 @@ def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
 def _check_can_build(backend: BackendName, options: BuildOptions, before: str = "") -> None:
     reason = cannot_build(backend, options)
     if reason is not None:
-        raise EngineError(f"{before}the backend '{backend}' cannot build here: {reason}")
+        raise reason.within(f"{before}the backend '{backend}' cannot build here: ")
 
 
 def _home(bundle: Bundle) -> Path:

@@ -6,7 +6,9 @@ is a type of its own below one of them, and each says in `retryable` whether try
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import copy
+import re
+from typing import Any, ClassVar, Self
 
 
 class LatentrtError(Exception):
@@ -16,6 +18,12 @@ class LatentrtError(Exception):
     """
 
     retryable: ClassVar[bool] = False
+
+    def within(self, before: str) -> Self:
+        """Return the same error, of the same kind and with the same fields, with words before its sentence."""
+        found = copy.copy(self)
+        found.args = (f"{before}{self}",)
+        return found
 
 
 def _travel(error: LatentrtError) -> tuple[Any, ...]:
@@ -67,6 +75,20 @@ class OutOfMemoryError(EngineError, MemoryError):
     """The device, or the host where engines run on the CPU, has no room for what was asked now."""
 
     retryable = True
+
+
+# What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say where there is no room.
+NO_ROOM = re.compile(
+    r"out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"
+    r"|smaller than requested bytes|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
+SMALLER = "draw fewer or smaller pictures at once, decode in tiles, or end what else uses the memory"
+
+
+def backend_error(sentence: str, words: str) -> EngineError:
+    """Return what a library's failure is: OutOfMemoryError where its words say so. sentence: holds the words"""
+    return OutOfMemoryError(f"{sentence}; {SMALLER}") if NO_ROOM.search(words) else EngineError(sentence)
 
 
 class ClosedError(EngineError):

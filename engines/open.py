@@ -14,7 +14,7 @@ from latentrt.engines.build_options import REFITTABLE, BuildOptions
 from latentrt.engines.bundle.files import Bundle, Check, check_file
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, LatentSpec
 from latentrt.engines.cuda.device import find_gpu
-from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey
 from latentrt.engines.tensor_names import DECODER, UNET
@@ -210,19 +210,21 @@ def choose(asked: str, bundle: Bundle) -> Choice:
     gpu = find_gpu()
     if gpu is None:
         return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
-    reasons = []
+    reasons: list[EngineError] = []
     for name in FOR_GPUS:
         try:
             _, record = find_engines(bundle, name)
         except EngineError as error:
-            reasons.append(str(error))
+            reasons.append(error)
             continue
         version = record.key.backend_version
         return Choice(backend=name, reason=f"auto: {gpu.name} answers here, and the bundle's {name} {version} engines")
-    raise EngineError(
+    words = (
         f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {bundle.root}` on "
-        f"this machine, or choose --backend {FOR_CPUS} ({'; '.join(reasons)})"
+        f"this machine, or choose --backend {FOR_CPUS} ({'; '.join(map(str, reasons))})"
     )
+    other = next((error for error in reasons if isinstance(error, WrongMachineError) and error.differences), None)
+    raise WrongMachineError(words, differences=other.differences) if other else EngineError(words)
 
 
 def serves(asked: str, bundle: Bundle) -> bool:
@@ -237,8 +239,8 @@ def serves(asked: str, bundle: Bundle) -> bool:
     return any(BACKENDS[name].unavailable() is None and serving_engines(bundle, name) for name in names)
 
 
-def cannot_build(backend: BackendName, options: BuildOptions) -> str | None:
-    """Say in a sentence why a backend's engines cannot be built here with these options, or return None."""
+def cannot_build(backend: BackendName, options: BuildOptions) -> EngineError | None:
+    """Return the error that says why a backend's engines cannot be built here with these options, or None."""
     reason = BACKENDS[backend].cannot_build(options)
     if reason is not None or not options.references or backend not in COMPILED_FOR_SIZES:
         return reason
@@ -282,10 +284,10 @@ def find_engines(
     """
     reason = BACKENDS[backend].unavailable()
     if reason is not None:
-        raise EngineError(f"the backend '{backend}' cannot run here: {reason}")
+        raise reason.within(f"the backend '{backend}' cannot run here: ")
     serving = serving_engines(bundle, backend)
     if not serving:
-        raise EngineError(_no_engines(bundle, backend))
+        raise _no_engines(bundle, backend)
     fitting = [found for found in serving if fits(found[1], needs or _own_shape(bundle), bundle)]
     fitting.sort(key=lambda found: REFITTABLE not in found[1].key.options)  # those that LoRAs can change come first
     if needs is not None and not fitting:
@@ -338,12 +340,13 @@ def _own_shape(bundle: Bundle) -> WorkspaceShape:
     return WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
 
 
-def _no_engines(bundle: Bundle, backend: BackendName) -> str:
+def _no_engines(bundle: Bundle, backend: BackendName) -> EngineError:
     mend = _build_command(bundle, backend)
     others = sorted((differences for _, _, differences in _engines(bundle, backend)), key=len)
     if not others:
-        return f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}"
-    return f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {mend}"
+        return EngineError(f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}")
+    words = f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {mend}"
+    return WrongMachineError(words, differences=tuple(others[0]))
 
 
 def _build_command(bundle: Bundle, backend: BackendName) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import OutOfMemoryError
 from latentrt.engines.spec import Array
 
 Work = Callable[[], None]
@@ -151,7 +151,7 @@ class HostDevice:
             self._called(f"allocate {size}")
             assert self._recording is None, "not allowed while the stream is recorded"
             if self.out_of_memory_above is not None and size > self.out_of_memory_above:
-                raise EngineError("the GPU has 0 MiB free (cudaErrorMemoryAllocation)")
+                raise OutOfMemoryError("the GPU has 0 MiB free (cudaErrorMemoryAllocation)")
             return self.memory.allocate(size)
 
     def free(self, address: int) -> None:

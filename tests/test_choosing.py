@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD
 from latentrt.engines.cuda.device import Gpu
-from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.open import choose, choose_to_build, find_engines, open_engines, serving_engines, shapes_of
 from latentrt.engines.spec import BackendName, EngineKey
@@ -153,9 +154,10 @@ def test_engines_of_another_target_are_refused_and_the_difference_is_named(
     install(monkeypatch, tensorrt="11.4.0.106")
     fields, words = OTHERS[what]
     pretend(copy, key_of(copy, L4, **fields))
-    mend = r"\); run `latentrt build .* --backend tensorrt` on this machine"
-    with pytest.raises(EngineError, match=rf"for another target \({words}{mend}"):
+    with pytest.raises(WrongMachineError) as caught:
         find_engines(copy, "tensorrt")
+    (difference,) = caught.value.differences
+    assert re.fullmatch(words, difference) and "latentrt build" in str(caught.value)
 
 
 LEAN = (f"recipe {trt_library.RECIPE}", "version compatible True", "state rows 6")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.cuda.device import CudaDevice, find_gpu
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import EngineError, NotInstalledError, OutOfMemoryError
 from latentrt.engines.spec import Array
 
 here = find_gpu() is not None
@@ -71,8 +71,9 @@ def test_without_a_driver_there_is_no_device(runtime: Any) -> None:
 
 def test_without_the_bindings_the_error_is_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(EngineError, match="cuda-bindings is not installed; install it with: pip install cuda-bindings"):
+    with pytest.raises(NotInstalledError) as caught:
         CudaDevice()
+    assert caught.value.install == "pip install cuda-bindings"
 
 
 class Driver:
@@ -104,8 +105,15 @@ def test_a_full_gpu_is_told_in_mebibytes_with_the_mend(unprobed: CudaDevice, run
     codes = runtime.cudaError_t
     full = (codes.cudaErrorMemoryAllocation, None)
     unprobed._cuda = Driver(runtime, cudaMalloc=full, cudaMemGetInfo=(codes.cudaSuccess, 5 << 20, 9 << 30))
-    with pytest.raises(EngineError, match=r"^the GPU has 5 MiB free and 8 MiB more are needed .*; draw fewer or"):
+    with pytest.raises(OutOfMemoryError, match=r"^the GPU has 5 MiB free and 8 MiB more are needed"):
         unprobed.allocate((7 << 20) + 1)
+
+
+@pytest.mark.parametrize("call", ["cudaMallocHost", "cudaGraphInstantiate", "cudaStreamCreateWithFlags"])
+def test_a_full_gpu_is_told_whichever_call_meets_it(unprobed: CudaDevice, runtime: Any, call: str) -> None:
+    unprobed._cuda = Driver(runtime, **{call: (runtime.cudaError_t.cudaErrorMemoryAllocation, None)})
+    with pytest.raises(OutOfMemoryError):
+        unprobed._call(call)
 
 
 def test_pinned_memory_is_an_array_on_the_address_that_cuda_gave(unprobed: CudaDevice, runtime: Any) -> None:

@@ -157,7 +157,7 @@ def test_a_missing_onnxruntime_is_said_with_the_install_command(monkeypatch: pyt
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(EngineError, match=r"pip install 'latentrt\[cpu\]'"):
         onnxruntime.require()
-    assert "pip install" in (BACKENDS["cpu"].unavailable() or "")
+    assert "pip install" in str(BACKENDS["cpu"].unavailable())
 
 
 def test_a_key_differs_in_its_directory_when_any_field_does() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ import pytest
 
 import latentrt
 from latentrt import Cancellation, KeyFrame, Lora, Pipeline, Request, Result, Step, Stream, errors
+from latentrt.engines.bundle.files import read_engine_record, write_manifest
+from latentrt.engines.errors import backend_error
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
+from latentrt.engines.spec import EngineSpec, TensorSpec
 
 QUICK: dict[str, Any] = {"steps": 3, "sampler": "euler_ancestral", "guidance": 3.0, "seed": 4}
 ASKED = Request(prompt="a circle", **QUICK)
@@ -69,6 +75,10 @@ def test_a_name_that_is_not_there_is_no_attribute() -> None:
 
 PROGRAM = """
 import latentrt
+from latentrt.engines.bundle.files import read_engine_record, write_manifest
+from latentrt.engines.errors import backend_error
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
+from latentrt.engines.spec import EngineSpec, TensorSpec
 from latentrt import Cancellation, Control, KeyFrame, Lora, Pipeline, Request, Result, Step, errors
 
 async def served(pipe: Pipeline, request: Request) -> Result:
@@ -530,3 +540,96 @@ def test_a_call_is_slow_too_that_took_most_of_its_deadline(
         pipe.draw(Request(prompt="a circle", deadline=600.0, **QUICK))
         pipe.draw(ASKED)
     assert len([record for record in caplog.records if record.name == "latentrt.runtime.calls"]) == 1
+
+
+# --- errors at their sources ---
+
+
+def test_what_onnx_runtime_has_no_room_for_is_out_of_memory_and_the_engine_goes_on(tmp_path: Path) -> None:
+    """Real: more is asked for than any machine has."""
+    onnx = pytest.importorskip("onnx")
+    value, number = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Expand", ["x", "shape"], ["y"])],
+        "grow",
+        [value("x", number.FLOAT, [1]), value("shape", number.INT64, [1])],
+        [value("y", number.FLOAT, ["n"])],
+    )
+    file = tmp_path / "grow.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), file)
+    spec = EngineSpec(
+        component="grow",
+        inputs=(
+            TensorSpec(name="x", dtype="float32", shape=(1,)),
+            TensorSpec(name="shape", dtype="int64", shape=(1,)),
+        ),
+        outputs=(TensorSpec(name="y", dtype="float32", shape=("n",)),),
+    )
+    one = np.ones(1, np.float32)
+    with load(file, spec, "cpu", OnnxRuntimeOptions(threads=1)) as engine:
+        with pytest.raises(errors.OutOfMemoryError) as caught:
+            engine({"x": one, "shape": np.array([1 << 50])})
+        assert caught.value.retryable and isinstance(caught.value, MemoryError)
+        assert engine({"x": one, "shape": np.array([3])})["y"].tolist() == [1, 1, 1]
+    with pytest.raises(errors.ClosedError):
+        engine({"x": one, "shape": np.array([3])})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        # ONNX Runtime's arenas, its CUDA provider, cuDNN, cuBLAS; CUDA; TensorRT
+        "Non-zero status code returned while running Conv node. Status Message: std::bad_alloc",
+        "bfc_arena.cc:360 AllocateRawInternal Failed to allocate memory for requested buffer of size 4503599627370496",
+        "CUDA failure 2: out of memory ; GPU=0 ; hostname=a",
+        "CUDNN failure 4000: CUDNN_STATUS_ALLOC_FAILED",
+        "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED",
+        "cudaErrorMemoryAllocation (out of memory)",
+        "[executionContext.cpp::enqueueInternal] Error Code 2: OutOfMemory (Requested size was 1073741824 bytes.)",
+        "Requested amount of GPU memory (34359738368 bytes) could not be allocated.",
+    ],
+)
+def test_a_library_that_says_that_there_is_no_room_is_understood(words: str) -> None:
+    assert type(backend_error(words, words)) is errors.OutOfMemoryError
+
+
+@pytest.mark.parametrize("words", ["", "Error Code 4: Shape Error", "INVALID_GRAPH", "device-side memory fault"])
+def test_another_failure_is_no_lack_of_room(words: str) -> None:
+    assert type(backend_error(words, words)) is errors.EngineError
+
+
+def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(
+    sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(errors.NotInstalledError) as caught:
+        Pipeline.load(sd1_bundle, "cpu")
+    assert caught.value.install == "pip install 'latentrt[cpu]'" and caught.value.install in str(caught.value)
+    assert not caught.value.retryable
+
+
+def test_a_machine_without_a_gpu_is_the_wrong_one_for_tensorrt(
+    sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latentrt.engines.tensorrt.library.find_gpu", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    with pytest.raises(errors.WrongMachineError) as caught:
+        Pipeline.load(sd1_bundle, "tensorrt")
+    assert caught.value.differences == ()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where cuda-bindings are not there
+    with pytest.raises(errors.NotInstalledError) as missing:
+        Pipeline.load(sd1_bundle, "tensorrt")
+    assert missing.value.install == "pip install cuda-bindings"
+
+
+def test_engines_of_another_machine_are_told_apart_by_what_differs(sd1_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "moved"
+    shutil.copytree(sd1_bundle, bundle)
+    (engines,) = (bundle / "engines").iterdir()
+    record = read_engine_record(engines)
+    key = replace(record.key, device="another processor")
+    write_manifest(engines, replace(record, key=key))
+    engines.rename(engines.with_name(key.directory))
+    with pytest.raises(errors.WrongMachineError) as caught:
+        Pipeline.load(bundle, "cpu")
+    assert [difference.partition(":")[0] for difference in caught.value.differences] == ["device"]

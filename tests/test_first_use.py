@@ -237,7 +237,7 @@ def test_what_building_lacks_is_onnx_and_never_torch(
 def test_references_for_verify_name_the_option_that_leaves_them_out(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, gpu=L4, tensorrt="11.4.0.106")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "--no-references" in (cannot_build("tensorrt", BuildOptions()) or "")
+    assert "--no-references" in str(cannot_build("tensorrt", BuildOptions()))
     assert cannot_build("tensorrt", BuildOptions(references=False)) is None
 
 

@@ -24,7 +24,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.cuda.device import Gpu, find_gpu
-from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.errors import EngineError, NotInstalledError, RequestError
 from latentrt.engines.open import choose, open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.tensorrt import build as tensorrt
@@ -303,8 +303,9 @@ def test_without_the_library_the_error_is_the_install_command(
 ) -> None:
     for module in trt_library.MODULES[flavor]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(EngineError, match=rf"is not installed; install it with: pip install 'latentrt\[{flavor}\]'"):
+    with pytest.raises(NotInstalledError) as caught:
         build_engines(copy, flavor, options=ADA)
+    assert caught.value.install == f"pip install 'latentrt[{flavor}]'"
 
 
 def test_a_library_whose_shared_objects_are_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,13 +313,13 @@ def test_a_library_whose_shared_objects_are_missing_is_one_sentence(monkeypatch:
         raise FileNotFoundError("libnvinfer.so.11")
 
     monkeypatch.setattr("importlib.import_module", broken)
-    with pytest.raises(EngineError, match=r"is installed and does not load \(libnvinfer\.so\.11\)"):
+    with pytest.raises(NotInstalledError, match=r"is installed and does not load \(libnvinfer\.so\.11\)"):
         trt_library.require("tensorrt")
 
 
 def test_a_library_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": "8.6.0"}))
-    with pytest.raises(EngineError, match=r"tensorrt 8\.6\.0 is too old, 10\.13 is needed"):
+    with pytest.raises(NotInstalledError, match=r"tensorrt 8\.6\.0 is too old, 10\.13 is needed"):
         trt_library.require("tensorrt")
 
 
@@ -333,12 +334,12 @@ def test_a_library_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_machine_without_gpu_cannot_build_is_refused(
     library: Any, no_gpu_here: None, change: dict[str, Any], words: str
 ) -> None:
-    assert words in (BACKENDS["tensorrt-rtx"].cannot_build(replace(ADA, **change)) or "")
+    assert words in str(BACKENDS["tensorrt-rtx"].cannot_build(replace(ADA, **change)))
 
 
 def test_tensorrt_builds_only_where_its_gpu_is(monkeypatch: pytest.MonkeyPatch, no_gpu_here: None) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", type("new", (), {"__version__": "11.4.0.106"}))
-    reason = BACKENDS["tensorrt"].cannot_build(BuildOptions()) or ""
+    reason = str(BACKENDS["tensorrt"].cannot_build(BuildOptions()))
     assert "no NVIDIA GPU answers here" in reason and "--backend tensorrt-rtx" in reason
 
 

@@ -79,6 +79,6 @@ def test_tensorrt_rtx_takes_no_timing_cache_and_tensorrts_key_does_not_name_it(
 ) -> None:
     install(monkeypatch, tensorrt="11.4.0.106", tensorrt_rtx="1.7.1.116")
     cached = BuildOptions(timing_cache=tmp_path / "timing.cache")
-    assert "omit --timing-cache" in (BACKENDS["tensorrt-rtx"].cannot_build(cached) or "")
+    assert "omit --timing-cache" in str(BACKENDS["tensorrt-rtx"].cannot_build(cached))
     assert BACKENDS["tensorrt"].cannot_build(cached) is None
     assert cached.key_lines() == replace(cached, timing_cache=None).key_lines()

@@ -16,7 +16,7 @@ from pathlib import Path
 from latentrt.engines.bundle.files import check_file, disk_errors, inside, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, FileRecord, engine_record_from_json
 from latentrt.engines.bundle.staging import staged_file
-from latentrt.engines.errors import BundleError, EngineError, LatentrtError
+from latentrt.engines.errors import BundleError, EngineError, LatentrtError, NotInstalledError
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey
 
@@ -33,7 +33,7 @@ class Store:
         try:
             import fsspec
         except ImportError:
-            raise EngineError("--store needs fsspec; install it with: pip install 'latentrt[store]'") from None
+            raise NotInstalledError("--store needs fsspec", install="pip install 'latentrt[store]'") from None
         self.url = url.rstrip("/")
         with self._errors():
             self._files, root = fsspec.url_to_fs(self.url)

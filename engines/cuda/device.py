@@ -7,12 +7,20 @@ memory as NumPy arrays: the device copies to and from it without the host waitin
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import (
+    SMALLER,
+    EngineError,
+    NotInstalledError,
+    OutOfMemoryError,
+    WrongMachineError,
+    backend_error,
+)
 from latentrt.engines.spec import Array
 
 MEBIBYTE = 1 << 20
@@ -106,34 +114,40 @@ class CudaDevice:
         try:
             from cuda.bindings import runtime
         except ImportError:
-            raise EngineError("cuda-bindings is not installed; install it with: pip install cuda-bindings") from None
+            raise no_bindings() from None
         self._cuda: Any = runtime
         code, count = runtime.cudaGetDeviceCount()
         if code != runtime.cudaError_t.cudaSuccess:
-            raise EngineError(f"no NVIDIA GPU answers here: {self._words(code)}; install or update NVIDIA's driver")
+            raise WrongMachineError(
+                f"no NVIDIA GPU answers here: {self._words(code)}; install or update NVIDIA's driver"
+            )
         if count < 1:
-            raise EngineError("no NVIDIA GPU answers here: the driver shows none; see CUDA_VISIBLE_DEVICES")
+            raise WrongMachineError("no NVIDIA GPU answers here: the driver shows none; see CUDA_VISIBLE_DEVICES")
 
     def _words(self, code: Any) -> str:
         name, text = (self._cuda.cudaGetErrorName(code)[1], self._cuda.cudaGetErrorString(code)[1])
         return f"{name.decode()} ({text.decode()})"
 
+    def _error(self, function: str, code: Any) -> EngineError:
+        words = self._words(code)
+        return backend_error(f"{function}: {words}", words)
+
     def _call(self, function: str, *arguments: Any) -> Any:
         """Call the runtime and return what it gives besides its code. Raises EngineError with CUDA's own words."""
         code, *results = getattr(self._cuda, function)(*arguments)
         if code != self._cuda.cudaError_t.cudaSuccess:
-            raise EngineError(f"{function}: {self._words(code)}")
+            raise self._error(function, code)
         return results[0] if results else None
 
     def allocate(self, size: int) -> int:
         code, address = self._cuda.cudaMalloc(max(size, 1))
         if code == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            raise EngineError(
+            raise OutOfMemoryError(
                 f"the GPU has {self.free_bytes() // MEBIBYTE} MiB free and {-(-size // MEBIBYTE)} MiB more are needed "
-                "(cudaErrorMemoryAllocation); draw fewer or smaller pictures at once, or end what else uses the GPU"
+                f"(cudaErrorMemoryAllocation); {SMALLER}"
             )
         if code != self._cuda.cudaError_t.cudaSuccess:
-            raise EngineError(f"cudaMalloc: {self._words(code)}")
+            raise self._error("cudaMalloc", code)
         return int(address)
 
     def free(self, address: int) -> None:
@@ -209,7 +223,7 @@ class CudaDevice:
     def free_bytes(self) -> int:
         code, free, _ = self._cuda.cudaMemGetInfo()
         if code != self._cuda.cudaError_t.cudaSuccess:
-            raise EngineError(f"cudaMemGetInfo: {self._words(code)}")
+            raise self._error("cudaMemGetInfo", code)
         return int(free)
 
 
@@ -222,6 +236,18 @@ class Gpu:
     sm_count: int
     memory_bytes: int
     driver_major: int
+
+
+def no_bindings() -> NotInstalledError:
+    """Return the error of a machine on which CUDA cannot be asked."""
+    return NotInstalledError("cuda-bindings is not installed", install="pip install cuda-bindings")
+
+
+def no_gpu(sentence: str) -> EngineError:
+    """Return the error where `find_gpu` finds none: it cannot ask, or there is none. sentence: who needs one"""
+    if importlib.util.find_spec("cuda") is None:
+        return no_bindings().within(f"{sentence}: ")
+    return WrongMachineError(sentence)
 
 
 def find_gpu() -> Gpu | None:

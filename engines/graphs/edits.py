@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.errors import BundleError, EngineError, NotInstalledError
 from latentrt.engines.spec import Array
 
 if TYPE_CHECKING:
@@ -32,19 +32,19 @@ ALIGNMENT = 64  # bytes of a cache line
 LEAST_EXTERNAL = 1024  # bytes; smaller weights stay in the graph
 
 
-def unavailable() -> str | None:
-    """Say in one sentence why graphs cannot be edited here, or return None. Imports nothing."""
+def unavailable() -> EngineError | None:
+    """Return the error that says why graphs cannot be edited here, or None. Imports nothing."""
     try:
         found = importlib.util.find_spec("onnx") is not None
     except ImportError:
         found = False
-    return None if found else "building engines needs onnx; install it with: pip install 'latentrt[build]'"
+    return None if found else NotInstalledError("building engines needs onnx", install="pip install 'latentrt[build]'")
 
 
 def load_graph(path: Path) -> ModelProto:
     """Read an ONNX graph without its external weights. Raises BundleError where the file is no graph."""
     if (reason := unavailable()) is not None:
-        raise EngineError(reason)
+        raise reason
     import onnx
     from google.protobuf.message import DecodeError
 

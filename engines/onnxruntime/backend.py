@@ -20,19 +20,21 @@ from latentrt.engines.spec import EngineKey, EngineSpec
 unavailable = session.unavailable
 
 
-def cannot_build(provider: Provider, options: BuildOptions) -> str | None:
-    """Say in a sentence why building cannot be done here, or with these options; None where it can."""
+def cannot_build(provider: Provider, options: BuildOptions) -> EngineError | None:
+    """Return the error that says why building cannot be done here, or with these options; None where it can."""
     return _shapeless(provider, options) or session.unavailable(provider) or graphs.unavailable()
 
 
-def _shapeless(provider: Provider, options: BuildOptions) -> str | None:
-    return None if options == BuildOptions() else f"{provider} engines take any shape: omit the build options"
+def _shapeless(provider: Provider, options: BuildOptions) -> EngineError | None:
+    if options == BuildOptions():
+        return None
+    return EngineError(f"{provider} engines take any shape: omit the build options")
 
 
 def key(provider: Provider, bundle: Bundle, options: BuildOptions) -> EngineKey:
     """Name what would be built. Raises EngineError on options that mean nothing here."""
-    if words := _shapeless(provider, options):
-        raise EngineError(words)
+    if error := _shapeless(provider, options):
+        raise error
     return builder.key(bundle, provider)
 
 

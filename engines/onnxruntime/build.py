@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import LatentSpec, Role
 from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
-from latentrt.engines.cuda.device import find_gpu
-from latentrt.engines.errors import EngineError
+from latentrt.engines.cuda.device import find_gpu, no_gpu
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.controlnet_stage import fuse_control
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
@@ -59,7 +58,7 @@ def key(bundle: Bundle, provider: Provider) -> EngineKey:
         return EngineKey(device=instruction_set(), precision="fp32", **common)
     gpu = find_gpu()
     if gpu is None:
-        raise EngineError("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
+        raise no_gpu("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
     return EngineKey(
         device=gpu.name,
         compute_capability=gpu.compute_capability,

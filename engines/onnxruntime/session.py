@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 
-from latentrt.engines.cuda.device import find_gpu
-from latentrt.engines.errors import EngineError
+from latentrt.engines.cuda.device import find_gpu, no_gpu
+from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
 from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
 from latentrt.engines.tensor_names import COND, HINT
 
@@ -54,20 +54,20 @@ def require() -> ModuleType:
     try:
         import onnxruntime
     except ImportError:
-        raise EngineError("onnxruntime is not installed; install it with: pip install 'latentrt[cpu]'") from None
+        raise NotInstalledError("onnxruntime is not installed", install="pip install 'latentrt[cpu]'") from None
     return cast(ModuleType, onnxruntime)
 
 
-def unavailable(provider: Provider) -> str | None:
-    """Say in one sentence why this provider cannot run here, or return None."""
+def unavailable(provider: Provider) -> EngineError | None:
+    """Return the error that says why this provider cannot run here, or None."""
     try:
         ort = require()
     except EngineError as error:
-        return str(error)
+        return error
     if PROVIDERS[provider] not in ort.get_available_providers():
-        return "this onnxruntime has no CUDA provider; install it with: pip install 'latentrt[cuda]'"
+        return NotInstalledError("this onnxruntime has no CUDA provider", install="pip install 'latentrt[cuda]'")
     if provider == "cuda" and find_gpu() is None:
-        return "no NVIDIA GPU answers here"
+        return no_gpu("no NVIDIA GPU answers here")
     return None
 
 
@@ -96,16 +96,19 @@ def _session(path: Path, options: Any, provider: Provider, settings: Mapping[str
     try:
         session = require().InferenceSession(str(path), options, providers=[(PROVIDERS[provider], dict(settings))])
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EngineError(
-            f"ONNX Runtime refused {path}: {first}; run `latentrt build --force` on this bundle"
-        ) from error
+        sentence = f"ONNX Runtime refused {path}: {_first_line(error)}; run `latentrt build --force` on this bundle"
+        raise backend_error(sentence, str(error)) from error
     if PROVIDERS[provider] not in session.get_providers():  # it falls back to the CPU without a word
-        raise EngineError(
-            f"ONNX Runtime did not start its {PROVIDERS[provider]} (are CUDA and cuDNN installed?); "
-            "install them with: pip install 'latentrt[cuda]', or choose --backend cpu"
+        raise NotInstalledError(
+            f"ONNX Runtime did not start its {PROVIDERS[provider]} (are CUDA and cuDNN installed? --backend cpu does "
+            "without)",
+            install="pip install 'latentrt[cuda]'",
         )
     return session
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def load(
@@ -181,7 +184,7 @@ class OnnxRuntimeEngine:
         """Run the graph. Inputs are converted to the spec's dtypes. Raises EngineError on a wrong name or shape."""
         arrays = self._arrays(inputs)
         shapes = tuple(array.shape for array in arrays.values())
-        binding = self._session.io_binding()
+        binding = self._open.io_binding()
         for name, array in arrays.items():
             binding.bind_cpu_input(name, array)
         kept = self._outputs.get(shapes)
@@ -190,14 +193,14 @@ class OnnxRuntimeEngine:
                 binding.bind_output(output.name, "cpu")
             else:
                 binding.bind_ortvalue_output(output.name, kept[i])
-        self._session.run_with_iobinding(binding)
+        self._run(binding)
         if kept is None:
             kept = self._keep(shapes, binding.get_outputs())
         return {output.name: value.numpy() for output, value in zip(self.spec.outputs, kept, strict=True)}
 
     def new_binding(self) -> Any:
         """Return an empty binding of inputs and outputs to buffers, for `run_bound`."""
-        return self._session.io_binding()
+        return self._open.io_binding()
 
     def run_bound(self, binding: Any, *, graph: int = 0) -> None:
         """Run on a binding's buffers; the work is done when this returns.
@@ -206,7 +209,23 @@ class OnnxRuntimeEngine:
         """
         options = require().RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
-        self._session.run_with_iobinding(binding, options)
+        self._run(binding, options)
+
+    @property
+    def _open(self) -> Any:
+        """Return the session. Raises ClosedError."""
+        if self._session is None:
+            raise ClosedError(f"the engine of {self.spec.component} is closed; open the bundle again")
+        return self._session
+
+    def _run(self, binding: Any, *options: Any) -> None:
+        try:
+            self._open.run_with_iobinding(binding, *options)
+        except Exception as error:  # with a binding a plain RuntimeError, else one of its own classes
+            if type(error) is not RuntimeError and not type(error).__module__.startswith("onnxruntime"):
+                raise
+            sentence = f"ONNX Runtime could not run {self.spec.component}: {_first_line(error)}"
+            raise backend_error(sentence, str(error)) from error
 
     def _arrays(self, inputs: Inputs) -> dict[str, Array]:
         names = [spec.name for spec in self.spec.inputs]

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from latentrt.engines.cuda.stream import Holding, Outbox
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import ClosedError, EngineError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.tensorrt.execution import Pass, Place, Program
 from latentrt.engines.tensorrt.profiles import Origin, Shape, input_shapes, nbytes
@@ -39,7 +39,7 @@ class TensorRTEngine:
         Raises EngineError on wrong names, and on shapes that it is not compiled for, with the command that fixes it.
         """
         if self._program is None:
-            raise EngineError(f"the engine of {self.spec.component} is closed; open the bundle again")
+            raise ClosedError(f"the engine of {self.spec.component} is closed; open the bundle again")
         arrays = self._arrays(inputs)
         profile = self._profile(arrays)
         with self._place.queue.lock:

@@ -15,7 +15,7 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import ClosedError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
 from latentrt.engines.spec import Array, Engine, EngineSpec
 from latentrt.engines.tensor_names import DECODER, DECODERS, PREFIX, UNET
@@ -162,7 +162,7 @@ class TensorRTSession:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineError(f"the engines of '{self._origin.bundle}' are closed; open the bundle again")
+            raise ClosedError(f"the engines of '{self._origin.bundle}' are closed; open the bundle again")
 
     def close(self) -> None:
         """Wait for the queue and free everything: contexts and graphs, engines, scratch memory, the stream."""
@@ -300,8 +300,9 @@ def open_engines(
     reason = cannot_run(flavor)
     library = None if reason else runtime_of(flavor, record.key)
     if library is None:
-        words = reason or "; ".join(mismatches(bundle, flavor, record.key))
-        raise EngineError(f"the engines in {directory} cannot be opened here: {words}")
+        differences = tuple(mismatches(bundle, flavor, record.key)) if reason is None else ()
+        error = reason or WrongMachineError("; ".join(differences), differences=differences)
+        raise error.within(f"the engines in {directory} cannot be opened here: ")
     if "strip True" in record.key.options:
         raise EngineError(
             f"the engines in {directory} hold no weights: an older latentrt built them with --strip, and none opens "

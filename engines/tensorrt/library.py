@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cuda.device import find_gpu
-from latentrt.engines.errors import EngineError
+from latentrt.engines.cuda.device import find_gpu, no_gpu
+from latentrt.engines.errors import EngineError, NotInstalledError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.spec import EngineKey
 from latentrt.engines.tensorrt.compile import capabilities
@@ -39,32 +40,35 @@ RECIPE = 6
 
 def require(flavor: Flavor) -> ModuleType:
     """Import the library, or say how to install it. Raises EngineError."""
-    install = f"install it with: pip install 'latentrt[{flavor}]'"
     for name in MODULES[flavor]:
         try:
             library = importlib.import_module(name)
         except ImportError:
             continue
         except Exception as error:  # its shared objects are opened when it is imported
-            raise EngineError(f"{name} is installed and does not load ({error}); {install}") from error
-        return _recent(library, flavor, install)
-    raise EngineError(f"{flavor} is not installed; {install}")
+            raise _lacking(f"{name} is installed and does not load ({error})", flavor) from error
+        return _recent(library, flavor)
+    raise _lacking(f"{flavor} is not installed", flavor)
 
 
-def _recent(library: ModuleType, flavor: Flavor, install: str) -> ModuleType:
+def _lacking(sentence: str, flavor: Flavor) -> NotInstalledError:
+    return NotInstalledError(sentence, install=f"pip install 'latentrt[{flavor}]'")
+
+
+def _recent(library: ModuleType, flavor: Flavor) -> ModuleType:
     found = tuple(int(part) for part in re.findall(r"\d+", library.__version__)[:2])
     if found < OLDEST[flavor]:
         oldest = ".".join(map(str, OLDEST[flavor]))
-        raise EngineError(f"{flavor} {library.__version__} is too old, {oldest} is needed; {install}")
+        raise _lacking(f"{flavor} {library.__version__} is too old, {oldest} is needed", flavor)
     return library
 
 
-def cannot_run(flavor: Flavor) -> str | None:
-    """Say in one sentence why engines cannot run here, or return None. Asks the driver, never the library."""
+def cannot_run(flavor: Flavor) -> EngineError | None:
+    """Return the error that says why engines cannot run here, or None. Asks the driver, never the library."""
     if find_gpu() is None:
-        return f"running {flavor} engines needs an NVIDIA GPU and none answers here (is cuda-bindings installed?)"
+        return no_gpu(f"running {flavor} engines needs an NVIDIA GPU and none answers here")
     if not runtimes(flavor):
-        return f"no {flavor} runtime is installed; install it with: pip install 'latentrt[{flavor}]'"
+        return _lacking(f"no {flavor} runtime is installed", flavor)
     return None
 
 
@@ -107,34 +111,40 @@ def mismatches(bundle: Bundle, flavor: Flavor, there: EngineKey) -> list[str]:
     return found
 
 
-def cannot_build(flavor: Flavor, options: BuildOptions) -> str | None:
-    """Say in one sentence why engines cannot be built here, or return None. TensorRT-RTX needs no GPU for it."""
+def cannot_build(flavor: Flavor, options: BuildOptions) -> EngineError | None:
+    """Return the error that says why engines cannot be built here, or None. TensorRT-RTX needs no GPU for it."""
     try:
         library = require(flavor)
     except EngineError as error:
-        return str(error)
+        return error
     here = find_gpu()
     served = capabilities(library) if flavor == "tensorrt-rtx" else []
     target = options.compute_capability or (here.compute_capability if here else None)
-    refusals = {
+    machines = {
         "tensorrt searches its kernels on the GPU that it builds for, and no NVIDIA GPU answers here; "
-        "build there, or use --backend tensorrt-rtx": flavor == "tensorrt" and here is None,
+        "build there, or use --backend tensorrt-rtx": flavor == "tensorrt",
+        "no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9": target is None,
+        "tensorrt-rtx builds --refit engines only where an NVIDIA GPU answers": options.refit,
+    }
+    refusals = {
         "tensorrt builds for the GPU at hand: omit --compute-capability": flavor == "tensorrt"
         and options.compute_capability is not None,
-        "no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9": here is None
-        and options.compute_capability is None,
         "--lean is for tensorrt: tensorrt-rtx has no lean runtime": flavor == "tensorrt-rtx"
         and options.version_compatible,
         "a timing cache changes nothing in tensorrt-rtx's engines, and asks for a GPU: omit --timing-cache; its "
         "kernels are compiled where the engines are loaded": flavor == "tensorrt-rtx"
         and options.timing_cache is not None,
-        "tensorrt-rtx builds --refit engines only where an NVIDIA GPU answers": here is None and options.refit,
         f"{flavor} {library.__version__} serves no compute capability {target}, it serves {', '.join(served)}": (
             target is not None and served and target not in served
         ),
     }
-    found = next((sentence for sentence, applies in refusals.items() if applies), None)
-    return found or graphs.unavailable()
+    if (words := _first(machines)) and here is None:
+        return no_gpu(words)
+    return EngineError(words) if (words := _first(refusals)) else graphs.unavailable()
+
+
+def _first(refusals: Mapping[str, object]) -> str:
+    return next((sentence for sentence, applies in refusals.items() if applies), "")
 
 
 def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
@@ -177,10 +187,10 @@ def _key(
     """
     gpu = find_gpu()
     if gpu is None and flavor == "tensorrt":
-        raise EngineError("the backend 'tensorrt' needs an NVIDIA GPU and none answers here; use --backend cpu")
+        raise no_gpu("the backend 'tensorrt' needs an NVIDIA GPU and none answers here; use --backend cpu")
     capability = capability or (gpu.compute_capability if gpu else None)
     if capability is None:
-        raise EngineError("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
+        raise no_gpu("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
     own = gpu if flavor == "tensorrt" else None
     return EngineKey(
         backend=flavor,

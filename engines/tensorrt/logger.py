@@ -6,7 +6,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import backend_error
 
 
 @functools.cache
@@ -50,5 +50,5 @@ def _given(result: Any, failure: str, logger: Any) -> Any:
     """Return what the library returned, unless that is its None for a failure."""
     if result is None:
         words = "; ".join(logger.lines[-KEPT_LINES:]) or "the library gave no reason"
-        raise EngineError(f"{failure}: {words}")
+        raise backend_error(f"{failure}: {words}", words)
     return result

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentrt.engines.cuda.stream import Holding, Mark, Outbox
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import ClosedError, EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PIXELS, PREVIOUS, SQUARES, is_residual
 from latentrt.engines.tensorrt.buffers import (
@@ -172,7 +172,7 @@ class TensorRTWorkspace:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineError(f"the workspace for {self.shape} {self._closed}")
+            raise ClosedError(f"the workspace for {self.shape} {self._closed}")
 
     def _resident(self, name: str) -> Resident:
         if name not in self._buffers:

@@ -16,7 +16,7 @@ import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, check_file
 from latentrt.engines.bundle.manifest import EngineRecord
-from latentrt.engines.errors import BundleError
+from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime import session
@@ -59,10 +59,11 @@ def reference_file(component: str) -> str:
     return f"{component}.references.safetensors"
 
 
-def unavailable() -> str | None:
-    """Say in one sentence why references cannot be computed here, or return None."""
+def unavailable() -> EngineError | None:
+    """Return the error that says why references cannot be computed here, or None."""
     reason = session.unavailable("cpu")
-    return reason and f"what `latentrt verify` compares with is computed on the CPU: {reason}, or pass --no-references"
+    before = "what `latentrt verify` compares with is computed on the CPU (pass --no-references to go without): "
+    return reason and reason.within(before)
 
 
 def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from latentrt.engines.bundle.files import atomic_write, disk_errors
-from latentrt.engines.errors import EngineError, RequestError
+from latentrt.engines.errors import NotInstalledError, RequestError
 from latentrt.engines.spec import Array
 
 FASTEST = {".gif": 50, ".webp": 1000, ".mp4": 240}  # frames a second; browsers slow GIFs with less than 20 ms a frame
@@ -55,9 +55,8 @@ def require_av() -> ModuleType:
     try:
         import av
     except ImportError:
-        raise EngineError(
-            "writing MP4 needs PyAV, which is not installed; install it with: pip install 'latentrt[video]', or choose "
-            "a path that ends with .webp or .gif"
+        raise NotInstalledError(
+            "writing MP4 needs PyAV, paths that end with .webp or .gif do not", install="pip install 'latentrt[video]'"
         ) from None
     return cast(ModuleType, av)
 
