@@ -63,7 +63,9 @@ def buffer_of(component: str, tensor: str) -> str:
 
 def no_decoder(name: str, there: Iterable[str]) -> EngineError:
     """Return the error that a workspace cannot decode: it was asked for without this one, or there is none."""
-    return EngineError(f"the workspace was asked for without the decoder {name}; opened are {', '.join(there)}")
+    return EngineError(
+        f"this workspace does not run {name}: ask for one with that decoder; opened are {', '.join(there)}"
+    )
 
 
 def not_written(name: str, rows: Iterable[int] = ()) -> EngineError:
