@@ -184,7 +184,7 @@ def test_the_workspace_in_numpy_has_the_decoder_it_was_asked_for_with(bundle: Bu
     opened, space = open_engines(bundle, "cpu", threads=1), bundle.manifest.latents
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
     tiny = opened.workspace(space, SHAPE, state_rows=1, decoder=TINY_DECODER)
-    assert_close(decoded_on(tiny, latents), theirs(tiny_vae, latents))
+    assert_close(decoded_on(tiny, latents, TINY_DECODER), theirs(tiny_vae, latents))
     with pytest.raises(EngineError):
         decoded_on(opened.workspace(space, SHAPE, state_rows=1, decoder=None), latents)
     opened.close()
