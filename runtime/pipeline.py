@@ -206,7 +206,12 @@ class Pipeline:
         """Have the engines compute with changed weights. Returns the seconds it took, 0 where they do already."""
         start = time.perf_counter()
         self._texts.adapt(keys_of(changes))
-        return time.perf_counter() - start if self._opened.adapt(changes) else 0.0
+        if not self._opened.adapt(changes):
+            return 0.0
+        taken = time.perf_counter() - start
+        what = f"to those of {', '.join(changes)} with LoRAs" if changes else "back to the base's"
+        logger.info("changed the weights %s in %.3f s", what, taken)
+        return taken
 
     def animate(
         self,

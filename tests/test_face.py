@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import latentrt
 from latentrt import Cancellation, KeyFrame, Lora, Pipeline, Request, Result, Step, Stream, errors
@@ -23,6 +24,7 @@ from latentrt.engines.bundle.files import read_engine_record, write_manifest
 from latentrt.engines.errors import backend_error
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
 from latentrt.engines.spec import EngineSpec, TensorSpec
+from tests.lora_files import every_layer, kohya
 
 QUICK: dict[str, Any] = {"steps": 3, "sampler": "euler_ancestral", "guidance": 3.0, "seed": 4}
 ASKED = Request(prompt="a circle", **QUICK)
@@ -523,6 +525,19 @@ logging.getLogger("latentrt").warning("heard only where somebody listens")
     mine = [line.split(" ", 2) for line in told if " latentrt." in line]
     assert ("INFO", "loaded") in {(level, message.split()[0]) for level, _, message in mine}
     assert ("DEBUG", "drew:") in {(level, message.split()[0]) for level, _, message in mine}
+
+
+def test_changing_weights_is_told_and_keeping_them_is_not(
+    pipe: Pipeline, sd1_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file(kohya(every_layer(sd1_checkpoint, seed=1, part="unet")), file)
+    styled = replace(ASKED, loras=[Lora(file=file)])
+    with caplog.at_level(logging.INFO, "latentrt"):
+        for request in (ASKED, styled, styled, ASKED, ASKED):
+            pipe.draw(request)
+    told = [record.getMessage() for record in caplog.records if record.name == "latentrt.runtime.pipeline"]
+    assert ["unet" in line for line in told] == [True, False]
 
 
 def test_slow_calls_stand_out(pipe: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
