@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime
 from paired import paired_ratio
@@ -51,7 +52,7 @@ def main() -> None:
         "created": now(),
         "command": f"python benchmarks/cpu_kernels.py {arguments.bundle.name} --side {arguments.side}",
         "machine": describe(),
-        "conditions": dataclasses.asdict(watch.conditions()),
+        "conditions": msgspec.to_builtins(watch.conditions()),
         "components": found,
     }
     for name, ways in found.items():

@@ -27,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from parts import Outcomes, Part, keep, run_parts
 
 from latentrt.engines.backends import BACKENDS
@@ -318,10 +319,10 @@ def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
         cold=1,
         golden=False,  # a part of its own: an engine that drifts shows its speed all the same
     )
-    done(dataclasses.asdict(run_bench(facts["root"], asked)))
+    done(msgspec.to_builtins(run_bench(facts["root"], asked)))
     if facts["model"] == "demo":
         scored = dataclasses.replace(asked, accuracy=8 if rehearsal else 48)
-        done(dataclasses.asdict(run_bench(facts["root"], scored, prompt_sets={"demo": held_out_prompts})))
+        done(msgspec.to_builtins(run_bench(facts["root"], scored, prompt_sets={"demo": held_out_prompts})))
 
 
 def do_torch(facts: Mapping[str, Any], done: Keep) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
@@ -193,7 +194,7 @@ def run_wide(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
 def _record_files(root: Path, changed: set[str]) -> None:
     manifest = Bundle.open(root).manifest
     files = {name: record_file(root, name) if name in changed else old for name, old in manifest.files.items()}
-    write_manifest(root, dataclasses.replace(manifest, files=files))
+    write_manifest(root, msgspec.structs.replace(manifest, files=files))
 
 
 def pack(root: Path, holes: list[Hole], target: Path) -> Path:

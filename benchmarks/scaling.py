@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle
@@ -61,7 +62,7 @@ def main() -> None:
         "created": now(),
         "command": "python benchmarks/scaling.py",
         "machine": describe(),
-        "conditions": dataclasses.asdict(watch.conditions()),
+        "conditions": msgspec.to_builtins(watch.conditions()),
         "bundle": Path(arguments.bundle).resolve().name,
         "curves": curves,
         "loras": loras,
@@ -94,10 +95,10 @@ def curve(bundle: str, asked: Asked, report: Report) -> list[dict[str, Any]]:
     """Measure one curve. Returns a point for each variant: its settings, and the summaries of the whole and a step."""
     return [
         {
-            "settings": dataclasses.asdict(variant.settings),
-            "end_to_end": dataclasses.asdict(variant.seconds["end_to_end"].summary),
-            "step": dataclasses.asdict(variant.seconds["step"].summary),
-            "decode": dataclasses.asdict(variant.seconds["decode"].summary),
+            "settings": msgspec.to_builtins(variant.settings),
+            "end_to_end": msgspec.to_builtins(variant.seconds["end_to_end"].summary),
+            "step": msgspec.to_builtins(variant.seconds["step"].summary),
+            "decode": msgspec.to_builtins(variant.seconds["decode"].summary),
         }
         for variant in run_bench(bundle, asked, progress=report).variants
     ]
@@ -122,7 +123,7 @@ def lora_curve(bundle: str, counts: tuple[int, ...], folder: Path, *, seconds: f
                     point["anonymous"].append(anonymous_bytes())
             turn += 1
     return [
-        {"count": count, **{name: dataclasses.asdict(measured(some).summary) for name, some in point.items()}}
+        {"count": count, **{name: msgspec.to_builtins(measured(some).summary) for name, some in point.items()}}
         for count, point in figures.items()
     ]
 
@@ -179,7 +180,7 @@ def load_seconds(bundle: Path) -> dict[str, Any]:
         for check in ("hash", "size"):
             with Pipeline.load(bundle, "cpu", check=check) as pipe:  # type: ignore[arg-type]
                 seconds[check].append(pipe.load_s)
-    return {check: dataclasses.asdict(measured(some[1:]).summary) for check, some in seconds.items()}
+    return {check: msgspec.to_builtins(measured(some[1:]).summary) for check, some in seconds.items()}
 
 
 def format_lines(document: Mapping[str, Any]) -> str:

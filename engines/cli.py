@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
@@ -78,7 +79,7 @@ def build(
             opened, chosen, options=wanted, force=force, store=store, fetch_only=fetch_only, report=report
         )
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(record), indent=1))
+        click.echo(json.dumps(msgspec.to_builtins(record), indent=1))
     else:
         size = sum(file.bytes for file in record.files.values()) / MB
         click.echo(f"{engines_at(opened, record.key)}: {size:.1f} MB, built in {record.build_s:.1f} s")
@@ -87,9 +88,9 @@ def build(
 def show_bundle(bundle: Path, *, as_json: bool) -> None:
     """Print what a bundle holds: family, components, sizes, engines. export/cli.py has the command."""
     opened = Bundle.open(bundle)
-    engines = {path.name: dataclasses.asdict(record) for path, record in opened.engine_directories().items()}
+    engines = {path.name: msgspec.to_builtins(record) for path, record in opened.engine_directories().items()}
     if as_json:
-        document = {"manifest": dataclasses.asdict(opened.manifest), "engines": engines}
+        document = {"manifest": msgspec.to_builtins(opened.manifest), "engines": engines}
         click.echo(json.dumps(document, indent=1))
         return
     console = Console()

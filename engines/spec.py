@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -22,8 +21,11 @@ Precision = Literal["fp32", "fp16"]
 BackendName = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
+class Document(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is written as JSON and read back: of named and typed fields, of which no unknown one is taken."""
+
+
+class TensorSpec(Document, frozen=True, kw_only=True):
     """One input or output: a fixed axis is a number, a dynamic one has a name (`batch`, `height`, …)."""
 
     name: str
@@ -42,8 +44,7 @@ class TensorSpec:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
+class EngineSpec(Document, frozen=True, kw_only=True):
     """What an engine takes and gives.
 
     profiles: where an engine is compiled for fixed shapes, the size of every named axis, a profile at a time and in
@@ -101,8 +102,7 @@ class EngineView:
         self.close()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineKey:
+class EngineKey(Document, frozen=True, kw_only=True):
     """What an engine was built for. An engine is used only where its whole key matches.
 
     `device` is the GPU's name or the CPU's instruction set; the fields that only a GPU has are None on a CPU.
@@ -123,7 +123,7 @@ class EngineKey:
     @property
     def digest(self) -> str:
         """Return 12 hexadecimal digits that differ when any field does."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps(msgspec.structs.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -135,9 +135,9 @@ class EngineKey:
     @property
     def target(self) -> EngineKey:
         """Return this key without what was chosen when building: shapes and options. It names where engines run."""
-        return dataclasses.replace(self, profiles=(), options=())
+        return msgspec.structs.replace(self, profiles=(), options=())
 
     def differences(self, other: EngineKey) -> list[str]:
         """Name each field in which another key differs, as `field: ours here, theirs there`."""
-        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        mine, theirs = msgspec.structs.asdict(self), msgspec.structs.asdict(other)
         return [f"{name}: {mine[name]} here, {theirs[name]} there" for name in mine if mine[name] != theirs[name]]

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from latentrt import __version__
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle, disk_errors, record_file, write_manifest
@@ -282,7 +284,7 @@ def _manifest(
         components={name: _component_spec(checkpoint, name, component) for name, component in finished.items()},
         tokenizers=specs,
         schedule=checkpoint.schedule,
-        latents=dataclasses.replace(checkpoint.latents, preview=preview.weights),
+        latents=msgspec.structs.replace(checkpoint.latents, preview=preview.weights),
         default_size=checkpoint.default_size,
         files=dict(sorted(files.items())),
         denoisers=_denoisers(checkpoint),

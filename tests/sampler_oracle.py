@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
@@ -19,7 +19,7 @@ from tests.loop import denoise
 
 SHAPE = (1, 4, 4, 4)
 
-STABLE_DIFFUSION = replace(schedules.STABLE_DIFFUSION, timestep_spacing="leading")
+STABLE_DIFFUSION = msgspec.structs.replace(schedules.STABLE_DIFFUSION, timestep_spacing="leading")
 
 
 def network(latents: Array, timesteps: Array) -> Array:
@@ -30,7 +30,7 @@ def network(latents: Array, timesteps: Array) -> Array:
 
 def scheduler_of(kind: type[SchedulerMixin], schedule: TrainingSchedule, **config: Any) -> Any:
     """Return diffusers' scheduler with the configuration that a checkpoint with this schedule has."""
-    source = asdict(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
+    source = msgspec.to_builtins(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
     for ours in ("scheduler", "sampler", "edm"):
         source.pop(ours)
     if schedule.timestep_spacing is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -148,7 +148,7 @@ def test_bars_are_as_long_as_their_seconds() -> None:
 
 
 def test_curves_need_scores_and_scaling_needs_one_number_that_grows() -> None:
-    plain = dataclasses.replace(variant(4), prompts=None)
+    plain = msgspec.structs.replace(variant(4), prompts=None)
     assert accuracy_curves(report(plain)) is None
     assert accuracy_curves(report(variant(2), variant(4))) is not None
     assert scaling(report(variant(2), variant(4), variant(8))) is not None

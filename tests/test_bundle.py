@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
+import functools
 import json
 from pathlib import Path
 
+import jsonschema
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +29,11 @@ from latentrt.engines.bundle.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
+from latentrt.engines.bundle.parsing import json_schema
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import TensorSpec
+
+ROOT = Path(__file__).parent.parent
 
 
 def write_bundle(root: Path) -> Manifest:
@@ -104,6 +109,40 @@ def test_a_manifest_from_the_future_is_refused_by_its_version_alone(root: Path) 
         Bundle.open(root)
 
 
+@pytest.mark.parametrize(
+    ("where", "value", "path"),
+    [
+        (("components", "unet", "inputs", 0, "dtype"), "f16", "$.components.unet.inputs[0].dtype: "),
+        (("components", "unet", "surprise"), 1, "$.components.unet.surprise: "),
+        (("components", "vae_decoder"), None, "$.components.vae_decoder: "),
+        (("schedule", "sampler"), {"name": "ddim", "order": 4}, "$.schedule.sampler.order: "),
+        (("files", "a\0b"), 1, "$.files.a\\x00b: "),
+        (("latents", "factor"), 8.0, "$.latents.factor: "),
+    ],
+)
+def test_what_is_wrong_deep_in_a_manifest_is_named_by_its_whole_path(
+    root: Path, where: tuple[str | int, ...], value: object, path: str
+) -> None:
+    """msgspec itself says `$.components[...]`, of whichever component."""
+    document = json.loads((root / MANIFEST).read_text())
+    *outer, last = where
+    functools.reduce(lambda part, step: part[step], outer, document)[last] = value
+    with pytest.raises(BundleError) as caught:
+        manifest_from_json(json.dumps(document), where="manifest.json")
+    assert str(caught.value).startswith(f"manifest.json {path}") and str(caught.value).isprintable()
+
+
+def test_the_written_schema_of_the_manifest_is_current(root: Path) -> None:
+    """docs/manifest.schema.json is `json.dumps(json_schema(Manifest), indent=1)`."""
+    schema = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
+    assert schema == json.loads(json.dumps(json_schema(Manifest)))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    document = json.loads((root / MANIFEST).read_text())
+    jsonschema.validate(document, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document | {"surprise": 1}, schema)
+
+
 def test_a_directory_without_a_manifest_and_no_directory_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"holds no manifest\.json"):
         Bundle.open(tmp_path)
@@ -127,12 +166,12 @@ def test_bytes_that_are_no_text_are_refused(root: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("family", "sd9", r"\$\.family: found 'sd9', expected one of sd1, sd2"),
-        ("surprise", 1, r"\$\.surprise: unknown key"),
-        ("default_size", [512], r"\$\.default_size: found \[512\], expected a list of 2"),
-        ("default_size", [512, True], r"\$\.default_size\[1\]: found True, expected a whole number"),
-        ("default_size", [512, -8], "sizes must be positive"),
-        ("precision", 16, r"\$\.precision: found 16, expected one of fp32, fp16"),
+        ("family", "sd9", r"\$\.family: .*sd9.* sd1, sd2, sdxl"),
+        ("surprise", 1, r"\$\.surprise: "),
+        ("default_size", [512], r"\$\.default_size: "),
+        ("default_size", [512, True], r"\$\.default_size\[1\]: .*int"),
+        ("default_size", [512, -8], "default_size"),
+        ("precision", 16, r"\$\.precision: .*str"),
     ],
 )
 def test_a_wrong_entry_is_named_by_its_path(root: Path, key: str, value: object, message: str) -> None:
@@ -154,7 +193,7 @@ def test_a_missing_entry_is_named(root: Path) -> None:
     document = json.loads((root / MANIFEST).read_text())
     del document["latents"]["factor"]
     (root / MANIFEST).write_text(json.dumps(document))
-    with pytest.raises(BundleError, match=r"\$\.latents\.factor: missing"):
+    with pytest.raises(BundleError, match=r"\$\.latents\.factor: "):
         Bundle.open(root)
 
 
@@ -214,7 +253,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     manifest = write_bundle(tmp_path / "bundle")
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(BundleError, match="the disk is full; free some space"):
-        write_manifest(tmp_path / "bundle", dataclasses.replace(manifest, producer="other"))
+        write_manifest(tmp_path / "bundle", msgspec.structs.replace(manifest, producer="other"))
 
 
 def test_an_error_of_the_disk_that_has_no_sentence_of_its_own_says_what_the_system_says() -> None:
@@ -230,5 +269,5 @@ def test_a_killed_write_of_the_manifest_leaves_the_old_one(root: Path, monkeypat
 
     monkeypatch.setattr(bundles, "sync", killed)
     with pytest.raises(KeyboardInterrupt):
-        write_manifest(root, dataclasses.replace(Bundle.open(root).manifest, producer="other"))
+        write_manifest(root, msgspec.structs.replace(Bundle.open(root).manifest, producer="other"))
     assert (root / MANIFEST).read_text() == before

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
@@ -45,7 +46,7 @@ def pretend(bundle: Bundle, key: EngineKey) -> Path:
     directory, record = find_engines(bundle, "cpu")
     target = directory.parent / key.directory
     shutil.copytree(directory, target)
-    write_manifest(target, replace(record, key=key))
+    write_manifest(target, msgspec.structs.replace(record, key=key))
     return target
 
 
@@ -326,7 +327,9 @@ def test_stripped_engines_of_an_older_version_are_refused_not_run_without_weight
     install(monkeypatch, tensorrt="11.4.0.106")
     record = build_engines(copy, "tensorrt", options=SMALL)
     directory, _ = find_engines(copy, "tensorrt")
-    stripped = replace(record, key=replace(record.key, options=(*record.key.options, "strip True")))
+    stripped = msgspec.structs.replace(
+        record, key=msgspec.structs.replace(record.key, options=(*record.key.options, "strip True"))
+    )
     write_manifest(directory.rename(directory.with_name(stripped.key.directory)), stripped)
     with pytest.raises(EngineError, match="hold no weights"):
         open_engines(copy, "tensorrt")

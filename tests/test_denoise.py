@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -86,7 +86,7 @@ def noises(count: int) -> Iterator[Array]:
 @pytest.mark.parametrize("name", sampler_names())
 def test_a_workspace_walks_where_the_plan_says(name: str, scale: float) -> None:
     prediction = SAMPLERS[find(name).sampler].predictions[0]
-    plan = make_plan(name, replace(STABLE_DIFFUSION, prediction_type=prediction), steps=5)  # type: ignore[arg-type]
+    plan = make_plan(name, msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction), steps=5)  # type: ignore[arg-type]
     found = walk(workspace_for(plan, Unet()), plan, plan_guidance(plan, scale, 2), noises(2))
     draws = noises(2)
     follow = loop.guided(prompted, text(1, 2), text(0.5, 0.25), scale)
@@ -163,7 +163,7 @@ def test_a_model_that_predicts_the_picture_is_believed_by_the_last_step() -> Non
             return {"out_sample": picture}
 
     for name in ("euler", "dpmpp_2m", "euler_ancestral", "ddim"):
-        schedule = replace(STABLE_DIFFUSION, prediction_type="sample", set_alpha_to_one=True)
+        schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type="sample", set_alpha_to_one=True)
         plan = make_plan(name, schedule, steps=6)
         last = walk(workspace_for(plan, Sure()), plan, plan_guidance(plan, 1.0, 2), noises(2))[-1]
         np.testing.assert_allclose(last, picture, atol=EXACT, err_msg=name)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -63,7 +63,7 @@ def published(made: Make, name: str, folder: Path) -> tuple[Path, Path]:
 
 def with_schedule(bundle: Path, schedule: TrainingSchedule, target: Path) -> Path:
     shutil.copytree(bundle, target)
-    write_manifest(target, replace(Bundle.open(target).manifest, schedule=schedule))
+    write_manifest(target, msgspec.structs.replace(Bundle.open(target).manifest, schedule=schedule))
     return target
 
 

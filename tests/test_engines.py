@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -163,10 +163,10 @@ def test_a_missing_onnxruntime_is_said_with_the_install_command(monkeypatch: pyt
 def test_a_key_differs_in_its_directory_when_any_field_does() -> None:
     key = EngineKey(backend="cpu", backend_version="1", device="x", precision="fp32", graphs="g")
     others = [
-        dataclasses.replace(key, backend_version="2"),
-        dataclasses.replace(key, graphs="h"),
-        dataclasses.replace(key, profiles=("128x128",)),
-        dataclasses.replace(key, driver_major=580),
+        msgspec.structs.replace(key, backend_version="2"),
+        msgspec.structs.replace(key, graphs="h"),
+        msgspec.structs.replace(key, profiles=("128x128",)),
+        msgspec.structs.replace(key, driver_major=580),
     ]
     assert len({key.directory, *(other.directory for other in others)}) == 5
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import logging
 import shutil
@@ -11,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -206,8 +206,8 @@ def test_gpu_engines_of_the_same_graphs_with_other_latents_have_another_key(
     bare: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, gpu=L4, tensorrt="11.4.0.106")
-    latents = dataclasses.replace(bare.manifest.latents, scaling_factor=bare.manifest.latents.scaling_factor / 2)
-    other = Bundle(root=bare.root, manifest=dataclasses.replace(bare.manifest, latents=latents))
+    latents = msgspec.structs.replace(bare.manifest.latents, scaling_factor=bare.manifest.latents.scaling_factor / 2)
+    other = Bundle(root=bare.root, manifest=msgspec.structs.replace(bare.manifest, latents=latents))
     options = BuildOptions()
     keys = {name: [BACKENDS[name].key(bundle, options) for bundle in (bare, other)] for name in ("cpu", "tensorrt")}  # type: ignore[index]
     assert keys["cpu"][0] == keys["cpu"][1]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -305,8 +306,8 @@ def test_weights_in_files_of_their_own_change_too(
         onnx.save(onnx.load(graph), graph, save_as_external_data=True, location="model.onnx_data", size_threshold=256)
         data = f"{manifest.components[name].graph}_data"
         files |= {path: record_file(root, path) for path in (manifest.components[name].graph, data)}
-        components[name] = dataclasses.replace(components[name], files=(manifest.components[name].graph, data))
-    write_manifest(root, dataclasses.replace(manifest, files=files, components=components))
+        components[name] = msgspec.structs.replace(components[name], files=(manifest.components[name].graph, data))
+    write_manifest(root, msgspec.structs.replace(manifest, files=files, components=components))
     monkeypatch.setattr(onnxruntime, "EXTERNAL_BYTES", 0)
     shutil.rmtree(root / "engines")
     build_engines(Bundle.open(root), "cpu")
@@ -526,7 +527,7 @@ def test_biases_of_which_an_older_export_made_no_note_are_refused(made: Make, tm
         note.write_text(json.dumps({"weights": matrices}))
         manifest = Bundle.open(copy).manifest
         files = {**manifest.files, "weights/unet.json": record_file(copy, "weights/unet.json")}
-        write_manifest(copy, dataclasses.replace(manifest, files=files))
+        write_manifest(copy, msgspec.structs.replace(manifest, files=files))
 
     old = _copy(made("sd1", "")[1], tmp_path / "old", forget)
     lora = save(tmp_path / "a.safetensors", {"lora_unet_conv_in.diff_b": np.ones(16, np.float32)})
@@ -568,8 +569,8 @@ def _copy(bundle: Path, target: Path, change: Callable[[Path], None]) -> Path:
 def _without_records(root: Path) -> None:
     text = (root / "manifest.json").read_text()
     manifest = manifest_from_json(text, where=str(root))
-    plain = {name: dataclasses.replace(part, weights=None) for name, part in manifest.components.items()}
-    write_manifest(root, dataclasses.replace(manifest, components=plain))
+    plain = {name: msgspec.structs.replace(part, weights=None) for name, part in manifest.components.items()}
+    write_manifest(root, msgspec.structs.replace(manifest, components=plain))
 
 
 def test_generate_adds_them_and_tells_what_it_took(made: Make, styles: list[Path], tmp_path: Path) -> None:

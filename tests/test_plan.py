@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ from tests.loop import advance, denoise
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION
 
 CONSISTENT = 2e-3  # float32 coefficients of up to a few hundred, whose sum is one
-CLEAN = replace(STABLE_DIFFUSION, set_alpha_to_one=True)
+CLEAN = msgspec.structs.replace(STABLE_DIFFUSION, set_alpha_to_one=True)
 
 # the samplers whose table holds for the schedule above; the flow's and EDM's models are told something else
 DIFFUSION = [name for name, sampler in SAMPLERS.items() if "sample" in sampler.predictions]
@@ -58,7 +58,7 @@ def final(plan: SamplingPlan, model: Any, noise: Array) -> Array:
 @settings(max_examples=10, derandomize=True, deadline=None)
 @given(steps=steps_of, spacing=spacings)
 def test_last_stage_lands_on_the_picture_that_a_sure_model_predicts(name: str, steps: int, spacing: Spacing) -> None:
-    schedule = replace(CLEAN, prediction_type="sample", timestep_spacing=spacing)
+    schedule = msgspec.structs.replace(CLEAN, prediction_type="sample", timestep_spacing=spacing)
     rng = np.random.default_rng(0)
     picture, noise = rng.standard_normal((2, *SHAPE)).astype(np.float32)
     last = final(plan_of(name, schedule, steps), lambda x, t: picture, noise)
@@ -69,7 +69,7 @@ def test_last_stage_lands_on_the_picture_that_a_sure_model_predicts(name: str, s
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_model_keeps_the_latents_at_every_level_of_the_plan(name: str, prediction: Prediction) -> None:
     """With x = alpha * picture + sigma * noise and a model that knows both, a noiseless plan stays on that line."""
-    schedule = replace(CLEAN, prediction_type=prediction, timestep_spacing="leading", steps_offset=0)
+    schedule = msgspec.structs.replace(CLEAN, prediction_type=prediction, timestep_spacing="leading", steps_offset=0)
     plan = plan_of(name, schedule, 20)
     picture, noise = np.random.default_rng(1).standard_normal((2, *SHAPE))
     state = np.zeros((1, plan.rows, *SHAPE[1:]), dtype=np.float32)
@@ -98,7 +98,7 @@ def test_noise_has_weight_only_where_it_is_drawn(name: str) -> None:
 
 def flow_or(name: str, schedule: TrainingSchedule) -> TrainingSchedule:
     prediction: Any = SAMPLERS[name].predictions[0]
-    return replace(schedule, prediction_type=prediction)
+    return msgspec.structs.replace(schedule, prediction_type=prediction)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -130,7 +130,9 @@ def test_the_demos_preview_is_what_its_vae_decodes_in_small(demo_bundle: Path) -
 
 # --- the runtime's half ---
 
-KNOWN = replace(SPACE, preview=((10.0, 0.0, 0.0), (0.0, 20.0, 0.0), (0.0, 0.0, 30.0), (100.0, 110.0, 120.0)))
+KNOWN = msgspec.structs.replace(
+    SPACE, preview=((10.0, 0.0, 0.0), (0.0, 20.0, 0.0), (0.0, 0.0, 30.0), (100.0, 110.0, 120.0))
+)
 
 
 def test_a_preview_is_a_matrix_of_each_latent() -> None:
@@ -151,7 +153,7 @@ def test_what_is_all_noise_is_grey_and_what_is_clean_is_itself() -> None:
 def test_the_guess_of_noisy_latents_has_the_least_error_of_all_scalings() -> None:
     """Against a search: of pictures of unit variance."""
     picture, noise = (TorchCpuNoise(seed).normal((1, 1, 64, 64)) for seed in (1, 2))
-    grey = replace(SPACE, channels=1, preview=((25.0, 25.0, 25.0), (127.0, 127.0, 127.0)))
+    grey = msgspec.structs.replace(SPACE, channels=1, preview=((25.0, 25.0, 25.0), (127.0, 127.0, 127.0)))
     latents, wanted = 0.8 * picture + 0.6 * noise, preview(picture, grey).astype(float)
     errors = {
         scale: float(((preview(scale * latents, grey).astype(float) - wanted) ** 2).mean())
@@ -200,7 +202,7 @@ def stages(plan: SamplingPlan) -> list[tuple[Array, Array, Array, Array]]:
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_models_picture_is_read_from_two_states(name: str) -> None:
     for prediction in SAMPLERS[name].predictions:
-        schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)
+        schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)
         plan = make_plan(name, schedule, steps=8)
         for k, (before, after, output, noise) in enumerate(stages(plan)):
             level = Level(*map(float, plan.levels[k]))
@@ -212,7 +214,7 @@ def test_the_models_picture_is_read_from_two_states(name: str) -> None:
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_the_last_picture_in_mind_is_the_one_that_is_drawn(prediction: Prediction) -> None:
-    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)
     plan = make_plan("euler", schedule, steps=8)
     before, after, _, _ = stages(plan)[-1]
     found = predicted_latents(before, after, plan, plan.stages - 1, schedule)

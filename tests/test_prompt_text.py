@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -339,7 +339,7 @@ def test_an_engine_with_a_fixed_table_is_given_all_of_it(pair: Pair) -> None:
 
     spec = pair.run.engine.spec
     extra = TensorSpec(name="extra_embeddings", dtype="float32", shape=(4, pair.width))
-    text = TextEncoder(pair.tokenizer, run, replace(spec, inputs=(spec.inputs[0], extra)))
+    text = TextEncoder(pair.tokenizer, run, msgspec.structs.replace(spec, inputs=(spec.inputs[0], extra)))
     text.add(Embedding(name="<cat>", vectors=np.ones((3, pair.width), dtype=np.float32)))
     text.encode([Prompt(text="a <cat>")])
     (table,) = tables

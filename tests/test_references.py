@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -183,7 +184,7 @@ def spoil(bundle: Bundle, change: str) -> None:
         files[file.name] = record_file(directory, file.name)
     else:
         file.write_bytes(file.read_bytes()[:-1] + b"\x00")
-    write_manifest(directory, replace(record, files=files))
+    write_manifest(directory, msgspec.structs.replace(record, files=files))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -103,7 +104,7 @@ def walks_with_diffusers(
     # 61 trailing steps: a float quotient makes diffusers take a 62nd step, at timestep -1, and us not
     assume((steps, timestep_spacing) != (61, "trailing"))
     oracle = ORACLES[name]
-    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction, timestep_spacing=timestep_spacing)
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction, timestep_spacing=timestep_spacing)
     plan = make_plan(name, schedule, steps=steps, spacing=spacing)
     config = {**oracle.config, **({f"use_{spacing}_sigmas": True} if spacing else {})}
     # beta crowds sigmas at both ends: in float32 the reference's differences between neighbours are mostly rounding
@@ -157,7 +158,7 @@ ZERO_SNR = 2e-3  # the first latents have size 4096, whose rounding in float32 i
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "unipc", "lcm", "tcd"])
 def test_zero_terminal_snr_is_diffusers(name: str, spacing: Spacing) -> None:
-    schedule = replace(
+    schedule = msgspec.structs.replace(
         STABLE_DIFFUSION, prediction_type="v_prediction", timestep_spacing=spacing, rescale_betas_zero_snr=True
     )
     theirs = reference(ORACLES[name].scheduler, schedule, 20)
@@ -167,7 +168,7 @@ def test_zero_terminal_snr_is_diffusers(name: str, spacing: Spacing) -> None:
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("name", ["ddim", "euler_karras", "dpmpp_2m_karras", "unipc_karras"])
 def test_every_beta_schedule_is_diffusers(name: str, beta_schedule: Any) -> None:
-    schedule = replace(STABLE_DIFFUSION, beta_schedule=beta_schedule)
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, beta_schedule=beta_schedule)
     base = name.removesuffix("_karras")
     config = {"use_karras_sigmas": True} if name != base else {}
     theirs = reference(ORACLES[base].scheduler, schedule, 12, **config)
@@ -176,6 +177,6 @@ def test_every_beta_schedule_is_diffusers(name: str, beta_schedule: Any) -> None
 
 def test_trained_betas_take_the_place_of_a_schedule() -> None:
     betas = tuple(float(b) for b in np.linspace(0.001, 0.02, 1000, dtype=np.float32))
-    schedule = replace(STABLE_DIFFUSION, trained_betas=betas)
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, trained_betas=betas)
     theirs = reference(diffusers.EulerDiscreteScheduler, schedule, 9)
     assert difference(replay(make_plan("euler", schedule, steps=9)), theirs) < TRAJECTORY

@@ -6,10 +6,10 @@ import importlib
 import math
 import sys
 import types
-from dataclasses import replace
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -30,7 +30,7 @@ from tests.test_samplers import ORACLES, TOLERANCES, TRAJECTORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-FLOW: Any = replace(STABLE_DIFFUSION, prediction_type="flow_prediction")  # type: ignore[arg-type]
+FLOW: Any = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type="flow_prediction")  # type: ignore[arg-type]
 
 
 # --- DPM++ 2S a, which diffusers does not have: the steps of k-diffusion, in the lambda of the paper ---
@@ -106,7 +106,7 @@ def sde_scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [1, 2, 9, 30])
 def test_dpmpp_sde_walks_with_diffusers(sde_scheduler: Any, steps: int, prediction: Any, spacing: str | None) -> None:
-    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)
     solver = scheduler_of(sde_scheduler, schedule, **({f"use_{spacing}_sigmas": True} if spacing else {}))
     solver.set_timesteps(steps)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -176,7 +176,7 @@ def test_the_generator_is_left_where_diffusers_leaves_it(name: str) -> None:
 
 def test_a_sampler_refuses_a_model_that_predicts_something_else() -> None:
     with pytest.raises(RequestError, match=r"flow_euler needs a model that predicts .*; this one predicts sample"):
-        make_plan("flow_euler", replace(STABLE_DIFFUSION, prediction_type="sample"), steps=4)
+        make_plan("flow_euler", msgspec.structs.replace(STABLE_DIFFUSION, prediction_type="sample"), steps=4)
 
 
 # --- parts of a way ---
@@ -226,7 +226,7 @@ def test_two_plans_that_meet_in_the_middle_are_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_starts_and_stops_anywhere(name: str) -> None:
-    schedule = replace(STABLE_DIFFUSION, prediction_type=SAMPLERS[name].predictions[0])  # type: ignore[arg-type]
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=SAMPLERS[name].predictions[0])  # type: ignore[arg-type]
     plan = make_plan(name, schedule, steps=20, strength=0.75, stop=0.9)
     assert len(replay(plan)) == plan.stages + 1
     assert plan.timesteps.max() < make_plan(name, schedule, steps=20).timesteps.max()
@@ -270,7 +270,7 @@ def test_every_second_of_twenty_aligned_steps_is_a_published_one() -> None:
 
 def test_aligned_steps_are_refused_for_other_noise() -> None:
     with pytest.raises(RequestError, match=r"published for noise up to 14\.615"):
-        make_plan("euler_ays", replace(STABLE_DIFFUSION, beta_end=0.02), steps=10)
+        make_plan("euler_ays", msgspec.structs.replace(STABLE_DIFFUSION, beta_end=0.02), steps=10)
 
 
 def test_simple_spacing_takes_training_ratios_from_the_top() -> None:
@@ -329,14 +329,14 @@ def test_every_diffusers_class_of_an_oracle_is_a_name() -> None:
 def test_every_canonical_name_makes_a_plan_of_that_name() -> None:
     for name in sampler_names():
         prediction = SAMPLERS[find(name).sampler].predictions[0]
-        schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
+        schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
         assert make_plan(name, schedule, steps=6).sampler == name
 
 
 def test_a_bundle_that_kept_the_class_alone_draws_with_that() -> None:
-    assert own_sampler(replace(STABLE_DIFFUSION, scheduler="PNDMScheduler")).name == "plms"
+    assert own_sampler(msgspec.structs.replace(STABLE_DIFFUSION, scheduler="PNDMScheduler")).name == "plms"
     with pytest.raises(RequestError):
-        own_sampler(replace(STABLE_DIFFUSION, scheduler="VQDiffusionScheduler"))
+        own_sampler(msgspec.structs.replace(STABLE_DIFFUSION, scheduler="VQDiffusionScheduler"))
 
 
 # --- what is refused ---
@@ -386,13 +386,13 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(name: str, options: dict
 @pytest.mark.parametrize("name", sampler_names())
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_an_impossible_number_of_steps_is_refused(name: str, steps: int) -> None:
-    schedule = replace(STABLE_DIFFUSION, prediction_type=SAMPLERS[find(name).sampler].predictions[0])  # type: ignore[arg-type]
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=SAMPLERS[find(name).sampler].predictions[0])  # type: ignore[arg-type]
     with pytest.raises(RequestError, match=f"found {steps}, expected 1 to 1000"):
         make_plan(name, schedule, steps=steps)
 
 
 def test_a_plan_whose_numbers_are_not_finite_is_refused() -> None:
-    schedule = replace(STABLE_DIFFUSION, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, rescale_betas_zero_snr=True, timestep_spacing="trailing")
     with pytest.raises(RequestError, match="the plan of ddim with 5 steps has a transitions entry that is not finite"):
         make_plan("ddim", schedule, steps=5)
 
@@ -409,7 +409,7 @@ def test_a_request_gives_a_finite_plan_or_a_refusal(
     name: str, steps: int, spacing: str, strength: float, zero_snr: bool
 ) -> None:
     prediction: Any = SAMPLERS[find(name).sampler].predictions[0]
-    schedule = replace(STABLE_DIFFUSION, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
+    schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
     try:
         plan = make_plan(name, schedule, steps=steps, spacing=spacing, strength=strength)
     except RequestError:

@@ -12,11 +12,11 @@ import shutil
 import sys
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -390,7 +390,7 @@ def test_no_sampler_means_the_checkpoints_own_with_all_its_options(
     ).images
     bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
     manifest = Bundle.open(bundle).manifest
-    write_manifest(bundle, replace(manifest, schedule=open_checkpoint(str(checkpoint)).schedule))
+    write_manifest(bundle, msgspec.structs.replace(manifest, schedule=open_checkpoint(str(checkpoint)).schedule))
     with Pipeline.load(bundle, "cpu") as ours:
         found = ours(PROMPT, negative_prompt=NEGATIVE, seed=7, steps=10, guidance=3.0)
         again = ours(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -73,7 +74,7 @@ class Wish:
     @property
     def plan(self) -> SamplingPlan:
         prediction = SAMPLERS[find(self.sampler).sampler].predictions[0]
-        schedule = replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
+        schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
         return make_plan(self.sampler, schedule, steps=self.steps)
 
     def join(self, loop: Loop, workspace: Workspace, slots: slice) -> Walk:

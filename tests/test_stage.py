@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -91,7 +92,7 @@ def plan_of(name: str, schedule: TrainingSchedule) -> SamplingPlan:
     """Make the plan of any sampler, for a model that predicts what the sampler needs."""
     predictions = SAMPLERS[find(name).sampler].predictions
     if str(schedule.prediction_type) not in predictions:
-        schedule = replace(schedule, prediction_type=predictions[0])  # type: ignore[arg-type]
+        schedule = msgspec.structs.replace(schedule, prediction_type=predictions[0])  # type: ignore[arg-type]
     return make_plan(name, schedule, steps=STEPS)
 
 

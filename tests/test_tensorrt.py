@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx
 import pytest
 from click.testing import CliRunner
@@ -191,7 +192,7 @@ def spoil(bundle: Bundle, component: str, *, op: str | None = None, takes: str |
     node.input[0] = takes or node.input[0]
     (bundle.root / name).write_bytes(model.SerializeToString())
     files = {**bundle.manifest.files, name: record_file(bundle.root, name)}
-    write_manifest(bundle.root, replace(bundle.manifest, files=files))
+    write_manifest(bundle.root, msgspec.structs.replace(bundle.manifest, files=files))
     return Bundle.open(bundle.root)
 
 

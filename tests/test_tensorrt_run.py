@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from onnx import TensorProto, helper
@@ -141,51 +142,53 @@ def fewer_profiles(studio: Studio, component: str, profiles: Sequence[Mapping[st
     directory = Path(tempfile.mkdtemp(dir=studio.directory.parent))
     for file in studio.directory.iterdir():
         shutil.copyfile(file, directory / file.name)
-    spec = replace(studio.record.specs[component], profiles=tuple(profiles))
+    spec = msgspec.structs.replace(studio.record.specs[component], profiles=tuple(profiles))
     shapes = [input_shapes(spec, number) for number in range(len(profiles))]
     plan = directory / studio.record.entries[component]
     plan.write_bytes(json.dumps(shapes).encode() + b"\n" + plan.read_bytes().partition(b"\n")[2])
-    record = replace(studio.record, specs=studio.record.specs | {component: spec})
+    record = msgspec.structs.replace(studio.record, specs=studio.record.specs | {component: spec})
     return replace(studio, directory=directory, record=record)
 
 
 def changed(tensors: tuple[TensorSpec, ...], which: str, **fields: Any) -> tuple[TensorSpec, ...]:
-    return tuple(replace(tensor, **fields) if tensor.name == which else tensor for tensor in tensors)
+    return tuple(msgspec.structs.replace(tensor, **fields) if tensor.name == which else tensor for tensor in tensors)
 
 
 MISMATCHES: dict[str, tuple[Callable[[EngineSpec], EngineSpec], str]] = {
     "an input it has not": (
-        lambda spec: replace(spec, inputs=changed(spec.inputs, "known", name="kept")),
+        lambda spec: msgspec.structs.replace(spec, inputs=changed(spec.inputs, "known", name="kept")),
         "it takes .*known.*, expected .*kept.*",
     ),
     "an output it has not": (
-        lambda spec: replace(spec, outputs=changed(spec.outputs, "next_state", name="latents")),
+        lambda spec: msgspec.structs.replace(spec, outputs=changed(spec.outputs, "next_state", name="latents")),
         "it gives next_state, expected latents",
     ),
     "another type": (
-        lambda spec: replace(spec, inputs=changed(spec.inputs, "noise", dtype="float16")),
+        lambda spec: msgspec.structs.replace(spec, inputs=changed(spec.inputs, "noise", dtype="float16")),
         r"noise is float32\[-1, 4, -1, -1\], expected noise: float16",
     ),
     "another number of state rows": (
-        lambda spec: replace(
+        lambda spec: msgspec.structs.replace(
             spec, inputs=changed(spec.inputs, "state", shape=("pictures", 2, 4, "latent_height", "latent_width"))
         ),
         r"state is float32\[-1, 6, 4, -1, -1\], expected state: float32\[pictures, 2, 4",
     ),
     "another rank": (
-        lambda spec: replace(spec, inputs=changed(spec.inputs, "picture_of_row", shape=("rows", 1))),
+        lambda spec: msgspec.structs.replace(spec, inputs=changed(spec.inputs, "picture_of_row", shape=("rows", 1))),
         r"picture_of_row is int64\[-1\], expected picture_of_row: int64\[rows, 1\]",
     ),
     "another number of profiles": (
-        lambda spec: replace(spec, profiles=spec.profiles[:3]),
+        lambda spec: msgspec.structs.replace(spec, profiles=spec.profiles[:3]),
         "it has 8 profiles, expected 3",
     ),
     "other profiles": (
-        lambda spec: replace(spec, profiles=(spec.profiles[1], spec.profiles[0], *spec.profiles[2:])),
+        lambda spec: msgspec.structs.replace(spec, profiles=(spec.profiles[1], spec.profiles[0], *spec.profiles[2:])),
         r"guidance in profile 0 is \[\(1, 1\)\], expected \(1, 2\)",
     ),
     "a profile without an axis": (
-        lambda spec: replace(spec, profiles=({"pictures": 1, "rows": 1, "tokens": 77}, *spec.profiles[1:])),
+        lambda spec: msgspec.structs.replace(
+            spec, profiles=({"pictures": 1, "rows": 1, "tokens": 77}, *spec.profiles[1:])
+        ),
         "a profile gives latent_height, latent_width of state.* no size",
     ),
 }
@@ -197,7 +200,7 @@ def test_an_engine_that_is_not_what_its_record_says_is_not_opened(
 ) -> None:
     change, words = MISMATCHES[name]
     specs = studio.record.specs | {"unet": change(studio.record.specs["unet"])}
-    other = replace(studio, record=replace(studio.record, specs=specs))
+    other = replace(studio, record=msgspec.structs.replace(studio.record, specs=specs))
     with pytest.raises(EngineError, match=rf"{words}.*; run `latentrt build --force` on this bundle"):
         other.open(device)
 
@@ -206,8 +209,8 @@ def test_an_output_that_turns_out_of_another_size_is_refused(studio: Studio, dev
     """The compiler may not know an output's fixed axes before shapes are set."""
     spec = studio.record.specs["vae_encoder"]
     outputs = changed(spec.outputs, "latent_parameters", shape=("batch", 9, "height // 4", "width // 4"))
-    specs = studio.record.specs | {"vae_encoder": replace(spec, outputs=outputs)}
-    other = replace(studio, record=replace(studio.record, specs=specs))
+    specs = studio.record.specs | {"vae_encoder": msgspec.structs.replace(spec, outputs=outputs)}
+    other = replace(studio, record=msgspec.structs.replace(studio.record, specs=specs))
     library = make_library(device, vague_outputs=True)
     words = r"vae_encoder, profile 0 gives .* as \(1, 8, 8, 8\), expected .*, 9, "
     with other.open(device, library=library) as session, pytest.raises(EngineError, match=words):
@@ -444,7 +447,7 @@ def test_where_the_stage_takes_what_several_encoders_give_the_text_is_written(
     )
     spec = spec_of(narrow, "text_encoder", [{"batch": 2}])
     write_plan(directory / "text_encoder.engine", narrow, spec)
-    record = replace(studio.record, specs=studio.record.specs | {"text_encoder": spec})
+    record = msgspec.structs.replace(studio.record, specs=studio.record.specs | {"text_encoder": spec})
     with replace(studio, directory=directory, record=record).open(device) as session:
         workspace, ids = session.workspace(ONE), np.arange(154).reshape(2, 77)
         with pytest.raises(EngineError):
@@ -471,9 +474,11 @@ def test_an_encoder_that_is_compiled_for_more_texts_than_there_are_is_filled_up(
 def test_an_engine_in_another_place_is_refused(
     studio: Studio, device: HostDevice, component: str, stands_for: str, words: str
 ) -> None:
-    specs = studio.record.specs | {stands_for: replace(studio.record.specs[component], component=stands_for)}
+    specs = studio.record.specs | {
+        stands_for: msgspec.structs.replace(studio.record.specs[component], component=stands_for)
+    }
     entries = studio.record.entries | {stands_for: studio.record.entries[component]}
-    other = replace(studio, record=replace(studio.record, specs=specs, entries=entries))
+    other = replace(studio, record=msgspec.structs.replace(studio.record, specs=specs, entries=entries))
     with other.open(device) as session, pytest.raises(EngineError, match=words):
         session.workspace(ONE)
 

@@ -1,19 +1,19 @@
-"""The manifest: everything the runtime must know about a bundle, as frozen dataclasses, and their JSON."""
+"""The manifest: everything the runtime must know about a bundle, and its JSON."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import msgspec
+
 from latentrt.engines.bundle.consistency import faults
-from latentrt.engines.bundle.parsing import ParseError, decode, parse
+from latentrt.engines.bundle.parsing import ParseError, brief, decode, parse
 from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.errors import BundleError
-from latentrt.engines.spec import EngineKey, EngineSpec, Precision, TensorSpec
+from latentrt.engines.spec import Document, EngineKey, EngineSpec, Precision, TensorSpec
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -43,16 +43,14 @@ SIZES: Mapping[int, tuple[SizeName, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
+class FileRecord(Document, frozen=True, kw_only=True):
     """One file of the bundle, by its path relative to the bundle."""
 
     bytes: int
     sha256: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComponentSpec:
+class ComponentSpec(Document, frozen=True, kw_only=True):
     """One network: what it is, its canonical graph, its golden pair, and what it takes and gives.
 
     role: what it is for; several components may have the same one
@@ -96,8 +94,7 @@ class ComponentSpec:
         return f"{len(self.float32_layers)} layers compute in fp32{reach}: {', '.join(shown)}{rest}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerSpec:
+class TokenizerSpec(Document, frozen=True, kw_only=True):
     """One text encoder's tokenizer. `max_length` counts the begin and end tokens."""
 
     file: str
@@ -107,8 +104,7 @@ class TokenizerSpec:
     pad_id: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextSpec:
+class TextSpec(Document, frozen=True, kw_only=True):
     """How one text encoder is read, and how what it gives joins what the encoders before it gave.
 
     skip: how many of its last layers are left out unless a request says otherwise
@@ -125,8 +121,7 @@ class TextSpec:
     join: Join = "width"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiserSpec:
+class DenoiserSpec(Document, frozen=True, kw_only=True):
     """What one denoiser is told besides latents and timestep.
 
     text_encoders: in the order in which they join
@@ -139,8 +134,7 @@ class DenoiserSpec:
     sizes: tuple[SizeName, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EdmRange:
+class EdmRange(Document, frozen=True, kw_only=True):
     """The noise of a model with EDM's preconditioning (arXiv:2206.00364, Table 1), which has no training timesteps.
 
     sigma_min, sigma_max: the ratios of noise to picture that it was trained between
@@ -152,8 +146,7 @@ class EdmRange:
     sigma_data: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OwnSampler:
+class OwnSampler(Document, frozen=True, kw_only=True):
     """A checkpoint's own scheduler: one of the runtime's samplers, and what its config sets; None is the sampler's own.
 
     name, spacing: as in `latentrt.runtime.sampling`
@@ -195,12 +188,11 @@ class OwnSampler:
     @property
     def options(self) -> dict[str, object]:
         """Return what the config sets beside the sampler and its spacing, by the names of the fields."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values = msgspec.structs.asdict(self)
         return {name: value for name, value in values.items() if value is not None and name not in ("name", "spacing")}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingSchedule:
+class TrainingSchedule(Document, frozen=True, kw_only=True):
     """The noise the checkpoint was trained with, and its own scheduler, in diffusers' terms.
 
     timestep_spacing: None where the checkpoint's config leaves it to each scheduler, as Stable Diffusion 1.x does
@@ -235,8 +227,7 @@ class TrainingSchedule:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentSpec:
+class LatentSpec(Document, frozen=True, kw_only=True):
     """The latent space: (channels, height / factor, width / factor), multiplied by `scaling_factor`.
 
     preview: what each channel adds to red, green and blue (0 to 255), and last what is there without any
@@ -248,8 +239,7 @@ class LatentSpec:
     preview: tuple[tuple[float, ...], ...] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance:
+class Provenance(Document, frozen=True, kw_only=True):
     """Where the weights came from.
 
     checkpoint: as it was named
@@ -261,12 +251,11 @@ class Provenance:
     checkpoint: str
     files: Mapping[str, str]
     tools: Mapping[str, str]
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = msgspec.field(default_factory=dict)
     export_key: str = ""  # SHA-256 over all that the export depends on
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Manifest(Document, frozen=True, kw_only=True):
     """A bundle's table of contents.
 
     default_size: (width, height) in pixels
@@ -320,13 +309,12 @@ class Manifest:
             for path in component.files
         ]
         if latents:
-            space = dataclasses.asdict(dataclasses.replace(self.latents, preview=None))
+            space = msgspec.structs.asdict(msgspec.structs.replace(self.latents, preview=None))
             lines += [f"latents {name} {value}" for name, value in space.items() if value is not None]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRecord:
+class EngineRecord(Document, frozen=True, kw_only=True):
     """What lies in one directory of `engines/`: its key, and a spec and a main file for each component.
 
     The record stands beside the engines, not in the manifest, so that machines sharing one bundle can add
@@ -343,14 +331,14 @@ class EngineRecord:
 
 def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
     """Write a manifest or an engine record as indented JSON."""
-    return json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=False, allow_nan=False) + "\n"
+    return json.dumps(msgspec.to_builtins(manifest), indent=1, allow_nan=False) + "\n"
 
 
 def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
     """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
     manifest = _decode(Manifest, content, where=where, mend="export the checkpoint again")
     for fault in faults(manifest):
-        raise BundleError(f"{where} {fault}")
+        raise BundleError(f"{where} {brief(fault)}")
     return manifest
 
 
@@ -360,8 +348,8 @@ def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord
     for component, entry in record.entries.items():
         if entry not in record.files or component not in record.specs:
             raise BundleError(
-                f"{where} $.entries.{component}: '{entry}' is not among $.files, or the component is not among "
-                "$.specs; delete its directory and run `latentrt build`"
+                f"{where} $.entries.{brief(component)}: '{brief(entry)}' is not among $.files, or the component is not "
+                "among $.specs; delete its directory and run `latentrt build`"
             )
     return record
 

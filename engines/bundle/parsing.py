@@ -1,123 +1,116 @@
-"""JSON into frozen dataclasses, strictly: an unknown key, a missing key or a wrong type is an error with its path."""
+"""JSON documents, strictly: what msgspec does not refuse, and the path of what it does."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import reprlib
-import types
-import typing
-from collections.abc import Mapping
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar
+
+import msgspec
 
 T = TypeVar("T")
 
-_BRIEF = reprlib.Repr()
-_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 61
+# A step of a path: into a field, into an item, into the value of some key.
+STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]|\[\.\.\.\]")
+FIELD = re.compile(r"Object (?:contains )?(?P<fault>unknown field|missing required field) `(?P<name>.*)`", re.DOTALL)
+CHOICE = "Invalid enum value "
+LONGEST = 400
 
 
 class ParseError(ValueError):
     """What was found at a path of the document, and what was expected there."""
 
 
-def parse(kind: type[T], value: object, where: str = "$") -> T:
-    """Turn decoded JSON into an instance of a frozen dataclass.
+def parse(kind: type[T], document: Any) -> T:
+    """Turn decoded JSON into a `Document` or a dataclass. One that is refused is spent: it keeps what was at fault.
 
-    Supports nested dataclasses, `tuple[X, ...]`, `tuple[X, Y]`, `Mapping[str, X]`, `Literal`, unions and scalars.
     Raises ParseError, which names the path, what was found and what was expected.
     """
-    return typing.cast(T, _parse(kind, value, where))
+    try:
+        return msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
+        raise ParseError(brief(_tell(kind, document, *_fault(error)))) from None
 
 
-def _parse(kind: Any, value: object, where: str) -> object:
-    origin = get_origin(kind)
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, value, where)
-    if origin is Literal:
-        return _literal(get_args(kind), value, where)
-    if origin in (Union, types.UnionType):
-        return _union(get_args(kind), value, where)
-    if origin is tuple:
-        return _tuple(get_args(kind), value, where)
-    if origin is Mapping:
-        return _mapping(get_args(kind)[1], value, where)
-    return _scalar(kind, value, where)
+def brief(text: str) -> str:
+    """Return a sentence that says what a document holds: printable, and without its middle where it is long."""
+    plain = text if text.isprintable() else repr(text)[1:-1]
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST // 2]}…{plain[-LONGEST // 2 :]}"
 
 
-def _dataclass(kind: Any, value: object, where: str) -> object:
-    if not isinstance(value, dict):
-        raise _unexpected(value, "an object", where)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for name in value:
-        if name not in fields:
-            raise ParseError(f"{where}.{name}: unknown key, expected one of {', '.join(fields)}")
-    hints = typing.get_type_hints(kind)
-    parsed = {}
-    for name, field in fields.items():
-        if name in value:
-            parsed[name] = _parse(hints[name], value[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ParseError(f"{where}.{name}: missing")
-    return kind(**parsed)
+def _tell(kind: type[Any], document: Any, sentence: str, path: str) -> str:
+    """Return a fault with its whole path, and with what was expected."""
+    spelled = _spell(kind, document, path)
+    if field := FIELD.fullmatch(sentence):
+        return f"{spelled}.{field['name']}: {field['fault']}"
+    if sentence.startswith(CHOICE):
+        schema = msgspec.json.schema(kind)
+        choices = _choices(schema, schema["$defs"], list(STEP.finditer(path)))
+        return f"{spelled}: found {sentence.removeprefix(CHOICE)}, expected one of {', '.join(map(str, choices))}"
+    return f"{spelled}: {sentence[0].lower()}{sentence[1:]}"
 
 
-def _literal(choices: tuple[object, ...], value: object, where: str) -> object:
-    if value not in choices or type(value) not in {type(choice) for choice in choices}:
-        raise _unexpected(value, "one of " + ", ".join(map(str, choices)), where)
-    return value
+def _choices(part: dict[str, Any], parts: dict[str, Any], steps: list[re.Match[str]]) -> list[object]:
+    """Return what a part of a schema allows at the end of some steps into it."""
+    if "$ref" in part:
+        return _choices(parts[part["$ref"].rpartition("/")[2]], parts, steps)
+    if "anyOf" in part:
+        return [choice for one in part["anyOf"] if one != {"type": "null"} for choice in _choices(one, parts, steps)]
+    if not steps:
+        choices: list[object] = part.get("enum", [])
+        return choices
+    step, *rest = steps
+    within = part["properties"] if step["name"] else part
+    inner = within[step["name"] or ("items" if step["index"] else "additionalProperties")]
+    return _choices(inner, parts, rest)
 
 
-def _union(kinds: tuple[Any, ...], value: object, where: str) -> object:
-    if value is None and types.NoneType in kinds:
-        return None
-    errors = []
-    for kind in kinds:
-        if kind is types.NoneType:
-            continue
+def _fault(error: msgspec.ValidationError) -> tuple[str, str]:
+    """Return msgspec's sentence, and the path that ends it where it is not the whole document's."""
+    sentence, at, path = str(error).rpartition(" - at `$")
+    return (sentence, path.removesuffix("`")) if at else (path, "")
+
+
+def _spell(kind: type[Any], document: Any, path: str) -> str:
+    """Return a path with its keys: msgspec says `$.components[...].role` of whichever component.
+
+    Each mapping is left with one key after the other, until what is left is refused at that path too.
+    """
+    spelled, here = "$", document
+    for step in STEP.finditer(path):
+        if step["name"]:
+            spelled, here = f"{spelled}.{step['name']}", here[step["name"]]
+        elif step["index"]:
+            spelled, here = f"{spelled}[{step['index']}]", here[int(step["index"])]
+        else:
+            key = _key_at_fault(kind, document, path, here)
+            spelled, here = f"{spelled}.{key}", here[key]
+    return spelled
+
+
+def _key_at_fault(kind: type[Any], document: Any, path: str, mapping: dict[str, Any]) -> str:
+    whole = dict(mapping)
+    for key, value in whole.items():
+        mapping.clear()
+        mapping[key] = value
         try:
-            return _parse(kind, value, where)
-        except ParseError as error:
-            errors.append(error)
-    raise (errors[0] if len(errors) == 1 else _unexpected(value, " or ".join(_name(kind) for kind in kinds), where))
+            msgspec.convert(document, kind)
+        except msgspec.ValidationError as error:
+            if _fault(error)[1] == path:
+                return key
+    raise AssertionError(path)
 
 
-def _tuple(kinds: tuple[Any, ...], value: object, where: str) -> object:
-    if not isinstance(value, list):
-        raise _unexpected(value, "a list", where)
-    if kinds[-1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        raise _unexpected(value, f"a list of {len(kinds)}", where)
-    return tuple(_parse(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+def json_schema(kind: type[Any]) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a `Document` and of all that it holds; docstrings are the descriptions."""
+    import inspect
 
-
-def _mapping(kind: Any, value: object, where: str) -> object:
-    if not isinstance(value, dict):
-        raise _unexpected(value, "an object", where)
-    return {str(name): _parse(kind, item, f"{where}.{name}") for name, item in value.items()}
-
-
-def _scalar(kind: Any, value: object, where: str) -> object:
-    if kind is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise _unexpected(value, "a number that a float can hold", where) from None
-    if type(value) is not kind:  # exact: True is not an int here
-        raise _unexpected(value, _name(kind), where)
-    return value
-
-
-def _name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(kind, "nothing" if kind is types.NoneType else str(getattr(kind, "__name__", kind)))
-
-
-def _unexpected(value: object, expected: str, where: str) -> ParseError:
-    found = _BRIEF.repr(value)  # to a few levels: a document may be nested as deeply as Python recurses
-    return ParseError(f"{where}: found {found if len(found) <= 60 else found[:57] + '…'}, expected {expected}")
+    schema = msgspec.json.schema(kind)
+    for part in schema["$defs"].values():
+        part["description"] = inspect.cleandoc(part["description"])
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
 LARGEST_NUMBER = 2**63  # of sizes, offsets and ids

@@ -6,20 +6,19 @@ build notes in which of its files each of them came to lie, and in which order o
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.files import inside
 from latentrt.engines.bundle.parsing import ParseError, parse, read_document
 from latentrt.engines.errors import BundleError
-from latentrt.engines.spec import Array
+from latentrt.engines.spec import Array, Document
 
 AS_NAMED, TRANSPOSED = "as named", "transposed"
 # Convolutions that ONNX Runtime has laid out for vectors of so many channels, in the notation of oneDNN:
@@ -43,8 +42,7 @@ LAYOUTS = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphWeight:
+class GraphWeight(Document, frozen=True, kw_only=True):
     """Which initializer of a canonical graph holds a weight.
 
     shape: the weight's own, in the checkpoint
@@ -56,8 +54,7 @@ class GraphWeight:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltWeight:
+class BuiltWeight(Document, frozen=True, kw_only=True):
     """Where a weight lies in what was built.
 
     initializer: its name there; shape and layout: as in `GraphWeight`
@@ -81,22 +78,20 @@ class BuiltWeight:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphWeights:
+class GraphWeights(Document, frozen=True, kw_only=True):
     """The record that an export writes, by the checkpoint's names of weights."""
 
     weights: Mapping[str, GraphWeight]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuiltWeights:
+class BuiltWeights(Document, frozen=True, kw_only=True):
     """The record that a build writes, by the checkpoint's names of weights.
 
     others: further initializers, by their own names, which a compiler may ask for together with a weight
     """
 
     weights: Mapping[str, BuiltWeight]
-    others: Mapping[str, BuiltWeight] = field(default_factory=dict)
+    others: Mapping[str, BuiltWeight] = msgspec.field(default_factory=dict)
 
 
 Record = TypeVar("Record", GraphWeights, BuiltWeights)
@@ -115,7 +110,7 @@ def built_record(component: str) -> str:
 def write_weights(path: Path, record: GraphWeights | BuiltWeights) -> None:
     """Write a record."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dataclasses.asdict(record)) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(msgspec.to_builtins(record)) + "\n", encoding="utf-8")
 
 
 def read_weights(path: Path, kind: type[Record]) -> Record:

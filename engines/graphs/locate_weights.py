@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.weight_map import (
@@ -169,4 +170,4 @@ def _in_folder(
     if stored is None or stored.file is None:
         return None
     built = _built_weight(shape, name, layout, stored)
-    return replace(built, file=f"{folder}/{built.file}")
+    return msgspec.structs.replace(built, file=f"{folder}/{built.file}")

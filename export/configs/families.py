@@ -6,8 +6,10 @@ Names of models are what is printed; only what `engines.manifest.Family` lists c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from latentrt.engines.bundle.manifest import Family, Prediction, TextSpec
 from latentrt.engines.bundle.safetensors_header import TensorFile
@@ -51,7 +53,7 @@ class FamilyRow:
 
 # SDXL's denoisers read the layer before the last, whose states have had no norm.
 _CLIP = TextSpec(component="text_encoder", tokenizer="tokenizer")
-_FIRST = replace(_CLIP, skip=1)
+_FIRST = msgspec.structs.replace(_CLIP, skip=1)
 _SECOND = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
 _OLD: dict[str, Any] = {
     "text_encoders": (_CLIP,),

@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from latentrt.engines.bundle.files import atomic_write, disk_errors, record_file
 from latentrt.engines.bundle.manifest import FileRecord
 from latentrt.engines.bundle.parsing import ParseError, parse, read_document
@@ -334,7 +336,7 @@ def peak_rss_bytes() -> int:
 def _write_marker(root: Path, name: str, finished: Finished) -> None:
     marker = root / MARKERS / f"{name}.json"
     with atomic_write(marker) as beside:
-        beside.write_text(json.dumps(dataclasses.asdict(finished)), encoding="utf-8")
+        beside.write_text(json.dumps(msgspec.to_builtins(finished)), encoding="utf-8")
 
 
 def _parse_marker(marker: Path) -> Finished:

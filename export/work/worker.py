@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import msgspec
+
 from latentrt.engines.bundle.parsing import parse
 from latentrt.engines.errors import BundleError, CheckpointError, LatentrtError
 from latentrt.export.work.jobs import Finished, Job, run_job
@@ -78,7 +80,7 @@ class Worker:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._number += 1
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps([self._number, dataclasses.asdict(job)]) + "\n")
+            self._process.stdin.write(json.dumps([self._number, msgspec.to_builtins(job)]) + "\n")
             self._process.stdin.flush()
             for line in self._process.stdout:
                 number, answer = json.loads(line)
@@ -191,7 +193,8 @@ def _processor_s(process: int) -> float | None:
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
     try:
-        return dataclasses.asdict(run_job(parse(Job, job)))
+        answer: dict[str, Any] = msgspec.to_builtins(run_job(parse(Job, job)))
+        return answer
     except LatentrtError as error:
         return {"kind": type(error).__name__, "message": str(error)}
     except Exception as error:

@@ -10,12 +10,12 @@ from typing import Any
 
 import click
 
+from latentrt.engines.bundle.parsing import json_schema
 from latentrt.engines.cli_types import Many, Size
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
 from latentrt.runtime.bench.measure import PROMPT, Asked, run_bench
-from latentrt.runtime.bench.report.schema import json_schema
 from latentrt.runtime.bench.report.text import comparison_text, markdown, report_text
 from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+import msgspec
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.progress import Report as Progress
@@ -46,7 +47,7 @@ def cold_starts(
 
 def start_once(bundle: str, settings: Settings, prompt: str) -> tuple[dict[str, float], tuple[int, int]]:
     """Start one process. Returns its seconds by part, and its resident bytes after loading and at the end."""
-    asked = json.dumps({"bundle": bundle, "prompt": prompt, **dataclasses.asdict(settings)})
+    asked = json.dumps({"bundle": bundle, "prompt": prompt, **msgspec.structs.asdict(settings)})
     start = time.monotonic()
     command = [sys.executable, "-m", "latentrt.runtime.bench.cold_child", asked]
     child = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.spec import Document
 
 PACKAGES = (
     "latentrt",
@@ -30,8 +32,7 @@ PACKAGES = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuFacts:
+class GpuFacts(Document, frozen=True, kw_only=True):
     """The GPU that figures were measured on, as its driver names it."""
 
     name: str
@@ -40,8 +41,7 @@ class GpuFacts:
     driver_major: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
+class Machine(Document, frozen=True, kw_only=True):
     """Where figures were measured.
 
     processor: its name, and its widest vector instructions
@@ -58,8 +58,7 @@ class Machine:
     versions: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Conditions:
+class Conditions(Document, frozen=True, kw_only=True):
     """How quiet the machine was: figures taken beside other work are worth less, and this tells.
 
     load_before: runnable processes in the minute before the start
@@ -93,9 +92,10 @@ def describe_machine() -> Machine:
     )
 
 
-def describe() -> dict[str, object]:
+def describe() -> dict[str, Any]:
     """Return `describe_machine()` as plain data."""
-    return dataclasses.asdict(describe_machine())
+    plain: dict[str, Any] = msgspec.to_builtins(describe_machine())
+    return plain
 
 
 def processor() -> str:
@@ -118,7 +118,7 @@ def differences(before: Machine, after: Machine) -> list[str]:
 
 
 def _flat(machine: Machine) -> dict[str, object]:
-    plain = dataclasses.asdict(machine)
+    plain: dict[str, Any] = msgspec.to_builtins(machine)
     gpu, versions = plain.pop("gpu"), plain.pop("versions")
     named = {f"gpu {name}": value for name, value in (gpu or {}).items()}
     return {**plain, **named, **versions}

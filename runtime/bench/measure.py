@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.open import choose, find_engines
@@ -308,7 +309,7 @@ def _scores(
             scores[candidate.name] = None  # the judge knows the demo's own size only
             continue
         progress("held-out prompts", done, len(candidates))
-        same = dataclasses.replace(candidate.settings, batch=1, threads=None)
+        same = msgspec.structs.replace(candidate.settings, batch=1, threads=None)
         if same not in known:
             known[same] = score_prompts(candidate.pipe, candidate.settings, prompts, asked.accuracy)
         scores[candidate.name] = known[same]

@@ -1,20 +1,21 @@
-"""The result of a benchmark: frozen dataclasses, their JSON, and nothing else. `latentrt bench --schema` prints it.
+"""The result of a benchmark: its documents, their JSON, and nothing else. `latentrt bench --schema` prints it.
 
 Seconds, bytes and joules everywhere; shares lie between 0 and 1.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.engines.bundle.parsing import ParseError, parse
 from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Document
 from latentrt.runtime.bench.machine import Conditions, Machine
 from latentrt.runtime.bench.rounds import Warmup
 from latentrt.runtime.bench.samples import Summary
@@ -22,16 +23,14 @@ from latentrt.runtime.bench.samples import Summary
 SCHEMA_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(Document, frozen=True, kw_only=True):
     """A figure that was measured once in each round: the summary, and every measurement in the order of rounds."""
 
     summary: Summary
     samples: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(Document, frozen=True, kw_only=True):
     """What one variant draws. Two results are compared where these are equal."""
 
     backend: str
@@ -44,8 +43,7 @@ class Settings:
     guidance: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptScore:
+class PromptScore(Document, frozen=True, kw_only=True):
     """How many of the demo's held-out prompts were drawn right: shape, colour and background.
 
     low, high: 95 % confidence interval of the share
@@ -58,8 +56,7 @@ class PromptScore:
     high: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
+class Variant(Document, frozen=True, kw_only=True):
     """One way to draw, measured.
 
     backend, reason: what ran, and why it was chosen
@@ -91,8 +88,7 @@ class Variant:
     prompts: PromptScore | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ColdStart:
+class ColdStart(Document, frozen=True, kw_only=True):
     """A fresh process that draws one picture and another, with the files in the system's cache.
 
     seconds: interpreter until Python runs our first line; import; load until the engines are ready; first, the first
@@ -107,8 +103,7 @@ class ColdStart:
     peak_rss_bytes: Measured
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComponentError:
+class ComponentError(Document, frozen=True, kw_only=True):
     """The largest difference of a component's outputs from those recorded in fp32, over their largest magnitude."""
 
     backend: str
@@ -117,8 +112,7 @@ class ComponentError:
     limit: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BundleFacts:
+class BundleFacts(Document, frozen=True, kw_only=True):
     """What was measured. graphs is the SHA-256 over the canonical graphs and weights."""
 
     name: str
@@ -129,8 +123,7 @@ class BundleFacts:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
+class Method(Document, frozen=True, kw_only=True):
     """How it was measured. rounds is what was reached, of rounds_asked; the seed orders the candidates.
 
     prompt: of every picture, each time with another number behind it, so that its text is encoded anew; the empty
@@ -145,8 +138,7 @@ class Method:
     prompt: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Report(Document, frozen=True, kw_only=True):
     """One run of `latentrt bench`."""
 
     kind: Literal["latentrt bench"]
@@ -164,7 +156,7 @@ class Report:
 
 def to_json(report: Report) -> str:
     """Write a report as JSON."""
-    return json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n"
+    return json.dumps(msgspec.to_builtins(report), indent=1, allow_nan=False) + "\n"
 
 
 def write_report(report: Report, path: Path) -> None:

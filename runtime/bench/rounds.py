@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+
+from latentrt.engines.spec import Document
 
 CALM = 3  # draws in a row that bring nothing new
 FASTER = 0.05
@@ -21,8 +22,7 @@ RULE = (
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Warmup:
+class Warmup(Document, frozen=True, kw_only=True):
     """What came before the first measured round. `steady` is false where a limit ended it, not the rule.
 
     seconds: of each draw, in order

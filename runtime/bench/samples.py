@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from latentrt.engines.spec import Document
+
 CONFIDENCE = 0.95
 FAR = 3.0  # an outlier lies more than this many quartile ranges beyond the quartiles (Tukey's "far out")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class Summary(Document, frozen=True, kw_only=True):
     """What a list of measurements says, in their own unit.
 
     p90, p95, p99: interpolated between neighbours; with few measurements p99 is nearly the largest

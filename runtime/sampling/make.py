@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import OwnSampler, Spacing, TrainingSchedule
@@ -77,12 +77,12 @@ def _walking(chosen: OwnSampler) -> dict[str, object]:
 def _scheduled(schedule: TrainingSchedule, chosen: OwnSampler, spacing: str | None) -> TrainingSchedule:
     """Return the training schedule as a sampler sees it."""
     if chosen.rescale_betas_zero_snr is not None:
-        schedule = dataclasses.replace(schedule, rescale_betas_zero_snr=chosen.rescale_betas_zero_snr)
+        schedule = msgspec.structs.replace(schedule, rescale_betas_zero_snr=chosen.rescale_betas_zero_snr)
     if spacing not in TIMESTEP_SPACINGS:
         return schedule
     if schedule.edm is not None:
         raise RequestError(f"spacing: '{spacing}' spaces training timesteps, and this checkpoint has none; use karras")
-    return dataclasses.replace(schedule, timestep_spacing=spacing)
+    return msgspec.structs.replace(schedule, timestep_spacing=spacing)
 
 
 def _name(chosen: OwnSampler, spacing: str | None) -> Name:
