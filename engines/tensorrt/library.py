@@ -35,7 +35,7 @@ RUNTIMES: dict[Flavor, tuple[tuple[str, str | None], ...]] = {  # (module, optio
 }
 OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
-RECIPE = 6
+RECIPE = 7
 
 
 def require(flavor: Flavor) -> ModuleType:
