@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentrt.engines.bundle.safetensors_header import WIDTHS, StoredTensor, TensorFile
+from latentrt.engines.bundle.safetensors_header import StoredTensor, TensorFile, bits
 from latentrt.engines.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def read_pickle_header(path: Path) -> TensorFile:
 def _stored(dtype: str, shape: list[int]) -> StoredTensor:
     """Describe a tensor whose place in the file is not known: only its size is."""
     name = DTYPES.get(dtype, dtype)
-    return StoredTensor(dtype=name, shape=tuple(shape), start=0, end=math.prod(shape) * WIDTHS.get(name, 4))
+    return StoredTensor(dtype=name, shape=tuple(shape), start=0, end=math.prod(shape) * bits(name) // 8)
 
 
 def load_pickle(path: Path) -> dict[str, Tensor]:
