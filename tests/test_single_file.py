@@ -353,7 +353,7 @@ def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
     named = {
         "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": (4, 4)}, "recognised as Flux"),
         "lora": ({"x.lora_down.weight": (4, 4)}, "recognised as LoRA, which is not a whole checkpoint"),
-        "what": ({"x.y": (4, 4, 4)}, "no checkpoint that is known here"),
+        "what": ({"x.y": (4, 4, 4)}, "a checkpoint that is known here"),
         "less": (published({"cross_attention_dim": 768}, {}), "holds no text_encoder"),
         "half": (published(XL, SECOND), "(Stable Diffusion XL) holds no text_encoder;"),
         "xl": ({"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "pass --config DIRECTORY"),
