@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -642,7 +643,7 @@ def test_engines_of_another_machine_are_told_apart_by_what_differs(sd1_bundle: P
     shutil.copytree(sd1_bundle, bundle)
     (engines,) = (bundle / "engines").iterdir()
     record = read_engine_record(engines)
-    key = replace(record.key, device="another processor")
+    key = msgspec.structs.replace(record.key, device="another processor")
     write_manifest(engines, replace(record, key=key))
     engines.rename(engines.with_name(key.directory))
     with pytest.raises(errors.WrongMachineError) as caught:
