@@ -644,7 +644,7 @@ def test_engines_of_another_machine_are_told_apart_by_what_differs(sd1_bundle: P
     (engines,) = (bundle / "engines").iterdir()
     record = read_engine_record(engines)
     key = msgspec.structs.replace(record.key, device="another processor")
-    write_manifest(engines, replace(record, key=key))
+    write_manifest(engines, msgspec.structs.replace(record, key=key))
     engines.rename(engines.with_name(key.directory))
     with pytest.raises(errors.WrongMachineError) as caught:
         Pipeline.load(bundle, "cpu")
