@@ -232,7 +232,7 @@ def spoil(url: str, record: EngineRecord, change: str) -> None:
         ("absolute", "leads outside the bundle"),
         ("no hash", "'../../../etc/passwd' is no SHA-256"),
         ("another key", r"was built for something else than its name says \(device: .* here, another machine there\)"),
-        ("unknown field", r"\$.run: unknown key"),
+        ("unknown field", r"\$.run: unknown"),
         ("half a record", "is not JSON"),
     ],
 )

@@ -22,7 +22,7 @@ from latentrt.engines.bundle.manifest import (
     manifest_from_json,
     manifest_to_json,
 )
-from latentrt.engines.bundle.parsing import ParseError, read_content
+from latentrt.engines.bundle.parsing import ParseError, brief, read_content
 from latentrt.engines.errors import BundleError
 
 Check = Literal["hash", "size"]
@@ -145,17 +145,18 @@ def _blobs(home: Path) -> Path | None:
 def check_file(root: Path, relative: str, record: FileRecord, *, check: Check) -> Path:
     """Return the file's path if it is there and is what was recorded. Raises BundleError."""
     path = inside(root, relative)
+    shown = brief(str(path))  # a record may say anything
     if not os.path.isfile(path):  # noqa: PTH113 - is False too for a name that is too long, where pathlib's raises
-        raise BundleError(f"{path} is missing; copy the bundle again or export the checkpoint again")
+        raise BundleError(f"{shown} is missing; copy the bundle again or export the checkpoint again")
     size = path.stat().st_size
     if size != record.bytes:
         raise BundleError(
-            f"{path} holds {size} bytes where its record says {record.bytes}: it is truncated or altered; "
+            f"{shown} holds {size} bytes where its record says {record.bytes}: it is truncated or altered; "
             "copy the bundle again or export the checkpoint again"
         )
     if check == "hash" and hash_file(path) != record.sha256:
         raise BundleError(
-            f"{path} was altered: its SHA-256 is not the recorded one; "
+            f"{shown} was altered: its SHA-256 is not the recorded one; "
             "copy the bundle again or export the checkpoint again"
         )
     return path

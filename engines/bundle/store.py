@@ -128,6 +128,6 @@ class Store:
         except Exception as error:  # each driver has classes of its own, straight from Exception
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise EngineError(
-                f"--store: {self.url} cannot be used ({type(error).__name__}: {first}); name another URL, or leave "
-                "--store away"
+                f"--store: {self.url} cannot be used ({type(error).__name__}: {first}); name another URL, or omit "
+                "--store"
             ) from error
