@@ -270,7 +270,7 @@ def test_the_command_builds_for_a_fleet(library: Any, copy: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("--size 32", "expected sizes between commas, as in 512x512"), ("--batch two", "expected numbers between commas")],
+    [("--size 32,x", "as in 512x512,768x512"), ("--batch two", "as in 1,2,4")],
 )
 def test_the_command_says_how_shapes_are_written(copy: Bundle, words: str, expected: str) -> None:
     result = CliRunner().invoke(build_command, [str(copy.root), *words.split()])
