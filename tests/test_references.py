@@ -244,7 +244,7 @@ def test_what_the_stage_takes_besides_has_no_effect(sd1_bundle: Path) -> None:
     """An inpainting UNet takes more channels than it gives; what this module does not know is zeros."""
     further = (
         TensorSpec(name="condition", dtype="float32", shape=("pictures", 5, "latent_height", "latent_width")),
-        TensorSpec(name="hint", dtype="float32", shape=("pictures", 7)),
+        TensorSpec(name="pose", dtype="float32", shape=("pictures", 7)),
         TensorSpec(name="text_embeds", dtype="float16", shape=("rows", 6)),
     )
     stage = Recorder(stage_spec(*further))
@@ -262,7 +262,7 @@ def test_what_the_stage_takes_besides_has_no_effect(sd1_bundle: Path) -> None:
         np.testing.assert_array_equal(given["picture_of_row"], [0, 1, 0, 1])
         np.testing.assert_array_equal(given["control"][:, 0], [7, 7])
         assert given["keep_mask"].min() == 1 and not given["known"].any() and not given["noise"].any()
-        assert not given["hint"].any() and given["hint"].shape == (2, 7)
+        assert not given["pose"].any() and given["pose"].shape == (2, 7)
 
 
 def test_rows_that_belong_to_no_picture_are_refused(sd1_bundle: Path) -> None:
