@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from paired import paired_ratio
 
 from latentrt.engines.progress import terminal_report
@@ -383,7 +384,8 @@ def summarise_peer(name: str, worker: Worker, drawn: Drawn) -> dict[str, Any]:
 
 
 def _plain(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+    plain: dict[str, Any] = msgspec.to_builtins(record)
+    return plain
 
 
 def format_table(document: Mapping[str, Any]) -> str:
