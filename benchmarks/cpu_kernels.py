@@ -9,7 +9,6 @@ without edits, with its 95 % interval.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 import time
@@ -84,7 +83,7 @@ def compare(bundle: Bundle, component: str, arguments: argparse.Namespace) -> di
     return {
         way: {
             "median_s": float(np.median(some)),
-            "ratio": dataclasses.asdict(paired_ratio(seconds[first][:whole], some[:whole])),
+            "ratio": msgspec.to_builtins(paired_ratio(seconds[first][:whole], some[:whole])),
             "samples": some,
         }
         for way, some in seconds.items()
