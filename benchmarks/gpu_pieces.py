@@ -27,9 +27,9 @@ from pathlib import Path
 PIECE_BYTES = 44 * 2**20  # the machine takes 64 MiB at a time, the working tree and other sets included
 PYTHON = "3.12"  # of the GPU machine
 # By the glibc that they ask for; pip matches exactly.
-PLATFORMS = tuple(f"manylinux_2_{n}_x86_64" for n in (39, 35, 34, 31, 28, 27, 26, 24, 17)) + (
-    "manylinux2014_x86_64",
-    "manylinux1_x86_64",
+PLATFORMS = tuple(
+    f"manylinux{glibc}_x86_64"
+    for glibc in ["_2_35", "_2_34", "_2_31", "_2_28", "_2_27", "_2_26", "_2_24", "_2_17", "2014", "1"]
 )
 # What the runtime needs and a machine made for PyTorch lacks, and the peer; click, for the machine's may be older.
 WHEELS = ("msgspec", "cachetools", "click", "diffusers==0.42.1", "importlib_metadata", "zipp")
@@ -104,10 +104,10 @@ def join(folder: Path, name: str, target: Path) -> Path:
     return target
 
 
-# The sets: each fills an empty folder. `kept` is where pieces go, and where what takes long to make is kept.
+# The sets: each fills an empty folder, and is told where pieces go, and where what takes long to make is kept.
 
 
-def fill_wheels(tree: Path, kept: Path) -> None:
+def fill_wheels(tree: Path, _: Path) -> None:
     """What a machine for PyTorch lacks of our runtime's needs, and diffusers."""
     install(WHEELS, tree)
 
