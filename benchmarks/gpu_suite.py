@@ -1,33 +1,39 @@
-"""Everything worth knowing about one GPU, in one command of ten minutes at most.
+"""Everything worth knowing about one GPU, in parts that fit the time there is, most valuable first.
 
     python benchmarks/gpu_suite.py --bundles .cache/packed [--seconds 540] [--output benchmarks/results/gpu.json]
+    python benchmarks/gpu_suite.py --parts seam,ceilings,"sd15 bench cuda","sd15 torch eager"
+    python benchmarks/gpu_suite.py --list                                  # the parts, in their order
     python benchmarks/gpu_suite.py --cpu                                   # the same flow as a rehearsal, no GPU
 
 Uses what is present (TensorRT, TensorRT-RTX, ONNX Runtime's CUDA provider, torch, diffusers) and says what is not.
-For the demo, SD 1.5 and SD-Turbo: builds engines, verifies the golden pairs, measures latency by stage, steps a
-second, time outside the engines and memory; beside them the same UNets in torch, eager and compiled, and the ratio to
-the arithmetic floor. Bundles are taken from --bundles (a directory or a `.tar.gz` of packed_bundle.py by the model's
-name), or exported here where torch and diffusers are installed.
+First the contract of the device seam and what the GPU reaches; then, for the demo, SD 1.5 and others: builds engines,
+verifies the golden pairs, measures latency by stage in each of several ways, and names the operators and kernels that
+take the time; beside them the same UNets in torch, eager, recorded and compiled. Bundles are taken from --bundles (a
+directory or a `.tar.gz` of packed_bundle.py by the model's name), or exported here where torch and diffusers are.
 
-Each part runs in a process of its own with a time of its own, and the result is saved after each: a part that
-crashes, hangs or is cut off leaves the others' figures. Exits with 2 where there is no GPU, with 1 where a part
-failed, with 0 otherwise: a part that was skipped or cut off says so in the table.
+--parts chooses: a part of that name, or else all parts that have all of a pattern's words in their names, in the
+patterns' order, each after what it needs. Each part runs in a process of its own with a time of its own, and the result
+is saved after each: a part that crashes, hangs or is cut off leaves the others' figures, and the last lines of what it
+said are in the result. Exits with 2 where there is no GPU, with 1 where a part failed, with 0 otherwise: a part that
+was skipped or cut off says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
+from gpu_models import MODELS, TINY, WAYS, Model
+from gpu_table import format_table, measured_tflops
 from parts import Outcomes, Part, keep, run_parts
 
 from latentrt.engines.backends import BACKENDS
@@ -35,63 +41,28 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.device import find_gpu
 from latentrt.runtime.bench.machine import describe, now
 
-HALF_TFLOPS = 788.0  # dense, measured on an H200 with random data: what the floors are counted against
-BACKEND_NAMES = ("tensorrt", "tensorrt-rtx", "cuda")
+BACKEND_NAMES = ("cuda", "tensorrt", "tensorrt-rtx")
 REHEARSAL = "cpu"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """One model of the suite.
-
-    tflop: of one UNet pass for one row at `size`
-    shape: its name in plain_unet.py; None for no peers
-    ours: whether latentrt draws it; exported: whether the suite makes its bundle where --bundles has none
-    """
-
-    shape: str | None
-    size: int
-    steps: int
-    guidance: float
-    sampler: str
-    tflop: float | None
-    ours: bool = True
-    exported: bool = True
-
-    @property
-    def rows(self) -> int:
-        return 2 if self.guidance > 1 else 1
-
-    @property
-    def floor_s(self) -> float | None:
-        """Return the least seconds of a step: its arithmetic at the tensor cores' rate."""
-        return None if self.tflop is None else self.rows * self.tflop / HALF_TFLOPS
-
-
-# tests/test_gpu_suite.py counts the TFLOP again.
-MODELS = {
-    "demo": Model(shape=None, size=128, steps=20, guidance=3.0, sampler="dpmpp_2m_karras", tflop=None),
-    "sd15": Model(shape="sd15", size=512, steps=20, guidance=7.5, sampler="euler", tflop=0.80327),
-    "turbo": Model(shape="turbo", size=512, steps=1, guidance=0.0, sampler="euler", tflop=0.80426),
-    "sdxl": Model(shape="sdxl", size=1024, steps=20, guidance=7.5, sampler="euler", tflop=6.76124, exported=False),
-}
-TINY = Model(shape="tiny", size=64, steps=2, guidance=7.5, sampler="euler", tflop=None, ours=False)
+JOBS = Path(__file__).with_name("gpu_parts.py")
+CONTRACT = Path(__file__).parent.parent / "tests" / "test_cuda_contract.py"
+LIBRARIES = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13", "triton")
+LOOKED_INTO = "sd15"  # the model whose operators, kernels and ways are measured
+HOWS = ("eager", "recorded", "compiled")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, default=Path(".cache/packed"))
     parser.add_argument("--models", default=None, help="Between commas. Default: demo,sd15,turbo,sdxl; --cpu: demo.")
+    parser.add_argument("--parts", default=None, help="Patterns between commas: words of parts' names. Default: all.")
+    parser.add_argument("--list", action="store_true", help="Print the parts' names.")
     parser.add_argument("--seconds", type=float, default=540.0, help="For everything.")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--after", type=Path, help="A result of this machine: what went well there is not run again.")
     parser.add_argument("--work", type=Path, default=None, help="Where bundles grow. Default: a temporary folder.")
     parser.add_argument("--cpu", action="store_true", help="Rehearse on this processor.")
-    parser.add_argument("--part", nargs=2, metavar=("PART", "RESULT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.part:
-        run_one(*arguments.part)
-        return
-    if not arguments.cpu and find_gpu() is None:
+    if not (arguments.cpu or arguments.list) and find_gpu() is None:
         print(f"gpu_suite: {no_gpu()}; --cpu rehearses the same flow on this processor", file=sys.stderr)
         sys.exit(2)
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,22 +83,51 @@ def suite(arguments: argparse.Namespace, work: Path) -> int:
     names = (arguments.models or ("demo" if arguments.cpu else ",".join(MODELS))).split(",")
     models = {name: MODELS[name] for name in names} | ({"tiny": TINY} if arguments.cpu else {})
     present = presence()
-    document = {"kind": "latentrt gpu suite", "created": now(), "machine": describe(), "present": present}
+    parts = Plan(models, backends, present, arguments.bundles, work, rehearsal=arguments.cpu).parts()
+    parts = chosen(parts, arguments.parts.split(",")) if arguments.parts else parts
+    if arguments.list:
+        print("\n".join(part.name for part in parts))
+        return 0
+    document = {"kind": "latentrt gpu suite", "created": now(), "machine": machine(), "present": present}
 
     def save(outcomes: Outcomes) -> None:
         table = format_table(models, backends, outcomes)
-        whole = {**document, "half_tflops": HALF_TFLOPS, "parts": outcomes.parts, "table": table}
+        whole = {**document, "half_tflops": measured_tflops(outcomes), "parts": outcomes.parts, "table": table}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         keep(whole, arguments.output)
         arguments.output.with_suffix(".md").write_text(table)
 
     for name, why in present.items():
         print(f"{name}: {why or 'present'}", flush=True)
-    parts = plan(models, backends, present, arguments.bundles, work, rehearsal=arguments.cpu)
-    say = partial(print, flush=True)
-    outcomes = run_parts(parts, seconds=arguments.seconds, folder=work, save=save, say=say)
+    before = Outcomes(parts=json.loads(arguments.after.read_text())["parts"]) if has(arguments.after) else Outcomes()
+    said = partial(print, flush=True)
+    outcomes = run_parts(parts, seconds=arguments.seconds, folder=work, save=save, say=said, before=before)
     print(f"\n{format_table(models, backends, outcomes)}\n{arguments.output}")
     return int(any(part["status"] == "failed" for part in outcomes.parts.values()))
+
+
+def has(result: Path | None) -> bool:
+    """Tell whether there is a result."""
+    return result is not None and result.is_file()
+
+
+def machine() -> dict[str, Any]:
+    """Return what the harness says of the machine, the driver's own version, and the CUDA libraries beside torch."""
+    libraries = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            libraries[name] = importlib.metadata.version(name)
+    return {**describe(), "driver": driver(), "libraries": libraries}
+
+
+def driver() -> str | None:
+    """Return the driver's version as NVML tells it, or None."""
+    with suppress(Exception):  # no pynvml, no driver, no GPU: each raises its own
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    return None
 
 
 def presence() -> dict[str, str | None]:
@@ -135,313 +135,146 @@ def presence() -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for name in (*BACKEND_NAMES, REHEARSAL):
         backend = BACKENDS[name]  # type: ignore[index]
-        builds = backend.cannot_build(BuildOptions()) if name in BACKEND_NAMES[:2] else None
-        error = backend.unavailable() or builds
+        error = backend.unavailable() or backend.cannot_build(BuildOptions())
         found[name] = None if error is None else str(error)
-    for package in ("torch", "diffusers", "onnx", "pynvml"):
+    for package in ("torch", "diffusers", "onnx", "pynvml", "pytest"):
         found[package] = None if importlib.util.find_spec(package) else f"{package} is not installed"
     return found
 
 
-def plan(
-    models: Mapping[str, Model],
-    backends: tuple[str, ...],
-    present: Mapping[str, str | None],
-    bundles: Path,
-    work: Path,
-    *,
-    rehearsal: bool,
-) -> list[Part]:
-    """Lay out the parts, what is worth most first: our own figures of a model, then its peers."""
-    device = "cpu" if rehearsal else "cuda"
-    parts = [_part("ceilings", {"device": device}, most_s=40, missing=present["torch"])]
-    for name, model in models.items():
-        if model.ours:
-            parts += _our_parts(name, model, backends, present, bundles, work, rehearsal=rehearsal)
-        if model.shape is not None:
-            parts += _peer_parts(name, model, present, device)
-    return parts
+def chosen(parts: Sequence[Part], patterns: Sequence[str]) -> list[Part]:
+    """Return the parts that patterns name, in the patterns' order, each after what it needs.
+
+    Exits with a sentence where a pattern names none.
+    """
+    known, taken = {part.name: part for part in parts}, dict[str, Part]()
+
+    def take(part: Part) -> None:
+        for need in part.needs:
+            take(known[need])
+        taken.setdefault(part.name, part)
+
+    for pattern in patterns:
+        words = pattern.split()
+        matching = [part for part in parts if words == _words(part)]
+        matching = matching or [part for part in parts if set(words) <= set(_words(part))]
+        if not matching:
+            raise SystemExit(f"gpu_suite: --parts: no part has all of '{pattern}' in its name; --list names them")
+        for part in matching:
+            take(part)
+    return list(taken.values())
 
 
-def _part(name: str, facts: Mapping[str, Any], **limits: Any) -> Part:
-    job = json.dumps({"name": name, **facts})
-    return Part(name=name, command=(sys.executable, __file__, "--part", job), **limits)
+def _words(part: Part) -> list[str]:
+    return part.name.replace(":", "").split()
 
 
-def _our_parts(
-    name: str,
-    model: Model,
-    backends: tuple[str, ...],
-    present: Mapping[str, str | None],
-    bundles: Path,
-    work: Path,
-    *,
-    rehearsal: bool,
-) -> list[Part]:
-    root = str((work / name).absolute())
-    source = {"root": root, "model": name, "bundles": str(bundles.absolute())}
-    missing = _no_bundle(name, model, present, bundles, work)
-    parts = [_part(f"{name}: bundle", source, most_s=240, missing=missing)]
-    for backend in backends:
-        facts = {"root": root, "backend": backend, "model": name, "rehearsal": rehearsal}
-        build, verify, bench = (f"{name}: {verb} {backend}" for verb in ("build", "verify", "bench"))
-        parts += [
-            _part(build, facts, most_s=200, needs=(f"{name}: bundle",), missing=present[backend] or present["onnx"]),
-            _part(verify, facts, most_s=60, needs=(build,)),
-            _part(bench, facts, most_s=240 if rehearsal else 60, least_s=8, needs=(build,)),
+class Plan:
+    """The parts, in the order of what is worth most: our own figures of a model, what explains them, its peers.
+
+    What torch compiles takes minutes, and so comes last.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        backends: tuple[str, ...],
+        present: Mapping[str, str | None],
+        bundles: Path,
+        work: Path,
+        *,
+        rehearsal: bool,
+    ) -> None:
+        self._models, self._backends, self._present = models, backends, present
+        self._bundles, self._work, self._rehearsal = bundles.absolute(), work.absolute(), rehearsal
+        self._device = "cpu" if rehearsal else "cuda"
+
+    def parts(self) -> list[Part]:
+        """Return all parts in their order."""
+        missing = self._present["pytest"] or (None if CONTRACT.is_file() else f"{CONTRACT} is not here")
+        parts = [
+            _part("seam", "seam", {"tests": str(CONTRACT)}, most_s=120, missing=missing),
+            _part("ceilings", "ceilings", {"device": self._device}, most_s=40, missing=self._present["torch"]),
         ]
-    return parts
+        for name, model in self._models.items():
+            parts += [*self._ours(name, model), *self._peers(name, model)]
+        late = [part for part in parts if part.name.endswith("compiled")]
+        return [part for part in parts if part not in late] + late
 
+    def _ours(self, name: str, model: Model) -> Iterator[Part]:
+        if not model.ours:
+            return
+        source = {"root": str(self._work / name), "model": name, "bundles": str(self._bundles)}
+        yield _part(f"{name}: bundle", "bundle", source, most_s=240, missing=self._no_bundle(name, model))
+        for backend in self._backends:
+            yield from self._on(name, backend)
 
-def _no_bundle(name: str, model: Model, present: Mapping[str, str | None], bundles: Path, work: Path) -> str | None:
-    """Say why there can be no bundle of a model, or return None."""
-    if any(path.exists() for path in (work / name, bundles / name, bundles / f"{name}.tar.gz")):
-        return None
-    if not model.exported:
-        return f"{bundles} has no {name}.tar.gz, and the suite does not export it"
-    absent = present["torch"] or present["diffusers"]
-    return absent and f"{bundles} has no {name}.tar.gz, and exporting one needs torch and diffusers: {absent}"
-
-
-def _peer_parts(name: str, model: Model, present: Mapping[str, str | None], device: str) -> list[Part]:
-    facts = {"model": name, "device": device}
-    missing = {"torch": present["torch"], "diffusers": present["torch"] or present["diffusers"]}
-    hows = ("eager",) if device == "cpu" else ("eager", "compiled")
-    peers = [(library, how) for library in ("torch", "diffusers") for how in hows]
-    if not model.exported:  # random_checkpoint.py, of which diffusers' pipeline is made, does not have it
-        peers = [(library, how) for library, how in peers if library == "torch"]
-    return [
-        _part(
-            f"{name}: {library} {how}",
-            {**facts, "how": how},
-            most_s=150 if how == "compiled" or device == "cpu" else 45,
-            least_s=10,
-            missing=missing[library],
+    def _on(self, name: str, backend: str) -> Iterator[Part]:
+        facts = {
+            "root": str(self._work / name),
+            "backend": backend,
+            "model": name,
+            "rehearsal": self._rehearsal,
+            "folder": str(self._work / f"{name}-profiles"),
+        }
+        build = f"{name}: build {backend}"
+        yield _part(
+            build,
+            "build",
+            facts,
+            most_s=200,
+            needs=(f"{name}: bundle",),
+            missing=self._present[backend] or self._present["onnx"],
         )
-        for library, how in peers
-    ]
+        further = name == LOOKED_INTO or self._rehearsal
+        for label, way in WAYS.items():
+            if label and not (further and (backend == "cuda" or (self._rehearsal and label == "graphs"))):
+                continue
+            yield _part(
+                f"{name}: bench {backend} {label}".strip(),
+                "bench",
+                {**facts, **way.facts(), "scored": name == "demo" and not label},
+                most_s=240 if self._rehearsal else 60,
+                least_s=8,
+                needs=(build,),
+            )
+            if not label:
+                yield _part(f"{name}: verify {backend}", "verify", facts, most_s=60, needs=(build,))
+            if not label and further and backend in ("cuda", REHEARSAL):
+                yield _part(f"{name}: profile {backend}", "profile", facts, most_s=60, needs=(build,))
+                missing = self._present["torch"]
+                yield _part(f"{name}: kernels {backend}", "kernels", facts, most_s=60, needs=(build,), missing=missing)
+
+    def _no_bundle(self, name: str, model: Model) -> str | None:
+        """Say why there can be no bundle of a model, or return None."""
+        bundles = self._bundles
+        if any(path.exists() for path in (self._work / name, bundles / name, bundles / f"{name}.tar.gz")):
+            return None
+        if not model.exported:
+            return f"{bundles} has no {name}.tar.gz, and the suite does not export it"
+        absent = self._present["torch"] or self._present["diffusers"]
+        return absent and f"{bundles} has no {name}.tar.gz, and exporting one needs torch and diffusers: {absent}"
+
+    def _peers(self, name: str, model: Model) -> Iterator[Part]:
+        if model.shape is None:
+            return
+        absent = {"torch": self._present["torch"], "diffusers": self._present["torch"] or self._present["diffusers"]}
+        for library in ("torch", "diffusers") if model.exported else ("torch",):
+            for how in HOWS:
+                if (self._rehearsal and how != "eager") or (library == "diffusers" and how == "recorded"):
+                    continue
+                yield _part(
+                    f"{name}: {library} {how}",
+                    library,
+                    {"model": name, "device": self._device, "how": how},
+                    most_s=180 if how == "compiled" or self._rehearsal else 60,
+                    least_s=40 if how == "compiled" else 10,
+                    missing=absent[library],
+                )
 
 
-# What each kind of part does, in its own process: figures are kept as soon as they are there.
-
-
-def run_one(job: str, result: str) -> None:
-    """Run the part that a job describes."""
-    facts = json.loads(job)
-    words = facts["name"].split(": ")[-1].split()
-    JOBS[words[0]](facts, partial(keep, result=Path(result)))
-
-
-Keep = Callable[[Mapping[str, Any]], None]
-
-
-def do_ceilings(facts: Mapping[str, Any], done: Keep) -> None:
-    from torch_peers import ceilings
-
-    small = {"size": 512, "copy_bytes": 1 << 24} if facts["device"] == "cpu" else {}
-    done(ceilings(facts["device"], **small))
-
-
-def do_bundle(facts: Mapping[str, Any], done: Keep) -> None:
-    """Find the model's bundle, or make it."""
-    import shutil
-
-    from latentrt.engines.bundle.files import Bundle
-
-    source, root = Path(facts["bundles"]) / facts["model"], Path(facts["root"])
-    packed = source.with_name(f"{source.name}.tar.gz")
-    if (root / "manifest.json").is_file():
-        how = "was there"
-    elif packed.is_file():
-        from packed_bundle import unpack
-
-        unpack(packed, root)
-        how = f"unpacked from {packed.name}"
-    elif source.is_dir():
-        shutil.copytree(source, root, ignore=shutil.ignore_patterns("engines"))
-        how = f"copied from {source}"
-    else:
-        export(facts["model"], root)
-        how = "exported here"
-    manifest = Bundle.open(root).manifest
-    weights = sum(component.weights_bytes for component in manifest.components.values())
-    done({"how": how, "weights_bytes": weights, "precision": manifest.precision})
-
-
-def export(model: str, root: Path) -> None:
-    """Export the demo, or a random checkpoint of a real size, in float16."""
-    from random_checkpoint import save_random
-
-    from latentrt.export.export import export_checkpoint
-
-    checkpoint = (
-        "demo" if model == "demo" else str(save_random(model, root.with_name(f"{model}-checkpoint"), half=True))
-    )
-    export_checkpoint(checkpoint, root, precision="fp16")
-
-
-def do_build(facts: Mapping[str, Any], done: Keep) -> None:
-    from latentrt.engines.build import build_engines
-    from latentrt.engines.bundle.files import Bundle
-    from latentrt.engines.progress import terminal_report
-
-    with terminal_report() as report:
-        record = build_engines(Bundle.open(facts["root"]), facts["backend"], report=report)
-    done({"build_s": record.build_s, "bytes": sum(file.bytes for file in record.files.values())})
-
-
-def do_verify(facts: Mapping[str, Any], done: Keep) -> None:
-    from latentrt.engines.bundle.files import Bundle
-    from latentrt.engines.verify.verify import verify
-
-    rows = list(verify(Bundle.open(facts["root"]), backend=facts["backend"]))
-    done({"components": {row.what: {"ok": row.ok, "error": row.error, "limit": row.limit} for row in rows}})
-    if not all(row.ok for row in rows):
-        sys.stderr.write("; ".join(f"{row.what}: {row.message}" for row in rows if not row.ok) + "\n")
-        sys.exit(2)
-
-
-def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
-    """Measure with the harness of `latentrt bench`; the demo's prompts are scored too."""
-    import dataclasses
-
-    from latentrt.export.demo.scoring import held_out_prompts
-    from latentrt.runtime.bench.measure import Asked, run_bench
-
-    model, rehearsal = MODELS[facts["model"]], facts["rehearsal"]
-    asked = Asked(
-        steps=(model.steps,),
-        guidances=(model.guidance,),
-        samplers=(model.sampler,),
-        backends=(facts["backend"],),
-        rounds=5 if rehearsal else 60,
-        seconds=4.0 if rehearsal else 15.0,
-        cold=1,
-        golden=False,  # a part of its own: an engine that drifts shows its speed all the same
-    )
-    done(msgspec.to_builtins(run_bench(facts["root"], asked)))
-    if facts["model"] == "demo":
-        scored = dataclasses.replace(asked, accuracy=8 if rehearsal else 48)
-        done(msgspec.to_builtins(run_bench(facts["root"], scored, prompt_sets={"demo": held_out_prompts})))
-
-
-def do_torch(facts: Mapping[str, Any], done: Keep) -> None:
-    from torch_peers import loop_seconds
-
-    model = {**MODELS, "tiny": TINY}[facts["model"]]
-    for figures in loop_seconds(
-        str(model.shape),
-        facts["how"],
-        side=model.size // 8,
-        guided=model.rows == 2,
-        steps=model.steps,
-        device=facts["device"],
-        most_seconds=3.0 if facts["device"] == "cpu" else 20.0,
-    ):
-        done(figures)
-
-
-def do_diffusers(facts: Mapping[str, Any], done: Keep) -> None:
-    from torch_peers import diffusers_seconds
-
-    model = {**MODELS, "tiny": TINY}[facts["model"]]
-    for figures in diffusers_seconds(
-        str(model.shape),
-        facts["how"],
-        size=model.size,
-        guided=model.rows == 2,
-        steps=model.steps,
-        device=facts["device"],
-        most_seconds=3.0 if facts["device"] == "cpu" else 20.0,
-    ):
-        done(figures)
-
-
-JOBS: dict[str, Callable[[Mapping[str, Any], Keep], None]] = {
-    "ceilings": do_ceilings,
-    "bundle": do_bundle,
-    "build": do_build,
-    "verify": do_verify,
-    "bench": do_bench,
-    "torch": do_torch,
-    "diffusers": do_diffusers,
-}
-
-
-def format_table(models: Mapping[str, Model], backends: tuple[str, ...], outcomes: Outcomes) -> str:
-    """Return the figures as Markdown: a row for each way to run a model."""
-    head = [
-        "model",
-        "with",
-        "step ms",
-        "steps/s",
-        "of the floor",
-        "picture p50 ms",
-        "p95",
-        "outside",
-        "GPU MiB",
-        "error",
-    ]
-    lines = [head, ["---"] * len(head)]
-    for name, model in models.items():
-        lines += [_our_row(name, model, backend, outcomes) for backend in backends if model.ours]
-        if model.shape is not None:
-            ways = [f"{library} {how}" for library in ("torch", "diffusers") for how in ("eager", "compiled")]
-            lines += [_peer_row(name, model, way, outcomes) for way in ways if f"{name}: {way}" in outcomes.parts]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _our_row(name: str, model: Model, backend: str, outcomes: Outcomes) -> list[str]:
-    report, checked = outcomes.figures(f"{name}: bench {backend}"), outcomes.figures(f"{name}: verify {backend}")
-    errors = [row["error"] for row in checked.get("components", {}).values() if row["error"] is not None]
-    error = f"{max(errors):.1e}" if errors else ""
-    if not report:
-        return [name, f"latentrt, {backend}", *[_status(outcomes, name, backend)] + [""] * 6, error]
-    (variant,) = report["variants"]
-    step, whole = variant["seconds"]["step"]["summary"], variant["seconds"]["total"]["summary"]
-    memory = variant["device_bytes"]
-    return [
-        name,
-        f"latentrt, {backend}",
-        *_step_cells(step["p50"], model),
-        f"{1e3 * whole['p50']:.2f}",
-        f"{1e3 * whole['p95']:.2f}",
-        f"{variant['outside_engines']['summary']['p50']:.2%}",
-        "" if memory is None else f"{memory / 2**20:.0f}",
-        error,
-    ]
-
-
-def _status(outcomes: Outcomes, name: str, backend: str) -> str:
-    for verb in ("bundle", f"build {backend}", f"bench {backend}"):
-        part = outcomes.parts.get(f"{name}: {verb}")
-        if part is not None and part["status"] != "ok":
-            return f"{verb}: {part['status']}, {str(part['why'])[:120]}".replace("|", "/")
-    return ""
-
-
-def _peer_row(name: str, model: Model, way: str, outcomes: Outcomes) -> list[str]:
-    part = outcomes.parts[f"{name}: {way}"]
-    figures = part["figures"] or {}
-    if not figures:
-        why = f"{part['status']}, {str(part['why'])[:120]}".replace("|", "/")
-        return [name, way, why, *[""] * 7]
-    memory = figures.get("device_bytes")
-    step, whole = figures.get("step_s"), figures.get("picture_s")
-    return [
-        name,
-        way,
-        *(_step_cells(step["p50"], model) if step else [""] * 3),
-        *([f"{1e3 * whole['p50']:.2f}", f"{1e3 * whole['p95']:.2f}"] if whole else ["", ""]),
-        "",
-        "" if memory is None else f"{memory / 2**20:.0f}",
-        "",
-    ]
-
-
-def _step_cells(step_s: float, model: Model) -> list[str]:
-    share = "" if model.floor_s is None else f"{model.floor_s / step_s:.1%}"
-    return [f"{1e3 * step_s:.3f}", f"{1 / step_s:.1f}", share]
+def _part(name: str, do: str, facts: Mapping[str, Any], **limits: Any) -> Part:
+    return Part(name=name, command=(sys.executable, str(JOBS), json.dumps({"do": do, **facts})), **limits)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LAST_WORDS = 12  # lines of a failed part's output that are kept
+LAST_LINES = 30  # of a part's output, kept where it did not go well
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +57,26 @@ def run_parts(
     folder: Path,
     save: Callable[[Outcomes], None],
     say: Callable[[str], None],
+    before: Outcomes | None = None,
 ) -> Outcomes:
-    """Run the parts within so many seconds; `save` is called after each."""
-    outcomes, end = Outcomes(), time.monotonic() + seconds
-    for part in parts:
+    """Run the parts within so many seconds; `save` is called after each.
+
+    before: what an earlier run gave, which is kept: what went well there is not run again
+    """
+    outcomes, end = Outcomes(parts=dict(before.parts) if before else {}), time.monotonic() + seconds
+    for part in (part for part in parts if not outcomes.ok(part.name)):
         left = end - time.monotonic()
         why = part.missing or _blocked(part, outcomes) or (f"{left:.0f} s left" if left < part.least_s else None)
         if why is None:
             outcomes.parts[part.name] = run_part(part, min(part.most_s, left), folder)
         else:
-            outcomes.parts[part.name] = {"status": "skipped", "seconds": 0.0, "why": why, "figures": None}
+            outcomes.parts[part.name] = {
+                "status": "skipped",
+                "seconds": 0.0,
+                "why": why,
+                "last_lines": [],
+                "figures": None,
+            }
         one = outcomes.parts[part.name]
         say(f"{part.name}: {one['status']}, {one['seconds']:.1f} s{'; ' + one['why'] if one['why'] else ''}")
         save(outcomes)
@@ -94,10 +104,12 @@ def run_part(part: Part, seconds: float, folder: Path) -> dict[str, Any]:
         finally:
             _end(child)
     status = "ok" if code == 0 else "cut off" if code is None else "failed"
+    last = [] if code == 0 else _last_lines(log)
     return {
         "status": status,
         "seconds": round(time.monotonic() - start, 2),
-        "why": None if code == 0 else _why(code, seconds, log),
+        "why": None if code == 0 else _why(code, seconds, last),
+        "last_lines": last,
         "figures": _figures(result),
     }
 
@@ -109,10 +121,13 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _why(code: int | None, seconds: float, log: Path) -> str:
+def _last_lines(log: Path) -> list[str]:
+    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+
+
+def _why(code: int | None, seconds: float, lines: list[str]) -> str:
     if code is None:
         return f"stopped after its {seconds:.0f} s"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_WORDS:]
     ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return f"{ended}: " + " | ".join(lines[-1:] if code == 2 else lines[-3:])
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from gpu_probes import kernel_times
 from plain_unet import SHAPES, UNet
 
 from latentrt.runtime.bench.cold import measured
@@ -17,10 +19,36 @@ from latentrt.runtime.bench.rounds import warm_up
 
 TOKENS, GUIDANCE = 77, 7.5
 PROMPT = "a large red circle on a striped blue background"
+
+
+def recorded(module: Any, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    """Return a module that replays a CUDA graph of itself, recorded for inputs of these shapes."""
+    fixed = tuple(None if each is None else each.clone() for each in inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            module(*fixed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = module(*fixed)
+
+    def replay(*given: Any) -> Any:
+        for place, each in zip(fixed, given, strict=True):
+            if place is not None:
+                place.copy_(each)
+        graph.replay()
+        return output
+
+    return replay
+
+
 # `reduce-overhead` is torch's name for CUDA graphs.
-COMPILERS: dict[str, Callable[[Any], Any]] = {
-    "eager": lambda module: module,
-    "compiled": lambda module: torch.compile(module, mode="reduce-overhead", fullgraph=True),
+COMPILERS: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
+    "eager": lambda module, _: module,
+    "recorded": recorded,
+    "compiled": lambda module, _: torch.compile(module, mode="reduce-overhead", fullgraph=True),
 }
 
 
@@ -30,35 +58,50 @@ def loop_seconds(
     """Time a denoising loop around the plain UNet. Yields the figures so far: after warming up, and at the end.
 
     Euler with classifier-free guidance as two rows, in float16 on a GPU and float32 on a CPU, channels last. The
-    clock runs from the first step to the finished latents, with one wait at the end.
+    clock runs from the first step to the finished latents, with one wait at the end. The last figures have the
+    kernels of one pass, where there is a GPU.
     """
-    dtype = _dtype(device)
-    sizes = SHAPES[shape]
-    torch.manual_seed(0)
     with torch.device(device), torch.inference_mode():
-        unet = UNet(sizes).to(dtype).eval().to(memory_format=torch.channels_last)
-        rows = 2 if guided else 1
-        text = torch.randn(rows, TOKENS, sizes.context, dtype=dtype)
-        pooled = torch.randn(rows, sizes.pooled, dtype=dtype) if sizes.pooled else None
-        sigmas = torch.linspace(14.6, 0.0, steps + 1).tolist()
-        times = torch.linspace(999, 1, steps).tolist()
-        run = COMPILERS[how](unet)
+        draw, evaluate = _loop(shape, how, side=side, guided=guided, steps=steps, device=device)
+        for figures in _timed(draw, steps, device, most_seconds):
+            yield figures
+        if device == "cuda" and how == "eager":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                evaluate()
+                wait(device)
+            yield {**figures, "pass": kernel_times(profiler)}
 
-        def draw() -> float:
-            x = torch.randn(1, 4, side, side, dtype=torch.float32) * sigmas[0]
-            wait(device)
-            start = time.perf_counter()
-            for sigma, following, at in zip(sigmas[:-1], sigmas[1:], times, strict=True):
-                taken = (x / (sigma**2 + 1) ** 0.5).to(dtype).expand(rows, -1, -1, -1)
-                taken = taken.contiguous(memory_format=torch.channels_last)
-                if how == "compiled":
-                    torch.compiler.cudagraph_mark_step_begin()
-                output = run(taken, torch.full((rows,), at), text, pooled).float()
-                x = x + (following - sigma) * (output[:1] + GUIDANCE * (output[1:] - output[:1]) if guided else output)
-            wait(device)
-            return time.perf_counter() - start
 
-        yield from _timed(draw, steps, device, most_seconds)
+def _loop(
+    shape: str, how: str, *, side: int, guided: bool, steps: int, device: str
+) -> tuple[Callable[[], float], Callable[[], Any]]:
+    """Return what draws a picture's latents and tells the seconds, and what runs the UNet once."""
+    dtype, sizes, rows = _dtype(device), SHAPES[shape], 2 if guided else 1
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # the fastest of its convolutions, found while warming up
+    unet = UNet(sizes).to(dtype).eval().to(memory_format=torch.channels_last)
+    text = torch.randn(rows, TOKENS, sizes.context, dtype=dtype)
+    pooled = torch.randn(rows, sizes.pooled, dtype=dtype) if sizes.pooled else None
+    sigmas = torch.linspace(14.6, 0.0, steps + 1).tolist()
+    times = torch.linspace(999, 1, steps).tolist()
+    taken = torch.randn(rows, 4, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    run = COMPILERS[how](unet, (taken, torch.full((rows,), 1.0), text, pooled))
+
+    def draw() -> float:
+        x = torch.randn(1, 4, side, side, dtype=torch.float32) * sigmas[0]
+        wait(device)
+        start = time.perf_counter()
+        for sigma, following, at in zip(sigmas[:-1], sigmas[1:], times, strict=True):
+            taken = (x / (sigma**2 + 1) ** 0.5).to(dtype).expand(rows, -1, -1, -1)
+            taken = taken.contiguous(memory_format=torch.channels_last)
+            if how == "compiled":
+                torch.compiler.cudagraph_mark_step_begin()
+            output = run(taken, torch.full((rows,), at), text, pooled).float()
+            x = x + (following - sigma) * (output[:1] + GUIDANCE * (output[1:] - output[:1]) if guided else output)
+        wait(device)
+        return time.perf_counter() - start
+
+    return draw, lambda: run(taken, torch.full((rows,), 1.0), text, pooled)
 
 
 def _dtype(device: str) -> torch.dtype:
@@ -116,7 +159,7 @@ def diffusers_seconds(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipe.unet, pipe.vae.decoder = COMPILERS[how](pipe.unet), COMPILERS[how](pipe.vae.decoder)
+    pipe.unet, pipe.vae.decoder = COMPILERS[how](pipe.unet, ()), COMPILERS[how](pipe.vae.decoder, ())
     pipe.set_progress_bar_config(disable=True)
 
     def draw() -> float:
@@ -138,16 +181,22 @@ def diffusers_seconds(
         yield {**{key: value for key, value in figures.items() if key != "step_s"}, "picture_s": figures["step_s"]}
 
 
-def ceilings(device: str, *, size: int = 8192, copy_bytes: int = 4 << 30) -> dict[str, float]:
-    """Measure what the device reaches: half-precision products of random matrices, and copies, bytes in and out."""
-    dtype = _dtype(device)
+def ceilings(device: str, *, size: int = 8192, copy_bytes: int = 4 << 30) -> Iterator[dict[str, float]]:
+    """Measure what the device reaches: products of random matrices by kind of number, and copies. Yields what is known.
+
+    Copies count the bytes that are read and those that are written.
+    """
+    found: dict[str, float] = {}
     with torch.device(device), torch.inference_mode():
-        a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        product = _best(lambda: a @ b, device)
+        for kind in (torch.float16, torch.bfloat16, torch.float32):
+            a, b = torch.randn(size, size).to(kind), torch.randn(size, size).to(kind)
+            torch.backends.cuda.matmul.allow_tf32 = True
+            name = {torch.float16: "tflops", torch.bfloat16: "bf16_tflops", torch.float32: "tf32_tflops"}[kind]
+            found[name] = 2 * size**3 / _best(partial(torch.matmul, a, b), device) / 1e12
+            yield found
         source = torch.zeros(copy_bytes, dtype=torch.uint8)
         target = torch.empty_like(source)
-        copied = _best(lambda: target.copy_(source), device)
-    return {"tflops": 2 * size**3 / product / 1e12, "bytes_per_s": 2 * copy_bytes / copied}
+        yield {**found, "bytes_per_s": 2 * copy_bytes / _best(lambda: target.copy_(source), device)}
 
 
 def _best(work: Callable[[], Any], device: str) -> float:

@@ -22,7 +22,10 @@ from latentrt.engines.verify.verify import verify
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from gpu_suite import HALF_TFLOPS, MODELS  # noqa: E402
+from gpu_models import HALF_TFLOPS, MODELS  # noqa: E402
+from gpu_probes import operators, run_tests  # noqa: E402
+from gpu_suite import chosen  # noqa: E402
+from gpu_table import format_table  # noqa: E402
 from packed_bundle import Hole, pack, record_goldens, sow, unpack  # noqa: E402
 from parts import Outcomes, Part, run_parts  # noqa: E402
 from plain_unet import SHAPES, UNet, UNetShape, pass_flops  # noqa: E402
@@ -86,9 +89,10 @@ def test_the_plain_unet_computes_what_diffusers_unet_computes(layout: str) -> No
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.tflop])
 def test_the_floors_are_the_arithmetic_that_torch_counts(name: str) -> None:
     model = MODELS[name]
-    assert model.tflop is not None and model.shape is not None and model.floor_s is not None
+    assert model.tflop is not None and model.shape is not None
     assert pass_flops(SHAPES[model.shape], model.size // 8) / 1e12 == pytest.approx(model.tflop, rel=1e-4)
-    assert model.floor_s == pytest.approx(model.rows * model.tflop / HALF_TFLOPS)
+    assert model.floor_s() == pytest.approx(model.rows * model.tflop / HALF_TFLOPS)
+    assert model.floor_s(394.0) == pytest.approx(2 * model.rows * model.tflop / HALF_TFLOPS)
 
 
 def test_the_plain_unet_is_traced_whole_by_the_compiler() -> None:
@@ -184,6 +188,8 @@ def test_no_part_takes_the_others_down_and_every_one_is_saved(tmp_path: Path) ->
     assert "this went wrong" in outcomes.parts["raises"]["why"]
     assert "SIGABRT" in outcomes.parts["dies"]["why"]
     assert outcomes.parts["depends"]["why"] == "needs raises"
+    assert "Traceback (most recent call last):" in outcomes.parts["raises"]["last_lines"]
+    assert outcomes.parts["works"]["last_lines"] == outcomes.parts["depends"]["last_lines"] == []
 
 
 def test_what_there_is_no_time_for_is_skipped_not_begun(tmp_path: Path) -> None:
@@ -192,6 +198,90 @@ def test_what_there_is_no_time_for_is_skipped_not_begun(tmp_path: Path) -> None:
     assert [one["status"] for one in outcomes.parts.values()] == ["ok", "skipped", "ok"]
     assert "s left" in outcomes.parts["long"]["why"]
     assert Outcomes().figures("nothing") == {}
+
+
+def test_chosen_parts_come_in_the_order_asked_for_after_what_they_need() -> None:
+    parts = [
+        part("ceilings", ""),
+        part("sd15: bundle", ""),
+        part("sd15: build cuda", "", needs=("sd15: bundle",)),
+        part("sd15: bench cuda", "", needs=("sd15: build cuda",)),
+        part("sd15: bench cuda graphs", "", needs=("sd15: build cuda",)),
+        part("sd15: torch eager", ""),
+    ]
+    names = [one.name for one in chosen(parts, ["sd15 torch", "sd15 bench cuda", "ceilings", "bench"])]
+    assert names == [
+        "sd15: torch eager",
+        "sd15: bundle",
+        "sd15: build cuda",
+        "sd15: bench cuda",
+        "ceilings",
+        "sd15: bench cuda graphs",
+    ]
+    with pytest.raises(SystemExit, match="nothing"):
+        chosen(parts, ["sd15", "nothing"])
+
+
+def event(name: str, ms: float, operator: str) -> dict[str, object]:
+    args = {"op_name": operator, "provider": "CUDAExecutionProvider", "input_type_shape": [{"float16": [2, 4]}]}
+    return {"cat": "Node", "name": f"{name}_kernel_time", "dur": 1e3 * ms, "args": args}
+
+
+def test_a_profile_is_summed_up_by_operator_over_its_last_runs() -> None:
+    events: list[dict[str, object]] = [{"cat": "Session", "name": "session_initialization", "dur": 9e9, "args": {}}]
+    for first, second, cast in [(90.0, 9.0, 5.0), (2.0, 1.0, 0.5), (4.0, 1.0, 0.5), (3.0, 1.0, 0.5)]:
+        events += [event("a", first, "Conv"), event("b", second, "Conv"), event("c", cast, "Cast")]
+    events.append({"cat": "Kernel", "name": "gemm", "dur": 700.0, "args": {}})
+    found = operators(events, last=3)
+    assert (found["run_ms"], found["nodes"]) == (pytest.approx(4.5), 3)
+    assert [(row["operator"], row["count"], row["ms"]) for row in found["operators"]] == [
+        ("Conv", 2, pytest.approx(4.0)),
+        ("Cast", 1, pytest.approx(0.5)),
+    ]
+    assert [row["node"] for row in found["largest_nodes"]] == ["a", "b", "c"]
+    assert found["kernels"] == [{"kernel": "gemm", "count": 1, "ms": pytest.approx(0.7)}]
+
+
+def test_a_test_file_is_run_as_a_part_and_what_it_prints_as_json_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    file = tmp_path / "tests" / "test_few.py"
+    file.write_text(
+        "import json, pytest\n"
+        "def test_tells(): print(json.dumps({'copy_s': 0.5}))\n"
+        "def test_fails(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='no GPU')\ndef test_skipped(): pass\n"
+    )
+    report = run_tests(file)
+    assert (report["exit_code"], report["passed"], report["failed"], report["skipped"]) == (1, 1, 1, 1)
+    assert report["told"] == [{"copy_s": 0.5}]
+    assert any("assert 1 == 2" in line for line in report["tests"]["test_fails"]["why"])
+    assert report["tests"]["test_tells"]["why"] is None
+
+
+def outcome(**figures: object) -> dict[str, object]:
+    return {"status": "ok", "seconds": 1.0, "why": None, "last_lines": [], "figures": figures}
+
+
+def test_speed_is_told_beside_torchs_in_the_same_run_and_the_measured_ceiling() -> None:
+    def report(step_s: float) -> dict[str, object]:
+        seconds = {name: {"summary": {"p50": step_s, "p95": step_s}} for name in ("step", "total")}
+        variant = {"seconds": seconds, "outside_engines": {"summary": {"p50": 0.01}}, "device_bytes": 2**20}
+        return outcome(variants=[variant])
+
+    parts = {
+        "ceilings": outcome(tflops=400.0),
+        "sd15: bench cuda": report(0.008),
+        "sd15: bench cuda graphs": report(0.005),
+        "sd15: torch eager": outcome(step_s={"p50": 0.010}),
+    }
+    table = format_table({"sd15": MODELS["sd15"]}, ("cuda", "tensorrt"), Outcomes(parts=parts))  # type: ignore[arg-type]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert len({len(row) for row in rows}) == 1
+    assert [row[1:7] for row in rows[2:]] == [
+        ["latentrt, cuda", "8.000", "125.0", "50.2%", "1.25", ""],
+        ["latentrt, cuda, graphs", "5.000", "200.0", "80.3%", "2.00", ""],
+        ["torch eager", "10.000", "100.0", "40.2%", "1.00", ""],
+    ]
 
 
 def suite(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -215,7 +305,17 @@ def test_the_rehearsal_runs_every_kind_of_part_on_the_demo(demo_bundle: Path, tm
     parts = document["parts"]
     ours = ["demo: bundle", "demo: build cpu", "demo: verify cpu", "demo: bench cpu"]
     assert [parts[name]["status"] for name in ours] == ["ok"] * 4, result.stdout
-    assert {"ceilings", "tiny: torch eager", "tiny: diffusers eager"} <= set(parts)
+    others = {
+        "seam",
+        "ceilings",
+        "demo: profile cpu",
+        "demo: kernels cpu",
+        "tiny: torch eager",
+        "tiny: diffusers eager",
+    }
+    assert others | {"demo: bench cpu graphs"} <= set(parts)
+    assert not [part for part in parts.values() if part["status"] in ("failed", "cut off")], result.stdout
+    assert {row["operator"] for row in parts["demo: profile cpu"]["figures"]["operators"]} >= {"Conv", "MatMul"}
     (variant,) = parts["demo: bench cpu"]["figures"]["variants"]
     assert variant["prompts"]["share"] >= 0.75
     assert parts["demo: verify cpu"]["figures"]["components"]["unet"]["ok"]

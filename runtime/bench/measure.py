@@ -37,6 +37,7 @@ from latentrt.runtime.sampling.make import make_plan
 
 PROMPT = "a large red circle on a striped blue background"
 WARMUP_SHARE = 0.5  # of the seconds asked for, all candidates together
+Load = Callable[..., TimedPipeline]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +184,18 @@ def encode_png(result: Result) -> list[bytes]:
 
 
 def run_bench(
-    path: str, asked: Asked, *, command: str = "", prompt_sets: PromptSets | None = None, progress: Progress = silent
+    path: str,
+    asked: Asked,
+    *,
+    command: str = "",
+    prompt_sets: PromptSets | None = None,
+    load: Load = TimedPipeline.load,
+    progress: Progress = silent,
 ) -> Report:
-    """Measure what is asked for. Raises BundleError, EngineError and RequestError as `Pipeline.load` and a call do."""
+    """Measure what is asked for. Raises BundleError, EngineError and RequestError as `Pipeline.load` and a call do.
+
+    load: opens each pipeline of the rounds, from the bundle's path, a backend and `threads`
+    """
     bundle, watch = Bundle.open(path), Watch()
     variants = asked.variants(bundle)
     prompts = prompt_set(bundle, prompt_sets or {}) if asked.accuracy else None
@@ -194,7 +204,7 @@ def run_bench(
     starts = cold_starts(
         path, _first_of_each_load(named), count=asked.cold, prompt=asked.prompt, seed=asked.seed, progress=progress
     )
-    measured_variants, rounds = _measure(path, named, asked, prompts, progress)
+    measured_variants, rounds = _measure(path, named, asked, prompts, load, progress)
     return Report(
         kind="latentrt bench",
         schema_version=SCHEMA_VERSION,
@@ -255,6 +265,7 @@ def _measure(
     named: Sequence[tuple[str, Settings]],
     asked: Asked,
     prompts: PromptSet | None,
+    load: Load,
     progress: Progress,
 ) -> tuple[tuple[Variant, ...], int]:
     meter = open_gpu_meter()
@@ -262,7 +273,7 @@ def _measure(
     pipes: dict[tuple[str, int | None], TimedPipeline] = {}
     try:
         for backend, threads in dict.fromkeys((s.backend, s.threads) for _, s in named):
-            pipes[backend, threads] = TimedPipeline.load(path, backend, threads=threads)
+            pipes[backend, threads] = load(path, backend, threads=threads)
         fresh = itertools.count(1)
         candidates = [Candidate(name, s, pipes[s.backend, s.threads], meter, asked, fresh) for name, s in named]
         warmups = _warm_up(candidates, asked, progress)

@@ -1,0 +1,69 @@
+#!/bin/bash
+# The GPU suite on a machine that can download nothing: what it lacks comes in pieces (gpu_pieces.py) in the folder .gpu.
+#
+#   bash benchmarks/gpu_machine.sh first  [SECONDS]    # the seam and the ceilings; keeps the pieces that came along
+#   bash benchmarks/gpu_machine.sh ours   [SECONDS]    # the demo and SD 1.5 through ONNX Runtime, eager torch beside them
+#   bash benchmarks/gpu_machine.sh ways   [SECONDS]    # other ways to run the same engines; then what is left
+#   bash benchmarks/gpu_machine.sh peers  [SECONDS]    # torch and diffusers, compiled too
+#   bash benchmarks/gpu_machine.sh rtx    [SECONDS]    # TensorRT for RTX
+#   bash benchmarks/gpu_machine.sh parts  SECONDS NAMES  # parts by name, see gpu_suite.py
+#
+# Pieces are moved to KEPT (default /tmp/p) and joined there once all of a set have come; bundles and engines are kept there
+# too, and what an earlier call measured is in the later ones' tables. Results go to OUT: gpu.json, gpu.md and log.
+set -u -o pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+PYTHON=${PYTHON:-python3} KEPT=${KEPT:-/tmp/p} OUT=${OUT:-$PWD/.cache/gpu} PIECES=${PIECES:-.gpu}
+SUITE_OPTIONS=${SUITE_OPTIONS:-}
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+
+said() { echo "[$SECONDS s] $*"; }
+
+join() { # joins a set whose pieces have all come, once
+  for name in "$@"; do
+    [ -f "$KEPT/$name.json" ] && [ ! -d "$KEPT/site/$name" ] || continue
+    if missing=$("$PYTHON" benchmarks/gpu_pieces.py join "$KEPT" "$name" "$KEPT/site/$name" 2>&1); then
+      said "$name is unpacked"
+    else
+      said "$missing"
+    fi
+  done
+}
+
+paths() { # what was joined comes before what is installed, and CUDA's libraries are found beside torch
+  PYTHONPATH=$PWD/src
+  for name in wheels ort rtx; do [ -d "$KEPT/site/$name" ] && PYTHONPATH=$PYTHONPATH:$KEPT/site/$name; done
+  export PYTHONPATH
+  libraries=$("$PYTHON" -c 'import glob, sysconfig; print(":".join(glob.glob(sysconfig.get_path("purelib") + "/nvidia/*/lib")))')
+  export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+}
+
+suite() { # SECONDS PARTS
+  said "parts: $2"
+  # shellcheck disable=SC2086
+  "$PYTHON" benchmarks/gpu_suite.py $SUITE_OPTIONS --work "$KEPT/work" --bundles "$KEPT/site/bundles" --seconds "$1" \
+    --parts "$2" --after "$KEPT/gpu.json" --output "$OUT/gpu.json"
+  code=$?
+  [ -f "$OUT/gpu.json" ] && cp "$OUT/gpu.json" "$KEPT/gpu.json"
+  said "exit code $code"
+  return $code
+}
+
+run() {
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.draw --format=csv,noheader 2>&1
+  [ -d "$PIECES" ] && for piece in "$PIECES"/*.*; do [ -f "$piece" ] && mv "$piece" "$KEPT/"; done
+  join wheels ort rtx bundles
+  paths
+  said "ready: $("$PYTHON" -c 'import sys, onnxruntime; print(sys.version.split()[0], onnxruntime.__version__, onnxruntime.get_available_providers())' 2>&1 | tail -1)"
+  case $1 in
+    first) suite "${2:-120}" "seam,ceilings" ;;
+    ours) suite "${2:-240}" "demo cuda,sd15 build cuda,sd15 bench cuda,sd15 bench cuda graphs,sd15 torch eager,sd15 profile,sd15 kernels,sd15 verify cuda,sd15 torch recorded,sd15 bench cuda,sd15 diffusers eager" ;;
+    ways) suite "${2:-240}" "sd15 bench cuda,turbo cuda,turbo torch eager,sdxl cuda,sdxl torch eager,sd15 torch compiled" ;;
+    peers) suite "${2:-240}" "ceilings,sd15 torch eager,sd15 torch recorded,sd15 torch compiled,sd15 diffusers eager,sdxl torch eager" ;;
+    rtx) suite "${2:-240}" "demo tensorrt-rtx,sd15 tensorrt-rtx" ;;
+    parts) suite "$2" "$3" ;;
+    *) sed -n '2,13p' "${BASH_SOURCE[0]}"; return 2 ;;
+  esac
+}
+
+mkdir -p "$KEPT" "$OUT"
+run "$@" 2>&1 | tee "$OUT/log"

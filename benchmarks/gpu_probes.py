@@ -1,0 +1,183 @@
+"""Looking into what runs on a GPU: tests of the seam, ONNX Runtime told otherwise, operators and kernels by time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from gpu_models import Model
+
+STEPS = 3  # of a profiled picture
+MOST = 25  # operators and kernels that are kept
+PROMPT = "a large red circle on a striped blue background"
+Settings = Callable[[Path, Any], Mapping[str, str]]
+
+
+def run_tests(tests: Path) -> dict[str, Any]:
+    """Run a test file by itself. Returns each test's outcome, and the lines of JSON that the tests printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", str(tests), "--noconftest", "-s", "-q", f"--junitxml={report}"]
+        ran = subprocess.run(
+            [*command, "-p", "no:cacheprovider"], cwd=tests.parent.parent, capture_output=True, text=True, check=False
+        )
+        sys.stdout.write(ran.stdout + ran.stderr)
+        cases = ElementTree.parse(report).iter("testcase") if report.is_file() else ()
+        outcomes = {f"{case.get('name')}": _outcome(case) for case in cases}
+    counts = {
+        kind: sum(one["outcome"] == kind for one in outcomes.values()) for kind in ("passed", "failed", "skipped")
+    }
+    return {"exit_code": ran.returncode, **counts, "tests": outcomes, "told": _json_lines(ran.stdout)}
+
+
+def _outcome(case: ElementTree.Element) -> dict[str, Any]:
+    what = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+    kind = "passed" if what is None else "skipped" if what.tag == "skipped" else "failed"
+    why = None if what is None else (what.text or what.get("message") or "").splitlines()[-30:]
+    return {"outcome": kind, "seconds": float(case.get("time", 0)), "why": why}
+
+
+def _json_lines(text: str) -> list[Any]:
+    """Return what tests printed as JSON. pytest may write a dot before it."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            if "{" in line:
+                found.append(json.loads(line[line.index("{") :]))
+    return found
+
+
+@contextlib.contextmanager
+def opened_so(cuda_graphs: bool | None, settings: Mapping[str, str]) -> Iterator[Callable[..., Any]]:
+    """Give a `load` that opens pipelines in another way than the product: see `gpu_models.Way`."""
+    from latentrt.runtime.bench.timing import TimedPipeline
+
+    with _sessions(lambda _path, _options: settings):
+        yield partial(TimedPipeline.load, cuda_graphs=cuda_graphs, check="size")
+
+
+@contextlib.contextmanager
+def _sessions(told: Settings) -> Iterator[None]:
+    """Let every session of ONNX Runtime be opened with further settings of its provider, by `told(path, options)`."""
+    from latentrt.engines.onnxruntime import session
+
+    plain = session._session
+
+    def opened(path: Path, options: Any, provider: Any, settings: Mapping[str, str] = session.NO_SETTINGS) -> Any:
+        return plain(path, options, provider, {**settings, **told(path, options)})
+
+    session._session = opened
+    try:
+        yield
+    finally:
+        session._session = plain
+
+
+def profile_operators(root: str, backend: str, model: Model, folder: Path) -> dict[str, Any]:
+    """Draw two pictures of three steps with ONNX Runtime's profiler. Returns the denoiser's operators of the second.
+
+    CUDA waits after every launch, so that an operator's time is the GPU's and a few microseconds of launching.
+    """
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # read when CUDA starts, which it has not yet
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def profiled(path: Path, options: Any) -> Mapping[str, str]:
+        options.enable_profiling, options.profile_file_prefix = True, str(folder / path.stem)
+        return {}
+
+    with _sessions(profiled), _loaded(root, backend) as draw:
+        draw(model)
+        draw(model)
+    (file,) = folder.glob("unet_*.json")  # written when the session was closed
+    return {"steps": STEPS, "launch_blocking": True, **operators(json.loads(file.read_text()), last=STEPS)}
+
+
+def operators(events: list[dict[str, Any]], *, last: int) -> dict[str, Any]:
+    """Sum up a profile: milliseconds a run by kind of operator and by node, medians of the last runs of each node."""
+    nodes, about = defaultdict[str, list[float]](list), dict[str, dict[str, Any]]()
+    kernels = defaultdict[str, list[float]](list)
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            name = event["name"].removesuffix("_kernel_time")
+            nodes[name].append(event["dur"] / 1e3)
+            about[name] = event["args"]
+        elif event["cat"] == "Kernel":
+            kernels[event["name"]].append(event["dur"] / 1e3)
+    each = {name: statistics.median(times[-last:]) for name, times in nodes.items()}
+    whole = sum(each.values())
+    kinds = defaultdict[tuple[str, str], list[float]](list)
+    for name, ms in each.items():
+        kinds[about[name]["op_name"], about[name].get("provider", "")].append(ms)
+    return {
+        "run_ms": whole,
+        "nodes": len(each),
+        "operators": _largest(
+            {"operator": kind, "provider": place, "count": len(ms), "ms": sum(ms), "share": sum(ms) / whole}
+            for (kind, place), ms in kinds.items()
+        ),
+        "largest_nodes": _largest(
+            {"node": name, "operator": about[name]["op_name"], "ms": ms, "shapes": about[name].get("input_type_shape")}
+            for name, ms in each.items()
+        ),
+        "kernels": _largest({"kernel": n, "count": len(ms), "ms": sum(ms)} for n, ms in kernels.items()),
+    }
+
+
+def _largest(rows: Any) -> list[dict[str, Any]]:
+    return sorted(rows, key=lambda row: -row["ms"])[:MOST]
+
+
+@contextlib.contextmanager
+def _loaded(root: str, backend: str) -> Iterator[Callable[[Model], None]]:
+    """Give a function that draws a picture of three steps."""
+    from latentrt.runtime.pipeline import Pipeline
+
+    with Pipeline.load(root, backend, cuda_graphs=False, check="size") as pipe:
+
+        def draw(model: Model) -> None:
+            pipe(PROMPT, steps=STEPS, guidance=model.guidance, sampler=model.sampler, size=(model.size, model.size))
+
+        yield draw
+
+
+def profile_kernels(root: str, backend: str, model: Model) -> dict[str, Any]:
+    """Draw a picture of three steps under torch's profiler, which sees every kernel of the process.
+
+    Encoding and decoding are in it too. On a machine without a GPU there are no kernels.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    with _loaded(root, backend) as draw:
+        draw(model)
+        draw(model)
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            draw(model)
+    return {"steps": STEPS, **kernel_times(profiler)}
+
+
+def kernel_times(profiler: Any) -> dict[str, Any]:
+    """Return a profile's kernels: milliseconds together, and the largest by name."""
+    from torch.autograd import DeviceType
+
+    kernels = defaultdict[str, list[float]](list)
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            kernels[event.name].append(event.time_range.elapsed_us() / 1e3)
+    return {
+        "kernels_ms": sum(sum(ms) for ms in kernels.values()),
+        "launches": sum(len(ms) for ms in kernels.values()),
+        "kernels": _largest({"kernel": n[:160], "count": len(ms), "ms": sum(ms)} for n, ms in kernels.items()),
+    }
