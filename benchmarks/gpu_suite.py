@@ -38,7 +38,7 @@ from parts import Outcomes, Part, keep, run_parts
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
-from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.runtime.bench.machine import describe, now
 
 BACKEND_NAMES = ("cuda", "tensorrt", "tensorrt-rtx")

@@ -77,6 +77,13 @@ class OutOfMemoryError(EngineError, MemoryError):
     retryable = True
 
 
+class DeviceLostError(EngineError):
+    """What this process has on a GPU is of no use any more, and nothing new can be put there until it is restarted.
+
+    Either CUDA met an error in a kernel that no process recovers from, or the process is a fork of one that used CUDA.
+    """
+
+
 # What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say where there is no room.
 NO_ROOM = re.compile(
     r"out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"
@@ -86,8 +93,22 @@ NO_ROOM = re.compile(
 SMALLER = "draw fewer or smaller pictures at once, decode in tiles, or end what else uses the memory"
 
 
+# What the same say where CUDA met an error that the process cannot leave behind.
+LOST = re.compile(
+    r"illegal memory access|illegal instruction|misaligned address|unspecified launch failure|device-side assert"
+    r"|launch timed out|uncorrectable (ECC|NVLink)|hardware stack error|invalid program counter",
+    re.IGNORECASE,
+)
+RESTART = "the process is restarted"
+
+
 def backend_error(sentence: str, words: str) -> EngineError:
-    """Return what a library's failure is: OutOfMemoryError where its words say so. sentence: holds the words"""
+    """Return what a library's failure is: OutOfMemoryError or DeviceLostError where its words say so.
+
+    sentence: holds the words
+    """
+    if LOST.search(words):
+        return DeviceLostError(f"{sentence}; nothing runs on this GPU until {RESTART}")
     return OutOfMemoryError(f"{sentence}; {SMALLER}") if NO_ROOM.search(words) else EngineError(sentence)
 
 

@@ -13,7 +13,7 @@ from latentrt.engines.backends import BACKENDS, Opened, Opening
 from latentrt.engines.build_options import REFITTABLE, BuildOptions
 from latentrt.engines.bundle.files import Bundle, Check, check_file
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, LatentSpec
-from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey

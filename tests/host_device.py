@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.errors import OutOfMemoryError
+from latentrt.engines.errors import DeviceLostError, OutOfMemoryError
 from latentrt.engines.spec import Array
 
 Work = Callable[[], None]
+CURRENT = threading.local()  # .index: the thread's current device, 0 where nothing was set, as in CUDA
 ALIGNMENT = 256
 FRESH = 0xFF  # what fresh memory holds: not-a-number in floats, -1 in integers
 
@@ -50,9 +51,16 @@ class Memory:
 
 
 class HostDevice:
-    """A stand-in for `Device`. calls: what was asked of it, in order; ran: what the queue ran, in order."""
+    """A stand-in for `Device`. calls: what was asked of it, in order; ran: what the queue ran, in order.
 
-    def __init__(self) -> None:
+    broken: what the next wait is to find that a kernel has met; then the device is lost
+    forked: whether the process is to be taken for a fork
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self.broken, self.forked = "", False
+        self._lost: DeviceLostError | None = None
         self.memory, self.pinned_memory = Memory(), Memory()
         self.calls: list[str] = []
         self.ran: list[str] = []
@@ -144,9 +152,37 @@ class HostDevice:
         assert self._recording is None, "not allowed while the stream is recorded"
         assert not self.pending(), "freed under queued work"
 
+    def _use(self) -> None:
+        """Refuse what CUDA refuses, and catch what it would do on another GPU."""
+        if self.forked or self._lost:
+            raise DeviceLostError("forked" if self.forked else str(self._lost))
+        assert getattr(CURRENT, "index", 0) == self.index, "another GPU is this thread's current one"
+
+    def _gone(self) -> bool:
+        """Tell whether there is nothing left to free."""
+        return self.forked or self._lost is not None
+
+    def _meet(self) -> None:
+        """Find what a kernel has met."""
+        self._use()
+        if self.broken:
+            self._lost = DeviceLostError(self.broken)
+            raise self._lost
+
     # The protocol.
 
+    def enter(self) -> int:
+        if self.forked:
+            raise DeviceLostError("forked")
+        before = int(getattr(CURRENT, "index", 0))
+        CURRENT.index = self.index
+        return before
+
+    def leave(self, before: int) -> None:
+        CURRENT.index = before
+
     def allocate(self, size: int) -> int:
+        self._use()
         with self._lock:
             self._called(f"allocate {size}")
             assert self._recording is None, "not allowed while the stream is recorded"
@@ -155,52 +191,63 @@ class HostDevice:
             return self.memory.allocate(size)
 
     def free(self, address: int) -> None:
+        if self._gone():
+            return
         with self._lock:
             self._called("free")
             self._idle()
             self.memory.free(address)
 
     def allocate_pinned(self, size: int) -> Array:
+        self._use()
         with self._lock:
             self._called(f"allocate_pinned {size}")
             assert self._recording is None, "not allowed while the stream is recorded"
             return self.pinned_memory.blocks[self.pinned_memory.allocate(size)]
 
     def free_pinned(self, block: Array) -> None:
+        if self._gone():
+            return
         with self._lock:
             self._called("free_pinned")
             self._idle()
             self.pinned_memory.free(int(block.ctypes.data))
 
     def copy_in(self, address: int, block: Array, stream: int) -> None:
+        self._use()
         with self._lock:
             self._called(f"copy_in {block.nbytes}")
             here, size = int(block.ctypes.data), block.nbytes
             self._transfer("copy_in", (self.memory, address), (self.pinned_memory, here), size, stream)
 
     def copy_out(self, block: Array, address: int, stream: int) -> None:
+        self._use()
         with self._lock:
             self._called(f"copy_out {block.nbytes}")
             here, size = int(block.ctypes.data), block.nbytes
             self._transfer("copy_out", (self.pinned_memory, here), (self.memory, address), size, stream)
 
     def copy(self, target: int, source: int, size: int, stream: int) -> None:
+        self._use()
         with self._lock:
             self._called(f"copy {size}")
             self._transfer("copy", (self.memory, target), (self.memory, source), size, stream)
 
     def zero(self, address: int, size: int, stream: int) -> None:
+        self._use()
         with self._lock:
             self._called(f"zero {size}")
             self.resolve(address, size)
             self.put(stream, "zero", lambda: self.resolve(address, size).fill(0))
 
     def create_stream(self) -> int:
+        self._use()
         self._called("create_stream")
         self._streams.add(stream := next(self._handles))
         return stream
 
     def synchronize(self, stream: int) -> None:
+        self._meet()
         with self._lock:
             self._called("synchronize")
             assert self._recording is None, "not allowed while the stream is recorded"
@@ -208,11 +255,14 @@ class HostDevice:
             self._run_to(self._end)
 
     def destroy_stream(self, stream: int) -> None:
+        if self._gone():
+            return
         self._called("destroy_stream")
         self._idle()
         self._streams.remove(stream)
 
     def begin_capture(self, stream: int) -> None:
+        self._use()
         with self._lock:
             self._called("begin_capture")
             assert self._recording is None
@@ -220,6 +270,7 @@ class HostDevice:
         time.sleep(self.capture_pause_s)
 
     def end_capture(self, stream: int) -> int:
+        self._use()
         with self._lock:
             self._called("end_capture")
             assert self._recording is not None
@@ -228,6 +279,7 @@ class HostDevice:
             return graph
 
     def launch(self, graph: int, stream: int) -> None:
+        self._use()
         with self._lock:
             self._called("launch")
             for label, work in self._graphs[graph]:
@@ -235,35 +287,44 @@ class HostDevice:
             self._launched[graph] = self._end
 
     def free_graph(self, graph: int) -> None:
+        if self._gone():
+            return
         with self._lock:
             self._called("free_graph")
             assert self._launched.get(graph, 0) <= self._done, "freed under a launch"
             del self._graphs[graph]
 
     def create_event(self, *, timed: bool = False) -> int:
+        self._use()
         self._events[event := next(self._handles)] = (0, timed)
         return event
 
     def record(self, event: int, stream: int) -> None:
+        self._use()
         with self._lock:
             assert self._recording is None, "an event is not a part of a graph"
             self._called("record")
             self._events[event] = (self._end, self._events[event][1])
 
     def wait(self, event: int) -> None:
+        self._meet()
         with self._lock:
             self._called("wait")
             self._run_to(self._events[event][0])
 
     def elapsed_s(self, first: int, second: int) -> float:
         """Every piece of work takes a thousandth of a second here."""
+        self._use()
         (start, start_timed), (end, end_timed) = self._events[first], self._events[second]
         assert start_timed and end_timed, "these events keep no time"
         assert max(start, end) <= self._done, "these events have not happened"
         return (end - start) / 1e3
 
     def destroy_event(self, event: int) -> None:
+        if self._gone():
+            return
         del self._events[event]
 
     def free_bytes(self) -> int:
+        self._use()
         return 1 << 30

@@ -16,7 +16,7 @@ import pytest
 
 from latentrt.engines import open as choosing
 from latentrt.engines.build_options import BuildOptions
-from latentrt.engines.cuda.device import Gpu
+from latentrt.engines.cuda.gpus import Gpu
 from latentrt.engines.spec import EngineSpec
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import engines

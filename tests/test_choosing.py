@@ -19,7 +19,7 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD
-from latentrt.engines.cuda.device import Gpu
+from latentrt.engines.cuda.gpus import Gpu
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.open import choose, choose_to_build, find_engines, open_engines, serving_engines, shapes_of

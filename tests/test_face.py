@@ -628,11 +628,10 @@ def test_a_machine_without_a_gpu_is_the_wrong_one_for_tensorrt(
     sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("latentrt.engines.tensorrt.library.find_gpu", lambda: None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     with pytest.raises(errors.WrongMachineError) as caught:
         Pipeline.load(sd1_bundle, "tensorrt")
     assert caught.value.differences == ()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where cuda-bindings are not there
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # as where cuda-bindings are not there
     with pytest.raises(errors.NotInstalledError) as missing:
         Pipeline.load(sd1_bundle, "tensorrt")
     assert missing.value.install == "pip install cuda-bindings"

@@ -15,7 +15,7 @@ import torch
 
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import BundleError
 from latentrt.engines.verify.verify import verify
 

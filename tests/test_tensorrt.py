@@ -24,7 +24,7 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.cli import build as build_command
-from latentrt.engines.cuda.device import Gpu, find_gpu
+from latentrt.engines.cuda.gpus import Gpu, find_gpu
 from latentrt.engines.errors import EngineError, NotInstalledError, RequestError
 from latentrt.engines.open import choose, open_engines
 from latentrt.engines.progress import silent

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import BundleError, ClosedError, EngineError, OutOfMemoryError
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec

@@ -6,21 +6,15 @@ memory as NumPy arrays: the device copies to and from it without the host waitin
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import importlib.util
-from dataclasses import dataclass
+import os
 from typing import Any, Protocol
 
 import numpy as np
 
-from latentrt.engines.errors import (
-    SMALLER,
-    EngineError,
-    NotInstalledError,
-    OutOfMemoryError,
-    WrongMachineError,
-    backend_error,
-)
+from latentrt.engines.cuda.gpus import FORKED, cuda_error, find_gpu, no_gpu
+from latentrt.engines.errors import SMALLER, DeviceLostError, OutOfMemoryError
 from latentrt.engines.spec import Array
 
 MEBIBYTE = 1 << 20
@@ -30,7 +24,22 @@ class Device(Protocol):
     """A GPU, or in the tests a stand-in for one. Every call that fails raises EngineError.
 
     Calls that take a stream put work in its queue and return; the order in a stream is the order of the calls.
+    Once the GPU is lost, or in a process that was forked, every call raises DeviceLostError, of what it was lost by
+    first; but what frees or destroys does nothing then.
     """
+
+    @property
+    def index(self) -> int:
+        """Return which of the visible GPUs it is, from 0."""
+        ...
+
+    def enter(self) -> int:
+        """Make it the calling thread's current GPU, and return which was. Raises DeviceLostError after a fork alone."""
+        ...
+
+    def leave(self, before: int) -> None:
+        """Make the GPU current again that was."""
+        ...
 
     def allocate(self, size: int) -> int:
         """Return the address of `size` fresh bytes of device memory, aligned to 256 and not cleared."""
@@ -104,61 +113,77 @@ class Device(Protocol):
 
 
 class CudaDevice:
-    """The first visible GPU, through cuda-bindings. See `Device` for the methods.
+    """A GPU through cuda-bindings, by its index among those that are visible. See `Device` for the methods.
 
-    Raises EngineError where the bindings are missing or no driver answers: a constructed device is proof of both,
-    which TensorRT needs before its first call.
+    Raises EngineError where the bindings are missing, no driver answers or there is no such GPU: a constructed device
+    is proof of all three, which TensorRT needs before its first call.
     """
 
-    def __init__(self) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError:
-            raise no_bindings() from None
+    def __init__(self, index: int = 0) -> None:
+        if find_gpu(index) is None:
+            raise no_gpu("no NVIDIA GPU answers here; install or update NVIDIA's driver, and see CUDA_VISIBLE_DEVICES")
+        from cuda.bindings import runtime
+
+        self.index = index
         self._cuda: Any = runtime
-        code, count = runtime.cudaGetDeviceCount()
-        if code != runtime.cudaError_t.cudaSuccess:
-            raise WrongMachineError(
-                f"no NVIDIA GPU answers here: {self._words(code)}; install or update NVIDIA's driver"
-            )
-        if count < 1:
-            raise WrongMachineError("no NVIDIA GPU answers here: the driver shows none; see CUDA_VISIBLE_DEVICES")
+        self._process = os.getpid()
+        self._lost: DeviceLostError | None = None
 
-    def _words(self, code: Any) -> str:
-        name, text = (self._cuda.cudaGetErrorName(code)[1], self._cuda.cudaGetErrorString(code)[1])
-        return f"{name.decode()} ({text.decode()})"
+    def enter(self) -> int:
+        if os.getpid() != self._process:
+            raise DeviceLostError(FORKED)
+        try:
+            before = int(self._call("cudaGetDevice"))
+            if before != self.index:
+                self._call("cudaSetDevice", self.index)
+        except DeviceLostError:  # what is called next tells it; what only frees goes on
+            return self.index
+        return before
 
-    def _error(self, function: str, code: Any) -> EngineError:
-        words = self._words(code)
-        return backend_error(f"{function}: {words}", words)
+    def leave(self, before: int) -> None:
+        if before != self.index:
+            self._free("cudaSetDevice", before)
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """Call the runtime and return what it gives besides its code. Raises EngineError with CUDA's own words."""
+        """Call the runtime and return what it gives besides its code. Raises EngineError with CUDA's own words.
+
+        Once the GPU is lost it is not called any more, and what it was lost by is raised.
+        """
+        if self._lost is not None:
+            raise self._lost.within("")
+        if os.getpid() != self._process:
+            raise DeviceLostError(FORKED)
         code, *results = getattr(self._cuda, function)(*arguments)
         if code != self._cuda.cudaError_t.cudaSuccess:
-            raise self._error(function, code)
-        return results[0] if results else None
+            error = cuda_error(self._cuda, function, code)
+            if isinstance(error, DeviceLostError):
+                self._lost = error
+            raise error
+        return results[0] if len(results) == 1 else results
+
+    def _free(self, function: str, *arguments: Any) -> None:
+        """Call what gives something back: with the GPU it is gone already."""
+        with contextlib.suppress(DeviceLostError):
+            self._call(function, *arguments)
 
     def allocate(self, size: int) -> int:
-        code, address = self._cuda.cudaMalloc(max(size, 1))
-        if code == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+        try:
+            return int(self._call("cudaMalloc", max(size, 1)))
+        except OutOfMemoryError:
             raise OutOfMemoryError(
                 f"the GPU has {self.free_bytes() // MEBIBYTE} MiB free and {-(-size // MEBIBYTE)} MiB more are needed "
                 f"(cudaErrorMemoryAllocation); {SMALLER}"
-            )
-        if code != self._cuda.cudaError_t.cudaSuccess:
-            raise self._error("cudaMalloc", code)
-        return int(address)
+            ) from None
 
     def free(self, address: int) -> None:
-        self._call("cudaFree", address)
+        self._free("cudaFree", address)
 
     def allocate_pinned(self, size: int) -> Array:
         address = int(self._call("cudaMallocHost", max(size, 1)))
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free_pinned(self, block: Array) -> None:
-        self._call("cudaFreeHost", block.ctypes.data)
+        self._free("cudaFreeHost", block.ctypes.data)
 
     def copy_in(self, address: int, block: Array, stream: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -183,11 +208,12 @@ class CudaDevice:
         self._call("cudaStreamSynchronize", stream)
 
     def destroy_stream(self, stream: int) -> None:
-        self._call("cudaStreamDestroy", stream)
+        self._free("cudaStreamDestroy", stream)
 
     def begin_capture(self, stream: int) -> None:
-        # Thread local: what other threads of the service do with CUDA meanwhile neither fails nor is recorded.
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        # Relaxed: what threads of the service do with CUDA meanwhile neither fails nor is recorded, this one included:
+        # Python may collect what another session has left there, which frees memory.
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: int) -> int:
@@ -195,13 +221,13 @@ class CudaDevice:
         try:
             return int(self._call("cudaGraphInstantiate", recorded, 0))
         finally:
-            self._call("cudaGraphDestroy", recorded)
+            self._free("cudaGraphDestroy", recorded)
 
     def launch(self, graph: int, stream: int) -> None:
         self._call("cudaGraphLaunch", graph, stream)
 
     def free_graph(self, graph: int) -> None:
-        self._call("cudaGraphExecDestroy", graph)
+        self._free("cudaGraphExecDestroy", graph)
 
     def create_event(self, *, timed: bool = False) -> int:
         # Blocking: a thread that waits for a picture sleeps instead of keeping a core busy.
@@ -218,55 +244,8 @@ class CudaDevice:
         return float(self._call("cudaEventElapsedTime", first, second)) / 1e3
 
     def destroy_event(self, event: int) -> None:
-        self._call("cudaEventDestroy", event)
+        self._free("cudaEventDestroy", event)
 
     def free_bytes(self) -> int:
-        code, free, _ = self._cuda.cudaMemGetInfo()
-        if code != self._cuda.cudaError_t.cudaSuccess:
-            raise self._error("cudaMemGetInfo", code)
+        free, _ = self._call("cudaMemGetInfo")
         return int(free)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
-    """The first visible NVIDIA GPU."""
-
-    name: str
-    compute_capability: str
-    sm_count: int
-    memory_bytes: int
-    driver_major: int
-
-
-def no_bindings() -> NotInstalledError:
-    """Return the error of a machine on which CUDA cannot be asked."""
-    return NotInstalledError("cuda-bindings is not installed", install="pip install cuda-bindings")
-
-
-def no_gpu(sentence: str) -> EngineError:
-    """Return the error where `find_gpu` finds none: it cannot ask, or there is none. sentence: who needs one"""
-    if importlib.util.find_spec("cuda") is None:
-        return no_bindings().within(f"{sentence}: ")
-    return WrongMachineError(sentence)
-
-
-def find_gpu() -> Gpu | None:
-    """Describe the first NVIDIA GPU, or return None: no bindings, no driver or no GPU."""
-    try:
-        from cuda.bindings import runtime as cuda
-    except ImportError:
-        return None
-    code, count = cuda.cudaGetDeviceCount()
-    if code != cuda.cudaError_t.cudaSuccess or count < 1:
-        return None
-    code, properties = cuda.cudaGetDeviceProperties(0)
-    if code != cuda.cudaError_t.cudaSuccess:
-        return None
-    _, driver = cuda.cudaDriverGetVersion()
-    return Gpu(
-        name=properties.name.decode(),
-        compute_capability=f"{properties.major}.{properties.minor}",
-        sm_count=properties.multiProcessorCount,
-        memory_bytes=properties.totalGlobalMem,
-        driver_major=driver // 1000,
-    )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
+from types import TracebackType
 
 import numpy as np
 
 from latentrt.engines.cuda.device import Device
+from latentrt.engines.errors import DeviceLostError
 from latentrt.engines.spec import Array
 
 ALIGNMENT = 256  # bytes: what CUDA aligns its own allocations to, and TensorRT expects of addresses
@@ -28,6 +31,29 @@ class Mark:
         self.place = 0
 
 
+class Turn:
+    """A lock to hold while a device is used. Meanwhile the device is the thread's current one; threads nest it.
+
+    Taking it raises DeviceLostError in a forked process, where the thread that held it may be missing.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._lock = device, threading.RLock()
+        self._before: list[int] = []
+
+    def __enter__(self) -> None:
+        before = self._device.enter()
+        self._lock.acquire()
+        self._before.append(before)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        before = self._before.pop()
+        self._lock.release()
+        self._device.leave(before)
+
+
 class WorkQueue:
     """The stream that everything of one session runs in, in the order in which it was put there.
 
@@ -36,8 +62,9 @@ class WorkQueue:
 
     def __init__(self, device: Device) -> None:
         self.device = device
-        self.lock = threading.RLock()
-        self.stream = device.create_stream()
+        self.lock = Turn(device)
+        with self.lock:
+            self.stream = device.create_stream()
         self._places = 0
         self._reached = 0
 
@@ -55,9 +82,14 @@ class WorkQueue:
             self._reached = max(place, self._reached)
 
     def drain(self) -> None:
-        """Wait until the queue is empty."""
+        """Wait until the queue is empty. Raises EngineError where something in it failed."""
         self.device.synchronize(self.stream)
         self._reached = self._places
+
+    def settle(self) -> None:
+        """Wait until nothing in the queue runs any more, before what it uses is freed: also where the GPU is lost."""
+        with contextlib.suppress(DeviceLostError):
+            self.drain()
 
     def close(self) -> None:
         """Destroy the stream. The queue must be empty."""

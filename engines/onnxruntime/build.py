@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import LatentSpec, Role
 from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
-from latentrt.engines.cuda.device import find_gpu, no_gpu
+from latentrt.engines.cuda.gpus import find_gpu, no_gpu
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.controlnet_stage import fuse_control
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
 
-from latentrt.engines.cuda.device import find_gpu, no_gpu
+from latentrt.engines.cuda.gpus import find_gpu, no_gpu
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
 from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
 from latentrt.engines.tensor_names import COND, HINT

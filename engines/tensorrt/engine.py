@@ -140,7 +140,7 @@ class _Desk:
         return dict(self._outputs)
 
     def close(self) -> None:
-        self._queue.drain()
+        self._queue.settle()
         if self._pass is not None:
             self._pass.close()
         self._holding.close()

@@ -85,7 +85,7 @@ class TensorRTSession:
             raise EngineError(f"workspaces and slots: found {workspaces} and {slots}, expected 1 or more")
         start = time.perf_counter()
         self._origin, self._kept, self._slots = origin, workspaces, slots
-        self._programs: dict[str, Program] = open_programs(library, plans)
+        self._programs: dict[str, Program] = open_programs(library, plans, device)
         queue = WorkQueue(device)
         self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
         self._workspaces: OrderedDict[tuple[WorkspaceShape, str], TensorRTWorkspace] = OrderedDict()
@@ -176,7 +176,7 @@ class TensorRTSession:
                 self._engines.pop().close()
             self._programs.clear()
             self._place.scratch.close()
-            self._place.queue.drain()
+            self._place.queue.settle()
             self._place.queue.close()
 
     def __enter__(self) -> Self:

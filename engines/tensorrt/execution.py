@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from latentrt.engines.cuda.device import Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
@@ -41,13 +42,15 @@ class Program:
     spec: EngineSpec
 
 
-def open_programs(library: ModuleType, plans: Mapping[str, tuple[Path, EngineSpec]]) -> dict[str, Program]:
-    """Read engine files, all at once, and return their programs by component.
+def open_programs(
+    library: ModuleType, plans: Mapping[str, tuple[Path, EngineSpec]], device: Device
+) -> dict[str, Program]:
+    """Read engine files to a device, all at once, and return their programs by component.
 
     A driver must have answered before: without one some releases of TensorRT crash the process.
     Raises EngineError with the logger's words, BundleError where a file cannot be read.
     """
-    with ThreadPoolExecutor(max_workers=max(len(plans), 1)) as pool:
+    with ThreadPoolExecutor(max_workers=max(len(plans), 1), initializer=device.enter) as pool:
         return dict(zip(plans, pool.map(lambda plan: open_program(library, *plan), plans.values()), strict=True))
 
 
@@ -138,7 +141,7 @@ class Scratch:
     def close(self) -> None:
         """Wait for the queue and free the memory."""
         if self.size:
-            self._queue.drain()
+            self._queue.settle()
             self._queue.device.free(self.address)
             self.address = self.size = 0
 
@@ -262,7 +265,7 @@ class Pass:
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
-            self._place.queue.drain()
+            self._place.queue.settle()
             self._place.queue.device.free_graph(self._graph)
             self._graph = None
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cuda.device import find_gpu, no_gpu
+from latentrt.engines.cuda.gpus import find_gpu, no_gpu
 from latentrt.engines.errors import EngineError, NotInstalledError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.spec import EngineKey

@@ -353,7 +353,7 @@ class TensorRTWorkspace:
             if self._closed:
                 return
             self._closed = reason
-            self._queue.drain()
+            self._queue.settle()
             for run in self._passes:
                 run.close()
             self._programs.clear()

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from latentrt.engines.cuda.device import find_gpu
+from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.spec import Document
 
 PACKAGES = (
