@@ -14,24 +14,23 @@ from typing import Self, Unpack
 
 import numpy as np
 
-from latentrt import __version__
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import ClosedError
-from latentrt.engines.lora.weight_changes import Changes, keys_of
+from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.open import OpenEngines, open_engines
 from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.calls import Cancellation, Limits, Stream, Turn, finish, limited, tell
 from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
-from latentrt.runtime.draw.draw import Drawing, Source, stream
+from latentrt.runtime.draw.draw import Source
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
 from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
-from latentrt.runtime.draw.loras import Loras
-from latentrt.runtime.draw.slots import encode_rows, write_rows
+from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import Stages, Watch
+from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
-from latentrt.runtime.result import Result, Settings
-from latentrt.runtime.text.encoders import Texts, read_tokenizers
+from latentrt.runtime.result import Result
+from latentrt.runtime.text.encoders import read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding
 from latentrt.runtime.text.tokenizer import PromptTokenizer
 
@@ -44,14 +43,11 @@ class Pipeline:
     def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
         self.bundle = bundle
         self.load_s, self.warm_up_s = opened.load_s, 0.0
-        self._opened = opened
+        self.loaded = Loaded(bundle, opened, tokenizers)
         self._turn, self._closed = Turn(), False
         self._streams = weakref.WeakSet[Stream]()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")  # starts with the first await
         self._said: set[str] = set()
-        self._texts = Texts(bundle.manifest, opened.engines, tokenizers)
-        self._loras = Loras(bundle)
-        self._drawing = Drawing(opened, bundle.manifest)
 
     @classmethod
     def load(
@@ -122,7 +118,7 @@ class Pipeline:
     @property
     def backend(self) -> str:
         """Return the name of the backend that runs."""
-        return self._opened.choice.backend
+        return self.loaded.opened.choice.backend
 
     def __call__(
         self,
@@ -193,25 +189,14 @@ class Pipeline:
     def _call(self, request: Request, limits: Limits, *, watched: bool) -> Stages[Result]:
         job = resolve(request, self.manifest)
         self._say(self.manifest.schedule.clip_note)
-        changes = self._loras.changes(job.request.loras)
-        return self._alone(limits, changes, lambda: self._draw(job, self._prompted(job), watched=watched))
+        changes = self.loaded.loras.changes(job.request.loras)
+        return self._alone(limits, changes, lambda: self._draw(job, self.loaded.source(job), watched=watched))
 
     def _say(self, note: str | None) -> None:
         """Log a warning that holds for every picture, once."""
         if note is not None and note not in self._said:
             self._said.add(note)
             logger.warning("%s", note)
-
-    def _adapt(self, changes: Mapping[str, Changes]) -> float:
-        """Have the engines compute with changed weights. Returns the seconds it took, 0 where they do already."""
-        start = time.perf_counter()
-        self._texts.adapt(keys_of(changes))
-        if not self._opened.adapt(changes):
-            return 0.0
-        taken = time.perf_counter() - start
-        what = f"to those of {', '.join(changes)} with LoRAs" if changes else "back to the base's"
-        logger.info("changed the weights %s in %.3f s", what, taken)
-        return taken
 
     def animate(
         self,
@@ -238,8 +223,8 @@ class Pipeline:
             Limits.of(request, cancel)
             job = resolve(request, self.manifest)  # those of one size differ in nothing else that can be refused
             for leg in job.legs:
-                self._texts.tokens([text for side in job.read_keys(keys) for text in side], denoiser=leg.denoiser)
-        changes = self._loras.changes(job.request.loras)
+                self.loaded.texts.tokens([text for side in job.read_keys(keys) for text in side], denoiser=leg.denoiser)
+        changes = self.loaded.loras.changes(job.request.loras)
 
         def drawn() -> Iterator[Result]:
             for part, request in zip(parts, requests, strict=True):
@@ -259,7 +244,7 @@ class Pipeline:
         try:
             if self._closed:
                 raise self._closed_error()
-            adapt_s = self._adapt(changes)
+            adapt_s = self.loaded.adapt(changes)
             limits.check("before the first stage")
             result = yield from limited(draw(), limits, self._turn)
         finally:
@@ -271,36 +256,13 @@ class Pipeline:
     def _closed_error(self) -> ClosedError:
         return ClosedError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
 
-    def _prompted(self, job: Job) -> Source:
-        """Return what a request's own prompts and seeds give."""
-        start = time.perf_counter()
-        prompts = job.read(job.prompts)
-        negatives = job.read(job.negatives, negative=True) if job.guidance.needed else []
-        tokens = {leg.denoiser: self._texts.tokens([*prompts, *negatives], denoiser=leg.denoiser) for leg in job.legs}
-
-        def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
-            in_place = self._texts.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
-            if in_place is not None:
-                encode_rows(workspace, *in_place, slots, parts=2 if negatives else 1)
-                return
-            for name, array in self._texts(prompts, negatives, denoiser=denoiser).items():
-                write_rows(workspace, name, finite(array, TEXT, pictures=len(prompts)), slots)
-
-        shape = latent_shape(job.size, self.manifest.latents)
-        return Source(
-            tokens=tokens,
-            tokenize_s=time.perf_counter() - start,
-            write=write,
-            draw=stream(job.request.noise, job.seeds, shape),
-        )
-
     def _draw_between(
         self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], *, watched: bool
     ) -> Stages[Result]:
         """Draw frames that lie between key frames."""
         start = time.perf_counter()
         prompts, negatives = job.read_keys(keys)
-        texts = {leg.denoiser: self._texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
+        texts = {leg.denoiser: self.loaded.texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
@@ -316,49 +278,36 @@ class Pipeline:
 
     def _draw(self, job: Job, source: Source, *, watched: bool) -> Stages[Result]:
         start = time.perf_counter()
-        drawn = yield from self._drawing(job, source, watched=watched)
+        drawn = yield from self.loaded.drawing(job, source, watched=watched)
         stages = {"encode": drawn.encode_s, "denoise": sum(drawn.step_seconds), "decode": drawn.decode_s}
         total = source.tokenize_s + time.perf_counter() - start
         return Result(
             pixels=drawn.pixels,
             seeds=job.seeds,
-            settings=tuple(self._settings(job, i) for i in range(len(job.prompts))),
+            settings=tuple(self.loaded.settings(job, i) for i in range(len(job.prompts))),
             seconds={"tokenize": source.tokenize_s, **stages, "total": total},
             step_seconds=drawn.step_seconds,
             warnings=one_coloured(drawn.pixels),
-            backend=self._opened.choice.backend,
-            reason=self._opened.choice.reason,
-        )
-
-    def _settings(self, job: Job, picture: int) -> Settings:
-        return Settings(
-            prompt=job.prompts[picture],
-            negative_prompt=job.negatives[picture],
-            steps=job.plan.steps,
-            guidance=float(job.request.guidance),
-            sampler=job.plan.sampler,
-            size=job.size,
-            model=self.bundle.name,
-            version=f"latentrt {__version__}",
-            further=job.request.further,
+            backend=self.loaded.opened.choice.backend,
+            reason=self.loaded.opened.choice.reason,
         )
 
     @property
     def embeddings(self) -> tuple[str, ...]:
         """Return the learned words (textual inversion) that prompts may use."""
-        return self._texts.embeddings
+        return self.loaded.texts.embeddings
 
     def add_embedding(self, file: str | os.PathLike[str], *, name: str | None = None) -> str:
         """Let prompts use a learned word from a safetensors file; return the word. Raises RequestError."""
         embedding = load_embedding(file, name=name)
         with self._turn.hold():
-            self._texts.add(embedding)
+            self.loaded.texts.add(embedding)
         return embedding.name
 
     def remove_embedding(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError where there is no such word."""
         with self._turn.hold():
-            self._texts.remove(name)
+            self.loaded.texts.remove(name)
 
     def close(self) -> None:
         """Free the engines. Another thread's call ends first; a stream that this thread has not finished is closed.
@@ -370,7 +319,7 @@ class Pipeline:
         with self._turn.hold():
             self._closed = True
             self._worker.shutdown(wait=False)
-            self._opened.close()
+            self.loaded.opened.close()
 
     def __enter__(self) -> Self:
         return self

@@ -537,7 +537,7 @@ def test_changing_weights_is_told_and_keeping_them_is_not(
     with caplog.at_level(logging.INFO, "latentrt"):
         for request in (ASKED, styled, styled, ASKED, ASKED):
             pipe.draw(request)
-    told = [record.getMessage() for record in caplog.records if record.name == "latentrt.runtime.pipeline"]
+    told = [record.getMessage() for record in caplog.records if record.name == "latentrt.runtime.loaded"]
     assert ["unet" in line for line in told] == [True, False]
 
 

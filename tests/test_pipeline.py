@@ -65,7 +65,7 @@ def test_several_prompts_make_one_batch(pipe: Pipeline) -> None:
 def rows_counted(pipe: Pipeline) -> Iterator[list[int]]:
     """Note how many rows the UNet is given at each stage."""
     rows: list[int] = []
-    engines = pipe._opened.engines
+    engines = pipe.loaded.opened.engines
 
     class Counting:
         spec = engines["unet"].spec

@@ -255,7 +255,7 @@ def test_a_tile_changes_the_decoding_alone(pipe: Pipeline) -> None:
 def test_a_large_image_is_read_in_tiles_too(pipe: Pipeline) -> None:
     shapes: list[tuple[int, ...]] = []
     pipe(**CALL, image=photo(64, 32), strength=0.5)
-    encoder = pipe._opened.engines["vae_encoder"]
+    encoder = pipe.loaded.opened.engines["vae_encoder"]
 
     class Watching:
         spec = encoder.spec
@@ -264,9 +264,9 @@ def test_a_large_image_is_read_in_tiles_too(pipe: Pipeline) -> None:
             shapes.append(inputs["sample"].shape)
             return encoder(inputs)
 
-    pipe._opened.engines["vae_encoder"] = Watching()  # type: ignore[assignment]
+    pipe.loaded.opened.engines["vae_encoder"] = Watching()  # type: ignore[assignment]
     found = pipe(**CALL, image=photo(64, 32), strength=0.5, tile=32)
-    pipe._opened.engines["vae_encoder"] = encoder
+    pipe.loaded.opened.engines["vae_encoder"] = encoder
     assert found.pixels.shape == (1, 32, 64, 3) and shapes == [(1, 3, 32, 32)] * 3
 
 

@@ -15,9 +15,8 @@ from latentrt.engines.cli_types import Many, Size
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
-from latentrt.runtime.bench.measure import PROMPT, Asked, run_bench
 from latentrt.runtime.bench.report.text import comparison_text, markdown, report_text
-from latentrt.runtime.bench.result import Report, read_report, to_json, write_report
+from latentrt.runtime.bench.result import PROMPT, Report, read_report, to_json, write_report
 
 File = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -81,6 +80,8 @@ def bench(
 
 
 def _measure(bundle: str, json_file: Path | None, prompt_sets: Any, asked: dict[str, Any]) -> Report:
+    from latentrt.runtime.bench.measure import Asked, run_bench  # the pipeline and all: showing a result takes none
+
     command = shlex.join(["latentrt", *sys.argv[1:]])
     with terminal_report(quiet=str(json_file) == "-") as progress:
         return run_bench(bundle, Asked(**asked), command=command, prompt_sets=prompt_sets, progress=progress)

@@ -19,6 +19,7 @@ from latentrt.runtime.bench.machine import Watch, describe_machine, now
 from latentrt.runtime.bench.meters import GpuMeter, open_gpu_meter
 from latentrt.runtime.bench.quality import PromptSet, PromptSets, component_errors, prompt_set, score_prompts
 from latentrt.runtime.bench.result import (
+    PROMPT,
     SCHEMA_VERSION,
     BundleFacts,
     ComponentError,
@@ -35,7 +36,6 @@ from latentrt.runtime.images.write_png import parameters
 from latentrt.runtime.result import Result
 from latentrt.runtime.sampling.make import make_plan
 
-PROMPT = "a large red circle on a striped blue background"
 WARMUP_SHARE = 0.5  # of the seconds asked for, all candidates together
 Load = Callable[..., TimedPipeline]
 

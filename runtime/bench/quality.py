@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError, RequestError
@@ -11,7 +12,9 @@ from latentrt.engines.spec import Array
 from latentrt.engines.verify.verify import verify
 from latentrt.runtime.bench.result import ComponentError, PromptScore, Settings
 from latentrt.runtime.bench.samples import share_interval
-from latentrt.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from latentrt.runtime.pipeline import Pipeline
 
 # (how many) -> the prompts, and a judge that tells of the i-th picture, (height, width, 3) uint8, whether it is right.
 PromptSet = Callable[[int], tuple[Sequence[str], Callable[[int, Array], bool]]]

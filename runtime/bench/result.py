@@ -22,6 +22,8 @@ from latentrt.runtime.bench.samples import Summary
 
 SCHEMA_VERSION = 1
 
+PROMPT = "a large red circle on a striped blue background"  # the one that is drawn where none is named
+
 
 class Measured(Document, frozen=True, kw_only=True):
     """A figure that was measured once in each round: the summary, and every measurement in the order of rounds."""

@@ -139,10 +139,13 @@ class Features:
             if one.role == "adapter"
         ]
 
-    def at(self, stage: int) -> dict[str, Array]:
-        """Return what to write before a stage, {the denoiser's input: (rows, …)}, float32; nothing where it stays."""
+    def at(self, stage: int, *, since: int = 0) -> dict[str, Array]:
+        """Return what to write before a stage, {the denoiser's input: (rows, …)}, float32; nothing where it stays.
+
+        since: the first stage for which something was written where these pictures are
+        """
         followed = [bool(stages[stage]) for stages, _, _ in self._given]
-        if stage and followed == [bool(stages[stage - 1]) for stages, _, _ in self._given]:
+        if stage > since and followed == [bool(stages[stage - 1]) for stages, _, _ in self._given]:
             return {}
         written = {name: np.zeros(shape, dtype=np.float32) for name, shape in self._shapes.items()}
         for on, (_, scale, features) in zip(followed, self._given, strict=True):

@@ -100,7 +100,7 @@ class Loop:
         """Take one stage of every picture that has one left. What is not finite is told by `lost`."""
         walks = [walk for walk in self.walks if walk.running]
         for walk in walks:
-            for name, array in walk.features.at(walk.done).items() if walk.features else ():
+            for name, array in walk.features.at(walk.done, since=walk.stages.start).items() if walk.features else ():
                 write_rows(self._workspace, name, array, walk.slots)
         rows = self._write_stage(walks)
         for component, strengths in self._strengths(walks).items():
@@ -190,10 +190,15 @@ def denoise(
     )
     loop = Loop(workspace, denoiser)
     loop.join(walk)
+    yield from stages_of(loop, walk)
+
+
+def stages_of(loop: Loop, walk: Walk) -> Iterator[int]:
+    """Take a loop on until a walk is done; yield the number of its stages that are done. Raises NotFiniteError."""
     while walk.running:
         loop.advance()
         if lost := loop.lost(walk):
-            raise NotFiniteError(LATENTS, lost, stage=walk.done, stages=plan.stages)
+            raise NotFiniteError(LATENTS, lost, stage=walk.done, stages=walk.plan.stages)
         yield walk.done
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import BundleError, NotFiniteError
-from latentrt.engines.open import OpenEngines
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import hint_of
 from latentrt.engines.workspace.contract import STATE, Event, Workspace, WorkspaceShape
@@ -22,7 +22,7 @@ from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
 from latentrt.runtime.draw.controls import Features, feature_shapes
 from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_engine
-from latentrt.runtime.draw.denoise import denoise
+from latentrt.runtime.draw.denoise import Loop, Walk, stages_of
 from latentrt.runtime.draw.finite import LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
 from latentrt.runtime.draw.slots import write_rows
@@ -30,6 +30,9 @@ from latentrt.runtime.draw.start import Start, check_latents, start_from_image, 
 from latentrt.runtime.draw.step import Look, Noise, Stages, Step
 from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
 from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
+
+if TYPE_CHECKING:
+    from latentrt.engines.open import OpenEngines
 
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
@@ -75,11 +78,12 @@ class Drawing:
         watched: it yields after each stage, and the queue is kept short; else it runs through
         Raises NotFiniteError with its likely causes. Closing it ends the call where it is.
         """
-        with self._explaining(job):
+        with self.explaining(job):
             return (yield from self._draw(job, source, watched=watched))
 
     @contextmanager
-    def _explaining(self, job: Job) -> Iterator[None]:
+    def explaining(self, job: Job) -> Iterator[None]:
+        """Tell of numbers that are not finite with their likely causes."""
         try:
             yield
         except NotFiniteError as error:
@@ -118,13 +122,19 @@ class Drawing:
 
     def _sketch(self, job: Job, tokens: int, latents: Array) -> Array:
         """Return what latents show by the tiny decoder: (n, height, width, 3), uint8. Raises BundleError."""
-        space = self._manifest.latents
         tiny = self._manifest.find("tiny_decoder")
         if tiny is None:
             raise BundleError(NO_TINY)
-        width, height = self._decoded_size(job)
+        return self.decode(job, tiny, latents, tokens=tokens)
+
+    def decode(self, job: Job, decoder: str, latents: Array, *, tokens: int) -> Array:
+        """Return what latents show by a decoder that runs beside any workspace: (n, height, width, 3), uint8.
+
+        Raises NotFiniteError.
+        """
+        space, (width, height) = self._manifest.latents, self._decoded_size(job)
         shape = WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height)
-        decode = through_engine(self._opened.engine(tiny, shape), space)
+        decode = through_engine(self._opened.engine(decoder, shape), space)
         return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
 
     def _workspace(
@@ -157,7 +167,7 @@ class Drawing:
             source.write(workspace, leg.denoiser, slots)
             events.append(workspace.event())
             if inputs is None:
-                inputs = self._begin(job, draw, workspace)
+                inputs = self.begin(job, draw, workspace.shape, state_rows=workspace.state_rows)
             yield from self._advance(job, leg, inputs, workspace, draw, events, watched=watched)
             if leg is not job.legs[-1]:  # read before the next workspace, which may take this one's place
                 inputs[STATE] = workspace.read(STATE)
@@ -166,15 +176,18 @@ class Drawing:
                 encode, steps = encode + first, steps + own
         return workspace, encode, steps, events
 
-    def _begin(self, job: Job, draw: Callable[[], Array], workspace: Workspace) -> dict[str, Array]:
-        """Return what to write to a workspace before the first stage."""
-        start = self._start(job, draw, partial(self._run, workspace.shape))
+    def begin(self, job: Job, draw: Callable[[], Array], shape: WorkspaceShape, *, state_rows: int) -> dict[str, Array]:
+        """Return what to write to a workspace of a shape before the first stage.
+
+        Raises RequestError and NotFiniteError.
+        """
+        start = self._start(job, draw, partial(self._run, shape))
         if job.variations:
-            shape = latent_shape(job.size, self._manifest.latents)
-            other = stream(job.request.noise, job.variations, shape)()
+            size = latent_shape(job.size, self._manifest.latents)
+            other = stream(job.request.noise, job.variations, size)()
             varied = vary(start.noise, other, job.request.variation_strength)
             start = dataclasses.replace(start, noise=varied)
-        written = start.inputs(job.plan, state_rows=workspace.state_rows)
+        written = start.inputs(job.plan, state_rows=state_rows)
         return {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
 
     def _advance(
@@ -189,7 +202,30 @@ class Drawing:
         watched: bool,
     ) -> Stages[None]:
         """Take the stages of one leg, from the state and what lies beside it among the inputs; note each one's end."""
-        slots = slice(0, len(job.prompts))
+        loop = Loop(workspace, leg.denoiser)
+        walk = self.seat(job, leg, inputs, workspace, draw, slots=slice(0, len(job.prompts)))
+        loop.join(walk)
+        for _ in stages_of(loop, walk):
+            events.append(workspace.event())
+            if watched:
+                events[-1 - AHEAD].wait()
+                with self.step(job, walk, workspace, draw, keeps="known" in inputs) as step:
+                    yield step
+
+    def seat(
+        self,
+        job: Job,
+        leg: Leg,
+        inputs: Mapping[str, Array],
+        workspace: Workspace,
+        draw: Noise,
+        *,
+        slots: slice,
+    ) -> Walk:
+        """Write to some slots all that the pictures of a job have beside their text; return what is to join a loop.
+
+        inputs: the state before the first stage of the leg, and what lies beside it
+        """
         for name, array in conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser).items():
             write_rows(workspace, name, array, slots)
         for name, array in inputs.items():
@@ -199,47 +235,46 @@ class Drawing:
             if one.role == "controlnet":
                 workspace.write(hint_of(one.component), one.pixels, slots)
         shapes = feature_shapes(self._manifest, leg.denoiser, size=job.size, rows=job.rows)
-        features = Features(steering, shapes, partial(self._run, workspace.shape))
-        stages = denoise(
-            workspace,
-            job.plan,
-            job.guidance,
-            draw,
-            steering=steering,
-            features=features,
+        return Walk(
+            plan=job.plan,
+            guidance=job.guidance,
+            draw=draw,
+            slots=slots,
             stages=leg.stages,
-            denoiser=leg.denoiser,
+            steering=steering,
+            features=Features(steering, shapes, partial(self._run, workspace.shape)),
         )
-        for stage in stages:
-            events.append(workspace.event())
-            if watched:
-                events[-1 - AHEAD].wait()
-                look = self._look(job, workspace, stage)
-                try:
-                    yield Step(
-                        stage=stage,
-                        stages=job.plan.stages,
-                        _look=look,
-                        _plan=job.plan,
-                        _manifest=self._manifest,
-                        _noise=draw.last,
-                        _keeps="known" in inputs,
-                    )
-                finally:
-                    look.end()
 
-    def _look(self, job: Job, workspace: Workspace, stage: int) -> Look:
+    @contextmanager
+    def step(self, job: Job, walk: Walk, workspace: Workspace, draw: Noise, *, keeps: bool) -> Iterator[Step]:
+        """Show the stage that is done, for as long as the next one has not begun. keeps: a mask keeps a part"""
+        look = self._look(job, workspace, walk)
+        try:
+            yield Step(
+                stage=walk.done,
+                stages=job.plan.stages,
+                _look=look,
+                _plan=job.plan,
+                _manifest=self._manifest,
+                _noise=draw.last,
+                _keeps=keeps,
+            )
+        finally:
+            look.end()
+
+    def _look(self, job: Job, workspace: Workspace, walk: Walk) -> Look:
         """Return what a caller may look at after a stage, until the next one begins."""
+        stage = walk.done
 
         def read(name: str) -> Array:
-            array = workspace.read(name)
+            array = workspace.read(name, walk.slots)
             if name == STATE:
-                with self._explaining(job):
+                with self.explaining(job):
                     _latents_of(job, array, stage)
             return array
 
         def sketch(latents: Array) -> Array:
-            with self._explaining(job):
+            with self.explaining(job):
                 return self._sketch(job, workspace.shape.tokens, latents)
 
         return Look(read, sketch, f"stage {stage} of {job.plan.stages}")

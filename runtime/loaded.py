@@ -1,0 +1,106 @@
+"""A bundle loaded for drawing: its engines, text encoders and LoRAs, and what a request is on them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from latentrt import __version__
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.lora.weight_changes import Changes, keys_of
+from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import Workspace
+from latentrt.runtime.draw.draw import Drawing, Source, stream
+from latentrt.runtime.draw.finite import TEXT, finite
+from latentrt.runtime.draw.job import Job, latent_shape
+from latentrt.runtime.draw.loras import Loras
+from latentrt.runtime.draw.slots import encode_rows, write_rows
+from latentrt.runtime.result import Settings
+from latentrt.runtime.text.encoders import Texts
+from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
+
+if TYPE_CHECKING:
+    from latentrt.engines.open import OpenEngines
+
+logger = logging.getLogger(__name__)
+
+
+class Loaded:
+    """What drawing takes of a bundle. Nothing in it waits for a turn: whoever has it sees to that.
+
+    opened: the engines; texts: the text encoders; loras: what LoRA files mean here; drawing: draws jobs
+    """
+
+    def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
+        self.bundle, self.opened = bundle, opened
+        self.texts = Texts(bundle.manifest, opened.engines, tokenizers)
+        self.loras = Loras(bundle)
+        self.drawing = Drawing(opened, bundle.manifest)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return the bundle's manifest."""
+        return self.bundle.manifest
+
+    def adapt(self, changes: Mapping[str, Changes]) -> float:
+        """Have the engines compute with changed weights. Returns the seconds it took, 0 where they do already."""
+        start = time.perf_counter()
+        self.texts.adapt(keys_of(changes))
+        if not self.opened.adapt(changes):
+            return 0.0
+        taken = time.perf_counter() - start
+        what = f"to those of {', '.join(changes)} with LoRAs" if changes else "back to the base's"
+        logger.info("changed the weights %s in %.3f s", what, taken)
+        return taken
+
+    def prompts(self, job: Job) -> tuple[list[Prompt], list[Prompt]]:
+        """Return a job's prompts and negative prompts; none of these where no stage needs them. Raises RequestError."""
+        return job.read(job.prompts), job.read(job.negatives, negative=True) if job.guidance.needed else []
+
+    def tokens(self, job: Job) -> dict[str, int]:
+        """Return the length of a job's text for each of its denoisers. Raises RequestError on what cannot be read."""
+        prompts, negatives = self.prompts(job)
+        return {leg.denoiser: self.texts.tokens([*prompts, *negatives], denoiser=leg.denoiser) for leg in job.legs}
+
+    def encode(self, job: Job, denoiser: str) -> dict[str, Array]:
+        """Return a job's text as a denoiser takes it: rows by name, the prompts' first. Raises NotFiniteError."""
+        texts = self.texts(*self.prompts(job), denoiser=denoiser)
+        return {name: finite(array, TEXT, pictures=len(job.prompts)) for name, array in texts.items()}
+
+    def source(self, job: Job) -> Source:
+        """Return what a request's own prompts and seeds give. Raises RequestError on what cannot be read."""
+        start = time.perf_counter()
+        tokens = self.tokens(job)
+
+        def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
+            prompts, negatives = self.prompts(job)
+            in_place = self.texts.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
+            if in_place is not None:
+                encode_rows(workspace, *in_place, slots, parts=2 if negatives else 1)
+                return
+            for name, array in self.encode(job, denoiser).items():
+                write_rows(workspace, name, array, slots)
+
+        return Source(
+            tokens=tokens,
+            tokenize_s=time.perf_counter() - start,
+            write=write,
+            draw=stream(job.request.noise, job.seeds, latent_shape(job.size, self.manifest.latents)),
+        )
+
+    def settings(self, job: Job, picture: int) -> Settings:
+        """Return what one picture of a job is drawn with."""
+        return Settings(
+            prompt=job.prompts[picture],
+            negative_prompt=job.negatives[picture],
+            steps=job.plan.steps,
+            guidance=float(job.request.guidance),
+            sampler=job.plan.sampler,
+            size=job.size,
+            model=self.bundle.name,
+            version=f"latentrt {__version__}",
+            further=job.request.further,
+        )
