@@ -83,9 +83,9 @@ done:
 \0"""
 
 
-def tell(what: str, **facts: Any) -> None:
+def tell(fact: str, /, **facts: Any) -> None:
     """Print facts about the machine as one line."""
-    print(json.dumps({"fact": what, **facts}), flush=True)
+    print(json.dumps({"fact": fact, **facts}), flush=True)
 
 
 @pytest.fixture(scope="module")
@@ -745,7 +745,7 @@ def test_calls_cost(cuda: Any, device: CudaDevice, queue: WorkQueue, holding: Ho
         ("allocate and free 1 GiB", lambda: device.free(device.allocate(1 << 30)), 10),
         ("pin and free 64 MiB", lambda: device.free_pinned(device.allocate_pinned(64 * MIB)), 5),
     ):
-        tell("call", what=what, us=median_us(work, count))
+        tell("call", call=what, us=median_us(work, count))
     queue.drain()
 
 
