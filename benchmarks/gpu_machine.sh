@@ -6,6 +6,7 @@
 #   bash benchmarks/gpu_machine.sh ways   [SECONDS]    # other ways to run the same engines; then what is left
 #   bash benchmarks/gpu_machine.sh peers  [SECONDS]    # torch and diffusers, compiled too
 #   bash benchmarks/gpu_machine.sh rtx    [SECONDS]    # TensorRT for RTX
+#   bash benchmarks/gpu_machine.sh rehearse [SECONDS]  # the same flow on a processor
 #   bash benchmarks/gpu_machine.sh parts  SECONDS NAMES  # parts by name, see gpu_suite.py
 #
 # Pieces are moved to KEPT (default /tmp/p) and joined there once all of a set have come; bundles and engines are kept there
@@ -13,8 +14,7 @@
 set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3} KEPT=${KEPT:-/tmp/p} OUT=${OUT:-$PWD/.cache/gpu} PIECES=${PIECES:-.gpu}
-SUITE_OPTIONS=${SUITE_OPTIONS:-}
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONUNBUFFERED=1
 
 said() { echo "[$SECONDS s] $*"; }
 
@@ -40,8 +40,8 @@ paths() { # what was joined comes before what is installed, and CUDA's libraries
 suite() { # SECONDS PARTS
   said "parts: $2"
   # shellcheck disable=SC2086
-  "$PYTHON" benchmarks/gpu_suite.py $SUITE_OPTIONS --work "$KEPT/work" --bundles "$KEPT/site/bundles" --seconds "$1" \
-    --parts "$2" --after "$KEPT/gpu.json" --output "$OUT/gpu.json"
+  "$PYTHON" benchmarks/gpu_suite.py ${3:-} --work "$KEPT/work" --bundles "$KEPT/site/bundles" --seconds "$1" \
+    ${2:+--parts "$2"} --after "$KEPT/gpu.json" --output "$OUT/gpu.json"
   code=$?
   [ -f "$OUT/gpu.json" ] && cp "$OUT/gpu.json" "$KEPT/gpu.json"
   said "exit code $code"
@@ -60,8 +60,9 @@ run() {
     ways) suite "${2:-240}" "sd15 bench cuda,turbo cuda,turbo torch eager,sdxl cuda,sdxl torch eager,sd15 torch compiled" ;;
     peers) suite "${2:-240}" "ceilings,sd15 torch eager,sd15 torch recorded,sd15 torch compiled,sd15 diffusers eager,sdxl torch eager" ;;
     rtx) suite "${2:-240}" "demo tensorrt-rtx,sd15 tensorrt-rtx" ;;
+    rehearse) suite "${2:-900}" "" --cpu ;;
     parts) suite "$2" "$3" ;;
-    *) sed -n '2,13p' "${BASH_SOURCE[0]}"; return 2 ;;
+    *) sed -n '2,14p' "${BASH_SOURCE[0]}"; return 2 ;;
   esac
 }
 

@@ -28,10 +28,9 @@ def run_tests(tests: Path) -> dict[str, Any]:
     """Run a test file by itself. Returns each test's outcome, and the lines of JSON that the tests printed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", str(tests), "--noconftest", "-s", "-q", f"--junitxml={report}"]
-        ran = subprocess.run(
-            [*command, "-p", "no:cacheprovider"], cwd=tests.parent.parent, capture_output=True, text=True, check=False
-        )
+        alone = ["-c", os.devnull, "--noconftest", "-p", "no:cacheprovider"]  # nothing of the project's other tests
+        command = [sys.executable, "-m", "pytest", str(tests), *alone, "-s", "-q", f"--junitxml={report}"]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
         sys.stdout.write(ran.stdout + ran.stderr)
         cases = ElementTree.parse(report).iter("testcase") if report.is_file() else ()
         outcomes = {f"{case.get('name')}": _outcome(case) for case in cases}

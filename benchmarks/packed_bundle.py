@@ -88,7 +88,7 @@ def make(shape: str, target: Path, *, precision: Any, folder: Path, report: Repo
     from latentrt.export.export import export_checkpoint
 
     checkpoint = save_random(shape, folder / "checkpoint", half=precision == "fp16")
-    export_checkpoint(str(checkpoint), folder / shape, precision=precision, report=report)
+    export_checkpoint(str(checkpoint), folder / shape, precision=precision, backends=(), report=report)
     shutil.rmtree(checkpoint)
     holes = sow(folder / shape)
     record_goldens(folder / shape, report)
