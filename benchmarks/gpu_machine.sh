@@ -15,6 +15,9 @@ set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3} KEPT=${KEPT:-/tmp/p} OUT=${OUT:-$PWD/.cache/gpu} PIECES=${PIECES:-.gpu}
 export PYTHONUNBUFFERED=1
+OURS="sd15 bench cuda,sd15 bench cuda graphs,sd15 torch eager,sd15 profile cuda,sd15 verify cuda,sd15 kernels cuda"
+OURS="$OURS,sd15 torch recorded,sd15 bench cuda plain,sd15 bench"
+LARGER="turbo bench cuda,turbo verify cuda,turbo torch eager,sdxl bench cuda,sdxl torch eager,sdxl verify cuda"
 
 said() { echo "[$SECONDS s] $*"; }
 
@@ -56,9 +59,9 @@ run() {
   said "ready: $("$PYTHON" -c 'import sys, onnxruntime; print(sys.version.split()[0], onnxruntime.__version__, onnxruntime.get_available_providers())' 2>&1 | tail -1)"
   case $1 in
     first) suite "${2:-120}" "seam,ceilings" ;;
-    ours) suite "${2:-240}" "demo cuda,sd15 build cuda,sd15 bench cuda,sd15 bench cuda graphs,sd15 torch eager,sd15 profile,sd15 kernels,sd15 verify cuda,sd15 torch recorded,sd15 bench cuda,sd15 diffusers eager" ;;
-    ways) suite "${2:-240}" "sd15 bench cuda,turbo cuda,turbo torch eager,sdxl cuda,sdxl torch eager,sd15 torch compiled" ;;
-    peers) suite "${2:-240}" "ceilings,sd15 torch eager,sd15 torch recorded,sd15 torch compiled,sd15 diffusers eager,sdxl torch eager" ;;
+    ours) suite "${2:-240}" "demo bench cuda,demo verify cuda,$OURS" ;;
+    ways) suite "${2:-240}" "$OURS,sd15 bench,sd15 verify cuda plain,sd15 diffusers eager,$LARGER,sd15 torch compiled" ;;
+    peers) suite "${2:-240}" "ceilings,sd15 torch,sd15 diffusers eager,sdxl torch eager" ;;
     rtx) suite "${2:-240}" "demo tensorrt-rtx,sd15 tensorrt-rtx" ;;
     rehearse) suite "${2:-900}" "" --cpu ;;
     parts) suite "$2" "$3" ;;

@@ -49,26 +49,30 @@ ALL_MODELS = {**MODELS, "tiny": TINY}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to open the same engines: CUDA graphs, and ONNX Runtime's own settings of its CUDA provider.
+    """One way to build and open engines of ONNX Runtime on a GPU.
 
     cuda_graphs None: the backend's own choice
+    settings: of the CUDA provider, by ONNX Runtime's own names
+    recipe: of `latentrt build`; None for the default one, whose engines the other ways open too
     """
 
     cuda_graphs: bool | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    recipe: str | None = None
 
     def facts(self) -> dict[str, Any]:
-        return {"cuda_graphs": self.cuda_graphs, "settings": dict(self.settings)}
+        """Return it as plain data."""
+        return {"cuda_graphs": self.cuda_graphs, "settings": dict(self.settings), "recipe": self.recipe}
 
 
 # The first is what the product does when nothing is said. sdpa_kernel has a bit for each attention kernel.
 WAYS: dict[str, Way] = {
     "": Way(),
     "graphs": Way(cuda_graphs=True),
-    "launched": Way(cuda_graphs=False),
-    "tf32": Way(settings={"use_tf32": "1"}),
+    "plain": Way(recipe="plain"),
+    "tf32-off": Way(settings={"use_tf32": "0"}),
     "flash": Way(settings={"sdpa_kernel": "1"}),
+    "efficient": Way(settings={"sdpa_kernel": "2"}),
     "cudnn-attention": Way(settings={"sdpa_kernel": "8"}),
-    "searched": Way(settings={"cudnn_conv_algo_search": "EXHAUSTIVE"}),
     "heuristic": Way(settings={"cudnn_conv_algo_search": "HEURISTIC"}),
 }

@@ -82,12 +82,21 @@ def export(model: str, root: Path) -> None:
 
 
 def do_build(facts: Mapping[str, Any], done: Keep) -> None:
+    import shutil
+
     from latentrt.engines.build import build_engines
+    from latentrt.engines.build_options import BuildOptions
     from latentrt.engines.bundle.files import Bundle
     from latentrt.engines.progress import terminal_report
 
+    root, options = Path(facts["root"]), BuildOptions()
+    if facts["recipe"] is not None:
+        options = BuildOptions(recipe=facts["recipe"])
+        shutil.copytree(
+            facts["base"], root, ignore=shutil.ignore_patterns("engines"), copy_function=os.link, dirs_exist_ok=True
+        )
     with terminal_report() as report:
-        record = build_engines(Bundle.open(facts["root"]), facts["backend"], report=report)
+        record = build_engines(Bundle.open(root), facts["backend"], options=options, report=report)
     done({"build_s": record.build_s, "bytes": sum(file.bytes for file in record.files.values())})
 
 
@@ -123,12 +132,13 @@ def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
         golden=False,  # a part of its own: an engine that drifts shows its speed all the same
     )
     with opened_so(facts["cuda_graphs"], facts["settings"]) as load:
-        done(msgspec.to_builtins(run_bench(facts["root"], asked, load=load)))
+        report = msgspec.to_builtins(run_bench(facts["root"], asked, load=load))
+        done(report)
         if facts["scored"]:
-            scored = dataclasses.replace(asked, accuracy=8 if rehearsal else 48)
-            done(
-                msgspec.to_builtins(run_bench(facts["root"], scored, prompt_sets={"demo": held_out_prompts}, load=load))
-            )
+            scored = dataclasses.replace(asked, rounds=3, seconds=0.5, accuracy=8 if rehearsal else 48)
+            further = run_bench(facts["root"], scored, prompt_sets={"demo": held_out_prompts}, load=load)
+            report["variants"][0]["prompts"] = msgspec.to_builtins(further.variants[0].prompts)
+            done(report)
 
 
 def do_profile(facts: Mapping[str, Any], done: Keep) -> None:

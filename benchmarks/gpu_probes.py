@@ -21,7 +21,6 @@ from gpu_models import Model
 STEPS = 3  # of a profiled picture
 MOST = 25  # operators and kernels that are kept
 PROMPT = "a large red circle on a striped blue background"
-Settings = Callable[[Path, Any], Mapping[str, str]]
 
 
 def run_tests(tests: Path) -> dict[str, Any]:
@@ -60,27 +59,35 @@ def _json_lines(text: str) -> list[Any]:
 @contextlib.contextmanager
 def opened_so(cuda_graphs: bool | None, settings: Mapping[str, str]) -> Iterator[Callable[..., Any]]:
     """Give a `load` that opens pipelines in another way than the product: see `gpu_models.Way`."""
+    from latentrt.engines.onnxruntime import backend
     from latentrt.runtime.bench.timing import TimedPipeline
 
-    with _sessions(lambda _path, _options: settings):
+    plain = backend.OnnxRuntimeOptions
+    if settings:
+        backend.OnnxRuntimeOptions = partial(plain, settings=settings)  # type: ignore[assignment,misc]
+    try:
         yield partial(TimedPipeline.load, cuda_graphs=cuda_graphs, check="size")
+    finally:
+        backend.OnnxRuntimeOptions = plain  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _sessions(told: Settings) -> Iterator[None]:
-    """Let every session of ONNX Runtime be opened with further settings of its provider, by `told(path, options)`."""
+def profiled(folder: Path) -> Iterator[None]:
+    """Have every session of ONNX Runtime that is opened write a profile when it is closed, named for its graph."""
     from latentrt.engines.onnxruntime import session
 
-    plain = session._session
+    name = "open_session" if hasattr(session, "open_session") else "_session"
+    plain = getattr(session, name)
 
-    def opened(path: Path, options: Any, provider: Any, settings: Mapping[str, str] = session.NO_SETTINGS) -> Any:
-        return plain(path, options, provider, {**settings, **told(path, options)})
+    def opened(path: Path, options: Any, *rest: Any) -> Any:
+        options.enable_profiling, options.profile_file_prefix = True, str(folder / path.stem)
+        return plain(path, options, *rest)
 
-    session._session = opened
+    setattr(session, name, opened)
     try:
         yield
     finally:
-        session._session = plain
+        setattr(session, name, plain)
 
 
 def profile_operators(root: str, backend: str, model: Model, folder: Path) -> dict[str, Any]:
@@ -90,12 +97,7 @@ def profile_operators(root: str, backend: str, model: Model, folder: Path) -> di
     """
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # read when CUDA starts, which it has not yet
     folder.mkdir(parents=True, exist_ok=True)
-
-    def profiled(path: Path, options: Any) -> Mapping[str, str]:
-        options.enable_profiling, options.profile_file_prefix = True, str(folder / path.stem)
-        return {}
-
-    with _sessions(profiled), _loaded(root, backend) as draw:
+    with profiled(folder), _loaded(root, backend) as draw:
         draw(model)
         draw(model)
     (file,) = folder.glob("unet_*.json")  # written when the session was closed

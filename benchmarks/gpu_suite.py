@@ -36,9 +36,12 @@ from gpu_models import MODELS, TINY, WAYS, Model
 from gpu_table import format_table, measured_tflops
 from parts import Outcomes, Part, keep, run_parts
 
+import latentrt
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.gpus import find_gpu
+from latentrt.engines.errors import EngineError
+from latentrt.engines.onnxruntime.session import require
 from latentrt.runtime.bench.machine import describe, now
 
 BACKEND_NAMES = ("cuda", "tensorrt", "tensorrt-rtx")
@@ -117,7 +120,11 @@ def machine() -> dict[str, Any]:
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
             libraries[name] = importlib.metadata.version(name)
-    return {**describe(), "driver": driver(), "libraries": libraries}
+    found = describe()
+    runs = {"latentrt": latentrt.__version__}  # what is imported, whatever the metadata of another copy says
+    with suppress(EngineError):
+        runs["onnxruntime"] = require().__version__
+    return {**found, "versions": found["versions"] | runs, "driver": driver(), "libraries": libraries}
 
 
 def driver() -> str | None:
@@ -210,40 +217,41 @@ class Plan:
             yield from self._on(name, backend)
 
     def _on(self, name: str, backend: str) -> Iterator[Part]:
-        facts = {
-            "root": str(self._work / name),
-            "backend": backend,
-            "model": name,
-            "rehearsal": self._rehearsal,
-            "folder": str(self._work / f"{name}-profiles"),
-        }
-        build = f"{name}: build {backend}"
-        yield _part(
-            build,
-            "build",
-            facts,
-            most_s=200,
-            needs=(f"{name}: bundle",),
-            missing=self._present[backend] or self._present["onnx"],
-        )
-        further = name == LOOKED_INTO or self._rehearsal
+        looked_into = name == LOOKED_INTO or self._rehearsal
         for label, way in WAYS.items():
-            if label and not (further and (backend == "cuda" or (self._rehearsal and label == "graphs"))):
+            if label and not (looked_into and (backend == "cuda" or (self._rehearsal and label == "graphs"))):
                 continue
-            yield _part(
-                f"{name}: bench {backend} {label}".strip(),
-                "bench",
-                {**facts, **way.facts(), "scored": name == "demo" and not label},
-                most_s=240 if self._rehearsal else 60,
-                least_s=8,
-                needs=(build,),
-            )
-            if not label:
-                yield _part(f"{name}: verify {backend}", "verify", facts, most_s=60, needs=(build,))
-            if not label and further and backend in ("cuda", REHEARSAL):
-                yield _part(f"{name}: profile {backend}", "profile", facts, most_s=60, needs=(build,))
-                missing = self._present["torch"]
-                yield _part(f"{name}: kernels {backend}", "kernels", facts, most_s=60, needs=(build,), missing=missing)
+            base = self._work / name
+            root = base.with_name(f"{name}-{way.recipe}") if way.recipe else base
+            facts = {"root": str(root), "base": str(base), "backend": backend, "model": name, **way.facts()}
+            yield from self._in_a_way(name, backend, label, facts)
+            if not label and looked_into and backend in ("cuda", REHEARSAL):
+                yield from self._inside(name, backend, facts)
+
+    def _in_a_way(self, name: str, backend: str, label: str, facts: Mapping[str, Any]) -> Iterator[Part]:
+        """Build engines unless a way opens the default's, measure and, where they were built, verify."""
+        built = not label or facts["recipe"] is not None
+        build = f"{name}: build {backend} {label if built else ''}".strip()
+        if built:
+            missing = self._present[backend] or self._present["onnx"]
+            yield _part(build, "build", facts, most_s=200, needs=(f"{name}: bundle",), missing=missing)
+        yield _part(
+            f"{name}: bench {backend} {label}".strip(),
+            "bench",
+            {**facts, "rehearsal": self._rehearsal, "scored": name == "demo" and not label},
+            most_s=240 if self._rehearsal else 60,
+            least_s=8,
+            needs=(build,),
+        )
+        if built:
+            yield _part(f"{name}: verify {backend} {label}".strip(), "verify", facts, most_s=60, needs=(build,))
+
+    def _inside(self, name: str, backend: str, facts: Mapping[str, Any]) -> Iterator[Part]:
+        """Find out what takes the time."""
+        needs, folder = (f"{name}: build {backend}",), str(self._work / f"{name}-profiles")
+        yield _part(f"{name}: profile {backend}", "profile", {**facts, "folder": folder}, most_s=60, needs=needs)
+        missing = self._present["torch"]
+        yield _part(f"{name}: kernels {backend}", "kernels", facts, most_s=60, needs=needs, missing=missing)
 
     def _no_bundle(self, name: str, model: Model) -> str | None:
         """Say why there can be no bundle of a model, or return None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from gpu_models import HALF_TFLOPS, MODELS  # noqa: E402
+from gpu_pieces import cut  # noqa: E402
 from gpu_probes import operators, run_tests  # noqa: E402
 from gpu_suite import chosen  # noqa: E402
 from gpu_table import format_table  # noqa: E402
@@ -296,29 +298,59 @@ def test_without_a_gpu_the_suite_says_so_and_exits_with_2(tmp_path: Path) -> Non
     assert "--cpu rehearses the same flow" in result.stderr
 
 
-def test_the_rehearsal_runs_every_kind_of_part_on_the_demo(demo_bundle: Path, tmp_path: Path) -> None:
-    packed = pack(demo_bundle, [], tmp_path / "demo.tar.gz")
-    output = tmp_path / "results" / "gpu.json"
-    result = suite("--cpu", "--bundles", packed.parent, "--output", output, "--seconds", 900)
+# Takes the place of the finder of installed packages: those that a bare machine lacks are not found.
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+class Without:
+    find_spec = staticmethod(lambda name, path=None, target=None: None
+        if name.partition(".")[0] in {"diffusers", "accelerate", "onnxscript", "scipy", "hypothesis"}
+        else PathFinder.find_spec(name, path, target))
+    find_distributions, invalidate_caches = PathFinder.find_distributions, PathFinder.invalidate_caches
+sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+"""
+
+
+def test_the_rehearsal_runs_every_kind_of_part_where_a_bare_machines_packages_are_all(
+    demo_bundle: Path, tmp_path: Path
+) -> None:
+    trees = {name: tmp_path / name for name in ("bundles", "wheels")}
+    for name, tree in trees.items():
+        tree.mkdir()
+        if name == "bundles":
+            pack(demo_bundle, [], tree / "demo.tar.gz")
+        else:
+            (tree / "sitecustomize.py").write_text(HIDING)
+        cut(tree, name, tmp_path / "pieces")
+    places = {"KEPT": tmp_path / "kept", "OUT": tmp_path / "out", "PIECES": tmp_path / "pieces"}
+    environment = {**os.environ, "PYTHON": sys.executable, **{name: str(place) for name, place in places.items()}}
+    command = ["bash", str(BENCHMARKS / "gpu_machine.sh"), "rehearse", "1200"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    document = json.loads(output.read_text())
+    document = json.loads((tmp_path / "out" / "gpu.json").read_text())
     parts = document["parts"]
-    ours = ["demo: bundle", "demo: build cpu", "demo: verify cpu", "demo: bench cpu"]
-    assert [parts[name]["status"] for name in ours] == ["ok"] * 4, result.stdout
-    others = {
-        "seam",
-        "ceilings",
-        "demo: profile cpu",
-        "demo: kernels cpu",
-        "tiny: torch eager",
-        "tiny: diffusers eager",
-    }
-    assert others | {"demo: bench cpu graphs"} <= set(parts)
-    assert not [part for part in parts.values() if part["status"] in ("failed", "cut off")], result.stdout
-    assert {row["operator"] for row in parts["demo: profile cpu"]["figures"]["operators"]} >= {"Conv", "MatMul"}
+    assert not [name for name, part in parts.items() if part["status"] in ("failed", "cut off")], result.stdout
+    ours = ["bundle", "build cpu", "bench cpu", "bench cpu graphs", "verify cpu", "profile cpu", "kernels cpu"]
+    assert [parts[f"demo: {name}"]["status"] for name in ours] == ["ok"] * len(ours), result.stdout
+    assert [parts[name]["status"] for name in ("ceilings", "tiny: torch eager")] == ["ok", "ok"]
+    assert parts["tiny: diffusers eager"]["why"] == "diffusers is not installed"
     (variant,) = parts["demo: bench cpu"]["figures"]["variants"]
     assert variant["prompts"]["share"] >= 0.75
     assert parts["demo: verify cpu"]["figures"]["components"]["unet"]["ok"]
+    assert {row["operator"] for row in parts["demo: profile cpu"]["figures"]["operators"]} >= {"Conv", "MatMul"}
     assert document["present"]["cpu"] is None
-    assert document["machine"]["versions"]["latentrt"]
-    assert "| demo | latentrt, cpu |" in document["table"] == output.with_suffix(".md").read_text()
+    assert document["machine"]["versions"]["latentrt"] and "driver" in document["machine"]
+    assert "| demo | latentrt, cpu |" in document["table"] == (tmp_path / "out" / "gpu.md").read_text()
+
+
+def test_what_went_well_before_is_kept_and_not_run_again(tmp_path: Path) -> None:
+    def run(*parts: Part, before: Outcomes | None = None) -> Outcomes:
+        return run_parts(parts, seconds=60, folder=tmp_path, save=lambda _: None, say=lambda _: None, before=before)
+
+    first = run(part("well", GOOD), part("badly", "sys.exit(1)"))
+    needy = part("needy", GOOD, needs=("well",))
+    second = run(part("well", "sys.exit(1)"), part("badly", GOOD), needy, before=first)
+    assert {name: one["status"] for name, one in second.parts.items()} == dict.fromkeys(
+        ("well", "badly", "needy"), "ok"
+    )
+    assert first.parts["badly"]["status"] == "failed"
