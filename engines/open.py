@@ -341,11 +341,11 @@ def _own_shape(bundle: Bundle) -> WorkspaceShape:
 
 
 def _no_engines(bundle: Bundle, backend: BackendName) -> EngineError:
-    mend = _build_command(bundle, backend)
+    fix = _build_command(bundle, backend)
     others = sorted((differences for _, _, differences in _engines(bundle, backend)), key=len)
     if not others:
-        return EngineError(f"'{bundle.root}' holds no engines for the backend '{backend}'; {mend}")
-    words = f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {mend}"
+        return EngineError(f"'{bundle.root}' holds no engines for the backend '{backend}'; {fix}")
+    words = f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {fix}"
     return WrongMachineError(words, differences=tuple(others[0]))
 
 

@@ -25,7 +25,7 @@ from latentrt.export.networks.components import residual_dimensions
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_vae
 from latentrt.export.sources.hub import download
-from latentrt.export.sources.parts import TEXT_ENCODERS, Parts, Recipe, Source, Steering
+from latentrt.export.sources.parts import TEXT_ENCODERS, ControlNetwork, Parts, Source, WeightSource
 from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
@@ -44,7 +44,7 @@ class Checkpoint:
     tokenizers: the folder with each one's vocabulary; special_tokens: what that folder does not decide
     files: what the export reads, by name
     options: choices that changed the result
-    steering: its ControlNets and adapters, by component
+    controls: its ControlNets and adapters, by component
     dimensions: the sizes that the tables of shapes refer to by name
     normalising: what normalised latents add to the VAE's halves, by component
     refiner: the checkpoint whose UNet becomes the component `refiner`
@@ -56,12 +56,12 @@ class Checkpoint:
     index: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
-    networks: Mapping[str, Path | Recipe]
+    networks: Mapping[str, Path | WeightSource]
     tokenizers: Mapping[str, Path]
     special_tokens: Mapping[str, Mapping[str, str]]
     files: Mapping[str, Path]
     options: Mapping[str, str]
-    steering: Mapping[str, Steering]
+    controls: Mapping[str, ControlNetwork]
     schedule: TrainingSchedule
     latents: LatentSpec
     default_size: tuple[int, int]
@@ -136,7 +136,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         special_tokens=parts.special_tokens,
         files=parts.files,
         options=parts.options,
-        steering=parts.steering,
+        controls=parts.controls,
         schedule=schedule,
         latents=latents,
         default_size=_default_size(parts.configs["unet"], family, schedule.prediction_type, factor=latents.factor),
@@ -192,10 +192,10 @@ def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
             f"cross_attention_dim is {unet['cross_attention_dim']}; they are not of one checkpoint"
         )
     sized = unet["addition_embed_type"] == "text_time"
-    told = [family for family, row in FAMILIES.items() if row.sized == sized]
-    fitting = [family for family in told if FAMILIES[family].networks == tuple(texts)]
+    matching = [family for family, row in FAMILIES.items() if row.sized == sized]
+    fitting = [family for family in matching if FAMILIES[family].networks == tuple(texts)]
     if not fitting:
-        expected = " or ".join(" and ".join(names) for names in dict.fromkeys(FAMILIES[f].networks for f in told))
+        expected = " or ".join(" and ".join(names) for names in dict.fromkeys(FAMILIES[f].networks for f in matching))
         raise CheckpointError(
             f"{root}: found {' and '.join(texts) or 'no text encoder'} beside a UNet whose addition_embed_type is "
             f"{unet['addition_embed_type']}, expected {expected}; download the whole checkpoint"
@@ -261,7 +261,7 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
 
 def _residuals(parts: Parts) -> dict[str, int]:
     """Name the sizes of what ControlNets add to the UNet; there is nothing to add where there is none."""
-    if not parts.steered("controlnet"):
+    if not parts.controls_of("controlnet"):
         return {"down_residuals": 0}
     unet = parts.configs["unet"]
     channels = unet["block_out_channels"]
@@ -270,13 +270,13 @@ def _residuals(parts: Parts) -> dict[str, int]:
 
 def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:
     """Return how many numbers of sizes a UNet takes beside the pooled text. Raises CheckpointError."""
-    told, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
-    if told is None or width is None or told <= pooled or (told - pooled) % width:
+    numbers_in, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
+    if numbers_in is None or width is None or numbers_in <= pooled or (numbers_in - pooled) % width:
         raise CheckpointError(
-            f"the UNet's config $.projection_class_embeddings_input_dim: found {told}, expected the text's {pooled} "
-            f"and a multiple of addition_time_embed_dim, which is {width}; restore the config"
+            f"the UNet's config $.projection_class_embeddings_input_dim: found {numbers_in}, expected "
+            f"the text's {pooled} and a multiple of addition_time_embed_dim, which is {width}; restore the config"
         )
-    numbers = int((told - pooled) // width)
+    numbers = int((numbers_in - pooled) // width)
     if numbers not in SIZES:
         raise CheckpointError(
             f"the UNet takes {numbers} numbers of sizes beside the text, expected 6 (SDXL) or 5 (its refiner); "

@@ -41,9 +41,9 @@ from latentrt.export.graphs.preview import PreviewFit, fit_preview
 from latentrt.export.networks.components import COMPONENTS, DENOISER, REFINER, place_of
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
-from latentrt.export.sources.parts import Recipe, Source, Twin
+from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
 from latentrt.export.sources.tokenizer import read_tokenizer, token_dimensions, write_tokenizer
-from latentrt.export.work.jobs import MARKERS, Finished, Job, read_marker
+from latentrt.export.work.jobs import MARKERS, ExportJob, Finished, read_marker
 from latentrt.export.work.worker import start_worker
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ TOOLS: Mapping[Source, tuple[str, ...]] = {
     "torch": ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers"),
     "onnx": ("transformers", "onnx", "onnxruntime", "tokenizers"),
 }
-TWINS = ("text_encoder_2",)  # what a refiner reads of the checkpoint's own, and must have the same weights of
+SHARED = ("text_encoder_2",)  # what a refiner reads of the checkpoint's own, and must have the same weights of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def export_checkpoint(
         if existing := _existing(target, provenance, overwrite=overwrite):
             shutil.rmtree(directory)
             return _kept(existing, backends, report, start)
-        finished, resumed = _components(_told(opened, tokenizers), directory, precision, report)
+        finished, resumed = _components(_with_tokens(opened, tokenizers), directory, precision, report)
         report("fitting the preview", 0, 1)
         preview = fit_preview(directory, opened.latents)
         report("fitting the preview", 1, 1)
@@ -148,7 +148,7 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, CLIPTokenizerFast]:
     }
 
 
-def _told(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast]) -> Checkpoint:
+def _with_tokens(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast]) -> Checkpoint:
     """Return a checkpoint whose dimensions name the tokens that a text begins and ends with."""
     tokens = token_dimensions(next(iter(tokenizers.values())))
     return dataclasses.replace(checkpoint, dimensions={**checkpoint.dimensions, **tokens})
@@ -218,7 +218,7 @@ def _components(
     return {name: every[name] for name in names}, tuple(kept)
 
 
-def _networks(checkpoint: Checkpoint) -> dict[str, Path | Recipe]:
+def _networks(checkpoint: Checkpoint) -> dict[str, Path | WeightSource]:
     """Return where each network's weights are, the refiner's included."""
     further = {REFINER: checkpoint.refiner.networks[DENOISER]} if checkpoint.refiner else {}
     return {**checkpoint.networks, **further}
@@ -226,37 +226,37 @@ def _networks(checkpoint: Checkpoint) -> dict[str, Path | Recipe]:
 
 def _row(checkpoint: Checkpoint, component: str) -> str:
     """Return the component's row in the table: its name, but for what has a name of the user's."""
-    steering = checkpoint.steering.get(component)
-    return steering.row if steering else component
+    controls = checkpoint.controls.get(component)
+    return controls.row if controls else component
 
 
-def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> Job:
-    folder, recipe = _place(_networks(checkpoint)[component], staged / MARKERS / "weights")
+def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> ExportJob:
+    folder, weight_source = _place(_networks(checkpoint)[component], staged / MARKERS / "weights")
     refiner = checkpoint.refiner
-    twin = None
-    if refiner and component in TWINS:
-        other, how = _place(refiner.networks[component], staged / MARKERS / "twin")
-        twin = Twin(name=refiner.name, folder=other, recipe=how)
-    return Job(
+    shared = None
+    if refiner and component in SHARED:
+        other, how = _place(refiner.networks[component], staged / MARKERS / "shared")
+        shared = SharedEncoder(name=refiner.name, folder=other, weight_source=how)
+    return ExportJob(
         component=component,
         row=_row(checkpoint, component),
         source=checkpoint.source,
         folder=folder,
-        recipe=recipe,
+        weight_source=weight_source,
         root=str(staged.resolve()),
         precision=precision,
         dimensions=refiner.dimensions if refiner and component == REFINER else checkpoint.dimensions,
         scaling_factor=checkpoint.latents.scaling_factor,
         affine=checkpoint.normalising.get(component),
-        twin=twin,
+        shared=shared,
     )
 
 
-def _place(network: Path | Recipe, written: Path) -> tuple[str, Recipe | None]:
+def _place(network: Path | WeightSource, written: Path) -> tuple[str, WeightSource | None]:
     """Return the folder of a network, and how to write it where it is not there yet."""
-    recipe = network if isinstance(network, Recipe) else None
-    folder = written if isinstance(network, Recipe) else network
-    return str(folder.absolute()), recipe
+    weight_source = network if isinstance(network, WeightSource) else None
+    folder = written if isinstance(network, WeightSource) else network
+    return str(folder.absolute()), weight_source
 
 
 def _manifest(
@@ -309,7 +309,7 @@ def _producer() -> str:
 
 
 def _component_spec(checkpoint: Checkpoint, name: str, finished: Finished) -> ComponentSpec:
-    steering = checkpoint.steering.get(name)
+    controls = checkpoint.controls.get(name)
     return ComponentSpec(
         role=COMPONENTS[_row(checkpoint, name)].role,
         files=finished.graph_files,
@@ -321,8 +321,8 @@ def _component_spec(checkpoint: Checkpoint, name: str, finished: Finished) -> Co
         error=finished.error,
         float32_layers=finished.float32_layers,
         largest_activation=finished.largest_activation,
-        of=DENOISER if steering else None,
-        control=steering.control if steering else None,
+        of=DENOISER if controls else None,
+        control=controls.control if controls else None,
     )
 
 

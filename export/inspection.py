@@ -188,8 +188,8 @@ def _changes(file: TensorFile) -> list[str]:
         kinds: dict[str, set[int]] = {}
         for target in targets:
             kinds.setdefault(lora.kind_name(part, target), set()).update({lora.rank(part, target) or 0} - {0})
-        told = " and ".join(_ranked(kind, sorted(ranks)) for kind, ranks in kinds.items())
-        sentences.append(f"it changes {len(targets)} parameters of the {part}, by {told}")
+        changed = " and ".join(_ranked(kind, sorted(ranks)) for kind, ranks in kinds.items())
+        sentences.append(f"it changes {len(targets)} parameters of the {part}, by {changed}")
     return [*sentences, "it is added to a checkpoint with: latentrt export CHECKPOINT BUNDLE --lora FILE:SCALE"]
 
 

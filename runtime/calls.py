@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from latentrt.engines.errors import CancelledError, DeadlineError, NestedCallError, RequestError
-from latentrt.runtime.draw.step import Stages, Step, Watch
+from latentrt.runtime.draw.step import OnStep, Stages, Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
 
@@ -201,7 +201,7 @@ class Stream(Iterator[Step]):
         self.close()
 
 
-def finish(stages: Stages[Result], on_step: Watch | None) -> Result:
+def finish(stages: Stages[Result], on_step: OnStep | None) -> Result:
     """Draw to the end, each step shown to `on_step`: what it raises ends the call."""
     with closing(stages):
         while True:

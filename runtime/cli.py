@@ -1,4 +1,4 @@
-"""The commands that draw: generate, animate, and samplers, which prints what they walk."""
+"""The commands that draw, generate and animate; and samplers, which lists the samplers and prints their plans."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def _summary(result: Result, files: list[Path], *, load_s: float) -> dict[str, A
 
 
 def _lines(summary: dict[str, Any]) -> str:
-    told = {name: value for name, value in summary["seconds"].items() if name != "adapt" or "loras" in summary}
-    seconds = ", ".join(f"{name} {value:.3f} s" for name, value in told.items())
+    shown = {name: value for name, value in summary["seconds"].items() if name != "adapt" or "loras" in summary}
+    seconds = ", ".join(f"{name} {value:.3f} s" for name, value in shown.items())
     per_step = sum(summary["step_seconds"]) / len(summary["step_seconds"])
     lines = [*summary["files"], f"backend {summary['backend']} ({summary['reason']})"]
     return "\n".join([*lines, f"{seconds}; {1e3 * per_step:.1f} ms a step"])

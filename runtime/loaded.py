@@ -13,13 +13,13 @@ from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
 from latentrt.engines.workspace.contract import Workspace
-from latentrt.runtime.draw.draw import Drawing, Source, stream
+from latentrt.runtime.draw.draw import BatchSource, Drawing, stream
 from latentrt.runtime.draw.finite import TEXT, finite
 from latentrt.runtime.draw.job import Job, latent_shape
 from latentrt.runtime.draw.loras import Loras
 from latentrt.runtime.draw.slots import encode_rows, write_rows
 from latentrt.runtime.result import Settings
-from latentrt.runtime.text.encoders import Texts
+from latentrt.runtime.text.encoders import PromptEncoders
 from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 class Loaded:
     """What drawing takes of a bundle. Nothing in it waits for a turn: whoever has it sees to that.
 
-    opened: the engines; texts: the text encoders; loras: what LoRA files mean here; drawing: draws jobs
+    opened: the engines; encoders: the text encoders; loras: what LoRA files mean here; drawing: draws jobs
     """
 
     def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
         self.bundle, self.opened = bundle, opened
-        self.texts = Texts(bundle.manifest, opened.engines, tokenizers)
+        self.encoders = PromptEncoders(bundle.manifest, opened.engines, tokenizers)
         self.loras = Loras(bundle)
         self.drawing = Drawing(opened, bundle.manifest)
 
@@ -48,7 +48,7 @@ class Loaded:
     def adapt(self, changes: Mapping[str, Changes]) -> float:
         """Have the engines compute with changed weights. Returns the seconds it took, 0 where they do already."""
         start = time.perf_counter()
-        self.texts.adapt(keys_of(changes))
+        self.encoders.adapt(keys_of(changes))
         if not self.opened.adapt(changes):
             return 0.0
         taken = time.perf_counter() - start
@@ -63,28 +63,30 @@ class Loaded:
     def tokens(self, job: Job) -> dict[str, int]:
         """Return the length of a job's text for each of its denoisers. Raises RequestError on what cannot be read."""
         prompts, negatives = self.prompts(job)
-        return {leg.denoiser: self.texts.tokens([*prompts, *negatives], denoiser=leg.denoiser) for leg in job.legs}
+        return {
+            part.denoiser: self.encoders.tokens([*prompts, *negatives], denoiser=part.denoiser) for part in job.ranges
+        }
 
     def encode(self, job: Job, denoiser: str) -> dict[str, Array]:
         """Return a job's text as a denoiser takes it: rows by name, the prompts' first. Raises NotFiniteError."""
-        texts = self.texts(*self.prompts(job), denoiser=denoiser)
-        return {name: finite(array, TEXT, pictures=len(job.prompts)) for name, array in texts.items()}
+        rows = self.encoders(*self.prompts(job), denoiser=denoiser)
+        return {name: finite(array, TEXT, pictures=len(job.prompts)) for name, array in rows.items()}
 
-    def source(self, job: Job) -> Source:
+    def source(self, job: Job) -> BatchSource:
         """Return what a request's own prompts and seeds give. Raises RequestError on what cannot be read."""
         start = time.perf_counter()
         tokens = self.tokens(job)
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
             prompts, negatives = self.prompts(job)
-            in_place = self.texts.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
+            in_place = self.encoders.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
             if in_place is not None:
                 encode_rows(workspace, *in_place, slots, parts=2 if negatives else 1)
                 return
             for name, array in self.encode(job, denoiser).items():
                 write_rows(workspace, name, array, slots)
 
-        return Source(
+        return BatchSource(
             tokens=tokens,
             tokenize_s=time.perf_counter() - start,
             write=write,

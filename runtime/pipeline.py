@@ -22,11 +22,11 @@ from latentrt.engines.open import OpenEngines, open_engines
 from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.calls import Cancellation, Limits, Stream, Turn, finish, limited, tell
 from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
-from latentrt.runtime.draw.draw import Source
+from latentrt.runtime.draw.draw import BatchSource
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
 from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.draw.slots import write_rows
-from latentrt.runtime.draw.step import Stages, Watch
+from latentrt.runtime.draw.step import OnStep, Stages
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
 from latentrt.runtime.result import Result
@@ -124,14 +124,14 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         *,
-        on_step: Watch | None = None,
+        on_step: OnStep | None = None,
         cancel: Cancellation | None = None,
         **options: Unpack[Options],
     ) -> Result:
         """Draw pictures of a prompt. The options are the fields of `Request`; the rest is as `draw` says."""
         return self.draw(Request(prompt=prompt, **options), on_step=on_step, cancel=cancel)
 
-    def draw(self, request: Request, *, on_step: Watch | None = None, cancel: Cancellation | None = None) -> Result:
+    def draw(self, request: Request, *, on_step: OnStep | None = None, cancel: Cancellation | None = None) -> Result:
         """Draw what a request asks for.
 
         on_step: called after each stage, on the calling thread; what it raises ends the call
@@ -158,7 +158,7 @@ class Pipeline:
         self._streams.add(stream)
         return stream
 
-    async def draw_async(self, request: Request, *, on_step: Watch | None = None) -> Result:
+    async def draw_async(self, request: Request, *, on_step: OnStep | None = None) -> Result:
         """Draw what a request asks for without blocking the event loop: on one thread of the pipeline's own.
 
         on_step: as for `draw`, but called on that thread
@@ -183,7 +183,7 @@ class Pipeline:
             drawn.cancel()
             raise
 
-    def _drawn(self, request: Request, on_step: Watch | None, limits: Limits) -> Result:
+    def _drawn(self, request: Request, on_step: OnStep | None, limits: Limits) -> Result:
         return finish(self._call(request, limits, watched=on_step is not None or limits.any), on_step)
 
     def _call(self, request: Request, limits: Limits, *, watched: bool) -> Stages[Result]:
@@ -205,7 +205,7 @@ class Pipeline:
         *,
         batch: int = 4,
         loop: bool = False,
-        on_step: Watch | None = None,
+        on_step: OnStep | None = None,
         cancel: Cancellation | None = None,
         **options: Unpack[Options],
     ) -> Iterator[Result]:
@@ -222,8 +222,10 @@ class Pipeline:
         for request in {len(part): request for part, request in zip(parts, requests, strict=True)}.values():
             Limits.of(request, cancel)
             job = resolve(request, self.manifest)  # those of one size differ in nothing else that can be refused
-            for leg in job.legs:
-                self.loaded.texts.tokens([text for side in job.read_keys(keys) for text in side], denoiser=leg.denoiser)
+            for part in job.ranges:
+                self.loaded.encoders.tokens(
+                    [text for side in job.read_keys(keys) for text in side], denoiser=part.denoiser
+                )
         changes = self.loaded.loras.changes(job.request.loras)
 
         def drawn() -> Iterator[Result]:
@@ -262,7 +264,7 @@ class Pipeline:
         """Draw frames that lie between key frames."""
         start = time.perf_counter()
         prompts, negatives = job.read_keys(keys)
-        texts = {leg.denoiser: self.loaded.texts(prompts, negatives, denoiser=leg.denoiser) for leg in job.legs}
+        texts = {part.denoiser: self.loaded.encoders(prompts, negatives, denoiser=part.denoiser) for part in job.ranges}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
@@ -273,10 +275,10 @@ class Pipeline:
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
         tokens = {denoiser: arrays["encoder_hidden_states"].shape[1] for denoiser, arrays in texts.items()}
-        source = Source(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
+        source = BatchSource(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
         return (yield from self._draw(job, source, watched=watched))
 
-    def _draw(self, job: Job, source: Source, *, watched: bool) -> Stages[Result]:
+    def _draw(self, job: Job, source: BatchSource, *, watched: bool) -> Stages[Result]:
         start = time.perf_counter()
         drawn = yield from self.loaded.drawing(job, source, watched=watched)
         stages = {"encode": drawn.encode_s, "denoise": sum(drawn.step_seconds), "decode": drawn.decode_s}
@@ -295,19 +297,19 @@ class Pipeline:
     @property
     def embeddings(self) -> tuple[str, ...]:
         """Return the learned words (textual inversion) that prompts may use."""
-        return self.loaded.texts.embeddings
+        return self.loaded.encoders.embeddings
 
     def add_embedding(self, file: str | os.PathLike[str], *, name: str | None = None) -> str:
         """Let prompts use a learned word from a safetensors file; return the word. Raises RequestError."""
         embedding = load_embedding(file, name=name)
         with self._turn.hold():
-            self.loaded.texts.add(embedding)
+            self.loaded.encoders.add(embedding)
         return embedding.name
 
     def remove_embedding(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError where there is no such word."""
         with self._turn.hold():
-            self.loaded.texts.remove(name)
+            self.loaded.encoders.remove(name)
 
     def close(self) -> None:
         """Free the engines. Another thread's call ends first; a stream that this thread has not finished is closed.

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import Array
-from latentrt.runtime.images.read import Source
+from latentrt.runtime.images.read import ImageSource
 from latentrt.runtime.sampling.guidance import ALWAYS
 from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.text.syntax import Syntax
@@ -70,8 +70,8 @@ class Options(TypedDict, total=False):
     guidance: float
     guidance_interval: tuple[float, float]
     guidance_rescale: float
-    image: Source | Sequence[Source] | None
-    mask: Source | None
+    image: ImageSource | Sequence[ImageSource] | None
+    mask: ImageSource | None
     controls: Sequence[Control]
     strength: float | None
     latents: Array | None
@@ -156,8 +156,8 @@ class Request:
     guidance: float = 7.5
     guidance_interval: tuple[float, float] = ALWAYS
     guidance_rescale: float = 0.0
-    image: Source | Sequence[Source] | None = None
-    mask: Source | None = None
+    image: ImageSource | Sequence[ImageSource] | None = None
+    mask: ImageSource | None = None
     controls: Sequence[Control] = ()
     strength: float | None = None
     latents: Array | None = None
@@ -226,7 +226,7 @@ class Control:
     """
 
     name: str
-    image: Source | Sequence[Source]
+    image: ImageSource | Sequence[ImageSource]
     scale: float = 1.0
     start: float = 0.0
     stop: float = 1.0

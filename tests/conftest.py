@@ -29,7 +29,7 @@ Make = Callable[[str, str], tuple[Path, Path]]
 
 
 @dataclass(frozen=True)
-class Steered:
+class Controlled:
     """A tiny checkpoint, ControlNets or adapters for it by name, and the bundle of all."""
 
     checkpoint: Path
@@ -37,7 +37,7 @@ class Steered:
     bundle: Path
 
 
-Steer = Callable[[str, str], Steered]
+MakeControlled = Callable[[str, str], Controlled]
 """(family, variant) -> a checkpoint with ControlNets"""
 
 settings.register_profile("project", deadline=None, derandomize=True)
@@ -151,34 +151,34 @@ def made(workshop: Path) -> Make:
 
 
 @pytest.fixture(scope="session")
-def steered(workshop: Path, made: Make) -> Steer:
+def controlled(workshop: Path, made: Make) -> MakeControlled:
     """Make a tiny checkpoint, two ControlNets for it, and the bundle of all three, once for each kind."""
-    known = dict[tuple[str, str], Steered]()
+    known = dict[tuple[str, str], Controlled]()
 
-    def make(family: str, variant: str) -> Steered:
+    def make(family: str, variant: str) -> Controlled:
         if (family, variant) not in known:
             checkpoint, _ = made(family, variant)
             networks = {
                 name: _network(save_controlnet, workshop / f"{family}-{name}", family=family, seed=seed)
                 for seed, name in enumerate(("edges", "depth"), start=1)
             }
-            bundle = workshop / f"{family}-{variant or 'plain'}-steered"
+            bundle = workshop / f"{family}-{variant or 'plain'}-controlled"
             options = CheckpointOptions(
                 controlnets=tuple(ControlNetOption(name=name, path=str(path)) for name, path in networks.items())
             )
             export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
-            known[family, variant] = Steered(checkpoint=checkpoint, networks=networks, bundle=bundle)
+            known[family, variant] = Controlled(checkpoint=checkpoint, networks=networks, bundle=bundle)
         return known[family, variant]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def adapted(workshop: Path, made: Make) -> Callable[[str], Steered]:
+def adapted(workshop: Path, made: Make) -> Callable[[str], Controlled]:
     """Make a tiny checkpoint, two T2I-Adapters and a ControlNet for it, and the bundle of all, once for each family."""
-    known = dict[str, Steered]()
+    known = dict[str, Controlled]()
 
-    def make(family: str) -> Steered:
+    def make(family: str) -> Controlled:
         if family not in known:
             checkpoint, _ = made(family, "")
             adapters = {
@@ -192,7 +192,7 @@ def adapted(workshop: Path, made: Make) -> Callable[[str], Steered]:
                 controlnets=(ControlNetOption(name="edges", path=str(edges)),),
             )
             export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
-            known[family] = Steered(checkpoint=checkpoint, networks=adapters, bundle=bundle)
+            known[family] = Controlled(checkpoint=checkpoint, networks=adapters, bundle=bundle)
         return known[family]
 
     return make

@@ -61,10 +61,10 @@ def reference(
     if double:
         solver.sigmas = solver.sigmas.double()
     options = {"generator": generator, **(step or {})}
-    return [latents.numpy(), *walk(solver, latents, options)]
+    return [latents.numpy(), *follow(solver, latents, options)]
 
 
-def walk(
+def follow(
     solver: Any, latents: torch.Tensor, options: dict[str, Any], timesteps: torch.Tensor | None = None
 ) -> list[Array]:
     """Return the latents after each step of a scheduler whose timesteps are set, or after the last few of them."""

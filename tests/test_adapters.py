@@ -26,14 +26,14 @@ from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control
-from tests.conftest import Steered
+from tests.conftest import Controlled
 from tests.stand_in import install
 from tests.test_control_stage import LEVELS, canonical
 from tests.test_controlnets import hint, ours
 from tests.test_families import LEAST, theirs
 from tests.test_family_stages import engines_of_a_gpu
 
-Adapted = Callable[[str], Steered]
+Adapted = Callable[[str], Controlled]
 SIZE: dict[str, Any] = {"width": 40, "height": 32}
 ATTENDING, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 PIPELINES = {
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def reference(made: Steered, family: str, *names: str) -> Any:
+def reference(made: Controlled, family: str, *names: str) -> Any:
     networks = [diffusers.T2IAdapter.from_pretrained(made.networks[name]) for name in names]
     adapter = diffusers.MultiAdapter(networks) if len(networks) > 1 else networks[0]
     pipe = PIPELINES[family].from_pretrained(made.checkpoint, adapter=adapter)

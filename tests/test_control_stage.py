@@ -25,7 +25,7 @@ from latentrt.engines.verify.verify import verify
 from latentrt.engines.workspace.contract import ALL
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control
-from tests.conftest import Steer
+from tests.conftest import MakeControlled
 from tests.host_device import HostDevice
 from tests.stand_in import install
 from tests.test_controlnets import hint
@@ -91,14 +91,14 @@ def canonical() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def plain(steered: Steer) -> Iterator[Callable[..., Array]]:
+def plain(controlled: MakeControlled) -> Iterator[Callable[..., Array]]:
     """Draw in NumPy around the canonical networks; what was drawn once is remembered."""
     known: dict[str, Array] = {}
 
     def drawn(family: str, variant: str, name: str) -> Array:
         key = f"{family} {variant} {name}"
         if key not in known:
-            with canonical(), Pipeline.load(steered(family, variant).bundle, "cpu", threads=1) as pipe:
+            with canonical(), Pipeline.load(controlled(family, variant).bundle, "cpu", threads=1) as pipe:
                 known[key] = draw(pipe, **REQUESTS[name])
         return known[key]
 
@@ -110,18 +110,18 @@ def assert_close(found: Array, expected: Array) -> None:
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= LEVELS
 
 
-def copied(steered: Steer, family: str, variant: str, *, to: Path) -> Path:
+def copied(controlled: MakeControlled, family: str, variant: str, *, to: Path) -> Path:
     """Return a copy of a bundle. It may be made here, while a GPU's engines are let run on the CPU."""
     with canonical():
-        return shutil.copytree(steered(family, variant).bundle, to / "bundle")
+        return shutil.copytree(controlled(family, variant).bundle, to / "bundle")
 
 
 @pytest.fixture(scope="module", params=FAMILIES[:4], ids=named)
 def bound(
-    request: pytest.FixtureRequest, steered: Steer, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, controlled: MakeControlled, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[tuple[str, str], Pipeline]]:
     """The engines that a GPU would have, on the CPU."""
-    root = copied(steered, *request.param, to=tmp_path_factory.mktemp("bound"))
+    root = copied(controlled, *request.param, to=tmp_path_factory.mktemp("bound"))
     with engines_of_a_gpu():
         build_engines(Bundle.open(root), "cpu", force=True)
         with Pipeline.load(root, "cpu", threads=1) as pipe:
@@ -183,9 +183,9 @@ class Pair:
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=named)
 def compiled(
-    request: pytest.FixtureRequest, steered: Steer, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, controlled: MakeControlled, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[tuple[str, str], Pair]]:
-    root = copied(steered, *request.param, to=tmp_path_factory.mktemp("compiled"))
+    root = copied(controlled, *request.param, to=tmp_path_factory.mktemp("compiled"))
     with pytest.MonkeyPatch.context() as patch:
         device = install(patch, tensorrt="11.4.0.106")
         build_engines(Bundle.open(root), "tensorrt", options=BuildOptions(sizes=(SIZE,), batches=(1, 2)))
@@ -224,8 +224,8 @@ def test_verify_compares_every_profile_of_a_controlnet(compiled: tuple[tuple[str
     assert all(row.ok for row in rows), [row.message for row in rows]
 
 
-def test_a_graph_that_is_no_controlnet_is_refused(steered: Steer) -> None:
-    bundle = Bundle.open(steered("sd1", "").bundle)
+def test_a_graph_that_is_no_controlnet_is_refused(controlled: MakeControlled) -> None:
+    bundle = Bundle.open(controlled("sd1", "").bundle)
     unet = onnx.load(str(bundle.path(bundle.manifest.components["unet"].graph)), load_external_data=False)
     with pytest.raises(BundleError, match="the ControlNet's graph takes sample, timestep"):
         fuse_control(unet)

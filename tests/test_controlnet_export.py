@@ -22,10 +22,10 @@ from latentrt.export.networks import conversion
 from latentrt.export.networks.components import COMPONENTS, input_specs, residual_dimensions
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import open_folder
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from latentrt.runtime.cli_options import Followed
 from latentrt.runtime.request import Control
-from tests.conftest import Make, Steer
+from tests.conftest import Make, MakeControlled
 from tests.single_files import unet_key
 from tests.tiny import save_controlnet
 
@@ -35,20 +35,20 @@ def options(*texts: str) -> CheckpointOptions:
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_a_controlnet_is_a_component_that_verify_checks(steered: Steer, family: str) -> None:
-    bundle = Bundle.open(steered(family, "").bundle)
+def test_a_controlnet_is_a_component_that_verify_checks(controlled: MakeControlled, family: str) -> None:
+    bundle = Bundle.open(controlled(family, "").bundle)
     assert {"controlnet_edges", "controlnet_depth"} <= set(bundle.manifest.components)
     rows = {row.what: row for row in verify(bundle, backend="cpu")}
     assert rows["controlnet_edges"].ok and rows["controlnet_depth"].ok and rows["unet"].ok
     assert rows["controlnet_edges"].error is not None
 
 
-def test_the_residuals_are_those_that_diffusers_gives(steered: Steer) -> None:
+def test_the_residuals_are_those_that_diffusers_gives(controlled: MakeControlled) -> None:
     """The table of shapes, against a run of diffusers' own ControlNet, at sides that are no power of two."""
     from diffusers import ControlNetModel
 
     for family, channels, text in (("sd1", 4, 32), ("sd2", 6, 48)):
-        made = steered(family, "")
+        made = controlled(family, "")
         network = ControlNetModel.from_pretrained(made.networks["edges"])
         factor = Bundle.open(made.bundle).manifest.latents.factor
         cond = torch.zeros(1, 3, 7 * factor, 9 * factor)
@@ -80,13 +80,13 @@ def test_a_single_file_in_the_original_layout(made: Make, tmp_path: Path) -> Non
     levels = {**parts.configs["vae_decoder"], "block_out_channels": [8, 8, 8, 8]}  # eight pixels a latent
     parts = replace(parts, configs={**parts.configs, "vae_decoder": levels})
     option = ControlNetOption(name="edges", path=str(tmp_path / "edges.safetensors"))
-    recipe = add_controlnets(parts, [option], allow_pickle=False).networks["controlnet_edges"]
-    assert isinstance(recipe, Recipe) and recipe.layout == "original"
-    found = conversion.read_tensors(recipe)
+    weight_source = add_controlnets(parts, [option], allow_pickle=False).networks["controlnet_edges"]
+    assert isinstance(weight_source, WeightSource) and weight_source.layout == "original"
+    found = conversion.read_tensors(weight_source)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
-    written, published = json.loads(recipe.config), json.loads((folder / "config.json").read_text())
-    assert {key: published[key] for key in written} == json.loads(recipe.config)
+    written, published = json.loads(weight_source.config), json.loads((folder / "config.json").read_text())
+    assert {key: published[key] for key in written} == json.loads(weight_source.config)
 
 
 def original_key(key: str) -> str:
@@ -104,13 +104,13 @@ def original_key(key: str) -> str:
     return f"control_model.{unet_key(key, layers=1, attended=[])}"
 
 
-def test_a_single_file_with_the_names_of_diffusers(steered: Steer, tmp_path: Path) -> None:
-    made = steered("sd1", "")
+def test_a_single_file_with_the_names_of_diffusers(controlled: MakeControlled, tmp_path: Path) -> None:
+    made = controlled("sd1", "")
     (weights,) = made.networks["edges"].glob("*.safetensors")
     checkpoint = open_checkpoint(str(made.checkpoint), options=options(f"edges={weights}"))
-    recipe = checkpoint.networks["controlnet_edges"]
-    assert isinstance(recipe, Recipe) and recipe.layout == "diffusers"
-    assert json.loads(recipe.config)["conditioning_embedding_out_channels"] == [8, 16, 16]
+    weight_source = checkpoint.networks["controlnet_edges"]
+    assert isinstance(weight_source, WeightSource) and weight_source.layout == "diffusers"
+    assert json.loads(weight_source.config)["conditioning_embedding_out_channels"] == [8, 16, 16]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_a_single_file_with_the_names_of_diffusers(steered: Steer, tmp_path: Pat
     ],
 )  # fmt: skip
 def test_another_checkpoints_controlnet_is_refused(
-    steered: Steer, tmp_path: Path, change: dict[str, Any], words: str
+    controlled: MakeControlled, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    made = steered("sd1", "")
+    made = controlled("sd1", "")
     config = json.loads((made.networks["edges"] / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     (weights,) = made.networks["edges"].glob("*.safetensors")
@@ -137,8 +137,8 @@ def test_another_checkpoints_controlnet_is_refused(
         open_checkpoint(str(made.checkpoint), options=options(f"edges={tmp_path}"))
 
 
-def test_what_is_no_controlnet_is_refused(steered: Steer, tmp_path: Path) -> None:
-    made = steered("sd1", "")
+def test_what_is_no_controlnet_is_refused(controlled: MakeControlled, tmp_path: Path) -> None:
+    made = controlled("sd1", "")
     path, network = str(made.checkpoint), made.networks["edges"]
     with pytest.raises(CheckpointError, match="--controlnet edges='nowhere' is not there"):
         open_checkpoint(path, options=options("edges=nowhere"))
@@ -154,8 +154,8 @@ def test_what_is_no_controlnet_is_refused(steered: Steer, tmp_path: Path) -> Non
             ControlNetOption.parse(text)
 
 
-def test_inspect_names_a_controlnet_and_says_what_to_do(steered: Steer) -> None:
-    network = steered("sd1", "").networks["edges"]
+def test_inspect_names_a_controlnet_and_says_what_to_do(controlled: MakeControlled) -> None:
+    network = controlled("sd1", "").networks["edges"]
     inspection = inspect_checkpoint(str(network))
     assert inspection.model == "ControlNetModel" and inspection.networks[0].parameters
     assert f"--controlnet NAME={network}" in (inspection.problem or "")

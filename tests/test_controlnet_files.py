@@ -19,7 +19,7 @@ from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
 from latentrt.export.sources.diffusers_folder import open_folder
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from tests.lora_files import every_layer, kohya, save
 from tests.single_files import save_header
 from tests.test_controlnet_export import original_key
@@ -52,11 +52,11 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_header(tmp_path_factory.mktemp("xl") / "xl.safetensors", published(XL, TWO))
 
 
-def opened(checkpoint: Path, network: Path, **options: Any) -> Recipe:
+def opened(checkpoint: Path, network: Path, **options: Any) -> WeightSource:
     given = CheckpointOptions(controlnets=(ControlNetOption(name="edges", path=str(network)),), **options)
-    recipe = open_checkpoint(str(checkpoint), options=given).networks["controlnet_edges"]
-    assert isinstance(recipe, Recipe)
-    return recipe
+    weight_source = open_checkpoint(str(checkpoint), options=given).networks["controlnet_edges"]
+    assert isinstance(weight_source, WeightSource)
+    return weight_source
 
 
 def refusal(checkpoint: Path, network: Path, **options: Any) -> str:
@@ -69,8 +69,8 @@ def refusal(checkpoint: Path, network: Path, **options: Any) -> str:
 @pytest.mark.parametrize("size", SIZES)
 def test_small_ones_for_sdxl_need_no_config(xl: Path, tmp_path: Path, size: str) -> None:
     tensors = network({**FULL, **SIZES[size]}).state_dict()
-    recipe = opened(xl, save_header(tmp_path / "edges.safetensors", tensors), tokenizer=str(DEMO))
-    config = json.loads(recipe.config)
+    weight_source = opened(xl, save_header(tmp_path / "edges.safetensors", tensors), tokenizer=str(DEMO))
+    config = json.loads(weight_source.config)
     found = network(config).state_dict()
     assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in tensors.items()}
     assert config["attention_head_dim"] == [5, 10, 20]
@@ -102,11 +102,11 @@ def test_differences_are_added_to_the_checkpoints_unet(made: tuple[Path, Path], 
     tensors = {name(key): tensor for key, tensor in differences(checkpoint, edges).items()}
     save_file({**tensors, "difference": torch.ones(1)}, tmp_path / "a.safetensors")
     if original:  # its layout reads pictures at eight pixels a latent only; what the weights become is the same
-        recipe = read_controlnet("a", read_header(tmp_path / "a.safetensors"), open_folder(checkpoint))[1]
-        assert recipe.layout == "original"
+        weight_source = read_controlnet("a", read_header(tmp_path / "a.safetensors"), open_folder(checkpoint))[1]
+        assert weight_source.layout == "original"
     else:
-        recipe = opened(checkpoint, tmp_path / "a.safetensors")
-    with written(recipe, tmp_path / "written") as folder:
+        weight_source = opened(checkpoint, tmp_path / "a.safetensors")
+    with written(weight_source, tmp_path / "written") as folder:
         found = tensors_of(folder)
     expected = tensors_of(edges)
     kept = {key for key in expected if not original or not key.startswith("controlnet_cond_embedding.")}
@@ -125,7 +125,7 @@ def test_differences_follow_the_loras_of_the_unet(made: tuple[Path, Path], tmp_p
     )
     networks = open_checkpoint(str(checkpoint), options=options).networks
     unet, network = networks["unet"], networks["controlnet_edges"]
-    assert isinstance(unet, Recipe) and isinstance(network, Recipe)
+    assert isinstance(unet, WeightSource) and isinstance(network, WeightSource)
     with written(unet, tmp_path / "unet") as one, written(network, tmp_path / "network") as two:
         changed, found = tensors_of(one), tensors_of(two)
     plain = tensors_of(checkpoint / "unet")

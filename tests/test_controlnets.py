@@ -16,7 +16,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.draw.controls import followed_stages
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control
-from tests.conftest import Make, Steer, Steered
+from tests.conftest import Controlled, Make, MakeControlled
 from tests.test_families import LEAST, PROMPT, SEED, STEPS, psnr, theirs
 from tests.test_pipeline_images import left_half, photo
 
@@ -45,23 +45,23 @@ def hint(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def reference(kind: Any, steered: Steered, *names: str, scheduler: Any = diffusers.EulerDiscreteScheduler) -> Any:
-    networks = [diffusers.ControlNetModel.from_pretrained(steered.networks[name]) for name in names]
-    pipe = kind.from_pretrained(steered.checkpoint, controlnet=networks if len(networks) > 1 else networks[0])
+def reference(kind: Any, controlled: Controlled, *names: str, scheduler: Any = diffusers.EulerDiscreteScheduler) -> Any:
+    networks = [diffusers.ControlNetModel.from_pretrained(controlled.networks[name]) for name in names]
+    pipe = kind.from_pretrained(controlled.checkpoint, controlnet=networks if len(networks) > 1 else networks[0])
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def ours(steered: Steered, *controls: Control, **request: Any) -> Array:
+def ours(controlled: Controlled, *controls: Control, **request: Any) -> Array:
     defaults = {"prompt": PROMPT, "steps": STEPS, "seed": SEED, "sampler": "euler", "guidance": 3.0}
-    with Pipeline.load(steered.bundle, "cpu", threads=1) as pipe:
+    with Pipeline.load(controlled.bundle, "cpu", threads=1) as pipe:
         return pipe(**defaults | request, controls=controls).pixels
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_one_controlnet_draws_the_picture_of_diffusers(steered: Steer, family: str) -> None:
-    made = steered(family, "")
+def test_one_controlnet_draws_the_picture_of_diffusers(controlled: MakeControlled, family: str) -> None:
+    made = controlled(family, "")
     pipe = reference(PIPELINES[family, "text"], made, "edges")
     expected = theirs(pipe, image=hint(), guidance_scale=3.0, controlnet_conditioning_scale=0.7, **SIZE)
     found = ours(made, Control(name="edges", image=hint(), scale=0.7))
@@ -70,8 +70,8 @@ def test_one_controlnet_draws_the_picture_of_diffusers(steered: Steer, family: s
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_two_controlnets_at_different_parts_of_the_steps(steered: Steer, family: str) -> None:
-    made = steered(family, "")
+def test_two_controlnets_at_different_parts_of_the_steps(controlled: MakeControlled, family: str) -> None:
+    made = controlled(family, "")
     pipe = reference(PIPELINES[family, "text"], made, "edges", "depth")
     expected = theirs(
         pipe,
@@ -92,8 +92,8 @@ def test_two_controlnets_at_different_parts_of_the_steps(steered: Steer, family:
 
 @pytest.mark.parametrize("start", ["image", "mask"])
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_an_image_to_start_from_and_one_to_follow(steered: Steer, family: str, start: str) -> None:
-    made = steered(family, "")
+def test_an_image_to_start_from_and_one_to_follow(controlled: MakeControlled, family: str, start: str) -> None:
+    made = controlled(family, "")
     pipe = reference(PIPELINES[family, start], made, "edges")
     masked = {"mask_image": left_half()} if start == "mask" else {}
     expected = theirs(
@@ -107,51 +107,51 @@ def test_an_image_to_start_from_and_one_to_follow(steered: Steer, family: str, s
     assert psnr(ours(made, image=photo(), strength=0.6, steps=6, **request), expected) < LEAST
 
 
-def test_a_solver_that_evaluates_twice_a_step_follows_as_diffusers_does(steered: Steer) -> None:
-    made = steered("sd1", "")
+def test_a_solver_that_evaluates_twice_a_step_follows_as_diffusers_does(controlled: MakeControlled) -> None:
+    made = controlled("sd1", "")
     pipe = reference(PIPELINES["sd1", "text"], made, "edges", scheduler=diffusers.HeunDiscreteScheduler)
     expected = theirs(pipe, image=hint(), guidance_scale=3.0, control_guidance_end=0.5, **SIZE)
     assert psnr(ours(made, Control(name="edges", image=hint(), stop=0.5), sampler="heun"), expected) >= LEAST
 
 
-def test_a_hint_of_another_size_is_resized_as_diffusers_does(steered: Steer) -> None:
-    made = steered("sd1", "")
+def test_a_hint_of_another_size_is_resized_as_diffusers_does(controlled: MakeControlled) -> None:
+    made = controlled("sd1", "")
     pipe = reference(PIPELINES["sd1", "text"], made, "edges")
     expected = theirs(pipe, image=hint(size=(90, 50)), guidance_scale=3.0, **SIZE)
     assert psnr(ours(made, Control(name="edges", image=hint(size=(90, 50))), size=(40, 32)), expected) >= LEAST
 
 
-def test_sides_that_no_level_halves_evenly(steered: Steer) -> None:
-    made = steered("sd1", "")
+def test_sides_that_no_level_halves_evenly(controlled: MakeControlled) -> None:
+    made = controlled("sd1", "")
     pipe = reference(PIPELINES["sd1", "text"], made, "edges")
     odd = hint(size=(36, 28))  # 9 by 7 latents
     expected = theirs(pipe, image=odd, guidance_scale=3.0, width=36, height=28)
     assert psnr(ours(made, Control(name="edges", image=odd)), expected) >= LEAST
 
 
-def test_an_inpainting_unet_and_a_consistency_model_follow(steered: Steer) -> None:
-    made = steered("sd1", "inpainting")
+def test_an_inpainting_unet_and_a_consistency_model_follow(controlled: MakeControlled) -> None:
+    made = controlled("sd1", "inpainting")
     pipe = reference(PIPELINES["sd1", "mask"], made, "edges")
     images = {"image": photo(), "mask_image": left_half(), "control_image": hint()}
     expected = theirs(pipe, **images, controlnet_conditioning_scale=1.0, strength=1.0, guidance_scale=3.0, **SIZE)
     control = Control(name="edges", image=hint())
     assert psnr(ours(made, control, image=photo(), mask=left_half(), size=(40, 32)), expected) >= LEAST
-    made = steered("sd1", "lcm")
+    made = controlled("sd1", "lcm")
     pipe = reference(PIPELINES["sd1", "text"], made, "edges", scheduler=diffusers.LCMScheduler)
     expected = theirs(pipe, image=hint(), guidance_scale=4.0, **SIZE)
     assert psnr(ours(made, control, sampler="lcm", guidance=4.0), expected) >= LEAST
 
 
-def test_each_picture_of_a_batch_follows_its_own(steered: Steer) -> None:
-    made = steered("sd1", "")
+def test_each_picture_of_a_batch_follows_its_own(controlled: MakeControlled) -> None:
+    made = controlled("sd1", "")
     together = ours(made, Control(name="edges", image=[hint(0), hint(1)]), n=2, seed=[5, 6])
     for picture, (seed, image) in enumerate([(5, hint(0)), (6, hint(1))]):
         alone = ours(made, Control(name="edges", image=image), seed=seed)[0]
         assert np.abs(together[picture].astype(int) - alone.astype(int)).max() <= 1
 
 
-def test_a_bundle_with_controlnets_draws_without_them_as_one_without(steered: Steer, made: Make) -> None:
-    bundle = steered("sdxl", "")
+def test_a_bundle_with_controlnets_draws_without_them_as_one_without(controlled: MakeControlled, made: Make) -> None:
+    bundle = controlled("sdxl", "")
     plain = made("sdxl", "")[1]
     with Pipeline.load(plain, "cpu", threads=1) as pipe:
         expected = pipe(PROMPT, steps=STEPS, seed=SEED, sampler="euler", guidance=3.0).pixels
@@ -182,9 +182,11 @@ def test_a_bundle_without_controlnets_pays_nothing(made: Make) -> None:
         (["edges"], "controls: found .*'edges'.*, expected a list of Control"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_followed_is_refused_in_a_sentence(steered: Steer, controls: Any, words: str) -> None:
+def test_what_cannot_be_followed_is_refused_in_a_sentence(
+    controlled: MakeControlled, controls: Any, words: str
+) -> None:
     with pytest.raises(RequestError, match=words):
-        ours(steered("sd1", ""), *controls)
+        ours(controlled("sd1", ""), *controls)
 
 
 def test_a_bundle_without_any_says_how_to_export_one(made: Make) -> None:

@@ -70,7 +70,7 @@ def workspace_for(plan: SamplingPlan, unet: Any, *, pictures: int = 2, prompts: 
     return workspace
 
 
-def walk(workspace: NumpyWorkspace, plan: SamplingPlan, guidance: Guidance, draws: Iterator[Array]) -> list[Array]:
+def follow(workspace: NumpyWorkspace, plan: SamplingPlan, guidance: Guidance, draws: Iterator[Array]) -> list[Array]:
     """Return the latents after each stage."""
     workspace.write("state", begin(plan, next(draws), state_rows=plan.rows))
     return [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, lambda: next(draws))]
@@ -87,28 +87,28 @@ def noises(count: int) -> Iterator[Array]:
 def test_a_workspace_walks_where_the_plan_says(name: str, scale: float) -> None:
     prediction = SAMPLERS[find(name).sampler].predictions[0]
     plan = make_plan(name, msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction), steps=5)  # type: ignore[arg-type]
-    found = walk(workspace_for(plan, Unet()), plan, plan_guidance(plan, scale, 2), noises(2))
+    found = follow(workspace_for(plan, Unet()), plan, plan_guidance(plan, scale, 2), noises(2))
     draws = noises(2)
-    follow = loop.guided(prompted, text(1, 2), text(0.5, 0.25), scale)
-    for mine, expected in zip(found, loop.denoise(plan, next(draws), follow, lambda: next(draws)), strict=True):
+    guided = loop.guided(prompted, text(1, 2), text(0.5, 0.25), scale)
+    for mine, expected in zip(found, loop.denoise(plan, next(draws), guided, lambda: next(draws)), strict=True):
         np.testing.assert_allclose(mine, expected, atol=WALKED * float(np.abs(expected).max()))
 
 
 def test_without_guidance_the_model_sees_one_row_a_picture() -> None:
     plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=3), Unet()
-    walk(workspace_for(plan, unet), plan, plan_guidance(plan, 1.0, 2), noises(2))
+    follow(workspace_for(plan, unet), plan, plan_guidance(plan, 1.0, 2), noises(2))
     assert unet.rows == [2, 2, 2]
 
 
 def test_outside_its_interval_guidance_costs_nothing() -> None:
     plan, unet = make_plan("dpmpp_2m_karras", STABLE_DIFFUSION, steps=10), Unet()
-    walk(workspace_for(plan, unet), plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
+    follow(workspace_for(plan, unet), plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
     assert unet.rows == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
 
 
 def test_outside_its_interval_the_prompt_alone_is_followed() -> None:
     plan = make_plan("euler", STABLE_DIFFUSION, steps=4)
-    found = walk(workspace_for(plan, Unet()), plan, plan_guidance(plan, 7.5, 2, interval=(0, 0.5)), noises(2))
+    found = follow(workspace_for(plan, Unet()), plan, plan_guidance(plan, 7.5, 2, interval=(0, 0.5)), noises(2))
     draws = noises(2)
 
     def half_guided(x: Array, t: Array) -> Array:
@@ -134,7 +134,7 @@ def test_pictures_of_one_batch_do_not_touch_each_other() -> None:
         rows = np.concatenate([prompts[:3][part], prompts[3:][part]])
         workspace = workspace_for(plan, Unet(), pictures=len(rows) // 2, prompts=rows)
         guidance = plan_guidance(plan, 3.0, len(rows) // 2)
-        return walk(workspace, plan, guidance, iter([together[part]]))[-1]
+        return follow(workspace, plan, guidance, iter([together[part]]))[-1]
 
     batch = last(slice(None))
     for i in range(3):
@@ -165,7 +165,7 @@ def test_a_model_that_predicts_the_picture_is_believed_by_the_last_step() -> Non
     for name in ("euler", "dpmpp_2m", "euler_ancestral", "ddim"):
         schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type="sample", set_alpha_to_one=True)
         plan = make_plan(name, schedule, steps=6)
-        last = walk(workspace_for(plan, Sure()), plan, plan_guidance(plan, 1.0, 2), noises(2))[-1]
+        last = follow(workspace_for(plan, Sure()), plan, plan_guidance(plan, 1.0, 2), noises(2))[-1]
         np.testing.assert_allclose(last, picture, atol=EXACT, err_msg=name)
 
 
@@ -206,7 +206,7 @@ def test_a_unet_with_more_channels_sees_the_condition_after_the_latents() -> Non
     workspace = workspace_for(plan, unet)
     condition = np.random.default_rng(0).standard_normal((2, 5, HEIGHT, WIDTH), dtype=np.float32)
     workspace.write("condition", condition)
-    walk(workspace, plan, plan_guidance(plan, 2.0, 2), noises(2))
+    follow(workspace, plan, plan_guidance(plan, 2.0, 2), noises(2))
     assert unet.samples[0].shape == (4, CHANNELS + 5, HEIGHT, WIDTH)
     np.testing.assert_array_equal(unet.samples[0][:, CHANNELS:], np.concatenate([condition, condition]))
 
@@ -223,7 +223,7 @@ def test_rescaled_guidance_is_diffusers(rescale: float) -> None:
             return outputs
 
     workspace = workspace_for(plan, Noting())
-    last = walk(workspace, plan, plan_guidance(plan, 7.5, 2, rescale=rescale), iter([x]))[-1]
+    last = follow(workspace, plan, plan_guidance(plan, 7.5, 2, rescale=rescale), iter([x]))[-1]
     positive, negative = seen[0][:2], seen[0][2:]
     mixed = torch.from_numpy(negative + 7.5 * (positive - negative))
     output = rescale_noise_cfg(mixed, torch.from_numpy(positive), guidance_rescale=rescale).numpy()

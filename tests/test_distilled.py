@@ -21,7 +21,7 @@ from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.export import export_checkpoint
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from tests.conftest import Make
 from tests.lora_files import kohya, make_factors, save
 from tests.single_files import save_single_file, unet_tensors
@@ -182,11 +182,11 @@ def with_unet(base: Path, unet: Path) -> Checkpoint:
 def test_a_unet_is_taken_from_a_file(made: Make, variant: str, layout: str, tmp_path: Path) -> None:
     other = save_other(tmp_path / "other", variant)
     checkpoint = with_unet(made("sd1", "")[0], unet_file(other, tmp_path / "unet.safetensors", layout))
-    recipe = checkpoint.networks["unet"]
-    assert isinstance(recipe, Recipe)
+    weight_source = checkpoint.networks["unet"]
+    assert isinstance(weight_source, WeightSource)
     (file,) = (other / "unet").glob("*.safetensors")
     expected = load_file(file)
-    with written(recipe, tmp_path / "written") as folder:
+    with written(weight_source, tmp_path / "written") as folder:
         found = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert set(found) == set(expected)
     assert all((found[key] == expected[key]).all() for key in expected)
@@ -227,9 +227,9 @@ def test_a_consistency_model_in_one_file_is_recognised(tmp_path: Path) -> None:
     file = save_single_file(checkpoint, tmp_path / "lcm.safetensors")
     opened = open_checkpoint(str(file), options=CheckpointOptions(config=str(checkpoint)))
     assert opened.dimensions["guidance_width"] == 16
-    recipe = opened.networks["unet"]
-    assert isinstance(recipe, Recipe)
-    with written(recipe, tmp_path / "written") as folder:
+    weight_source = opened.networks["unet"]
+    assert isinstance(weight_source, WeightSource)
+    with written(weight_source, tmp_path / "written") as folder:
         model = diffusers.UNet2DConditionModel.from_pretrained(folder)
     expected = load_file(next((checkpoint / "unet").glob("*.safetensors")))
     assert all((tensor == expected[key]).all() for key, tensor in model.state_dict().items())

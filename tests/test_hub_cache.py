@@ -21,7 +21,7 @@ from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from latentrt.runtime.text.textual_inversion import load_embedding
 from tests.conftest import _tiny
 from tests.hub_cache import in_hub_cache
@@ -185,7 +185,7 @@ def place(tmp_path: Path) -> Place:
     return cached
 
 
-def tensors(network: Path | Recipe, folder: Path) -> Mapping[str, Any]:
+def tensors(network: Path | WeightSource, folder: Path) -> Mapping[str, Any]:
     """Load a network's weights as they are exported."""
     if isinstance(network, Path):
         return {key: tensor for file in network.glob("*.safetensors") for key, tensor in load_file(file).items()}

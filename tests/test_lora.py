@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora.file import Lora, read_lora
+from latentrt.engines.lora.file import LoraFile, read_lora
 from latentrt.engines.lora.kinds import KIND_OF, Change
 from latentrt.engines.lora.names import from_original, plain_module
 from latentrt.export.additions.loras import fuse
@@ -22,7 +22,7 @@ from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.export import export_checkpoint
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, LoraOption
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from latentrt.runtime.pipeline import Pipeline
 from tests.lora_files import (
     TEXT,
@@ -61,9 +61,9 @@ def fused(checkpoint: Checkpoint, part: str, folder: Path) -> dict[str, Array]:
     """The weights of a network that a LoRA was added to, as they are written before it is loaded."""
     from safetensors.numpy import load_file
 
-    recipe = checkpoint.networks[part]
-    assert isinstance(recipe, Recipe)
-    with written(recipe, folder):
+    weight_source = checkpoint.networks[part]
+    assert isinstance(weight_source, WeightSource)
+    with written(weight_source, folder):
         return {key: array for file in folder.glob("*.safetensors") for key, array in load_file(file).items()}
 
 
@@ -118,7 +118,7 @@ def test_every_format_means_the_published_formula(
     assert checkpoint.networks["vae_decoder"] == sd1_checkpoint / "vae"
 
 
-def as_read(lora: Lora, row: Factors) -> Factors:
+def as_read(lora: LoraFile, row: Factors) -> Factors:
     """What a file in bfloat16 keeps of one module's factors, checked to be near them."""
     module = plain_module(row.module)
     names = lora.modules[row.part]
@@ -285,12 +285,12 @@ def test_written_shards_are_read_as_one(
     from latentrt.export.networks import conversion, modules
 
     checkpoint = with_loras(sd1_checkpoint, (save(tmp_path / "a.safetensors", kohya(factors)), 0.5))
-    recipe = checkpoint.networks["unet"]
-    assert isinstance(recipe, Recipe)
+    weight_source = checkpoint.networks["unet"]
+    assert isinstance(weight_source, WeightSource)
     loaded = []
     for size in (1 << 30, 100_000):
         monkeypatch.setattr(conversion, "SHARD_BYTES", size)
-        with written(recipe, tmp_path / "unet") as folder:
+        with written(weight_source, tmp_path / "unet") as folder:
             assert (len(list(folder.glob("*.safetensors"))) > 1) == (size < 1 << 30)
             loaded.append(modules.load("unet", folder).state_dict())
     for key, tensor in loaded[0].items():
@@ -398,9 +398,12 @@ def test_what_it_was_made_for_is_told_where_the_file_says_it(sd1_checkpoint: Pat
 def test_a_lora_for_another_checkpoint_is_refused_for_a_single_file_too(sd1_checkpoint: Path, tmp_path: Path) -> None:
     file = save_single_file(sd1_checkpoint, tmp_path / "model.safetensors")
     lora = save(tmp_path / "a.safetensors", pair("lora_unet_down_blocks_7_attentions_0_proj_in"))
-    recipe = with_loras(file, (lora, 1.0), config=str(sd1_checkpoint)).networks["unet"]
-    assert isinstance(recipe, Recipe)
-    with pytest.raises(CheckpointError, match="not in this checkpoint's unet"), written(recipe, tmp_path / "unet"):
+    weight_source = with_loras(file, (lora, 1.0), config=str(sd1_checkpoint)).networks["unet"]
+    assert isinstance(weight_source, WeightSource)
+    with (
+        pytest.raises(CheckpointError, match="not in this checkpoint's unet"),
+        written(weight_source, tmp_path / "unet"),
+    ):
         pass
 
 

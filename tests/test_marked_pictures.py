@@ -15,7 +15,7 @@ from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control
-from tests.conftest import Steered
+from tests.conftest import Controlled
 from tests.single_files import save_single_file
 from tests.test_controlnet_files import differences
 from tests.test_controlnets import PIPELINES, SIZE, hint, ours, reference
@@ -24,7 +24,7 @@ from tests.tiny import save_controlnet
 
 
 @pytest.fixture(scope="module")
-def marked(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Steered:
+def marked(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Controlled:
     """A tiny checkpoint whose file says v-prediction and no signal at the end, with a ControlNet as a difference."""
     root = tmp_path_factory.mktemp("marked")
     file = save_single_file(sd1_checkpoint, root / "a.safetensors", marks={"v_pred": [], "ztsnr": []})
@@ -35,11 +35,11 @@ def marked(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> St
         controlnets=(ControlNetOption(name="edges", path=str(root / "edges.safetensors")),),
     )
     export_checkpoint(str(file), root / "bundle", precision="fp32", options=options)
-    return Steered(checkpoint=sd1_checkpoint, networks={"edges": edges}, bundle=root / "bundle")
+    return Controlled(checkpoint=sd1_checkpoint, networks={"edges": edges}, bundle=root / "bundle")
 
 
 @pytest.mark.parametrize("told", [{"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {}])
-def test_marks_are_the_schedulers_options(marked: Steered, told: dict[str, Any]) -> None:
+def test_marks_are_the_schedulers_options(marked: Controlled, told: dict[str, Any]) -> None:
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(marked.checkpoint)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **told)
@@ -49,7 +49,7 @@ def test_marks_are_the_schedulers_options(marked: Steered, told: dict[str, Any])
     assert found >= LEAST if told else found < 30
 
 
-def test_a_difference_draws_what_the_sum_of_the_weights_draws(marked: Steered) -> None:
+def test_a_difference_draws_what_the_sum_of_the_weights_draws(marked: Controlled) -> None:
     pipe = reference(PIPELINES["sd1", "text"], marked, "edges")
     told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **told)

@@ -33,7 +33,7 @@ from latentrt.runtime.result import Result
 from latentrt.runtime.sampling.catalogue import SAMPLERS
 from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
 from latentrt.runtime.sampling.spacings import SPACINGS
-from tests.conftest import Steer
+from tests.conftest import MakeControlled
 from tests.lora_files import kohya, make_factors, save
 
 ROOT = Path(__file__).parent.parent
@@ -59,11 +59,11 @@ def commands(page: Path, program: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def desk(demo_bundle: Path, steered: Steer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(demo_bundle: Path, controlled: MakeControlled, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages speak of: the demo's bundle, one with ControlNets, pictures, LoRAs."""
     desk = tmp_path_factory.mktemp("desk")
     shutil.copytree(demo_bundle, desk / "demo" / "shapes")
-    made = steered("sd1", "")
+    made = controlled("sd1", "")
     (desk / "my-sd15").symlink_to(made.bundle)
     grey = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None], (128, 3)).reshape(128, 128, 3))
     for name in ("star", "edges", "depth"):

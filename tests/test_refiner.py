@@ -24,7 +24,7 @@ from latentrt.export.export import export_checkpoint
 from latentrt.export.networks.modules import load
 from latentrt.export.networks.shared_encoder import require_same
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.sources.parts import Twin
+from latentrt.export.sources.parts import SharedEncoder
 from latentrt.runtime.cli import generate
 from latentrt.runtime.draw.job import split
 from latentrt.runtime.sampling.make import make_plan
@@ -160,11 +160,11 @@ def test_a_bundle_without_a_refiner_says_how_to_get_one(made: Make) -> None:
 def test_every_stage_has_one_denoiser_and_none_goes_back() -> None:
     plan = make_plan("heun", STABLE_DIFFUSION, steps=STEPS)
     for share in np.linspace(0.05, 0.95, 19):
-        legs = split(plan, float(share), PAIR, train_timesteps=1000)
-        assert [k for leg in legs for k in leg.stages] == list(range(plan.stages))
-        assert legs[-1].denoiser == "refiner"
-        assert all(plan.timesteps[k] < 1000 - 1000 * share + 0.5 for k in legs[-1].stages)
-        assert all(plan.timesteps[k] >= 1000 - 1000 * share - 0.5 for leg in legs[:-1] for k in leg.stages)
+        ranges = split(plan, float(share), PAIR, train_timesteps=1000)
+        assert [k for part in ranges for k in part.stages] == list(range(plan.stages))
+        assert ranges[-1].denoiser == "refiner"
+        assert all(plan.timesteps[k] < 1000 - 1000 * share + 0.5 for k in ranges[-1].stages)
+        assert all(plan.timesteps[k] >= 1000 - 1000 * share - 0.5 for part in ranges[:-1] for k in part.stages)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
@@ -213,7 +213,7 @@ def test_a_refiner_stored_in_half_precision_is_the_same(made: Make, tmp_path: Pa
     weights = halved / "text_encoder_2" / "model.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     own = load("text_encoder_2", made("sdxl", "")[0] / "text_encoder_2")
-    require_same("text_encoder_2", own, Twin(name="halved", folder=str(halved / "text_encoder_2")))
+    require_same("text_encoder_2", own, SharedEncoder(name="halved", folder=str(halved / "text_encoder_2")))
 
 
 def test_what_is_no_refiner_is_refused(made: Make, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from latentrt.engines.bundle.manifest import Family, Join, Role
-from latentrt.engines.bundle.schema_1 import ROLES, STEERING
+from latentrt.engines.bundle.schema_1 import CONTROL_PREFIXES, ROLES
 from latentrt.export.networks.components import COMPONENTS
 from latentrt.runtime.text.encoders import join_states, joined_length
 
@@ -20,7 +20,7 @@ HISTORY = "engines/bundle/schema_1.py"  # the one place that knows what names me
 # Where names are another's: what LoRA files and learned words call networks, which is what diffusers calls them.
 FOREIGN = ("engines/lora/names.py", "runtime/text/textual_inversion.py")
 UNFINISHED = ("engines/tensorrt/build.py", "engines/tensor_names.py")
-NAMES = {*ROLES, *COMPONENTS, *(f"{start}edges" for start in STEERING), *STEERING}
+NAMES = {*ROLES, *COMPONENTS, *(f"{start}edges" for start in CONTROL_PREFIXES), *CONTROL_PREFIXES}
 TAKES_APART = ("startswith", "removeprefix", "partition", "split", "endswith")
 
 
@@ -68,7 +68,7 @@ def test_no_module_asks_a_name_what_it_means() -> None:
 
 
 def test_no_module_of_engines_and_runtime_writes_a_components_name_out() -> None:
-    own = NAMES - set(get_args(Role)) | set(STEERING)
+    own = NAMES - set(get_args(Role)) | set(CONTROL_PREFIXES)
     found = {
         f"{path.relative_to(ROOT).as_posix()}:{node.lineno}"
         for path in sources()

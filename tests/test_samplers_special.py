@@ -25,7 +25,7 @@ from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.spacings import ALIGNED
 from tests.loop import denoise
-from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, network, reference, replay, scheduler_of, walk
+from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, difference, follow, network, reference, replay, scheduler_of
 from tests.test_samplers import ORACLES, TOLERANCES, TRAJECTORY
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -112,7 +112,7 @@ def test_dpmpp_sde_walks_with_diffusers(sde_scheduler: Any, steps: int, predicti
     generator = torch.Generator("cpu").manual_seed(0)
     latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
     solver.noise_sampler = BrownianSteps(generator)
-    theirs = [latents.numpy(), *walk(solver, latents.float(), {})]
+    theirs = [latents.numpy(), *follow(solver, latents.float(), {})]
     assert difference(replay(make_plan("dpmpp_sde", schedule, steps=steps, spacing=spacing)), theirs) < TRAJECTORY
 
 
@@ -135,7 +135,7 @@ def test_flow_matching_walks_with_diffusers(name: str, scheduler: Any, steps: in
     generator = torch.Generator("cpu").manual_seed(0)
     solver.scale_model_input = lambda latents, _: latents
     latents = torch.randn(SHAPE, generator=generator)
-    theirs = [latents.numpy(), *walk(solver, latents, {"generator": generator})]
+    theirs = [latents.numpy(), *follow(solver, latents, {"generator": generator})]
     assert difference(replay(make_plan(name, FLOW, steps=steps, shift=shift)), theirs) < TRAJECTORY
 
 
@@ -152,7 +152,7 @@ def test_a_diffusion_solver_walks_a_flow_with_diffusers(name: str, steps: int, s
 
 @pytest.mark.parametrize("options", [{"spacing": "karras", "steps": 5}, {"timesteps": [9, 5]}])
 def test_a_flow_refuses_what_counts_in_a_diffusions_noise(options: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match=r"spacing: 'karras' spaces|timesteps: dpmpp_2m walks its own"):
+    with pytest.raises(RequestError, match=r"spacing: 'karras' spaces|timesteps: dpmpp_2m has its own"):
         make_plan("dpmpp_2m", FLOW, **options)
 
 
@@ -202,7 +202,7 @@ def diffusers_start(name: str, schedule: TrainingSchedule, steps: int, strength:
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(SHAPE, generator=generator)
     latents = solver.add_noise(torch.from_numpy(image), noise, solver.timesteps[begin : begin + 1])
-    return [latents.numpy(), *walk(solver, latents, {"generator": generator}, solver.timesteps[begin:])]
+    return [latents.numpy(), *follow(solver, latents, {"generator": generator}, solver.timesteps[begin:])]
 
 
 @pytest.mark.parametrize("name", sorted({*ORACLES} - OWN_START - OWN_START_NOISE))
@@ -248,7 +248,7 @@ def test_timesteps_of_the_callers_choice_are_diffusers(name: str) -> None:
     solver.set_timesteps(timesteps=timesteps)
     generator = torch.Generator("cpu").manual_seed(0)
     latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
-    theirs = [latents.numpy(), *walk(solver, latents, {"generator": generator})]
+    theirs = [latents.numpy(), *follow(solver, latents, {"generator": generator})]
     assert difference(replay(make_plan(name, STABLE_DIFFUSION, timesteps=timesteps)), theirs) < TRAJECTORY
 
 
@@ -257,7 +257,7 @@ def test_sigmas_of_the_callers_choice_are_diffusers() -> None:
     solver = scheduler_of(diffusers.EulerDiscreteScheduler, STABLE_DIFFUSION)
     solver.set_timesteps(sigmas=sigmas)
     latents = torch.randn(SHAPE, generator=torch.Generator("cpu").manual_seed(0)) * solver.init_noise_sigma
-    theirs = [latents.numpy(), *walk(solver, latents, {})]
+    theirs = [latents.numpy(), *follow(solver, latents, {})]
     assert difference(replay(make_plan("euler", STABLE_DIFFUSION, sigmas=sigmas)), theirs) < TRAJECTORY
     named = make_plan("euler", STABLE_DIFFUSION, steps=10, spacing="ays")
     np.testing.assert_allclose(named.sigmas, np.float32(sigmas), rtol=1e-6)
@@ -360,13 +360,13 @@ def test_a_bundle_that_kept_the_class_alone_draws_with_that() -> None:
         ("ddim", {"steps": 5, "strength": float("nan")}, r"strength: found nan, expected 0 to 1"),
         ("ddim", {"steps": 5, "strength": 0.1}, r"leave none of 5 steps to take"),
         ("ddim", {"steps": 5, "stop": 0.0}, r"leave none of 5 steps to take"),
-        ("ddim", {"steps": 5, "spacing": "karras"}, r"spacing: ddim walks its own timesteps"),
+        ("ddim", {"steps": 5, "spacing": "karras"}, r"spacing: ddim has its own timesteps"),
         ("euler", {"steps": 5, "spacing": "uneven"}, r"spacing: found 'uneven', expected one of leading, "),
         ("euler_karras", {"steps": 5, "spacing": "beta"}, r"spacing: found 'beta', but 'euler_karras' names another"),
         ("euler_karras", {"timesteps": [9, 5]}, r"timesteps: it and `karras` each say where to step"),
         ("euler", {"timesteps": [9, 5], "sigmas": [3.0, 0.0]}, r"timesteps: it and `sigmas` each say where to step"),
-        ("plms", {"timesteps": [9, 5]}, r"timesteps: plms walks its own here"),
-        ("ddim", {"sigmas": [3.0, 0.0]}, r"sigmas: ddim walks whole timesteps"),
+        ("plms", {"timesteps": [9, 5]}, r"timesteps: plms has its own here"),
+        ("ddim", {"sigmas": [3.0, 0.0]}, r"sigmas: ddim takes whole timesteps"),
         ("euler", {"timesteps": [5, 9]}, r"timesteps: expected finite numbers that decrease"),
         ("euler", {"timesteps": [1000, 9]}, r"timesteps: expected finite numbers that decrease, from 999"),
         ("euler", {"timesteps": []}, r"steps: found 0, expected 1 to 1000"),

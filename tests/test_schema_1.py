@@ -65,7 +65,7 @@ def test_what_steers_in_schema_1_belongs_to_its_unet(sd1_bundle: Path, name: str
     manifest = manifest_from_json(json.dumps(document), where="here")
     component = manifest.components[name]
     assert (component.role, component.of, component.control) == (role, "unet", name.partition("_")[2])
-    assert manifest.steering(name.partition("_")[2]) == name
+    assert manifest.find_control(name.partition("_")[2]) == name
 
 
 def test_a_component_of_schema_1_that_nobody_knows_is_refused(sd1_bundle: Path) -> None:

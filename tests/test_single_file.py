@@ -25,9 +25,9 @@ from latentrt.export.configs.published import CONFIGS
 from latentrt.export.networks import modules
 from latentrt.export.networks.conversion import read_tensors, written
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from latentrt.export.sources.tokenizer import read_tokenizer
-from latentrt.export.work.jobs import Job, run_job
+from latentrt.export.work.jobs import ExportJob, run_job
 from tests.single_files import checkpoint_tensors, save_header, save_single_file, vae_tensors
 from tests.test_inspection import ONE, OPEN, REFINER, SD2, SECOND, TWO, XL, Texts, published
 from tests.tiny import save_tiny
@@ -129,13 +129,13 @@ def test_a_file_in_published_sizes_has_all_that_its_networks_need(tmp_path: Path
         "unet": UNet2DConditionModel.from_config,
         "vae_decoder": AutoencoderKL.from_config,
     }
-    for component, recipe in checkpoint.networks.items():
+    for component, weight_source in checkpoint.networks.items():
         if component == "vae_encoder":
             continue
-        assert isinstance(recipe, Recipe)
+        assert isinstance(weight_source, WeightSource)
         with torch.device("meta"):
-            expected = makers[component](json.loads(recipe.config)).state_dict()
-        found = {key.removeprefix("text_model."): tensor.shape for key, tensor in read_tensors(recipe).items()}
+            expected = makers[component](json.loads(weight_source.config)).state_dict()
+        found = {key.removeprefix("text_model."): tensor.shape for key, tensor in read_tensors(weight_source).items()}
         assert found == {key.removeprefix("text_model."): tensor.shape for key, tensor in expected.items()}
     assert len(checkpoint.tokenizers) == len(texts)
 
@@ -162,7 +162,7 @@ CASES = [
 ]
 
 
-def weights(network: Path | Recipe, component: str, folder: Path) -> dict[str, Any]:
+def weights(network: Path | WeightSource, component: str, folder: Path) -> dict[str, Any]:
     if isinstance(network, Path):
         return modules.load(component, network).state_dict()
     with written(network, folder):
@@ -331,14 +331,14 @@ def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Pat
     ):
         options = CheckpointOptions(config=str(sd1_checkpoint))
         checkpoint = open_checkpoint(str(tmp_path / f"{name}.safetensors"), options=options)
-        recipe = checkpoint.networks["unet"]
-        assert isinstance(recipe, Recipe)
-        job = Job(
+        weight_source = checkpoint.networks["unet"]
+        assert isinstance(weight_source, WeightSource)
+        job = ExportJob(
             component="unet",
             row="unet",
             source="torch",
             folder=str(tmp_path / "weights"),
-            recipe=recipe,
+            weight_source=weight_source,
             root=str(tmp_path),
             precision="fp32",
             dimensions=checkpoint.dimensions,

@@ -17,7 +17,7 @@ from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.tensorrt.engines import TensorRTSession
 from latentrt.engines.workspace.contract import STATE, TEXT, Workspace
-from latentrt.runtime.draw.denoise import Loop, Walk
+from latentrt.runtime.draw.denoise import Batch, Loop
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.start import Start
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
@@ -77,7 +77,7 @@ class Wish:
         schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
         return make_plan(self.sampler, schedule, steps=self.steps)
 
-    def join(self, loop: Loop, workspace: Workspace, slots: slice) -> Walk:
+    def join(self, loop: Loop, workspace: Workspace, slots: slice) -> Batch:
         """Write text and start to slots, and go along."""
         plan, draw = self.plan, np.random.default_rng(self.seed)
         guidance = plan_guidance(plan, self.scale, self.pictures, interval=self.interval, rescale=self.rescale)
@@ -95,17 +95,17 @@ class Wish:
             workspace.write(name, array, slots)
         if self.start == "lost":
             workspace.write(STATE, np.nan, slots)
-        walk = Walk(plan=plan, guidance=guidance, draw=lambda: normal(*SIZE), slots=slots, stages=range(plan.stages))
-        loop.join(walk)
-        return walk
+        batch = Batch(plan=plan, guidance=guidance, draw=lambda: normal(*SIZE), slots=slots, stages=range(plan.stages))
+        loop.join(batch)
+        return batch
 
 
 def alone(wish: Wish) -> Array:
     """Return the latents of a wish that shares nothing, on NumPy's workspace, and the pixels of them."""
     workspace = numpy_workspace(wish.pictures, wish.plan.rows)
     loop = Loop(workspace)
-    walk = wish.join(loop, workspace, slice(0, wish.pictures))
-    while walk.running:
+    batch = wish.join(loop, workspace, slice(0, wish.pictures))
+    while batch.running:
         loop.advance()
     return workspace.read(STATE)[:, 0]
 
@@ -113,25 +113,25 @@ def alone(wish: Wish) -> Array:
 def together(workspace: Workspace, wishes: list[Wish]) -> dict[int, Array]:
     """Draw wishes, each from the stage on that it comes at and that has room for it; return the latents of each."""
     loop, waiting, stage = Loop(workspace), dict(enumerate(wishes)), 0
-    walks: dict[int, Walk] = {}
+    batches: dict[int, Batch] = {}
     found: dict[int, Array] = {}
-    while waiting or walks:
+    while waiting or batches:
         for number, wish in list(waiting.items()):
             slots = room(loop, wish.pictures)
-            if slots is not None and (stage >= wish.after or not walks):
-                walks[number] = waiting.pop(number).join(loop, workspace, slots)
+            if slots is not None and (stage >= wish.after or not batches):
+                batches[number] = waiting.pop(number).join(loop, workspace, slots)
         loop.advance()
         stage += 1
-        for number, walk in list(walks.items()):
-            if not walk.running:
-                found[number] = workspace.read(STATE, walk.slots)[:, 0]
-                loop.leave(walks.pop(number))
+        for number, batch in list(batches.items()):
+            if not batch.running:
+                found[number] = workspace.read(STATE, batch.slots)[:, 0]
+                loop.leave(batches.pop(number))
     return found
 
 
 def room(loop: Loop, pictures: int) -> slice | None:
     """Return the last free slots, so that pictures are in the first ones seldom; None where there are too few."""
-    taken = {slot for walk in loop.walks for slot in range(walk.slots.start, walk.slots.stop)}
+    taken = {slot for batch in loop.batches for slot in range(batch.slots.start, batch.slots.stop)}
     starts = range(SLOTS - pictures, -1, -1)
     start = next((one for one in starts if not taken & set(range(one, one + pictures))), None)
     return None if start is None else slice(start, start + pictures)

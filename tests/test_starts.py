@@ -148,7 +148,7 @@ def draw_from(seed: int, shape: tuple[int, ...]) -> Callable[[], Array]:
     return lambda: stream.normal(shape)
 
 
-def walk(
+def follow(
     plan: SamplingPlan, start: Start, ours: Ours, draw: Callable[[], Array], unet: Any = None
 ) -> tuple[Array, Array]:
     """Return the final latents, and the pictures."""
@@ -185,7 +185,7 @@ def test_an_image_is_changed_as_diffusers_changes_it(
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     pixels = read_pictures(photo(*SIZE), factor=ours.space.factor)
     start = start_from_image(pixels, ours.encode, draw, scaling_factor=ours.space.scaling_factor)
-    agrees(walk(plan, start, ours, draw), expected)
+    agrees(follow(plan, start, ours, draw), expected)
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.7, 1.0])
@@ -201,7 +201,7 @@ def test_any_checkpoint_inpaints_as_diffusers_does(
     plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     start = inpainting(ours, draw, strength=strength)
-    agrees(walk(plan, start, ours, draw), expected)
+    agrees(follow(plan, start, ours, draw), expected)
 
 
 def inpainting(ours: Ours, draw: Callable[[], Array], **options: Any) -> Start:
@@ -232,7 +232,7 @@ def test_an_inpainting_unet_sees_what_diffusers_shows_it(
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     start = inpainting(ours, draw, strength=strength, inpainting_model=True)
     assert start.condition is not None
-    agrees(walk(plan, start, ours, draw, TorchUnet(unet)), expected)
+    agrees(follow(plan, start, ours, draw, TorchUnet(unet)), expected)
 
 
 class TorchUnet:
@@ -281,7 +281,7 @@ def test_the_kept_part_is_always_the_image_at_the_level_that_the_model_is_told(n
     mask = np.zeros((1, 1, 4, 4), dtype=np.float32)
     mask[..., 2:] = 1
     start, unet = Start(noise=noise, image=image, kept=image, mask=mask), StrangeUnet()
-    last, _ = walk(plan, start, ours, lambda: noise, unet)
+    last, _ = follow(plan, start, ours, lambda: noise, unet)
     np.testing.assert_array_equal(last[..., :2], image[..., :2])
     for stage, latents in enumerate(unet.seen):
         level = plan.levels[stage] / np.hypot(*plan.levels[stage])

@@ -14,7 +14,7 @@ from latentrt.export.configs.published import CONFIGS
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.networks.conversion import read_tensors
 from latentrt.export.options import CheckpointOptions
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from latentrt.export.sources.structure import read_structure
 from tests.single_files import save_header, unet_tensors
 from tests.test_inspection import ONE, REFINER, SD2, TWO, XL, published
@@ -61,10 +61,10 @@ def test_a_distilled_file_needs_no_config(tmp_path: Path, name: str) -> None:
     config = DISTILLED[name]
     file = save_header(tmp_path / "model.safetensors", published(config, _texts(config)))
     checkpoint = open_checkpoint(str(file), options=CheckpointOptions(tokenizer=str(DEMO)))
-    recipe = checkpoint.networks["unet"]
-    assert isinstance(recipe, Recipe)
-    ours, theirs = json.loads(recipe.config), unet(config)
-    assert shapes(unet(ours).state_dict()) == shapes(theirs.state_dict()) == shapes(read_tensors(recipe))
+    weight_source = checkpoint.networks["unet"]
+    assert isinstance(weight_source, WeightSource)
+    ours, theirs = json.loads(weight_source.config), unet(config)
+    assert shapes(unet(ours).state_dict()) == shapes(theirs.state_dict()) == shapes(read_tensors(weight_source))
     heads = ours["attention_head_dim"]  # which shapes do not tell
     assert heads == (8 if checkpoint.family == "sd1" else [width // 64 for width in ours["block_out_channels"]])
     label = inspect_checkpoint(str(file)).model

@@ -32,7 +32,7 @@ from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import compile as tensorrt_compile
 from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
-from tests.conftest import Steer
+from tests.conftest import MakeControlled
 
 ADA = BuildOptions(sizes=((32, 32),), batches=(1, 2), compute_capability="8.9", optimization_level=0)
 GPU = Gpu(name="NVIDIA L4", compute_capability="8.9", sm_count=58, memory_bytes=24 << 30, driver_major=13)
@@ -374,9 +374,9 @@ def test_the_cpu_takes_no_shapes(copy: Bundle) -> None:
 
 @pytest.mark.parametrize("component", ["controlnet_edges", "unet"])
 def test_a_controlnet_is_compiled_and_the_unet_that_it_steers(
-    library: Any, steered: Steer, component: str, tmp_path: Path
+    library: Any, controlled: MakeControlled, component: str, tmp_path: Path
 ) -> None:
-    bundle = Bundle.open(steered("sdxl", "").bundle)
+    bundle = Bundle.open(controlled("sdxl", "").bundle)
     options = replace(ADA, sizes=((40, 32),), batches=(1,))
     name, spec = tensorrt._build_one(library, bundle, component, tmp_path, "tensorrt-rtx", options, silent)
     assert (tmp_path / name).stat().st_size > bundle.manifest.components[component].weights_bytes

@@ -24,7 +24,7 @@ from latentrt.engines.spec import Array
 from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.export.demo.training.train import CHECKPOINT
 from latentrt.runtime.draw.decode import on_workspace
-from latentrt.runtime.images.tiling import LEAST_CELLS, Grid, cut, decode_tiles, encode_tiles, overlap, plan_tiles
+from latentrt.runtime.images.tiling import LEAST_CELLS, Tiling, cut, decode_tiles, encode_tiles, overlap, plan_tiles
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from tests.stand_in import install
@@ -67,19 +67,19 @@ def test_the_weights_of_tiles_are_one_together_and_none_is_negative(length: int,
 
 @given(SIDES, SIDES, TILES, st.sampled_from([1, 4, 8]))
 def test_tiles_of_a_picture_make_the_picture(height: int, width: int, tile: int, factor: int) -> None:
-    grid = Grid(rows=cut(height, tile), columns=cut(width, tile))
+    tiling = Tiling(rows=cut(height, tile), columns=cut(width, tile))
     cells = np.random.default_rng(height).random((2, 3, height, width), dtype=np.float32)
     enlarged = np.kron(cells, np.ones((1, 1, factor, factor), dtype=np.float32)).transpose(0, 2, 3, 1)
-    parts = (np.kron(part, np.ones((1, 1, factor, factor))).transpose(0, 2, 3, 1) for part in grid.parts(cells))
-    np.testing.assert_allclose(grid.blend(parts, scale=factor), enlarged, atol=SUMS)
+    parts = (np.kron(part, np.ones((1, 1, factor, factor))).transpose(0, 2, 3, 1) for part in tiling.parts(cells))
+    np.testing.assert_allclose(tiling.blend(parts, scale=factor), enlarged, atol=SUMS)
 
 
 def test_a_picture_that_fits_into_a_tile_is_not_cut() -> None:
     assert plan_tiles((512, 512), None, factor=8) is None
     assert plan_tiles((512, 512), 512, factor=8) is None
     assert plan_tiles((512, 256), 1024, factor=8) is None
-    grid = plan_tiles((1024, 512), 512, factor=8)
-    assert grid is not None and (grid.rows.starts, grid.columns.starts) == ((0,), (0, 32, 64))
+    tiling = plan_tiles((1024, 512), 512, factor=8)
+    assert tiling is not None and (tiling.rows.starts, tiling.columns.starts) == ((0,), (0, 32, 64))
 
 
 @pytest.mark.parametrize("tile", [0, -8, 24, 500, 512.0, True])
@@ -106,15 +106,15 @@ def peer(sd1_checkpoint: Path) -> Any:
     return vae
 
 
-def decoded_by(bundle: Path, latents: Array, grid: Grid | None) -> Array:
+def decoded_by(bundle: Path, latents: Array, tiling: Tiling | None) -> Array:
     """Decode on a workspace of the CPU: in tiles, or where there is no grid at once."""
     opened, space = open_engines(Bundle.open(bundle), "cpu", threads=1), Bundle.open(bundle).manifest.latents
-    cells = latents.shape[2:] if grid is None else (grid.rows.tile, grid.columns.tile)
+    cells = latents.shape[2:] if tiling is None else (tiling.rows.tile, tiling.columns.tile)
     height, width = (side * space.factor for side in cells)
     shape = WorkspaceShape(pictures=len(latents), tokens=77, width=width, height=height)
     workspace = opened.workspace(space, shape, state_rows=1)
-    if grid is not None:
-        pixels = decode_tiles(latents, on_workspace(workspace, "vae_decoder"), grid, factor=space.factor)
+    if tiling is not None:
+        pixels = decode_tiles(latents, on_workspace(workspace, "vae_decoder"), tiling, factor=space.factor)
     else:
         workspace.write("state", latents[:, None])
         workspace.run("vae_decoder")
@@ -132,10 +132,10 @@ def test_one_cut_side_is_decoded_as_diffusers_decodes_it(peer: Any, sd1_bundle: 
     with torch.no_grad():
         expected = to_pixels(peer.tiled_decode(torch.from_numpy(latents)).sample.numpy())
     scaled = latents * np.float32(Bundle.open(sd1_bundle).manifest.latents.scaling_factor)
-    grid = Grid(rows=cut(sides[0], CELLS), columns=cut(sides[1], CELLS))
-    found = decoded_by(sd1_bundle, scaled, grid)
-    down, across = (starts * STRIDE * FACTOR for starts in map(len, (grid.rows.starts, grid.columns.starts)))
-    assert found.shape == expected.shape and grid.tiles == 3
+    tiling = Tiling(rows=cut(sides[0], CELLS), columns=cut(sides[1], CELLS))
+    found = decoded_by(sd1_bundle, scaled, tiling)
+    down, across = (starts * STRIDE * FACTOR for starts in map(len, (tiling.rows.starts, tiling.columns.starts)))
+    assert found.shape == expected.shape and tiling.tiles == 3
     assert np.abs(found.astype(int) - expected)[:, :down, :across].max() <= 1  # each tile is rounded, then the blend
 
 
@@ -146,7 +146,7 @@ def test_both_cut_sides_are_decoded_as_diffusers_decodes_them_but_for_the_corner
     with torch.no_grad():
         expected = to_pixels(peer.tiled_decode(torch.from_numpy(latents)).sample.numpy())
     scaled = latents * np.float32(Bundle.open(sd1_bundle).manifest.latents.scaling_factor)
-    found = decoded_by(sd1_bundle, scaled, Grid(rows=cut(side, CELLS), columns=cut(side, CELLS)))
+    found = decoded_by(sd1_bundle, scaled, Tiling(rows=cut(side, CELLS), columns=cut(side, CELLS)))
     same, meeting = slice(2 * STRIDE * FACTOR), slice(STRIDE * FACTOR, CELLS * FACTOR)
     difference = np.abs(found.astype(int) - expected)[:, same, same]
     difference[:, meeting, meeting] = 0
@@ -157,15 +157,15 @@ def test_both_cut_sides_are_decoded_as_diffusers_decodes_them_but_for_the_corner
 def test_an_image_is_encoded_in_tiles_as_diffusers_encodes_it(peer: Any, sd1_bundle: Path, axis: int) -> None:
     sides = [CELLS, CELLS]
     sides[axis - 2] = CELLS + 2 * STRIDE
-    grid = Grid(rows=cut(sides[0], CELLS), columns=cut(sides[1], CELLS))
+    tiling = Tiling(rows=cut(sides[0], CELLS), columns=cut(sides[1], CELLS))
     pixels = np.random.default_rng(2).uniform(-1, 1, (1, 3, *(side * FACTOR for side in sides))).astype(np.float32)
     with torch.no_grad():
         expected = peer._tiled_encode(torch.from_numpy(pixels)).numpy()
     opened = open_engines(Bundle.open(sd1_bundle), "cpu", components=("vae_encoder",), threads=1)
     encoder = opened.engines["vae_encoder"]
-    found = encode_tiles(pixels, lambda part: encoder({"sample": part})["latent_parameters"], grid, factor=FACTOR)
+    found = encode_tiles(pixels, lambda part: encoder({"sample": part})["latent_parameters"], tiling, factor=FACTOR)
     opened.close()
-    down, across = (starts * STRIDE for starts in map(len, (grid.rows.starts, grid.columns.starts)))
+    down, across = (starts * STRIDE for starts in map(len, (tiling.rows.starts, tiling.columns.starts)))
     assert found.shape == expected.shape
     same = (..., slice(down), slice(across))
     np.testing.assert_allclose(found[same], expected[same], atol=1e-3 * np.abs(expected).max())
@@ -187,11 +187,11 @@ def demo_latents(demo_bundle: Path) -> Array:
 def test_no_seam_shows_where_tiles_of_the_demo_meet(demo_bundle: Path, demo_latents: Array) -> None:
     """The difference to the whole picture changes no faster across a tile's border than elsewhere."""
     factor = Bundle.open(demo_bundle).manifest.latents.factor
-    grid = plan_tiles((256, 256), 128, factor=factor)
-    assert grid is not None and grid.columns == grid.rows
-    whole, tiled = decoded_by(demo_bundle, demo_latents, None), decoded_by(demo_bundle, demo_latents, grid)
-    borders = [start * factor for start in grid.columns.starts[1:]]
-    borders += [(start + grid.columns.tile) * factor for start in grid.columns.starts[:-1]]
+    tiling = plan_tiles((256, 256), 128, factor=factor)
+    assert tiling is not None and tiling.columns == tiling.rows
+    whole, tiled = decoded_by(demo_bundle, demo_latents, None), decoded_by(demo_bundle, demo_latents, tiling)
+    borders = [start * factor for start in tiling.columns.starts[1:]]
+    borders += [(start + tiling.columns.tile) * factor for start in tiling.columns.starts[:-1]]
     assert seam(tiled, whole, borders) <= SEAM
     assert seam(butted(demo_bundle, demo_latents, factor), whole, [128]) > 4 * SEAM  # the measure sees seams
 

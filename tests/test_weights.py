@@ -17,7 +17,7 @@ from latentrt.export.networks import modules
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources import hub
-from latentrt.export.sources.parts import Recipe
+from latentrt.export.sources.parts import WeightSource
 from latentrt.export.sources.weight_files import find_weights
 from tests.single_files import checkpoint_tensors
 
@@ -148,9 +148,9 @@ def test_the_weights_of_a_network_are_fetched_beside_a_lora_in_its_folder() -> N
 
 
 def loaded(root: Path, component: str, folder: Path) -> dict[str, Any]:
-    recipe = open_checkpoint(str(root), options=CheckpointOptions(allow_pickle=True)).networks[component]
-    assert isinstance(recipe, Recipe)
-    with written(recipe, folder):
+    weight_source = open_checkpoint(str(root), options=CheckpointOptions(allow_pickle=True)).networks[component]
+    assert isinstance(weight_source, WeightSource)
+    with written(weight_source, folder):
         return modules.load(component, folder).state_dict()
 
 
@@ -188,10 +188,10 @@ def test_a_single_pickle_is_opened_where_that_is_allowed(sd1_checkpoint: Path, t
     with pytest.raises(CheckpointError, match=r"is a pickle, .* pass --allow-pickle"):
         open_checkpoint(str(file), options=options)
     checkpoint = open_checkpoint(str(file), options=CheckpointOptions(config=str(sd1_checkpoint), allow_pickle=True))
-    recipe = checkpoint.networks["unet"]
-    assert isinstance(recipe, Recipe)
+    weight_source = checkpoint.networks["unet"]
+    assert isinstance(weight_source, WeightSource)
     expected = modules.load("unet", sd1_checkpoint / "unet").state_dict()
-    with written(recipe, tmp_path / "weights") as folder:
+    with written(weight_source, tmp_path / "weights") as folder:
         found = modules.load("unet", folder).state_dict()
     for key, tensor in found.items():
         np.testing.assert_array_equal(tensor.numpy(), expected[key].numpy())

@@ -17,7 +17,7 @@ import pytest
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.export import _job
 from latentrt.export.work import worker
-from latentrt.export.work.jobs import MARKERS, Job
+from latentrt.export.work.jobs import MARKERS, ExportJob
 
 SLOW = "text_encoder"
 
@@ -27,7 +27,7 @@ class OutOfTimeError(Exception):
 
 
 @pytest.fixture
-def jobs(sd1_bundle: Path, tmp_path: Path) -> tuple[Job, Job]:
+def jobs(sd1_bundle: Path, tmp_path: Path) -> tuple[ExportJob, ExportJob]:
     """Return a job that waits for ever, because nobody writes into the pipe that it reads, and one that ends."""
     graphs = tmp_path / "graphs"
     shutil.copytree(sd1_bundle / "onnx", graphs)
@@ -52,7 +52,9 @@ def alarm() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
-def test_a_job_that_hangs_is_ended_and_says_where_it_stood_and_the_next_one_runs(jobs: tuple[Job, Job]) -> None:
+def test_a_job_that_hangs_is_ended_and_says_where_it_stood_and_the_next_one_runs(
+    jobs: tuple[ExportJob, ExportJob],
+) -> None:
     hanging, ending = jobs
     with worker.start_worker("onnx", patience_s=3.0) as process:
         with pytest.raises(RuntimeError) as caught:
@@ -73,7 +75,7 @@ def test_what_computes_longer_than_the_patience_is_only_slow(busy: bool) -> None
 
 
 @pytest.mark.usefixtures("alarm")
-def test_a_request_that_was_given_up_says_how_long_and_is_never_answered(jobs: tuple[Job, Job]) -> None:
+def test_a_request_that_was_given_up_says_how_long_and_is_never_answered(jobs: tuple[ExportJob, ExportJob]) -> None:
     hanging, ending = jobs
     with worker.start_worker("onnx") as process:
         process.run(ending)
@@ -87,7 +89,9 @@ def test_a_request_that_was_given_up_says_how_long_and_is_never_answered(jobs: t
 
 
 @pytest.mark.usefixtures("alarm")
-def test_an_answer_that_comes_late_is_not_the_next_one(jobs: tuple[Job, Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_comes_late_is_not_the_next_one(
+    jobs: tuple[ExportJob, ExportJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answer lies in the pipe before the process can be ended."""
     _, ending = jobs
     other = replace(ending, component="vae_encoder", folder=ending.folder.replace("decoder", "encoder"))

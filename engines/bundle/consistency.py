@@ -19,10 +19,10 @@ def faults(manifest: Manifest) -> Iterator[str]:
     yield from _names(manifest)
     yield from (f"{fault}; {AGAIN}" for fault in _roles(manifest))
     for name, spec in manifest.denoisers.items():
-        yield from (f"$.denoisers.{name}.{fault}; {AGAIN}" for fault in _told(manifest, name, spec))
+        yield from (f"$.denoisers.{name}.{fault}; {AGAIN}" for fault in _denoiser_faults(manifest, name, spec))
     for name, component in manifest.components.items():
-        if not _steers_well(manifest, component):
-            found = f"found it to steer {component.of} as {component.control}"
+        if not _control_fits(manifest, component):
+            found = f"found it to control {component.of} as {component.control}"
             yield f"$.components.{name}: {found}, which does not fit the role {component.role}; {AGAIN}"
     yield from (f"{fault}; {AGAIN}" for fault in (*_files(manifest), *_latents(manifest)))
 
@@ -46,7 +46,7 @@ def _roles(manifest: Manifest) -> Iterator[str]:
             yield f"$.components: found {number} with the role {role}, expected one"
 
 
-def _told(manifest: Manifest, name: str, spec: DenoiserSpec) -> Iterator[str]:
+def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Iterator[str]:
     for text in spec.text_encoders:
         if text.component not in manifest.of_role("text_encoder") or text.tokenizer not in manifest.tokenizers:
             yield f"text_encoders: there is no text encoder {text.component} with a tokenizer {text.tokenizer}"
@@ -55,7 +55,7 @@ def _told(manifest: Manifest, name: str, spec: DenoiserSpec) -> Iterator[str]:
         yield f"sizes: found {len(spec.sizes)}, and the graph takes {taken or 'none'}"
 
 
-def _steers_well(manifest: Manifest, component: ComponentSpec) -> bool:
+def _control_fits(manifest: Manifest, component: ComponentSpec) -> bool:
     """Tell whether a ControlNet or an adapter, and nothing else, belongs to a denoiser and has a name for requests."""
     if component.role in ("controlnet", "adapter"):
         return component.control is not None and component.of in manifest.denoisers

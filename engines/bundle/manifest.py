@@ -24,7 +24,7 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Role = Literal["text_encoder", "denoiser", "encoder", "decoder", "tiny_decoder", "controlnet", "adapter"]
 Join = Literal["width", "length"]
-STEERING: tuple[Role, ...] = ("controlnet", "adapter")  # what follows a picture, and adds to a denoiser
+CONTROL_ROLES: tuple[Role, ...] = ("controlnet", "adapter")  # what follows a picture, and adds to a denoiser
 
 SizeName = Literal[
     "original_height",
@@ -294,7 +294,7 @@ class Manifest(Document, frozen=True, kw_only=True):
         """Return the denoiser that may take the last stages of a plan, None where there is none."""
         return next(iter(list(self.denoisers)[1:]), None)
 
-    def steering(self, control: str) -> str | None:
+    def find_control(self, control: str) -> str | None:
         """Return the ControlNet or adapter that requests call so, None where there is none."""
         return next((name for name, component in self.components.items() if component.control == control), None)
 
@@ -336,7 +336,7 @@ def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
 
 def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
     """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
-    manifest = _decode(Manifest, content, where=where, mend="export the checkpoint again")
+    manifest = _decode(Manifest, content, where=where, fix="export the checkpoint again")
     for fault in faults(manifest):
         raise BundleError(f"{where} {brief(fault)}")
     return manifest
@@ -344,7 +344,7 @@ def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
 
 def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord:
     """Read an engine record strictly; `where` is the file's path, for the error. Raises BundleError."""
-    record = _decode(EngineRecord, content, where=where, mend="delete its directory and run `latentrt build`")
+    record = _decode(EngineRecord, content, where=where, fix="delete its directory and run `latentrt build`")
     for component, entry in record.entries.items():
         if entry not in record.files or component not in record.specs:
             raise BundleError(
@@ -357,11 +357,11 @@ def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord
 T = TypeVar("T")
 
 
-def _decode(kind: type[T], content: bytes | str, *, where: str, mend: str) -> T:
+def _decode(kind: type[T], content: bytes | str, *, where: str, fix: str) -> T:
     try:
         document = decode(content, strict=True)
     except ParseError as error:
-        raise BundleError(f"{where} {error}; {mend}") from None
+        raise BundleError(f"{where} {error}; {fix}") from None
     version = document.get("schema_version") if isinstance(document, dict) else None
     if type(version) is int and version > SCHEMA_VERSION:
         raise BundleError(
@@ -370,4 +370,4 @@ def _decode(kind: type[T], content: bytes | str, *, where: str, mend: str) -> T:
     try:
         return parse(kind, upgrade(document) if kind is Manifest else document)
     except ParseError as error:
-        raise BundleError(f"{where} {error}; {mend}") from None
+        raise BundleError(f"{where} {error}; {fix}") from None

@@ -15,14 +15,14 @@ ROLES: Mapping[str, str] = {
     "vae_decoder": "decoder",
     "tiny_decoder": "tiny_decoder",
 }
-STEERING: Mapping[str, str] = {"controlnet_": "controlnet", "adapter_": "adapter"}  # by how the names begin
+CONTROL_PREFIXES: Mapping[str, str] = {"controlnet_": "controlnet", "adapter_": "adapter"}  # by how the names begin
 SHARED = ("original_height", "original_width", "crop_top", "crop_left")
 SIZES: Mapping[int, tuple[str, ...]] = {  # by how many numbers a denoiser is told beside the text
     6: (*SHARED, "target_height", "target_width"),
     5: (*SHARED, "aesthetic_score"),
 }
-TOLD = ("text_encoders", "zero_negative")  # of the only denoiser, or of the first
-TEXTS = [{"component": "text_encoder", "tokenizer": "tokenizer"}]  # of a manifest that names none
+DENOISER_KEYS = ("text_encoders", "zero_negative")  # of the only denoiser, or of the first
+DEFAULT_ENCODERS = [{"component": "text_encoder", "tokenizer": "tokenizer"}]  # of a manifest that names none
 
 
 def upgrade(document: object) -> object:
@@ -35,9 +35,9 @@ def upgrade(document: object) -> object:
     components = document.get("components")
     if not isinstance(components, dict):
         return document
-    kept = {key: value for key, value in document.items() if key not in (*TOLD, REFINER)}
-    told = {"text_encoders": TEXTS, **{key: document[key] for key in TOLD if key in document}}
-    denoisers = {BASE: told} | ({REFINER: document[REFINER]} if document.get(REFINER) is not None else {})
+    kept = {key: value for key, value in document.items() if key not in (*DENOISER_KEYS, REFINER)}
+    first = {"text_encoders": DEFAULT_ENCODERS, **{key: document[key] for key in DENOISER_KEYS if key in document}}
+    denoisers = {BASE: first} | ({REFINER: document[REFINER]} if document.get(REFINER) is not None else {})
     return kept | {
         "schema_version": 2,
         "components": {name: _component(name, component) for name, component in components.items()},
@@ -53,7 +53,7 @@ def _component(name: str, component: object) -> object:
         return component
     if name in ROLES:
         return component | {"role": ROLES[name]}
-    for start, role in STEERING.items():
+    for start, role in CONTROL_PREFIXES.items():
         if name.startswith(start):
             return component | {"role": role, "of": BASE, "control": name.removeprefix(start)}
     return component

@@ -55,7 +55,7 @@ class Store:
         record = engine_record_from_json(content, where=where)
         if record.key != key:
             words = "; ".join(key.differences(record.key))
-            raise BundleError(f"{where} was built for something else than its name says ({words}); {self._mend}")
+            raise BundleError(f"{where} was built for something else than its name says ({words}); {self._fix}")
         for number, (name, file) in enumerate(record.files.items()):
             report(f"fetch from {self.url}", number, len(record.files))
             self._fetch_file(name, file, directory)
@@ -72,11 +72,11 @@ class Store:
             check_file(directory, name, file, check="hash")
         except BundleError:
             raise BundleError(
-                f"{self.url} holds another content for {name} than its record says; {self._mend}"
+                f"{self.url} holds another content for {name} than its record says; {self._fix}"
             ) from None
 
     @property
-    def _mend(self) -> str:
+    def _fix(self) -> str:
         return "remove it from the store, or build without --store"
 
     def publish(self, directory: Path, record: EngineRecord, report: Report, *, overwrite: bool = False) -> None:
@@ -99,7 +99,7 @@ class Store:
 
     def _content(self, file: FileRecord) -> str:
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
-            raise BundleError(f"{self.url}: '{file.sha256}' is no SHA-256; {self._mend}")
+            raise BundleError(f"{self.url}: '{file.sha256}' is no SHA-256; {self._fix}")
         return f"{self._root}/sha256/{file.sha256}"
 
     def _has(self, file: FileRecord) -> bool:

@@ -26,7 +26,7 @@ Delta = Callable[[Array], Array]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
+class LoraFile:
     """A LoRA file whose names are understood; its tensors are read when a change is asked for.
 
     modules: for each network, the keys of each parameter that changes, by their role
@@ -119,7 +119,7 @@ class Lora:
         return config.scale(target[0], rank) if config and self.kind(part, target).scaled else 1.0
 
 
-def find_deltas(lora: Lora, part: str, shapes: Mapping[str, Shape], *, strength: float) -> dict[str, Delta]:
+def find_deltas(lora: LoraFile, part: str, shapes: Mapping[str, Shape], *, strength: float) -> dict[str, Delta]:
     """Find what a file adds to each weight of a network, computed when it is asked for: float32, of the weight's shape.
 
     shapes, raises: as in `Lora.match`
@@ -130,7 +130,7 @@ def find_deltas(lora: Lora, part: str, shapes: Mapping[str, Shape], *, strength:
     }
 
 
-def _added(lora: Lora, part: str, target: Target, strength: float, weight: Array) -> Array:
+def _added(lora: LoraFile, part: str, target: Target, strength: float, weight: Array) -> Array:
     return lora.change(part, target).added(weight, strength=strength)
 
 
@@ -146,7 +146,7 @@ def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
     return path, strength
 
 
-def read_lora(path: Path) -> Lora:
+def read_lora(path: Path) -> LoraFile:
     """Read the names of a LoRA file. Raises CheckpointError where it is none, or of a kind that is not supported."""
     if not path.is_file():
         raise CheckpointError(f"there is no LoRA at '{path}'; give a safetensors file")
@@ -172,7 +172,7 @@ def read_lora(path: Path) -> Lora:
         for (module, _), keys in targets.items():
             _require_kind(path, module, keys)
         _require_magnitudes(file, part, targets)
-    return Lora(file=file, modules=modules)
+    return LoraFile(file=file, modules=modules)
 
 
 def _require_kind(path: Path, module: str, keys: Mapping[Role, str]) -> None:

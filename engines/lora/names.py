@@ -105,8 +105,8 @@ def split_key(key: str, *, where: str) -> Key:
         found = re.search(f"{pattern}$", key)
         if found:
             part, module = _split_module(key[: found.start()], where=where)
-            told = found.groupdict()
-            role, adapter = told.get("role") or role, told.get("adapter")
+            groups = found.groupdict()
+            role, adapter = groups.get("role") or role, groups.get("adapter")
             return Key(part=part, module=_plain(module), parameter=parameter, role=role, adapter=adapter)
     raise CheckpointError(f"{where}: '{key}' is no tensor of a LoRA; expected names that end with {EXPECTED}")
 

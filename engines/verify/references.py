@@ -36,18 +36,18 @@ COUNTS = ("batch", "pictures", "rows", "steps")
 def read_golden(bundle: Bundle, component: str) -> Pair:
     """Read a component's recorded inputs and fp32 outputs. Raises BundleError."""
     path = bundle.path(bundle.manifest.components[component].golden, check="hash")
-    arrays = _read(path, mend="export the checkpoint again")
+    arrays = _read(path, fix="export the checkpoint again")
     return _side(arrays, "input."), _side(arrays, "output.")
 
 
-def _read(path: Path, *, mend: str) -> Arrays:
+def _read(path: Path, *, fix: str) -> Arrays:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise BundleError(f"{path} is not a safetensors file ({error}); {mend}") from None
+        raise BundleError(f"{path} is not a safetensors file ({error}); {fix}") from None
 
 
 def _side(arrays: Mapping[str, Array], prefix: str) -> Arrays:
@@ -92,18 +92,18 @@ def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
 
 def read_references(bundle: Bundle, component: str, directory: Path, record: EngineRecord) -> list[Pair]:
     """Return a row for each profile of a component, in the order of the profiles. Raises BundleError."""
-    mend = f"run `latentrt build --force` on '{bundle.root}'"
+    fix = f"run `latentrt build --force` on '{bundle.root}'"
     name, spec = reference_file(component), record.specs[component]
     if name not in record.files:
-        raise BundleError(f"{directory} holds no {name}, it was built without; {mend}")
-    arrays = _read(check_file(directory, name, record.files[name], check="hash"), mend=mend)
+        raise BundleError(f"{directory} holds no {name}, it was built without; {fix}")
+    arrays = _read(check_file(directory, name, record.files[name], check="hash"), fix=fix)
     kept = {
         tuple(distinct.items()): (_side(arrays, f"{number}.input."), _side(arrays, f"{number}.output."))
         for number, distinct in enumerate(distinct_sizes(spec))
     }
     for sizes, (inputs, outputs) in kept.items():
         if {n: a.shape for n, a in inputs.items()} != row_shapes(bundle, component, dict(sizes)) or not outputs:
-            raise BundleError(f"{directory / name} does not hold the references that its record promises; {mend}")
+            raise BundleError(f"{directory / name} does not hold the references that its record promises; {fix}")
     return [kept[tuple(_row_sizes(sizes).items())] for sizes in spec.profiles]
 
 

@@ -46,7 +46,7 @@ from latentrt.engines.workspace.contract import (
 )
 
 
-class Control(NamedTuple):
+class StageControl(NamedTuple):
     """The numbers that control one stage, as `stage.control_width` lists them, for P pictures with R rows of state."""
 
     timesteps: Array  # (P,)
@@ -56,10 +56,10 @@ class Control(NamedTuple):
     transition: Array  # (P, R, R + 2)
 
 
-def split_control(control: Array, state_rows: int) -> Control:
+def split_control(control: Array, state_rows: int) -> StageControl:
     """Take the rows of numbers apart. control: (P, control_width(state_rows))."""
     row_end = 4 + state_rows
-    return Control(
+    return StageControl(
         timesteps=control[:, 0],
         rescale=control[:, 1],
         level=control[:, 2:4],
@@ -240,7 +240,7 @@ class Rows(NamedTuple):
     guidance: Array
     used: Array
     owners: Array
-    control: Control
+    control: StageControl
 
 
 def mix(rows: Rows, outputs: Array) -> Array:

@@ -10,9 +10,9 @@ from latentrt.engines.bundle.safetensors_header import StoredTensor, TensorFile
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
 from latentrt.export.configs.families import CONTROLNET
-from latentrt.export.sources.diffusers_folder import to_recipe
+from latentrt.export.sources.diffusers_folder import to_weight_source
 from latentrt.export.sources.markers import find_strangers
-from latentrt.export.sources.parts import Layout, Parts, Recipe
+from latentrt.export.sources.parts import Layout, Parts, WeightSource
 from latentrt.export.sources.recognise_file import PREFIXES, name_other
 from latentrt.export.sources.structure import CONTROLNET_NAMES, read_structure
 
@@ -50,7 +50,7 @@ COPIED = (
 )
 
 
-def read_controlnet(name: str, file: TensorFile, parts: Parts) -> tuple[Mapping[str, Any], Recipe]:
+def read_controlnet(name: str, file: TensorFile, parts: Parts) -> tuple[Mapping[str, Any], WeightSource]:
     """Return the config of a ControlNet in a file, and how to write its folder.
 
     name: how it was given, for the error; parts: the checkpoint that it is for. Raises CheckpointError.
@@ -66,7 +66,7 @@ def read_controlnet(name: str, file: TensorFile, parts: Parts) -> tuple[Mapping[
     config = _config(name, tensors, layout, parts.configs["unet"])
     base = _base(name, config, parts) if DIFFERENCE in tensors else None
     text, path = json.dumps(config), str(file.path.absolute())
-    return complete("controlnet", config, where=name), Recipe(
+    return complete("controlnet", config, where=name), WeightSource(
         part="controlnet", config=text, files=(path,), layout=layout, base=base
     )
 
@@ -112,11 +112,11 @@ def _embedding(tensors: Mapping[str, StoredTensor], mark: str) -> tuple[int, ...
     return tuple(widths)
 
 
-def _base(name: str, config: Mapping[str, Any], parts: Parts) -> Recipe:
+def _base(name: str, config: Mapping[str, Any], parts: Parts) -> WeightSource:
     takes = parts.configs["unet"].get("in_channels", 4)
     if config["in_channels"] != takes:
         raise CheckpointError(
             f"{name} holds differences to a UNet that takes {config['in_channels']} channels, and the checkpoint's "
             f"takes {takes}; give a whole ControlNet"
         )
-    return to_recipe("unet", parts.networks["unet"])
+    return to_weight_source("unet", parts.networks["unet"])

@@ -1,4 +1,4 @@
-"""ControlNets that are exported beside a checkpoint: found, and checked against the UNet that they steer."""
+"""ControlNets that are exported beside a checkpoint: found, and checked against the UNet that they control."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnet_files import read_controlnet
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config, read_json
-from latentrt.export.sources.parts import Parts, Recipe, Steering
+from latentrt.export.sources.parts import ControlNetwork, Parts, WeightSource
 from latentrt.export.sources.single_file import read_weights_header
 
 KIND = "ControlNetModel"
@@ -33,16 +33,16 @@ def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_
             "give the checkpoint that it came from"
         )
     for option in sorted(options, key=lambda option: option.name):
-        if option.name in (one.control for one in parts.steering.values()):
+        if option.name in (one.control for one in parts.controls.values()):
             raise CheckpointError(f"--controlnet: the name '{option.name}' was given twice; give each its own")
-        parts = _add(parts, Steering(row="controlnet", control=option.name), option, allow_pickle=allow_pickle)
+        parts = _add(parts, ControlNetwork(row="controlnet", control=option.name), option, allow_pickle=allow_pickle)
     return parts
 
 
-def _add(parts: Parts, steering: Steering, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+def _add(parts: Parts, controls: ControlNetwork, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
     path = Path(option.path).expanduser()
     config: Mapping[str, Any]
-    network: Path | Recipe
+    network: Path | WeightSource
     if path.is_dir():
         _require_kind(option, read_json(path / "config.json"))
         config = read_config("controlnet", path)
@@ -54,13 +54,13 @@ def _add(parts: Parts, steering: Steering, option: ControlNetOption, *, allow_pi
     else:
         raise CheckpointError(f"{_name(option)} is not there; give a directory or a safetensors file")
     _check(option, config, parts)
-    component = steering.component
+    component = controls.component
     return replace(
         parts,
         configs={**parts.configs, component: config},
         networks={**parts.networks, component: network},
         files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
-        steering={**parts.steering, component: steering},
+        controls={**parts.controls, component: controls},
     )
 
 

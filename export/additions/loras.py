@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from latentrt.engines.bundle.files import hash_file
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora.file import Delta, Lora, find_deltas, read_lora
+from latentrt.engines.lora.file import Delta, LoraFile, find_deltas, read_lora
 from latentrt.export.options import LoraOption
-from latentrt.export.sources.diffusers_folder import to_recipe
-from latentrt.export.sources.parts import PARTS, Fusion, Parts, Recipe
+from latentrt.export.sources.diffusers_folder import to_weight_source
+from latentrt.export.sources.parts import PARTS, LoraFusion, Parts, WeightSource
 from latentrt.export.sources.weight_files import find_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Changes = Mapping[str, Sequence[Delta]]
+WeightDeltas = Mapping[str, Sequence[Delta]]
 """What is added to each weight that changes, computed when it is asked for: one weight's is in memory at a time."""
 
 
@@ -30,7 +30,7 @@ def add_loras(parts: Parts, loras: Sequence[LoraOption]) -> Parts:
     if parts.source == "onnx":
         raise CheckpointError("--lora cannot change graphs that optimum exported; give the checkpoint they came from")
     files = sorted((hash_file(_existing(lora)), lora.strength, lora.path) for lora in loras)
-    fusions = tuple(Fusion(path=str(Path(path).absolute()), strength=strength) for _, strength, path in files)
+    fusions = tuple(LoraFusion(path=str(Path(path).absolute()), strength=strength) for _, strength, path in files)
     opened = [read_lora(Path(fusion.path)) for fusion in fusions]
     present = {PARTS[component] for component in parts.networks}
     for lora in opened:
@@ -57,8 +57,8 @@ def _existing(lora: LoraOption) -> Path:
 
 
 def _with_loras(
-    component: str, network: Path | Recipe, opened: Sequence[Lora], fusions: Sequence[Fusion]
-) -> Path | Recipe:
+    component: str, network: Path | WeightSource, opened: Sequence[LoraFile], fusions: Sequence[LoraFusion]
+) -> Path | WeightSource:
     """Return how to write a network with what changes it."""
     part = PARTS[component]
     mine = [(lora, fusion) for lora, fusion in zip(opened, fusions, strict=True) if part in lora.modules]
@@ -69,16 +69,16 @@ def _with_loras(
         shapes = {key: stored.shape for shard in weights.shards for key, stored in shard.tensors.items()}
         for lora, _ in mine:  # at once, where the names are known without a conversion
             lora.match(part, shapes)
-    return replace(to_recipe(part, network), loras=tuple(fusion for _, fusion in mine))
+    return replace(to_weight_source(part, network), loras=tuple(fusion for _, fusion in mine))
 
 
-def find_changes(recipe: Recipe, tensors: Mapping[str, Tensor]) -> Changes:
+def find_weight_deltas(weight_source: WeightSource, tensors: Mapping[str, Tensor]) -> WeightDeltas:
     """Find what is added to each tensor of a network. Raises CheckpointError where a LoRA fits another model."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     changes: dict[str, list[Delta]] = {}
-    for fusion in recipe.loras:
+    for fusion in weight_source.loras:
         lora = read_lora(Path(fusion.path))
-        for key, delta in find_deltas(lora, recipe.part, shapes, strength=fusion.strength).items():
+        for key, delta in find_deltas(lora, weight_source.part, shapes, strength=fusion.strength).items():
             changes.setdefault(key, []).append(delta)
     return changes
 

@@ -20,12 +20,12 @@ from latentrt.export.sources.diffusers_folder import (
     refuse_other_vae,
 )
 from latentrt.export.sources.markers import find_markers, find_prediction, find_strangers, read_changes
-from latentrt.export.sources.parts import Layout, Part, Parts, Recipe
+from latentrt.export.sources.parts import Layout, Part, Parts, WeightSource
 from latentrt.export.sources.recognise_file import PREFIXES, VAE_PREFIX, name_other
 from latentrt.export.sources.single_file import read_weights_header
 from latentrt.export.sources.structure import UNET_NAMES, read_structure
 
-Network = tuple[Mapping[str, Any], Path | Recipe, list[Path]]
+Network = tuple[Mapping[str, Any], Path | WeightSource, list[Path]]
 """Its config, where its weights are, and the files that the export reads."""
 
 
@@ -91,7 +91,7 @@ def _vae_of(file: TensorFile, config: Mapping[str, Any]) -> Network:
         raise CheckpointError(f"--vae '{file.path}' holds no VAE{_instead(file)}")
     own = {**config, "latent_channels": tensors[VAE_KEY].shape[1]}
     diffusers = any(key.startswith("decoder.up_blocks.") for key in tensors)
-    return own, _recipe("vae", file, own, layout="diffusers" if diffusers else "original"), [file.path]
+    return own, _weight_source("vae", file, own, layout="diffusers" if diffusers else "original"), [file.path]
 
 
 def _instead(file: TensorFile) -> str:
@@ -108,16 +108,16 @@ VAE_KEY = "decoder.conv_in.weight"
 
 def _as_trained(parts: Parts, file: TensorFile, prediction: Prediction | None) -> Parts:
     """Return a checkpoint with the schedule and the latents that a UNet's file says it was trained for."""
-    told, reason = find_prediction(file)
+    found, reason = find_prediction(file)
     if strangers := find_strangers(file, (*PREFIXES, *(name for names in UNET_NAMES.values() for name in names))):
         raise CheckpointError(
             f"--unet '{file.path}' holds tensors that no UNet known here has ({', '.join(strangers[:3])}), so they may "
             "change what it draws; give a directory that holds its config.json beside the weights"
         )
-    if reason and told is None and prediction is None:
+    if reason and found is None and prediction is None:
         raise CheckpointError(f"--unet '{file.path}' needs --prediction-type, because {reason}")
     changes = read_changes(file, find_markers(file))
-    predicts = {"prediction_type": told} if told else {}
+    predicts = {"prediction_type": found} if found else {}
     vaes = {name: {**parts.configs[name], **changes.vae} for name in ("vae_decoder", "vae_encoder")}
     return replace(
         parts,
@@ -145,11 +145,11 @@ def _unet_of(file: TensorFile, config: Mapping[str, Any]) -> Network:
             f"--unet '{file.path}' consists of blocks that its keys alone do not tell; give a directory that holds its "
             "config.json beside the weights, as diffusers writes it"
         )
-    first, told = UNET_KEYS[layout]
+    first, guidance_key = UNET_KEYS[layout]
     own = {**config, **blocks, "in_channels": tensors[first].shape[1]}
-    own["time_cond_proj_dim"] = tensors[told].shape[1] if told in tensors else None
-    return own, _recipe("unet", file, own, layout=layout), [file.path]
+    own["time_cond_proj_dim"] = tensors[guidance_key].shape[1] if guidance_key in tensors else None
+    return own, _weight_source("unet", file, own, layout=layout), [file.path]
 
 
-def _recipe(part: Part, file: TensorFile, config: Mapping[str, Any], *, layout: Layout) -> Recipe:
-    return Recipe(part=part, config=json.dumps(dict(config)), files=(str(file.path.absolute()),), layout=layout)
+def _weight_source(part: Part, file: TensorFile, config: Mapping[str, Any], *, layout: Layout) -> WeightSource:
+    return WeightSource(part=part, config=json.dumps(dict(config)), files=(str(file.path.absolute()),), layout=layout)

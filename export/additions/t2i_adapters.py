@@ -1,4 +1,4 @@
-"""T2I-Adapters that are exported beside a checkpoint: found, and checked against the UNet that they steer."""
+"""T2I-Adapters that are exported beside a checkpoint: found, and checked against the UNet that they control."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_names import FEATURE
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
-from latentrt.export.sources.parts import Parts, Steering
+from latentrt.export.sources.parts import ControlNetwork, Parts
 
 KIND = "T2IAdapter"
 Sizes = list[tuple[int, int]]
@@ -26,13 +26,13 @@ def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pic
             "give the checkpoint that it came from"
         )
     for option in sorted(options, key=lambda option: option.name):
-        if option.name in (one.control for one in parts.steering.values()):
+        if option.name in (one.control for one in parts.controls.values()):
             raise CheckpointError(f"--adapter: the name '{option.name}' was given twice; give each its own")
-        parts = _add(parts, Steering(row="adapter", control=option.name), option, allow_pickle=allow_pickle)
+        parts = _add(parts, ControlNetwork(row="adapter", control=option.name), option, allow_pickle=allow_pickle)
     return parts
 
 
-def _add(parts: Parts, steering: Steering, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+def _add(parts: Parts, controls: ControlNetwork, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
     path, name = Path(option.path).expanduser(), f"--adapter {option.name}='{option.path}'"
     if not path.is_dir():
         raise CheckpointError(f"{name} is not there; give a directory in diffusers' layout")
@@ -51,13 +51,13 @@ def _add(parts: Parts, steering: Steering, option: ControlNetOption, *, allow_pi
     if any(other != found for other in others):
         raise CheckpointError(f"{name} has {len(found)} features and another adapter {len(others[0])}; add one of them")
     files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
-    component = steering.component
+    component = controls.component
     return replace(
         parts,
         configs={**parts.configs, component: config},
         networks={**parts.networks, component: open_network("adapter", path, allow_pickle=allow_pickle)},
         files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
-        steering={**parts.steering, component: steering},
+        controls={**parts.controls, component: controls},
     )
 
 
@@ -66,7 +66,7 @@ def _factor(configs: Mapping[str, Mapping[str, Any]]) -> int:
 
 
 def _adapters(parts: Parts) -> list[Mapping[str, Any]]:
-    return [parts.configs[name] for name in parts.steered("adapter")]
+    return [parts.configs[name] for name in parts.controls_of("adapter")]
 
 
 def _words(sizes: Sizes) -> str:

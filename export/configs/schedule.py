@@ -23,7 +23,7 @@ Reading = Callable[[Any], Values]
 NONLINEAR = (
     "it clips what the model predicts, which no plan of linear steps can do; set it to false to export without it"
 )
-NOT_TOLD = "it cannot be told in a config"
+NOT_IN_CONFIGS = "it cannot be told in a config"
 DYNAMIC = "it moves the steps by the size of the picture, which diffusers' Stable Diffusion pipelines do not do either"
 LEARNED = "the denoiser would have to predict the noise's variance too, which Stable Diffusion's do not"
 
@@ -130,10 +130,10 @@ KEYS: Mapping[str, Reading] = {  # unless a class means another thing by it
     "timestep_scaling": _option("timestep_scaling"),
     "predict_x0": lambda value: {} if value else {"predicts_noise": True},
     "disable_corrector": lambda value: {"disable_corrector": list(value)} if value else {},
-    "solver_p": _choice({None: {}}, NOT_TOLD),
+    "solver_p": _choice({None: {}}, NOT_IN_CONFIGS),
     "predictor_order": _choice({2: {}}),
     "corrector_order": _choice({2: {}}),
-    "tau_func": _choice({None: {}}, NOT_TOLD),
+    "tau_func": _choice({None: {}}, NOT_IN_CONFIGS),
     "noise_sampler_seed": _choice({None: {}}, "the noise comes from the seed of each picture"),
     "sigma_schedule": _choice({"karras": {}, "exponential": {"spacing": "exponential"}}),
     "rho": _option("rho"),

@@ -98,7 +98,7 @@ def require_close(component: str, error: float, *, precision: Precision) -> None
         by = f"{error:.1e} of the output's range, more than {TOLERANCES[precision]:.0e}"
         by = "infinity: something is not finite" if error == float("inf") else by
         raise CheckpointError(
-            f"{component}: the exported graph differs from the checkpoint by {by}; {_MENDS[precision]}"
+            f"{component}: the exported graph differs from the checkpoint by {by}; {_FIXES[precision]}"
         )
 
 
@@ -112,7 +112,7 @@ def require_finite(component: str, outputs: Mapping[str, Array]) -> None:
         )
 
 
-_MENDS: Mapping[Precision, str] = {
+_FIXES: Mapping[Precision, str] = {
     "fp32": "please report it with the checkpoint's name",
     "fp16": "export it with --precision fp32",
 }

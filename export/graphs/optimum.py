@@ -143,8 +143,8 @@ def _set_shape(source: Path, value: Any, spec: TensorSpec) -> None:
     found = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
     if found != spec.dtype:
         other = {"float16": "fp16", "float32": "fp32"}.get(found)
-        mend = f"export it with --precision {other}" if other else "export it again with optimum"
-        raise CheckpointError(f"{source}: {spec.name} is {found}, not {spec.dtype}; {mend}")
+        fix = f"export it with --precision {other}" if other else "export it again with optimum"
+        raise CheckpointError(f"{source}: {spec.name} is {found}, not {spec.dtype}; {fix}")
     shape = value.type.tensor_type.shape
     del shape.dim[:]
     for axis in spec.shape:

@@ -22,10 +22,10 @@ from torch import Tensor
 from latentrt.engines.bundle.safetensors_header import weights_format
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array
-from latentrt.export.additions.loras import Changes, find_changes, fuse
+from latentrt.export.additions.loras import WeightDeltas, find_weight_deltas, fuse
 from latentrt.export.configs.families import DENOISER_PREFIX
 from latentrt.export.networks.streamed_weights import windows
-from latentrt.export.sources.parts import Part, Recipe
+from latentrt.export.sources.parts import Part, WeightSource
 from latentrt.export.sources.pickles import load_pickle
 
 Tensors = dict[str, Tensor]
@@ -54,30 +54,30 @@ UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.|diffe
 
 
 @contextmanager
-def written(recipe: Recipe, folder: Path) -> Iterator[Path]:
+def written(weight_source: WeightSource, folder: Path) -> Iterator[Path]:
     """Give a folder with a config and weights to load from; it is gone after the block. Raises CheckpointError."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
-        (folder / "config.json").write_text(recipe.config, encoding="utf-8")
-        tensors = read_tensors(recipe)
-        _save(folder, STEMS[recipe.part], tensors, _all_changes(recipe, tensors))
+        (folder / "config.json").write_text(weight_source.config, encoding="utf-8")
+        tensors = read_tensors(weight_source)
+        _save(folder, STEMS[weight_source.part], tensors, _all_changes(weight_source, tensors))
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _all_changes(recipe: Recipe, tensors: Tensors) -> Changes:
+def _all_changes(weight_source: WeightSource, tensors: Tensors) -> WeightDeltas:
     """Find what is added to each tensor: LoRAs, and the weights of the network that it is a difference to."""
-    own = find_changes(recipe, tensors)
-    if recipe.base is None:
+    own = find_weight_deltas(weight_source, tensors)
+    if weight_source.base is None:
         return own
-    weights = read_tensors(recipe.base)
-    further, stored = find_changes(recipe.base, weights), windows(weights)
+    weights = read_tensors(weight_source.base)
+    further, stored = find_weight_deltas(weight_source.base, weights), windows(weights)
     for key in sorted(tensors.keys() & weights.keys()):
         if tensors[key].shape != weights[key].shape:
             raise CheckpointError(
-                f"{recipe.files[0]} holds differences to a network of other sizes: its {key} is "
+                f"{weight_source.files[0]} holds differences to a network of other sizes: its {key} is "
                 f"{list(tensors[key].shape)} where this checkpoint's is {list(weights[key].shape)}"
             )
 
@@ -90,14 +90,14 @@ def _all_changes(recipe: Recipe, tensors: Tensors) -> Changes:
     return {key: [*own.get(key, ()), *added.get(key, ())] for key in own.keys() | added.keys()}
 
 
-def read_tensors(recipe: Recipe) -> Tensors:
+def read_tensors(weight_source: WeightSource) -> Tensors:
     """Return a network's tensors under diffusers' names, mapped from the files. Raises CheckpointError."""
-    tensors = {key: tensor for file in recipe.files for key, tensor in _mapped(Path(file)).items()}
-    if recipe.layout == "diffusers":
+    tensors = {key: tensor for file in weight_source.files for key, tensor in _mapped(Path(file)).items()}
+    if weight_source.layout == "diffusers":
         return tensors
-    prefix = next(prefix for prefix in PREFIXES[recipe.part] if any(key.startswith(prefix) for key in tensors))
+    prefix = next(prefix for prefix in PREFIXES[weight_source.part] if any(key.startswith(prefix) for key in tensors))
     mine = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix) and not UNUSED.search(key)}
-    converted = _CONVERT[recipe.part](mine, prefix, json.loads(recipe.config))
+    converted = _CONVERT[weight_source.part](mine, prefix, json.loads(weight_source.config))
     return {key: tensor.contiguous() for key, tensor in converted.items()}
 
 
@@ -178,7 +178,7 @@ def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
     return converted
 
 
-def _save(folder: Path, stem: str, tensors: Tensors, changes: Changes) -> None:
+def _save(folder: Path, stem: str, tensors: Tensors, changes: WeightDeltas) -> None:
     """Write tensors as shards, of which one is in memory at a time: the mapped files are not touched.
 
     All are written in one type, or the libraries, which load into one, would hold copies: in float32 where LoRAs

@@ -125,7 +125,7 @@ DENOISERS = {  # (takes sizes, takes the scale of guidance)
 
 
 class ControlledDenoiser(Denoiser):
-    """A UNet that ControlNets and T2I-Adapters may steer.
+    """A UNet that ControlNets and T2I-Adapters may control.
 
     After its other inputs it takes a residual for each skip connection and one for its middle, and a feature for each
     block on the way down: what there is of these. names: of the inputs, in their order

@@ -12,34 +12,34 @@ from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.networks import conversion
-from latentrt.export.sources.parts import Twin
+from latentrt.export.sources.parts import SharedEncoder
 from latentrt.export.sources.weight_files import find_weights
 
 START = "text_model."  # transformers 5 leaves it out where version 4 wrote it
 
 
-def require_same(component: str, module: nn.Module, twin: Twin) -> None:
+def require_same(component: str, module: nn.Module, shared: SharedEncoder) -> None:
     """Raise CheckpointError where another checkpoint's network has other weights than a loaded one.
 
     They are compared as float16, which one of the two may be stored in; one weight of each is in memory at a time.
     """
     (model,) = module.children()
     own = {key.removeprefix(START): tensor for key, tensor in model.state_dict().items()}
-    with _folder(twin) as folder:
+    with _folder(shared) as folder:
         unlike = next((key for key in _unlike(own, folder)), None)
     if unlike is not None:
         raise CheckpointError(
-            f"{component}: the one of '{twin.name}' has other weights than the checkpoint's ({unlike}), and both are "
+            f"{component}: the one of '{shared.name}' has other weights than the checkpoint's ({unlike}), and both are "
             "to share it; give a refiner that was made for this checkpoint, or export it as a bundle of its own"
         )
 
 
 @contextmanager
-def _folder(twin: Twin) -> Iterator[Path]:
-    if twin.recipe is None:
-        yield Path(twin.folder)
+def _folder(shared: SharedEncoder) -> Iterator[Path]:
+    if shared.weight_source is None:
+        yield Path(shared.folder)
         return
-    with conversion.written(twin.recipe, Path(twin.folder)) as folder:
+    with conversion.written(shared.weight_source, Path(shared.folder)) as folder:
         yield folder
 
 

@@ -12,7 +12,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
 from latentrt.export.configs.families import OTHER_FORMATS, OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline
 from latentrt.export.graphs.external_data import data_files
-from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Part, Parts, Recipe, Source, folders
+from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Part, Parts, Source, WeightSource, folders
 from latentrt.export.sources.weight_files import find_pickles, find_weights, has_safetensors, is_pickle
 
 VAE, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
@@ -135,21 +135,23 @@ def _files(
     return {path.relative_to(root).as_posix(): path for path in found}
 
 
-def open_network(part: Part, folder: Path, *, allow_pickle: bool) -> Path | Recipe:
+def open_network(part: Part, folder: Path, *, allow_pickle: bool) -> Path | WeightSource:
     """Return a network's folder, or how to write another with safetensors where it may and does hold pickles."""
     if not allow_pickle or has_safetensors(folder) or not find_pickles(folder):
         return folder
     config = json.dumps(read_json(folder / "config.json"))
     files = tuple(str(path.absolute()) for path in find_pickles(folder))
-    return Recipe(part=part, config=config, files=files, layout="diffusers")
+    return WeightSource(part=part, config=config, files=files, layout="diffusers")
 
 
-def to_recipe(part: Part, network: Path | Recipe) -> Recipe:
+def to_weight_source(part: Part, network: Path | WeightSource) -> WeightSource:
     """Return how to write a network anew, where its folder is not to be loaded as it is."""
-    if isinstance(network, Recipe):
+    if isinstance(network, WeightSource):
         return network
     files = tuple(str(shard.path.absolute()) for shard in find_weights(network).shards)
-    return Recipe(part=part, config=json.dumps(read_json(network / "config.json")), files=files, layout="diffusers")
+    return WeightSource(
+        part=part, config=json.dumps(read_json(network / "config.json")), files=files, layout="diffusers"
+    )
 
 
 def refuse_other_vae(where: Path, vae: Mapping[str, Any]) -> None:

@@ -106,7 +106,7 @@ LEFTOVERS = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
+class MarkedChanges:
     """What marks change in the configs. process: a scheduler's config in the place of the family's, or None."""
 
     process: Config | None
@@ -142,26 +142,26 @@ def find_prediction(file: TensorFile) -> tuple[Prediction | None, str]:
 
     None with an empty sentence where it says nothing; None with a reason where what it says cannot be followed.
     """
-    told: dict[str, Prediction] = {
+    named_by: dict[str, Prediction] = {
         f"the marker {marker.keys[0]}": marker.prediction for marker in find_markers(file) if marker.prediction
     }
     written = next((key for key in PREDICTION_KEYS if file.metadata.get(key)), None)
     named = PREDICTIONS.get(file.metadata[written].lower()) if written else None
     architecture = ARCHITECTURES.get(file.metadata.get(ARCHITECTURE_KEY, ""))
     if written and named:
-        told[f"{written} in its metadata"] = named
+        named_by[f"{written} in its metadata"] = named
     elif architecture:
-        told[f"{ARCHITECTURE_KEY} in its metadata"] = architecture
-    if len(set(told.values())) > 1:
-        return None, "it contradicts itself: " + ", ".join(f"{where} says {what}" for where, what in told.items())
-    if told:
-        return next(iter(told.values())), "by " + " and ".join(told)
+        named_by[f"{ARCHITECTURE_KEY} in its metadata"] = architecture
+    if len(set(named_by.values())) > 1:
+        return None, "it contradicts itself: " + ", ".join(f"{where} says {what}" for where, what in named_by.items())
+    if named_by:
+        return next(iter(named_by.values())), "by " + " and ".join(named_by)
     if written:
         return None, f"its metadata say {written}: {file.metadata[written]!r}, which is not known here"
     return None, ""
 
 
-def read_changes(file: TensorFile, markers: tuple[Marker, ...]) -> Changes:
+def read_changes(file: TensorFile, markers: tuple[Marker, ...]) -> MarkedChanges:
     """Read what a file's marks change in the configs. Raises CheckpointError where a number cannot be right."""
     processes = [marker.process for marker in markers if marker.process]
     if len(processes) > 1:
@@ -172,7 +172,7 @@ def read_changes(file: TensorFile, markers: tuple[Marker, ...]) -> Changes:
     for marker in markers:
         scheduler |= {**marker.scheduler, **_numbers(file, marker.scheduler_values, whole=True)}
         vae |= {**marker.vae, **_numbers(file, marker.vae_values, whole=False)}
-    return Changes(process=processes[0] if processes else None, scheduler=scheduler, vae=vae)
+    return MarkedChanges(process=processes[0] if processes else None, scheduler=scheduler, vae=vae)
 
 
 def _numbers(file: TensorFile, keys: Mapping[str, str], *, whole: bool) -> dict[str, Any]:

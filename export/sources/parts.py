@@ -35,7 +35,7 @@ def folders(source: Source, roles: Collection[str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fusion:
+class LoraFusion:
     """A LoRA file that is added to the weights."""
 
     path: str
@@ -43,7 +43,7 @@ class Fusion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class WeightSource:
     """How to write the folder that a network is loaded from, where there is none as it is needed.
 
     config: the text of its config.json
@@ -57,12 +57,12 @@ class Recipe:
     config: str
     files: tuple[str, ...]
     layout: Layout
-    loras: tuple[Fusion, ...] = ()
-    base: Recipe | None = None
+    loras: tuple[LoraFusion, ...] = ()
+    base: WeightSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Steering:
+class ControlNetwork:
     """A ControlNet or a T2I-Adapter beside a checkpoint.
 
     row: of the table of components; control: the name under which requests ask for it
@@ -88,7 +88,7 @@ class Parts:
     special_tokens: what a tokenizer's folder is not to decide
     files: whatever the export reads, by the name it has in the bundle's provenance
     options: choices that change the result, for the provenance
-    steering: ControlNets and adapters, by component
+    controls: ControlNets and adapters, by component
     """
 
     root: Path
@@ -96,20 +96,20 @@ class Parts:
     index: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     configs: Mapping[str, Mapping[str, Any]]
-    networks: Mapping[str, Path | Recipe]
+    networks: Mapping[str, Path | WeightSource]
     tokenizers: Mapping[str, Path]
     files: Mapping[str, Path]
     special_tokens: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
-    steering: Mapping[str, Steering] = field(default_factory=dict)
+    controls: Mapping[str, ControlNetwork] = field(default_factory=dict)
 
-    def steered(self, row: Literal["controlnet", "adapter"]) -> tuple[str, ...]:
-        """Return the components of one row that steer the denoiser."""
-        return tuple(name for name, one in self.steering.items() if one.row == row)
+    def controls_of(self, row: Literal["controlnet", "adapter"]) -> tuple[str, ...]:
+        """Return the components of one row that control the denoiser."""
+        return tuple(name for name, one in self.controls.items() if one.row == row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Twin:
+class SharedEncoder:
     """A network of another checkpoint that must have the same weights, for both are to share one.
 
     folder, recipe: as in a job; name: of that checkpoint, for the error
@@ -117,4 +117,4 @@ class Twin:
 
     name: str
     folder: str
-    recipe: Recipe | None = None
+    weight_source: WeightSource | None = None

@@ -26,7 +26,7 @@ from latentrt.export.sources.markers import Marker, find_markers, find_predictio
 from latentrt.export.sources.structure import read_structure
 
 FIRST = f"{DENOISER_PREFIX}input_blocks.0.0.weight"
-TOLD = f"{DENOISER_PREFIX}time_embed.cond_proj.weight"
+GUIDANCE_KEY = f"{DENOISER_PREFIX}time_embed.cond_proj.weight"
 ADDED = f"{DENOISER_PREFIX}label_emb.0.0.weight"
 VAE_PREFIX = "first_stage_model."
 NETWORKS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
@@ -61,7 +61,7 @@ class SingleFile:
     guidance_width: int | None
     blocks: Mapping[str, Any] | None
     prediction: Prediction | None
-    told: bool
+    says_prediction: bool
     reason: str
     markers: tuple[Marker, ...]
     strangers: tuple[str, ...]
@@ -90,7 +90,7 @@ def recognise(file: TensorFile) -> SingleFile | None:
         base = None
     markers, oddity = find_markers(file), next(_oddities(file, base), None)
     blocks = _blocks(file, base.family) if base and base.family else None
-    prediction, told, reason = _prediction(file, base.family if base else None)
+    prediction, says_prediction, reason = _prediction(file, base.family if base else None)
     return SingleFile(
         file=file,
         label=", ".join(
@@ -100,10 +100,10 @@ def recognise(file: TensorFile) -> SingleFile | None:
         base=base,
         oddity=oddity,
         input_channels=first.shape[1],
-        guidance_width=file.tensors[TOLD].shape[1] if TOLD in file.tensors else None,
+        guidance_width=file.tensors[GUIDANCE_KEY].shape[1] if GUIDANCE_KEY in file.tensors else None,
         blocks=blocks,
         prediction=prediction,
-        told=told,
+        says_prediction=says_prediction,
         reason=reason,
         markers=markers,
         strangers=find_strangers(file, PREFIXES),
@@ -134,7 +134,7 @@ def _variants(file: TensorFile, blocks: Mapping[str, Any] | None, markers: tuple
     channels = file.tensors[FIRST].shape[1]
     found = [] if channels == 4 else [INPUTS.get(channels, f"with {channels} input channels")]
     found += ["in blocks of its own, as distilled ones have"] if blocks else []
-    found += ["for latent consistency"] if TOLD in file.tensors else []
+    found += ["for latent consistency"] if GUIDANCE_KEY in file.tensors else []
     return found + [marker.label for marker in markers if marker.label]
 
 

@@ -16,7 +16,7 @@ from latentrt.export.configs.published import CONFIGS, VOCABULARIES, sample_size
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import read_configs, read_json, refuse_other_unet
 from latentrt.export.sources.markers import read_changes
-from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Parts, Recipe, folders
+from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Parts, WeightSource, folders
 from latentrt.export.sources.pickles import read_pickle_header
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 
@@ -55,7 +55,7 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
         index=documents.index,
         scheduler=documents.scheduler,
         configs=documents.configs,
-        networks={name: _recipe(name, path, config) for name, config in documents.configs.items()},
+        networks={name: _weight_source(name, path, config) for name, config in documents.configs.items()},
         tokenizers=tokenizers,
         special_tokens={name: {"pad_token": padding[name]} for name in tokenizers if name in padding},
         files={path.name: path, **_config_files(options, networks), **_tokenizer_files(tokenizers)},
@@ -65,7 +65,7 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
 def _as_told(single: SingleFile, documents: Documents) -> Documents:
     """Return the configs with what the file itself says. Raises CheckpointError where that cannot be right."""
     changes = read_changes(single.file, single.markers)
-    predicts = {"prediction_type": single.prediction} if single.told else {}
+    predicts = {"prediction_type": single.prediction} if single.says_prediction else {}
     takes = {"in_channels": single.input_channels, "time_cond_proj_dim": single.guidance_width}
     further = {"unet": takes, **dict.fromkeys(("vae_decoder", "vae_encoder"), changes.vae)}
     return replace(
@@ -226,6 +226,6 @@ def _tokenizer_files(tokenizers: Mapping[str, Path]) -> dict[str, Path]:
     }
 
 
-def _recipe(component: str, path: Path, config: Mapping[str, Any]) -> Recipe:
+def _weight_source(component: str, path: Path, config: Mapping[str, Any]) -> WeightSource:
     text = json.dumps(dict(config))
-    return Recipe(part=PARTS[component], config=text, files=(str(path.absolute()),), layout="original")
+    return WeightSource(part=PARTS[component], config=text, files=(str(path.absolute()),), layout="original")

@@ -141,7 +141,7 @@ def _original(shapes: Mapping[str, Shape]) -> Structure:
     depths = _transformer_counts(shapes, r"((?:input|output)_blocks\.\d+|middle_block)\.(1)\.(?!conv|op)")
     resnets = sum(f"middle_block.{place}.out_layers.3.weight" in shapes for place in (0, 2))
 
-    def walk(side: str, first: int) -> tuple[Level, ...]:
+    def levels_of(side: str, first: int) -> tuple[Level, ...]:
         levels: list[tuple[int, list[int | None]]] = []
         begins, number = True, first
         while any(f"{side}.{number}.0.{name}.weight" in shapes for name in ("out_layers.3", "op")):
@@ -155,7 +155,7 @@ def _original(shapes: Mapping[str, Shape]) -> Structure:
         return tuple(Level(width=width, depths=tuple(found)) for width, found in levels)
 
     middle = (resnets, depths.get(("middle_block", 1)))
-    return Structure(down=walk("input_blocks", 1), up=walk("output_blocks", 0), middle=middle)
+    return Structure(down=levels_of("input_blocks", 1), up=levels_of("output_blocks", 0), middle=middle)
 
 
 def _transformer_counts(shapes: Mapping[str, Shape], attention: str) -> dict[tuple[str, int], int]:

@@ -29,11 +29,11 @@ from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.graphs import golden
 from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.components import COMPONENTS, Case, input_specs, output_specs
-from latentrt.export.sources.parts import Recipe, Source
+from latentrt.export.sources.parts import Source, WeightSource
 
 if TYPE_CHECKING:
     from torch import nn
-from latentrt.export.sources.parts import Twin
+from latentrt.export.sources.parts import SharedEncoder
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
 Stage = Literal["make", "check", "narrow", "adopt"]
@@ -49,14 +49,14 @@ MARKERS = ".finished"  # in the staging directory: one file for each finished co
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class ExportJob:
     """What one process must know.
 
     row: of the table of components; ControlNets share one
     folder: holds the weights or the graph
     recipe: how to write that folder first, None where it is there
     root: the staged bundle
-    twin: what must have the same weights
+    shared: what must have the same weights
     affine: what normalised latents add to half a VAE
     """
 
@@ -68,8 +68,8 @@ class Job:
     precision: Precision
     dimensions: Mapping[str, int]
     scaling_factor: float
-    recipe: Recipe | None = None
-    twin: Twin | None = None
+    weight_source: WeightSource | None = None
+    shared: SharedEncoder | None = None
     affine: Affine | None = None
     stage: Stage = "make"
 
@@ -126,11 +126,11 @@ def golden_path(component: str) -> str:
     return f"golden/{component}.safetensors"
 
 
-def run_job(job: Job) -> Finished:
+def run_job(job: ExportJob) -> Finished:
     """Do one stage of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
     start = time.perf_counter()
     root = Path(job.root)
-    work: Mapping[Stage, Callable[[Job], Finished]] = {
+    work: Mapping[Stage, Callable[[ExportJob], Finished]] = {
         "make": _make,
         "check": _check,
         "narrow": _narrow,
@@ -149,7 +149,7 @@ def run_job(job: Job) -> Finished:
     return finished
 
 
-def _make(job: Job) -> Finished:
+def _make(job: ExportJob) -> Finished:
     """Load the network, record both pairs, write its graph in float32: a layer's weights at a time."""
     import torch
 
@@ -161,8 +161,8 @@ def _make(job: Job) -> Finished:
     component = COMPONENTS[job.row]
     takes = input_specs(component, job.dimensions, "fp32")
     gives = output_specs(component, job.dimensions, "fp32")
-    if job.twin:
-        _require_twin(job, job.twin)
+    if job.shared:
+        _require_shared(job, job.shared)
     with _loaded(job) as module:
         weights = StoredWeights(module)
         for which, path in zip(CASES, _pairs(job), strict=True):
@@ -184,17 +184,17 @@ def _make(job: Job) -> Finished:
     return _finished(job, files if job.precision == "fp32" else [])
 
 
-def _require_twin(job: Job, twin: Twin) -> None:
+def _require_shared(job: ExportJob, shared: SharedEncoder) -> None:
     """Raise CheckpointError where the network that is to be shared has other weights in the other checkpoint."""
-    from latentrt.export.networks import shared_encoder as twins
+    from latentrt.export.networks import shared_encoder as shared_encoder
 
     # A LoRA changes the text for both: the checkpoints' own are what must be the same.
-    plain = dataclasses.replace(job.recipe, loras=()) if job.recipe else None
-    with _loaded(dataclasses.replace(job, recipe=plain)) as module:
-        twins.require_same(job.component, module, twin)
+    plain = dataclasses.replace(job.weight_source, loras=()) if job.weight_source else None
+    with _loaded(dataclasses.replace(job, weight_source=plain)) as module:
+        shared_encoder.require_same(job.component, module, shared)
 
 
-def _traced_graph(job: Job) -> Path:
+def _traced_graph(job: ExportJob) -> Path:
     """Return where the float32 graph is written: in the bundle, or beside it where a float16 one is made of it."""
     root = Path(job.root)
     if job.precision == "fp32":
@@ -203,7 +203,7 @@ def _traced_graph(job: Job) -> Path:
 
 
 @contextmanager
-def _loaded(job: Job) -> Iterator[nn.Module]:
+def _loaded(job: ExportJob) -> Iterator[nn.Module]:
     """Load the network, from a folder that is there for the block alone where there is a recipe for it."""
     from latentrt.export.networks import conversion, modules
 
@@ -218,25 +218,25 @@ def _loaded(job: Job) -> Iterator[nn.Module]:
         affine=job.affine,
         dtype=None,
     )
-    if job.recipe is None:
+    if job.weight_source is None:
         yield load(Path(job.folder))
         return
-    with conversion.written(job.recipe, Path(job.folder)) as folder:
+    with conversion.written(job.weight_source, Path(job.folder)) as folder:
         try:
             module = load(folder)
         except CheckpointError as error:  # the user knows the file, not the folder made of it
-            raise CheckpointError(str(error).replace(str(folder), job.recipe.files[0])) from error
+            raise CheckpointError(str(error).replace(str(folder), job.weight_source.files[0])) from error
         yield module
 
 
-def _check(job: Job) -> Finished:
+def _check(job: ExportJob) -> Finished:
     """Compare the graph that was made with the recorded pairs."""
     pairs = [golden.load_golden(path) for path in _pairs(job)]
     error = golden.check_graph(job.component, _traced_graph(job), pairs, precision=job.precision)
     return dataclasses.replace(_made(job), error=error)
 
 
-def _narrow(job: Job) -> Finished:
+def _narrow(job: ExportJob) -> Finished:
     """Make a float16 graph of the float32 one, and compare it with the recorded pairs."""
     from latentrt.export.graphs import half_precision as precision
 
@@ -260,11 +260,11 @@ def _narrow(job: Job) -> Finished:
     )
 
 
-def _made(job: Job) -> Finished:
+def _made(job: ExportJob) -> Finished:
     return _parse_marker(Path(job.root) / MARKERS / f"{job.component}.made.json")
 
 
-def _adopt(job: Job) -> Finished:
+def _adopt(job: ExportJob) -> Finished:
     """Take over a graph that another exporter made."""
     from latentrt.export.graphs import optimum
 
@@ -284,13 +284,13 @@ def _adopt(job: Job) -> Finished:
     return dataclasses.replace(finished, outputs=tuple(spec for spec in finished.outputs if spec.name in recorded))
 
 
-def _pairs(job: Job) -> tuple[Path, Path]:
+def _pairs(job: ExportJob) -> tuple[Path, Path]:
     """Return where the golden pair and the pair at odd sizes lie; only the first is part of the bundle."""
     root = Path(job.root)
     return root / golden_path(job.component), root / MARKERS / f"{job.component}.odd.safetensors"
 
 
-def _finished(job: Job, files: list[Path]) -> Finished:
+def _finished(job: ExportJob, files: list[Path]) -> Finished:
     """Describe a component; without files, one whose graph is not there yet."""
     component = COMPONENTS[job.row]
     return Finished(
@@ -305,7 +305,7 @@ def _finished(job: Job, files: list[Path]) -> Finished:
     )
 
 
-def _records(job: Job, files: list[Path]) -> dict[str, FileRecord]:
+def _records(job: ExportJob, files: list[Path]) -> dict[str, FileRecord]:
     root = Path(job.root)
     names = [path.relative_to(root).as_posix() for path in files]
     record = graph_record(job.component)

@@ -30,7 +30,7 @@ import msgspec
 
 from latentrt.engines.bundle.parsing import parse
 from latentrt.engines.errors import BundleError, CheckpointError, LatentrtError
-from latentrt.export.work.jobs import Finished, Job, run_job
+from latentrt.export.work.jobs import ExportJob, Finished, run_job
 
 ERRORS: dict[str, type[LatentrtError]] = {"CheckpointError": CheckpointError, "BundleError": BundleError}
 PRELOAD = {
@@ -56,14 +56,14 @@ class Worker:
         self._log = log
         self._number = 0
 
-    def run(self, job: Job) -> Finished:
+    def run(self, job: ExportJob) -> Finished:
         """Have one component done. Raises CheckpointError and BundleError as the work did, RuntimeError for bugs."""
         *first, last = job.stages
         for stage in first:
             self._ask(dataclasses.replace(job, stage=stage))
         return self._ask(dataclasses.replace(job, stage=last))
 
-    def _ask(self, job: Job) -> Finished:
+    def _ask(self, job: ExportJob) -> Finished:
         start = time.monotonic()
         try:
             answer = self._exchange(job)
@@ -75,7 +75,7 @@ class Worker:
             return parse(Finished, answer)
         raise self._error(job, answer["kind"], answer["message"])
 
-    def _exchange(self, job: Job) -> dict[str, Any]:
+    def _exchange(self, job: ExportJob) -> dict[str, Any]:
         """Send a job and return its own answer: one to a request before, which was given up, is passed over."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._number += 1
@@ -88,7 +88,7 @@ class Worker:
                     return dict(answer)
         return {"kind": "RuntimeError", "message": "the export process ended"}
 
-    def _error(self, job: Job, kind: str, message: str) -> Exception:
+    def _error(self, job: ExportJob, kind: str, message: str) -> Exception:
         if kind in ERRORS:
             return ERRORS[kind](message)
         if kind == "MemoryError":
@@ -103,7 +103,7 @@ class Worker:
         return self._log.read().decode(errors="replace")[-4000:]
 
 
-def _waited(job: Job, seconds: float) -> str:
+def _waited(job: ExportJob, seconds: float) -> str:
     load = f"the machine's load is {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
     return f"gave up waiting for the export process after {seconds:.0f} s ({job.component}, {job.stage}); {load}"
 
@@ -193,7 +193,7 @@ def _processor_s(process: int) -> float | None:
 
 def _answer(job: dict[str, Any]) -> dict[str, Any]:
     try:
-        answer: dict[str, Any] = msgspec.to_builtins(run_job(parse(Job, job)))
+        answer: dict[str, Any] = msgspec.to_builtins(run_job(parse(ExportJob, job)))
         return answer
     except LatentrtError as error:
         return {"kind": type(error).__name__, "message": str(error)}

@@ -54,11 +54,11 @@ def start_once(bundle: str, settings: Settings, prompt: str) -> tuple[dict[str, 
     if child.returncode:
         last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         raise EngineError(f"a fresh process could not draw: {last[0]}")
-    told = json.loads(child.stdout.splitlines()[-1])
-    marks = [start, *told["marks"]]
+    answer = json.loads(child.stdout.splitlines()[-1])
+    marks = [start, *answer["marks"]]
     parts = {part: after - before for part, before, after in zip(PARTS, marks[:-1], marks[1:], strict=True)}
     parts["total"] = marks[-2] - marks[0]
-    loaded, peak = told["memory"]
+    loaded, peak = answer["memory"]
     return parts, (loaded, peak)
 
 

@@ -33,7 +33,7 @@ def explain(error: NotFiniteError, job: Job, precision: Precision) -> NotFiniteE
 def _large(error: NotFiniteError, job: Job) -> list[str]:
     """Name what was asked for in sizes that are rarely meant."""
     latents, guidance = job.request.latents, float(job.guidance.scales.max())
-    followed = [one.component for one in job.steering if abs(one.scale) > LARGE_SCALE]
+    followed = [one.component for one in job.controls if abs(one.scale) > LARGE_SCALE]
     causes = {
         f"a guidance of {guidance:g} is very large, take 3 to 15": guidance > LARGE_GUIDANCE and error.place != START,
         f"the scales of {', '.join(followed)} are very large, take 1": bool(followed),

@@ -25,7 +25,7 @@ class Frame:
     weight: float
 
 
-class Stream(Protocol):
+class NoiseStream(Protocol):
     """A seed's stream of unit normals."""
 
     def normal(self, shape: Sequence[int]) -> Array: ...
@@ -41,14 +41,14 @@ def frames_between(keys: int, frames: int, *, loop: bool = False) -> tuple[Frame
         raise RequestError(f"key frames: found {keys}, expected two at least")
     if frames < keys:
         raise RequestError(f"frames: found {frames}, expected {keys} at least, one for each key frame")
-    legs, steps = (keys, frames) if loop else (keys - 1, frames - 1)
-    return tuple(_frame(i * legs, steps, keys) for i in range(frames))
+    spans, steps = (keys, frames) if loop else (keys - 1, frames - 1)
+    return tuple(_frame(i * spans, steps, keys) for i in range(frames))
 
 
 def _frame(position: int, steps: int, keys: int) -> Frame:
-    """Return the frame at position / steps of one leg: whole numbers, so that a key frame is met exactly."""
-    leg, rest = divmod(position, steps)
-    return Frame(first=leg % keys, second=(leg + 1) % keys if rest else leg % keys, weight=rest / steps)
+    """Return the frame at position / steps of one span: whole numbers, so that a key frame is met exactly."""
+    span, rest = divmod(position, steps)
+    return Frame(first=span % keys, second=(span + 1) % keys if rest else span % keys, weight=rest / steps)
 
 
 def batches(frames: Sequence[Frame], size: int) -> list[tuple[Frame, ...]]:
@@ -97,7 +97,7 @@ def frame_draw(
     frames: Sequence[Frame],
     shape: tuple[int, int, int],
     *,
-    stream: Callable[[int], Stream] = TorchCpuNoise,
+    stream: Callable[[int], NoiseStream] = TorchCpuNoise,
 ) -> Callable[[], Array]:
     """Return what draws for a batch of frames: each call gives the next unit normals, (b, C, h, w), float32.
 

@@ -19,20 +19,20 @@ def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str) -> dic
 
     rows: the prompts' own and, where there is guidance, then the negative prompts'
     """
-    told, made = manifest.denoisers[denoiser], {}
+    taken, made = manifest.denoisers[denoiser], {}
     for spec in manifest.components[denoiser].inputs:
         if spec.name in CONDITIONS:
             width = spec.shape[1]
             assert isinstance(width, int)
-            made[spec.name] = CONDITIONS[spec.name](job, rows, width, told)
+            made[spec.name] = CONDITIONS[spec.name](job, rows, width, taken)
     return made
 
 
-def _sizes(job: Job, rows: int, _: int, told: DenoiserSpec) -> Array:
+def _sizes(job: Job, rows: int, _: int, taken: DenoiserSpec) -> Array:
     """Return the numbers of arXiv:2307.01952, section 2.2, that a denoiser is told: (rows, numbers)."""
     pictures = len(job.prompts)
     positive, negative = (_size_numbers(job, negative=on) for on in (False, True))
-    both = np.array([[one[name] for name in told.sizes] for one in (positive, negative)], dtype=np.float32)
+    both = np.array([[one[name] for name in taken.sizes] for one in (positive, negative)], dtype=np.float32)
     return np.repeat(both, pictures, axis=0)[:rows]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import STEERING, Manifest, Role
+from latentrt.engines.bundle.manifest import CONTROL_ROLES, Manifest, Role
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import COND, FEATURE, level_axes
@@ -18,7 +18,7 @@ from latentrt.runtime.request import Control
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Steering:
+class ResolvedControl:
     """A control that can be followed.
 
     role, of: what its component is, and the denoiser that it adds to
@@ -34,9 +34,9 @@ class Steering:
     stages: Array
 
 
-def steer(
+def resolve_controls(
     controls: Sequence[Control], manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int
-) -> tuple[Steering, ...]:
+) -> tuple[ResolvedControl, ...]:
     """Check controls against a bundle, and read their images. Raises RequestError.
 
     size: (width, height) to draw; stages: of the plan
@@ -46,12 +46,14 @@ def steer(
     names = [control.name for control in controls]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RequestError(f"controls: found '{twice}' twice, expected each ControlNet once")
-    return tuple(_steer(control, manifest, pictures=pictures, size=size, stages=stages) for control in controls)
+    return tuple(_resolve(control, manifest, pictures=pictures, size=size, stages=stages) for control in controls)
 
 
-def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int) -> Steering:
+def _resolve(
+    control: Control, manifest: Manifest, *, pictures: int, size: tuple[int, int], stages: int
+) -> ResolvedControl:
     where = f"controls, '{control.name}'"
-    component = manifest.steering(control.name)
+    component = manifest.find_control(control.name)
     if component is None:
         raise RequestError(f"{where}: {_known(manifest)}")
     spec = manifest.components[component]
@@ -65,7 +67,7 @@ def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[i
     if len(pixels) not in (1, pictures):
         raise RequestError(f"{where}: found {len(pixels)} images for {pictures} pictures, expected one, or one each")
     planar = np.ascontiguousarray(np.broadcast_to(pixels, (pictures, *pixels.shape[1:])).transpose(0, 3, 1, 2))
-    return Steering(
+    return ResolvedControl(
         component=component,
         role=spec.role,
         of=spec.of,
@@ -76,7 +78,7 @@ def _steer(control: Control, manifest: Manifest, *, pictures: int, size: tuple[i
 
 
 def _known(manifest: Manifest) -> str:
-    names = [str(manifest.components[name].control) for name in manifest.of_role(*STEERING)]
+    names = [str(manifest.components[name].control) for name in manifest.of_role(*CONTROL_ROLES)]
     if names:
         return f"this bundle holds no ControlNet or adapter of that name, it holds {', '.join(names)}"
     return "this bundle holds no ControlNet; export it again with --controlnet NAME=CHECKPOINT"
@@ -106,10 +108,10 @@ def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Ar
     return followed
 
 
-def strengths_at(steering: Sequence[Steering], stage: int) -> Mapping[str, float]:
+def strengths_at(controls: Sequence[ResolvedControl], stage: int) -> Mapping[str, float]:
     """Return the ControlNets that run at a stage, and how strongly each is followed."""
     return {
-        one.component: one.scale for one in steering if one.role == "controlnet" and one.stages[stage] and one.scale
+        one.component: one.scale for one in controls if one.role == "controlnet" and one.stages[stage] and one.scale
     }
 
 
@@ -121,7 +123,7 @@ class Features:
 
     def __init__(
         self,
-        steering: Sequence[Steering],
+        controls: Sequence[ResolvedControl],
         shapes: Mapping[str, tuple[int, ...]],
         run: Callable[[str, Mapping[str, Array]], Mapping[str, Array]],
     ) -> None:
@@ -135,7 +137,7 @@ class Features:
                     for name, array in run(one.component, {COND: one.pixels}).items()
                 },
             )
-            for one in steering
+            for one in controls
             if one.role == "adapter"
         ]
 

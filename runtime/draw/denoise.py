@@ -20,7 +20,7 @@ from latentrt.engines.workspace.contract import (
     own_buffer,
     sums_of_squares,
 )
-from latentrt.runtime.draw.controls import Features, Steering, strengths_at
+from latentrt.runtime.draw.controls import Features, ResolvedControl, strengths_at
 from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows
@@ -28,12 +28,13 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Walk:
-    """Pictures on their way through one plan, each in a slot of its own.
+class Batch:
+    """Pictures that go through one plan together, each in a slot of its own.
 
     slots: where their text and state are when they join, (n)
     draw: called at the stages in which the sampler draws, returns unit normals, (n, C, h, w)
-    steering: the ControlNets that are followed, whose pixels are in the slots; features: what is written on the way
+    controls: the ControlNets that are followed, whose pixels are in the slots
+    features: what T2I-Adapters add from stage to stage
     stages: which of the plan's to take; the state is that before the first of them
     done: the stages that are done, from `stages.start` on
     """
@@ -43,7 +44,7 @@ class Walk:
     draw: Callable[[], Array]
     slots: slice
     stages: range
-    steering: Sequence[Steering] = ()
+    controls: Sequence[ResolvedControl] = ()
     features: Features | None = None
     done: int = field(init=False)
 
@@ -76,50 +77,56 @@ class Loop:
 
     def __init__(self, workspace: Workspace, denoiser: str = UNET) -> None:
         self._workspace, self._denoiser = workspace, denoiser
-        self.walks: list[Walk] = []
+        self.batches: list[Batch] = []
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
 
-    def join(self, walk: Walk) -> None:
+    def join(self, batch: Batch) -> None:
         """Let pictures take part from the next stage on. Raises EngineError where a slot is taken, or not there."""
-        taken = {slot for other in self.walks for slot in range(other.slots.start, other.slots.stop)}
-        slots = range(walk.slots.start, walk.slots.stop)
-        if taken & set(slots) or slots.stop > self._workspace.shape.pictures or len(walk.guidance.scales) != len(slots):
+        taken = {slot for other in self.batches for slot in range(other.slots.start, other.slots.stop)}
+        slots = range(batch.slots.start, batch.slots.stop)
+        if (
+            taken & set(slots)
+            or slots.stop > self._workspace.shape.pictures
+            or len(batch.guidance.scales) != len(slots)
+        ):
             raise EngineError(
-                f"slots: found {slots.start} to {slots.stop} for {len(walk.guidance.scales)} pictures, expected free "
+                f"slots: found {slots.start} to {slots.stop} for {len(batch.guidance.scales)} pictures, expected free "
                 f"ones below {self._workspace.shape.pictures}"
             )
-        self.walks.append(walk)
+        self.batches.append(batch)
 
-    def leave(self, walk: Walk) -> None:
+    def leave(self, batch: Batch) -> None:
         """Free the slots of pictures, finished or not; nothing of them is left to meet those that come next."""
-        self.walks.remove(walk)
+        self.batches.remove(batch)
         for name, number in (("keep_mask", 1.0), ("known", 0.0), (STATE, 0.0)):
-            self._workspace.write(name, number, walk.slots)
+            self._workspace.write(name, number, batch.slots)
 
     def advance(self) -> None:
         """Take one stage of every picture that has one left. What is not finite is told by `lost`."""
-        walks = [walk for walk in self.walks if walk.running]
-        for walk in walks:
-            for name, array in walk.features.at(walk.done, since=walk.stages.start).items() if walk.features else ():
-                write_rows(self._workspace, name, array, walk.slots)
-        rows = self._write_stage(walks)
-        for component, strengths in self._strengths(walks).items():
+        batches = [batch for batch in self.batches if batch.running]
+        for batch in batches:
+            for name, array in (
+                batch.features.at(batch.done, since=batch.stages.start).items() if batch.features else ()
+            ):
+                write_rows(self._workspace, name, array, batch.slots)
+        rows = self._write_stage(batches)
+        for component, strengths in self._strengths(batches).items():
             self._follow(component, np.resize(strengths, rows.stop), rows)
         self._workspace.run(self._denoiser, rows)
-        for walk in walks:
-            walk.done += 1
+        for batch in batches:
+            batch.done += 1
 
-    def _write_stage(self, walks: Sequence[Walk]) -> slice:
+    def _write_stage(self, batches: Sequence[Batch]) -> slice:
         """Write what changes from stage to stage; return the model rows of this one."""
         workspace, slots = self._workspace, self._workspace.shape.pictures
         own, negative = np.zeros(slots, dtype=np.float32), np.zeros(slots, dtype=np.float32)
         control = np.tile(rest(workspace.state_rows), (slots, 1))
         noises = list[tuple[slice, Array]]()
-        for walk in walks:
-            own[walk.slots], negative[walk.slots] = walk.weights()
-            control[walk.slots] = walk.control(workspace.state_rows)
-            if (noise := walk.noise()) is not None:
-                noises.append((walk.slots, noise))
+        for batch in batches:
+            own[batch.slots], negative[batch.slots] = batch.weights()
+            control[batch.slots] = batch.control(workspace.state_rows)
+            if (noise := batch.noise()) is not None:
+                noises.append((batch.slots, noise))
         rows = workspace.fit(self._denoiser, slots + int(np.flatnonzero(negative).max(initial=-1)) + 1)
         matrix, owners = guidance_rows(own, negative, rows)
         for name, array in ((CONTROL, control), (GUIDANCE, matrix), (OWNERS, owners)):
@@ -135,20 +142,20 @@ class Loop:
             self._scales[component] = scales
         self._workspace.run(component, rows)
 
-    def _strengths(self, walks: Sequence[Walk]) -> dict[str, Array]:
+    def _strengths(self, batches: Sequence[Batch]) -> dict[str, Array]:
         """Return the ControlNets that run at the next stage, and how strongly each slot follows them: (P,) float32."""
         found: dict[str, Array] = {}
-        for walk in walks:
-            for component, strength in strengths_at(walk.steering, walk.done).items():
+        for batch in batches:
+            for component, strength in strengths_at(batch.controls, batch.done).items():
                 zeros = np.zeros(self._workspace.shape.pictures, dtype=np.float32)
-                found.setdefault(component, zeros)[walk.slots] = strength
+                found.setdefault(component, zeros)[batch.slots] = strength
         return found
 
-    def lost(self, walk: Walk) -> tuple[int, ...]:
+    def lost(self, batch: Batch) -> tuple[int, ...]:
         """Return which of the pictures are known to be lost: a device knows of none before the end."""
         if not self._workspace.local:
             return ()
-        sums = sums_of_squares(self._workspace.read(STATE, walk.slots)[:, 0])
+        sums = sums_of_squares(self._workspace.read(STATE, batch.slots)[:, 0])
         return tuple(np.flatnonzero(~np.isfinite(sums)).tolist())
 
 
@@ -168,38 +175,38 @@ def denoise(
     guidance: Guidance,
     draw: Callable[[], Array],
     *,
-    steering: Sequence[Steering] = (),
+    controls: Sequence[ResolvedControl] = (),
     features: Features | None = None,
     stages: range | None = None,
     denoiser: str = UNET,
 ) -> Iterator[int]:
     """Take the pictures that fill a workspace through one plan; yield the number of stages done after each.
 
-    stages: which of the plan's to take, None for all; see `Walk` for the others
+    stages: which of the plan's to take, None for all; see `Batch` for the others
     A caller that stops iterating leaves the workspace where it is.
     Raises NotFiniteError where the workspace knows of latents that are not finite any more.
     """
-    walk = Walk(
+    batch = Batch(
         plan=plan,
         guidance=guidance,
         draw=draw,
         slots=slice(0, workspace.shape.pictures),
         stages=range(plan.stages) if stages is None else stages,
-        steering=steering,
+        controls=controls,
         features=features,
     )
     loop = Loop(workspace, denoiser)
-    loop.join(walk)
-    yield from stages_of(loop, walk)
+    loop.join(batch)
+    yield from stages_of(loop, batch)
 
 
-def stages_of(loop: Loop, walk: Walk) -> Iterator[int]:
-    """Take a loop on until a walk is done; yield the number of its stages that are done. Raises NotFiniteError."""
-    while walk.running:
+def stages_of(loop: Loop, batch: Batch) -> Iterator[int]:
+    """Advance a loop until a batch is done; yield after each stage how many of its are. Raises NotFiniteError."""
+    while batch.running:
         loop.advance()
-        if lost := loop.lost(walk):
-            raise NotFiniteError(LATENTS, lost, stage=walk.done, stages=walk.plan.stages)
-        yield walk.done
+        if lost := loop.lost(batch):
+            raise NotFiniteError(LATENTS, lost, stage=batch.done, stages=batch.plan.stages)
+        yield batch.done
 
 
 def begin(plan: SamplingPlan, noise: Array, *, state_rows: int, image: Array | None = None) -> Array:

@@ -22,13 +22,13 @@ from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
 from latentrt.runtime.draw.controls import Features, feature_shapes
 from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_engine
-from latentrt.runtime.draw.denoise import Loop, Walk, stages_of
+from latentrt.runtime.draw.denoise import Batch, Loop, stages_of
 from latentrt.runtime.draw.finite import LATENTS, START, finite
-from latentrt.runtime.draw.job import Job, Leg, latent_shape, repaints
+from latentrt.runtime.draw.job import DenoiserRange, Job, latent_shape, repaints
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
 from latentrt.runtime.draw.step import Look, Noise, Stages, Step
-from latentrt.runtime.images.tiling import Grid, decode_tiles, encode_tiles
+from latentrt.runtime.images.tiling import Tiling, decode_tiles, encode_tiles
 from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ Run = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Source:
+class BatchSource:
     """Where a batch's text and noise come from.
 
     tokens: the length of the text for a denoiser; tokenize_s: what reading it took
@@ -72,7 +72,7 @@ class Drawing:
     def __init__(self, opened: OpenEngines, manifest: Manifest) -> None:
         self._opened, self._manifest = opened, manifest
 
-    def __call__(self, job: Job, source: Source, *, watched: bool) -> Stages[Drawn]:
+    def __call__(self, job: Job, source: BatchSource, *, watched: bool) -> Stages[Drawn]:
         """Draw a job, whose text and noise come from a source; a generator that returns what was drawn.
 
         watched: it yields after each stage, and the queue is kept short; else it runs through
@@ -89,8 +89,8 @@ class Drawing:
         except NotFiniteError as error:
             raise explain(error, job, self._opened.key.precision) from None
 
-    def _draw(self, job: Job, source: Source, *, watched: bool) -> Stages[Drawn]:
-        last = job.legs[-1].denoiser
+    def _draw(self, job: Job, source: BatchSource, *, watched: bool) -> Stages[Drawn]:
+        last = job.ranges[-1].denoiser
         decode = self._decoder(job, last, tokens=source.tokens[last])
         workspace, encode, steps, events = yield from self._denoise(job, source, watched=watched)
         pixels = decode(workspace, events)
@@ -102,14 +102,14 @@ class Drawing:
 
         The tiles' workspace is asked for before anything is drawn: where no engine fits it, the error comes early.
         """
-        grid, factor = job.grid, self._manifest.latents.factor
-        if grid is None:
+        tiling, factor = job.tiling, self._manifest.latents.factor
+        if tiling is None:
             return partial(decode_in_place, decoder=job.decoder, slots=slice(0, len(job.prompts)))
         size = self._decoded_size(job)
         tile = on_workspace(self._workspace(job, denoiser, size, tokens=tokens, decoder=job.decoder), job.decoder)
 
         def decode(workspace: Workspace, events: list[Event]) -> Array:
-            pixels = decode_tiles(_latents_of(job, workspace.read(STATE), job.plan.stages), tile, grid, factor=factor)
+            pixels = decode_tiles(_latents_of(job, workspace.read(STATE), job.plan.stages), tile, tiling, factor=factor)
             events.append(workspace.event())
             return pixels
 
@@ -117,8 +117,8 @@ class Drawing:
 
     def _decoded_size(self, job: Job) -> tuple[int, int]:
         """Return the (width, height) in pixels that a decoder is given at once: the picture's, or a tile's."""
-        grid, factor = job.grid, self._manifest.latents.factor
-        return job.size if grid is None else (grid.columns.tile * factor, grid.rows.tile * factor)
+        tiling, factor = job.tiling, self._manifest.latents.factor
+        return job.size if tiling is None else (tiling.columns.tile * factor, tiling.rows.tile * factor)
 
     def _sketch(self, job: Job, tokens: int, latents: Array) -> Array:
         """Return what latents show by the tiny decoder: (n, height, width, 3), uint8. Raises BundleError."""
@@ -135,7 +135,7 @@ class Drawing:
         space, (width, height) = self._manifest.latents, self._decoded_size(job)
         shape = WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height)
         decode = through_engine(self._opened.engine(decoder, shape), space)
-        return decode(latents) if job.grid is None else decode_tiles(latents, decode, job.grid, factor=space.factor)
+        return decode(latents) if job.tiling is None else decode_tiles(latents, decode, job.tiling, factor=space.factor)
 
     def _workspace(
         self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None
@@ -148,30 +148,30 @@ class Drawing:
         )
 
     def _denoise(
-        self, job: Job, source: Source, *, watched: bool
+        self, job: Job, source: BatchSource, *, watched: bool
     ) -> Stages[tuple[Workspace, float, list[float], list[Event]]]:
-        """Take every stage of the plan, each leg on a workspace of its denoiser.
+        """Take every stage of the plan, each range on a workspace of its denoiser.
 
-        Returns the last workspace, what the legs before took to encode and for each stage, and the last leg's events:
-        before its text was written, after that, and after each stage.
+        Returns the last workspace, what the ranges before took to encode and for each stage, and the last
+        range's events: before its text was written, after that, and after each stage.
         """
         encode, steps, draw = 0.0, list[float](), Noise(source.draw)
-        whole = job.decoder if job.grid is None else None
+        whole = job.decoder if job.tiling is None else None
         inputs: dict[str, Array] | None = None
         slots = slice(0, len(job.prompts))
-        for leg in job.legs:
-            decoder = whole if leg is job.legs[-1] else None
-            tokens = source.tokens[leg.denoiser]
-            workspace = self._workspace(job, leg.denoiser, job.size, tokens=tokens, decoder=decoder)
+        for part in job.ranges:
+            decoder = whole if part is job.ranges[-1] else None
+            tokens = source.tokens[part.denoiser]
+            workspace = self._workspace(job, part.denoiser, job.size, tokens=tokens, decoder=decoder)
             events = [workspace.event()]
-            source.write(workspace, leg.denoiser, slots)
+            source.write(workspace, part.denoiser, slots)
             events.append(workspace.event())
             if inputs is None:
                 inputs = self.begin(job, draw, workspace.shape, state_rows=workspace.state_rows)
-            yield from self._advance(job, leg, inputs, workspace, draw, events, watched=watched)
-            if leg is not job.legs[-1]:  # read before the next workspace, which may take this one's place
+            yield from self._advance(job, part, inputs, workspace, draw, events, watched=watched)
+            if part is not job.ranges[-1]:  # read before the next workspace, which may take this one's place
                 inputs[STATE] = workspace.read(STATE)
-                _latents_of(job, inputs[STATE], leg.stages.stop)
+                _latents_of(job, inputs[STATE], part.stages.stop)
                 first, *own = _seconds(events)
                 encode, steps = encode + first, steps + own
         return workspace, encode, steps, events
@@ -193,7 +193,7 @@ class Drawing:
     def _advance(
         self,
         job: Job,
-        leg: Leg,
+        part: DenoiserRange,
         inputs: Mapping[str, Array],
         workspace: Workspace,
         draw: Noise,
@@ -201,57 +201,57 @@ class Drawing:
         *,
         watched: bool,
     ) -> Stages[None]:
-        """Take the stages of one leg, from the state and what lies beside it among the inputs; note each one's end."""
-        loop = Loop(workspace, leg.denoiser)
-        walk = self.seat(job, leg, inputs, workspace, draw, slots=slice(0, len(job.prompts)))
-        loop.join(walk)
-        for _ in stages_of(loop, walk):
+        """Take the stages of one range, from the inputs (the state and what goes with it); note the end of each."""
+        loop = Loop(workspace, part.denoiser)
+        batch = self.seat(job, part, inputs, workspace, draw, slots=slice(0, len(job.prompts)))
+        loop.join(batch)
+        for _ in stages_of(loop, batch):
             events.append(workspace.event())
             if watched:
                 events[-1 - AHEAD].wait()
-                with self.step(job, walk, workspace, draw, keeps="known" in inputs) as step:
+                with self.step(job, batch, workspace, draw, keeps="known" in inputs) as step:
                     yield step
 
     def seat(
         self,
         job: Job,
-        leg: Leg,
+        part: DenoiserRange,
         inputs: Mapping[str, Array],
         workspace: Workspace,
         draw: Noise,
         *,
         slots: slice,
-    ) -> Walk:
+    ) -> Batch:
         """Write to some slots all that the pictures of a job have beside their text; return what is to join a loop.
 
-        inputs: the state before the first stage of the leg, and what lies beside it
+        inputs: the state before the first stage of the range, and what goes with it
         """
-        for name, array in conditions(self._manifest, job, rows=job.rows, denoiser=leg.denoiser).items():
+        for name, array in conditions(self._manifest, job, rows=job.rows, denoiser=part.denoiser).items():
             write_rows(workspace, name, array, slots)
         for name, array in inputs.items():
             workspace.write(name, array, slots)
-        steering = [one for one in job.steering if one.of == leg.denoiser]  # it is made for that one alone
-        for one in steering:
+        controls = [one for one in job.controls if one.of == part.denoiser]  # it is made for that one alone
+        for one in controls:
             if one.role == "controlnet":
                 workspace.write(hint_of(one.component), one.pixels, slots)
-        shapes = feature_shapes(self._manifest, leg.denoiser, size=job.size, rows=job.rows)
-        return Walk(
+        shapes = feature_shapes(self._manifest, part.denoiser, size=job.size, rows=job.rows)
+        return Batch(
             plan=job.plan,
             guidance=job.guidance,
             draw=draw,
             slots=slots,
-            stages=leg.stages,
-            steering=steering,
-            features=Features(steering, shapes, partial(self._run, workspace.shape)),
+            stages=part.stages,
+            controls=controls,
+            features=Features(controls, shapes, partial(self._run, workspace.shape)),
         )
 
     @contextmanager
-    def step(self, job: Job, walk: Walk, workspace: Workspace, draw: Noise, *, keeps: bool) -> Iterator[Step]:
+    def step(self, job: Job, batch: Batch, workspace: Workspace, draw: Noise, *, keeps: bool) -> Iterator[Step]:
         """Show the stage that is done, for as long as the next one has not begun. keeps: a mask keeps a part"""
-        look = self._look(job, workspace, walk)
+        look = self._look(job, workspace, batch)
         try:
             yield Step(
-                stage=walk.done,
+                stage=batch.done,
                 stages=job.plan.stages,
                 _look=look,
                 _plan=job.plan,
@@ -262,12 +262,12 @@ class Drawing:
         finally:
             look.end()
 
-    def _look(self, job: Job, workspace: Workspace, walk: Walk) -> Look:
+    def _look(self, job: Job, workspace: Workspace, batch: Batch) -> Look:
         """Return what a caller may look at after a stage, until the next one begins."""
-        stage = walk.done
+        stage = batch.done
 
         def read(name: str) -> Array:
-            array = workspace.read(name, walk.slots)
+            array = workspace.read(name, batch.slots)
             if name == STATE:
                 with self.explaining(job):
                     _latents_of(job, array, stage)
@@ -281,7 +281,7 @@ class Drawing:
 
     def _start(self, job: Job, draw: Callable[[], Array], run: Run) -> Start:
         space, latents = self._manifest.latents, job.request.latents
-        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, run, grid=job.grid)
+        shape, encoder = latent_shape(job.size, space), partial(self._encode_image, run, tiling=job.tiling)
         given = None if latents is None else check_latents(latents, pictures=len(job.prompts), shape=shape)
         if job.pixels is None:
             return Start(noise=draw() if given is None else given)
@@ -300,10 +300,10 @@ class Drawing:
             )
         return start if given is None else dataclasses.replace(start, noise=given)
 
-    def _encode_image(self, run: Run, pixels: Array, *, grid: Grid | None) -> Array:
-        if grid is not None:
-            encoder = partial(self._encode_image, run, grid=None)
-            return encode_tiles(pixels, encoder, grid, factor=self._manifest.latents.factor)
+    def _encode_image(self, run: Run, pixels: Array, *, tiling: Tiling | None) -> Array:
+        if tiling is not None:
+            encoder = partial(self._encode_image, run, tiling=None)
+            return encode_tiles(pixels, encoder, tiling, factor=self._manifest.latents.factor)
         (component,) = self._manifest.of_role("encoder")
         return run(component, {"sample": pixels})["latent_parameters"]
 

@@ -14,11 +14,11 @@ from latentrt.engines.bundle.manifest import LatentSpec, Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.draw.animation import variation_seeds
-from latentrt.runtime.draw.controls import Steering, steer
+from latentrt.runtime.draw.controls import ResolvedControl, resolve_controls
 from latentrt.runtime.draw.loras import check_loras
 from latentrt.runtime.images.read import (
     MAX_PIXELS,
-    Source,
+    ImageSource,
     decode,
     first_of,
     read_mask,
@@ -26,7 +26,7 @@ from latentrt.runtime.images.read import (
     rounded_size,
     size_of,
 )
-from latentrt.runtime.images.tiling import Grid, plan_tiles
+from latentrt.runtime.images.tiling import Tiling, plan_tiles
 from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
@@ -39,7 +39,7 @@ class Job:
     """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
 
     variations: the variation seed of each picture, empty where the noise is the seeds' own
-    legs: which denoiser takes which stages of the plan
+    ranges: which denoiser takes which stages of the plan
     decoder: the component that makes the pixels
     """
 
@@ -51,13 +51,13 @@ class Job:
     size: tuple[int, int]
     plan: SamplingPlan
     guidance: Guidance
-    legs: tuple[Leg, ...]
+    ranges: tuple[DenoiserRange, ...]
     decoder: str
     pixels: Array | None = None  # (1 or n, height, width, 3), float32, -1 to 1
     mask: Array | None = None  # (1, height, width), float32
     strength: float = 1.0
-    grid: Grid | None = None  # the tiles that the VAE sees, None for the whole picture
-    steering: tuple[Steering, ...] = ()
+    tiling: Tiling | None = None  # the tiles that the VAE sees, None for the whole picture
+    controls: tuple[ResolvedControl, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -103,7 +103,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
     seeds, variations = _all_seeds(request, len(prompts))
     guidance = _number("guidance", request.guidance)
-    if not any(told.sizes for told in manifest.denoisers.values()):
+    if not any(spec.sizes for spec in manifest.denoisers.values()):
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
                 raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; omit it")
@@ -119,8 +119,8 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         pixels=pixels,
         mask=mask,
         strength=_strength(request),
-        grid=plan_tiles(size, request.tile, factor=manifest.latents.factor),
-        steering=steer(request.controls, manifest, pictures=len(prompts), size=size, stages=plan.stages),
+        tiling=plan_tiles(size, request.tile, factor=manifest.latents.factor),
+        controls=resolve_controls(request.controls, manifest, pictures=len(prompts), size=size, stages=plan.stages),
         plan=plan,
         guidance=plan_guidance(
             plan,
@@ -129,7 +129,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
             interval=request.guidance_interval,
             rescale=_number("guidance_rescale", request.guidance_rescale),
         ),
-        legs=_legs(plan, request, manifest),
+        ranges=_denoiser_ranges(plan, request, manifest),
         decoder=decoder,
     )
 
@@ -143,9 +143,9 @@ def _decoder(request: Request, manifest: Manifest) -> str:
     return found
 
 
-def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg, ...]:
+def _denoiser_ranges(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[DenoiserRange, ...]:
     if request.refine_from is None:
-        return (Leg(denoiser=manifest.denoiser, stages=range(plan.stages)),)
+        return (DenoiserRange(denoiser=manifest.denoiser, stages=range(plan.stages)),)
     if manifest.refiner is None:
         raise RequestError(
             "refine_from: this bundle holds no refiner; export it again with --refiner CHECKPOINT, or omit it"
@@ -156,7 +156,7 @@ def _legs(plan: SamplingPlan, request: Request, manifest: Manifest) -> tuple[Leg
 
 def _check_scores(request: Request, manifest: Manifest) -> None:
     """Refuse scores that no denoiser of the bundle would be told, and what is not a number."""
-    scored = any("aesthetic_score" in told.sizes for told in manifest.denoisers.values())
+    scored = any("aesthetic_score" in spec.sizes for spec in manifest.denoisers.values())
     for name, default in SCORES.items():
         if _number(name, getattr(request, name)) != default and not scored:
             raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; omit it")
@@ -186,7 +186,7 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
         return pixels, None, check_size((pixels.shape[2], pixels.shape[1]), manifest)
     if isinstance(request.image, list | tuple):
         raise RequestError(f"mask: found {len(request.image)} images, expected the one that it masks")
-    image = decode(cast(Source, request.image), name="image")
+    image = decode(cast(ImageSource, request.image), name="image")
     size = check_size(size or rounded_size(size_of(image), factor), manifest)
     mask = read_mask(request.mask, size=size, picture_size=size_of(image))
     return read_pictures(image, factor=factor, size=size), mask, size
@@ -299,7 +299,7 @@ def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Leg:
+class DenoiserRange:
     """Stages of a plan that one denoiser takes: from the first to before the end."""
 
     denoiser: str
@@ -308,7 +308,7 @@ class Leg:
 
 def split(
     plan: SamplingPlan, refine_from: float, denoisers: tuple[str, ...], *, train_timesteps: int
-) -> tuple[Leg, ...]:
+) -> tuple[DenoiserRange, ...]:
     """Return who takes which stages of a plan, in order; a denoiser without a stage is omitted.
 
     refine_from: the share of the training timesteps, from the noisy end, before which the base denoises: diffusers'
@@ -328,4 +328,4 @@ def split(
         )
     switch = int(np.argmax(below))
     parts = range(switch), range(switch, plan.stages)
-    return tuple(Leg(denoiser=name, stages=part) for name, part in zip(denoisers, parts, strict=True) if part)
+    return tuple(DenoiserRange(denoiser=name, stages=part) for name, part in zip(denoisers, parts, strict=True) if part)

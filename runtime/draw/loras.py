@@ -16,8 +16,7 @@ from cachetools import LRUCache
 from latentrt.engines.bundle.files import Bundle, hash_file
 from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
 from latentrt.engines.errors import CheckpointError, RequestError
-from latentrt.engines.lora.file import Delta, find_deltas, read_lora
-from latentrt.engines.lora.file import Lora as LoraFile
+from latentrt.engines.lora.file import Delta, LoraFile, find_deltas, read_lora
 from latentrt.engines.lora.peft_config import PEFT_CONFIG
 from latentrt.engines.lora.weight_changes import NOTHING, Changes
 from latentrt.runtime.request import Lora

@@ -135,6 +135,6 @@ class Step:
         return self
 
 
-Watch = Callable[[Step], None]
+OnStep = Callable[[Step], None]
 T = TypeVar("T")
 Stages = Generator[Step, None, T]  # yields each stage that is done, and returns what came of them

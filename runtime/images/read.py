@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 
-Source: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | Array"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | Array"
 """A path, the bytes of a file, a Pillow image, or an array: (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), uint8 from 0 to
 255, or floats from 0 to 1; for masks bool as well."""
 
@@ -31,7 +31,11 @@ ROUNDING = 1e-3  # by which floats may leave 0 to 1: another library's resizing 
 
 
 def read_pictures(
-    sources: Source | Sequence[Source], *, factor: int, size: tuple[int, int] | None = None, name: str = "image"
+    sources: ImageSource | Sequence[ImageSource],
+    *,
+    factor: int,
+    size: tuple[int, int] | None = None,
+    name: str = "image",
 ) -> Array:
     """Return what the VAE encoder takes: (n, height, width, 3), float32, -1 to 1.
 
@@ -47,17 +51,17 @@ def read_pictures(
     return np.stack([_signed(_fitted(picture, size, name)) for picture in pictures])
 
 
-def read_hints(sources: Source | Sequence[Source], *, size: tuple[int, int], name: str) -> Array:
+def read_hints(sources: ImageSource | Sequence[ImageSource], *, size: tuple[int, int], name: str) -> Array:
     """Return what ControlNets follow: (n, height, width, 3), float32, 0 to 1. Otherwise as `read_pictures`."""
     return np.stack([_fitted(decode(source, name=name), size, name) for source in _listed(sources, name)])
 
 
-def first_of(sources: Source | Sequence[Source], *, name: str) -> Image.Image | Array:
+def first_of(sources: ImageSource | Sequence[ImageSource], *, name: str) -> Image.Image | Array:
     """Return the first of some pictures, decoded. Raises RequestError."""
     return decode(_listed(sources, name)[0], name=name)
 
 
-def read_mask(mask: Source, *, size: tuple[int, int], picture_size: tuple[int, int], name: str = "mask") -> Array:
+def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[int, int], name: str = "mask") -> Array:
     """Return a mask at the size of the picture to draw: (1, height, width), float32, 1 where it is repainted, else 0.
 
     mask: white (from half up) is repainted, black is kept
@@ -80,7 +84,7 @@ def read_mask(mask: Source, *, size: tuple[int, int], picture_size: tuple[int, i
     return cut[None]
 
 
-def decode(source: Source, *, name: str) -> Image.Image | Array:
+def decode(source: ImageSource, *, name: str) -> Image.Image | Array:
     """Return a picture upright, in 8 bits: a Pillow image of any other mode, or an array (h, w, c), float32, 0 to 1.
 
     Raises RequestError, which begins with `name`.
@@ -113,9 +117,9 @@ def rounded_size(size: tuple[int, int], factor: int, *, name: str = "image") -> 
     return width, height
 
 
-def _listed(sources: Source | Sequence[Source], name: str) -> list[Source]:
+def _listed(sources: ImageSource | Sequence[ImageSource], name: str) -> list[ImageSource]:
     many = isinstance(sources, list | tuple) or (isinstance(sources, np.ndarray) and sources.ndim == 4)
-    listed = cast("list[Source]", list(sources) if many else [sources])  # type: ignore[arg-type]
+    listed = cast("list[ImageSource]", list(sources) if many else [sources])  # type: ignore[arg-type]
     if not listed:
         raise RequestError(f"{name}: found none, expected one at least")
     return listed

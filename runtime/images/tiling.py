@@ -67,7 +67,7 @@ def cut(length: int, tile: int) -> Side:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class Tiling:
     """How a picture is cut into tiles, all of one size; `tiles` counts them."""
 
     rows: Side
@@ -104,7 +104,7 @@ class Grid:
         return whole
 
 
-def plan_tiles(size: tuple[int, int], tile: int | None, *, factor: int) -> Grid | None:
+def plan_tiles(size: tuple[int, int], tile: int | None, *, factor: int) -> Tiling | None:
     """Cut a picture of (width, height) pixels into tiles of `tile` pixels; None where one tile holds all of it.
 
     factor: how many pixels a cell of the latents is wide. Raises RequestError on a tile that cannot be.
@@ -114,22 +114,22 @@ def plan_tiles(size: tuple[int, int], tile: int | None, *, factor: int) -> Grid 
     if type(tile) is not int or tile < LEAST_CELLS * factor or tile % factor:
         raise RequestError(f"tile: found {tile!r}, expected a multiple of {factor} pixels from {LEAST_CELLS * factor}")
     width, height = size
-    grid = Grid(rows=cut(height // factor, tile // factor), columns=cut(width // factor, tile // factor))
-    return grid if grid.tiles > 1 else None
+    tiling = Tiling(rows=cut(height // factor, tile // factor), columns=cut(width // factor, tile // factor))
+    return tiling if tiling.tiles > 1 else None
 
 
-def decode_tiles(latents: Array, decode: Callable[[Array], Array], grid: Grid, *, factor: int) -> Array:
+def decode_tiles(latents: Array, decode: Callable[[Array], Array], tiling: Tiling, *, factor: int) -> Array:
     """Return the pictures that latents show: (n, height, width, 3), uint8, sRGB.
 
     latents: (n, C, h, w), float32; decode: turns those of a tile into its pixels
     """
-    return np.rint(grid.blend(map(decode, grid.parts(latents)), scale=factor)).astype(np.uint8)
+    return np.rint(tiling.blend(map(decode, tiling.parts(latents)), scale=factor)).astype(np.uint8)
 
 
-def encode_tiles(pixels: Array, encoder: Callable[[Array], Array], grid: Grid, *, factor: int) -> Array:
+def encode_tiles(pixels: Array, encoder: Callable[[Array], Array], tiling: Tiling, *, factor: int) -> Array:
     """Return what an encoder gives for large pictures: (m, channels, h, w), float32.
 
     pixels: (m, 3, height, width), float32; encoder: gives (m, channels, h, w) for a tile
     """
-    parts = (np.moveaxis(encoder(part), 1, -1) for part in grid.parts(pixels, scale=factor))
-    return np.ascontiguousarray(np.moveaxis(grid.blend(parts, scale=1), -1, 1))
+    parts = (np.moveaxis(encoder(part), 1, -1) for part in tiling.parts(pixels, scale=factor))
+    return np.ascontiguousarray(np.moveaxis(tiling.blend(parts, scale=1), -1, 1))

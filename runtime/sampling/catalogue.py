@@ -1,4 +1,4 @@
-"""Which samplers there are: for each its equations, its walk through the noise levels, and the names it goes by."""
+"""The samplers: for each its equations, how it places its steps, and its names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latentrt.engines.bundle.manifest import OwnSampler, TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.sampling.plan import Stage
 from latentrt.runtime.sampling.schedule import ve_level
-from latentrt.runtime.sampling.sigmas import FLOW, SIGMA, even_flow, flow_walk, full_flow, ratio_walk
+from latentrt.runtime.sampling.sigmas import FLOW, SIGMA, discretize_flow, discretize_sigmas, even_flow, full_flow
 from latentrt.runtime.sampling.solvers.dpm import multistep, singlestep
 from latentrt.runtime.sampling.solvers.multistep import deis, sa_solver, unipc
 from latentrt.runtime.sampling.solvers.sigma import (
@@ -34,7 +34,14 @@ from latentrt.runtime.sampling.solvers.sigma import (
 )
 from latentrt.runtime.sampling.solvers.timestep import ddim, ddpm, lcm, plms, pndm, tcd
 from latentrt.runtime.sampling.spacings import SPACINGS
-from latentrt.runtime.sampling.timesteps import Course, Habits, Walk, consistency_walk, posterior_walk, stride_walk
+from latentrt.runtime.sampling.timesteps import (
+    Convention,
+    Discretization,
+    RequestedSteps,
+    discretize_distilled,
+    discretize_posterior,
+    discretize_strided,
+)
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")
 ANY = DIFFUSION + FLOW
@@ -45,7 +52,7 @@ UNCLIPPED = (
 )
 
 Equations = Callable[..., Iterator[Stage]]
-PLAIN = Habits()
+PLAIN = Convention()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +69,8 @@ class Sampler:
 
     title: str
     equations: Equations
-    walk: Callable[[TrainingSchedule, Course, Habits], Walk] = ratio_walk
-    habits: Habits = PLAIN
+    discretize: Callable[[TrainingSchedule, RequestedSteps, Convention], Discretization] = discretize_sigmas
+    convention: Convention = PLAIN
     aliases: tuple[str, ...] = ()
     spaced: bool = True
     measured: bool = True
@@ -77,29 +84,29 @@ class Sampler:
 
         Raises RequestError where it does not know one of them.
         """
-        habits = {name: value for name, value in options.items() if name in HABITS}
-        rest = {name: value for name, value in options.items() if name not in HABITS}
+        convention = {name: value for name, value in options.items() if name in CONVENTIONS}
+        rest = {name: value for name, value in options.items() if name not in CONVENTIONS}
         if unknown := [name for name in rest if name not in inspect.signature(self.equations).parameters]:
             raise RequestError(
                 f"sampler: the checkpoint's own asks {self.title} for {unknown[0]}, which it has not; name one"
             )
-        tuned = dataclasses.replace(self.habits, **habits)  # type: ignore[arg-type]
-        return dataclasses.replace(self, habits=tuned, equations=partial(self.equations, **rest))
+        tuned = dataclasses.replace(self.convention, **convention)  # type: ignore[arg-type]
+        return dataclasses.replace(self, convention=tuned, equations=partial(self.equations, **rest))
 
 
-HABITS = {field.name for field in dataclasses.fields(Habits)}
-_KDPM = Habits(level=ve_level, extra=False, whole=False, rounds_karras=True)
-_DPM = Habits(truncates_cosine=True, flow=even_flow)
-_DPM_NOISE = Habits(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
-_SINGLE = Habits(fixed_spacing="linspace", flow=even_flow)
-_SINGLE_NOISE = Habits(fixed_spacing="linspace", end="lowest")
-_UNIPC = Habits(flow=full_flow)
-_EXPONENTIAL = Habits(end="repeat", flow=even_flow)
+CONVENTIONS = {field.name for field in dataclasses.fields(Convention)}
+_KDPM = Convention(level=ve_level, extra=False, whole=False, rounds_karras=True)
+_DPM = Convention(truncates_cosine=True, flow=even_flow)
+_DPM_NOISE = Convention(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
+_SINGLE = Convention(fixed_spacing="linspace", flow=even_flow)
+_SINGLE_NOISE = Convention(fixed_spacing="linspace", end="lowest")
+_UNIPC = Convention(flow=full_flow)
+_EXPONENTIAL = Convention(end="repeat", flow=even_flow)
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": Sampler(
         title="DDIM",
-        walk=stride_walk,
+        discretize=discretize_strided,
         equations=ddim,
         aliases=("DDIMScheduler", "DDIMParallelScheduler"),
         spaced=False,
@@ -109,7 +116,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "ddpm": Sampler(
         title="DDPM",
-        walk=posterior_walk,
+        discretize=discretize_posterior,
         equations=ddpm,
         aliases=("DDPMScheduler", "DDPMParallelScheduler"),
         spaced=False,
@@ -118,130 +125,134 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "plms": Sampler(
         title="PLMS",
-        walk=stride_walk,
+        discretize=discretize_strided,
         equations=plms,
         aliases=("PNDMScheduler",),
         spaced=False,
         measured=False,
         timed=False,
     ),
-    "pndm": Sampler(title="PNDM", walk=stride_walk, equations=pndm, spaced=False, measured=False, timed=False),
-    "lms": Sampler(title="LMS", habits=SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
+    "pndm": Sampler(
+        title="PNDM", discretize=discretize_strided, equations=pndm, spaced=False, measured=False, timed=False
+    ),
+    "lms": Sampler(title="LMS", convention=SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
     "euler": Sampler(
         title="Euler",
-        habits=SIGMA,
+        convention=SIGMA,
         equations=euler,
         aliases=("k_euler", "EulerDiscreteScheduler", "edm_euler", "EDMEulerScheduler"),
     ),
     "euler_ancestral": Sampler(
         title="Euler a",
-        habits=SIGMA,
+        convention=SIGMA,
         equations=euler_ancestral,
         aliases=("euler_a", "k_euler_a", "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
     ),
-    "heun": Sampler(title="Heun", habits=SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
+    "heun": Sampler(title="Heun", convention=SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
     "kdpm2": Sampler(
         title="DPM2",
-        habits=_KDPM,
+        convention=_KDPM,
         equations=kdpm2,
         aliases=("dpm2", "dpm_2", "k_dpm_2", "KDPM2DiscreteScheduler"),
     ),
     "kdpm2_ancestral": Sampler(
         title="DPM2 a",
-        habits=_KDPM,
+        convention=_KDPM,
         equations=kdpm2_ancestral,
         aliases=("dpm2_a", "dpm_2_ancestral", "k_dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
     ),
     "dpmpp_2m": Sampler(
         title="DPM++ 2M",
-        habits=_DPM,
+        convention=_DPM,
         predictions=ANY,
         equations=partial(multistep, kind="dpmpp", order=2),
         aliases=("k_dpmpp_2m", "DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"),
     ),
     "dpmpp_2m_sde": Sampler(
         title="DPM++ 2M SDE",
-        habits=_DPM,
+        convention=_DPM,
         predictions=ANY,
         equations=partial(multistep, kind="sde-dpmpp", order=2),
     ),
     "dpmpp_3m": Sampler(
-        title="DPM++ 3M", habits=_DPM, predictions=ANY, equations=partial(multistep, kind="dpmpp", order=3)
+        title="DPM++ 3M", convention=_DPM, predictions=ANY, equations=partial(multistep, kind="dpmpp", order=3)
     ),
     "dpmpp_3m_sde": Sampler(
         title="DPM++ 3M SDE",
-        habits=_DPM,
+        convention=_DPM,
         predictions=ANY,
         equations=partial(multistep, kind="sde-dpmpp", order=3),
     ),
     "dpmpp_2s": Sampler(
         title="DPM++ 2S",
-        habits=_SINGLE,
+        convention=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="dpmpp", order=2),
         aliases=("DPMSolverSinglestepScheduler",),
     ),
     "dpmpp_2s_sde": Sampler(
         title="DPM++ 2S SDE",
-        habits=_SINGLE,
+        convention=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="sde-dpmpp", order=2),
     ),
     "dpmpp_2s_ancestral": Sampler(
         title="DPM++ 2S a",
-        habits=SIGMA,
+        convention=SIGMA,
         equations=dpmpp_2s_ancestral,
         aliases=("dpmpp_2s_a", "k_dpmpp_2s_a"),
     ),
     "dpmpp_3s": Sampler(
         title="DPM++ 3S",
-        habits=_SINGLE,
+        convention=_SINGLE,
         predictions=ANY,
         equations=partial(singlestep, kind="dpmpp", order=3),
     ),
     "dpmpp_sde": Sampler(
         title="DPM++ SDE",
         note="diffusers takes its noise from another generator (torchsde's): as good a picture, and another one",
-        habits=SIGMA,
+        convention=SIGMA,
         equations=dpmpp_sde,
         aliases=("k_dpmpp_sde", "DPMSolverSDEScheduler"),
     ),
     "dpm_2s": Sampler(
         title="DPM-Solver 2S",
-        habits=_SINGLE_NOISE,
+        convention=_SINGLE_NOISE,
         equations=partial(singlestep, kind="dpm", order=2),
     ),
-    "dpm_2m": Sampler(title="DPM-Solver 2M", habits=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
+    "dpm_2m": Sampler(title="DPM-Solver 2M", convention=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
     "dpm_2m_sde": Sampler(
-        title="DPM-Solver 2M SDE", habits=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
+        title="DPM-Solver 2M SDE", convention=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
     ),
-    "dpm_3m": Sampler(title="DPM-Solver 3M", habits=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
+    "dpm_3m": Sampler(title="DPM-Solver 3M", convention=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
     "unipc": Sampler(
         title="UniPC",
-        habits=_UNIPC,
+        convention=_UNIPC,
         predictions=ANY,
         equations=partial(unipc, order=2),
         aliases=("uni_pc_bh2", "UniPCMultistepScheduler"),
     ),
-    "unipc_3": Sampler(title="UniPC, order 3", habits=_UNIPC, predictions=ANY, equations=partial(unipc, order=3)),
+    "unipc_3": Sampler(title="UniPC, order 3", convention=_UNIPC, predictions=ANY, equations=partial(unipc, order=3)),
     "deis": Sampler(
         title="DEIS",
-        habits=_EXPONENTIAL,
+        convention=_EXPONENTIAL,
         predictions=ANY,
         equations=partial(deis, order=2),
         aliases=("deis_2", "DEISMultistepScheduler"),
     ),
-    "deis_3": Sampler(title="DEIS, order 3", habits=_EXPONENTIAL, predictions=ANY, equations=partial(deis, order=3)),
+    "deis_3": Sampler(
+        title="DEIS, order 3", convention=_EXPONENTIAL, predictions=ANY, equations=partial(deis, order=3)
+    ),
     "sa_solver": Sampler(
         title="SA-Solver",
-        habits=_EXPONENTIAL,
+        convention=_EXPONENTIAL,
         predictions=ANY,
         equations=sa_solver,
         aliases=("SASolverScheduler",),
     ),
     "lcm": Sampler(
         title="LCM",
-        walk=partial(consistency_walk, last=None),
+        discretize=partial(discretize_distilled, last=None),
         equations=lcm,
         aliases=("LCMScheduler",),
         spaced=False,
@@ -249,7 +260,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "tcd": Sampler(
         title="TCD",
-        walk=partial(consistency_walk, last=0),
+        discretize=partial(discretize_distilled, last=0),
         equations=tcd,
         aliases=("TCDScheduler",),
         spaced=False,
@@ -258,7 +269,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "flow_euler": Sampler(
         title="Flow Euler",
-        walk=flow_walk,
+        discretize=discretize_flow,
         equations=flow_euler,
         aliases=("FlowMatchEulerDiscreteScheduler",),
         spaced=False,
@@ -267,7 +278,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "flow_heun": Sampler(
         title="Flow Heun",
-        walk=flow_walk,
+        discretize=discretize_flow,
         equations=flow_heun,
         aliases=("FlowMatchHeunDiscreteScheduler",),
         spaced=False,
@@ -276,7 +287,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     ),
     "flow_lcm": Sampler(
         title="Flow LCM",
-        walk=flow_walk,
+        discretize=discretize_flow,
         equations=flow_lcm,
         aliases=("FlowMatchLCMScheduler",),
         spaced=False,

@@ -15,7 +15,7 @@ from latentrt.runtime.sampling.schedule import CLEAN
 from latentrt.runtime.sampling.sigmas import FLOW
 from latentrt.runtime.sampling.solvers.prediction import edm_units
 from latentrt.runtime.sampling.spacings import SPACINGS
-from latentrt.runtime.sampling.timesteps import Course, Walk
+from latentrt.runtime.sampling.timesteps import Discretization, RequestedSteps
 
 TIMESTEP_SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
 
@@ -36,41 +36,43 @@ def make_plan(
     """Compile a sampler to a plan for a checkpoint's training schedule.
 
     sampler: any name that `find` knows; None or `own` for the checkpoint's own scheduler with what its config sets
-    steps: may be left out where timesteps or sigmas are given
+    steps: may be None where timesteps or sigmas are given
     spacing: of timesteps (leading, trailing, linspace: instead of the checkpoint's) or of sigmas (karras, ..)
     strength: the share of the steps to take, from the end: less than 1 keeps some of an image; 0 to 1
     stop: the share of the steps after which to stop, leaving noise for another plan to remove; 0 to 1
     eta: the share of fresh noise, where the sampler has that option; 0 to 1
     shift: how far a flow's steps move towards the noise (3 for Stable Diffusion 3)
-    timesteps: what to tell the model, decreasing; sigmas: noise over picture, decreasing, with the one to end at
+    timesteps: for the model, decreasing; sigmas: noise over picture, decreasing, with the one to end at
     Raises RequestError when the name is unknown or any of this cannot be done.
     """
     chosen = choose_sampler(sampler, schedule)
     schedule = _scheduled(schedule, chosen, spacing)
     name = _name(chosen, spacing)
-    line = SAMPLERS[name.sampler].tuned(_walking(chosen))
+    line = SAMPLERS[name.sampler].tuned(_solver_options(chosen))
     _check_shares(name, line, schedule, strength=strength, stop=stop, eta=eta)
     shift = (chosen.shift or 1.0) if shift is None else shift
-    course = _course(name, line, schedule, steps=steps, timesteps=timesteps, sigmas=sigmas, shift=shift)
+    requested = _requested_steps(name, line, schedule, steps=steps, timesteps=timesteps, sigmas=sigmas, shift=shift)
     options = {} if line.eta is None else {"eta": line.eta if eta is None else eta}
     prediction = "v_prediction" if schedule.edm else schedule.prediction_type
     try:
         with np.errstate(divide="ignore", invalid="ignore"):  # compile_plan refuses what is not finite
-            walk = _part(line.walk(schedule, course, line.habits), course.steps, strength=strength, stop=stop)
-            stages = list(line.equations(walk, prediction, **options))
+            grid = _part(
+                line.discretize(schedule, requested, line.convention), requested.steps, strength=strength, stop=stop
+            )
+            stages = list(line.equations(grid, prediction, **options))
     except RequestError:
         raise
     except (ArithmeticError, ValueError) as error:  # a logarithm or a quotient of zero: two levels are the same
         raise RequestError(
-            f"{name} cannot walk this checkpoint's noise in {course.steps} steps ({error}); ask for fewer steps"
+            f"{name} cannot follow this checkpoint's noise in {requested.steps} steps ({error}); ask for fewer steps"
         ) from None
-    end = CLEAN if walk.end == len(walk.legs) else walk.legs[walk.end - 1].there
-    plan = compile_plan(str(name), stages, steps=course.steps, initial_scale=walk.initial_scale, end=end)
+    end = CLEAN if grid.end == len(grid.intervals) else grid.intervals[grid.end - 1].there
+    plan = compile_plan(str(name), stages, steps=requested.steps, initial_scale=grid.initial_scale, end=end)
     return edm_units(plan, schedule) if schedule.edm else plan
 
 
-def _walking(chosen: OwnSampler) -> dict[str, object]:
-    """Return what a checkpoint's config sets of the way and the equations: the rest is asked for elsewhere."""
+def _solver_options(chosen: OwnSampler) -> dict[str, object]:
+    """Return what a checkpoint's config sets for the steps and the equations; the rest is read elsewhere."""
     return {name: value for name, value in chosen.options.items() if name not in ("shift", "rescale_betas_zero_snr")}
 
 
@@ -86,7 +88,7 @@ def _scheduled(schedule: TrainingSchedule, chosen: OwnSampler, spacing: str | No
 
 
 def _name(chosen: OwnSampler, spacing: str | None) -> Name:
-    """Return how the plan is called, with the spacing of sigmas that was asked for."""
+    """Return the name of the plan, with the spacing of sigmas that was asked for."""
     name = Name(chosen.name, chosen.spacing, own=bool(chosen.options))
     if spacing is None or spacing in TIMESTEP_SPACINGS:
         return name
@@ -95,7 +97,7 @@ def _name(chosen: OwnSampler, spacing: str | None) -> Name:
     if name.spacing not in (None, spacing):
         raise RequestError(f"spacing: found '{spacing}', but '{name}' names another")
     if not SAMPLERS[name.sampler].spaced:
-        raise RequestError(f"spacing: {name.sampler} walks its own timesteps and cannot follow '{spacing}'")
+        raise RequestError(f"spacing: {name.sampler} has its own timesteps and cannot follow '{spacing}'")
     return name._replace(spacing=spacing)
 
 
@@ -120,7 +122,7 @@ def _check_shares(
         )
 
 
-def _course(
+def _requested_steps(
     name: Name,
     line: Sampler,
     schedule: TrainingSchedule,
@@ -129,7 +131,7 @@ def _course(
     timesteps: Sequence[float] | None,
     sigmas: Sequence[float] | None,
     shift: float,
-) -> Course:
+) -> RequestedSteps:
     _check_given(name, line, schedule, timesteps=timesteps, sigmas=sigmas)
     if not 0 < shift < np.inf or (shift != 1 and str(schedule.prediction_type) not in FLOW):
         raise RequestError(f"shift: found {shift}, expected a positive number, and 1 where the model is not of a flow")
@@ -140,7 +142,7 @@ def _course(
         raise RequestError(f"steps: found {steps}, expected {given} as timesteps or sigmas have")
     if type(given) is not int or not 1 <= given <= schedule.num_train_timesteps:
         raise RequestError(f"steps: found {given}, expected 1 to {schedule.num_train_timesteps}")
-    return Course(
+    return RequestedSteps(
         steps=given,
         spacing=name.spacing,
         timesteps=None if timesteps is None else tuple(timesteps),
@@ -161,14 +163,14 @@ def _check_given(
         n for n, v in (("timesteps", timesteps), ("sigmas", sigmas), (name.spacing, name.spacing)) if v is not None
     ]
     if len(asked) > 1:
-        raise RequestError(f"{asked[0]}: it and `{asked[1]}` each say where to step; give one of them")
+        raise RequestError(f"{asked[0]}: it and `{asked[1]}` each say where to step; give only one")
     if timesteps is not None:
         if not line.timed or schedule.edm is not None or str(schedule.prediction_type) in FLOW:
-            raise RequestError(f"timesteps: {name} walks its own here")
+            raise RequestError(f"timesteps: {name} has its own here")
         _check_falling("timesteps", timesteps, low=0, high=schedule.num_train_timesteps - 1)
     if sigmas is not None:
         if not line.measured:
-            raise RequestError(f"sigmas: {name} walks whole timesteps; give `timesteps`")
+            raise RequestError(f"sigmas: {name} takes whole timesteps; give `timesteps`")
         _check_falling("sigmas", sigmas, low=0, high=np.inf)
 
 
@@ -179,12 +181,12 @@ def _check_falling(name: str, values: Sequence[float], *, low: float, high: floa
         raise RequestError(f"{name}: expected finite numbers that decrease, from {high:g} at most to {low:g} at least")
 
 
-def _part(walk: Walk, steps: int, *, strength: float, stop: float) -> Walk:
-    begin = len(walk.legs) - min(int(steps * strength), len(walk.legs))
-    end = round(stop * len(walk.legs))
+def _part(grid: Discretization, steps: int, *, strength: float, stop: float) -> Discretization:
+    begin = len(grid.intervals) - min(int(steps * strength), len(grid.intervals))
+    end = round(stop * len(grid.intervals))
     if begin >= end:
         raise RequestError(
             f"strength: {strength:g} and a `stop` of {stop:g} leave none of {steps} steps to take; "
             "raise one of the three"
         )
-    return walk.part(begin, end)
+    return grid.part(begin, end)

@@ -29,7 +29,7 @@ class SamplingPlan:
 
     sampler: str  # the canonical name, for example dpmpp_2m_karras
     steps: int  # as asked; some samplers evaluate the model more than once a step
-    timesteps: Array  # (K,) float32: what the model is told
+    timesteps: Array  # (K,) float32: what the model gets
     input_rows: Array  # (K, R) float32
     transitions: Array  # (K, R, R + 2) float32
     draws_noise: Array  # (K,) bool: where unit noise is taken from the generator, even if its weight is zero
@@ -104,5 +104,5 @@ def _refuse_nonfinite(plan: SamplingPlan) -> None:
         if not np.isfinite(getattr(plan, field)).all():
             raise RequestError(
                 f"the plan of {plan.sampler} with {plan.steps} steps has a {field} entry that is not finite; "
-                "this sampler cannot walk this checkpoint's noise schedule: choose another"
+                "this sampler cannot follow this checkpoint's noise schedule; choose another"
             )

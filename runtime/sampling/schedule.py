@@ -26,7 +26,7 @@ STABLE_DIFFUSION = TrainingSchedule(
     steps_offset=1,
     set_alpha_to_one=False,
 )
-FLOOR = np.float32(2**-24)  # alpha-bar at the end of a zero-terminal-SNR schedule, where it is divided by
+FLOOR = np.float32(2**-24)  # alphas_cumprod at the end of a zero-terminal-SNR schedule, where it is divided by
 
 
 class Level(NamedTuple):
@@ -49,15 +49,15 @@ class Level(NamedTuple):
 CLEAN = Level(1.0, 0.0)
 
 
-class Leg(NamedTuple):
-    """One step of a walk: the model is told `timestep` at level `here`; the step ends at level `there`."""
+class Interval(NamedTuple):
+    """One interval of a discretization: the model runs at `timestep` and level `here`; the step ends at `there`."""
 
     timestep: float
     here: Level
     there: Level
 
 
-def alpha_bars(schedule: TrainingSchedule) -> Array:
+def alphas_cumprod(schedule: TrainingSchedule) -> Array:
     """Return the picture's share of the variance at each training timestep: (T,), float32."""
     kept = np.float32(1) - _betas(schedule)
     # torch's cumprod on the CPU accumulates in double and rounds each entry
@@ -69,10 +69,10 @@ def training_sigmas(schedule: TrainingSchedule) -> Array:
 
     A zero-terminal-SNR schedule would end at infinity and ends at 4096 instead.
     """
-    bars = alpha_bars(schedule)
+    alphas = alphas_cumprod(schedule)
     if schedule.rescale_betas_zero_snr:
-        bars[-1] = FLOOR
-    return np.sqrt((np.float32(1) - bars) / bars)
+        alphas[-1] = FLOOR
+    return np.sqrt((np.float32(1) - alphas) / alphas)
 
 
 def _betas(schedule: TrainingSchedule) -> Array:
@@ -95,8 +95,8 @@ def _scaled_linear(schedule: TrainingSchedule) -> Array:
 def _cosine(schedule: TrainingSchedule) -> Array:
     # Improved DDPM, arXiv:2102.09672, eq. 17
     times = np.arange(schedule.num_train_timesteps + 1, dtype=np.float64) / schedule.num_train_timesteps
-    bars = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.asarray(np.minimum(1 - bars[1:] / bars[:-1], 0.999), dtype=np.float32)
+    alphas = np.cos((times + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.asarray(np.minimum(1 - alphas[1:] / alphas[:-1], 0.999), dtype=np.float32)
 
 
 BETAS: dict[str, Callable[[TrainingSchedule], Array]] = {
@@ -123,8 +123,8 @@ def _zero_terminal_snr(betas: Array) -> Array:
     roots = np.sqrt(np.cumprod((np.float32(1) - betas).astype(np.float64)).astype(np.float32))
     first, last = roots[0], roots[-1]
     roots = (roots - last) * (first / (first - last))
-    bars = roots * roots
-    return np.float32(1) - np.concatenate([bars[:1], bars[1:] / bars[:-1]])
+    alphas = roots * roots
+    return np.float32(1) - np.concatenate([alphas[:1], alphas[1:] / alphas[:-1]])
 
 
 def vp_level(sigma: float) -> Level:
@@ -138,9 +138,9 @@ def ve_level(sigma: float) -> Level:
     return Level(1.0, sigma)
 
 
-def bar_level(bar: float) -> Level:
-    """Return the variance-preserving level at this alpha-bar."""
-    return Level(math.sqrt(bar), math.sqrt(1 - bar))
+def level_at(alpha_cumprod: float) -> Level:
+    """Return the variance-preserving level at this cumulative product of alphas."""
+    return Level(math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod))
 
 
 def spaced(spacing: str, total: int, steps: int, *, offset: int, visited: int | None = None) -> Array:

@@ -1,4 +1,4 @@
-"""The walks of samplers that count in ratios of noise to picture, or in a flow's shares of noise."""
+"""The discretizations of samplers that count in sigma, the ratio of noise to picture, or in a flow's share of noise."""
 
 from __future__ import annotations
 
@@ -10,97 +10,103 @@ import numpy as np
 from latentrt.engines.bundle.manifest import EdmRange, TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.sampling.schedule import Leg, Level, sigma_to_timestep, spaced, training_sigmas, ve_level
+from latentrt.runtime.sampling.schedule import Interval, Level, sigma_to_timestep, spaced, training_sigmas, ve_level
 from latentrt.runtime.sampling.spacings import BY_FORMULA, SPACINGS, Ends
-from latentrt.runtime.sampling.timesteps import Course, Habits, Walk, make_walk
+from latentrt.runtime.sampling.timesteps import Convention, Discretization, RequestedSteps, make_discretization
 
 FLOW = ("flow_prediction",)
 ALMOST = 1e-6  # a solver in lambda cannot start from noise alone, where lambda is infinite
 
 
-SIGMA = Habits(level=ve_level, extra=False, whole=False)
+SIGMA = Convention(level=ve_level, extra=False, whole=False)
 
 
-def ratio_walk(schedule: TrainingSchedule, course: Course, habits: Habits) -> Walk:
-    """Walk the way of the samplers that count in ratios of noise to picture: all that came after DDIM and PNDM."""
-    if str(schedule.prediction_type) in FLOW and habits.flow is not None:
-        return _solver_flow_walk(schedule, course, habits, habits.flow)
-    unit = _unit(schedule, habits)
-    timesteps, ratios = (
-        _edm_stations(schedule.edm, course, habits) if schedule.edm else _stations(schedule, course, habits)
+def discretize_sigmas(schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention) -> Discretization:
+    """Return the steps of the samplers that count in sigma: all that came after DDIM and PNDM."""
+    if str(schedule.prediction_type) in FLOW and convention.flow is not None:
+        return discretize_flow_for_solver(schedule, requested, convention, convention.flow)
+    unit = _unit(schedule, convention)
+    timesteps, sigmas = (
+        _edm_timesteps_and_sigmas(schedule.edm, requested, convention)
+        if schedule.edm
+        else _timesteps_and_sigmas(schedule, requested, convention)
     )
-    rounded = [float(ratio) for ratio in ratios.astype(np.float32)]  # float32: as the reference keeps them
-    levels = [habits.level(ratio) for ratio in rounded]
-    legs = tuple(map(Leg, (float(t) for t in timesteps), levels, levels[1:]))
+    rounded = [float(sigma) for sigma in sigmas.astype(np.float32)]  # float32: as the reference keeps them
+    levels = [convention.level(sigma) for sigma in rounded]
+    intervals = tuple(map(Interval, (float(t) for t in timesteps), levels, levels[1:]))
     scale = _first_scale(schedule, levels[0], max(rounded[:-1]))
-    return make_walk(legs, schedule, course, initial_scale=scale, unit=unit)
+    return make_discretization(intervals, schedule, requested, initial_scale=scale, unit=unit)
 
 
-def _unit(schedule: TrainingSchedule, habits: Habits) -> float | None:
+def _unit(schedule: TrainingSchedule, convention: Convention) -> float | None:
     if schedule.edm is not None:
         return schedule.edm.sigma_data
-    return 1.0 if habits.timestep_type == "continuous" else None
+    return 1.0 if convention.timestep_type == "continuous" else None
 
 
 def _first_scale(schedule: TrainingSchedule, first: Level, highest: float) -> float:
-    """Return how large the first latents are, in units of noise: by the reference, not always the level's size."""
-    if schedule.edm is not None:  # of unit variance with the picture's, before the latents count in sigma_data
+    """Return how large the first latents are, in units of noise: as in the reference, not always the level's size."""
+    if schedule.edm is not None:  # unit variance with the picture's, before the latents count in sigma_data
         return first.alpha * math.hypot(highest, 1 / schedule.edm.sigma_data)
     if first.alpha < 1:
         return 1.0
     return math.hypot(highest, 1.0) if schedule.timestep_spacing == "leading" else highest
 
 
-def _stations(schedule: TrainingSchedule, course: Course, habits: Habits) -> tuple[Array, Array]:
-    """Return what the model is told, (K,), and the ratios with the one at the end, (K + 1,)."""
+def _timesteps_and_sigmas(
+    schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention
+) -> tuple[Array, Array]:
+    """Return what the model gets, (K,), and the sigmas with the one at the end, (K + 1,)."""
     table = training_sigmas(schedule)
-    if course.sigmas is not None:
-        ratios = np.array(course.sigmas, dtype=np.float32).astype(np.float64)
-        return _told(ratios[:-1], table, None, schedule, habits), ratios
-    timesteps = _timesteps(schedule, course, habits)
-    ratios = np.interp(timesteps, np.arange(len(table)), table)
-    if habits.interpolation == "log_linear":
-        ratios = np.exp(np.linspace(math.log(table[-1]), math.log(table[0]), course.steps + 1))
-    if course.spacing is not None:
+    if requested.sigmas is not None:
+        sigmas = np.array(requested.sigmas, dtype=np.float32).astype(np.float64)
+        return _timesteps_at(sigmas[:-1], table, None, schedule, convention), sigmas
+    timesteps = _timesteps(schedule, requested, convention)
+    sigmas = np.interp(timesteps, np.arange(len(table)), table)
+    if convention.interpolation == "log_linear":
+        sigmas = np.exp(np.linspace(math.log(table[-1]), math.log(table[0]), requested.steps + 1))
+    if requested.spacing is not None:
         ends = (
-            _ends(table[-1], table[0], table, habits) if habits.whole else _ends(ratios[0], ratios[-1], table, habits)
+            _ends(table[-1], table[0], table, convention)
+            if convention.whole
+            else _ends(sigmas[0], sigmas[-1], table, convention)
         )
-        ratios = SPACINGS[course.spacing](ends, course.steps)
-        timesteps = _told(ratios, table, course.spacing, schedule, habits)
-    elif habits.timestep_type == "continuous":
-        timesteps = np.log(ratios[: len(timesteps)]) / 4
-    last = {"zero": 0.0, "lowest": float(table[0]), "repeat": float(ratios[-1] if course.spacing else table[0])}
-    return timesteps, np.append(ratios, last[habits.end])[: len(timesteps) + 1]
+        sigmas = SPACINGS[requested.spacing](ends, requested.steps)
+        timesteps = _timesteps_at(sigmas, table, requested.spacing, schedule, convention)
+    elif convention.timestep_type == "continuous":
+        timesteps = np.log(sigmas[: len(timesteps)]) / 4
+    last = {"zero": 0.0, "lowest": float(table[0]), "repeat": float(sigmas[-1] if requested.spacing else table[0])}
+    return timesteps, np.append(sigmas, last[convention.end])[: len(timesteps) + 1]
 
 
-def _ends(high: float, low: float, table: Array, habits: Habits) -> Ends:
-    high = float(high if habits.sigma_max is None else habits.sigma_max)
-    return Ends(high, float(low if habits.sigma_min is None else habits.sigma_min), table, habits.rho)
+def _ends(high: float, low: float, table: Array, convention: Convention) -> Ends:
+    high = float(high if convention.sigma_max is None else convention.sigma_max)
+    return Ends(high, float(low if convention.sigma_min is None else convention.sigma_min), table, convention.rho)
 
 
-def _edm_stations(edm: EdmRange, course: Course, habits: Habits) -> tuple[Array, Array]:
-    """Return the same of a model that brings its own noise: the ratios are in units of its sigma_data."""
-    if course.sigmas is not None:
-        ratios = np.array(course.sigmas, dtype=np.float64)
-        return np.log(ratios[:-1]) / 4, ratios / edm.sigma_data
-    spacing = course.spacing or "karras"
+def _edm_timesteps_and_sigmas(edm: EdmRange, requested: RequestedSteps, convention: Convention) -> tuple[Array, Array]:
+    """Return the same for a model with its own noise range: the sigmas are in units of its sigma_data."""
+    if requested.sigmas is not None:
+        sigmas = np.array(requested.sigmas, dtype=np.float64)
+        return np.log(sigmas[:-1]) / 4, sigmas / edm.sigma_data
+    spacing = requested.spacing or "karras"
     if spacing not in BY_FORMULA:
         raise RequestError(f"spacing: '{spacing}' counts training timesteps, and this checkpoint has none; use karras")
-    ratios = SPACINGS[spacing](Ends(edm.sigma_max, edm.sigma_min, np.empty(0), habits.rho), course.steps)
-    last = {"zero": 0.0, "lowest": edm.sigma_min, "repeat": ratios[-1]}[habits.end]
-    return np.log(ratios) / 4, np.append(ratios, last) / edm.sigma_data
+    sigmas = SPACINGS[spacing](Ends(edm.sigma_max, edm.sigma_min, np.empty(0), convention.rho), requested.steps)
+    last = {"zero": 0.0, "lowest": edm.sigma_min, "repeat": sigmas[-1]}[convention.end]
+    return np.log(sigmas) / 4, np.append(sigmas, last) / edm.sigma_data
 
 
-def _timesteps(schedule: TrainingSchedule, course: Course, habits: Habits) -> Array:
-    if course.timesteps is not None:
-        given = np.array(course.timesteps, dtype=np.float32)
-        return np.trunc(given) if habits.whole else given
-    spacing = habits.fixed_spacing or schedule.timestep_spacing or "linspace"  # diffusers' default here
-    count = course.steps + (habits.extra and spacing != "trailing")
-    total, offset = schedule.num_train_timesteps, 0 if habits.fixed_spacing else schedule.steps_offset
-    visited = total - _too_noisy(schedule, habits.lambda_min)
-    timesteps = spaced(spacing, total, count, offset=offset, visited=visited)[: course.steps]
-    return np.round(timesteps) if habits.whole else timesteps.astype(np.float32)
+def _timesteps(schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention) -> Array:
+    if requested.timesteps is not None:
+        given = np.array(requested.timesteps, dtype=np.float32)
+        return np.trunc(given) if convention.whole else given
+    spacing = convention.fixed_spacing or schedule.timestep_spacing or "linspace"  # diffusers' default here
+    count = requested.steps + (convention.extra and spacing != "trailing")
+    total, offset = schedule.num_train_timesteps, 0 if convention.fixed_spacing else schedule.steps_offset
+    visited = total - _too_noisy(schedule, convention.lambda_min)
+    timesteps = spaced(spacing, total, count, offset=offset, visited=visited)[: requested.steps]
+    return np.round(timesteps) if convention.whole else timesteps.astype(np.float32)
 
 
 def _too_noisy(schedule: TrainingSchedule, lambda_min: float) -> int:
@@ -108,48 +114,52 @@ def _too_noisy(schedule: TrainingSchedule, lambda_min: float) -> int:
     return int(np.count_nonzero(-np.log(training_sigmas(schedule)) < lambda_min))
 
 
-def _told(ratios: Array, table: Array, spacing: str | None, schedule: TrainingSchedule, habits: Habits) -> Array:
-    """Return what the model is told of ratios: the reference truncates some timesteps and rounds others."""
-    if habits.timestep_type == "continuous":
-        return np.asarray(np.log(ratios) / 4)
-    timesteps = sigma_to_timestep(ratios, table)
-    if not habits.whole:
-        return np.round(timesteps) if habits.rounds_karras and spacing == "karras" else timesteps
-    cosine = habits.truncates_cosine and schedule.beta_schedule == "squaredcos_cap_v2"
+def _timesteps_at(
+    sigmas: Array, table: Array, spacing: str | None, schedule: TrainingSchedule, convention: Convention
+) -> Array:
+    """Return what the model gets for sigmas: the reference truncates some timesteps and rounds others."""
+    if convention.timestep_type == "continuous":
+        return np.asarray(np.log(sigmas) / 4)
+    timesteps = sigma_to_timestep(sigmas, table)
+    if not convention.whole:
+        return np.round(timesteps) if convention.rounds_karras and spacing == "karras" else timesteps
+    cosine = convention.truncates_cosine and schedule.beta_schedule == "squaredcos_cap_v2"
     if spacing in ("exponential", "beta") or (spacing in ("karras", "lu") and cosine):
         return np.trunc(timesteps)
     return np.round(timesteps)
 
 
-def flow_walk(schedule: TrainingSchedule, course: Course, _: Habits) -> Walk:
-    """Walk rectified flow's way: sigma falls from 1 evenly, shifted towards the noise as arXiv:2403.03206, eq. 23.
+def discretize_flow(schedule: TrainingSchedule, requested: RequestedSteps, _: Convention) -> Discretization:
+    """Return rectified flow's steps: sigma falls evenly from 1, shifted towards noise as in arXiv:2403.03206, eq. 23.
 
-    The ends are shifted before the way between them is divided and shifted, as the reference does.
+    As in the reference, the ends are shifted first, and what is divided between them is shifted again.
     """
     total = schedule.num_train_timesteps
-    high, low = _shifted(np.array([1.0, 1 / total]), course.shift)
-    sigmas = np.append(_shifted(np.linspace(high, low, course.steps), course.shift), 0.0)
-    levels = _flow_levels(sigmas if course.sigmas is None else np.array(course.sigmas))
+    high, low = _shifted(np.array([1.0, 1 / total]), requested.shift)
+    sigmas = np.append(_shifted(np.linspace(high, low, requested.steps), requested.shift), 0.0)
+    levels = _flow_levels(sigmas if requested.sigmas is None else np.array(requested.sigmas))
     timesteps = [level.sigma * total for level in levels[:-1]]
-    return make_walk(tuple(map(Leg, timesteps, levels, levels[1:])), schedule, course)
+    return make_discretization(tuple(map(Interval, timesteps, levels, levels[1:])), schedule, requested)
 
 
-def _solver_flow_walk(
-    schedule: TrainingSchedule, course: Course, habits: Habits, spacing: Callable[[int, int], Array]
-) -> Walk:
-    """Walk a flow with a solver that was made for diffusion: whole timesteps, and its own ends."""
+def discretize_flow_for_solver(
+    schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention, spacing: Callable[[int, int], Array]
+) -> Discretization:
+    """Return the steps of a flow for a solver that was made for diffusion: whole timesteps, and its own ends."""
     total = schedule.num_train_timesteps
-    sigmas = _shifted(spacing(course.steps, total), course.shift)
+    sigmas = _shifted(spacing(requested.steps, total), requested.shift)
     sigmas[0] = min(sigmas[0], 1 - ALMOST)
-    sigmas = np.append(sigmas, 0.0 if habits.end == "zero" else sigmas[-1])
-    levels = _flow_levels(sigmas if course.sigmas is None else np.array(course.sigmas))
-    timesteps = np.trunc(sigmas[:-1] * total) if course.sigmas is None else [level.sigma * total for level in levels]
-    return make_walk(tuple(map(Leg, (float(t) for t in timesteps), levels, levels[1:])), schedule, course)
+    sigmas = np.append(sigmas, 0.0 if convention.end == "zero" else sigmas[-1])
+    levels = _flow_levels(sigmas if requested.sigmas is None else np.array(requested.sigmas))
+    timesteps = np.trunc(sigmas[:-1] * total) if requested.sigmas is None else [level.sigma * total for level in levels]
+    return make_discretization(
+        tuple(map(Interval, (float(t) for t in timesteps), levels, levels[1:])), schedule, requested
+    )
 
 
 def even_flow(steps: int, total: int) -> Array:
     """Return sigmas from 1 - 1 / total evenly towards 0, which is left out: (steps,), float64."""
-    # so written because the timesteps are truncated: (1 - 1 / 3) * 1000 must fall on the reference's side of 666
+    # written so because the timesteps are truncated: (1 - 1 / 3) * 1000 must fall on the reference's side of 666
     return np.flip(1 - np.linspace(1, 1 / total, steps + 1))[:-1].copy()
 
 

@@ -86,9 +86,9 @@ class TextEncoder:
         """Encode a batch, as `__call__` does, with what stands for each whole text."""
         encodings = self.encodings(prompts)
         pooled = [one.pooled for one in encodings if one.pooled is not None]
-        return Encoding(states=self._even(encodings, prompts), pooled=np.stack(pooled) if pooled else None)
+        return Encoding(states=self._pad_to_longest(encodings, prompts), pooled=np.stack(pooled) if pooled else None)
 
-    def _even(self, encodings: Sequence[Encoding], prompts: Sequence[Prompt]) -> Array:
+    def _pad_to_longest(self, encodings: Sequence[Encoding], prompts: Sequence[Prompt]) -> Array:
         """Stack states, those of fewer chunks followed by chunks of the empty prompt."""
         encoded = [one.states for one in encodings]
         longest = max(map(len, encoded))

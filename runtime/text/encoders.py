@@ -24,7 +24,7 @@ def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenize
     return {name: PromptTokenizer(bundle.path(spec.file, check=check), spec) for name, spec in specs.items()}
 
 
-class Texts:
+class PromptEncoders:
     """The encoders of a bundle, and which of them each denoiser takes, in what order. A shared one is there once."""
 
     def __init__(

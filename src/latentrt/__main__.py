@@ -126,12 +126,12 @@ def called(arguments: Sequence[str]) -> click.Command | None:
 
 def prints_json(arguments: Sequence[str]) -> bool:
     """Tell whether a command prints JSON: its --json is a flag, or is given - for a file."""
-    told = list(itertools.takewhile(lambda argument: argument != "--", arguments))
-    command = called(told)
+    own = list(itertools.takewhile(lambda argument: argument != "--", arguments))
+    command = called(own)
     option = next((param for param in command.params if JSON in param.opts), None) if command else None
     if isinstance(option, click.Option) and not option.is_flag:
-        return f"{JSON}=-" in told or (JSON, "-") in itertools.pairwise(told)
-    return JSON in told
+        return f"{JSON}=-" in own or (JSON, "-") in itertools.pairwise(own)
+    return JSON in own
 
 
 def in_options(message: str, command: click.Command | None) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
 from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.solvers.prediction import denoised, noise
-from latentrt.runtime.sampling.timesteps import FEW, Walk
+from latentrt.runtime.sampling.timesteps import FEW, Discretization
 
 Kind = Literal["dpm", "dpmpp", "sde-dpm", "sde-dpmpp"]
 Solver = Literal["midpoint", "heun"]
@@ -75,7 +75,7 @@ CURVE: Mapping[Kind, Callable[[Level, float], float]] = {
 
 
 def multistep(
-    walk: Walk,
+    grid: Discretization,
     prediction: str,
     *,
     kind: Kind,
@@ -86,14 +86,14 @@ def multistep(
 ) -> Iterator[Stage]:
     """Yield the stages of the multistep solvers: state is the latents and order - 1 past values."""
     convert = denoised if kind.endswith("dpmpp") else noise
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, *past, m, z = basis(order)
         values = [convert(x, m, here, prediction), *past]
-        degree = walk.order(k, order, few=FEW if lower_order_final else 0)
+        degree = grid.order(k, order, few=FEW if lower_order_final else 0)
         # to the clean picture, or nowhere (some spacings repeat the least noise): neither has a higher order
-        if there.sigma == 0 or there == here or (euler_at_final and k == len(walk.legs) - 1):
+        if there.sigma == 0 or there == here or (euler_at_final and k == len(grid.intervals) - 1):
             degree = 1
-        lambdas = [there.half_log_snr, *(walk.legs[k - i].here.half_log_snr for i in range(degree))]
+        lambdas = [there.half_log_snr, *(grid.intervals[k - i].here.half_log_snr for i in range(degree))]
         h = lambdas[0] - lambdas[1]
         weights = WEIGHTS[kind](here, there, h)
         step = weights.latents * x + weights.value * values[0] + weights.fresh * z
@@ -123,7 +123,7 @@ def _third(kind: Kind, there: Level, values: Sequence[Array], lambdas: Sequence[
 
 
 def singlestep(
-    walk: Walk,
+    grid: Discretization,
     prediction: str,
     *,
     kind: Kind,
@@ -131,19 +131,19 @@ def singlestep(
     solver_type: Solver = "midpoint",
     lower_order_final: bool = False,
 ) -> Iterator[Stage]:
-    """Yield the stages of the single-step solvers: groups of legs of order 1, 2, .. that all start where the first did.
+    """Yield the stages of the single-step solvers: groups of intervals of order 1, 2, .. with one start.
 
     State is the latents, those at the group's start, and order - 1 past values.
     """
     convert = denoised if kind.endswith("dpmpp") else noise
-    clean = walk.legs[-1].there.sigma == 0
-    orders = _group_orders(len(walk.legs), order, clean=clean, lower=clean or lower_order_final)
-    for k, (timestep, here, there) in walk:
+    clean = grid.intervals[-1].there.sigma == 0
+    orders = _group_orders(len(grid.intervals), order, clean=clean, lower=clean or lower_order_final)
+    for k, (timestep, here, there) in grid:
         x, saved, *past, m, z = basis(order + 1)
         values = [convert(x, m, here, prediction), *past]
-        degree = min(orders[k], k - walk.begin + 1)
+        degree = min(orders[k], k - grid.begin + 1)
         saved = x if degree == 1 else saved
-        levels = [walk.legs[k - i].here for i in range(degree)]
+        levels = [grid.intervals[k - i].here for i in range(degree)]
         h, *since = (level.half_log_snr - levels[-1].half_log_snr for level in (there, *levels[:-1]))
         weights = WEIGHTS[kind](levels[-1], there, h)
         step = weights.latents * saved + weights.value * values[degree - 1] + weights.fresh * z
@@ -165,13 +165,13 @@ def _third_of_group(kind: Kind, there: Level, slopes: Sequence[Array], since: Se
     return HEUN[kind](there, h) * slope + 2 * CURVE[kind](there, h) * bend
 
 
-def _group_orders(legs: int, order: int, *, clean: bool, lower: bool) -> list[int]:
-    """Return the order of each leg: whole groups, and an incomplete one where the last is to be lower or does not fit.
+def _group_orders(intervals: int, order: int, *, clean: bool, lower: bool) -> list[int]:
+    """Return the order of each interval: whole groups, and a smaller one where the last is to be lower or does not fit.
 
-    clean: the last leg ends at the clean picture, which only the first order reaches
+    clean: the last interval ends at the clean picture, which only the first order reaches
     """
     group = list(range(1, order + 1))
-    whole, rest = divmod(legs, order)
+    whole, rest = divmod(intervals, order)
     if rest == 0 and lower:
         whole, rest = whole - 1, order
     orders = group * whole + (group[:rest] if rest < order else [*group[: order - 1], 1])

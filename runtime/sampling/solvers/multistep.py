@@ -13,11 +13,11 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
 from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.solvers.prediction import denoised, moment_weights, noise
-from latentrt.runtime.sampling.timesteps import FEW, Walk
+from latentrt.runtime.sampling.timesteps import FEW, Discretization
 
 
 def unipc(
-    walk: Walk,
+    grid: Discretization,
     prediction: str,
     *,
     order: int,
@@ -28,22 +28,22 @@ def unipc(
 ) -> Iterator[Stage]:
     """Yield the stages of Algorithms 5 and 6: latents, the last corrected ones, past pictures or noises.
 
-    solver_type: which B(h) of the paper; disable_corrector: the legs after which the corrector is left out
+    solver_type: which B(h) of the paper; disable_corrector: the intervals after which the corrector is left out
     """
     convert = noise if predicts_noise else denoised
     few = math.inf if lower_order_final else 0
     update = partial(_update, weights=_of_noise if predicts_noise else _of_picture, linear=solver_type == "bh1")
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, saved, *past, m, _ = basis(2 + order)
         value = convert(x, m, here, prediction)
         corrected = x
-        if k > walk.begin and k - 1 not in disable_corrector:
-            degree = walk.order(k - 1, order, few=few)
-            levels = [here, *(walk.legs[k - 1 - i].here for i in range(degree))]
+        if k > grid.begin and k - 1 not in disable_corrector:
+            degree = grid.order(k - 1, order, few=few)
+            levels = [here, *(grid.intervals[k - 1 - i].here for i in range(degree))]
             corrected = update(saved, past[:degree], levels, arrived=value)
         values = [value, *past[: order - 1]]
-        degree = walk.order(k, order, few=few)
-        levels = [there, *(walk.legs[k - i].here for i in range(degree))]
+        degree = grid.order(k, order, few=few)
+        levels = [there, *(grid.intervals[k - i].here for i in range(degree))]
         step = update(corrected, values[:degree], levels, arrived=None)
         yield Stage(timestep, here, x, (step, corrected, *values))
 
@@ -105,13 +105,13 @@ def _rhos(ratios: Sequence[float], h: float, base: float) -> Array:
     return moment_weights(ratios, wanted)
 
 
-def deis(walk: Walk, prediction: str, *, order: int, lower_order_final: bool = True) -> Iterator[Stage]:
+def deis(grid: Discretization, prediction: str, *, order: int, lower_order_final: bool = True) -> Iterator[Stage]:
     """Yield the stages of log-rho AB-DEIS, Table 1: state is the latents and order - 1 past noises."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, *past, m, _ = basis(order)
         noises = [noise(x, m, here, prediction), *past]
-        degree = walk.order(k, order, few=FEW if lower_order_final else 0)
-        rhos = [walk.legs[k - i].here for i in range(degree)]
+        degree = grid.order(k, order, few=FEW if lower_order_final else 0)
+        rhos = [grid.intervals[k - i].here for i in range(degree)]
         weights = log_integrals([r.sigma / r.alpha for r in rhos], there.sigma / there.alpha)
         step = x / here.alpha + np.tensordot(weights, np.stack(noises[:degree]), axes=1)
         yield Stage(timestep, here, x, (there.alpha * step, *noises[: order - 1]))
@@ -132,19 +132,19 @@ def log_integrals(nodes: Sequence[float], stop: float) -> Array:
 NOISY = (200, 800)  # timesteps between which tau is 1, the noise of the reverse SDE; elsewhere it is 0
 
 
-def sa_solver(walk: Walk, prediction: str, *, lower_order_final: bool = True) -> Iterator[Stage]:
+def sa_solver(grid: Discretization, prediction: str, *, lower_order_final: bool = True) -> Iterator[Stage]:
     """Yield Algorithm 1's stages: latents, the last corrected ones, the noise added to them, the last picture."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, saved, added, past, m, z = basis(4)
         picture = denoised(x, m, here, prediction)
         corrected = x
-        if k > walk.begin:
-            before = walk.legs[k - 1]
+        if k > grid.begin:
+            before = grid.intervals[k - 1]
             slope = (picture - past) / (here.half_log_snr - before.here.half_log_snr)
             corrected = _stochastic_update(saved, past, slope, before.here, here, _tau(before.timestep), added)
         slope = 0 * picture
-        if walk.order(k, 2, few=math.inf if lower_order_final else 0) == 2:
-            slope = (picture - past) / (here.half_log_snr - walk.legs[k - 1].here.half_log_snr)
+        if grid.order(k, 2, few=math.inf if lower_order_final else 0) == 2:
+            slope = (picture - past) / (here.half_log_snr - grid.intervals[k - 1].here.half_log_snr)
         step = _stochastic_update(corrected, picture, slope, here, there, _tau(timestep), z)
         yield Stage(timestep, here, x, (step, corrected, z, picture), draws=True)
 

@@ -11,7 +11,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
 from latentrt.runtime.sampling.schedule import Level, ve_level
 from latentrt.runtime.sampling.solvers.prediction import denoised, moment_weights
-from latentrt.runtime.sampling.timesteps import Walk
+from latentrt.runtime.sampling.timesteps import Discretization
 
 LMS_ORDER = 4
 
@@ -21,17 +21,17 @@ def slope(x: Array, m: Array, level: Level, prediction: str) -> Array:
     return (x - denoised(x, m, level, prediction)) / level.sigma
 
 
-def euler(walk: Walk, prediction: str) -> Iterator[Stage]:
+def euler(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield the stages of Algorithm 1 without its second-order correction."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, m, _ = basis(1)
         step = x + (there.sigma - here.sigma) * slope(x, m, here, prediction)
         yield Stage(timestep, here, x / here.size, (step,))
 
 
-def euler_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
+def euler_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield Euler steps that go below the next level and come back to it with fresh noise."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, m, z = basis(1)
         down, up = ancestral_split(here.sigma, there.sigma)
         step = x + (down - here.sigma) * slope(x, m, here, prediction) + up * z
@@ -44,13 +44,13 @@ def ancestral_split(here: float, there: float) -> tuple[float, float]:
     return math.sqrt(max(there**2 - up**2, 0.0)), up
 
 
-def lms(walk: Walk, prediction: str) -> Iterator[Stage]:
+def lms(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield linear multistep stages: up to four past slopes, weighted by the integrals of their Lagrange basis."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, *past, m, _ = basis(LMS_ORDER)
-        order = min(k - walk.begin + 1, LMS_ORDER)
+        order = min(k - grid.begin + 1, LMS_ORDER)
         slopes = [slope(x, m, here, prediction), *past[: order - 1]]
-        nodes = [walk.legs[k - i].here.sigma for i in range(order)]
+        nodes = [grid.intervals[k - i].here.sigma for i in range(order)]
         weights = lagrange_integrals(nodes, there.sigma)
         step = x + np.tensordot(weights, np.stack(slopes), axes=1)
         yield Stage(timestep, here, x / here.size, (step, slopes[0], *past[: LMS_ORDER - 2]))
@@ -63,9 +63,9 @@ def lagrange_integrals(nodes: Sequence[float], stop: float) -> Array:
     return width * moment_weights([(node - nodes[0]) / width for node in nodes], moments)
 
 
-def heun(walk: Walk, prediction: str) -> Iterator[Stage]:
+def heun(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield Algorithm 1 of arXiv:2206.00364: an Euler step, then the mean of the slopes at its two ends."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         width = there.sigma - here.sigma
         x, _, _, m, _ = basis(3)
         first = slope(x, m, here, prediction)
@@ -74,12 +74,12 @@ def heun(walk: Walk, prediction: str) -> Iterator[Stage]:
             continue
         x, saved, first, m, _ = basis(3)
         mean = (first + slope(x, m, there, prediction)) / 2
-        yield Stage(walk.legs[k + 1].timestep, there, x / there.size, (saved + width * mean, saved, first))
+        yield Stage(grid.intervals[k + 1].timestep, there, x / there.size, (saved + width * mean, saved, first))
 
 
-def kdpm2(walk: Walk, prediction: str) -> Iterator[Stage]:
+def kdpm2(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver-2, arXiv:2206.00927, in sigma: the slope at the middle, in log sigma, makes the step."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         middle = ve_level(math.sqrt(here.sigma * there.sigma))
         x, _, m, _ = basis(2)
         half = x + (middle.sigma - here.sigma) * slope(x, m, here, prediction)
@@ -88,12 +88,12 @@ def kdpm2(walk: Walk, prediction: str) -> Iterator[Stage]:
             continue
         x, saved, m, _ = basis(2)
         step = saved + (there.sigma - here.sigma) * slope(x, m, middle, prediction)
-        yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved))
+        yield Stage(grid.timestep_at(middle.sigma), middle, x / middle.size, (step, saved))
 
 
-def kdpm2_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
+def kdpm2_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield kdpm2 steps that go below the next level and come back to it with fresh noise."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         down, up = ancestral_split(here.sigma, there.sigma)
         middle = ve_level(math.sqrt(here.sigma * down))
         x, _, m, _ = basis(2)
@@ -103,12 +103,12 @@ def kdpm2_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
             continue
         x, saved, m, z = basis(2)
         step = saved + (down - here.sigma) * slope(x, m, middle, prediction) + up * z
-        yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
+        yield Stage(grid.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
 
 
-def dpmpp_2s_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
+def dpmpp_2s_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver++ (2S), arXiv:2211.01095, to below the next level, and back to it with fresh noise."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, _, m, _ = basis(2)
         picture = denoised(x, m, here, prediction)
         if there.sigma == 0:
@@ -121,15 +121,15 @@ def dpmpp_2s_ancestral(walk: Walk, prediction: str) -> Iterator[Stage]:
         x, saved, m, z = basis(2)
         ratio = down / here.sigma
         step = ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction) + up * z
-        yield Stage(walk.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
+        yield Stage(grid.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
 
 
-def dpmpp_sde(walk: Walk, prediction: str) -> Iterator[Stage]:
+def dpmpp_sde(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver++ (2S) with noise: to the middle in log sigma, and with its picture from start to end.
 
     Both moves of a step ride on one Brownian path in sigma, so the second one's noise contains the first one's.
     """
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, _, unused, m, z = basis(3)
         picture = denoised(x, m, here, prediction)
         if there.sigma == 0:
@@ -145,32 +145,32 @@ def dpmpp_sde(walk: Walk, prediction: str) -> Iterator[Stage]:
         down, up = ancestral_split(here.sigma, there.sigma)
         ratio = down / here.sigma
         step = ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction) + up * path
-        told = walk.timestep_at(middle.sigma)
-        yield Stage(told, middle, x / middle.size, (step, saved, earlier), draws=True)
+        between = grid.timestep_at(middle.sigma)
+        yield Stage(between, middle, x / middle.size, (step, saved, earlier), draws=True)
 
 
-def flow_euler(walk: Walk, _prediction: str) -> Iterator[Stage]:
+def flow_euler(grid: Discretization, _prediction: str) -> Iterator[Stage]:
     """Yield straight steps along the velocity."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, m, _ = basis(1)
         yield Stage(timestep, here, x, (x + (there.sigma - here.sigma) * m,))
 
 
-def flow_heun(walk: Walk, _prediction: str) -> Iterator[Stage]:
+def flow_heun(grid: Discretization, _prediction: str) -> Iterator[Stage]:
     """Yield steps along the mean of the velocities at both ends; the last step has one evaluation."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         width = there.sigma - here.sigma
         x, _, _, m, _ = basis(3)
         yield Stage(timestep, here, x, (x + width * m, x, m))
         if there.sigma == 0:
             continue
         x, saved, first, m, _ = basis(3)
-        yield Stage(walk.legs[k + 1].timestep, there, x, (saved + width * (first + m) / 2, saved, first))
+        yield Stage(grid.intervals[k + 1].timestep, there, x, (saved + width * (first + m) / 2, saved, first))
 
 
-def flow_lcm(walk: Walk, _prediction: str) -> Iterator[Stage]:
+def flow_lcm(grid: Discretization, _prediction: str) -> Iterator[Stage]:
     """Yield jumps to the picture and back to the next level with fresh noise."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, m, z = basis(1)
         picture = x - here.sigma * m
         yield Stage(timestep, here, x, (there.alpha * picture + there.sigma * z,), draws=True)

@@ -19,15 +19,15 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
 from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.solvers.prediction import denoised, noise
-from latentrt.runtime.sampling.timesteps import Walk
+from latentrt.runtime.sampling.timesteps import Discretization
 
 Variance = Literal["fixed_small", "fixed_large"]
 LEAST_VARIANCE = 1e-20  # the reference keeps DDPM's variance above this
 
 
-def ddim(walk: Walk, prediction: str, *, eta: float) -> Iterator[Stage]:
+def ddim(grid: Discretization, prediction: str, *, eta: float) -> Iterator[Stage]:
     """Yield the stages of DDIM's eqs. 12 and 16: eta 0 is deterministic, eta 1 has the noise of DDPM."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, m, z = basis(1)
         ratio = (here.alpha / there.alpha) ** 2
         std = eta * there.sigma / here.sigma * math.sqrt(max(1 - ratio, 0.0))
@@ -37,9 +37,9 @@ def ddim(walk: Walk, prediction: str, *, eta: float) -> Iterator[Stage]:
         yield Stage(timestep, here, x, (step,), draws=eta > 0)
 
 
-def ddpm(walk: Walk, prediction: str, *, variance: Variance = "fixed_small") -> Iterator[Stage]:
+def ddpm(grid: Discretization, prediction: str, *, variance: Variance = "fixed_small") -> Iterator[Stage]:
     """Yield the posterior means of DDPM's eq. 7, and deviations by one of its two variances."""
-    for _, (timestep, here, there) in walk:
+    for _, (timestep, here, there) in grid:
         x, m, z = basis(1)
         kept = (here.alpha / there.alpha) ** 2
         picture_weight = there.alpha * (1 - kept) / here.sigma**2
@@ -53,24 +53,24 @@ def ddpm(walk: Walk, prediction: str, *, variance: Variance = "fixed_small") -> 
 SIGMA_DATA = 0.5
 
 
-def lcm(walk: Walk, prediction: str, *, timestep_scaling: float = 10.0) -> Iterator[Stage]:
+def lcm(grid: Discretization, prediction: str, *, timestep_scaling: float = 10.0) -> Iterator[Stage]:
     """Yield jumps to the picture and back to the next level with fresh noise; the last stays at the picture."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, m, z = basis(1)
         scaled = timestep * timestep_scaling
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         picture = scaled / math.hypot(scaled, SIGMA_DATA) * denoised(x, m, here, prediction) + skip * x
-        last = k == len(walk.legs) - 1
+        last = k == len(grid.intervals) - 1
         step = picture if last else there.alpha * picture + there.sigma * z
         yield Stage(timestep, here, x, (step,), draws=not last)
 
 
-def tcd(walk: Walk, prediction: str, *, eta: float) -> Iterator[Stage]:
+def tcd(grid: Discretization, prediction: str, *, eta: float) -> Iterator[Stage]:
     """Yield jumps along the trajectory to s = (1 - eta) * next timestep, and back up to it with fresh noise."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, m, z = basis(1)
-        last = k == len(walk.legs) - 1
-        target = walk.at(math.floor((1 - eta) * (0 if last else walk.legs[k + 1].timestep)))
+        last = k == len(grid.intervals) - 1
+        target = grid.at(math.floor((1 - eta) * (0 if last else grid.intervals[k + 1].timestep)))
         picture, direction = denoised(x, m, here, prediction), noise(x, m, here, prediction)
         step = target.alpha * picture + target.sigma * direction
         draws = eta > 0 and not last
@@ -86,47 +86,51 @@ RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
 WARM_UP = 3  # Runge-Kutta steps, for the history that the fourth order needs
 
 
-def plms(walk: Walk, prediction: str) -> Iterator[Stage]:
+def plms(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield PNDM's stages without Runge-Kutta: the first step is done twice, the second time to second order."""
-    for k, (timestep, here, there) in walk:
+    for k, (timestep, here, there) in grid:
         x, saved, *past, m, _ = basis(5)
-        since = k - walk.begin
+        since = k - grid.begin
         if since == 1:
-            above = walk.at(int(timestep) + walk.stride)
+            above = grid.at(int(timestep) + grid.stride)
             step = transfer(saved, (m + past[0]) / 2, above, here, prediction)
             yield Stage(timestep, here, x, (step, saved, *past))
         step = transfer(x, adams([m, *past[: min(since, 3)]]), here, there, prediction)
         yield Stage(timestep, here, x, (step, x, m, *past[:2]))
 
 
-def pndm(walk: Walk, prediction: str) -> Iterator[Stage]:
+def pndm(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield F-PNDM: three Runge-Kutta steps of four evaluations, then Adams-Bashforth of fourth order.
 
     Raises RequestError on fewer than four steps.
     """
-    if walk.end - walk.begin <= WARM_UP:
-        raise RequestError(f"steps: found {walk.end - walk.begin}, expected {WARM_UP + 1} or more for pndm; use plms")
-    for k, (timestep, here, there) in walk:
-        if k - walk.begin < WARM_UP:
-            yield from _runge_kutta(walk, k, prediction)
+    if grid.end - grid.begin <= WARM_UP:
+        raise RequestError(f"steps: found {grid.end - grid.begin}, expected {WARM_UP + 1} or more for pndm; use plms")
+    for k, (timestep, here, there) in grid:
+        if k - grid.begin < WARM_UP:
+            yield from _runge_kutta(grid, k, prediction)
             continue
         x, saved, mean, *past, m, _ = basis(6)
         step = transfer(x, adams([m, *past]), here, there, prediction)
         yield Stage(timestep, here, x, (step, saved, mean, m, *past[:2]))
 
 
-def _runge_kutta(walk: Walk, k: int, prediction: str) -> Iterator[Stage]:
+def _runge_kutta(grid: Discretization, k: int, prediction: str) -> Iterator[Stage]:
     """Yield eq. 13's four evaluations; the first of them is an output for the history."""
-    start, goal, half = int(walk.legs[k].timestep), int(walk.legs[k + 1].timestep), walk.stride // 2
-    told = (start, goal + half, goal + half, goal)
+    start, goal, half = (
+        int(grid.intervals[k].timestep),
+        int(grid.intervals[k + 1].timestep),
+        grid.stride // 2,
+    )
+    evaluated = (start, goal + half, goal + half, goal)
     ends = (start - half, goal + half, goal, goal)
-    for i, (timestep, end, weight) in enumerate(zip(told, ends, RUNGE_KUTTA, strict=True)):
+    for i, (timestep, end, weight) in enumerate(zip(evaluated, ends, RUNGE_KUTTA, strict=True)):
         x, saved, mean, *past, m, _ = basis(6)
         if i == 0:
             saved, mean, past = x, np.zeros_like(m), [m, *past[:2]]
         mean = mean + weight * m
-        step = transfer(saved, mean if i == 3 else m, walk.at(start), walk.at(end), prediction)
-        yield Stage(float(timestep), walk.at(timestep), x, (step, saved, mean, *past))
+        step = transfer(saved, mean if i == 3 else m, grid.at(start), grid.at(end), prediction)
+        yield Stage(float(timestep), grid.at(timestep), x, (step, saved, mean, *past))
 
 
 def transfer(x: Array, m: Array, here: Level, there: Level, prediction: str) -> Array:
