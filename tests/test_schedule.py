@@ -32,7 +32,7 @@ from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.sampling.catalogue import SAMPLERS
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
-from tests.sampler_oracle import SHAPE, difference, replay, walk
+from tests.sampler_oracle import SHAPE, difference, follow, replay
 from tests.test_parity import NEGATIVE, PROMPT, psnr
 from tests.test_samplers import TOLERANCES, TRAJECTORY
 from tests.test_samplers_special import BrownianSteps
@@ -189,7 +189,7 @@ def diffusers_walk(config: Mapping[str, Any], steps: int) -> list[Array]:
         solver.sigmas = solver.sigmas.double()  # its coefficients in full, as ours are
     if hasattr(solver, "noise_sampler"):
         solver.noise_sampler = BrownianSteps(generator)
-    return [latents.numpy(), *walk(solver, latents.float(), {"generator": generator})]
+    return [latents.numpy(), *follow(solver, latents.float(), {"generator": generator})]
 
 
 def ties(config: Mapping[str, Any], plan: SamplingPlan, steps: int) -> bool:
