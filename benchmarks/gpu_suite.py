@@ -201,7 +201,7 @@ class Plan:
         missing = self._present["pytest"] or (None if CONTRACT.is_file() else f"{CONTRACT} is not here")
         parts = [
             _part("seam", "seam", {"tests": str(CONTRACT)}, most_s=120, missing=missing),
-            _part("ceilings", "ceilings", {"device": self._device}, most_s=40, missing=self._present["torch"]),
+            _part("ceilings", "ceilings", {"device": self._device}, most_s=100, missing=self._present["torch"]),
         ]
         for name, model in self._models.items():
             parts += [*self._ours(name, model), *self._peers(name, model)]
@@ -239,12 +239,12 @@ class Plan:
             f"{name}: bench {backend} {label}".strip(),
             "bench",
             {**facts, "rehearsal": self._rehearsal, "scored": name == "demo" and not label},
-            most_s=240 if self._rehearsal else 60,
+            most_s=240 if self._rehearsal else 90,
             least_s=8,
             needs=(build,),
         )
         if built:
-            yield _part(f"{name}: verify {backend} {label}".strip(), "verify", facts, most_s=60, needs=(build,))
+            yield _part(f"{name}: verify {backend} {label}".strip(), "verify", facts, most_s=90, needs=(build,))
 
     def _inside(self, name: str, backend: str, facts: Mapping[str, Any]) -> Iterator[Part]:
         """Find out what takes the time."""
@@ -275,7 +275,7 @@ class Plan:
                     f"{name}: {library} {how}",
                     library,
                     {"model": name, "device": self._device, "how": how},
-                    most_s=180 if how == "compiled" or self._rehearsal else 60,
+                    most_s=200 if how == "compiled" or self._rehearsal else 100,
                     least_s=40 if how == "compiled" else 10,
                     missing=absent[library],
                 )
