@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gpu_models import HALF_TFLOPS, Model
@@ -33,7 +33,26 @@ def format_table(models: Mapping[str, Model], backends: Sequence[str], outcomes:
         for backend in backends:
             lines += [_our_row(name, model, backend, way, outcomes, rate) for way in _ways(name, backend, outcomes)]
         lines += [_peer_row(name, model, way, outcomes, rate) for way in PEERS if f"{name}: {way}" in outcomes.parts]
+    return _markdown(lines) + "".join(_insides(outcomes))
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _insides(outcomes: Outcomes) -> Iterator[str]:
+    """Yield what takes the time inside, the largest first: operators and kernels, a table for each part that looked."""
+    for name in outcomes.parts:
+        figures = outcomes.figures(name)
+        for kind, rows in {**figures, **figures.get("pass", {})}.items():
+            if kind in ("operators", "kernels") and rows:
+                head = [f"{name}, {kind}", "count", "ms"]
+                cells = [[_label(row), str(row["count"]), f"{row['ms']:.3f}"] for row in rows]
+                yield "\n" + _markdown([head, ["---"] * len(head), *cells])
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return " ".join(str(row[key]) for key in ("operator", "provider", "kernel") if key in row).replace("|", "/")[:120]
 
 
 def measured_tflops(outcomes: Outcomes) -> float:

@@ -275,8 +275,13 @@ def test_speed_is_told_beside_torchs_in_the_same_run_and_the_measured_ceiling() 
         "sd15: bench cuda": report(0.008),
         "sd15: bench cuda graphs": report(0.005),
         "sd15: torch eager": outcome(step_s={"p50": 0.010}),
+        "sd15: profile cuda": outcome(
+            operators=[{"operator": "Conv", "provider": "CUDAExecutionProvider", "count": 2, "ms": 4.0}], kernels=[]
+        ),
     }
     table = format_table({"sd15": MODELS["sd15"]}, ("cuda", "tensorrt"), Outcomes(parts=parts))  # type: ignore[arg-type]
+    table, inside = table.split("\n\n")
+    assert inside.splitlines()[2:] == ["| Conv CUDAExecutionProvider | 2 | 4.000 |"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert len({len(row) for row in rows}) == 1
     assert [row[1:7] for row in rows[2:]] == [
