@@ -48,7 +48,7 @@ def use_host_kernels(model: ModelProto) -> int:
         if node.op_type == "GroupNormalization" and opset >= GROUPS_SINCE:
             made = _normalization(node, graph)
         elif node.op_type == "Attention":
-            made = _attention(node, graph)
+            made = multi_head_attention(node, graph)
         else:
             continue
         if made:
@@ -81,7 +81,7 @@ def _normalization(node: NodeProto, graph: GraphView) -> list[NodeProto]:
             "InstanceNormalization",
             [f"{own}.grouped", *constants],
             [f"{own}.normal"],
-            name=f"{node.name}.host",
+            name=own,
             epsilon=epsilon,
         ),
         helper.make_node("Reshape", [f"{own}.normal", channel_axes], [f"{own}.split"]),
@@ -93,7 +93,7 @@ def _normalization(node: NodeProto, graph: GraphView) -> list[NodeProto]:
     ]
 
 
-def _attention(node: NodeProto, graph: GraphView) -> list[NodeProto]:
+def multi_head_attention(node: NodeProto, graph: GraphView) -> list[NodeProto]:
     """Return the nodes for one Attention without a mask, whose heads are split and joined around it."""
     from onnx import helper
 
@@ -115,9 +115,7 @@ def _attention(node: NodeProto, graph: GraphView) -> list[NodeProto]:
     scale = {"scale": attributes["scale"].f} if "scale" in attributes else {}
     nodes = [helper.make_node("Reshape", [name, joined], [made]) for name, made in zip(split, names, strict=True)]
     nodes.append(
-        helper.make_node(
-            "MultiHeadAttention", names, [f"{own}.out"], f"{node.name}.host", domain=MICROSOFT, num_heads=count, **scale
-        )
+        helper.make_node("MultiHeadAttention", names, [f"{own}.out"], own, domain=MICROSOFT, num_heads=count, **scale)
     )
     together = back.output[0]
     back.output[0] = f"{own}.unused"  # nobody takes it: it goes with the other nodes that nobody needs

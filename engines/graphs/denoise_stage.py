@@ -108,8 +108,7 @@ def rows_nodes(infos: dict[str, ValueInfoProto], *, shape: list[Line], condition
     table: list[Line] = [
         ("Split", ["control", "stage.split"], fields, {"axis": 1}),
         ("Reshape", ["state", "stage.rows"], ["stage.state"], {}),  # (P, R, C * height * width)
-        ("Unsqueeze", ["stage.weights", "stage.one"], ["stage.row"], {}),  # (P, 1, R)
-        ("MatMul", ["stage.row", "stage.state"], ["stage.mixed"], {}),  # (P, 1, C * height * width)
+        *_weighted_sum("stage.weights", "stage.state", "stage.mixed"),  # (P, 1, C * height * width)
         *shape,
         ("Reshape", ["stage.mixed", LATENTS_SHAPE], ["stage.latents"], {}),
         ("Cast", [latents], ["stage.cast"], {"to": dtypes["sample"]}),
@@ -122,6 +121,19 @@ def rows_nodes(infos: dict[str, ValueInfoProto], *, shape: list[Line], condition
         place = 1 + next(number for number, line in enumerate(table) if line[2] == ["stage.latents"])
         table.insert(place, ("Concat", ["stage.latents", "condition"], [latents], {"axis": 1}))
     return make_nodes(table)
+
+
+def _weighted_sum(weights: str, rows: str, name: str) -> list[Line]:
+    """Make `name` (P, 1, n) of weights (P, R) and rows (P, R, n).
+
+    No matrix product, here and in the transition: GPUs round those to 10 bits of mantissa (TF32) unless they are told
+    not to, and what they are told holds for all of a graph.
+    """
+    return [
+        ("Unsqueeze", [weights, "stage.last"], [f"{name}.weights"], {}),  # (P, R, 1)
+        ("Mul", [f"{name}.weights", rows], [f"{name}.parts"], {}),
+        ("ReduceSum", [f"{name}.parts", "stage.one"], [name], {}),
+    ]
 
 
 def _guided_nodes(output: str) -> list[NodeProto]:
@@ -174,7 +186,10 @@ def _advance_nodes() -> list[NodeProto]:
         ("Unsqueeze", ["stage.noise_vectors", "stage.one"], ["stage.noise"], {}),
         ("Concat", ["stage.state", "stage.model", "stage.noise"], ["stage.stack"], {"axis": 1}),
         ("Reshape", ["stage.flat", "stage.square"], ["stage.transition"], {}),  # (P, R, R + 2)
-        ("MatMul", ["stage.transition", "stage.stack"], ["stage.next"], {}),
+        ("Unsqueeze", ["stage.transition", "stage.each"], ["stage.factors"], {}),  # (P, R, R + 2, 1)
+        ("Unsqueeze", ["stage.stack", "stage.one"], ["stage.summands"], {}),  # (P, 1, R + 2, n)
+        ("Mul", ["stage.factors", "stage.summands"], ["stage.products"], {}),
+        ("ReduceSum", ["stage.products", "stage.last"], ["stage.next"], {"keepdims": 0}),
         ("Shape", ["state"], ["stage.state_shape"], {}),
         ("Reshape", ["stage.next", "stage.state_shape"], ["stage.unmasked"], {}),
     ]
@@ -187,8 +202,7 @@ def _kept_nodes(state_rows: int) -> list[NodeProto]:
     table: list[Line] = [
         ("Split", ["stage.unmasked", "stage.parts"], parts, {"axis": 1}),  # (P, 1, C, height, width), …
         ("Reshape", ["known", "stage.rows"], ["stage.known"], {}),  # (P, 2, C * height * width)
-        ("Unsqueeze", ["stage.level", "stage.one"], ["stage.levels"], {}),  # (P, 1, 2)
-        ("MatMul", ["stage.levels", "stage.known"], ["stage.noised"], {}),  # (P, 1, C * height * width)
+        *_weighted_sum("stage.level", "stage.known", "stage.noised"),  # (P, 1, C * height * width)
         ("Shape", ["stage.first"], ["stage.first_shape"], {}),
         ("Reshape", ["stage.noised", "stage.first_shape"], ["stage.kept"], {}),
         ("Unsqueeze", ["keep_mask", "stage.one"], ["stage.drawn_mask"], {}),  # (P, 1, 1, height, width)
@@ -213,6 +227,7 @@ def constants(state_rows: int) -> list[Any]:
         "stage.parts": [1, state_rows - 1] if state_rows > 1 else [1],
         "stage.one": [1],
         "stage.last": [2],
+        "stage.each": [3],
         "stage.zero": [0],
     }
     numbers = {"stage.unit": 1.0, "stage.tiny": 1e-20, "stage.nothing": 0.0}

@@ -1,0 +1,73 @@
+"""What ONNX Runtime's CUDA operators compute, in the standard's, by their documented definitions (ContribOperators.md).
+
+So that a graph written for CUDA runs where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx
+from onnx import helper, parser
+
+from latentrt.engines.graphs.cpu_rewrites import MICROSOFT
+
+STANDARD = "standard"
+FUNCTIONS = """
+<domain: "standard", opset_import: ["" : 23]>
+NhwcConv <kernel_shape, pads, strides, dilations> (x, w, b) => (y) {
+    first = Transpose <perm = [0, 3, 1, 2]> (x)
+    weights = Transpose <perm = [0, 3, 1, 2]> (w)
+    made = Conv <kernel_shape: ints = @kernel_shape, pads: ints = @pads, strides: ints = @strides,
+                 dilations: ints = @dilations> (first, weights, b)
+    y = Transpose <perm = [0, 2, 3, 1]> (made)
+}
+<domain: "standard", opset_import: ["" : 23]>
+GroupNorm <groups, epsilon> (x, gamma, beta) => (y) {
+    first = Transpose <perm = [0, 3, 1, 2]> (x)
+    scale = CastLike (gamma, x)
+    bias = CastLike (beta, x)
+    made = GroupNormalization <num_groups: int = @groups, epsilon: float = @epsilon> (first, scale, bias)
+    y = Transpose <perm = [0, 2, 3, 1]> (made)
+}
+<domain: "standard", opset_import: ["" : 23, "standard" : 1]>
+GroupNormSilu <groups, epsilon> (x, gamma, beta) => (y) {
+    made = standard.GroupNorm <groups: int = @groups, epsilon: float = @epsilon> (x, gamma, beta)
+    gate = Sigmoid (made)
+    y = Mul (made, gate)
+}
+<domain: "standard", opset_import: ["" : 23]>
+BiasSplitGelu (x, bias) => (y) {
+    biased = Add (x, bias)
+    left, right = Split <axis = -1, num_outputs = 2> (biased)
+    gate = Gelu (right)
+    y = Mul (left, gate)
+}
+"""
+
+
+def standard(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a graph in which functions of the standard's operators stand for those of CUDA alone."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    functions = [parser.parse_function(f"<domain{text}") for text in FUNCTIONS.split("<domain")[1:]]
+    names = {function.name for function in functions}
+    for node in copy.graph.node:
+        if node.domain == MICROSOFT and node.op_type in names:
+            _use_function(node)
+    copy.functions.extend(functions)
+    copy.opset_import.append(helper.make_opsetid(STANDARD, 1))
+    return copy
+
+
+def _use_function(node: Any) -> None:
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    node.domain = STANDARD
+    if node.op_type == "GroupNorm":
+        assert attributes.pop("channels_last") == 1
+        node.op_type = "GroupNormSilu" if attributes.pop("activation") else "GroupNorm"
+    if node.op_type == "NhwcConv":
+        assert attributes.pop("group", 1) == 1
+        attributes.pop("auto_pad", None)
+    del node.attribute[:]
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())

@@ -1,0 +1,124 @@
+"""Graphs written for ONNX Runtime's CUDA kernels compute what they did, with their channels last from end to end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper
+
+from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
+from latentrt.engines.spec import Array
+from tests.cuda_kernels import standard
+from tests.graphs import model_of
+
+WIDE = 16
+
+
+def run(model: onnx.ModelProto, **inputs: Any) -> list[Array]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return list(session.run(None, inputs))
+
+
+def count(model: onnx.ModelProto) -> Counter[str]:
+    """Count the nodes by operator, without those that lay weights out anew when the graph is built."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return Counter(node.op_type for node in model.graph.node if not set(node.input[:1]) & weights)
+
+
+def block(name: str, x: str, width: int, constants: dict[str, Array], *, groups: int = 4) -> list[Any]:
+    """Return a normalisation, its SiLU and a convolution."""
+    generator = np.random.default_rng(len(constants))
+    constants |= {
+        f"{name}.scale": generator.standard_normal(width).astype(np.float32),
+        f"{name}.shift": generator.standard_normal(width).astype(np.float32),
+        f"{name}.w": (generator.standard_normal((WIDE, width, 3, 3)) / 8).astype(np.float32),
+        f"{name}.b": generator.standard_normal(WIDE).astype(np.float32),
+    }
+    normal = [x, f"{name}.scale", f"{name}.shift"]
+    return [
+        helper.make_node("GroupNormalization", normal, [f"{name}.n"], num_groups=groups, epsilon=1e-3),
+        helper.make_node("Sigmoid", [f"{name}.n"], [f"{name}.g"]),
+        helper.make_node("Mul", [f"{name}.n", f"{name}.g"], [f"{name}.s"]),
+        helper.make_node("Conv", [f"{name}.s", f"{name}.w", f"{name}.b"], [name], name, pads=[1, 1, 1, 1]),
+    ]
+
+
+def network(*, groups: int = 4) -> onnx.ModelProto:
+    """Return what a UNet is made of: a time embedding, a transformer's rows, halving, doubling and a skip."""
+    generator = np.random.default_rng(7)
+    constants: dict[str, Array] = {
+        "in.w": generator.standard_normal((WIDE, 4, 3, 3)).astype(np.float32),
+        "down.w": (generator.standard_normal((WIDE, WIDE, 3, 3)) / 8).astype(np.float32),
+        "out.w": (generator.standard_normal((4, 2 * WIDE, 1, 1)) / 8).astype(np.float32),
+        "half": np.array(0.5, np.float32),
+        "rows": np.array([0, -1, WIDE]),
+        "two": np.array([2]),
+        "three": np.array([3]),
+    }
+    middle = np.random.default_rng(8).standard_normal((WIDE, WIDE)).astype(np.float32) / 4
+    constants["project"] = middle
+    nodes = [
+        helper.make_node("Conv", ["x", "in.w"], ["in"], "in", pads=[1, 1, 1, 1]),
+        *block("first", "in", WIDE, constants, groups=groups),
+        helper.make_node("Gemm", ["time", "project"], ["time.projected"]),
+        helper.make_node("Unsqueeze", ["time.projected", "two"], ["time.high"]),
+        helper.make_node("Unsqueeze", ["time.high", "three"], ["time.wide"]),
+        helper.make_node("Add", ["first", "time.wide"], ["timed"]),
+        *block("second", "timed", WIDE, constants, groups=groups),
+        helper.make_node("Add", ["in", "second"], ["sum"]),
+        helper.make_node("Div", ["sum", "half"], ["halved"]),
+        # a transformer works on rows of pixels
+        helper.make_node("Transpose", ["halved"], ["pixels"], perm=[0, 2, 3, 1]),
+        helper.make_node("Shape", ["pixels"], ["shape"]),
+        helper.make_node("Reshape", ["pixels", "rows"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "project"], ["projected"]),
+        helper.make_node("Reshape", ["projected", "shape"], ["pictures"]),
+        helper.make_node("Transpose", ["pictures"], ["back"], perm=[0, 3, 1, 2]),
+        helper.make_node("Add", ["back", "halved"], ["attended"]),
+        helper.make_node("Conv", ["attended", "down.w"], ["down"], "down", pads=[1, 1, 1, 1], strides=[2, 2]),
+        helper.make_node("Shape", ["attended"], ["sizes"], start=0),
+        helper.make_node("Resize", ["down", "", "", "sizes"], ["up"], mode="nearest", **RESIZE),
+        helper.make_node("Concat", ["up", "attended"], ["both"], axis=1),
+        *block("third", "both", 2 * WIDE, constants, groups=groups),
+        helper.make_node("Concat", ["third", "attended"], ["last"], axis=1),
+        helper.make_node("Conv", ["last", "out.w"], ["y"], "out"),
+    ]
+    inputs = {"x": ["rows", 4, "height", "width"], "time": ["rows", WIDE]}
+    return model_of(nodes, inputs, {"y": ["rows", 4, "height", "width"]}, constants)
+
+
+RESIZE = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+
+
+def feeds() -> dict[str, Array]:
+    generator = np.random.default_rng(9)
+    shapes = {"x": (2, 4, 6, 10), "time": (2, WIDE)}
+    return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_a_picture_is_laid_out_anew_where_it_enters_and_where_it_leaves() -> None:
+    model = network()
+    expected = run(model, **feeds())
+    use_cuda_kernels(model)
+    counts = count(model)
+    assert counts["Transpose"] == 2
+    assert (counts["NhwcConv"], counts["GroupNorm"]) == (6, 3)
+    assert not counts.keys() & {"Conv", "GroupNormalization", "Sigmoid"}
+    assert all(attribute.i == 1 for node in model.graph.node for attribute in node.attribute if attribute.name in ONES)
+    np.testing.assert_allclose(run(standard(model), **feeds()), expected, atol=2e-5)
+
+
+ONES = {"activation", "channels_last"}
+
+
+def test_groups_of_an_odd_number_of_channels_leave_pictures_as_they_are() -> None:
+    model = network(groups=16)
+    expected = run(model, **feeds())
+    use_cuda_kernels(model)
+    counts = count(model)
+    assert (counts["Conv"], counts["NhwcConv"], counts["GroupNorm"]) == (6, 0, 0)
+    np.testing.assert_allclose(run(model, **feeds()), expected, atol=2e-5)
