@@ -24,6 +24,8 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from one_architecture import keep_architecture
+
 PIECE_BYTES = 44 * 2**20  # the machine takes 64 MiB at a time, the working tree and other sets included
 PYTHON = "3.12"  # of the GPU machine
 # By the glibc that they ask for; pip matches exactly.
@@ -31,6 +33,8 @@ PLATFORMS = tuple(
     f"manylinux{glibc}_x86_64"
     for glibc in ["_2_35", "_2_34", "_2_31", "_2_28", "_2_27", "_2_26", "_2_24", "_2_17", "2014", "1"]
 )
+ARCHITECTURE = 90  # compute capability 9.0
+ONNX_RUNTIME_TOOLS = ("quantization", "tools", "transformers")
 # What the runtime needs and a machine made for PyTorch lacks, and the peer; click, for the machine's may be older.
 WHEELS = ("msgspec", "cachetools", "click", "diffusers==0.42.1", "importlib_metadata", "zipp")
 
@@ -112,6 +116,17 @@ def fill_wheels(tree: Path, _: Path) -> None:
     install(WHEELS, tree)
 
 
+def fill_ort(tree: Path, _: Path) -> None:
+    """ONNX Runtime with its CUDA provider, whose code is for that GPU alone; without its tools."""
+    install(["onnxruntime-gpu==1.31.1"], tree)
+    root = tree / "onnxruntime"
+    for folder in (root / name for name in ONNX_RUNTIME_TOOLS):
+        shutil.rmtree(folder)
+    for file in (*root.glob("capi/libonnxruntime_providers_tensorrt.so"), *root.glob("capi/libonnxruntime.so.*")):
+        file.unlink()  # the second is for programs in C: Python's module holds it too
+    keep_architecture(root / "capi" / "libonnxruntime_providers_cuda.so", ARCHITECTURE)
+
+
 def fill_bundles(tree: Path, kept: Path) -> None:
     """The packed bundles that packed_bundle.py wrote to `bundles/` beside the pieces."""
     for packed in sorted((kept / "bundles").glob("*.tar.gz")):
@@ -133,6 +148,7 @@ def install(requirements: Iterable[str], tree: Path) -> None:
 SETS: dict[str, Callable[[Path, Path], None]] = {
     "wheels": fill_wheels,
     "bundles": fill_bundles,
+    "ort": fill_ort,
 }
 
 if __name__ == "__main__":
