@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 
 ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
+Recipe = Literal["nhwc", "plain"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +46,9 @@ class Profile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """How to build engines that are compiled for fixed shapes. What is None or empty is the bundle's or library's own.
+    """How to build engines. What is None or empty is the bundle's or library's own.
+
+    The backend `cuda` takes recipe and tf32, those that compile for fixed shapes take the others.
 
     sizes: (width, height) in pixels
     batches: how many pictures are drawn at once
@@ -58,6 +62,8 @@ class BuildOptions:
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
     timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either
+    recipe: what the graphs are written for: `nhwc`, kernels that take channels last; `plain`, the standard's operators
+    tf32: whether float32 products may be rounded to 19 bits on the GPU
     """
 
     sizes: tuple[tuple[int, int], ...] = ()
@@ -71,6 +77,8 @@ class BuildOptions:
     state_rows: int = STATE_ROWS
     references: bool = True
     timing_cache: Path | None = None
+    recipe: Recipe | None = None
+    tf32: bool | None = None
 
     def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
         """Return every combination of sizes, batches and tokens, each with guidance and without.
@@ -109,7 +117,7 @@ class BuildOptions:
 
     def key_lines(self) -> tuple[str, ...]:
         """Return what the engine key says of these options; the shapes and the target are fields of its own."""
-        named: Mapping[str, int | bool | None] = {
+        named: Mapping[str, str | int | bool | None] = {
             "optimization level": self.optimization_level,
             "workspace MB": self.workspace_mb,
             "version compatible": self.version_compatible,

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import msgspec
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build import build_engines, engines_at
-from latentrt.engines.build_options import BuildOptions
+from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
 from latentrt.engines.cli_types import Many, Size
@@ -46,6 +46,8 @@ _SHAPE_OPTIONS = (
         "--references/--no-references", default=True, help="Compute on the CPU what `latentrt verify` compares with."
     ),
     click.option("--state-rows", type=int, default=STATE_ROWS, help="Rows of sampler state to carry."),
+    click.option("--recipe", type=click.Choice(get_args(Recipe)), help="What graphs are written for (cuda)."),
+    click.option("--tf32/--no-tf32", default=None, help="Let float32 products round to 19 bits (cuda)."),
 )
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
+from latentrt.engines.onnxruntime import assignment, session
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime import session
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.open import find_engines
@@ -165,9 +165,9 @@ def test_wrong_names_and_shapes_are_refused(fused: Engines, bundle: Bundle) -> N
 
 
 def test_heavy_operators_on_the_cpu_are_refused_by_name(sd1_bundle: Path) -> None:
-    options = onnxruntime._session_options(threads=1)
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = onnxruntime._session(sd1_bundle / "onnx/unet/model.onnx", options, "cpu")
-    onnxruntime.refuse_host_kernels(session, "CPUExecutionProvider")
+    options = session.session_options(threads=1)
+    assignment.record_assignment(options)
+    opened = session.open_session(sd1_bundle / "onnx/unet/model.onnx", options, "cpu")
+    assignment.check_assignment(opened, "cpu", "unet")
     with pytest.raises(EngineError, match=r"no Attention, Conv, .* for its CUDAExecutionProvider"):
-        onnxruntime.refuse_host_kernels(session, "CUDAExecutionProvider")
+        assignment.check_assignment(opened, "cuda", "unet")

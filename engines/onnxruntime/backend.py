@@ -11,43 +11,46 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.onnxruntime import build as builder
-from latentrt.engines.onnxruntime import session
+from latentrt.engines.onnxruntime import library
 from latentrt.engines.onnxruntime.engines import Sessions
-from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, Provider
+from latentrt.engines.onnxruntime.library import Provider
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey, EngineSpec
 
-unavailable = session.unavailable
+unavailable = library.unavailable
 
 
 def cannot_build(provider: Provider, options: BuildOptions) -> EngineError | None:
     """Return the error that says why building cannot be done here, or with these options; None where it can."""
-    return _shapeless(provider, options) or session.unavailable(provider) or graphs.unavailable()
+    return _shapeless(provider, options) or library.unavailable(provider) or graphs.unavailable()
 
 
 def _shapeless(provider: Provider, options: BuildOptions) -> EngineError | None:
-    if options == BuildOptions():
+    taken = BuildOptions(recipe=options.recipe, tf32=options.tf32) if provider == "cuda" else BuildOptions()
+    if options == taken:
         return None
-    return EngineError(f"{provider} engines take any shape: omit the build options")
+    named = "omit all build options but --recipe and --tf32" if provider == "cuda" else "omit the build options"
+    return EngineError(f"{provider} engines take any shape: {named}")
 
 
 def key(provider: Provider, bundle: Bundle, options: BuildOptions) -> EngineKey:
     """Name what would be built. Raises EngineError on options that mean nothing here."""
     if error := _shapeless(provider, options):
         raise error
-    return builder.key(bundle, provider)
+    return builder.key(bundle, provider, options)
 
 
 def mismatches(provider: Provider, bundle: Bundle, there: EngineKey) -> list[str]:
     """Name what keeps engines of a key from running here; empty where nothing does."""
-    return builder.key(bundle, provider).differences(there)
+    return builder.mismatches(bundle, provider, there)
 
 
 def build(
-    provider: Provider, bundle: Bundle, directory: Path, _options: BuildOptions, report: Report
+    provider: Provider, bundle: Bundle, directory: Path, options: BuildOptions, report: Report
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into a directory: {component: (main file, spec)}."""
-    return builder.build(bundle, directory, provider, report)
+    return builder.build(bundle, directory, provider, report, options)
 
 
 def open(provider: Provider, opening: Opening) -> Opened:
@@ -58,5 +61,9 @@ def open(provider: Provider, opening: Opening) -> Opened:
         opening.record,
         opening.components,
         provider,
-        options=OnnxRuntimeOptions(threads=opening.threads, cuda_graph=bool(opening.cuda_graphs)),
+        options=OnnxRuntimeOptions(
+            threads=opening.threads,
+            cuda_graph=bool(opening.cuda_graphs),
+            tf32=builder.tf32_of(opening.record.key),
+        ),
     )

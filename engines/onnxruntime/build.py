@@ -8,51 +8,48 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import LatentSpec, Role
-from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
+from latentrt.engines.bundle.weight_map import BuiltWeights, GraphWeights, built_record, read_weights, write_weights
 from latentrt.engines.cuda.gpus import find_gpu, no_gpu
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.controlnet_stage import fuse_control
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
+from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
 from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.locate_weights import GraphValues, places
+from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
+from latentrt.engines.onnxruntime.library import Provider, require
+from latentrt.engines.onnxruntime.session import DTYPES, open_session, session_options
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import STATE_ROWS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
-from typing import TYPE_CHECKING
-
-from latentrt.engines.onnxruntime.session import (
-    DTYPES,
-    PROVIDERS,
-    Provider,
-    _session,
-    _session_options,
-    refuse_host_kernels,
-    require,
-)
-
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
 # Weights above this lie in a file of their own, which ONNX Runtime maps into memory instead of reading it.
 EXTERNAL_BYTES = 16 << 20
+# Smaller weights stay in the graph: on CUDA what is no larger than a shape, which ONNX Runtime reads first.
+LEAST_EXTERNAL_BYTES: Mapping[Provider, int] = {"cpu": 1024, "cuda": 128}
 # Counts up when what is built of a bundle changes though the bundle does not.
-RECIPES: Mapping[Provider, int] = {"cpu": 2, "cuda": 4}
+RECIPES: Mapping[Provider, int] = {"cpu": 2, "cuda": 5}
+DEFAULT_RECIPE: Recipe = "nhwc"
+DEFAULTS = BuildOptions()
 INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
 
 
-def key(bundle: Bundle, provider: Provider) -> EngineKey:
+def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS) -> EngineKey:
     """Return the key of the engines that this machine would build for a bundle."""
+    chosen = () if provider == "cpu" else (f"kernels {options.recipe or DEFAULT_RECIPE}",)
+    rounded = () if options.tf32 is None else (f"{TF32} {options.tf32}",)
     common = {
         "backend": provider,
         "backend_version": require().__version__,
         "graphs": bundle.manifest.graphs_digest(latents=provider in FUSED),
-        "options": (f"recipe {RECIPES[provider]}",),
+        "options": (f"recipe {RECIPES[provider]}", *chosen, *rounded),
     }
     if provider == "cpu":
         return EngineKey(device=instruction_set(), precision="fp32", **common)
@@ -69,6 +66,21 @@ def key(bundle: Bundle, provider: Provider) -> EngineKey:
     )
 
 
+TF32 = "tf32"  # as an engine's key says it
+
+
+def tf32_of(key: EngineKey) -> bool | None:
+    """Return what engines were built with, None for what suits each component."""
+    return {f"{TF32} True": True, f"{TF32} False": False}.get(key.options[-1])
+
+
+def mismatches(bundle: Bundle, provider: Provider, there: EngineKey) -> list[str]:
+    """Name what keeps engines of a key from running here: not what they were written for, which any machine runs."""
+    here = key(bundle, provider)
+    same = here.options[0] in there.options
+    return (msgspec.structs.replace(here, options=there.options) if same else here).differences(there)
+
+
 def instruction_set() -> str:
     """Return the machine and its widest vector instructions, e.g. `x86_64 avx512f`: graphs are laid out for them."""
     try:
@@ -79,18 +91,22 @@ def instruction_set() -> str:
     return f"{platform.machine()} {widest}"
 
 
-def build(bundle: Bundle, directory: Path, provider: Provider, report: Report) -> Mapping[str, tuple[str, EngineSpec]]:
+def build(
+    bundle: Bundle, directory: Path, provider: Provider, report: Report, options: BuildOptions = DEFAULTS
+) -> Mapping[str, tuple[str, EngineSpec]]:
     """Optimise every component's graph into `directory`. Returns {component: (main file, spec)}."""
     built = {}
     for component in bundle.manifest.components:
         what = f"build {component} ({provider})"
         report(what, 0, 1)
-        built[component] = _build_one(bundle, component, directory, provider)
+        built[component] = _build_one(bundle, component, directory, provider, options)
         report(what, 1, 1)
     return built
 
 
-def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provider) -> tuple[str, EngineSpec]:
+def _build_one(
+    bundle: Bundle, component: str, directory: Path, provider: Provider, options: BuildOptions
+) -> tuple[str, EngineSpec]:
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = graphs.load_graph(files[0])
     large = sum(file.stat().st_size for file in files) > EXTERNAL_BYTES
@@ -106,14 +122,26 @@ def _build_one(bundle: Bundle, component: str, directory: Path, provider: Provid
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
+        elif (options.recipe or DEFAULT_RECIPE) == "nhwc":
+            use_cuda_kernels(model)
         save_graph(model, edited)
-        external = large or graphs.has_external(model)  # ONNX Runtime would name files that are gone by then
+        # Else ONNX Runtime would name files that are gone by then. On CUDA it changes no weights but external ones.
+        external = provider == "cuda" or large or graphs.has_external(model)
         session = _optimise(edited, output, provider, external=external)
         if record := bundle.manifest.components[component].weights:
             known = read_weights(bundle.path(record), GraphWeights)
             canonical, built = GraphValues(model, edited), GraphValues(graphs.load_graph(output), output)
-            write_weights(directory / built_record(component), places(known, canonical, built))
+            found = places(known, canonical, built)
+            write_weights(
+                directory / built_record(component), _external(found, output) if provider == "cuda" else found
+            )
     return output.name, _spec(component, session)
+
+
+def _external(found: BuiltWeights, graph: Path) -> BuiltWeights:
+    """Leave out the weights that lie in the graph itself, in whose place nothing can be given."""
+    weights = {name: weight for name, weight in found.weights.items() if weight.file != graph.name}
+    return msgspec.structs.replace(found, weights=weights)
 
 
 def _edit(model: ModelProto, role: Role, latents: LatentSpec, *, fused: bool) -> ModelProto:
@@ -139,7 +167,7 @@ def save_graph(model: ModelProto, path: Path) -> None:
 
 def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) -> Any:
     ort = require()
-    options = _session_options(threads=None)
+    options = session_options(threads=None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.optimized_model_filepath = str(output)
     # Nothing is run: packed weights would be a second copy of them, which is not saved.
@@ -148,12 +176,13 @@ def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) 
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{output.name}.data"
         )
-        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    if provider != "cpu":
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    session = _session(graph, options, provider)
-    if provider != "cpu":
-        refuse_host_kernels(session, PROVIDERS[provider])
+        least = str(LEAST_EXTERNAL_BYTES[provider])
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", least)
+    if provider == "cuda":
+        record_assignment(options)
+    session = open_session(graph, options, provider)
+    if provider == "cuda":
+        check_assignment(session, provider, str(graph))
     return session
 
 

@@ -10,7 +10,8 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.lora.weight_changes import Changes, adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, Provider, load
+from latentrt.engines.onnxruntime.library import Provider
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, load
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import DECODER, UNET

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
+from cachetools import LRUCache
 
-from latentrt.engines.cuda.gpus import find_gpu, no_gpu
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
+from latentrt.engines.onnxruntime.library import PROVIDERS, Provider, load_cuda_libraries, require
 from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
 from latentrt.engines.tensor_names import COND, HINT
 
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-Provider = Literal["cpu", "cuda"]
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -35,64 +29,37 @@ DTYPES: dict[str, DType] = {
 KEPT_SHAPES = 8
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
-# Too heavy for the host: when ONNX Runtime has no kernel for one of these on the device, it would run it on the CPU.
-HEAVY = frozenset(
-    {"Attention", "Conv", "ConvTranspose", "Gelu", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul"}
-)
+# What every session on a GPU is opened with.
+CUDA_SETTINGS: Mapping[str, str] = {"cudnn_conv_use_max_workspace": "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OnnxRuntimeOptions:
-    """How sessions run. `threads` None means one for each physical core; cuda_graph records the UNet's kernels."""
+    """How sessions run.
+
+    threads: None means one for each physical core
+    cuda_graph: record the denoiser's kernels, and the ControlNets', once, and replay them
+    tf32: whether a GPU may round float32 products to 19 bits; None: not those of denoisers that compute in float32.
+        ONNX Runtime gives float16 convolutions the tensor cores only where it is allowed.
+    settings: further options of the CUDA provider, over `CUDA_SETTINGS`
+    """
 
     threads: int | None = None
     cuda_graph: bool = False
+    tf32: bool | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
-def require() -> ModuleType:
-    """Import onnxruntime, or say how to install it."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise NotInstalledError("onnxruntime is not installed", install="pip install 'latentrt[cpu]'") from None
-    return cast(ModuleType, onnxruntime)
-
-
-def unavailable(provider: Provider) -> EngineError | None:
-    """Return the error that says why this provider cannot run here, or None."""
-    try:
-        ort = require()
-    except EngineError as error:
-        return error
-    if PROVIDERS[provider] not in ort.get_available_providers():
-        return NotInstalledError("this onnxruntime has no CUDA provider", install="pip install 'latentrt[cuda]'")
-    if provider == "cuda" and find_gpu() is None:
-        return no_gpu("no NVIDIA GPU answers here")
-    return None
-
-
-def refuse_host_kernels(session: Any, provider: str) -> None:
-    """Raise EngineError where heavy operators of a session would run on the CPU, which nobody asked for.
-
-    The session was opened with `session.record_ep_graph_assignment_info`.
-    """
-    parts = session.get_provider_graph_assignment_info()
-    names = {node.op_type for part in parts if part.ep_name != provider for node in part.get_nodes()}
-    if heavy := sorted(names & HEAVY):
-        raise EngineError(
-            f"this ONNX Runtime has no {', '.join(heavy)} for its {provider} and would run it on the CPU; "
-            "install a newer one with: pip install --upgrade 'latentrt[cuda]', or use --backend tensorrt"
-        )
-
-
-def _session_options(*, threads: int | None) -> Any:
+def session_options(*, threads: int | None) -> Any:
     options = require().SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors: that a saved graph suits this machine only is what the key says
     return options
 
 
-def _session(path: Path, options: Any, provider: Provider, settings: Mapping[str, str] = NO_SETTINGS) -> Any:
+def open_session(path: Path, options: Any, provider: Provider, settings: Mapping[str, str] = NO_SETTINGS) -> Any:
+    if provider == "cuda":
+        load_cuda_libraries()
     try:
         session = require().InferenceSession(str(path), options, providers=[(PROVIDERS[provider], dict(settings))])
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
@@ -123,22 +90,39 @@ def load(
 
     changed: initializers by name that stand in the place of the graph's own; all others are mapped from its file
     """
-    session_options = _session_options(threads=options.threads)
-    session_options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
-    if provider == "cpu":
-        _plan_lightly(session_options)
-    values = {name: require().OrtValue.ortvalue_from_numpy(array, provider, 0) for name, array in changed.items()}
-    for name, value in values.items():
-        session_options.add_initializer(name, value)
-    if changed:  # a packed copy of every matrix, changed or not, is what a session would keep beside the mapped file
-        session_options.add_session_config_entry("session.disable_prepacking", "1")
+    chosen = session_options(threads=options.threads)
+    chosen.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
+    weights = _change(chosen, changed, provider)
     names = {tensor.name for tensor in spec.inputs}
     every_stage = bool(names & {"timestep", "control"})
+    if provider == "cpu":
+        _plan_lightly(chosen)
     if not every_stage or names & {COND, HINT}:  # its threads must not spin while the denoiser's work
-        session_options.add_session_config_entry("session.force_spinning_stop", "1")
-    recorded = options.cuda_graph and provider == "cuda" and every_stage
-    settings = {"enable_cuda_graph": "1"} if recorded else NO_SETTINGS
-    return OnnxRuntimeEngine(_session(file, session_options, provider, settings), spec, weights=(values, changed))
+        chosen.add_session_config_entry("session.force_spinning_stop", "1")
+    settings = cuda_settings(options, spec, every_stage=every_stage) if provider == "cuda" else NO_SETTINGS
+    return OnnxRuntimeEngine(open_session(file, chosen, provider, settings), spec, weights=weights)
+
+
+def _change(options: Any, changed: Mapping[str, Array], provider: Provider) -> object:
+    """Have a session take other initializers in the place of some. Returns what must live as long as the session."""
+    ort = require()
+    values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in changed.items()}
+    if provider == "cuda" and values:  # it copies them to the GPU; as `add_initializer` they would be left out
+        options.add_external_initializers(list(values), list(values.values()))
+    elif values:
+        for name, value in values.items():
+            options.add_initializer(name, value)
+        # A packed copy of every matrix, changed or not, is what a session would keep beside the mapped file.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return values, changed
+
+
+def cuda_settings(options: OnnxRuntimeOptions, spec: EngineSpec, *, every_stage: bool) -> Mapping[str, str]:
+    """Return the CUDA provider's options for a component. every_stage: it runs at every stage"""
+    half = any(tensor.dtype == "float16" for tensor in spec.inputs)
+    tf32 = options.tf32 if options.tf32 is not None else half or not every_stage
+    recorded = {"enable_cuda_graph": "1"} if options.cuda_graph and every_stage else NO_SETTINGS
+    return {**CUDA_SETTINGS, "use_tf32": str(int(tf32)), **recorded, **options.settings}
 
 
 def _plan_lightly(options: Any) -> None:
@@ -178,7 +162,7 @@ class OnnxRuntimeEngine:
         """Take a session. weights: what it refers to and does not own, kept for as long."""
         self.spec = spec
         self._session, self._weights = session, weights
-        self._outputs: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+        self._outputs: LRUCache[tuple[tuple[int, ...], ...], list[Any]] = LRUCache(KEPT_SHAPES)
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         """Run the graph. Inputs are converted to the spec's dtypes. Raises EngineError on a wrong name or shape."""
@@ -195,7 +179,7 @@ class OnnxRuntimeEngine:
                 binding.bind_ortvalue_output(output.name, kept[i])
         self._run(binding)
         if kept is None:
-            kept = self._keep(shapes, binding.get_outputs())
+            self._outputs[shapes] = kept = binding.get_outputs()
         return {output.name: value.numpy() for output, value in zip(self.spec.outputs, kept, strict=True)}
 
     def new_binding(self) -> Any:
@@ -236,12 +220,6 @@ class OnnxRuntimeEngine:
             if not spec.accepts(arrays[spec.name]):
                 raise EngineError(f"{self.spec.component} takes {spec}, found shape {arrays[spec.name].shape}")
         return arrays
-
-    def _keep(self, shapes: tuple[tuple[int, ...], ...], outputs: list[Any]) -> list[Any]:
-        if len(self._outputs) >= KEPT_SHAPES:
-            del self._outputs[next(iter(self._outputs))]
-        self._outputs[shapes] = outputs
-        return outputs
 
     def close(self) -> None:
         """Free the session and its buffers."""

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError
-from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, require
+from latentrt.engines.onnxruntime.library import require
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.spec import Array, TensorSpec
 from latentrt.engines.tensor_names import (
     DECODER,

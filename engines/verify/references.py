@@ -19,7 +19,7 @@ from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime import session
+from latentrt.engines.onnxruntime import library
 from latentrt.engines.onnxruntime.session import DTYPES
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 
@@ -61,7 +61,7 @@ def reference_file(component: str) -> str:
 
 def unavailable() -> EngineError | None:
     """Return the error that says why references cannot be computed here, or None."""
-    reason = session.unavailable("cpu")
+    reason = library.unavailable("cpu")
     before = "what `latentrt verify` compares with is computed on the CPU (pass --no-references to go without): "
     return reason and reason.within(before)
 
@@ -162,7 +162,7 @@ def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays], directory: Pa
 
 
 def _open_session(path: Path) -> Any:
-    ort = session.require()
+    ort = library.require()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -1,0 +1,133 @@
+"""ONNX Runtime as a library: what it is told, what it is given in the place of weights, and what runs where."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper
+
+from latentrt.engines.errors import EngineError
+from latentrt.engines.onnxruntime import assignment, library, session
+from latentrt.engines.onnxruntime.build import save_graph
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, cuda_settings
+from latentrt.engines.spec import Array, DType, EngineSpec, TensorSpec
+from tests.graphs import model_of
+
+
+def spec(dtype: DType, *names: str) -> EngineSpec:
+    inputs = tuple(TensorSpec(name=name, dtype=dtype, shape=(1,)) for name in names)
+    return EngineSpec(component="unet", inputs=inputs, outputs=())
+
+
+def test_weights_in_the_place_of_a_graphs_own_come_and_go_without_a_trace(tmp_path: Path) -> None:
+    """As a session on CUDA is given them, and here run on the CPU: ONNX Runtime takes them before it chooses."""
+    generator = np.random.default_rng(0)
+    x, first, second = generator.standard_normal((3, 32, 32)).astype(np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    model = model_of([node], {"x": [32, 32]}, {"y": [32, 32]}, {"w": first})
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="data", size_threshold=0)
+
+    def run(changed: dict[str, Array]) -> Array:
+        options = session.session_options(threads=1)
+        kept = session._change(options, changed, "cuda")
+        result = session.open_session(path, options, "cpu").run(None, {"x": x})[0]
+        assert kept is not None
+        return np.asarray(result)
+
+    a, b, again = run({}), run({"w": second}), run({})
+    np.testing.assert_allclose(b, x @ second, rtol=1e-4, atol=1e-4)
+    assert np.abs(a - b).max() > 1
+    assert a.tobytes() == again.tobytes()
+    assert b.tobytes() == run({"w": second}).tobytes()
+
+
+def test_float32_denoisers_alone_are_kept_from_tf32() -> None:
+    def tf32(dtype: DType, *, every_stage: bool, asked: bool | None = None) -> str:
+        return cuda_settings(OnnxRuntimeOptions(tf32=asked), spec(dtype, "x"), every_stage=every_stage)["use_tf32"]
+
+    assert tf32("float32", every_stage=True) == "0"
+    assert tf32("float16", every_stage=True) == "1"  # without it, float16 convolutions get no tensor cores
+    assert tf32("float32", every_stage=False) == "1"
+    assert tf32("float16", every_stage=True, asked=False) == "0"
+    assert tf32("float32", every_stage=True, asked=True) == "1"
+
+
+def test_what_is_run_once_a_picture_is_not_recorded() -> None:
+    recorded = OnnxRuntimeOptions(cuda_graph=True)
+    assert cuda_settings(recorded, spec("float16", "x"), every_stage=True)["enable_cuda_graph"] == "1"
+    assert "enable_cuda_graph" not in cuda_settings(recorded, spec("float16", "x"), every_stage=False)
+    assert "enable_cuda_graph" not in cuda_settings(OnnxRuntimeOptions(), spec("float16", "x"), every_stage=True)
+
+
+def test_onnx_runtime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    quiet = ModuleType("onnxruntime")
+    quiet.disable_telemetry_events = lambda: told.append("quiet")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "onnxruntime", quiet)
+    for _ in range(2):
+        assert library.require() is quiet
+    assert told == ["quiet"]
+    assert callable(onnxruntime.disable_telemetry_events)
+
+
+class Installed(ModuleType):
+    """An onnxruntime that notes what it is asked to load."""
+
+    def __init__(self, site: Path) -> None:
+        super().__init__("onnxruntime")
+        self.__file__ = str(site / "onnxruntime" / "__init__.py")
+        self.loaded: list[dict[str, Any]] = []
+
+    def disable_telemetry_events(self) -> None: ...
+
+    def preload_dlls(self, **asked: Any) -> None:
+        self.loaded.append(asked)
+        print("Failed to load libx.so")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_cuda_is_loaded_from_wherever_this_python_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], beside: bool
+) -> None:
+    for file in (
+        "cu13/lib/libcudart.so.13",
+        "cu13/lib/libcublas.so.13",
+        "cudnn/lib/libcudnn.so.9",
+        "other/lib/libx.so.1",
+    ):
+        (tmp_path / "nvidia" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "nvidia" / file).touch()
+    module = Installed(tmp_path if beside else tmp_path / "elsewhere")
+    monkeypatch.setitem(sys.modules, "onnxruntime", module)
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: found)
+    library.load_cuda_libraries.__wrapped__()
+    folders = [asked.get("directory") for asked in module.loaded]
+    there = [str(tmp_path / "nvidia" / name / "lib") for name in ("cu13", "cudnn")]
+    assert folders == ([None] if beside else [*there, None])
+    if not beside:
+        assert [(asked["cuda"], asked["cudnn"]) for asked in module.loaded[:2]] == [(True, False), (False, True)]
+    assert capsys.readouterr().out == ""
+
+
+def test_an_operator_that_would_run_on_the_host_is_named(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Reshape", ["x", "shape"], ["same"])]
+    nodes.append(helper.make_node("Softmax", ["same"], ["y"], "the softmax"))
+    model = model_of(nodes, {"x": ["rows", 4]}, {"y": ["rows", 4]}, {})
+    options = session.session_options(threads=1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assignment.record_assignment(options)
+    save_graph(model, tmp_path / "model.onnx")
+    opened = session.open_session(tmp_path / "model.onnx", options, "cpu")
+    assignment.check_assignment(opened, "cpu", "a graph")
+    assert assignment.elsewhere(opened, "cuda") == {"the softmax": "Softmax"}
+    with pytest.raises(EngineError, match="Softmax"):
+        assignment.check_assignment(opened, "cuda", "a graph")
