@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import helper
 
 from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
@@ -122,3 +123,49 @@ def test_groups_of_an_odd_number_of_channels_leave_pictures_as_they_are() -> Non
     counts = count(model)
     assert (counts["Conv"], counts["NhwcConv"], counts["GroupNorm"]) == (6, 0, 0)
     np.testing.assert_allclose(run(model, **feeds()), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("width", "made"), [(1280, 1), (1216, 0)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_gated_gelu_is_one_operator_of_the_widths_that_there_are(width: int, made: int, swapped: bool) -> None:
+    generator = np.random.default_rng(3)
+    weights, bias = generator.standard_normal((8, 2 * width)), generator.standard_normal(2 * width)
+    halves, product = ["left", "right"], ["gate", "left"] if swapped else ["left", "gate"]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["rows"]),
+        helper.make_node("Add", ["b", "rows"] if swapped else ["rows", "b"], ["biased"]),
+        helper.make_node("Split", ["biased"], halves, axis=-1, num_outputs=2),
+        helper.make_node("Gelu", ["right"], ["gate"]),
+        helper.make_node("Mul", product, ["y"], "gated"),
+    ]
+    constants = {"w": weights.astype(np.float32), "b": bias.astype(np.float32)}
+    model = model_of(nodes, {"x": ["rows", "tokens", 8]}, {"y": ["rows", "tokens", width]}, constants)
+    x = generator.standard_normal((2, 3, 8)).astype(np.float32)
+    expected = run(model, x=x)
+    use_cuda_kernels(model)
+    assert count(model)["BiasSplitGelu"] == made
+    assert count(model)["Gelu"] == 1 - made
+    np.testing.assert_allclose(run(standard(model), x=x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_normalisation_of_rows_of_pixels_is_taken_too() -> None:
+    """As the VAE's attention has it: (rows, channels, pixels)."""
+    generator = np.random.default_rng(4)
+    constants = {
+        "w": generator.standard_normal((WIDE, 4, 1, 1)).astype(np.float32),
+        "scale": generator.standard_normal(WIDE).astype(np.float32),
+        "shift": generator.standard_normal(WIDE).astype(np.float32),
+        "flat": np.array([0, WIDE, -1]),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["made"], "made"),
+        helper.make_node("Reshape", ["made", "flat"], ["pixels"]),
+        helper.make_node("GroupNormalization", ["pixels", "scale", "shift"], ["normal"], num_groups=2, epsilon=1e-6),
+        helper.make_node("Transpose", ["normal"], ["y"], perm=[0, 2, 1]),
+    ]
+    model = model_of(nodes, {"x": ["rows", 4, "high", "wide"]}, {"y": ["rows", "pixels", WIDE]}, constants)
+    x = generator.standard_normal((2, 4, 3, 5)).astype(np.float32)
+    expected = run(model, x=x)
+    use_cuda_kernels(model)
+    assert (count(model)["GroupNorm"], count(model)["GroupNormalization"]) == (1, 0)
+    np.testing.assert_allclose(run(standard(model), x=x), expected, atol=1e-5)

@@ -428,7 +428,8 @@ def test_layouts_keep_every_number_and_add_up(layout: str, outputs: int, inputs:
 
 def _shapes_of(layout: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     padded = [(-(-shape[0] // block) * block, *shape[1:]) for block in (4, 8, 16)]
-    return list(dict.fromkeys([shape, shape[::-1], (*shape, 1), *padded]))
+    turned = (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
+    return list(dict.fromkeys([shape, shape[::-1], (*shape, 1), turned, *padded]))
 
 
 def test_float16_weights_are_summed_in_float32_and_rounded_once(tmp_path: Path) -> None:

@@ -118,16 +118,24 @@ def test_cuda_is_loaded_from_wherever_this_python_has_it(
     assert capsys.readouterr().out == ""
 
 
-def test_an_operator_that_would_run_on_the_host_is_named(tmp_path: Path) -> None:
+def test_an_operator_that_would_run_on_the_host_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     nodes = [helper.make_node("Shape", ["x"], ["shape"]), helper.make_node("Reshape", ["x", "shape"], ["same"])]
-    nodes.append(helper.make_node("Softmax", ["same"], ["y"], "the softmax"))
-    model = model_of(nodes, {"x": ["rows", 4]}, {"y": ["rows", 4]}, {})
+    nodes.append(helper.make_node("Sin", ["same"], ["wave"], "the wave"))
+    light = model_of(nodes, {"x": ["rows", 4]}, {"wave": ["rows", 4]}, {})
+    assignment.check_assignment(assigned(light, tmp_path), "cpu", "a graph")
+    assert not caplog.records
+    assignment.check_assignment(assigned(light, tmp_path), "cuda", "a graph")
+    assert ["Sin" in record.message for record in caplog.records] == [True]
+    heavy = model_of([*nodes, helper.make_node("Softmax", ["wave"], ["y"], "s")], {"x": ["rows", 4]}, {"y": [1, 4]}, {})
+    assert assignment.elsewhere(assigned(heavy, tmp_path), "cuda") == {"the wave": "Sin", "s": "Softmax"}
+    with pytest.raises(EngineError, match="Softmax"):
+        assignment.check_assignment(assigned(heavy, tmp_path), "cuda", "a graph")
+
+
+def assigned(model: onnx.ModelProto, folder: Path) -> Any:
+    """Open a graph on the CPU as it is, and have it remember which node runs where."""
     options = session.session_options(threads=1)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     assignment.record_assignment(options)
-    save_graph(model, tmp_path / "model.onnx")
-    opened = session.open_session(tmp_path / "model.onnx", options, "cpu")
-    assignment.check_assignment(opened, "cpu", "a graph")
-    assert assignment.elsewhere(opened, "cuda") == {"the softmax": "Softmax"}
-    with pytest.raises(EngineError, match="Softmax"):
-        assignment.check_assignment(opened, "cuda", "a graph")
+    save_graph(model, folder / "model.onnx")
+    return session.open_session(folder / "model.onnx", options, "cpu")

@@ -26,10 +26,12 @@ AS_NAMED, TRANSPOSED = "as named", "transposed"
 BLOCKED = re.compile(r"O(?P<inputs>[iI])hw(?:(\d+)i)?(?P<block>\d+)o")
 # Vectors: as columns, which stand beside pictures, and with zeros up to a whole block of channels.
 COLUMN, PADDED = "column", re.compile(r"(?P<block>\d+)o")
+CHANNELS_LAST = "ohwi"  # convolutions as CUDA's kernels read them: (outputs, height, width, inputs)
 LAYOUTS = (
     AS_NAMED,
     TRANSPOSED,
     COLUMN,
+    CHANNELS_LAST,
     "16o",
     "8o",
     "4o",
@@ -132,6 +134,8 @@ def arrange(weight: Array, layout: str) -> Array:
         return np.ascontiguousarray(weight.T)
     if layout == COLUMN:
         return weight[:, None]
+    if layout == CHANNELS_LAST:
+        return np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
     if vector := PADDED.fullmatch(layout):
         return np.pad(weight, (0, -len(weight) % int(vector["block"])))
     found = BLOCKED.fullmatch(layout)
@@ -151,6 +155,8 @@ def restore(stored: Array, layout: str, shape: tuple[int, ...]) -> Array:
     """Return a weight of a shape from how it is stored: what `arrange` made of it."""
     if layout in (AS_NAMED, TRANSPOSED):
         return stored.T if layout == TRANSPOSED else stored
+    if layout == CHANNELS_LAST:
+        return stored.transpose(0, 3, 1, 2)
     if layout == COLUMN or PADDED.fullmatch(layout):
         return stored.reshape(-1)[: shape[0]]
     found = BLOCKED.fullmatch(layout)
@@ -173,6 +179,8 @@ def fits(layout: str, shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
         return len(shape) == 2 and shape[::-1] == stored
     if layout == COLUMN:
         return len(shape) == 1 and stored == (*shape, 1)
+    if layout == CHANNELS_LAST:
+        return len(shape) == 4 and stored == (shape[0], *shape[2:], shape[1])
     if vector := PADDED.fullmatch(layout):
         return len(shape) == 1 and stored == (shape[0] + -shape[0] % int(vector["block"]),)
     found = BLOCKED.fullmatch(layout)

@@ -11,33 +11,21 @@ from latentrt.engines.onnxruntime.library import PROVIDERS, Provider
 
 _log = logging.getLogger(__name__)
 
-# Small enough for the host, and on it by design: shapes, and what is computed with them, and with tokens.
+# Too heavy for the host: pictures and rows of tokens go through these.
+HEAVY = frozenset(
+    {
+        *("Attention", "MultiHeadAttention", "BiasSplitGelu", "Gelu", "QuickGelu", "Sigmoid", "Softmax"),
+        *("Conv", "ConvTranspose", "NhwcConv", "Pad", "Resize", "Transpose"),
+        *("FusedMatMul", "Gemm", "MatMul"),
+        *("GroupNorm", "GroupNormalization", "InstanceNormalization", "LayerNormalization"),
+    }
+)
+# On the host by design: shapes, and what is computed with them, and with tokens.
 LIGHT = frozenset(
     {
-        "Add",
-        "ArgMax",
-        "Cast",
-        "Concat",
-        "ConstantOfShape",
-        "Div",
-        "Equal",
-        "Expand",
-        "Gather",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Range",
-        "ReduceProd",
-        "Reshape",
-        "Shape",
-        "Size",
-        "Slice",
-        "Split",
-        "Squeeze",
-        "Sub",
-        "Unsqueeze",
-        "Where",
+        *("Add", "Cast", "Div", "Equal", "Max", "Min", "Mod", "Mul", "Sub", "Where"),
+        *("ArgMax", "ReduceProd", "Range", "Shape", "Size"),
+        *("Concat", "ConstantOfShape", "Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze"),
     }
 )
 
@@ -55,14 +43,18 @@ def elsewhere(session: Any, provider: Provider) -> Mapping[str, str]:
 
 
 def check_assignment(session: Any, provider: Provider, what: str) -> None:
-    """Raise EngineError where operators would run on another device than the one asked for, which nobody wants.
+    """Raise EngineError where heavy operators would run on another device than the one asked for; warn of others.
 
-    what: the graph, as an error names it
+    what: the graph, as it is named
     """
-    if found := elsewhere(session, provider):
-        operators, name = ", ".join(sorted(set(found.values()))), next(iter(found))
+    found = elsewhere(session, provider)
+    if heavy := sorted(HEAVY.intersection(found.values())):
+        name = next(name for name, operator in found.items() if operator in HEAVY)
         raise EngineError(
-            f"this ONNX Runtime has no {operators} for its {PROVIDERS[provider]} and would run {len(found)} nodes of "
-            f"{what} on the CPU ({name}, …); install a newer one with: pip install --upgrade 'latentrt[cuda]', or use "
-            "--backend tensorrt"
+            f"this ONNX Runtime has no {', '.join(heavy)} for its {PROVIDERS[provider]} and would run {what}'s on the "
+            f"CPU ({name}, …); install a newer one with: pip install --upgrade 'latentrt[cuda]', or use --backend "
+            "tensorrt"
         )
+    if found:
+        operators = ", ".join(sorted(set(found.values())))
+        _log.warning("%s: %d nodes (%s) run on the CPU, and the GPU waits for them", what, len(found), operators)

@@ -127,7 +127,7 @@ def _build_one(
         save_graph(model, edited)
         # Else ONNX Runtime would name files that are gone by then. On CUDA it changes no weights but external ones.
         external = provider == "cuda" or large or graphs.has_external(model)
-        session = _optimise(edited, output, provider, external=external)
+        session = _optimise(edited, output, component, provider, external=external)
         if record := bundle.manifest.components[component].weights:
             known = read_weights(bundle.path(record), GraphWeights)
             canonical, built = GraphValues(model, edited), GraphValues(graphs.load_graph(output), output)
@@ -165,7 +165,7 @@ def save_graph(model: ModelProto, path: Path) -> None:
     onnx.save(model, str(path))
 
 
-def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) -> Any:
+def _optimise(graph: Path, output: Path, component: str, provider: Provider, *, external: bool) -> Any:
     ort = require()
     options = session_options(threads=None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -182,7 +182,7 @@ def _optimise(graph: Path, output: Path, provider: Provider, *, external: bool) 
         record_assignment(options)
     session = open_session(graph, options, provider)
     if provider == "cuda":
-        check_assignment(session, provider, str(graph))
+        check_assignment(session, provider, component)
     return session
 
 

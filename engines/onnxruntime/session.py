@@ -13,6 +13,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
+from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
 from latentrt.engines.onnxruntime.library import PROVIDERS, Provider, load_cuda_libraries, require
 from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
 from latentrt.engines.tensor_names import COND, HINT
@@ -99,8 +100,12 @@ def load(
         _plan_lightly(chosen)
     if not every_stage or names & {COND, HINT}:  # its threads must not spin while the denoiser's work
         chosen.add_session_config_entry("session.force_spinning_stop", "1")
-    settings = cuda_settings(options, spec, every_stage=every_stage) if provider == "cuda" else NO_SETTINGS
-    return OnnxRuntimeEngine(open_session(file, chosen, provider, settings), spec, weights=weights)
+    if provider == "cpu":
+        return OnnxRuntimeEngine(open_session(file, chosen, provider), spec, weights=weights)
+    record_assignment(chosen)
+    session = open_session(file, chosen, provider, cuda_settings(options, spec, every_stage=every_stage))
+    check_assignment(session, provider, spec.component)
+    return OnnxRuntimeEngine(session, spec, weights=weights)
 
 
 def _change(options: Any, changed: Mapping[str, Array], provider: Provider) -> object:
