@@ -1,4 +1,4 @@
-"""The commands that need neither torch nor a prompt: build and verify, and the bundle's half of inspect."""
+"""The commands that need neither torch nor a prompt: build, verify, and what `inspect` prints of a bundle."""
 
 from __future__ import annotations
 
@@ -31,23 +31,38 @@ MB = 1e6
 
 
 _SHAPE_OPTIONS = (
-    click.option("--size", "sizes", type=Many(Size(), "512x512,768x512"), default=(), help="Pixels."),
+    click.option(
+        "--size",
+        "sizes",
+        type=Many(Size(), "512x512,768x512"),
+        default=(),
+        help="Picture sizes to build for, in pixels.",
+    ),
     click.option("--batch", "batches", type=Many(click.INT, "1,2,4"), default=(1,), help="Pictures drawn at once."),
-    click.option("--tokens", type=Many(click.INT, "77,154"), default=(), help="Lengths of the prompt's encoding."),
-    click.option("--compute-capability", metavar="8.9", help="GPU type to build for where there is no GPU."),
-    click.option("--optimization-level", type=int, help="0 to 5: how long the compiler searches."),
-    click.option("--workspace-mb", type=int, help="Scratch memory that one layer may use."),
-    click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime and later versions."),
     click.option(
-        "--timing-cache", type=click.Path(dir_okay=False, path_type=Path), help="File of what the compiler measured."
+        "--tokens", type=Many(click.INT, "77,154"), default=(), help="Prompt lengths to build for, in tokens."
     ),
-    click.option("--refittable", "--refit", "refit", is_flag=True, help="Let LoRAs change the weights later."),
+    click.option("--compute-capability", metavar="8.9", help="GPU type to build for on a machine without a GPU."),
+    click.option("--optimization-level", type=int, help="How long the compiler searches, 0 to 5."),
+    click.option("--workspace-mb", type=int, help="Most workspace memory for one layer, in MB."),
     click.option(
-        "--references/--no-references", default=True, help="Compute on the CPU what `latentrt verify` compares with."
+        "--lean",
+        "version_compatible",
+        is_flag=True,
+        help="Build for the lean runtime; later TensorRT versions can run the engines too.",
     ),
-    click.option("--state-rows", type=int, default=STATE_ROWS, help="Rows of sampler state to carry."),
-    click.option("--recipe", type=click.Choice(get_args(Recipe)), help="What graphs are written for (cuda)."),
-    click.option("--tf32/--no-tf32", default=None, help="Let float32 products round to 19 bits (cuda)."),
+    click.option(
+        "--timing-cache",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="A file that keeps the compiler's measurements for the next build.",
+    ),
+    click.option("--refittable", "--refit", "refit", is_flag=True, help="Build engines that LoRAs can be applied to."),
+    click.option(
+        "--references/--no-references", default=True, help="Record reference outputs on the CPU for `latentrt verify`."
+    ),
+    click.option("--state-rows", type=int, default=STATE_ROWS, help="Rows of sampler state that the engine holds."),
+    click.option("--recipe", type=click.Choice(get_args(Recipe)), help="How graphs are optimized (cuda)."),
+    click.option("--tf32/--no-tf32", default=None, help="Let matrix products use TF32, which rounds them (cuda)."),
 )
 
 
@@ -59,19 +74,19 @@ def _shape_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("bundle")
 @click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}")
 @_shape_options
-@click.option("--force", is_flag=True, help="Build again even if the engines are there.")
-@click.option("--store", metavar="URL", help="Fetch the engines from here, or build and publish them here.")
-@click.option("--fetch-only", is_flag=True, help="Fetch them from the store, and build nothing.")
+@click.option("--force", is_flag=True, help="Build again even if the engines exist.")
+@click.option("--store", metavar="URL", help="Fetch the engines from this store, or build and publish them to it.")
+@click.option("--fetch-only", is_flag=True, help="Only fetch from the store, never build.")
 @click.option("--json", "as_json", is_flag=True, help="Print the engine record as JSON.")
 def build(
     bundle: str, backend: str, force: bool, store: str | None, fetch_only: bool, as_json: bool, **options: Any
 ) -> None:
-    """Build BUNDLE's engines for the machine at hand. Engines of other machines stay beside them.
+    """Build BUNDLE's engines for this machine. Engines for other machines are kept.
 
-    TensorRT's engines are compiled for fixed shapes, each size with each batch; the options about shapes and the
-    compiler are for the backends tensorrt and tensorrt-rtx. A store holds engines by their key, which names the GPU,
-    the versions and the options: a fleet builds once for each kind of machine, and the others fetch. Engines of a
-    bundle that cannot be written go into $LATENTRT_CACHE, or latentrt in the user's cache folder.
+    TensorRT engines are compiled for fixed shapes: every size with every batch. The options for shapes and for the
+    compiler apply to the backends tensorrt and tensorrt-rtx. A store holds engines by their key, which names the GPU,
+    the versions and the options: each kind of machine builds once, and the others fetch. Engines of a
+    read-only bundle go into $LATENTRT_CACHE, or latentrt in the user's cache folder.
     """
     wanted = BuildOptions(**options)
     chosen = choose_to_build(backend, wanted).backend
@@ -120,7 +135,7 @@ def _print_heading(bundle: Bundle, console: Console) -> None:
 
 
 def _options(provenance: Provenance) -> list[str]:
-    """Return what was chosen beside the checkpoint: LoRAs with their strengths, a prediction type."""
+    """Return the options of the export: LoRAs with their strengths, a prediction type."""
     return [f"{name} {value}" for name, value in provenance.options.items()]
 
 
@@ -151,10 +166,10 @@ def _plain(text: str) -> str:
 
 @click.command()
 @click.argument("bundle")
-@click.option("--backend", default=None, help=f"Only this one: {', '.join(BACKENDS)}")
+@click.option("--backend", default=None, help=f"Check only one backend: {', '.join(BACKENDS)}")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def verify(bundle: str, backend: str | None, as_json: bool) -> None:
-    """Check BUNDLE's hashes and recorded outputs on each backend that can run here. Exits with 2 on any fault."""
+    """Check BUNDLE's hashes, and its recorded outputs on each backend that runs here. Exits with 2 on any fault."""
     opened = Bundle.open(bundle)
     only = choose(backend, opened).backend if backend else None
     with terminal_report(quiet=as_json) as report:

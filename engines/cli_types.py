@@ -1,4 +1,4 @@
-"""Kinds of values that several commands take: a size in pixels, and lists between commas."""
+"""Types of values that several commands take: a size in pixels, and comma-separated lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Size(click.ParamType[tuple[int, int]]):
 
 
 class Many(click.ParamType[tuple[T, ...]], Generic[T]):
-    """Values between commas, each of a kind of click's or of this file: `1,2,4`."""
+    """Comma-separated values of one type: `1,2,4`."""
 
     def __init__(self, kind: click.ParamType[T], example: str) -> None:
         self.name = self._example = example
@@ -35,4 +35,4 @@ class Many(click.ParamType[tuple[T, ...]], Generic[T]):
         try:
             return tuple(self._kind.convert(part.strip(), param, ctx) for part in str(value).split(","))
         except click.BadParameter:
-            self.fail(f"found '{value}', expected values between commas, as in {self._example}", param, ctx)
+            self.fail(f"found '{value}', expected comma-separated values, as in {self._example}", param, ctx)

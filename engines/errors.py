@@ -1,7 +1,7 @@
-"""The errors a user can mend, named for who can act on them. Anything else that is raised is a bug of ours.
+"""The errors that a user can fix, named for who can act on them. Any other exception is a bug in latentrt.
 
 Four kinds: `CheckpointError`, `BundleError`, `EngineError` and `RequestError`. What a program may want to tell apart
-is a type of its own below one of them, and each says in `retryable` whether trying again can help.
+is a subclass of one of them, and each says in `retryable` whether trying again can help.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 class LatentrtError(Exception):
     """One sentence: what is wrong, where, and what to do. The command line prints it and exits with 2.
 
-    retryable: whether the same call may succeed later though its caller changes nothing
+    retryable: whether the same call may succeed later without any change by the caller
     """
 
     retryable: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class NotInstalledError(EngineError):
 
 
 class WrongMachineError(EngineError):
-    """This machine is not one to run on: no GPU answers, or the engines were built for another target.
+    """This machine cannot run it: no GPU answers, or the engines were built for another target.
 
     differences: what differs between here and there, as `field: ours here, theirs there`; empty where no GPU answers
     """
@@ -72,7 +72,7 @@ class WrongMachineError(EngineError):
 
 
 class OutOfMemoryError(EngineError, MemoryError):
-    """The device, or the host where engines run on the CPU, has no room for what was asked now."""
+    """The device, or the host where engines run on the CPU, has no memory left for this call."""
 
     retryable = True
 
@@ -84,7 +84,7 @@ class DeviceLostError(EngineError):
     """
 
 
-# What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say where there is no room.
+# What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say when memory runs out.
 NO_ROOM = re.compile(
     r"out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"
     r"|smaller than requested bytes|cudaErrorMemoryAllocation",
@@ -113,11 +113,11 @@ def backend_error(sentence: str, words: str) -> EngineError:
 
 
 class ClosedError(EngineError):
-    """What was closed is used again: load the bundle anew."""
+    """A pipeline, engine or workspace is used after it was closed: load the bundle again."""
 
 
 class NotFiniteError(EngineError):
-    """What should become a picture has left the range of float32: nothing of the call is delivered.
+    """Numbers of a picture have left the range of float32: the call returns no pictures.
 
     place: where it shows first, in words: `the text`, `the latents`, …
     stage: after how many of `stages` it shows, None where it is seen at the end alone or before the first
@@ -150,7 +150,7 @@ class RequestError(LatentrtError, ValueError):
 
 
 class NestedCallError(RequestError):
-    """A pipeline was called from within a call of it on the same thread: it would wait for itself for ever."""
+    """A pipeline was called from within one of its own calls on the same thread: it would wait for itself forever."""
 
 
 class CancelledError(RequestError):

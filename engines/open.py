@@ -130,11 +130,16 @@ class OpenEngines:
             opened.engines[component] = self._further[-1].engines[component]
         return opened.engines[component]
 
+    def require(self, shape: WorkspaceShape) -> None:
+        """Raise EngineError where `workspace` would, for want of engines for this shape. Nothing is opened."""
+        if self._open_for(shape) is None:
+            find_engines(self._bundle, self.choice.backend, needs=shape)
+
+    def _open_for(self, shape: WorkspaceShape) -> Opened | None:
+        return next((opened for record, opened in self._opened.values() if fits(record, shape, self._bundle)), None)
+
     def _fitting(self, shape: WorkspaceShape) -> Opened:
-        for record, opened in self._opened.values():
-            if fits(record, shape, self._bundle):
-                return opened
-        return self._open(*find_engines(self._bundle, self.choice.backend, needs=shape))
+        return self._open_for(shape) or self._open(*find_engines(self._bundle, self.choice.backend, needs=shape))
 
     def close(self) -> None:
         """Close every engine."""

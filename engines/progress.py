@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # only a terminal needs rich, and a service that imports the runtime is spared it
+if TYPE_CHECKING:  # only a terminal needs rich; a service that imports the runtime does not load it
     from rich.progress import Progress, TaskID
 
 Report = Callable[[str, int, int], None]
-"""Told (what, done, total): once with done = 0 when a unit of work starts, once with done = total at its end."""
+"""Called with (what, done, total): with done = 0 when a unit of work starts, and with done = total at its end."""
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -21,7 +21,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 @contextmanager
 def terminal_report(*, quiet: bool = False) -> Iterator[Report]:
-    """Give a report that draws bars on stderr if that is a terminal, and writes a line for each unit if not."""
+    """Give a report that draws bars on stderr if it is a terminal, and otherwise writes a line for each unit."""
     if quiet:
         yield silent
     elif sys.stderr.isatty():

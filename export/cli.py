@@ -32,40 +32,53 @@ MIB = 1 << 20
 @click.option(
     "--precision",
     type=click.Choice(get_args(Precision)),
-    help="Of the graphs. Default: fp32 for the CPU, fp16 for a GPU.",
+    help="Precision of the graphs. Default: fp32 for the CPU, fp16 for a GPU.",
 )
 @click.option(
     "--backend", "backends", multiple=True, help=f"Build engines for auto, {', '.join(BACKENDS)}; repeatable."
 )
-@click.option("--no-build", is_flag=True, help="Write the canonical graphs only.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle of something else.")
+@click.option("--no-build", is_flag=True, help="Write the ONNX graphs only, without engines.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub id.")
-@click.option("--vae", default=None, metavar="PATH", help="Take the VAE from another directory or file.")
-@click.option("--tiny-vae", default=None, metavar="DIR", help="Add a tiny decoder: an AutoencoderTiny's directory.")
-@click.option("--unet", default=None, metavar="PATH", help="Take the UNet from another directory or file.")
-@click.option("--refiner", default=None, metavar="CHECKPOINT", help="Add SDXL's refiner as a second denoiser.")
-@click.option("--tokenizer", default=None, metavar="DIR", help="CLIP's vocabulary, which a single file lacks.")
-@click.option("--config", default=None, metavar="DIR", help="Configs for a single file in sizes of its own.")
-@click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
+@click.option("--vae", default=None, metavar="PATH", help="Use the VAE of another directory or file.")
+@click.option(
+    "--tiny-vae", default=None, metavar="DIR", help="Add a tiny decoder, from the directory of an AutoencoderTiny."
+)
+@click.option("--unet", default=None, metavar="PATH", help="Use the UNet of another directory or file.")
+@click.option("--refiner", default=None, metavar="CHECKPOINT", help="Add the SDXL refiner.")
+@click.option(
+    "--tokenizer",
+    default=None,
+    metavar="DIR",
+    help="Directory of the CLIP tokenizer, which a single file does not contain.",
+)
+@click.option(
+    "--config", default=None, metavar="DIR", help="Directory with the configs of a single file that has unusual sizes."
+)
+@click.option(
+    "--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Merge a LoRA into the weights; repeatable."
+)
 @click.option(
     "--controlnet",
     "controlnets",
     multiple=True,
     metavar="NAME=PATH",
-    help="Add a ControlNet to the bundle, under a name; repeatable.",
+    help="Add a ControlNet under this name; repeatable.",
 )
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     metavar="NAME=PATH",
-    help="Add a T2I-Adapter to the bundle, under a name; repeatable.",
+    help="Add a T2I-Adapter under this name; repeatable.",
 )
-@click.option("--allow-pickle", is_flag=True, help="Open pickles, as weights alone.")
+@click.option("--allow-pickle", is_flag=True, help="Allow weights in pickle files; only tensors are read from them.")
 @click.option(
-    "--prediction-type", type=click.Choice(get_args(Prediction)), help="Where the checkpoint does not say it."
+    "--prediction-type",
+    type=click.Choice(get_args(Prediction)),
+    help="What the UNet predicts, if the checkpoint does not say.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print how it went as JSON, and no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress.")
 def export(
     checkpoint: str,
     bundle: Path,
@@ -82,10 +95,10 @@ def export(
     """Turn CHECKPOINT into BUNDLE: graphs, recorded outputs, and engines for this machine.
 
     CHECKPOINT is a directory in diffusers' layout, a single safetensors file, a hub id, a directory exported by
-    optimum, or `demo`. A run that was killed is resumed by the same command.
+    optimum, or `demo`. Run the same command again to resume an export that was interrupted.
     """
     if no_build and backends:
-        raise CheckpointError("--no-build and --backend exclude each other; give one of them")
+        raise CheckpointError("--no-build and --backend exclude each other; give only one")
     chosen: list[BackendName] = (
         [] if no_build else [choose_to_build(name, BuildOptions()).backend for name in backends or ("auto",)]
     )

@@ -30,9 +30,10 @@ from latentrt.engines.bundle.manifest import (
     Provenance,
 )
 from latentrt.engines.bundle.staging import publish, staged, sweep
-from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.engines.errors import BundleError, NotInstalledError
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
+from latentrt.export import INSTALL
 from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.configs.families import FAMILIES
@@ -99,8 +100,8 @@ def export_checkpoint(
     checkpoint: a directory in diffusers' or optimum's layout, a safetensors file, a hub id, or `demo`
     precision: of the graphs; None for what suits the first backend (fp32 on a CPU, fp16 on a GPU)
     backends: whose engines are built for the machine at hand; none is a choice too
-    Raises CheckpointError, BundleError and EngineError. A killed export leaves the target as it was; the same call
-    again goes on with the components that are missing.
+    Raises CheckpointError, BundleError and EngineError: NotInstalledError where a library is missing. A killed export
+    leaves the target as it was; the same call again continues with the components that are missing.
     """
     start = time.perf_counter()
     report("reading the checkpoint", 0, 1)
@@ -166,9 +167,7 @@ def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
 def _require_tools(source: Source) -> None:
     absent = [name for name in NEEDED[source] if importlib.util.find_spec(name) is None]
     if absent:
-        raise CheckpointError(
-            f"exporting needs {', '.join(absent)}, which is not installed; run: pip install 'latentrt[export]'"
-        )
+        raise NotInstalledError(f"exporting needs {', '.join(absent)}, which is not installed", install=INSTALL)
 
 
 def _existing(target: Path, provenance: Provenance, *, overwrite: bool) -> Bundle | None:

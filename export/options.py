@@ -1,4 +1,4 @@
-"""What whoever exports may add to a checkpoint, or say of it."""
+"""The options of an export: what is added to a checkpoint, replaced in it, or said about it."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ class ControlNetOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointOptions:
-    """Choices that go with a checkpoint. None is "as the checkpoint says".
+    """Choices that go with a checkpoint. None means "as the checkpoint says".
 
     revision: branch, tag or commit of a hub id
-    config: a diffusers directory whose configs, and tokenizer, a single file follows in place of the published ones
-    tokenizer: a directory with CLIP's vocabulary, or a checkpoint with one; a single file holds none
-    vae: a VAE to take in place of the checkpoint's: a directory or a file
-    tiny_vae: a small VAE (diffusers' AutoencoderTiny) whose decoder the bundle shall hold too: a directory
-    unet: a UNet to take in place of the checkpoint's, as that of SDXL-Lightning: a directory or a file
-    prediction_type: what the UNet predicts, where the checkpoint does not say or says it wrongly
+    config: a diffusers directory whose configs and tokenizer a single file uses instead of the published ones
+    tokenizer: a directory with CLIP's vocabulary, or a checkpoint with one; a single file contains none
+    vae: a VAE to use instead of the checkpoint's: a directory or a file
+    tiny_vae: a small VAE (diffusers' AutoencoderTiny) whose decoder is added to the bundle: a directory
+    unet: a UNet to use instead of the checkpoint's, such as SDXL-Lightning's: a directory or a file
+    prediction_type: what the UNet predicts, where the checkpoint does not say, or says it wrongly
     refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
-    loras: low-rank changes that are added to the weights; their order does not matter
+    loras: LoRAs to merge into the weights; their order does not matter
     controlnets, adapters: ControlNets and T2I-Adapters that requests may use; their order does not matter
     allow_pickle: whether weights in pickles may be opened
     """

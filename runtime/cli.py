@@ -47,8 +47,10 @@ from latentrt.runtime.sampling.schedule import STABLE_DIFFUSION
 @options_of(SAMPLING)
 @options_of(STARTS)
 @options_of(DECODING)
-@click.option("--seed", type=int, default=None, help="Of the first picture; the others count up. Default: random.")
-@click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
+@click.option(
+    "--seed", type=int, default=None, help="Seed of the first picture; the others count up from it. Default: random."
+)
+@click.option("--size", type=Size(), default=None, help="Size of the picture. Default: the checkpoint's own.")
 @click.option("-n", default=1, show_default=True, help="How many pictures.")
 @click.option("--deadline", type=float, default=None, help="Seconds after which to give up.")
 @options_of(LOADING)
@@ -80,15 +82,15 @@ def generate(
 @click.argument("bundle")
 @click.argument("keys", metavar="PROMPT@SEED...", nargs=-1, required=True, type=Key())
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="A .gif, .webp or .mp4 file.")
-@click.option("--frames", default=24, show_default=True, help="How many, key frames included.")
+@click.option("--frames", default=24, show_default=True, help="How many frames, key frames included.")
 @click.option("--fps", default=8.0, show_default=True, help="Frames a second.")
-@click.option("--loop", is_flag=True, help="Go on from the last key frame to the first.")
-@click.option("--batch", default=4, show_default=True, help="Frames that are drawn at once.")
-@click.option("--negative", "negative_prompt", default=None, help="What no frame should show.")
+@click.option("--loop", is_flag=True, help="Continue from the last key frame to the first, for an endless loop.")
+@click.option("--batch", default=4, show_default=True, help="How many frames are drawn at once.")
+@click.option("--negative", "negative_prompt", default=None, help="What the frames should not show.")
 @options_of(PROMPTS)
 @options_of(SAMPLING)
 @options_of(DECODING)
-@click.option("--size", type=Size(), default=None, help="Default: the checkpoint's own.")
+@click.option("--size", type=Size(), default=None, help="Size of the picture. Default: the checkpoint's own.")
 @options_of(LOADING)
 @click.option("--json", "as_json", is_flag=True, help="Print file, frames and seconds as JSON.")
 def animate(
@@ -164,7 +166,7 @@ def _slug(prompt: str) -> str:
 
 
 def _free_name(directory: Path, stem: str) -> Path:
-    """Return a path that no picture has yet: another call's result is never overwritten."""
+    """Return a path that is not taken: the result of another call is never overwritten."""
     path, copy = directory / f"{stem}.png", 2
     while path.exists():
         path, copy = directory / f"{stem}-{copy}.png", copy + 1
@@ -200,12 +202,16 @@ def _lines(summary: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--plan", "sampler", default=None, metavar="NAME", help="Print one sampler's table instead of the list.")
-@click.option("--steps", default=20, show_default=True, help="Of the printed plan.")
-@click.option("--bundle", default=None, help="Whose noise schedule the plan is for. Default: Stable Diffusion's own.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON: with --plan, all that another runtime needs.")
+@click.option(
+    "--plan", "sampler", default=None, metavar="NAME", help="Print the plan of one sampler instead of the list."
+)
+@click.option("--steps", default=20, show_default=True, help="Number of steps of the plan.")
+@click.option(
+    "--bundle", default=None, help="The bundle whose noise schedule is used. Default: that of Stable Diffusion 1.x."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --plan, all that another runtime needs.")
 def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
-    """List the samplers, or print the table of numbers that one of them is."""
+    """List the samplers, or print the plan of one of them."""
     if sampler is None:
         click.echo(json.dumps(samplers_table(), indent=1) if as_json else format_samplers())
         return

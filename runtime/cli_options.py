@@ -1,4 +1,4 @@
-"""What the commands that draw may be told, and how it is read from the command line."""
+"""The options of the commands that draw, and how they are read from the command line."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from latentrt.runtime.sampling.spacings import SPACINGS
 
 
 class TextCommand(click.Command):
-    """A command whose arguments may be text that begins with -: what has spaces, `-a red circle`, is not an option."""
+    """A command whose arguments may be text that begins with -: text with spaces, `-a red circle`, is not an option."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, options_first(args, self.get_params(ctx)))
         except click.NoSuchOption as error:
             raise click.UsageError(
-                f"{error.format_message()} A prompt that begins with - and has no space goes behind --, as in: "
+                f"{error.format_message()} A prompt that begins with - and has no space goes after --, as in: "
                 f"{ctx.command_path} BUNDLE -- -prompt",
                 ctx=ctx,
             ) from None
 
 
 def options_first(arguments: Sequence[str], params: Sequence[click.Parameter]) -> list[str]:
-    """Return a command's arguments with options before -- and all that is text behind it, each in its order."""
+    """Return a command's arguments with the options before -- and all text after it, each in their order."""
     takes = {
         name: option.nargs
         for option in params
@@ -49,7 +49,7 @@ def options_first(arguments: Sequence[str], params: Sequence[click.Parameter]) -
             texts.append(argument)
         else:
             values = list(itertools.islice(rest, takes.get(argument, 0)))
-            if len(values) < takes.get(argument, 0):  # the option at the end has no value, and must not get --
+            if len(values) < takes.get(argument, 0):  # the last option has no value, and must not take --
                 return list(arguments)
             options += [argument, *values]
     return [*options, "--", *texts]
@@ -73,7 +73,7 @@ class Key(click.ParamType[KeyFrame]):
 
 
 class Followed(click.ParamType[Control]):
-    """What to follow: `edges=edges.png`, `edges=edges.png:0.8`, `edges=edges.png:0.8:0.2:0.9`."""
+    """A control: `edges=edges.png`, `edges=edges.png:0.8`, `edges=edges.png:0.8:0.2:0.9`."""
 
     name = "NAME=IMAGE[:SCALE[:START:STOP]]"
 
@@ -82,8 +82,8 @@ class Followed(click.ParamType[Control]):
         found = re.fullmatch(rf"([^=]+)=(.+?)(?::({number})(?::({number}):({number}))?)?", str(value))
         if found is None or (":" in found[2] and not Path(found[2]).exists()):
             self.fail(
-                f"found '{value}', expected a ControlNet's name, = and an image, then a scale, then where to start and "
-                "to stop, as in edges=edges.png:0.8:0.2:0.9",
+                f"found '{value}', expected a ControlNet's name, = and an image, then a scale, then where to start "
+                "and stop, as in edges=edges.png:0.8:0.2:0.9",
                 param,
                 ctx,
             )
@@ -91,7 +91,7 @@ class Followed(click.ParamType[Control]):
         try:
             values = [float(text) for text in numbers if text is not None]
         except ValueError:
-            self.fail(f"found '{value}', expected numbers behind the image, as in 0.8:0.2:0.9", param, ctx)
+            self.fail(f"found '{value}', expected numbers after the image, as in 0.8:0.2:0.9", param, ctx)
         return Control(name=name, image=image, **dict(zip(("scale", "start", "stop"), values, strict=False)))
 
 
@@ -123,38 +123,100 @@ FILE = click.Path(path_type=Path)
 SAMPLING = (
     click.option("--steps", type=int, default=None, help="Default: 20."),
     click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
-    click.option("--spacing", default=None, help=f"Of the steps: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."),
-    click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1, for ddim and tcd."),
-    click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, leaving noise."),
-    click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="What to tell the model."),
     click.option(
-        "--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise over picture, ending with 0."
+        "--spacing", default=None, help=f"How the steps are spaced: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."
+    ),
+    click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1; for ddim and tcd."),
+    click.option(
+        "--stop",
+        type=float,
+        default=1.0,
+        help="Stop after this share of the steps and leave the rest of the noise, 0 to 1.",
+    ),
+    click.option(
+        "--timesteps",
+        type=Many(click.FLOAT, "999,700,300"),
+        default=None,
+        help="The timesteps to run, instead of --steps.",
+    ),
+    click.option(
+        "--sigmas",
+        type=Many(click.FLOAT, "14.6,1.2,0"),
+        default=None,
+        help="The noise levels to visit, ending with 0, instead of --steps.",
     ),
     click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
-    click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only there, e.g. 0.2-0.8."),
-    click.option("--guidance-rescale", default=0.0, help="Restore the prompt's own contrast, 0 to 1."),
-    click.option("--refine-from", type=float, default=None, help="Let the refiner take over there, e.g. 0.8."),
-    click.option("--aesthetic-score", default=6.0, help="What the refiner is asked for."),
-    click.option("--negative-aesthetic-score", default=2.5, help="What the refiner shall avoid."),
+    click.option(
+        "--guidance-interval",
+        type=Interval(),
+        default=ALWAYS,
+        help="Guide only in this part of the steps, e.g. 0.2-0.8.",
+    ),
+    click.option("--guidance-rescale", default=0.0, help="How much contrast to restore after guidance, 0 to 1."),
+    click.option(
+        "--refine-from",
+        type=float,
+        default=None,
+        help="Hand over to the refiner after this share of the noise, e.g. 0.8.",
+    ),
+    click.option("--aesthetic-score", default=6.0, help="The aesthetic score that the refiner aims for."),
+    click.option("--negative-aesthetic-score", default=2.5, help="The aesthetic score that the refiner avoids."),
 )
 PROMPTS = (
-    click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
-    click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut long prompts."),
-    click.option("--clip-skip", default=0, help="Leave out this many of the text encoder's last layers."),
-    click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Add a LoRA to the weights; repeatable."),
+    click.option(
+        "--weighted",
+        "prompt_syntax",
+        flag_value="weighted",
+        default="plain",
+        help="Read weights in the prompt, as in (words:1.2).",
+    ),
+    click.option(
+        "--truncate",
+        "overflow",
+        flag_value="truncate",
+        default="chunks",
+        help="Cut long prompts at 77 tokens, as diffusers does.",
+    ),
+    click.option("--clip-skip", default=0, help="Skip this many of the text encoder's last layers."),
+    click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Apply a LoRA; repeatable."),
 )
 STARTS = (
-    click.option("--image", type=FILE, default=None, help="Start from this picture."),
-    click.option("--mask", type=FILE, default=None, help="Of that picture: white is drawn again, black is kept."),
-    click.option("--control", "controls", type=Followed(), multiple=True, help="Follow a picture; repeatable."),
-    click.option("--strength", type=float, default=None, help="How much of it to change, 0 to 1."),
-    click.option("--variation-seed", type=int, default=None, help="Turn the noise towards this seed's."),
-    click.option("--variation-strength", type=float, default=0.0, help="How far, 0 to 1."),
-    click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="Whose generator a seed is for."),
+    click.option("--image", type=FILE, default=None, help="Start from this image."),
+    click.option("--mask", type=FILE, default=None, help="A mask for --image: white is repainted, black is kept."),
+    click.option(
+        "--control",
+        "controls",
+        type=Followed(),
+        multiple=True,
+        help="Guide the picture with a ControlNet or T2I-Adapter and an image; repeatable.",
+    ),
+    click.option(
+        "--strength",
+        type=float,
+        default=None,
+        help="How much of --image to change, 0 to 1. Default: 0.8; with --mask: 1.",
+    ),
+    click.option("--variation-seed", type=int, default=None, help="Blend the noise with the noise of this seed."),
+    click.option(
+        "--variation-strength", type=float, default=0.0, help="How much of the variation seed's noise to use, 0 to 1."
+    ),
+    click.option(
+        "--noise",
+        type=click.Choice(sorted(NOISES)),
+        default="cpu",
+        help="The PyTorch generator that seeds reproduce: the CPU's or a GPU's.",
+    ),
 )
 DECODING = (
-    click.option("--decoder", type=click.Choice(list(DECODERS)), default="full", help="tiny: faster and rougher."),
-    click.option("--tile", type=int, default=None, help="Decode large pictures in tiles of so many pixels, blended."),
+    click.option(
+        "--decoder", type=click.Choice(list(DECODERS)), default="full", help="full, or tiny: faster, with less detail."
+    ),
+    click.option(
+        "--tile",
+        type=int,
+        default=None,
+        help="Decode in blended tiles of this many pixels, to save memory on large pictures.",
+    ),
 )
 
 
@@ -163,8 +225,14 @@ def options_of(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..
 
 
 LOADING = (
-    click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A learned word's safetensors file."),
-    click.option("--backend", default="auto", show_default=True),
-    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads."),
-    click.option("--build", is_flag=True, help="Build the engines first where there are none for this machine."),
+    click.option(
+        "--embedding",
+        "embeddings",
+        type=FILE,
+        multiple=True,
+        help="A textual inversion embedding, as a safetensors file; repeatable.",
+    ),
+    click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or tensorrt-rtx."),
+    click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads to use."),
+    click.option("--build", is_flag=True, help="Build the engines first if there are none for this machine."),
 )

@@ -16,10 +16,10 @@ import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.errors import ClosedError
+from latentrt.engines.errors import ClosedError, EngineError
 from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.open import OpenEngines, open_engines
-from latentrt.engines.workspace.contract import Workspace
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.calls import Cancellation, Limits, Stream, Turn, finish, limited, tell
 from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
 from latentrt.runtime.draw.draw import BatchSource
@@ -212,30 +212,52 @@ class Pipeline:
         """Draw an animation from key frame to key frame; give its frames in order, a batch of them at a time.
 
         keys: what to go through; text is mixed on a line and noise on an arc, see `animation`
-        batch: how many frames are drawn at once; every batch is full but the last
+        batch: how many frames are drawn at once; every batch is full but the last, which engines that were compiled
+            for full ones alone draw as a full one, and the surplus is dropped
         loop: go on from the last key frame to the first
         options: of every frame, as in a call; keys bring prompt, negative prompt and seed. A deadline is each batch's
-        Raises RequestError at once, before a frame is drawn; each batch raises what `draw` raises.
+        Raises RequestError at once, before a frame is drawn, and EngineError where the engines were compiled for other
+        shapes; each batch raises what `draw` raises.
         """
         keys, parts = check_keys(keys), batches(frames_between(len(keys), frames, loop=loop), batch)
-        requests = [between(keys, part, options) for part in parts]
-        for request in {len(part): request for part, request in zip(parts, requests, strict=True)}.values():
-            Limits.of(request, cancel)
-            job = resolve(request, self.manifest)  # those of one size differ in nothing else that can be refused
-            for part in job.ranges:
-                self.loaded.encoders.tokens(
-                    [text for side in job.read_keys(keys) for text in side], denoiser=part.denoiser
-                )
+        if len(parts) > 1:
+            self._check_frames(keys, parts[0], options)
+        last, job = self._fit_frames(keys, parts[-1], batch, options)
+        Limits.of(job.request, cancel)
         changes = self.loaded.loras.changes(job.request.loras)
 
         def drawn() -> Iterator[Result]:
-            for part, request in zip(parts, requests, strict=True):
+            for part, fitted in zip(parts, [*parts[:-1], last], strict=True):
+                request = between(keys, fitted, options)
                 limits = Limits.of(request, cancel)
                 job = resolve(request, self.manifest)
-                draw = partial(self._draw_between, job, keys, part, watched=on_step is not None or limits.any)
+                watched = on_step is not None or limits.any
+                draw = partial(self._draw_between, job, keys, fitted, count=len(part), watched=watched)
                 yield finish(self._alone(limits, changes, draw), on_step)
 
         return drawn()
+
+    def _fit_frames(
+        self, keys: Sequence[KeyFrame], frames: tuple[Frame, ...], batch: int, options: Options
+    ) -> tuple[tuple[Frame, ...], Job]:
+        """Return a batch of frames, filled up with the last one if the engines take only full batches, and its job."""
+        try:
+            return frames, self._check_frames(keys, frames, options)
+        except EngineError:
+            if len(frames) == batch:
+                raise
+        return self._fit_frames(keys, (*frames, *[frames[-1]] * (batch - len(frames))), batch, options)
+
+    def _check_frames(self, keys: Sequence[KeyFrame], frames: Sequence[Frame], options: Options) -> Job:
+        """Return the job of a batch of frames. Raises what can be refused before it is drawn."""
+        job = resolve(between(keys, frames, options), self.manifest)
+        texts = [text for side in job.read_keys(keys) for text in side]
+        (width, height), pictures = job.size, len(frames)
+        for part in job.ranges:
+            tokens = self.loaded.encoders.tokens(texts, denoiser=part.denoiser)
+            shape = WorkspaceShape(pictures=pictures, tokens=tokens, width=width, height=height)
+            self.loaded.opened.require(shape)
+        return job
 
     def _alone(
         self, limits: Limits, changes: Mapping[str, Changes], draw: Callable[[], Stages[Result]]
@@ -259,9 +281,9 @@ class Pipeline:
         return ClosedError(f"the pipeline on '{self.bundle.root}' is closed; load it again")
 
     def _draw_between(
-        self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], *, watched: bool
+        self, job: Job, keys: Sequence[KeyFrame], frames: Sequence[Frame], *, count: int, watched: bool
     ) -> Stages[Result]:
-        """Draw frames that lie between key frames."""
+        """Draw frames that lie between key frames; give the first `count` of them."""
         start = time.perf_counter()
         prompts, negatives = job.read_keys(keys)
         texts = {part.denoiser: self.loaded.encoders(prompts, negatives, denoiser=part.denoiser) for part in job.ranges}
@@ -276,20 +298,21 @@ class Pipeline:
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])
         tokens = {denoiser: arrays["encoder_hidden_states"].shape[1] for denoiser, arrays in texts.items()}
         source = BatchSource(tokens=tokens, tokenize_s=time.perf_counter() - start, write=write, draw=draw)
-        return (yield from self._draw(job, source, watched=watched))
+        return (yield from self._draw(job, source, count=count, watched=watched))
 
-    def _draw(self, job: Job, source: BatchSource, *, watched: bool) -> Stages[Result]:
+    def _draw(self, job: Job, source: BatchSource, *, count: int | None = None, watched: bool) -> Stages[Result]:
+        """Draw a job and say what it was drawn with. count: give only its first pictures, None for all"""
         start = time.perf_counter()
         drawn = yield from self.loaded.drawing(job, source, watched=watched)
         stages = {"encode": drawn.encode_s, "denoise": sum(drawn.step_seconds), "decode": drawn.decode_s}
         total = source.tokenize_s + time.perf_counter() - start
         return Result(
-            pixels=drawn.pixels,
-            seeds=job.seeds,
-            settings=tuple(self.loaded.settings(job, i) for i in range(len(job.prompts))),
+            pixels=drawn.pixels[:count],
+            seeds=job.seeds[:count],
+            settings=tuple(self.loaded.settings(job, i) for i in range(len(job.prompts)))[:count],
             seconds={"tokenize": source.tokenize_s, **stages, "total": total},
             step_seconds=drawn.step_seconds,
-            warnings=one_coloured(drawn.pixels),
+            warnings=one_coloured(drawn.pixels[:count]),
             backend=self.loaded.opened.choice.backend,
             reason=self.loaded.opened.choice.reason,
         )

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.errors import RequestError
+from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import KeyFrame
 
@@ -52,6 +53,37 @@ def test_the_size_of_batches_changes_no_frame(pipe: Pipeline) -> None:
 def test_every_batch_but_the_last_is_full(pipe: Pipeline) -> None:
     results = list(pipe.animate(KEYS, 7, batch=3, sampler="euler", **QUICK))
     assert [len(result.pixels) for result in results] == [3, 3, 1]
+
+
+def test_engines_of_one_batch_size_draw_the_last_frames_as_a_full_batch(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = frames(pipe, 7, sampler="euler_ancestral", batch=3)
+    shapes = list[int]()
+
+    def require(shape: WorkspaceShape) -> None:
+        shapes.append(shape.pictures)
+        if shape.pictures != 3:
+            raise EngineError("compiled for three")
+
+    monkeypatch.setattr(pipe.loaded.opened, "require", require)
+    results = list(pipe.animate(KEYS, 7, batch=3, sampler="euler_ancestral", **QUICK))
+    assert [len(result.pixels) for result in results] == [3, 3, 1] and shapes == [3, 1, 3]
+    assert [len(result.seeds) for result in results] == [len(result.settings) for result in results] == [3, 3, 1]
+    found = np.concatenate([result.pixels for result in results])
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_engines_of_other_shapes_are_refused_before_the_first_frame(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require(shape: WorkspaceShape) -> None:
+        raise EngineError("compiled for other shapes")
+
+    monkeypatch.setattr(pipe.loaded.opened, "require", require)
+    for count in (7, 3):
+        with pytest.raises(EngineError):
+            pipe.animate(KEYS, count, batch=4, **QUICK)
 
 
 def test_a_loop_goes_back_to_its_first_key_frame(pipe: Pipeline) -> None:

@@ -348,8 +348,8 @@ def test_too_few_rounds_are_refused_not_passed(report: Report, tmp_path: Path) -
     [
         ((), "bench takes one of"),
         (("x", "--schema"), "bench takes one of"),
-        (("x", "--steps", "a"), "expected values between commas, as in 4,20"),
-        (("x", "--steps", "0"), "expected values between commas"),
+        (("x", "--steps", "a"), "expected comma-separated values, as in 4,20"),
+        (("x", "--steps", "0"), "expected comma-separated values"),
         (("x", "--size", "big"), "as in 256x256,512x512"),
         (("nowhere",), "there is no bundle at 'nowhere'"),
     ],

@@ -18,9 +18,11 @@ import onnx
 import pytest
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
+from latentrt.engines.errors import BundleError, CheckpointError, EngineError, NotInstalledError, RequestError
 from latentrt.export import export as exporting
 from latentrt.export.export import export_checkpoint
+from latentrt.export.graphs.external_data import read_graph
+from latentrt.export.sources.hub import download
 from latentrt.export.work.jobs import MARKERS
 from latentrt.runtime.pipeline import Pipeline
 from tests.tiny import NETWORKS
@@ -191,8 +193,18 @@ def test_missing_libraries_name_the_extra(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else found(name))
-    with pytest.raises(CheckpointError, match=r"needs diffusers, .* run: pip install 'latentrt\[export\]'"):
+    with pytest.raises(NotInstalledError, match="diffusers") as caught:
         export_checkpoint(str(sd1_checkpoint), tmp_path / "bundle")
+    assert caught.value.install == "pip install 'latentrt[export]'"
+
+
+def test_a_missing_library_is_no_fault_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for read in (lambda: download("user/model", revision=None), lambda: read_graph(tmp_path / "model.onnx")):
+        with pytest.raises(NotInstalledError) as caught:
+            read()
+        assert caught.value.install == "pip install 'latentrt[export]'"
 
 
 def test_graphs_are_adopted_without_torch(graphs: str, sd1_bundle: Path, tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def test_what_is_refused_is_a_sentence_or_an_object(
     assert found.exit_code == 2 and isinstance(found.exception, SystemExit), found.exception
     assert "Traceback" not in found.stderr
     document = json.loads(found.stdout)
-    assert set(document) == {"error"} and set(document["error"]) == {"type", "message", "field"}
-    assert document["error"]["field"] == field
+    assert set(document) == {"error"} and set(document["error"]) == {"type", "message", "field", "retryable"}
+    assert document["error"]["field"] == field and document["error"]["retryable"] is False
     last = text.stderr.strip().splitlines()[-1]
     assert document["error"]["message"].splitlines()[-1] in last
     assert {path.name for path in here.iterdir()} == {"picture.png"}, "nothing is written"
@@ -190,7 +190,7 @@ def test_a_prompt_may_begin_with_a_dash(arguments: tuple[str, ...], prompt: str 
     command = find_command("generate")
     assert command is not None
     if prompt is None:
-        with pytest.raises(click.UsageError, match="behind --"):
+        with pytest.raises(click.UsageError, match="after --"):
             command.make_context("generate", ["bundle", *arguments])
         return
     params = command.make_context("generate", ["bundle", *arguments]).params
@@ -213,6 +213,12 @@ def test_a_picture_of_a_prompt_with_a_dash_is_drawn(sd1_bundle: Path, here: Path
     assert found.exit_code == 0, found.output
     summary = json.loads(found.stdout)
     assert (summary["prompt"], summary["seeds"], summary["warnings"]) == ("-a red circle", [-3], [])
+
+
+def test_json_says_which_refusals_are_worth_another_try(sd1_bundle: Path, here: Path) -> None:
+    found = call(sd1_bundle, here, *DRAW, "--deadline", "0.000001", "--json")
+    error = json.loads(found.stdout)["error"]
+    assert (found.exit_code, error["type"], error["retryable"]) == (2, "DeadlineError", True)
 
 
 def fields() -> list[str]:

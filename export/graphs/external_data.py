@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from latentrt.engines.errors import CheckpointError
+from latentrt.engines.errors import CheckpointError, NotInstalledError
+from latentrt.export import INSTALL
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -16,11 +17,11 @@ DATA_SUFFIX = "_data"  # of the file with a graph's weights, after the graph's o
 
 
 def read_graph(path: Path) -> ModelProto:
-    """Read a graph without the weights that lie in other files. Raises CheckpointError where it is none."""
+    """Read a graph without the weights in other files. Raises CheckpointError if it is not one; NotInstalledError."""
     try:
         import onnx
     except ImportError:
-        raise CheckpointError(f"reading {path} needs onnx; install it with: pip install 'latentrt[export]'") from None
+        raise NotInstalledError(f"reading {path} needs onnx", install=INSTALL) from None
     from google.protobuf.message import DecodeError
 
     try:

@@ -7,7 +7,8 @@ import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
-from latentrt.engines.errors import CheckpointError
+from latentrt.engines.errors import CheckpointError, NotInstalledError
+from latentrt.export import INSTALL
 from latentrt.export.graphs.external_data import locations
 from latentrt.export.sources.diffusers_folder import source_of
 from latentrt.export.sources.weight_files import STEMS, choose_variant, variant_of
@@ -28,13 +29,13 @@ NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and h
 
 
 def download(name: str, *, revision: str | None) -> Path:
-    """Fetch a repository of the hub into its cache and return the directory. Raises CheckpointError."""
+    """Fetch a repository of the hub into its cache and return it. Raises CheckpointError and NotInstalledError."""
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
-        raise CheckpointError(
-            f"'{name}' is not a directory here, and fetching it from the hub needs: pip install 'latentrt[export]'"
+        raise NotInstalledError(
+            f"'{name}' is not a directory here, and fetching it from the hub needs huggingface_hub", install=INSTALL
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
     try:

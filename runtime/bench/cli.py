@@ -25,30 +25,67 @@ POSITIVE = click.IntRange(min=1)
 @click.command()
 @click.argument("bundle", required=False)
 @click.option(
-    "--size", "sizes", type=Many(Size(), "256x256,512x512"), default=(), help="Default: the checkpoint's own."
+    "--size",
+    "sizes",
+    type=Many(Size(), "256x256,512x512"),
+    default=(),
+    help="Sizes to draw. Default: the checkpoint's own.",
 )
 @click.option("--batch", "batches", type=Many(POSITIVE, "1,4"), default=(1,), help="Pictures drawn at once.")
-@click.option("--steps", type=Many(POSITIVE, "4,20"), default=(20,), help="Default: 20.")
+@click.option("--steps", type=Many(POSITIVE, "4,20"), default=(20,), help="Numbers of steps. Default: 20.")
 @click.option(
-    "--sampler", "samplers", type=Many(click.STRING, "euler,dpmpp_2m_karras"), default=(None,), help="Default: own."
+    "--sampler",
+    "samplers",
+    type=Many(click.STRING, "euler,dpmpp_2m_karras"),
+    default=(None,),
+    help="Default: the checkpoint's own.",
 )
-@click.option("--guidance", "guidances", type=Many(click.FLOAT, "1,7.5"), default=(7.5,), help="Default: 7.5.")
-@click.option("--backend", "backends", type=Many(click.STRING, "cpu,cuda"), default=("auto",), help="Default: auto.")
+@click.option(
+    "--guidance", "guidances", type=Many(click.FLOAT, "1,7.5"), default=(7.5,), help="Guidance scales. Default: 7.5."
+)
+@click.option(
+    "--backend", "backends", type=Many(click.STRING, "cpu,cuda"), default=("auto",), help="Backends. Default: auto."
+)
 @click.option("--threads", type=Many(POSITIVE, "1,2"), default=(None,), help="CPU threads. Default: the backend's own.")
 @click.option("--prompt", default=PROMPT, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="At most.")
-@click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="For rounds, at most.")
-@click.option("--cold", type=click.IntRange(min=0), default=3, show_default=True, help="Fresh processes to start.")
-@click.option("--accuracy", type=click.IntRange(min=0), default=0, help="Held-out prompts to score; demo bundles only.")
-@click.option("--golden/--no-golden", default=True, help="Replay the recorded outputs first. Default: yes.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order in which variants take turns.")
-@click.option("--json", "json_file", type=File, default=None, help="Write the result; - prints it.")
-@click.option("--html", "html_file", type=File, default=None, help="Write one page with plots.")
-@click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table instead of the text.")
-@click.option("--show", type=File, default=None, help="Show a saved result; nothing is measured.")
-@click.option("--compare", "pair", type=File, nargs=2, default=None, help="Two saved results.")
-@click.option("--tolerance", type=click.FloatRange(min=0), default=TOLERANCE, show_default=True, help="For --compare.")
-@click.option("--schema", is_flag=True, help="Print the JSON Schema of a result.")
+@click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Most rounds to measure.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Most seconds to spend on rounds."
+)
+@click.option(
+    "--cold",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="How many cold starts to measure, each in a new process.",
+)
+@click.option(
+    "--accuracy",
+    type=click.IntRange(min=0),
+    default=0,
+    help="How many held-out prompts to score; for the demo checkpoint only.",
+)
+@click.option(
+    "--golden/--no-golden", default=True, help="First check the engines against recorded outputs. Default: yes."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the order in which the variants take turns."
+)
+@click.option(
+    "--json", "json_file", type=File, default=None, help="Write the result as JSON to this file; - prints it."
+)
+@click.option("--html", "html_file", type=File, default=None, help="Write a page with plots to this file.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table instead of text.")
+@click.option("--show", type=File, default=None, help="Show a saved result instead of measuring.")
+@click.option("--compare", "pair", type=File, nargs=2, default=None, help="Compare two saved results.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=TOLERANCE,
+    show_default=True,
+    help="Slow-down that --compare allows.",
+)
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of results.")
 @click.pass_context
 def bench(
     ctx: click.Context,
@@ -65,7 +102,7 @@ def bench(
 ) -> None:
     """Measure BUNDLE's latency by stage, its memory and its errors; every combination of the options takes turns.
 
-    --compare A B exits with 1 where B is slower than A past the noise of both, and with 2 where they cannot be
+    --compare A B exits with 1 if B is slower than A by more than the noise of both, and with 2 if they cannot be
     compared.
     """
     if sum((schema, show is not None, pair is not None, bundle is not None)) != 1:
@@ -80,7 +117,8 @@ def bench(
 
 
 def _measure(bundle: str, json_file: Path | None, prompt_sets: Any, asked: dict[str, Any]) -> Report:
-    from latentrt.runtime.bench.measure import Asked, run_bench  # the pipeline and all: showing a result takes none
+    # this loads the whole pipeline, which showing a result does not need
+    from latentrt.runtime.bench.measure import Asked, run_bench
 
     command = shlex.join(["latentrt", *sys.argv[1:]])
     with terminal_report(quiet=str(json_file) == "-") as progress:
@@ -103,7 +141,7 @@ def _deliver(report: Report, json_file: Path | None, html_file: Path | None, *, 
 def _compare(ctx: click.Context, before: Path, after: Path, *, tolerance: float) -> None:
     found = compare(read_report(before), read_report(after), tolerance=tolerance)
     if undecided(found.changes):
-        raise RequestError("the results hold too few rounds to compare; measure both with --rounds 10 or more")
+        raise RequestError("the results have too few rounds to compare; measure both with --rounds 10 or more")
     click.echo(comparison_text(found), nl=False)
     if found.regressed:
         ctx.exit(1)

@@ -1,4 +1,4 @@
-"""The command line's front door: names the commands and imports each one's module only when it is called.
+"""The entry point of the command line: it names the commands and imports the module of one when it is called.
 
 It sits above the three folders because none of them may import all the others (`export → engines ← runtime`).
 """
@@ -22,10 +22,10 @@ from latentrt.engines.errors import LatentrtError
 
 COMMANDS = {  # name: (module, attribute, one line for --help)
     "export": ("latentrt.export.cli", "export", "Turn a checkpoint into a bundle."),
-    "build": ("latentrt.engines.cli", "build", "Build a bundle's engines for the machine at hand."),
+    "build": ("latentrt.engines.cli", "build", "Build a bundle's engines for this machine."),
     "generate": ("latentrt.runtime.cli", "generate", "Draw pictures from a prompt."),
     "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
-    "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print one as a table of numbers."),
+    "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print the plan of one."),
     "inspect": ("latentrt.export.cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.engines.cli", "verify", "Check a bundle's files and engines."),
     "bench": ("latentrt.runtime.bench.cli", "bench", "Measure latency by stage, memory and errors; compare results."),
@@ -41,27 +41,33 @@ NAMES = re.compile(
 
 
 def prompt_set(checkpoint: str, count: int) -> Any:
-    """Return prompts of known answers and their judge: `bench` measures with what lies in `export`."""
+    """Return prompts with known answers and the function that scores pictures of them, for `bench --accuracy`."""
     module, attribute = PROMPT_SETS[checkpoint]
     return getattr(importlib.import_module(module), attribute)(count)
 
 
 class Refusal(click.ClickException):
-    """What the user can mend: one sentence on stderr, or with --json one object on stdout; exit code 2.
+    """What the user can fix: one sentence on stderr, or with --json one object on stdout; exit code 2.
 
-    field: of the request, or the name of the parameter that is at fault, where one is
+    field: of the request, or the name of the parameter that is at fault, None where it is neither
+    retryable: as in `LatentrtError`
     """
 
     exit_code = 2
 
-    def __init__(self, kind: str, message: str, field: str | None, *, as_json: bool) -> None:
+    def __init__(self, kind: str, message: str, field: str | None, *, retryable: bool, as_json: bool) -> None:
         super().__init__(message)
-        self.kind, self.field, self.as_json = kind, field, as_json
+        self.kind, self.field, self.retryable, self.as_json = kind, field, retryable, as_json
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print it."""
         if self.as_json:
-            error = {"type": self.kind, "message": self.message, "field": self.field}
+            error = {
+                "type": self.kind,
+                "message": self.message,
+                "field": self.field,
+                "retryable": self.retryable,
+            }
             click.echo(json.dumps({"error": error}, indent=1), file=file)
         else:
             click.echo(f"latentrt: {self.message}", file=file, err=True)
@@ -106,17 +112,18 @@ def find_command(name: str) -> click.Command | None:
 
 @contextmanager
 def refused(arguments: Sequence[str]) -> Iterator[None]:
-    """Turn bad input into a `Refusal`; click's own words on usage stay, unless JSON is asked for."""
+    """Turn bad input into a `Refusal`; click's own messages about usage stay, unless JSON is asked for."""
     try:
         yield
     except click.UsageError as error:
         if not prints_json(arguments):
             raise
         field = None if error.ctx is None else getattr(getattr(error, "param", None), "name", None)
-        raise Refusal("UsageError", error.format_message(), field, as_json=True) from error
+        raise Refusal("UsageError", error.format_message(), field, retryable=False, as_json=True) from error
     except LatentrtError as error:
         message, field = in_options(str(error), called(arguments))
-        raise Refusal(type(error).__name__, message, field, as_json=prints_json(arguments)) from error
+        kind, as_json = type(error).__name__, prints_json(arguments)
+        raise Refusal(kind, message, field, retryable=error.retryable, as_json=as_json) from error
 
 
 def called(arguments: Sequence[str]) -> click.Command | None:
@@ -135,10 +142,10 @@ def prints_json(arguments: Sequence[str]) -> bool:
 
 
 def in_options(message: str, command: click.Command | None) -> tuple[str, str | None]:
-    """Return a sentence that speaks of fields of a request in a command's own words, and the field at fault.
+    """Return a sentence about fields of a request with the names of a command's options, and the field at fault.
 
     `guidance_rescale: found 2` is `--guidance-rescale: found 2` there. Fields are known where they begin a sentence,
-    by their underscores, in `backquotes`, and as name='value'; what stands in quotes is the user's and stays.
+    by their underscores, in `backquotes`, and as name='value'; what is in quotes came from the user and stays.
     """
     params = command.params if command else []
     known = {name: param for param in params for name in _names(param)}
@@ -173,11 +180,11 @@ def _option(param: click.Parameter, value: str | None = None) -> str:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="latentrt")
 def cli() -> None:
-    """Export a Stable Diffusion checkpoint once, then draw from it with no torch."""
+    """Export a Stable Diffusion checkpoint once, then draw pictures without PyTorch."""
 
 
 def main() -> None:
-    """Run the command line: bad input is one sentence on stderr and exit code 2; the log's warnings go there too."""
+    """Run the command line: bad input gives one sentence on stderr and exit code 2; warnings are logged to stderr."""
     logging.basicConfig(format="latentrt: %(message)s")
     prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
     cli.main(prog_name="latentrt", obj=prompt_sets)

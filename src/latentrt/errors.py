@@ -1,6 +1,6 @@
-"""What latentrt raises for a user to mend: four kinds, and below them what a program may want to tell apart.
+"""The errors of latentrt: four kinds, and subclasses for what a program may want to tell apart.
 
-`LatentrtError.retryable` says whether the same call may succeed later though its caller changes nothing.
+`LatentrtError.retryable` says whether the same call may succeed later without any change by the caller.
 """
 
 from latentrt.engines.errors import (
