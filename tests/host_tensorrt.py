@@ -217,6 +217,8 @@ class Context:
         return True
 
     def infer_shapes(self) -> list[str]:
+        if self.engine.runtime.fails("infer_shapes"):
+            raise RuntimeError("shape inference failed")
         missing = [name for name in self.engine.inputs if name not in self.shapes]
         if not missing:
             zeros = {name: np.zeros(self.shapes[name], DTYPES[self._type(name)]) for name in self.engine.inputs}

@@ -26,8 +26,7 @@ from tests.host_tensorrt import make_library, plan_bytes
 
 L4 = Gpu(name="NVIDIA L4", compute_capability="8.9", sm_count=58, memory_bytes=24 << 30, driver_major=13)
 H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", sm_count=132, memory_bytes=139 << 30, driver_major=13)
-VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt_rtx": "1.7.1.116"}
-MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_rtx", "tensorrt_rtx_bindings")
+MODULES = tuple(name for names in trt_library.MODULES.values() for name in names)
 
 
 def install(patch: pytest.MonkeyPatch, *, gpu: Gpu | None = L4, **versions: str) -> HostDevice:
@@ -36,7 +35,7 @@ def install(patch: pytest.MonkeyPatch, *, gpu: Gpu | None = L4, **versions: str)
     for name in MODULES:
         library = None
         if name in versions:
-            library = make_library(device, rtx=name == "tensorrt_rtx")
+            library = make_library(device, rtx=name.startswith("tensorrt_rtx"))
             library.__name__, library.__version__ = name, versions[name]
             library.__spec__ = ModuleSpec(name, None)  # transformers looks for it when it is imported
             library.ComputeCapability = enum.Enum("ComputeCapability", ["CURRENT", "SM86", "SM89", "SM120"])

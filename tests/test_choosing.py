@@ -30,6 +30,7 @@ from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.export.cli import inspect
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import H200, L4, install
+from tests.studio import DRAWN
 
 SMALL = BuildOptions(sizes=((32, 32),))
 TALL = BuildOptions(sizes=((32, 64),), batches=(1, 2))
@@ -168,12 +169,14 @@ LEAN = (f"recipe {trt_library.RECIPE}", "version compatible True", "state rows 6
     ("installed", "options", "runs_on"),
     [
         ({"tensorrt": "11.4.0.106"}, (), "tensorrt"),
-        ({"tensorrt_lean": "11.4.0.106"}, LEAN, "tensorrt_lean"),
-        ({"tensorrt": "11.4.0.106", "tensorrt_lean": "11.4.0.106"}, LEAN, "tensorrt_lean"),
-        ({"tensorrt": "11.5.0.1", "tensorrt_lean": "11.4.0.106"}, LEAN, "tensorrt_lean"),
-        ({"tensorrt": "11.4.0.106", "tensorrt_lean": "11.4.0.106"}, (), "tensorrt"),
-        ({"tensorrt_lean": "11.4.0.106"}, (), None),
-        ({"tensorrt_lean": "11.5.0.1"}, LEAN, None),
+        ({"tensorrt_lean_bindings": "11.4.0.106"}, LEAN, "tensorrt_lean_bindings"),
+        ({"tensorrt_lean": "11.4.0.106", "tensorrt_lean_bindings": "11.4.0.106"}, LEAN, "tensorrt_lean"),
+        ({"tensorrt": "11.4.0.106", "tensorrt_lean_bindings": "11.4.0.106"}, LEAN, "tensorrt_lean_bindings"),
+        ({"tensorrt": "11.5.0.1", "tensorrt_lean_bindings": "11.4.0.106"}, LEAN, "tensorrt_lean_bindings"),
+        ({"tensorrt": "11.4.0.106", "tensorrt_lean_bindings": "11.4.0.106"}, (), "tensorrt"),
+        ({"tensorrt_lean_bindings": "11.4.0.106"}, (), None),
+        ({"tensorrt_lean_bindings": "11.5.0.1"}, LEAN, None),
+        ({"tensorrt_lean_bindings": "11.4.0.106.post1"}, LEAN, "tensorrt_lean_bindings"),
         ({"tensorrt": "11.5.0.1"}, LEAN, None),
     ],
 )
@@ -258,7 +261,7 @@ def test_what_was_chosen_is_logged_once(
     build_engines(copy, "tensorrt", options=SMALL)
     with caplog.at_level(logging.INFO, logger="latentrt"):
         opened = open_engines(copy)
-        opened.workspace(copy.manifest.latents, ONE, state_rows=6)
+        opened.workspace(copy.manifest.latents, ONE, state_rows=6, **DRAWN)
     (line,) = [record.getMessage() for record in caplog.records if "opening" in record.getMessage()]
     assert "auto: NVIDIA L4 answers here, and the bundle's tensorrt 11.4.0.106 engines" in line
     opened.close()
@@ -272,9 +275,9 @@ def test_engines_of_another_shape_are_opened_when_they_are_needed(
         build_engines(copy, "tensorrt", options=options)
     opened = open_engines(copy, "tensorrt", components=("text_encoder", "unet", "vae_decoder"))
     for shape in (ONE, replace(ONE, height=64), ONE):
-        assert opened.workspace(copy.manifest.latents, shape, state_rows=6).shape == shape
+        assert opened.workspace(copy.manifest.latents, shape, state_rows=6, **DRAWN).shape == shape
     with pytest.raises(EngineError, match="--batch 9"):
-        opened.workspace(copy.manifest.latents, replace(ONE, pictures=9), state_rows=6)
+        opened.workspace(copy.manifest.latents, replace(ONE, pictures=9), state_rows=6, **DRAWN)
     opened.close()
     assert device.leftovers() == {}
 

@@ -85,9 +85,8 @@ def compile_denoiser(graph: Path, side: int) -> dict[str, Any]:
     onnx.save(model, str(edited))
     profile = Profile(width=FACTOR * side, height=FACTOR * side, pictures=1, rows=2, tokens=77)
     spec = tensorrt.spec_of("unet", model, [profile], factor=FACTOR)
-    plan = compile_graph(
-        library, edited, spec, BuildOptions(compute_capability="8.9"), what="build unet", report=silent
-    )
+    options = BuildOptions(compute_capability="8.9")
+    plan = compile_graph(library, edited, spec, options, tf32=False, what="build unet", report=silent)
     return {
         "profile": str(profile),
         "library": f"tensorrt-rtx {library.__version__}",

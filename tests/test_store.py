@@ -108,14 +108,14 @@ def test_a_machine_with_the_lean_runtime_alone_fetches_what_it_cannot_build(
     lean = replace(SMALL, version_compatible=True)
     install(monkeypatch, tensorrt="11.4.0.106")
     build_engines(machines("builder"), "tensorrt", options=lean, store=url)
-    install(monkeypatch, tensorrt_lean="11.4.0.106")
+    install(monkeypatch, tensorrt_lean_bindings="11.4.0.106")
     service = machines("service")
     with pytest.raises(EngineError, match="the backend 'tensorrt' cannot build here: tensorrt is not installed"):
         build_engines(service, "tensorrt", options=lean)
     build_engines(service, "tensorrt", options=lean, store=url)
     directory, record = find_engines(service, "tensorrt")
     library = trt_library.runtime_of("tensorrt", record.key)
-    assert library is not None and library.__name__ == "tensorrt_lean"
+    assert library is not None and library.__name__ == "tensorrt_lean_bindings"
     assert directory.name == record.key.directory
 
 

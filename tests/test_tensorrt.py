@@ -31,6 +31,7 @@ from latentrt.engines.progress import silent
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import compile as tensorrt_compile
 from latentrt.engines.tensorrt import library as trt_library
+from latentrt.engines.tensorrt.logger import Told
 from latentrt.engines.verify.verify import verify
 from tests.conftest import MakeControlled
 
@@ -318,10 +319,16 @@ def test_a_library_whose_shared_objects_are_missing_is_one_sentence(monkeypatch:
         trt_library.require("tensorrt")
 
 
-def test_a_library_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": "8.6.0"}))
-    with pytest.raises(NotInstalledError, match=r"tensorrt 8\.6\.0 is too old, 10\.13 is needed"):
+@pytest.mark.parametrize("version", ["8.6.0", "10.13.3.9.post1", "10.14.0.5"])
+def test_a_library_that_is_too_old_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": version}))
+    with pytest.raises(NotInstalledError, match=rf"tensorrt {version} is too old, 10\.14\.1 is needed"):
         trt_library.require("tensorrt")
+
+
+def test_the_oldest_library_that_knows_attention_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", type("oldest", (), {"__version__": "10.14.1.48.post1"}))
+    assert trt_library.version_of(trt_library.require("tensorrt")) == "10.14.1.48"
 
 
 @pytest.mark.parametrize(
@@ -350,6 +357,39 @@ def test_tensorrts_key_names_the_gpu_and_its_driver(
     monkeypatch.setitem(sys.modules, "tensorrt", type("new", (), {"__version__": "11.4.0.106"}))
     key = BACKENDS["tensorrt"].key(copy, BuildOptions())
     assert (key.device, key.compute_capability, key.sm_count, key.driver_major) == ("NVIDIA L4", "8.9", 58, 13)
+
+
+def test_weights_that_change_and_the_lean_runtime_go_together_only_once_that_was_tried(
+    monkeypatch: pytest.MonkeyPatch, gpu_here: None
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", type("new", (), {"__version__": "11.4.0.106"}))
+    asked = [BuildOptions(refit=refit, version_compatible=lean) for refit in (False, True) for lean in (False, True)]
+    refused = [BACKENDS["tensorrt"].cannot_build(options) is not None for options in asked]
+    assert refused == [False, False, False, True]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_tf32_is_for_what_an_fp16_bundle_keeps_in_float32_and_never_for_the_stage(
+    precision: str, copy: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    allowed = {}
+
+    def compile_graph(library: Any, graph: Path, spec: Any, options: Any, *, tf32: bool, **_: Any) -> bytes:
+        allowed[spec.component] = tf32
+        return b""
+
+    monkeypatch.setattr(tensorrt, "compile_graph", compile_graph)
+    monkeypatch.setattr(tensorrt, "require", lambda flavor: None)
+    write_manifest(copy.root, msgspec.structs.replace(copy.manifest, precision=precision))
+    tensorrt.build(Bundle.open(copy.root), tmp_path, "tensorrt-rtx", ADA, silent)
+    assert allowed == {name: precision == "fp16" and name != "unet" for name in copy.manifest.components}
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_builder_is_told_whether_it_may_use_tf32(library: Any, tf32: bool) -> None:
+    told = Told(library)
+    config = tensorrt_compile._configure(library, library.Builder(told.logger), BuildOptions(), told, tf32=tf32)
+    assert config.get_flag(library.BuilderFlag.TF32) is tf32
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,18 @@ import msgspec
 
 from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import LatentSpec, Role
 from latentrt.engines.bundle.weight_map import BuiltWeights, GraphWeights, built_record, read_weights, write_weights
 from latentrt.engines.cuda.gpus import find_gpu, no_gpu
 from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.graphs.controlnet_stage import fuse_control
+from latentrt.engines.graphs.compiled import on_device, on_host
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
 from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
-from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.locate_weights import GraphValues, places
 from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
 from latentrt.engines.onnxruntime.library import Provider, require
 from latentrt.engines.onnxruntime.session import DTYPES, open_session, session_options
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey, EngineSpec, TensorSpec
-from latentrt.engines.tensor_names import STATE_ROWS
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -118,7 +115,7 @@ def _build_one(
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
         role = bundle.manifest.components[component].role
-        model = _edit(model, role, bundle.manifest.latents, fused=provider in FUSED)
+        model = on_device(model, role, bundle.manifest.latents) if provider in FUSED else on_host(model, role)
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
@@ -142,20 +139,6 @@ def _external(found: BuiltWeights, graph: Path) -> BuiltWeights:
     """Leave out the weights that lie in the graph itself, in whose place nothing can be given."""
     weights = {name: weight for name, weight in found.weights.items() if weight.file != graph.name}
     return msgspec.structs.replace(found, weights=weights)
-
-
-def _edit(model: ModelProto, role: Role, latents: LatentSpec, *, fused: bool) -> ModelProto:
-    if fused and role in FUSIONS:
-        return FUSIONS[role](model)
-    if role in ("decoder", "tiny_decoder"):
-        graphs.append_pixel_tail(model)
-        if fused:
-            graphs.prepend_state_head(model, STATE_ROWS, latents)
-    graphs.append_embedding_input(model)
-    return model
-
-
-FUSIONS: Mapping[Role, Callable[[ModelProto], ModelProto]] = {"denoiser": fuse_stage, "controlnet": fuse_control}
 
 
 def save_graph(model: ModelProto, path: Path) -> None:

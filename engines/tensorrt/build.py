@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, cast
 
 from latentrt.engines.build_options import BuildOptions, Profile
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.graphs.controlnet_stage import fuse_control
-from latentrt.engines.graphs.denoise_stage import fuse_stage
+from latentrt.engines.graphs.compiled import FUSIONS, on_device
 from latentrt.engines.graphs.locate_weights import GraphValues, own_places
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import DType, EngineSpec, TensorSpec
-from latentrt.engines.tensor_names import DECODERS, DENOISERS, PREFIX
 from latentrt.engines.tensorrt.compile import compile_graph
+from latentrt.engines.tensorrt.library import Flavor, require
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto
-from latentrt.engines.tensorrt.library import Flavor, require
 
 TOKENS = "input_ids"  # what text encoders take
 # Rows of the input that learned words are looked up in: a handful of embeddings of the longest kind.
@@ -61,14 +58,19 @@ def _build_one(
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     if options.refit:
         _note_weights(bundle, component, directory)
-    model = _edit(graphs.load_graph(files[0]), component, options, bundle.manifest.latents)
-    spec = spec_of(component, model, options.profiles(bundle.manifest), factor=bundle.manifest.latents.factor)
+    role, latents = bundle.manifest.components[component].role, bundle.manifest.latents
+    graph = graphs.load_graph(files[0])
+    model = on_device(graph, role, latents, state_rows=options.state_rows, learned=LEARNED_TOKENS)
+    # TF32 rounds as fp16 does: what an fp16 bundle keeps in float32 for its range may take it, the sampler's sums not.
+    tf32 = bundle.manifest.precision == "fp16" and role not in FUSIONS
+    spec = spec_of(component, model, options.profiles(bundle.manifest), factor=latents.factor)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
         edited.write_bytes(model.SerializeToString())
         for data in files[1:]:
             graphs.link_data(data, edited.parent)
-        plan = compile_graph(library, edited, spec, options, what=f"build {component} ({flavor})", report=report)
+        what = f"build {component} ({flavor})"
+        plan = compile_graph(library, edited, spec, options, tf32=tf32, what=what, report=report)
     output = directory / f"{component}.engine"
     output.write_bytes(plan)
     return output.name, spec
@@ -83,18 +85,6 @@ def _note_weights(bundle: Bundle, component: str, directory: Path) -> None:
         values = GraphValues(graphs.load_graph(graph), graph)
         folder = PurePosixPath(spec.graph).parent.as_posix()
         write_weights(directory / built_record(component), own_places(known, values, folder))
-
-
-def _edit(model: ModelProto, component: str, options: BuildOptions, latents: LatentSpec) -> ModelProto:
-    if component in DENOISERS:
-        return fuse_stage(model, state_rows=options.state_rows)
-    if component.startswith(PREFIX):
-        return fuse_control(model, state_rows=options.state_rows)
-    if component in DECODERS:
-        graphs.append_pixel_tail(model)
-        graphs.prepend_state_head(model, options.state_rows, latents)
-    graphs.append_embedding_input(model, rows=LEARNED_TOKENS)
-    return model
 
 
 def spec_of(component: str, model: ModelProto, profiles: Iterable[Profile], *, factor: int) -> EngineSpec:

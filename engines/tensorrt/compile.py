@@ -16,42 +16,53 @@ from latentrt.engines.bundle.staging import staged_file
 from latentrt.engines.errors import EngineError
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineSpec
-from latentrt.engines.tensorrt.logger import KEPT_LINES, LONGEST_LINE, _given, make_logger
+from latentrt.engines.tensorrt.logger import KEPT_LINES, LONGEST_LINE, Told
 
 
 def compile_graph(
-    library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, *, what: str, report: Report
+    library: ModuleType,
+    graph: Path,
+    spec: EngineSpec,
+    options: BuildOptions,
+    *,
+    tf32: bool,
+    what: str,
+    report: Report,
 ) -> memoryview:
     """Return the serialized engine of an ONNX graph with its external data beside it.
 
     library: tensorrt or tensorrt_rtx
     spec: its profiles become the engine's, in order
+    tf32: whether float32 products may be computed in TF32, with 11 bits, on tensor cores
     what: names the work in the report
     Raises EngineError with the parser's or logger's words; KeyboardInterrupt after the compiler has stopped.
     """
 
     def work(cancelled: Cancelled) -> memoryview:
-        return _compile(library, graph, spec, options, make_monitor(library, what, report, cancelled))
+        monitor = make_monitor(library, what, report, cancelled)
+        return _compile(library, graph, spec, options, tf32=tf32, monitor=monitor)
 
     return run_interruptibly(work)
 
 
-def _compile(library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, monitor: Any) -> memoryview:
-    logger = make_logger(library)
-    builder = _given(library.Builder(logger), "no builder could be made", logger)
+def _compile(
+    library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, *, tf32: bool, monitor: Any
+) -> memoryview:
+    told = Told(library)
+    builder = told.given(library.Builder(told.logger), "no builder could be made")
     flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = _given(builder.create_network(flags), "no network could be made", logger)
-    _parse(library, network, graph, spec.component, logger)
+    network = told.given(builder.create_network(flags), "no network could be made")
+    _parse(library, network, graph, spec.component, told)
     _let_attention_decompose(library, network)
-    config = _configure(library, builder, options, logger)
-    _add_profiles(builder, config, spec, logger)
+    config = _configure(library, builder, options, told, tf32=tf32)
+    _add_profiles(builder, config, spec, told)
     if options.timing_cache is not None:
         attach_timing_cache(config, options.timing_cache)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.error is not None:
         raise monitor.error
-    compiled = memoryview(_given(plan, f"{spec.component} could not be compiled", logger))  # no copy: gigabytes
+    compiled = memoryview(told.given(plan, f"{spec.component} could not be compiled"))  # no copy: gigabytes
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache)
     return compiled
@@ -88,8 +99,8 @@ def make_monitor(library: ModuleType, what: str, report: Report, cancelled: Canc
     return Monitor()
 
 
-def _parse(library: ModuleType, network: Any, graph: Path, component: str, logger: Any) -> None:
-    parser = library.OnnxParser(network, logger)
+def _parse(library: ModuleType, network: Any, graph: Path, component: str, told: Told) -> None:
+    parser = library.OnnxParser(network, told.logger)
     if parser.parse_from_file(str(graph)):
         return
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
@@ -102,8 +113,6 @@ def _let_attention_decompose(library: ModuleType, network: Any) -> None:
 
     It is still fused where a kernel exists. Without this one such layer fails the whole build.
     """
-    if not hasattr(library, "IAttentionInputLayer"):
-        return  # before TensorRT 10.14 the parser decomposes Attention itself
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         if layer.type == library.LayerType.ATTENTION_INPUT:
@@ -111,10 +120,10 @@ def _let_attention_decompose(library: ModuleType, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _configure(library: ModuleType, builder: Any, options: BuildOptions, logger: Any) -> Any:
-    config = _given(builder.create_builder_config(), "no builder configuration could be made", logger)
-    # float32 is float32: the sampler's sums lose three digits in TF32.
-    config.clear_flag(library.BuilderFlag.TF32)
+def _configure(library: ModuleType, builder: Any, options: BuildOptions, told: Told, *, tf32: bool) -> Any:
+    config = told.given(builder.create_builder_config(), "no builder configuration could be made")
+    if not tf32:  # it is on by default
+        config.clear_flag(library.BuilderFlag.TF32)
     flags = {
         "VERSION_COMPATIBLE": options.version_compatible,
         "EXCLUDE_LEAN_RUNTIME": options.version_compatible,  # the service brings it: latentrt[tensorrt-lean]
@@ -148,14 +157,14 @@ def _target(library: ModuleType, config: Any, capability: str) -> None:
         raise EngineError(f"{library.__name__} {library.__version__} refused compute capability {capability}")
 
 
-def _add_profiles(builder: Any, config: Any, spec: EngineSpec, logger: Any) -> None:
+def _add_profiles(builder: Any, config: Any, spec: EngineSpec, told: Told) -> None:
     for sizes in spec.profiles:
         profile = builder.create_optimization_profile()
         for tensor in spec.inputs:
             shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape)
             profile.set_shape(tensor.name, shape, shape, shape)
         if config.add_optimization_profile(profile) < 0:
-            _given(None, f"{spec.component} takes no profile {dict(sizes)}", logger)
+            raise told.error(f"{spec.component} takes no profile {dict(sizes)}")
 
 
 POLL_S = 0.02

@@ -1,6 +1,6 @@
 """Compiled engines on the device: read, checked against their record, and run in contexts that share scratch memory.
 
-For `tensorrt`, its lean and dispatch runtimes and `tensorrt_rtx` alike: nothing here needs a builder or a parser.
+For `tensorrt`, its lean runtime and `tensorrt_rtx` alike: nothing here needs a builder or a parser.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from latentrt.engines.cuda.device import Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
-from latentrt.engines.tensorrt.logger import Told, _given, logger_of
+from latentrt.engines.tensorrt.logger import Told
 from latentrt.engines.tensorrt.profiles import REBUILD, Shape, input_shapes
 
 # TensorRT's names of the types that our engines may take and give.
@@ -56,14 +56,13 @@ def open_programs(
 
 def open_program(library: ModuleType, file: Path, spec: EngineSpec) -> Program:
     """Read one engine file and check it against its spec. Raises as `open_programs` does."""
-    logger = logger_of(library)
-    told = Told(logger)
+    told = Told(library)
     # A runtime each: one runtime may not be used from two threads.
-    runtime = _given(library.Runtime(logger), f"{library.__name__} gave no runtime", told)
+    runtime = told.given(library.Runtime(told.logger), f"{library.__name__} gave no runtime")
     with _map(file) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        _given(None, f"{library.__name__} {library.__version__} cannot load {file} ({REBUILD})", told)
+        raise told.error(f"{library.__name__} {library.__version__} cannot load {file} ({REBUILD})")
     if differences := _differences(library, engine, spec):
         raise EngineError(f"{file} is not what its record says: {'; '.join(differences)}; {REBUILD}")
     return Program(library=library, engine=engine, spec=spec)
@@ -169,7 +168,7 @@ class Pass:
 
     def __init__(self, place: Place, program: Program, profile: int) -> None:
         self._place = place  # and not the program: once a pass is closed it keeps no engine on the device
-        self._told = Told(logger_of(program.library))
+        self._told = Told(program.library)
         self.name = f"{program.spec.component}, profile {profile}"
         self.inputs = input_shapes(program.spec, profile)
         self._context = self._given(self._make_context(program), "no context could be made")
@@ -183,7 +182,7 @@ class Pass:
 
     def _given(self, result: Any, failure: str) -> Any:
         """Return what the library returned, unless that is its None or False for a failure."""
-        return _given(None if result is False else result, f"{self.name}: {failure}", self._told)
+        return self._told.given(None if result is False else result, f"{self.name}: {failure}")
 
     def _make_context(self, program: Program) -> Any:
         library, engine = program.library, program.engine
@@ -202,8 +201,15 @@ class Pass:
         self._given(chosen, "the profile was refused")
         for name, shape in self.inputs.items():
             self._given(self._context.set_input_shape(name, shape), f"{name} was refused the shape {shape}")
-        if missing := self._context.infer_shapes():
-            self._given(None, f"the shapes of {', '.join(missing)} are not known")
+        if missing := self._infer_shapes():
+            raise self._told.error(f"{self.name}: the shapes of {', '.join(missing)} are not known")
+
+    def _infer_shapes(self) -> list[str]:
+        """Return the tensors whose shapes are not known yet."""
+        try:
+            return list(self._context.infer_shapes())
+        except RuntimeError as error:  # for any other reason than that one is not known
+            raise self._told.error(f"{self.name}: its shapes could not be inferred ({error})") from None
 
     def _output_shape(self, tensor: TensorSpec) -> Shape:
         shape = tuple(self._context.get_tensor_shape(tensor.name))

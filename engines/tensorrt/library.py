@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections.abc import Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
@@ -16,26 +17,27 @@ from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.spec import EngineKey
 from latentrt.engines.tensorrt.compile import capabilities
 
-if TYPE_CHECKING:
-    pass
-
-
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
+Library = Literal["tensorrt", "tensorrt-lean", "tensorrt-rtx"]
 
-MODULES: dict[Flavor, tuple[str, ...]] = {
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),  # the second alone where no shell package is there
+# The modules of each library. NVIDIA's wheels hold the second; the first is that of a package around it, which for all
+# but TensorRT is on PyPI as a source archive alone, and that of the wheels in TensorRT's own archive.
+MODULES: dict[Library, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt", "tensorrt_bindings"),
+    "tensorrt-lean": ("tensorrt_lean", "tensorrt_lean_bindings"),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
 }
 # What runs engines, the first that is installed in the version that built them. The lean runtime (44 MB) runs those
 # that were built with --lean, and is the one to prefer for them.
 LEAN = "version compatible True"
-RUNTIMES: dict[Flavor, tuple[tuple[str, str | None], ...]] = {  # (module, option that the engines must have)
-    "tensorrt": (("tensorrt_lean", LEAN), ("tensorrt", None)),
-    "tensorrt-rtx": (("tensorrt_rtx", None), ("tensorrt_rtx_bindings", None)),
+RUNTIMES: dict[Flavor, tuple[tuple[Library, str | None], ...]] = {  # (library, option that the engines must have)
+    "tensorrt": (("tensorrt-lean", LEAN), ("tensorrt", None)),
+    "tensorrt-rtx": (("tensorrt-rtx", None),),
 }
-OLDEST: dict[Flavor, tuple[int, int]] = {"tensorrt": (10, 13), "tensorrt-rtx": (1, 4)}
+# TensorRT's parser knows the operator Attention, which our graphs have, from 10.14 on.
+OLDEST: dict[Flavor, tuple[int, ...]] = {"tensorrt": (10, 14, 1), "tensorrt-rtx": (1, 4)}
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
-RECIPE = 7
+RECIPE = 8
 
 
 def require(flavor: Flavor) -> ModuleType:
@@ -56,11 +58,16 @@ def _lacking(sentence: str, flavor: Flavor) -> NotInstalledError:
 
 
 def _recent(library: ModuleType, flavor: Flavor) -> ModuleType:
-    found = tuple(int(part) for part in re.findall(r"\d+", library.__version__)[:2])
+    found = tuple(int(part) for part in re.findall(r"\d+", library.__version__)[: len(OLDEST[flavor])])
     if found < OLDEST[flavor]:
         oldest = ".".join(map(str, OLDEST[flavor]))
         raise _lacking(f"{flavor} {library.__version__} is too old, {oldest} is needed", flavor)
     return library
+
+
+def version_of(library: ModuleType) -> str:
+    """Return a library's own version, without the number of its packaging: `10.14.1.48` for `10.14.1.48.post1`."""
+    return str(library.__version__).partition(".post")[0]
 
 
 def cannot_run(flavor: Flavor) -> EngineError | None:
@@ -72,15 +79,18 @@ def cannot_run(flavor: Flavor) -> EngineError | None:
     return None
 
 
-def runtimes(flavor: Flavor) -> list[ModuleType]:
-    """Import what is installed here that runs engines."""
-    found = []
-    for name, _ in RUNTIMES[flavor]:
-        try:
-            found.append(importlib.import_module(name))
-        except Exception:  # ImportError, and what is raised where shared objects are missing: `require` says which
-            continue
-    return found
+def runtimes(flavor: Flavor) -> list[tuple[ModuleType, str | None]]:
+    """Import what is installed here that runs engines, each with the option that they must have, or None."""
+    found = ((_installed(MODULES[name]), option) for name, option in RUNTIMES[flavor])
+    return [(library, option) for library, option in found if library is not None]
+
+
+def _installed(names: tuple[str, ...]) -> ModuleType | None:
+    for name in names:
+        # ImportError, and what is raised where shared objects are missing: `require` says which
+        with contextlib.suppress(Exception):
+            return importlib.import_module(name)
+    return None
 
 
 def runtime_of(flavor: Flavor, key: EngineKey) -> ModuleType | None:
@@ -90,10 +100,8 @@ def runtime_of(flavor: Flavor, key: EngineKey) -> ModuleType | None:
     as --lean does, is run by the lean runtime of the version that built it (NvInferRuntime.h, loadRuntime). One that
     brings its own would run on later versions, and would run code out of the bundle: we build none.
     """
-    options = dict(RUNTIMES[flavor])
-    for library in runtimes(flavor):
-        needed = options[library.__name__]
-        if library.__version__ == key.backend_version and (needed is None or needed in key.options):
+    for library, needed in runtimes(flavor):
+        if version_of(library) == key.backend_version and needed in (None, *key.options):
             return library
     return None
 
@@ -106,7 +114,7 @@ def mismatches(bundle: Bundle, flavor: Flavor, there: EngineKey) -> list[str]:
     if recipe != f"recipe {RECIPE}":
         found.append(f"recipe: {RECIPE} here, {recipe.removeprefix('recipe ')} there")
     if runtime_of(flavor, there) is None:
-        installed = " and ".join(f"{library.__name__} {library.__version__}" for library in runtimes(flavor))
+        installed = " and ".join(f"{library.__name__} {version_of(library)}" for library, _ in runtimes(flavor))
         found.append(f"backend_version: {installed or 'none'} here, {there.backend_version} there")
     return found
 
@@ -134,6 +142,8 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> EngineError | None:
         "a timing cache changes nothing in tensorrt-rtx's engines, and asks for a GPU: omit --timing-cache; its "
         "kernels are compiled where the engines are loaded": flavor == "tensorrt-rtx"
         and options.timing_cache is not None,
+        "--lean with --refittable has been tried on no GPU yet: omit one of them": options.version_compatible
+        and options.refit,
         f"{flavor} {library.__version__} serves no compute capability {target}, it serves {', '.join(served)}": (
             target is not None and served and target not in served
         ),
@@ -162,12 +172,11 @@ def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
 def _version(flavor: Flavor, options: BuildOptions) -> str:
     """Return the builder's version; where only a runtime is installed its own, for engines that come from a store."""
     try:
-        return str(require(flavor).__version__)
+        return version_of(require(flavor))
     except EngineError:
-        needed = dict(RUNTIMES[flavor])
-        for library in runtimes(flavor):
-            if needed[library.__name__] in (None, *options.key_lines()):
-                return str(library.__version__)
+        for library, needed in runtimes(flavor):
+            if needed in (None, *options.key_lines()):
+                return version_of(library)
         raise
 
 
