@@ -16,7 +16,6 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
-from latentrt.engines.tensor_names import DECODER, UNET
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 
@@ -49,9 +48,7 @@ class Opened(Protocol):
         """
         ...
 
-    def workspace(
-        self, shape: WorkspaceShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> Workspace:
+    def workspace(self, shape: WorkspaceShape, *, state_rows: int, denoiser: str, decoder: str | None) -> Workspace:
         """Return what a batch of this shape is drawn on. Raises EngineError.
 
         state_rows: what the sampler needs; denoiser: the network that the stages run

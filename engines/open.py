@@ -17,7 +17,6 @@ from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey
-from latentrt.engines.tensor_names import DECODER, UNET
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 _log = logging.getLogger(__name__)
@@ -105,8 +104,8 @@ class OpenEngines:
         shape: WorkspaceShape,
         *,
         state_rows: int,
-        denoiser: str = UNET,
-        decoder: str | None = DECODER,
+        denoiser: str,
+        decoder: str | None,
     ) -> Workspace:
         """Return what a batch of this shape is drawn on, with one of the bundle's denoisers and decoders.
 

@@ -8,7 +8,6 @@ each block on the way down.
 
 from __future__ import annotations
 
-PREFIX = "controlnet_"  # of the component's name; what follows is the name that requests use
 FEATURE = "adapter_feature_"
 DOWN, MID = "down_residual_", "mid_residual"
 NEXT = "next_"  # before the name of a residual, where it is an output
@@ -38,12 +37,6 @@ def level_axes(latent_height: int, latent_width: int) -> dict[str, int]:
     return {f"{axis}_{n}": -(-side // n) for axis, side in sides.items() for n in DIVISORS}
 
 
-# The networks that are compiled as the denoise stage: a workspace runs one of them.
-UNET, REFINER = "unet", "refiner"
-DENOISERS = (UNET, REFINER)
-# The networks that turn a state into pixels: the checkpoint's own, and a small one that some bundles hold beside it.
-DECODER, TINY_DECODER = "vae_decoder", "tiny_decoder"
-DECODERS = (DECODER, TINY_DECODER)
 PREVIOUS = "previous_state"
 HINT = "hint"
 PIXELS = "pixels"

@@ -27,7 +27,7 @@ from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from tests.graphs import model_of
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan
-from tests.studio import Sizes, record_of, session_of, spec_of
+from tests.studio import DRAWN, Sizes, record_of, session_of, spec_of
 
 SIZE, TOKENS, WIDTH = (3, 2, 3), 4, 2  # latents; the text of a row
 CONTEXT = 2  # tokens of one text: a row is two
@@ -107,7 +107,7 @@ def vae(inputs: Any) -> dict[str, Array]:
 
 def numpy_workspace(pictures: int, state_rows: int) -> NumpyWorkspace:
     engines: Any = {"unet": unet, "vae_decoder": vae, "text_encoder": text}
-    return NumpyWorkspace(engines, SPACE, shape_for(pictures), state_rows=state_rows)
+    return NumpyWorkspace(engines, SPACE, shape_for(pictures), state_rows=state_rows, **DRAWN)
 
 
 def graphs(state_rows: int) -> dict[str, Any]:
@@ -125,7 +125,9 @@ def bound_workspace(pictures: int, state_rows: int) -> OnnxRuntimeWorkspace:
         name: OnnxRuntimeEngine(session_of(model), spec_of(model, name, []))
         for name, model in graphs(state_rows).items()
     }
-    return OnnxRuntimeWorkspace(engines, SPACE, shape_for(pictures), device="cpu")
+    workspace = OnnxRuntimeWorkspace(engines, SPACE, shape_for(pictures), device="cpu", denoiser="unet")
+    workspace.wipe(decoder="vae_decoder")
+    return workspace
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from tests.host_tensorrt import make_library, write_plan
 
 RANGE = 1e-5  # of the largest latent: the same float32 sums in another order
 GUIDANCE = 4.0
+DRAWN: dict[str, Any] = {"denoiser": "unet", "decoder": "vae_decoder"}  # what a workspace draws with
 STEPS = 5
 ONE = WorkspaceShape(pictures=1, tokens=77, width=32, height=32)
 TWO = replace(ONE, pictures=2)
@@ -209,7 +210,7 @@ def draw_on(drawn: TensorRTWorkspace, studio: Studio, request: Request) -> None:
     slots, parts = slice(0, request.shape.pictures), 2 if request.guided else 1
     encode_rows(workspace, "text_encoder", {"input_ids": ids}, slots, parts=parts)
     workspace.write(STATE, begin(plan, draw(), state_rows=workspace.state_rows))
-    for _ in denoise(workspace, plan, guidance, draw):
+    for _ in denoise(workspace, plan, guidance, draw, denoiser="unet"):
         pass
     workspace.run("vae_decoder")
 

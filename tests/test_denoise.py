@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -65,15 +66,16 @@ def latents(count: int, seed: int = 0) -> Array:
 
 def workspace_for(plan: SamplingPlan, unet: Any, *, pictures: int = 2, prompts: Array | None = None) -> NumpyWorkspace:
     shape = WorkspaceShape(pictures=pictures, tokens=3, width=8 * WIDTH, height=8 * HEIGHT)
-    workspace = NumpyWorkspace({"unet": unet}, SPACE, shape, state_rows=plan.rows, decoder=None)
+    workspace = NumpyWorkspace({"unet": unet}, SPACE, shape, state_rows=plan.rows, denoiser="unet", decoder=None)
     workspace.write("encoder_hidden_states", text(1, 2, 0.5, 0.25) if prompts is None else prompts)
     return workspace
 
 
 def follow(workspace: NumpyWorkspace, plan: SamplingPlan, guidance: Guidance, draws: Iterator[Array]) -> list[Array]:
     """Return the latents after each stage."""
-    workspace.write("state", begin(plan, next(draws), state_rows=plan.rows))
-    return [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, lambda: next(draws))]
+    draw = partial(next, draws)
+    workspace.write("state", begin(plan, draw(), state_rows=plan.rows))
+    return [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, draw, denoiser="unet")]
 
 
 def noises(count: int) -> Iterator[Array]:
@@ -151,7 +153,7 @@ def test_noise_is_drawn_only_where_the_sampler_draws() -> None:
 
         workspace = workspace_for(plan, Unet())
         workspace.write("state", begin(plan, latents(2), state_rows=plan.rows))
-        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), draw))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), draw, denoiser="unet"))
         assert len(drawn) == expected, name
 
 
@@ -174,7 +176,7 @@ def test_an_image_starts_with_the_noise_of_the_first_stage() -> None:
     plan, unet = make_plan("euler", STABLE_DIFFUSION, steps=3), Unet()
     workspace = workspace_for(plan, unet)
     workspace.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
-    next(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: noise))
+    next(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: noise, denoiser="unet"))
     sigma = plan.sigmas[0]
     np.testing.assert_allclose(unet.samples[0], (image + sigma * noise) / np.hypot(sigma, 1), atol=EXACT)
 
@@ -187,7 +189,7 @@ def test_what_is_masked_stays_the_known_picture_at_every_level() -> None:
     workspace.write("state", begin(plan, noise, state_rows=plan.rows, image=image))
     workspace.write("keep_mask", mask)
     workspace.write("known", np.stack([image, noise], axis=1))
-    for k in denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: noise):
+    for k in denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: noise, denoiser="unet"):
         found = workspace.read("state")[:, 0, :, HEIGHT // 2 :]
         level = plan.levels[k]
         np.testing.assert_allclose(found, (level[0] * image + level[1] * noise)[:, :, HEIGHT // 2 :], atol=EXACT)
@@ -273,7 +275,7 @@ def test_what_was_never_written_is_named() -> None:
     plan = make_plan("euler", STABLE_DIFFUSION, steps=2)
     workspace = workspace_for(plan, Unet())
     with pytest.raises(EngineError, match="state was not written"):
-        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: latents(2)))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: latents(2), denoiser="unet"))
     with pytest.raises(EngineError, match=r"state: found shape \(1, 2\), expected \(1, 1, 4"):
         workspace.write("state", np.zeros((1, 2), dtype=np.float32))
     with pytest.raises(EngineError, match="pixels was not written"):

@@ -26,6 +26,7 @@ from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import STABLE_DIFFUSION
 from tests.sketch import SIZE, TOKENS, WIDTH, bound_workspace, compiled, numpy_workspace, shape_for
+from tests.studio import DRAWN
 
 SLOTS = 4
 COMPILED = (4, 5, 8)  # model rows: what needs 6 or 7 is filled up
@@ -50,8 +51,8 @@ def make(request: pytest.FixtureRequest, session: TensorRTSession) -> Make:
         if request.param == "numpy":
             return numpy_workspace(SLOTS, STATE_ROWS)
         if request.param == "device":
-            return session.workspace(shape_for(SLOTS))
-        bound.wipe()
+            return session.workspace(shape_for(SLOTS), **DRAWN)
+        bound.wipe(decoder="vae_decoder")
         return bound
 
     return blank
@@ -103,7 +104,7 @@ class Wish:
 def alone(wish: Wish) -> Array:
     """Return the latents of a wish that shares nothing, on NumPy's workspace, and the pixels of them."""
     workspace = numpy_workspace(wish.pictures, wish.plan.rows)
-    loop = Loop(workspace)
+    loop = Loop(workspace, "unet")
     batch = wish.join(loop, workspace, slice(0, wish.pictures))
     while batch.running:
         loop.advance()
@@ -112,7 +113,7 @@ def alone(wish: Wish) -> Array:
 
 def together(workspace: Workspace, wishes: list[Wish]) -> dict[int, Array]:
     """Draw wishes, each from the stage on that it comes at and that has room for it; return the latents of each."""
-    loop, waiting, stage = Loop(workspace), dict(enumerate(wishes)), 0
+    loop, waiting, stage = Loop(workspace, "unet"), dict(enumerate(wishes)), 0
     batches: dict[int, Batch] = {}
     found: dict[int, Array] = {}
     while waiting or batches:
@@ -181,7 +182,7 @@ def test_every_sampler_can_share_its_stages(make: Make, name: str) -> None:
 def test_slots_are_given_once(make: Make) -> None:
     workspace = make()
     wish = Wish(sampler="euler", steps=2, scale=1.0, interval=(0.0, 1.0), rescale=0.0, start="text", seed=0)
-    loop = Loop(workspace)
+    loop = Loop(workspace, "unet")
     wish.join(loop, workspace, slice(1, 2))
     for slots in (slice(1, 2), slice(SLOTS, SLOTS + 1), slice(2, 4)):
         with pytest.raises(EngineError):

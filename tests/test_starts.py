@@ -38,6 +38,7 @@ from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import STABLE_DIFFUSION, network
+from tests.studio import DRAWN
 
 # dB of the final latents over their range, and of the pixels over theirs: float32 sums in another order, and random
 # weights that amplify them. A start or a blend that is off by a draw or a level is below 30.
@@ -155,10 +156,11 @@ def follow(
     width, height = (side * ours.space.factor for side in start.noise.shape[:1:-1])
     shape = WorkspaceShape(pictures=len(start.noise), tokens=ours.text.shape[1], width=width, height=height)
     engines = {**ours.engines, "unet": unet or ours.engines["unet"]}
-    workspace = NumpyWorkspace(engines, ours.space, shape, state_rows=plan.rows)
+    workspace = NumpyWorkspace(engines, ours.space, shape, state_rows=plan.rows, **DRAWN)
     for name, array in {"encoder_hidden_states": ours.text, **start.inputs(plan, state_rows=plan.rows)}.items():
         workspace.write(name, array)
-    for _ in denoise(workspace, plan, plan_guidance(plan, GUIDANCE, len(start.noise)), draw):
+    guidance = plan_guidance(plan, GUIDANCE, len(start.noise))
+    for _ in denoise(workspace, plan, guidance, draw, denoiser="unet"):
         pass
     workspace.run("vae_decoder")
     return workspace.read("state")[:, 0], workspace.read("pixels")

@@ -20,6 +20,7 @@ from latentrt.engines.tensor_names import STATE_ROWS
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library
 from tests.studio import (
+    DRAWN,
     LONG,
     ONE,
     STEPS,
@@ -68,7 +69,7 @@ def test_pictures_are_those_of_the_numpy_loop(studio: Studio, device: HostDevice
     """Three in a row: kernel by kernel and recorded, then from the graphs, then with another seed."""
     request = REQUESTS[name]
     with studio.open(device, graphs=graphs) as session:
-        workspace = session.workspace(request.shape)
+        workspace = session.workspace(request.shape, **DRAWN)
         wanted = expected(studio, request)
         for _ in range(2):
             assert_same(picture(workspace, studio, request), wanted)
@@ -81,7 +82,7 @@ def test_the_first_picture_records_each_pass_once_and_the_next_only_launches(
 ) -> None:
     """Of two encoders and two stages only those of the request run; every pass is put kernel by kernel once."""
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         device.forget()
         first = picture(workspace, studio, Request())
         calls = device.counted()
@@ -97,7 +98,7 @@ def test_the_first_picture_records_each_pass_once_and_the_next_only_launches(
 def test_a_picture_is_one_queue_and_one_wait(studio: Studio, device: HostDevice) -> None:
     """From the second picture on: a copy and a launch a stage, nothing allocated, one wait at the end."""
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         picture(workspace, studio, Request())
         device.forget()
         draw_on(workspace, studio, Request())
@@ -118,7 +119,7 @@ def test_a_picture_is_one_queue_and_one_wait(studio: Studio, device: HostDevice)
 def test_noise_is_copied_only_where_it_has_weight(studio: Studio, device: HostDevice) -> None:
     """The last stage of an ancestral sampler draws none: what the stage before left is cleared, once."""
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         draw_on(workspace, studio, Request(sampler="euler_ancestral"))
         workspace.read("pixels")
         device.forget()
@@ -136,7 +137,7 @@ def test_few_slots_wait_for_a_copy_long_past_and_never_for_the_queue(
 ) -> None:
     request = Request(sampler="euler_ancestral")
     with studio.open(device, slots=slots) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         picture(workspace, studio, request)
         device.forget()
         draw_on(workspace, studio, request)
@@ -149,7 +150,7 @@ def test_few_slots_wait_for_a_copy_long_past_and_never_for_the_queue(
 def test_a_second_picture_may_be_queued_before_the_first_is_fetched(studio: Studio, device: HostDevice) -> None:
     other = Request(seed=5, guided=None)
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         draw_on(workspace, studio, Request())
         draw_on(workspace, studio, other)
         found = workspace.read("pixels")
@@ -158,10 +159,10 @@ def test_a_second_picture_may_be_queued_before_the_first_is_fetched(studio: Stud
 
 def test_workspacees_share_scratch_memory_which_grows_with_the_largest(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
-        small = session.workspace(ONE)
+        small = session.workspace(ONE, **DRAWN)
         assert_same(picture(small, studio, Request()), expected(studio, Request()))
         before = session.scratch_bytes
-        tall = session.workspace(TALL)
+        tall = session.workspace(TALL, **DRAWN)
         assert session.scratch_bytes > before
         device.forget()
         assert_same(picture(small, studio, Request()), expected(studio, Request()))
@@ -175,10 +176,10 @@ def test_workspacees_share_scratch_memory_which_grows_with_the_largest(studio: S
 
 def test_the_workspace_that_was_used_longest_ago_makes_room(studio: Studio, device: HostDevice) -> None:
     with studio.open(device, workspaces=2) as session:
-        first, second = session.workspace(ONE), session.workspace(TWO)
-        assert session.workspace(ONE) is first
-        session.workspace(TALL)
-        assert session.workspace(ONE) is first
+        first, second = session.workspace(ONE, **DRAWN), session.workspace(TWO, **DRAWN)
+        assert session.workspace(ONE, **DRAWN) is first
+        session.workspace(TALL, **DRAWN)
+        assert session.workspace(ONE, **DRAWN) is first
         with pytest.raises(EngineError, match="made room for another shape; ask for it again"):
             second.run("vae_decoder")
 
@@ -186,11 +187,11 @@ def test_the_workspace_that_was_used_longest_ago_makes_room(studio: Studio, devi
 def test_a_workspace_is_handed_out_blank(studio: Studio, device: HostDevice) -> None:
     """Nothing of a request that was left in the middle, or that kept a part of a picture, is seen by the next."""
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         workspace.write("keep_mask", np.zeros((1, 1, 8, 8)))
         workspace.write("known", np.ones((1, 2, 4, 8, 8)))
         draw_on(workspace, studio, Request())
-        again = session.workspace(ONE)
+        again = session.workspace(ONE, **DRAWN)
         assert again is workspace
         for call in (
             lambda: again.read("pixels"),
@@ -209,7 +210,7 @@ def test_what_is_kept_stays_as_it_is_known(studio: Studio, device: HostDevice) -
     mask = np.zeros((1, 1, 8, 8), dtype=np.float32)
     mask[..., :4] = 1
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         workspace.write("keep_mask", mask)
         workspace.write("known", known)
         latents, _ = picture(workspace, studio, Request())
@@ -221,7 +222,7 @@ def test_what_is_kept_stays_as_it_is_known(studio: Studio, device: HostDevice) -
 def test_events_tell_the_device_time_between_them(studio: Studio, device: HostDevice) -> None:
     """Each piece of work takes the stand-in a thousandth of a second. Events that nobody holds serve again."""
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         picture(workspace, studio, Request())
         for _ in range(3):
             events = [workspace.event()]
@@ -235,7 +236,7 @@ def test_events_tell_the_device_time_between_them(studio: Studio, device: HostDe
 
 def test_waiting_for_an_event_is_not_waiting_for_the_queue(studio: Studio, device: HostDevice) -> None:
     with studio.open(device) as session:
-        workspace = session.workspace(ONE)
+        workspace = session.workspace(ONE, **DRAWN)
         assert device.pending() > 0
         events = []
         for name in ("state", "known", "keep_mask"):
@@ -248,29 +249,13 @@ def test_waiting_for_an_event_is_not_waiting_for_the_queue(studio: Studio, devic
         assert device.pending() == 1
 
 
-def test_warming_up_records_everything_and_leaves_a_blank_workspace(studio: Studio, device: HostDevice) -> None:
-    with studio.open(device) as session:
-        seconds = session.warm_up(ONE)
-        assert list(seconds) == [
-            "unet, profile 0",
-            "unet, profile 1",
-            "text_encoder, profile 0",
-            "text_encoder, profile 1",
-            "vae_decoder, profile 0",
-        ]
-        assert all(one > 0 for one in seconds.values())
-        device.forget()
-        assert_same(picture(session.workspace(ONE), studio, Request()), expected(studio, Request()))
-        assert not {"begin_capture", "allocate", "allocate_pinned"} & set(device.counted())
-
-
 def test_threads_share_a_session(studio: Studio, device: HostDevice) -> None:
     requests = [Request(seed=1), Request(shape=TALL, seed=2), Request(shape=TWO, seed=3)]
     wanted = [expected(studio, request) for request in requests]
     found: dict[int, tuple[Array, Array]] = {}
     device.capture_pause_s = 0.01
     with studio.open(device) as session:
-        workspaces = [session.workspace(request.shape) for request in requests]
+        workspaces = [session.workspace(request.shape, **DRAWN) for request in requests]
 
         def work(number: int) -> None:
             for _ in range(3):
@@ -288,7 +273,7 @@ def test_threads_share_a_session(studio: Studio, device: HostDevice) -> None:
 def test_closing_frees_everything_once(studio: Studio, device: HostDevice) -> None:
     library = make_library(device)
     session = studio.open(device, library=library)
-    workspace, engine = session.workspace(ONE), session.engine("vae_encoder")
+    workspace, engine = session.workspace(ONE, **DRAWN), session.engine("vae_encoder")
     draw_on(workspace, studio, Request())
     assert len(library.engines) == 4 and device.leftovers()
     session.close()
@@ -298,7 +283,7 @@ def test_closing_frees_everything_once(studio: Studio, device: HostDevice) -> No
     assert device.leftovers() == {} and len(library.engines) == 0
     for call in (
         lambda: workspace.read("pixels"),
-        lambda: session.workspace(ONE),
+        lambda: session.workspace(ONE, **DRAWN),
         lambda: engine({}),
         lambda: workspace.run("vae_decoder"),
     ):

@@ -28,6 +28,7 @@ from latentrt.runtime.images.tiling import LEAST_CELLS, Tiling, cut, decode_tile
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from tests.stand_in import install
+from tests.studio import DRAWN
 from tests.test_pipeline_images import photo
 
 SUMS = 1e-5  # float32 sums in another order
@@ -112,7 +113,7 @@ def decoded_by(bundle: Path, latents: Array, tiling: Tiling | None) -> Array:
     cells = latents.shape[2:] if tiling is None else (tiling.rows.tile, tiling.columns.tile)
     height, width = (side * space.factor for side in cells)
     shape = WorkspaceShape(pictures=len(latents), tokens=77, width=width, height=height)
-    workspace = opened.workspace(space, shape, state_rows=1)
+    workspace = opened.workspace(space, shape, state_rows=1, **DRAWN)
     if tiling is not None:
         pixels = decode_tiles(latents, on_workspace(workspace, "vae_decoder"), tiling, factor=space.factor)
     else:

@@ -27,7 +27,6 @@ from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.open import open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import DECODER, TINY_DECODER
 from latentrt.engines.verify.verify import verify
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.export.export import export_checkpoint
@@ -42,6 +41,7 @@ from tests.test_parity import LIMITS, NEGATIVE, PROMPT, Reference, psnr
 CALL: dict[str, Any] = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance": 2.0, "seed": 5, "sampler": "euler"}
 SHAPE = WorkspaceShape(pictures=2, tokens=77, width=40, height=32)
 FACTOR = 4
+UNET, DECODER, TINY_DECODER = "unet", "vae_decoder", "tiny_decoder"
 
 
 def save_tiny_vae(folder: Path, **config: Any) -> Path:
@@ -165,14 +165,15 @@ def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, 
         built = onnxruntime.build(bundle, tmp_path, "cpu", silent)
     one = OnnxRuntimeOptions(threads=1)
     engines = {name: session.load(tmp_path / file, spec, "cpu", one) for name, (file, spec) in built.items()}
-    workspace = OnnxRuntimeWorkspace(engines, bundle.manifest.latents, SHAPE, device="cpu")
+    workspace = OnnxRuntimeWorkspace(engines, bundle.manifest.latents, SHAPE, device="cpu", denoiser=UNET)
+    workspace.wipe(decoder=DECODER)
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
     full = decoded_on(workspace, latents)
     workspace.wipe(decoder=TINY_DECODER)
     assert_close(decoded_on(workspace, latents, TINY_DECODER), theirs(tiny_vae, latents))
-    workspace.wipe()
+    workspace.wipe(decoder=DECODER)
     assert np.array_equal(decoded_on(workspace, latents), full)
-    workspace.wipe(decoder=None)
+    workspace.wipe()
     with pytest.raises(EngineError):
         decoded_on(workspace, latents)
     del engines[TINY_DECODER]
@@ -183,10 +184,10 @@ def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, 
 def test_the_workspace_in_numpy_has_the_decoder_it_was_asked_for_with(bundle: Bundle, tiny_vae: Path) -> None:
     opened, space = open_engines(bundle, "cpu", threads=1), bundle.manifest.latents
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
-    tiny = opened.workspace(space, SHAPE, state_rows=1, decoder=TINY_DECODER)
+    tiny = opened.workspace(space, SHAPE, state_rows=1, denoiser=UNET, decoder=TINY_DECODER)
     assert_close(decoded_on(tiny, latents, TINY_DECODER), theirs(tiny_vae, latents))
     with pytest.raises(EngineError):
-        decoded_on(opened.workspace(space, SHAPE, state_rows=1, decoder=None), latents)
+        decoded_on(opened.workspace(space, SHAPE, state_rows=1, denoiser=UNET, decoder=None), latents)
     opened.close()
 
 
@@ -231,13 +232,13 @@ def test_compiled_engines_are_verified_and_a_workspace_takes_memory_for_the_deco
         Bundle.open(compiled.root).manifest.latents,
         WorkspaceShape(pictures=1, tokens=77, width=40, height=32),
     )
-    workspace: Any = opened.workspace(space, shape, state_rows=1, decoder=None)
+    workspace: Any = opened.workspace(space, shape, state_rows=1, denoiser=UNET, decoder=None)
     passes = [run.name for run in workspace._passes]
     assert not [name for name in passes if "decoder" in name]
     with pytest.raises(EngineError):
         workspace.run(TINY_DECODER)
-    opened.workspace(space, shape, state_rows=1, decoder=TINY_DECODER)
-    opened.workspace(space, shape, state_rows=1, decoder=TINY_DECODER)
+    opened.workspace(space, shape, state_rows=1, denoiser=UNET, decoder=TINY_DECODER)
+    opened.workspace(space, shape, state_rows=1, denoiser=UNET, decoder=TINY_DECODER)
     assert [run.name.split(",")[0] for run in workspace._passes[len(passes) :]] == [TINY_DECODER]
     opened.close()
 

@@ -26,6 +26,7 @@ from latentrt.runtime.draw.slots import encode_rows
 from latentrt.runtime.sampling.guidance import plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
+from tests.studio import DRAWN
 
 RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, over a whole trajectory
 SHAPE = WorkspaceShape(pictures=2, tokens=77, width=24, height=32)
@@ -78,18 +79,20 @@ def paint(
     if write is not None:
         write(workspace)
     guidance = plan_guidance(plan, 3.0, 2, interval=(0.2, 0.8), rescale=0.5)
-    path = [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, draw)]
+    path = [workspace.read("state")[:, 0] for _ in denoise(workspace, plan, guidance, draw, denoiser="unet")]
     workspace.run("vae_decoder")
     return path, workspace.read("pixels")
 
 
 def host(canonical: Engines, bundle: Bundle, sampler: str = "dpmpp_2m") -> NumpyWorkspace:
     rows = make_plan(sampler, bundle.manifest.schedule, steps=6).rows
-    return NumpyWorkspace(canonical, bundle.manifest.latents, SHAPE, state_rows=rows)
+    return NumpyWorkspace(canonical, bundle.manifest.latents, SHAPE, state_rows=rows, **DRAWN)
 
 
 def device(fused: Engines, bundle: Bundle) -> OnnxRuntimeWorkspace:
-    return OnnxRuntimeWorkspace(fused, bundle.manifest.latents, SHAPE, device="cpu")
+    workspace = OnnxRuntimeWorkspace(fused, bundle.manifest.latents, SHAPE, device="cpu", denoiser="unet")
+    workspace.wipe(decoder="vae_decoder")
+    return workspace
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -127,17 +130,17 @@ def test_a_workspace_draws_again_as_it_drew_before(fused: Engines, bundle: Bundl
 def test_a_wiped_workspace_knows_nothing_of_the_last_batch(fused: Engines, bundle: Bundle) -> None:
     workspace = device(fused, bundle)
     expected = paint(workspace, bundle, write=None)[1]
-    workspace.wipe()
+    workspace.wipe(decoder="vae_decoder")
     masked = paint(workspace, bundle, write=keep_half)[1]
-    workspace.wipe()
+    workspace.wipe(decoder="vae_decoder")
     assert not np.array_equal(masked, expected)
     assert np.array_equal(paint(workspace, bundle, write=None)[1], expected)
-    workspace.wipe()
+    workspace.wipe(decoder="vae_decoder")
     with pytest.raises(EngineError, match="pixels was not written"):
         workspace.read("pixels")
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
     with pytest.raises(EngineError, match="state was not written"):
-        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6)), denoiser="unet"))
 
 
 def test_what_was_given_may_be_changed_afterwards(fused: Engines, bundle: Bundle) -> None:
@@ -161,7 +164,7 @@ def test_wrong_names_and_shapes_are_refused(fused: Engines, bundle: Bundle) -> N
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
     workspace.write("state", np.zeros((2, STATE_ROWS, 4, 8, 6)))
     with pytest.raises(EngineError, match="encoder_hidden_states was not written"):
-        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6))))
+        list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6)), denoiser="unet"))
 
 
 def test_heavy_operators_on_the_cpu_are_refused_by_name(sd1_bundle: Path) -> None:

@@ -19,6 +19,7 @@ from latentrt.engines.workspace.contract import STATE, TEXT, Workspace, own_buff
 from latentrt.runtime.draw.denoise import rest
 from latentrt.runtime.sampling.guidance import guidance_rows
 from tests.sketch import CONTEXT, SIZE, TOKENS, WIDTH, bound_workspace, compiled, numpy_workspace, shape_for
+from tests.studio import DRAWN
 
 ROWS = 2  # of state
 CLOSE = 1e-5  # of numbers around 1: the same float32 sums in another order
@@ -109,7 +110,7 @@ def test_any_order_of_calls_gives_what_numpy_gives(
     sessions: dict[bool, TensorRTSession], pictures: int, graphs: bool, begin: tuple[int, int], steps: Any
 ) -> None:
     """Stages take some of the slots, guided or not, and text and state are written by rows."""
-    device = sessions[graphs].workspace(shape_for(pictures))
+    device = sessions[graphs].workspace(shape_for(pictures), **DRAWN)
     workspaces: list[Workspace] = [device, bound_workspace(pictures, ROWS), numpy_workspace(pictures, ROWS)]
     whole = [("state", begin[0] * 2), ("text", begin[1] * 2), ("texts", begin[1] * 2)]
     for step, seed in [*whole, *steps, ("decode", 0), ("read state", 0)]:

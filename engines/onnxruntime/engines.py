@@ -14,7 +14,6 @@ from latentrt.engines.onnxruntime.library import Provider
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, load
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array, Engine
-from latentrt.engines.tensor_names import DECODER, UNET
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 
@@ -91,9 +90,7 @@ class Sessions:
             self.adapt({})
         self._adapted.pop(key).close()
 
-    def workspace(
-        self, shape: WorkspaceShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> Workspace:
+    def workspace(self, shape: WorkspaceShape, *, state_rows: int, denoiser: str, decoder: str | None) -> Workspace:
         """Return what a batch of this shape is drawn on."""
         if self._provider not in onnxruntime.FUSED:
             return NumpyWorkspace(

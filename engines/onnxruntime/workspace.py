@@ -15,14 +15,12 @@ from latentrt.engines.onnxruntime.library import require
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.spec import Array, TensorSpec
 from latentrt.engines.tensor_names import (
-    DECODER,
     HINT,
     NEXT,
     PIXELS,
     PREVIOUS,
     SCALE,
     SQUARES,
-    UNET,
     is_residual,
     level_axes,
 )
@@ -106,7 +104,7 @@ class OnnxRuntimeWorkspace:
         shape: WorkspaceShape,
         *,
         device: str,
-        denoiser: str = UNET,
+        denoiser: str,
     ) -> None:
         self.shape = shape
         self._engines, self._device, self._denoiser = engines, device, denoiser
@@ -132,7 +130,7 @@ class OnnxRuntimeWorkspace:
         self._written = Written()
         # (what runs, M, which state is read, the last ControlNet before it) -> its binding, its recording's number
         self._bindings: dict[tuple[str, int, int, str], tuple[Any, int]] = {}
-        self._decoder: str | None = DECODER
+        self._decoder: str | None = None
         self._before = NOBODY  # the last ControlNet since the last stage
         self._quiet = True  # the noise is zero
 
@@ -192,7 +190,7 @@ class OnnxRuntimeWorkspace:
         """Note the time."""
         return Instant()
 
-    def wipe(self, *, decoder: str | None = DECODER) -> None:
+    def wipe(self, *, decoder: str | None = None) -> None:
         """Make the workspace blank for other pictures: nothing is kept of the last ones but the buffers themselves.
 
         decoder: the one that may be run from now on, None for none. Raises EngineError where it was not opened.

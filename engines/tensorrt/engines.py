@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from cachetools import LRUCache
 
 from latentrt.engines.build_options import REFITTABLE
 from latentrt.engines.bundle.files import Bundle
@@ -18,17 +19,14 @@ from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import ClosedError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
 from latentrt.engines.spec import Array, Engine, EngineSpec
-from latentrt.engines.tensor_names import DECODER, DECODERS, PREFIX, UNET
+from latentrt.engines.tensor_names import HINT, PIXELS
 from latentrt.engines.tensorrt.engine import TensorRTEngine, in_portions
 from latentrt.engines.tensorrt.execution import Place, Program, Scratch, open_programs
-from latentrt.engines.tensorrt.logger import Told, _given, logger_of
+from latentrt.engines.tensorrt.library import Flavor, cannot_run, mismatches, runtime_of
+from latentrt.engines.tensorrt.logger import Told
 from latentrt.engines.tensorrt.profiles import Origin
 from latentrt.engines.tensorrt.workspace import SLOTS, Programs, TensorRTWorkspace
 from latentrt.engines.workspace.contract import IDS, Workspace, WorkspaceShape
-
-if TYPE_CHECKING:
-    pass
-from latentrt.engines.tensorrt.library import Flavor, cannot_run, mismatches, runtime_of
 
 # Workspaces that are kept: each holds its contexts, buffers and graphs.
 KEPT_WORKSPACES = 4
@@ -48,7 +46,7 @@ def open_tensorrt(
 ) -> TensorRTSession:
     """Open the compiled engines in `directory`, read from all files at once.
 
-    library: tensorrt, tensorrt_lean, tensorrt_dispatch or tensorrt_rtx, of the version that the record's key names
+    library: tensorrt, its lean runtime or tensorrt_rtx, of the version that the record's key names
     directory, record: what `find_engines` returns; files are not hashed here
     device: a `CudaDevice`, which is proof that a driver answers
     factor: how many pixels an element of the latents is wide, as the manifest says
@@ -84,18 +82,16 @@ class TensorRTSession:
         if min(workspaces, slots) < 1:
             raise EngineError(f"workspaces and slots: found {workspaces} and {slots}, expected 1 or more")
         start = time.perf_counter()
-        self._origin, self._kept, self._slots = origin, workspaces, slots
+        self._origin, self._slots = origin, slots
         self._programs: dict[str, Program] = open_programs(library, plans, device)
         queue = WorkQueue(device)
         self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
-        self._workspaces: OrderedDict[tuple[WorkspaceShape, str], TensorRTWorkspace] = OrderedDict()
+        self._workspaces: LRUCache[tuple[WorkspaceShape, str], TensorRTWorkspace] = LRUCache(workspaces)
         self._engines: list[TensorRTEngine] = []
         self._closed = False
         self.load_s = time.perf_counter() - start
 
-    def workspace(
-        self, shape: WorkspaceShape, *, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> TensorRTWorkspace:
+    def workspace(self, shape: WorkspaceShape, *, denoiser: str, decoder: str | None) -> TensorRTWorkspace:
         """Return a blank workspace for a shape: the same one every time, wiped, while it is kept.
 
         denoiser: the network that its stages run
@@ -107,24 +103,32 @@ class TensorRTSession:
             self._check_open()
             key = (shape, denoiser)
             if key not in self._workspaces:
-                while len(self._workspaces) >= self._kept:
-                    _, oldest = self._workspaces.popitem(last=False)
+                while self._workspaces.currsize >= self._workspaces.maxsize:
+                    _, oldest = self._workspaces.popitem()
                     oldest.close("made room for another shape; ask for it again, or keep more workspaces")
                 programs = self._drawing(denoiser)
                 self._workspaces[key] = TensorRTWorkspace(self._place, programs, shape, self._origin, slots=self._slots)
-            self._workspaces.move_to_end(key)
-            self._workspaces[key].wipe(decoder=decoder)
-            return self._workspaces[key]
+            workspace = self._workspaces[key]
+            workspace.wipe(decoder=decoder)
+            return workspace
 
     def _drawing(self, denoiser: str) -> Programs:
         if denoiser not in self._programs:
             raise EngineError(f"drawing needs {denoiser}, opened are {', '.join(self._programs)}")
         return Programs(
             unet=self._programs[denoiser],
-            decoders={name: self._programs[name] for name in DECODERS if name in self._programs},
-            text_encoders={name: one for name, one in self._programs.items() if IDS in _inputs(one)},
-            controlnets={name: one for name, one in self._programs.items() if name.startswith(PREFIX)},
+            decoders=self._programs_with(PIXELS),
+            text_encoders=self._programs_with(IDS),
+            controlnets=self._programs_with(HINT),
         )
+
+    def _programs_with(self, tensor: str) -> dict[str, Program]:
+        """Return the programs that take or give a tensor of this name, which tells what they are."""
+        return {
+            name: program
+            for name, program in self._programs.items()
+            if any(spec.name == tensor for spec in (*program.spec.inputs, *program.spec.outputs))
+        }
 
     def engine(self, component: str) -> TensorRTEngine:
         """Return a fresh engine for host arrays. Raises EngineError where the component was not opened."""
@@ -150,10 +154,6 @@ class TensorRTSession:
             self._place.queue.drain()
             exchange(self._programs[component], self._place.queue.stream)
             self._place.queue.drain()
-
-    def warm_up(self, shape: WorkspaceShape) -> dict[str, float]:
-        """Make the workspace for a shape and run all of it; return the device's seconds by pass."""
-        return self.workspace(shape).warm_up()
 
     @property
     def scratch_bytes(self) -> int:
@@ -188,10 +188,6 @@ class TensorRTSession:
         self.close()
 
 
-def _inputs(program: Program) -> set[str]:
-    return {tensor.name for tensor in program.spec.inputs}
-
-
 UNKNOWN = "unknown"  # of weights where a refit went wrong: some may have been exchanged
 
 
@@ -201,10 +197,8 @@ def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], 
     base: gives the values of what else must be supplied because the compiler has put it together with these
     Raises EngineError with the library's words; then some of the weights may have been exchanged and some not.
     """
-    name, told = program.spec.component, Told(logger_of(program.library))
-    refitter = _given(
-        program.library.Refitter(program.engine, logger_of(program.library)), f"{name}: no refitter", told
-    )
+    name, told = program.spec.component, Told(program.library)
+    refitter = told.given(program.library.Refitter(program.engine, told.logger), f"{name}: no refitter")
     kept = dict(weights)  # the library reads them until the refit is in the queue
     for initializer, values in weights.items():
         _set(refitter, initializer, values, name, told)
@@ -218,12 +212,12 @@ def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], 
         kept[initializer] = own
         _set(refitter, initializer, own, name, told)
     if not refitter.refit_cuda_engine_async(stream):
-        _given(None, f"{name}: its weights could not be exchanged", told)
+        raise told.error(f"{name}: its weights could not be exchanged")
 
 
 def _set(refitter: Any, initializer: str, values: Array, name: str, told: Told) -> None:
     if not refitter.set_named_weights(initializer, values):
-        _given(None, f"{name}: the weights of {initializer} were refused", told)
+        raise told.error(f"{name}: the weights of {initializer} were refused")
 
 
 class Refits:
@@ -276,9 +270,7 @@ class OnDevice:
         """Change the weights of components, from the base's always. Raises EngineError."""
         self.refits.adapt(changes, tuple(self.engines))
 
-    def workspace(
-        self, shape: WorkspaceShape, *, state_rows: int, denoiser: str = UNET, decoder: str | None = DECODER
-    ) -> Workspace:
+    def workspace(self, shape: WorkspaceShape, *, state_rows: int, denoiser: str, decoder: str | None) -> Workspace:
         """Return the workspace of a shape and a denoiser: the same one every time, blank. Raises EngineError."""
         return self.session.workspace(shape, denoiser=denoiser, decoder=decoder)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -330,22 +329,6 @@ class TensorRTWorkspace:
 
     def _write_first(self, name: str) -> None:
         self._residents[name].write(np.asarray(AT_FIRST[name]), ALL)
-
-    def warm_up(self) -> dict[str, float]:
-        """Run everything once, so that graphs are recorded, then once more; return the device's seconds by pass.
-
-        It leaves the workspace as good as new.
-        """
-        with self._queue.lock:
-            for run in self._passes:
-                run.run()
-            self.wipe(decoder=self._decoder or None)
-            events = [self.event()]
-            for run in self._passes:
-                run.run()
-                events.append(self.event())
-            seconds = [later.since(earlier) for earlier, later in itertools.pairwise(events)]
-            return dict(zip((run.name for run in self._passes), seconds, strict=True))
 
     def close(self, reason: str = "is closed; open the bundle again") -> None:
         """Wait for the queue and free what the workspace holds. Closing twice is closing once."""

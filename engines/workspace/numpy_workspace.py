@@ -13,13 +13,11 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import (
     COND,
-    DECODER,
     NEXT,
     PIXELS,
     PREVIOUS,
     SCALE,
     SQUARES,
-    UNET,
     hint_of,
     is_residual,
     level_axes,
@@ -88,8 +86,8 @@ class NumpyWorkspace:
         shape: WorkspaceShape,
         *,
         state_rows: int,
-        denoiser: str = UNET,
-        decoder: str | None = DECODER,
+        denoiser: str,
+        decoder: str | None,
     ) -> None:
         if decoder is not None and decoder not in engines:
             raise no_decoder(decoder, engines)

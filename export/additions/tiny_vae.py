@@ -9,11 +9,11 @@ from typing import Any
 
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import TINY_DECODER
 from latentrt.export.sources.diffusers_folder import network_files, read_config
 from latentrt.export.sources.parts import Parts
 
 KIND = "AutoencoderTiny"
+TINY_DECODER = "tiny_decoder"
 
 
 def add_tiny_vae(parts: Parts, name: str) -> Parts:

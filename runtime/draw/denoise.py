@@ -9,7 +9,7 @@ import numpy as np
 
 from latentrt.engines.errors import EngineError, NotFiniteError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import SCALE, UNET
+from latentrt.engines.tensor_names import SCALE
 from latentrt.engines.workspace.contract import (
     CONTROL,
     GUIDANCE,
@@ -75,7 +75,7 @@ class Batch:
 class Loop:
     """Takes all pictures on a workspace from stage to stage, each by its own plan: they join and leave in between."""
 
-    def __init__(self, workspace: Workspace, denoiser: str = UNET) -> None:
+    def __init__(self, workspace: Workspace, denoiser: str) -> None:
         self._workspace, self._denoiser = workspace, denoiser
         self.batches: list[Batch] = []
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
@@ -175,10 +175,10 @@ def denoise(
     guidance: Guidance,
     draw: Callable[[], Array],
     *,
+    denoiser: str,
     controls: Sequence[ResolvedControl] = (),
     features: Features | None = None,
     stages: range | None = None,
-    denoiser: str = UNET,
 ) -> Iterator[int]:
     """Take the pictures that fill a workspace through one plan; yield the number of stages done after each.
 
