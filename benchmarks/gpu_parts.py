@@ -92,9 +92,8 @@ def do_build(facts: Mapping[str, Any], done: Keep) -> None:
     root, options = Path(facts["root"]), BuildOptions()
     if facts["recipe"] is not None:
         options = BuildOptions(recipe=facts["recipe"])
-        shutil.copytree(
-            facts["base"], root, ignore=shutil.ignore_patterns("engines"), copy_function=os.link, dirs_exist_ok=True
-        )
+    if not root.exists():  # a bundle of its own for another recipe, so that each opens its own engines
+        shutil.copytree(facts["base"], root, ignore=shutil.ignore_patterns("engines"), copy_function=os.link)
     with terminal_report() as report:
         record = build_engines(Bundle.open(root), facts["backend"], options=options, report=report)
     done({"build_s": record.build_s, "bytes": sum(file.bytes for file in record.files.values())})

@@ -63,8 +63,7 @@ def opened_so(cuda_graphs: bool | None, settings: Mapping[str, str]) -> Iterator
     from latentrt.runtime.bench.timing import TimedPipeline
 
     plain = backend.OnnxRuntimeOptions
-    if settings:
-        backend.OnnxRuntimeOptions = partial(plain, settings=settings)  # type: ignore[assignment,misc]
+    backend.OnnxRuntimeOptions = partial(plain, settings=settings)  # type: ignore[assignment,misc]
     try:
         yield partial(TimedPipeline.load, cuda_graphs=cuda_graphs, check="size")
     finally:
@@ -76,18 +75,17 @@ def profiled(folder: Path) -> Iterator[None]:
     """Have every session of ONNX Runtime that is opened write a profile when it is closed, named for its graph."""
     from latentrt.engines.onnxruntime import session
 
-    name = "open_session" if hasattr(session, "open_session") else "_session"
-    plain = getattr(session, name)
+    plain = session.open_session
 
     def opened(path: Path, options: Any, *rest: Any) -> Any:
         options.enable_profiling, options.profile_file_prefix = True, str(folder / path.stem)
         return plain(path, options, *rest)
 
-    setattr(session, name, opened)
+    session.open_session = opened
     try:
         yield
     finally:
-        setattr(session, name, plain)
+        session.open_session = plain
 
 
 def profile_operators(root: str, backend: str, model: Model, folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_models import MODELS, TINY, WAYS, Model
-from gpu_table import format_table, measured_tflops
+from gpu_table import format_insides, format_table, measured_tflops
 from parts import Outcomes, Part, keep, run_parts
 
 import latentrt
@@ -41,7 +41,7 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import EngineError
-from latentrt.engines.onnxruntime.session import require
+from latentrt.engines.onnxruntime.library import require
 from latentrt.runtime.bench.machine import describe, now
 
 BACKEND_NAMES = ("cuda", "tensorrt", "tensorrt-rtx")
@@ -98,7 +98,7 @@ def suite(arguments: argparse.Namespace, work: Path) -> int:
         whole = {**document, "half_tflops": measured_tflops(outcomes), "parts": outcomes.parts, "table": table}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         keep(whole, arguments.output)
-        arguments.output.with_suffix(".md").write_text(table)
+        arguments.output.with_suffix(".md").write_text(table + format_insides(outcomes))
 
     for name, why in present.items():
         print(f"{name}: {why or 'present'}", flush=True)

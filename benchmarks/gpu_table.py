@@ -33,15 +33,19 @@ def format_table(models: Mapping[str, Model], backends: Sequence[str], outcomes:
         for backend in backends:
             lines += [_our_row(name, model, backend, way, outcomes, rate) for way in _ways(name, backend, outcomes)]
         lines += [_peer_row(name, model, way, outcomes, rate) for way in PEERS if f"{name}: {way}" in outcomes.parts]
-    return _markdown(lines) + "".join(_insides(outcomes))
+    return _markdown(lines)
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def format_insides(outcomes: Outcomes) -> str:
+    """Return what takes the time inside, the largest first: a table of operators or kernels for each part that looked."""
+    return "".join(_insides(outcomes))
+
+
 def _insides(outcomes: Outcomes) -> Iterator[str]:
-    """Yield what takes the time inside, the largest first: operators and kernels, a table for each part that looked."""
     for name in outcomes.parts:
         figures = outcomes.figures(name)
         for kind, rows in {**figures, **figures.get("pass", {})}.items():
