@@ -41,7 +41,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def format_insides(outcomes: Outcomes) -> str:
-    """Return what takes the time inside, the largest first: a table of operators or kernels for each part that looked."""
+    """Return what takes the time inside, largest first: operators or kernels of each part that looked."""
     return "".join(_insides(outcomes))
 
 
