@@ -245,6 +245,8 @@ def serves(asked: str, bundle: Bundle) -> bool:
 
 def cannot_build(backend: BackendName, options: BuildOptions) -> EngineError | None:
     """Return the error that says why a backend's engines cannot be built here with these options, or None."""
+    if backend != "cuda" and (options.recipe, options.tf32) != (None, None):
+        return EngineError("--recipe and --tf32 are for the backend cuda: omit them")
     reason = BACKENDS[backend].cannot_build(options)
     if reason is not None or not options.references or backend not in COMPILED_FOR_SIZES:
         return reason
