@@ -447,6 +447,16 @@ def test_float16_weights_are_summed_in_float32_and_rounded_once(tmp_path: Path) 
         weights.changed("unet", "w", [lambda base: np.full(base.shape, 1e5, np.float32)])
 
 
+@pytest.mark.parametrize("exponent", [0, 5, -3])
+def test_weights_that_are_held_at_a_fraction_change_by_that_of_what_is_added(exponent: int, tmp_path: Path) -> None:
+    weight, delta = np.random.default_rng(0).normal(0, 1, (2, 24, 16)).astype(np.float32)
+    (tmp_path / "data").write_bytes(np.ldexp(weight, -exponent).tobytes())
+    place = {"dtype": "float32", "shape": (24, 16), "stored": (24, 16), "layout": "as named", "offset": 0}
+    weights = adaptable_of(tmp_path, exponent=exponent, **place)
+    _, found = weights.changed("unet", "w", [lambda base: delta * base])  # what is added is told the weight itself
+    np.testing.assert_array_equal(np.ldexp(found, exponent), weight + delta * weight)
+
+
 def adaptable_of(folder: Path, **place: Any) -> Adaptable:
     """One weight of one component, as a build would have noted it."""
     weight = BuiltWeight(initializer="there", file="data", **place)

@@ -21,6 +21,7 @@ from torch import nn
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.weight_map import GraphWeights, read_weights, restore
 from latentrt.engines.errors import CheckpointError, EngineError
 from latentrt.engines.spec import Array, TensorSpec
 from latentrt.engines.tensorrt import library as trt_library
@@ -31,8 +32,7 @@ from latentrt.export.graphs import golden, ranges
 from latentrt.export.graphs import half_precision as precision
 from latentrt.export.graphs import run as sessions
 from latentrt.export.graphs import trace as graphs
-from latentrt.export.graphs.half_precision import LARGEST, LIMIT
-from latentrt.export.graphs.ranges import Ranges
+from latentrt.export.graphs.ranges import LARGEST, LIMIT, Ranges
 from latentrt.export.graphs.types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
 from latentrt.export.networks import modules
 
@@ -88,18 +88,23 @@ def kinds(model: ir.Model) -> dict[str, str]:
     return {str(node.name): str(node.outputs[0].dtype) for node in model.graph}
 
 
+class Root(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu().sqrt()
+
+
 class Loud(nn.Module):
-    """Two linear layers and a norm; what is between the second and the norm is far beyond float16."""
+    """Two linear layers and a root; what is between the second and that is far beyond float16."""
 
     def __init__(self, loudness: float = 6e4) -> None:
         super().__init__()
         self.quiet, self.loud = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.norm, self.last = nn.LayerNorm(16), nn.Linear(16, 8)
+        self.root, self.last = Root(), nn.Linear(16, 8)
         with torch.no_grad():
             self.loud.weight *= loudness
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = self.last(self.norm(self.loud(self.quiet(x))))
+        result: torch.Tensor = self.last(self.root(self.loud(self.quiet(x))))
         return result
 
 
@@ -109,7 +114,6 @@ class Growing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
-        self.norm = nn.LayerNorm(16)
         with torch.no_grad():
             for layer in self.layers:
                 layer.bias += 15_000 * torch.linspace(-1, 1, 16)
@@ -118,8 +122,7 @@ class Growing(nn.Module):
         stream = x
         for layer in self.layers:
             stream = stream + layer(x)
-        result: torch.Tensor = self.norm(stream)
-        return result
+        return torch.tanh(stream / 1e5)
 
 
 class Shouting(nn.Module):
@@ -167,15 +170,16 @@ def test_layers_beyond_float16_stay_in_float32_and_no_others(tmp_path: Path) -> 
     model = Model(tmp_path, Loud(), x=tokens(4, 16))
     assert model.narrow_all() == float("inf")
     narrowed = model.narrow()
-    assert narrowed.float32_layers == ("loud", "norm")
+    assert narrowed.float32_layers == ("loud", "root")
     assert narrowed.largest > LARGEST
     assert narrowed.error < CLOSE
     assert kinds(model.graph()) == {
         "quiet/Gemm": "FLOAT16",
         "quiet/Gemm/float": "FLOAT",
         "loud/Gemm": "FLOAT",
-        "norm/LayerNormalization": "FLOAT",
-        "norm/LayerNormalization/float16": "FLOAT16",
+        "root/Relu": "FLOAT",
+        "root/Sqrt": "FLOAT",
+        "root/Sqrt/float16": "FLOAT16",
         "last/Gemm": "FLOAT16",
     }
 
@@ -373,21 +377,22 @@ def _until_product(value: ir.Value | None) -> Iterator[str]:
         value = next(each for each in node.inputs if each is not None and not each.is_initializer())
 
 
+# The norms whose outputs are made loud, the activations behind them, and what takes the loud numbers of those.
 LOUD = {
-    "unet": ("down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0", "down_blocks.0.resnets.0.norm2"),
-    "vae_decoder": ("decoder.up_blocks.0.resnets.0.conv1", "decoder.up_blocks.0.resnets.0.norm2"),
+    name: tuple(f"{block}.{layer}" for layer in ("norm2", "nonlinearity", "conv2"))
+    for name, block in (("unet", "down_blocks.0.resnets.0"), ("vae_decoder", "decoder.up_blocks.0.resnets.0"))
 }
 
 
 @pytest.fixture(scope="module")
 def loud_bundle(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An fp16 bundle of a checkpoint in which a layer of UNet and VAE gives values that the next norm takes back."""
+    """An fp16 bundle of a checkpoint in which an activation of UNet and VAE takes and gives values beyond float16."""
     folder = tmp_path_factory.mktemp("loud")
     checkpoint = shutil.copytree(sd1_checkpoint, folder / "checkpoint")
     for part, layers in (("unet", LOUD["unet"]), ("vae", LOUD["vae_decoder"])):
         file = checkpoint / part / "diffusion_pytorch_model.safetensors"
         weights, loud = load_file(file), f"{layers[0]}.weight"
-        save_file(weights | {loud: 3e5 * weights[loud]}, file, {"format": "pt"})
+        save_file(weights | {loud: 6e4 * weights[loud]}, file, {"format": "pt"})
     export_checkpoint(str(checkpoint), folder / "bundle", precision="fp16")
     return folder / "bundle"
 
@@ -403,6 +408,22 @@ def test_a_loud_checkpoint_is_exported_with_its_loud_layers_in_float32(loud_bund
         assert golden.check_graph(name, loud_bundle / spec.graph, [pair], precision="fp16") < CLOSE
 
 
+def test_the_record_of_weights_says_which_are_held_at_a_fraction(loud_bundle: Path) -> None:
+    """What the loud layer writes to is the residual stream, which the norms of all later layers read."""
+    spec = Bundle.open(loud_bundle).manifest.components["unet"]
+    assert spec.weights is not None
+    record = read_weights(loud_bundle / spec.weights, GraphWeights).weights
+    graph = load_typed(loud_bundle / spec.graph).graph.initializers
+    checkpoint = load_file(loud_bundle.parent / "checkpoint" / "unet" / "diffusion_pytorch_model.safetensors")
+    exponents = {name: weight.exponent for name, weight in record.items()}
+    assert exponents["down_blocks.0.resnets.0.conv2.weight"] > 0 and exponents["conv_out.weight"] == 0
+    for name, weight in record.items():
+        tensor = graph[weight.initializer].const_value
+        assert tensor is not None
+        held = np.ldexp(restore(tensor.numpy(), weight.layout, weight.shape).astype(np.float32), weight.exponent)
+        np.testing.assert_allclose(held, checkpoint[name].numpy(), rtol=1e-3, atol=2.0 ** (weight.exponent - 24))
+
+
 def test_a_mixed_graph_runs_on_the_cpu_in_float32(loud_bundle: Path) -> None:
     bundle = Bundle.open(loud_bundle)
     rows = {row.what: row for row in verify(bundle, backend="cpu")}
@@ -416,7 +437,7 @@ def test_a_mixed_graph_runs_on_the_cpu_in_float32(loud_bundle: Path) -> None:
 def test_inspect_names_the_layers_in_float32(loud_bundle: Path) -> None:
     result = CliRunner().invoke(inspect, [str(loud_bundle)])
     assert result.exit_code == 0, result.output
-    note = "vae_decoder: 2 layers compute in fp32 (its values reach "
+    note = "vae_decoder: 3 layers compute in fp32 (its values reach "
     (line,) = (line for line in result.output.splitlines() if line.startswith(note))
     assert line.endswith(f"): {', '.join(LOUD['vae_decoder'])}")
 

@@ -49,17 +49,19 @@ class GraphWeight(Document, frozen=True, kw_only=True):
 
     shape: the weight's own, in the checkpoint
     layout: how the initializer's axes follow from the weight's, one of LAYOUTS
+    exponent: the initializer holds the weight / 2^exponent, see `export/graphs/rescale.py`
     """
 
     initializer: str
     layout: str
     shape: tuple[int, ...]
+    exponent: int = 0
 
 
 class BuiltWeight(Document, frozen=True, kw_only=True):
     """Where a weight lies in what was built.
 
-    initializer: its name there; shape and layout: as in `GraphWeight`
+    initializer: its name there; shape, layout and exponent: as in `GraphWeight`
     stored: the shape as it is stored
     file, offset: in which file below the engines' directory, or below the bundle for what compiles its graphs, and how
         many bytes from its beginning
@@ -72,6 +74,7 @@ class BuiltWeight(Document, frozen=True, kw_only=True):
     dtype: Literal["float32", "float16"]
     file: str
     offset: int
+    exponent: int = 0
 
     def read(self, directory: Path) -> Array:
         """Map the weight as it is stored into memory. Raises BundleError where the file lies elsewhere."""
@@ -84,6 +87,14 @@ class GraphWeights(Document, frozen=True, kw_only=True):
     """The record that an export writes, by the checkpoint's names of weights."""
 
     weights: Mapping[str, GraphWeight]
+
+    def held_at(self, exponents: Mapping[str, int]) -> GraphWeights:
+        """Return the record of a graph whose initializers hold their weights / 2^exponent, those that are named."""
+        weights = {
+            name: msgspec.structs.replace(weight, exponent=exponents.get(weight.initializer, 0))
+            for name, weight in self.weights.items()
+        }
+        return GraphWeights(weights=weights)
 
 
 class BuiltWeights(Document, frozen=True, kw_only=True):

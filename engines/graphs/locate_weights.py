@@ -22,6 +22,7 @@ from latentrt.engines.bundle.weight_map import (
     TRANSPOSED,
     BuiltWeight,
     BuiltWeights,
+    GraphWeight,
     GraphWeights,
     arrange,
     fits,
@@ -98,7 +99,7 @@ def places(record: GraphWeights, canonical: GraphValues, built: GraphValues) -> 
         first = [graph_weight.initializer] if graph_weight.initializer in built.tensors else []
         spots = list(_spots(weight, graph_weight.layout, first, by_shape, built))
         if len(spots) == 1:
-            found[name] = _built_weight(graph_weight.shape, *spots[0])
+            found[name] = _built_weight(graph_weight, *spots[0])
     taken = Counter(weight.initializer for weight in found.values())
     return BuiltWeights(weights={name: weight for name, weight in found.items() if taken[weight.initializer] == 1})
 
@@ -130,12 +131,13 @@ def _equal(weight: Array, layout: str, names: Iterable[str], built: GraphValues)
             yield name, layout, stored
 
 
-def _built_weight(shape: tuple[int, ...], name: str, layout: str, stored: Stored) -> BuiltWeight:
+def _built_weight(weight: GraphWeight, name: str, layout: str, stored: Stored) -> BuiltWeight:
     assert stored.file is not None
     return BuiltWeight(
         initializer=name,
         layout=layout,
-        shape=shape,
+        shape=weight.shape,
+        exponent=weight.exponent,
         stored=stored.values.shape,
         dtype="float16" if stored.values.dtype == np.float16 else "float32",
         file=stored.file.name,
@@ -148,12 +150,9 @@ def own_places(record: GraphWeights, canonical: GraphValues, folder: str) -> Bui
 
     For what compiles that graph and keeps its names. folder: of the graph, below the bundle
     """
-    weights = {
-        name: _in_folder(folder, weight.shape, weight.initializer, weight.layout, canonical)
-        for name, weight in record.weights.items()
-    }
+    weights = {name: _in_folder(folder, weight, canonical) for name, weight in record.weights.items()}
     others = {
-        name: _in_folder(folder, tuple(tensor.dims), name, AS_NAMED, canonical)
+        name: _in_folder(folder, GraphWeight(initializer=name, layout=AS_NAMED, shape=tuple(tensor.dims)), canonical)
         for name, tensor in canonical.tensors.items()
         if name not in {weight.initializer for weight in record.weights.values()}
     }
@@ -163,11 +162,9 @@ def own_places(record: GraphWeights, canonical: GraphValues, folder: str) -> Bui
     )
 
 
-def _in_folder(
-    folder: str, shape: tuple[int, ...], name: str, layout: str, canonical: GraphValues
-) -> BuiltWeight | None:
-    stored = canonical.get(name)
+def _in_folder(folder: str, weight: GraphWeight, canonical: GraphValues) -> BuiltWeight | None:
+    stored = canonical.get(weight.initializer)
     if stored is None or stored.file is None:
         return None
-    built = _built_weight(shape, name, layout, stored)
+    built = _built_weight(weight, weight.initializer, weight.layout, stored)
     return msgspec.structs.replace(built, file=f"{folder}/{built.file}")

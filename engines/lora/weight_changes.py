@@ -76,11 +76,14 @@ class Adaptable:
         The sum is made in float32 and rounded once. Raises RequestError where it is not finite.
         """
         place = self.weights(component).weights[name]
+        unit = np.float32(2.0**place.exponent)
         weight = restore(place.read(self.files), place.layout, place.shape).astype(np.float32)
+        weight *= unit
         total = weight.copy()
         for delta in deltas:
             total += delta(weight)
         with np.errstate(over="ignore"):
+            total /= unit
             stored = arrange(total.astype(place.dtype, copy=False), place.layout)
         if not np.isfinite(stored).all():
             raise RequestError(

@@ -1,7 +1,8 @@
 """float32 graphs into float16 ones: fp16 weights and arithmetic, fp32 where values would leave fp16's range.
 
-Compilers take precision from the graph alone, so every tensor gets its type here. The decision is made for each node
-of the graph, from the ranges that `ranges.py` recorded. Nothing is decided by names of layers or models.
+Most values that would are brought in by factors first, see `rescale.py`. For what is left, compilers take precision
+from the graph alone, so every tensor gets its type here. The decision is made for each node of the graph, from the
+ranges that `ranges.py` recorded. Nothing is decided by names of layers or models.
 
 The ranges, and the error that is recorded, are those of the golden inputs: random tokens, latents and pictures of the
 spread that the network meets, at two sizes. They show where the weights leave float16 on such inputs. They are no
@@ -10,7 +11,7 @@ proof for every prompt and picture, which is why a quarter of the range is the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,18 +20,11 @@ import onnx_ir as ir
 
 from latentrt.engines.spec import TensorSpec
 from latentrt.export.graphs.golden import TOLERANCES, Pair, require_close
-from latentrt.export.graphs.ranges import Ranges, record_ranges, rounding_error, waves
+from latentrt.export.graphs.ranges import LARGEST, LIMIT, Ranges, record_ranges, rounding_error, waves
+from latentrt.export.graphs.rescale import rescale
 from latentrt.export.graphs.trace import save_graph
-from latentrt.export.graphs.types import FLOAT, HALF, allows, formal, load_typed, read_once, schema
+from latentrt.export.graphs.types import FLOAT, HALF, MOVES, allows, formal, load_typed, read_once, schema
 
-LARGEST = 65504.0  # float16's
-# The recorded inputs are a sample: others may reach further.
-LIMIT = LARGEST / 4
-# They compute nothing, so they stay in the type that they find: a cast behind them is one instead of several.
-MOVES = frozenset(
-    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape"}
-    | {"Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
-)
 MATRIX_WORK = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 Recipe = Callable[[ir.Model, Ranges], list[ir.Node]]
@@ -43,12 +37,14 @@ class Narrowed:
 
     files: the written graph and its weights
     float32_layers: the modules of which something stays in float32
+    exponents: of the initializers that hold their weights / 2^exponent, see `rescale.py`
     largest: the largest magnitude that was recorded
     error: the largest difference from the recorded float32 outputs over their range, every node rounded
     """
 
     files: list[Path]
     float32_layers: tuple[str, ...]
+    exponents: Mapping[str, int]
     largest: float
     error: float
 
@@ -72,14 +68,17 @@ def narrow_graph(
     require_close(component, error, precision="fp32")
     for recipe in RECIPES:
         model = load_typed(wide)
-        kept = recipe(model, ranges)
+        rescaled = rescale(model, ranges)
+        kept = recipe(model, rescaled.ranges)
         narrow(model, kept, takes=takes, gives=gives)
         files = save_graph(model, target)
         error = rounding_error(target, pairs, component=component)
         if error <= TOLERANCES["fp16"]:
             break
     require_close(component, error, precision="fp16")
-    return Narrowed(files=files, float32_layers=layers(kept), largest=ranges.largest, error=error)
+    return Narrowed(
+        files=files, float32_layers=layers(kept), exponents=rescaled.weights, largest=ranges.largest, error=error
+    )
 
 
 def out_of_range(model: ir.Model, ranges: Ranges) -> list[ir.Node]:

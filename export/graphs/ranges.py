@@ -14,6 +14,9 @@ from latentrt.export.graphs.golden import Pair, compare, widen
 from latentrt.export.graphs.run import run_in_pieces
 from latentrt.export.graphs.types import FLOAT, HALF, load_typed
 
+LARGEST = 65504.0  # float16's
+# The recorded inputs are a sample: others may reach further.
+LIMIT = LARGEST / 4
 MEASURED = "largest magnitude of "  # begins the names of the recording graph's further outputs
 # Their argument is the timestep times a frequency: in float16, 999 and 999.4 would be the same angle.
 WAVES = ("Sin", "Cos")

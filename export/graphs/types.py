@@ -16,6 +16,11 @@ from onnx.defs import OpSchema, get_schema
 from latentrt.engines.spec import Array
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+# Operators that compute nothing: what they give is part of what they take.
+MOVES = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape"}
+    | {"Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
+)
 
 
 def load_typed(path: Path) -> ir.Model:

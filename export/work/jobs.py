@@ -23,7 +23,7 @@ import msgspec
 from latentrt.engines.bundle.files import atomic_write, disk_errors, record_file
 from latentrt.engines.bundle.manifest import FileRecord
 from latentrt.engines.bundle.parsing import ParseError, parse, read_document
-from latentrt.engines.bundle.weight_map import graph_record, write_weights
+from latentrt.engines.bundle.weight_map import GraphWeights, graph_record, read_weights, write_weights
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.graphs import golden
@@ -250,6 +250,8 @@ def _narrow(job: ExportJob) -> Finished:
         gives=made.outputs,
     )
     shutil.rmtree(wide.parent)
+    if narrowed.exponents and (record := Path(job.root) / graph_record(job.component)).is_file():
+        write_weights(record, read_weights(record, GraphWeights).held_at(narrowed.exponents))
     return dataclasses.replace(
         made,
         files=_records(job, narrowed.files),
