@@ -39,7 +39,7 @@ from latentrt.engines.bundle.weight_map import (
     restore,
     write_weights,
 )
-from latentrt.engines.errors import BundleError, EngineError, RequestError
+from latentrt.engines.errors import BundleError, EngineError, OutOfMemoryError, RequestError
 from latentrt.engines.graphs.edits import LEAST_EXTERNAL
 from latentrt.engines.lora.weight_changes import Adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
@@ -228,6 +228,24 @@ def test_few_changed_sessions_are_kept(pipe: Pipeline, styles: list[Path], monke
             draw(pipe, (styles[1], scale))
         assert len([file for file in opened if file.stem == "unet"]) == expected
     assert sessions.KEPT_ADAPTED == 2
+
+
+def test_sessions_that_are_only_kept_make_room(
+    pipe: Pipeline, styles: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = draw(pipe, (styles[1], 0.6))
+    load, full = engines.load, list[Path]()
+
+    def cramped(file: Path, *rest: Any, **more: Any) -> Any:
+        if not full:
+            full.append(file)
+            raise OutOfMemoryError("no room")
+        return load(file, *rest, **more)
+
+    monkeypatch.setattr(engines, "load", cramped)
+    assert not np.array_equal(draw(pipe, (styles[1], 0.7)), before)
+    assert len(full) == 1
+    assert np.array_equal(draw(pipe, (styles[1], 0.6)), before)
 
 
 def test_an_animation_is_drawn_with_them(pipe: Pipeline, styles: list[Path]) -> None:

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import EngineError, OutOfMemoryError
 from latentrt.engines.onnxruntime import assignment, library, session
 from latentrt.engines.onnxruntime.build import save_graph
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, cuda_settings
@@ -58,6 +58,21 @@ def test_float32_denoisers_alone_are_kept_from_tf32() -> None:
     assert tf32("float32", every_stage=False) == "1"
     assert tf32("float16", every_stage=True, asked=False) == "0"
     assert tf32("float32", every_stage=True, asked=True) == "1"
+
+
+def test_a_gpu_that_does_not_start_is_no_silent_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ONNX Runtime 1.31 says it, with an old driver and on a GPU that others filled."""
+    said = "CudaCall(ERRTYPE, …) [with bool THRW = true] CUDA failure 2: out of memory ; GPU=0 ; hostname=x ; file=y"
+    asked: list[Any] = []
+
+    def refuse(*_: Any, **more: Any) -> None:
+        asked.append(more["enable_fallback"])
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(OutOfMemoryError, match="on the GPU: CUDA failure 2: out of memory;"):
+        session.open_session(tmp_path / "model.onnx", session.session_options(threads=1), "cpu")
+    assert asked == [0]
 
 
 def test_what_is_run_once_a_picture_is_not_recorded() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+from cachetools import LRUCache
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
+from latentrt.engines.errors import OutOfMemoryError
 from latentrt.engines.lora.weight_changes import Changes, adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime.library import Provider
@@ -23,6 +26,7 @@ KEPT_ADAPTED = 2
 
 NOT_CHANGED: Mapping[str, Array] = {}
 
+Made = TypeVar("Made")
 Choice = tuple[tuple[str, str], ...]
 """The components that are changed, each with the key of its changes."""
 
@@ -48,8 +52,8 @@ class Sessions:
         self._adaptable = adaptable(bundle, directory, record)
         self.engines: dict[str, Engine] = {name: self._load(name) for name in components}
         self._base: dict[str, Engine] = {}  # those that are not in use because a changed one is
-        self._adapted: OrderedDict[tuple[str, str], OnnxRuntimeEngine] = OrderedDict()
-        self._workspaces: OrderedDict[tuple[Choice, WorkspaceShape, str], OnnxRuntimeWorkspace] = OrderedDict()
+        self._adapted: dict[str, LRUCache[str, OnnxRuntimeEngine]] = {}  # by component, then by what changes
+        self._workspaces: LRUCache[tuple[Choice, WorkspaceShape, str], OnnxRuntimeWorkspace] = LRUCache(KEPT_WORKSPACES)
         self._choice: Choice = ()
 
     def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
@@ -64,31 +68,44 @@ class Sessions:
         mine = {component: changes[component] for component in self.engines if component in changes}
         for component, change in mine.items():
             self._adaptable.check(component, change)
-        engines = {component: self._engine(component, change) for component, change in mine.items()}
+        choice = tuple(sorted((component, change.key) for component, change in mine.items()))
+        engines = {component: self._engine(component, change, choice) for component, change in mine.items()}
         self.engines.update(self._base)
         self._base = {component: self.engines[component] for component in engines}
         self.engines.update(engines)
-        self._choice = tuple(sorted((component, change.key) for component, change in mine.items()))
+        self._choice = choice
 
-    def _engine(self, component: str, change: Changes) -> OnnxRuntimeEngine:
-        """Return a component's engine with changed weights: one that is kept, or a new one."""
-        key = (component, change.key)
-        if key not in self._adapted:
-            kept = [other for other in self._adapted if other[0] == component]
-            for oldest in kept[: len(kept) - KEPT_ADAPTED + 1]:
-                self._forget(oldest)
-            arrays = (self._adaptable.changed(component, name, deltas) for name, deltas in change.deltas.items())
-            self._adapted[key] = self._load(component, dict(arrays))
-        self._adapted.move_to_end(key)
-        return self._adapted[key]
+    def _engine(self, component: str, change: Changes, choice: Choice) -> OnnxRuntimeEngine:
+        """Return a component's engine with changed weights, kept or new. choice: all that are asked for"""
+        kept = self._adapted.setdefault(component, LRUCache(KEPT_ADAPTED))
+        engine = kept.get(change.key)
+        if engine is None:
+            while kept.currsize >= kept.maxsize:
+                self._close(component, *kept.popitem())
+            arrays = dict(self._adaptable.changed(component, name, deltas) for name, deltas in change.deltas.items())
+            kept[change.key] = engine = self._with_room(lambda: self._load(component, arrays), choice)
+        return engine
 
-    def _forget(self, key: tuple[str, str]) -> None:
-        """Close a session with changed weights, and what draws with it."""
-        for other in [other for other in self._workspaces if key in other[0]]:
+    def _with_room(self, make: Callable[[], Made], choice: Choice) -> Made:
+        """Make something, where there is no room for it after letting go of what is only kept. choice: what is not"""
+        try:
+            return make()
+        except OutOfMemoryError:
+            idle = [(name, key) for name, kept in self._adapted.items() for key in kept if (name, key) not in choice]
+            if not idle and not self._workspaces:
+                raise
+        self._workspaces.clear()
+        for component, key in idle:
+            self._close(component, key, self._adapted[component].pop(key))
+        return make()
+
+    def _close(self, component: str, key: str, engine: OnnxRuntimeEngine) -> None:
+        """Close a session with changed weights that is kept no longer, and what draws with it."""
+        for other in [other for other in self._workspaces if (component, key) in other[0]]:
             del self._workspaces[other]
-        if key in self._choice:  # it is in use: back to the base
+        if (component, key) in self._choice:  # it is in use: back to the base
             self.adapt({})
-        self._adapted.pop(key).close()
+        engine.close()
 
     def workspace(self, shape: WorkspaceShape, *, state_rows: int, denoiser: str, decoder: str | None) -> Workspace:
         """Return what a batch of this shape is drawn on."""
@@ -97,10 +114,9 @@ class Sessions:
                 self.engines, self._space, shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder
             )
         key = (self._choice, shape, denoiser)
-        workspace = self._workspaces.pop(key, None) or self._bound(shape, denoiser)
-        self._workspaces[key] = workspace
-        if len(self._workspaces) > KEPT_WORKSPACES:
-            self._workspaces.popitem(last=False)
+        workspace = self._workspaces.get(key)
+        if workspace is None:
+            self._workspaces[key] = workspace = self._with_room(lambda: self._bound(shape, denoiser), self._choice)
         workspace.wipe(decoder=decoder)
         return workspace
 
@@ -112,6 +128,6 @@ class Sessions:
         """Close every engine."""
         self._workspaces.clear()
         self.adapt({})
-        for engine in (*self.engines.values(), *self._adapted.values()):
+        for engine in (*self.engines.values(), *(one for kept in self._adapted.values() for one in kept.values())):
             engine.close()
         self._adapted.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ DTYPES: dict[str, DType] = {
 KEPT_SHAPES = 8
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
+CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")  # in the middle of a line of C++
 # What every session on a GPU is opened with.
 CUDA_SETTINGS: Mapping[str, str] = {"cudnn_conv_use_max_workspace": "1"}
 
@@ -61,9 +63,12 @@ def session_options(*, threads: int | None) -> Any:
 def open_session(path: Path, options: Any, provider: Provider, settings: Mapping[str, str] = NO_SETTINGS) -> Any:
     if provider == "cuda":
         load_cuda_libraries()
-    try:
-        session = require().InferenceSession(str(path), options, providers=[(PROVIDERS[provider], dict(settings))])
+    providers = [(PROVIDERS[provider], dict(settings))]
+    try:  # without the fallback, which prints, and opens the session on the CPU
+        session = require().InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
+        if failure := CUDA_FAILURE.search(str(error)):
+            raise backend_error(f"ONNX Runtime could not start on the GPU: {failure[0]}", str(error)) from error
         sentence = f"ONNX Runtime refused {path}: {_first_line(error)}; run `latentrt build --force` on this bundle"
         raise backend_error(sentence, str(error)) from error
     if PROVIDERS[provider] not in session.get_providers():  # it falls back to the CPU without a word
