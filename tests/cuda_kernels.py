@@ -36,6 +36,34 @@ GroupNormSilu <groups, epsilon> (x, gamma, beta) => (y) {
     gate = Sigmoid (made)
     y = Mul (made, gate)
 }
+<domain: "standard", opset_import: ["" : 23, "standard" : 1]>
+SkipGroupNorm <groups, epsilon> (x, gamma, beta, skip) => (y, sum) {
+    shape = Shape (x)
+    ends = Constant <value_ints = [0, 3]> ()
+    few = Gather (shape, ends)
+    one = Constant <value_ints = [1]> ()
+    rows, channels = Split <axis = 0, num_outputs = 2> (few)
+    size = Size (skip)
+    whole = Size (x)
+    same = Equal (size, whole)
+    broadcast = Concat <axis = 0> (rows, one, one, channels)
+    kept = Where (same, shape, broadcast)
+    spread = Reshape (skip, kept)
+    sum = Add (x, spread)
+    y = standard.GroupNorm <groups: int = @groups, epsilon: float = @epsilon> (sum, gamma, beta)
+}
+<domain: "standard", opset_import: ["" : 23, "standard" : 1]>
+SkipGroupNormSilu <groups, epsilon> (x, gamma, beta, skip) => (y, sum) {
+    made, sum = standard.SkipGroupNorm <groups: int = @groups, epsilon: float = @epsilon> (x, gamma, beta, skip)
+    gate = Sigmoid (made)
+    y = Mul (made, gate)
+}
+<domain: "standard", opset_import: ["" : 23]>
+SkipLayerNormalization <epsilon> (x, skip, gamma, beta, bias) => (y, mean, deviation, sum) {
+    biased = Add (x, bias)
+    sum = Add (biased, skip)
+    y, mean, deviation = LayerNormalization <epsilon: float = @epsilon> (sum, gamma, beta)
+}
 <domain: "standard", opset_import: ["" : 23]>
 BiasSplitGelu (x, bias) => (y) {
     biased = Add (x, bias)
@@ -51,10 +79,13 @@ def standard(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     functions = [parser.parse_function(f"<domain{text}") for text in FUNCTIONS.split("<domain")[1:]]
-    names = {function.name for function in functions}
+    outputs = {function.name: len(function.output) for function in functions}
     for node in copy.graph.node:
-        if node.domain == MICROSOFT and node.op_type in names:
+        if node.domain == MICROSOFT and node.op_type in outputs:
             _use_function(node)
+            made = [*node.output, *[""] * (outputs[node.op_type] - len(node.output))]
+            del node.output[:]
+            node.output.extend(name or f"{made[0]}.unused.{number}" for number, name in enumerate(made))
     copy.functions.extend(functions)
     copy.opset_import.append(helper.make_opsetid(STANDARD, 1))
     return copy
@@ -63,9 +94,9 @@ def standard(model: onnx.ModelProto) -> onnx.ModelProto:
 def _use_function(node: Any) -> None:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     node.domain = STANDARD
-    if node.op_type == "GroupNorm":
+    if node.op_type in ("GroupNorm", "SkipGroupNorm"):
         assert attributes.pop("channels_last") == 1
-        node.op_type = "GroupNormSilu" if attributes.pop("activation") else "GroupNorm"
+        node.op_type += "Silu" if attributes.pop("activation") else ""
     if node.op_type == "NhwcConv":
         assert attributes.pop("group", 1) == 1
         attributes.pop("auto_pad", None)

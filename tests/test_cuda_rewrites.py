@@ -116,6 +116,40 @@ def test_a_picture_is_laid_out_anew_where_it_enters_and_where_it_leaves() -> Non
 ONES = {"activation", "channels_last"}
 
 
+def test_sums_go_into_the_normalisations_behind_them() -> None:
+    """Of the network's sums one is of an embedding, and the others are taken elsewhere too or are not normalised."""
+    model = network()
+    expected = run(model, **feeds())
+    use_cuda_kernels(model, sums=True)
+    counts = count(model)
+    assert (counts["SkipGroupNorm"], counts["GroupNorm"], counts["Transpose"]) == (1, 2, 2)
+    np.testing.assert_allclose(run(standard(model), **feeds()), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_sum_of_rows_is_computed_with_its_normalisation(swapped: bool, kept: bool, sums: bool) -> None:
+    generator = np.random.default_rng(5)
+    shapes = {"w": (WIDE, WIDE), "b": (WIDE,), "scale": (WIDE,), "shift": (WIDE,)}
+    constants = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Add", ["b", "product"] if swapped else ["product", "b"], ["biased"]),
+        helper.make_node("Add", ["rest", "biased"] if swapped else ["biased", "rest"], ["total"]),
+        helper.make_node("LayerNormalization", ["total", "scale", "shift"], ["normal"], epsilon=1e-3),
+        helper.make_node("Mul", ["normal", "total"] if kept else ["normal", "normal"], ["y"]),
+    ]
+    axes = ["rows", "tokens", WIDE]
+    model = model_of(nodes, {"x": axes, "rest": axes}, {"y": axes}, constants)
+    x, rest = generator.standard_normal((2, 2, 3, WIDE)).astype(np.float32)
+    expected = run(model, x=x, rest=rest)
+    use_cuda_kernels(model, sums=sums)
+    counts = count(model)
+    assert (counts["SkipLayerNormalization"], counts["LayerNormalization"]) == ((1, 0) if sums else (0, 1))
+    np.testing.assert_allclose(run(standard(model), x=x, rest=rest), expected, atol=2e-5)
+
+
 def test_groups_of_an_odd_number_of_channels_leave_pictures_as_they_are() -> None:
     model = network(groups=16)
     expected = run(model, **feeds())

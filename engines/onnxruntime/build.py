@@ -119,8 +119,8 @@ def _build_one(
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
-        elif (options.recipe or DEFAULT_RECIPE) == "nhwc":
-            use_cuda_kernels(model)
+        elif (recipe := options.recipe or DEFAULT_RECIPE) != "plain":
+            use_cuda_kernels(model, sums=recipe == "fused")
         save_graph(model, edited)
         # Else ONNX Runtime would name files that are gone by then. On CUDA it changes no weights but external ones.
         external = provider == "cuda" or large or graphs.has_external(model)

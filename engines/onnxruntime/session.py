@@ -33,7 +33,10 @@ NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
 CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")  # in the middle of a line of C++
 # What every session on a GPU is opened with.
-CUDA_SETTINGS: Mapping[str, str] = {"cudnn_conv_use_max_workspace": "1"}
+CUDA_SETTINGS: Mapping[str, str] = {
+    "cudnn_conv_use_max_workspace": "1",
+    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
