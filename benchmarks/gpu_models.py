@@ -70,6 +70,7 @@ WAYS: dict[str, Way] = {
     "": Way(),
     "graphs": Way(cuda_graphs=True),
     "plain": Way(recipe="plain"),
+    "fused": Way(recipe="fused"),
     "fused-bias": Way(settings={"fuse_conv_bias": "1"}),
     "tf32-off": Way(settings={"use_tf32": "0"}),
     "flash": Way(settings={"sdpa_kernel": "1"}),
