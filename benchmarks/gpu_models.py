@@ -65,16 +65,17 @@ class Way:
         return {"cuda_graphs": self.cuda_graphs, "settings": dict(self.settings), "recipe": self.recipe}
 
 
-# The first is what the product does when nothing is said. sdpa_kernel has a bit for each attention kernel.
+# The first is what the product does when nothing is said. Other settings run with recorded kernels, for launching would
+# hide what they change. sdpa_kernel has a bit for each attention kernel.
 WAYS: dict[str, Way] = {
     "": Way(),
     "graphs": Way(cuda_graphs=True),
-    "plain": Way(recipe="plain"),
-    "fused": Way(recipe="fused"),
-    "fused-bias": Way(settings={"fuse_conv_bias": "1"}),
-    "tf32-off": Way(settings={"use_tf32": "0"}),
-    "flash": Way(settings={"sdpa_kernel": "1"}),
-    "efficient": Way(settings={"sdpa_kernel": "2"}),
-    "cudnn-attention": Way(settings={"sdpa_kernel": "8"}),
-    "heuristic": Way(settings={"cudnn_conv_algo_search": "HEURISTIC"}),
+    "fused": Way(recipe="fused", cuda_graphs=True),
+    "plain": Way(recipe="plain", cuda_graphs=True),
+    "fused-bias": Way(cuda_graphs=True, settings={"fuse_conv_bias": "1"}),
+    "flash": Way(cuda_graphs=True, settings={"sdpa_kernel": "1"}),
+    "cudnn-attention": Way(cuda_graphs=True, settings={"sdpa_kernel": "8"}),
+    "tf32-off": Way(cuda_graphs=True, settings={"use_tf32": "0"}),
+    "heuristic": Way(cuda_graphs=True, settings={"cudnn_conv_algo_search": "HEURISTIC"}),
+    "efficient": Way(cuda_graphs=True, settings={"sdpa_kernel": "2"}),
 }

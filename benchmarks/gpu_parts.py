@@ -140,6 +140,34 @@ def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
             done(report)
 
 
+def do_pictures(facts: Mapping[str, Any], done: Keep) -> None:
+    """Draw every kind of request, with recorded kernels and without, and compare with the CPU's engines."""
+    from gpu_pictures import compare, draw_all, unlike
+
+    from latentrt.engines.build import build_engines
+    from latentrt.engines.bundle.files import Bundle
+
+    root, folder = facts["root"], Path(facts["folder"])
+    build_engines(Bundle.open(root), "cpu")
+    expected = draw_all(root, "cpu", folder)
+    figures: dict[str, Any] = {"a LoRA changes": unlike(expected, "text", "a LoRA")}
+    for name, graphs in (("launched", False), ("recorded", True)):
+        found = draw_all(root, facts["backend"], folder, cuda_graphs=graphs)
+        figures[name] = compare(expected, found)
+        figures[f"{name}, text again differs by"] = unlike(found, "text", "text again")
+        figures[f"{name}, a LoRA changes"] = unlike(found, "text", "a LoRA")
+        done(figures)
+    wrong = [
+        f"{way}, {what}: {row}"
+        for way in ("launched", "recorded")
+        for what, row in figures[way].items()
+        if not row["ok"]
+    ]
+    if wrong:
+        sys.stderr.write("\n".join(wrong) + "\n")
+        sys.exit(1)
+
+
 def do_profile(facts: Mapping[str, Any], done: Keep) -> None:
     """Find out which operators of the denoiser take the time."""
     from gpu_probes import profile_operators
@@ -193,6 +221,7 @@ JOBS: dict[str, Callable[[Mapping[str, Any], Keep], None]] = {
     "build": do_build,
     "verify": do_verify,
     "bench": do_bench,
+    "pictures": do_pictures,
     "profile": do_profile,
     "kernels": do_kernels,
     "torch": do_torch,

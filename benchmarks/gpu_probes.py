@@ -89,17 +89,21 @@ def profiled(folder: Path) -> Iterator[None]:
 
 
 def profile_operators(root: str, backend: str, model: Model, folder: Path) -> dict[str, Any]:
-    """Draw two pictures of three steps with ONNX Runtime's profiler. Returns the denoiser's operators of the second.
+    """Draw two pictures of three steps with ONNX Runtime's profiler. Returns the second's operators.
+
+    The denoiser's are milliseconds a step; beside them are the decoder's.
 
     CUDA waits after every launch, so that an operator's time is the GPU's and a few microseconds of launching.
     """
     os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # read when CUDA starts, which it has not yet
     folder.mkdir(parents=True, exist_ok=True)
     with profiled(folder), _loaded(root, backend) as draw:
-        draw(model)
-        draw(model)
-    (file,) = folder.glob("unet_*.json")  # written when the session was closed
-    return {"steps": STEPS, "launch_blocking": True, **operators(json.loads(file.read_text()), last=STEPS)}
+        draw(model, STEPS)
+        draw(model, STEPS)
+    # Profiles are written when sessions are closed.
+    found = {name: json.loads(next(folder.glob(f"{name}_*.json")).read_text()) for name in ("unet", "vae_decoder")}
+    decoder = operators(found["vae_decoder"], last=1)
+    return {"steps": STEPS, "launch_blocking": True, **operators(found["unet"], last=STEPS), "decoder": decoder}
 
 
 def operators(events: list[dict[str, Any]], *, last: int) -> dict[str, Any]:
@@ -138,45 +142,63 @@ def _largest(rows: Any) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _loaded(root: str, backend: str) -> Iterator[Callable[[Model], None]]:
-    """Give a function that draws a picture of three steps."""
+def _loaded(root: str, backend: str) -> Iterator[Callable[[Model, int], None]]:
+    """Give a function that draws a picture of so many steps."""
     from latentrt.runtime.pipeline import Pipeline
 
     with Pipeline.load(root, backend, cuda_graphs=False, check="size") as pipe:
 
-        def draw(model: Model) -> None:
-            pipe(PROMPT, steps=STEPS, guidance=model.guidance, sampler=model.sampler, size=(model.size, model.size))
+        def draw(model: Model, steps: int) -> None:
+            pipe(PROMPT, steps=steps, guidance=model.guidance, sampler=model.sampler, size=(model.size, model.size))
 
         yield draw
 
 
 def profile_kernels(root: str, backend: str, model: Model) -> dict[str, Any]:
-    """Draw a picture of three steps under torch's profiler, which sees every kernel of the process.
+    """Draw pictures of one step and of four under torch's profiler, which sees every kernel of the process.
 
-    Encoding and decoding are in it too. On a machine without a GPU there are no kernels.
+    Returns the kernels of the denoiser's three further steps, and all those of the picture of one step, whose encoding
+    and decoding are with it. On a machine without a GPU there are no kernels.
     """
     import torch
 
     cuda = torch.cuda.is_available()
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    found = {}
     with _loaded(root, backend) as draw:
-        draw(model)
-        draw(model)
-        with torch.profiler.profile(activities=[activity]) as profiler:
-            draw(model)
-    return {"steps": STEPS, **kernel_times(profiler)}
+        for steps in (1, STEPS + 1):
+            draw(model, steps)
+            draw(model, steps)
+            with torch.profiler.profile(activities=[activity]) as profiler:
+                draw(model, steps)
+            found[steps] = _by_kernel(profiler)
+    short, long = found[1], found[STEPS + 1]
+    further = {
+        name: (count - short.get(name, (0, 0.0))[0], ms - short.get(name, (0, 0.0))[1])
+        for name, (count, ms) in long.items()
+    }
+    return {"steps": STEPS, **_kernel_rows(further), "one_step": _kernel_rows(short)}
 
 
 def kernel_times(profiler: Any) -> dict[str, Any]:
     """Return a profile's kernels: milliseconds together, and the largest by name."""
+    return _kernel_rows(_by_kernel(profiler))
+
+
+def _by_kernel(profiler: Any) -> dict[str, tuple[int, float]]:
+    """Return how often each kernel ran, and its milliseconds together."""
     from torch.autograd import DeviceType
 
     kernels = defaultdict[str, list[float]](list)
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA:
             kernels[event.name].append(event.time_range.elapsed_us() / 1e3)
+    return {name: (len(ms), sum(ms)) for name, ms in kernels.items()}
+
+
+def _kernel_rows(kernels: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     return {
-        "kernels_ms": sum(sum(ms) for ms in kernels.values()),
-        "launches": sum(len(ms) for ms in kernels.values()),
-        "kernels": _largest({"kernel": n[:160], "count": len(ms), "ms": sum(ms)} for n, ms in kernels.items()),
+        "kernels_ms": sum(ms for _, ms in kernels.values()),
+        "launches": sum(count for count, _ in kernels.values()),
+        "kernels": _largest({"kernel": name[:200], "count": count, "ms": ms} for name, (count, ms) in kernels.items()),
     }

@@ -26,7 +26,7 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -115,7 +115,7 @@ def has(result: Path | None) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the harness says of the machine, the driver's own version, and the CUDA libraries beside torch."""
+    """Return what the harness says of the machine, NVML's words, and the CUDA libraries beside torch."""
     libraries = {}
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -124,17 +124,34 @@ def machine() -> dict[str, Any]:
     runs = {"latentrt": latentrt.__version__}  # what is imported, whatever the metadata of another copy says
     with suppress(EngineError):
         runs["onnxruntime"] = require().__version__
-    return {**found, "versions": found["versions"] | runs, "driver": driver(), "libraries": libraries}
+    return {**found, "versions": found["versions"] | runs, "nvml": nvml(), "libraries": libraries}
 
 
-def driver() -> str | None:
-    """Return the driver's version as NVML tells it, or None."""
-    with suppress(Exception):  # no pynvml, no driver, no GPU: each raises its own
+def nvml() -> dict[str, str]:
+    """Return what NVML tells of the driver and the first GPU, and what it does not, each as text; empty without it."""
+    try:
         import pynvml
 
         pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    return None
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception:  # no pynvml, no driver, no GPU: each raises its own
+        return {}
+    asked = {
+        "driver": pynvml.nvmlSystemGetDriverVersion,
+        "bus": lambda: pynvml.nvmlDeviceGetPciInfo(gpu).busId,
+        "used_bytes": lambda: pynvml.nvmlDeviceGetMemoryInfo(gpu).used,
+        "energy_mj": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu),
+        "power_limit_mw": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu),
+    }
+    return {name: _told(ask) for name, ask in asked.items()}
+
+
+def _told(ask: Callable[[], object]) -> str:
+    try:
+        found = ask()
+    except Exception as error:  # NVML has an error for each thing that a GPU or a virtual machine does not tell
+        return f"{type(error).__name__}: {error}"
+    return found.decode() if isinstance(found, bytes) else str(found)
 
 
 def presence() -> dict[str, str | None]:
@@ -219,12 +236,18 @@ class Plan:
     def _on(self, name: str, backend: str) -> Iterator[Part]:
         looked_into = name == LOOKED_INTO or self._rehearsal
         for label, way in WAYS.items():
-            if label and not (looked_into and (backend == "cuda" or (self._rehearsal and label == "graphs"))):
+            recorded = label == "graphs" and backend in ("cuda", REHEARSAL)
+            if label and not recorded and not (looked_into and backend == "cuda"):
                 continue
             base = self._work / name
             root = base.with_name(f"{name}-{way.recipe}") if way.recipe else base
             facts = {"root": str(root), "base": str(base), "backend": backend, "model": name, **way.facts()}
             yield from self._in_a_way(name, backend, label, facts)
+            if not label and name == "demo" and backend in ("cuda", REHEARSAL):
+                more = {**facts, "folder": str(self._work / f"{name}-pictures")}
+                yield _part(
+                    f"{name}: pictures {backend}", "pictures", more, most_s=120, needs=(f"{name}: build {backend}",)
+                )
             if not label and looked_into and backend in ("cuda", REHEARSAL):
                 yield from self._inside(name, backend, facts)
 

@@ -22,6 +22,7 @@ HEAD = (
     "GPU MiB",
     "error",
 )
+WITHIN = ("pass", "one_step", "decoder")  # what a part looked into beside its main figures
 PEERS = ("torch eager", "torch recorded", "torch compiled", "diffusers eager", "diffusers compiled")
 
 
@@ -48,11 +49,12 @@ def format_insides(outcomes: Outcomes) -> str:
 def _insides(outcomes: Outcomes) -> Iterator[str]:
     for name in outcomes.parts:
         figures = outcomes.figures(name)
-        for kind, rows in {**figures, **figures.get("pass", {})}.items():
-            if kind in ("operators", "kernels") and rows:
-                head = [f"{name}, {kind}", "count", "ms"]
-                cells = [[_label(row), str(row["count"]), f"{row['ms']:.3f}"] for row in rows]
-                yield "\n" + _markdown([head, ["---"] * len(head), *cells])
+        for what, found in {"": figures, **{key: figures[key] for key in WITHIN if key in figures}}.items():
+            for kind in ("operators", "kernels"):
+                if rows := found.get(kind):
+                    head = [", ".join(filter(None, (name, what, kind))), "count", "ms"]
+                    cells = [[_label(row), str(row["count"]), f"{row['ms']:.3f}"] for row in rows]
+                    yield "\n" + _markdown([head, ["---"] * len(head), *cells])
 
 
 def _label(row: Mapping[str, Any]) -> str:

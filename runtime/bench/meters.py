@@ -59,8 +59,11 @@ def _first_visible(pynvml: Any) -> int:
     code, bus = cuda.cudaDeviceGetPCIBusId(32, 0)
     if code != cuda.cudaError_t.cudaSuccess:
         raise ValueError("CUDA has no device 0")
-    wanted = bus.decode().strip("\x00").lower()
-    for index in range(pynvml.nvmlDeviceGetCount()):
+    wanted = bus.partition(b"\0")[0].decode().lower()
+    count = int(pynvml.nvmlDeviceGetCount())
+    if count == 1:  # in a virtual machine the two may name its bus differently
+        return 0
+    for index in range(count):
         found = pynvml.nvmlDeviceGetPciInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).busId
         found = (found.decode() if isinstance(found, bytes) else found).lower()
         if found.endswith(wanted):  # NVML writes eight digits of domain, CUDA four
