@@ -15,9 +15,10 @@ set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3} KEPT=${KEPT:-/tmp/p} OUT=${OUT:-$PWD/.cache/gpu} PIECES=${PIECES:-.gpu}
 export PYTHONUNBUFFERED=1
-OURS="sd15 bench cuda,sd15 bench cuda graphs,sd15 torch eager,sd15 profile cuda,sd15 verify cuda,sd15 kernels cuda"
-OURS="$OURS,sd15 torch recorded,sd15 bench cuda plain,sd15 bench"
-LARGER="turbo bench cuda,turbo verify cuda,turbo torch eager,sdxl bench cuda,sdxl torch eager,sdxl verify cuda"
+OURS="sd15 bench cuda,sd15 bench cuda graphs,sd15 verify cuda,sd15 profile cuda,sd15 kernels cuda,demo pictures cuda"
+OURS="$OURS,demo bench cuda graphs,demo bench cuda,demo verify cuda,sd15 torch recorded,sd15 bench cuda plain"
+OURS="$OURS,sd15 torch eager,sd15 bench"
+LARGER="turbo bench cuda,turbo bench cuda graphs,turbo verify cuda,turbo torch recorded,sdxl cuda,sdxl torch recorded"
 
 said() { echo "[$SECONDS s] $*"; }
 
@@ -59,8 +60,8 @@ run() {
   said "ready: $("$PYTHON" -c 'import sys, onnxruntime; print(sys.version.split()[0], onnxruntime.__version__, onnxruntime.get_available_providers())' 2>&1 | tail -1)"
   case $1 in
     first) suite "${2:-120}" "seam,ceilings" ;;
-    ours) suite "${2:-240}" "demo bench cuda,demo verify cuda,$OURS" ;;
-    ways) suite "${2:-240}" "$OURS,sd15 bench,sd15 verify cuda plain,sd15 diffusers eager,$LARGER,sd15 torch compiled" ;;
+    ours) suite "${2:-240}" "$OURS" ;;
+    ways) suite "${2:-240}" "$OURS,sd15 verify cuda plain,$LARGER,sd15 diffusers eager,sd15 torch compiled" ;;
     peers) suite "${2:-240}" "ceilings,sd15 torch,sd15 diffusers eager,sdxl torch eager" ;;
     rtx) suite "${2:-240}" "demo tensorrt-rtx,sd15 tensorrt-rtx" ;;
     rehearse) suite "${2:-900}" "" --cpu ;;
