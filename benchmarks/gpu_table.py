@@ -15,6 +15,7 @@ HEAD = (
     "steps/s",
     "of the floor",
     "to eager",
+    "to recorded",
     "to compiled",
     "picture p50 ms",
     "p95",
@@ -115,7 +116,7 @@ def _peer_row(name: str, model: Model, way: str, outcomes: Outcomes, rate: float
     return [
         name,
         way,
-        *(_step_cells(step["p50"], name, model, outcomes, rate) if step else [""] * 5),
+        *(_step_cells(step["p50"], name, model, outcomes, rate) if step else [""] * 6),
         *([f"{1e3 * whole['p50']:.2f}", f"{1e3 * whole['p95']:.2f}"] if whole else ["", ""]),
         "",
         "" if memory is None else f"{memory / 2**20:.0f}",
@@ -126,7 +127,7 @@ def _peer_row(name: str, model: Model, way: str, outcomes: Outcomes, rate: float
 def _step_cells(step_s: float, name: str, model: Model, outcomes: Outcomes, rate: float) -> list[str]:
     floor = model.floor_s(rate)
     share = "" if floor is None else f"{floor / step_s:.1%}"
-    peers = [_step_of(outcomes, f"{name}: torch {how}") for how in ("eager", "compiled")]
+    peers = [_step_of(outcomes, f"{name}: torch {how}") for how in ("eager", "recorded", "compiled")]
     ratios = ["" if peer is None else f"{peer / step_s:.2f}" for peer in peers]
     return [f"{1e3 * step_s:.3f}", f"{1 / step_s:.1f}", share, *ratios]
 

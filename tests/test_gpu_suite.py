@@ -285,6 +285,7 @@ def test_speed_is_told_beside_torchs_in_the_same_run_and_the_measured_ceiling() 
         "sd15: bench cuda": report(0.008),
         "sd15: bench cuda graphs": report(0.005),
         "sd15: torch eager": outcome(step_s={"p50": 0.010}),
+        "sd15: torch recorded": outcome(step_s={"p50": 0.004}),
         "sd15: profile cuda": outcome(
             operators=[{"operator": "Conv", "provider": "CUDAExecutionProvider", "count": 2, "ms": 4.0}], kernels=[]
         ),
@@ -294,10 +295,11 @@ def test_speed_is_told_beside_torchs_in_the_same_run_and_the_measured_ceiling() 
     table = format_table({"sd15": MODELS["sd15"]}, ("cuda", "tensorrt"), outcomes)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert len({len(row) for row in rows}) == 1
-    assert [row[1:7] for row in rows[2:]] == [
-        ["latentrt, cuda", "8.000", "125.0", "50.2%", "1.25", ""],
-        ["latentrt, cuda, graphs", "5.000", "200.0", "80.3%", "2.00", ""],
-        ["torch eager", "10.000", "100.0", "40.2%", "1.00", ""],
+    assert [row[1:8] for row in rows[2:]] == [
+        ["latentrt, cuda", "8.000", "125.0", "50.2%", "1.25", "0.50", ""],
+        ["latentrt, cuda, graphs", "5.000", "200.0", "80.3%", "2.00", "0.80", ""],
+        ["torch eager", "10.000", "100.0", "40.2%", "1.00", "0.40", ""],
+        ["torch recorded", "4.000", "250.0", "100.4%", "2.50", "1.00", ""],
     ]
 
 
