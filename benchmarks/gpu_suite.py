@@ -246,7 +246,11 @@ class Plan:
             if not label and name == "demo" and backend in ("cuda", REHEARSAL):
                 more = {**facts, "folder": str(self._work / f"{name}-pictures")}
                 yield _part(
-                    f"{name}: pictures {backend}", "pictures", more, most_s=120, needs=(f"{name}: build {backend}",)
+                    f"{name}: pictures {backend}",
+                    "pictures",
+                    more,
+                    most_s=300 if self._rehearsal else 120,
+                    needs=(f"{name}: build {backend}",),
                 )
             if not label and looked_into and backend in ("cuda", REHEARSAL):
                 yield from self._inside(name, backend, facts)
