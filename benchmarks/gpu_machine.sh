@@ -16,8 +16,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3} KEPT=${KEPT:-/tmp/p} OUT=${OUT:-$PWD/.cache/gpu} PIECES=${PIECES:-.gpu}
 export PYTHONUNBUFFERED=1
 OURS="sd15 bench cuda,sd15 bench cuda graphs,sd15 verify cuda,sd15 profile cuda,sd15 kernels cuda,demo pictures cuda"
-OURS="$OURS,demo bench cuda graphs,demo bench cuda,demo verify cuda,sd15 torch recorded,sd15 bench cuda plain"
-OURS="$OURS,sd15 torch eager,sd15 bench"
+OURS="$OURS,demo bench cuda graphs,demo bench cuda,demo verify cuda,sd15 torch recorded,sd15 bench cuda fused"
+OURS="$OURS,sd15 verify cuda fused,sd15 torch eager,sd15 bench"
 LARGER="turbo bench cuda,turbo bench cuda graphs,turbo verify cuda,turbo torch recorded,sdxl cuda,sdxl torch recorded"
 
 said() { echo "[$SECONDS s] $*"; }
@@ -61,7 +61,7 @@ run() {
   case $1 in
     first) suite "${2:-120}" "seam,ceilings" ;;
     ours) suite "${2:-240}" "$OURS" ;;
-    ways) suite "${2:-240}" "$OURS,sd15 verify cuda plain,$LARGER,sd15 diffusers eager,sd15 torch compiled" ;;
+    ways) suite "${2:-240}" "$OURS,$LARGER,sd15 diffusers eager,sd15 torch compiled" ;;
     peers) suite "${2:-240}" "ceilings,sd15 torch,sd15 diffusers eager,sdxl torch eager" ;;
     rtx) suite "${2:-240}" "demo tensorrt-rtx,sd15 tensorrt-rtx" ;;
     rehearse) suite "${2:-900}" "" --cpu ;;

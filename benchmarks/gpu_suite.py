@@ -252,8 +252,8 @@ class Plan:
                     most_s=300 if self._rehearsal else 120,
                     needs=(f"{name}: build {backend}",),
                 )
-            if not label and looked_into and backend in ("cuda", REHEARSAL):
-                yield from self._inside(name, backend, facts)
+            if (not label or way.recipe) and looked_into and backend in ("cuda", REHEARSAL):
+                yield from self._inside(name, backend, label, facts)
 
     def _in_a_way(self, name: str, backend: str, label: str, facts: Mapping[str, Any]) -> Iterator[Part]:
         """Build engines unless a way opens the default's, measure and, where they were built, verify."""
@@ -273,12 +273,13 @@ class Plan:
         if built:
             yield _part(f"{name}: verify {backend} {label}".strip(), "verify", facts, most_s=90, needs=(build,))
 
-    def _inside(self, name: str, backend: str, facts: Mapping[str, Any]) -> Iterator[Part]:
-        """Find out what takes the time."""
-        needs, folder = (f"{name}: build {backend}",), str(self._work / f"{name}-profiles")
-        yield _part(f"{name}: profile {backend}", "profile", {**facts, "folder": folder}, most_s=60, needs=needs)
+    def _inside(self, name: str, backend: str, label: str, facts: Mapping[str, Any]) -> Iterator[Part]:
+        """Find out what takes the time in engines that were built."""
+        on = f"{backend} {label}".strip()
+        needs, folder = (f"{name}: build {on}",), f"{facts['root']}-profiles"
+        yield _part(f"{name}: profile {on}", "profile", {**facts, "folder": folder}, most_s=60, needs=needs)
         missing = self._present["torch"]
-        yield _part(f"{name}: kernels {backend}", "kernels", facts, most_s=60, needs=needs, missing=missing)
+        yield _part(f"{name}: kernels {on}", "kernels", facts, most_s=60, needs=needs, missing=missing)
 
     def _no_bundle(self, name: str, model: Model) -> str | None:
         """Say why there can be no bundle of a model, or return None."""
