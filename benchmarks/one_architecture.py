@@ -28,7 +28,7 @@ class Code(NamedTuple):
 
 
 def keep_architecture(library: Path, architecture: int) -> tuple[int, int]:
-    """Put zeros in the place of the code of all other architectures. Returns how many bytes were kept, and zeroed.
+    """Put zeros in place of the code of all other architectures. Returns how many bytes were kept, and zeroed.
 
     architecture: 90 for `sm_90`
     """

@@ -309,7 +309,7 @@ class Worker:
         self.load_s = float(self._answer(LOAD_S)["load_s"])
 
     def draw(self) -> tuple[float | None, list[float]]:
-        """Return the seconds of a batch, None where there are steps alone, and those of its steps."""
+        """Return the seconds of a batch, None if there are steps alone, and those of its steps."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(b"draw\n")

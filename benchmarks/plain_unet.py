@@ -21,7 +21,7 @@ SKIPS = 2  # resnets on each level of the way down
 class UNetShape:
     """A UNet's sizes. A level's depth is its number of transformer blocks, 0 for none.
 
-    pooled: width of what SDXL adds to the timestep: the pooled text with six sizes; 0 where there is none
+    pooled: width of what SDXL adds to the timestep: the pooled text with six sizes; 0 if there is none
     """
 
     channels: tuple[int, ...]

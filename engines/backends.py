@@ -52,7 +52,7 @@ class Opened(Protocol):
         """Return what a batch of this shape is drawn on. Raises EngineError.
 
         state_rows: what the sampler needs; denoiser: the network that the stages run
-        decoder: what its pixels come from, None where they come from elsewhere
+        decoder: what its pixels come from, None if they come from elsewhere
         """
         ...
 
@@ -66,7 +66,7 @@ class Backend:
     unavailable: gives the error that says why it cannot run here, or None
     cannot_build: the same of building, which may need less than running
     key: names what it would build for a bundle on this machine
-    mismatches: names what keeps engines of a key from running here, where it is available; empty where nothing
+    mismatches: names what keeps engines of a key from running here, where it is available; empty if nothing
     build: compiles every component into a directory, {component: (main file, spec)}
     open: opens components of one directory
     """

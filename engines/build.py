@@ -94,7 +94,7 @@ def build_missing(bundle: Bundle, asked: str) -> Choice:
 
 
 def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
-    """Return where the engines of a key lie, the bundle's own before the cache's; None where there are none."""
+    """Return where the engines of a key lie, the bundle's own before the cache's; None if there are none."""
     places = (home / key.directory for home in bundle.engine_homes())
     return next((place for place in places if (place / ENGINE_RECORD).is_file()), None)
 

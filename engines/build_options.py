@@ -84,7 +84,7 @@ class BuildOptions:
     def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
         """Return every combination of sizes, batches and tokens, each with guidance and without.
 
-        Raises RequestError where a size does not fit the bundle's latents or a number is not positive.
+        Raises RequestError if a size does not fit the bundle's latents or a number is not positive.
         """
         self._check(manifest.latents.factor)
         lengths = tuple(dict.fromkeys(tokenizer.max_length for tokenizer in manifest.tokenizers.values()))

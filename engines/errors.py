@@ -63,7 +63,7 @@ class NotInstalledError(EngineError):
 class WrongMachineError(EngineError):
     """This machine cannot run it: no GPU answers, or the engines were built for another target.
 
-    differences: what differs between here and there, as `field: ours here, theirs there`; empty where no GPU answers
+    differences: what differs between here and there, as `field: ours here, theirs there`; empty if no GPU answers
     """
 
     def __init__(self, sentence: str, *, differences: tuple[str, ...] = ()) -> None:
@@ -120,7 +120,7 @@ class NotFiniteError(EngineError):
     """Numbers of a picture have left the range of float32: the call returns no pictures.
 
     place: where it shows first, in words: `the text`, `the latents`, …
-    stage: after how many of `stages` it shows, None where it is seen at the end alone or before the first
+    stage: after how many of `stages` it shows, None if it is seen at the end alone or before the first
     pictures: which of the call's, counted from 0
     """
 

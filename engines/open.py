@@ -109,10 +109,10 @@ class OpenEngines:
     ) -> Workspace:
         """Return what a batch of this shape is drawn on, with one of the bundle's denoisers and decoders.
 
-        decoder: None where the pixels come from elsewhere
+        decoder: None if the pixels come from elsewhere
 
         Where the bundle holds engines of several shapes, those that fit are opened when they are first needed, and
-        stay open. Raises EngineError where none fits.
+        stay open. Raises EngineError if none fits.
         """
         fitting = self._fitting(shape)
         return fitting.workspace(shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder)
@@ -130,7 +130,7 @@ class OpenEngines:
         return opened.engines[component]
 
     def require(self, shape: WorkspaceShape) -> None:
-        """Raise EngineError where `workspace` would, for want of engines for this shape. Nothing is opened."""
+        """Raise EngineError if `workspace` would, for want of engines for this shape. Nothing is opened."""
         if self._open_for(shape) is None:
             find_engines(self._bundle, self.choice.backend, needs=shape)
 
@@ -168,7 +168,7 @@ def open_engines(
     threads: how many CPU threads a run may use, None for the backend's own choice
     cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
     check: what is compared before a file is opened: its SHA-256, or only its size
-    build: build the engines where there are none for this machine; it is logged, and said in the choice's reason
+    build: build the engines if there are none for this machine; it is logged, and said in the choice's reason
     Raises EngineError and BundleError.
     """
     if build:
@@ -206,7 +206,7 @@ def choose(asked: str, bundle: Bundle) -> Choice:
     """Choose a backend to run a bundle on: the one asked for, always.
 
     With `auto`, on a machine whose NVIDIA GPU answers: the first of `FOR_GPUS` for which the bundle holds engines of
-    this machine; elsewhere the CPU. Raises EngineError where what was asked for is unknown, and where the bundle
+    this machine; elsewhere the CPU. Raises EngineError if what was asked for is unknown, and where the bundle
     holds no engines for the GPU: there is no silent second choice.
     """
     if asked != "auto":
@@ -258,7 +258,7 @@ def cannot_build(backend: BackendName, options: BuildOptions) -> EngineError | N
 def choose_to_build(asked: str, options: BuildOptions) -> Choice:
     """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here.
 
-    Raises EngineError where there is none.
+    Raises EngineError if there is none.
     """
     if asked != "auto":
         return _as_asked(asked)
@@ -286,7 +286,7 @@ def find_engines(
     """Find the engines of a backend that run on this machine, and that were compiled for a shape.
 
     needs: the shape to draw in; None for any, the bundle's own size by preference
-    Raises EngineError, which says how to fix it, and BundleError where a record contradicts its directory.
+    Raises EngineError, which says how to fix it, and BundleError if a record contradicts its directory.
     """
     reason = BACKENDS[backend].unavailable()
     if reason is not None:
@@ -314,7 +314,7 @@ def _engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRec
         differences = BACKENDS[backend].mismatches(bundle, record.key)
         if path.name != record.key.directory:
             raise BundleError(
-                f"{path / ENGINE_RECORD} was built for something else than its directory's name says "
+                f"{path / ENGINE_RECORD} was built for something other than its directory's name says "
                 f"({'; '.join(differences) or 'other shapes or options'}); delete {path} and run "
                 f"`latentrt build {bundle.root} --backend {backend}`"
             )

@@ -48,7 +48,7 @@ class EngineSpec(Document, frozen=True, kw_only=True):
     """What an engine takes and gives.
 
     profiles: where an engine is compiled for fixed shapes, the size of every named axis, a profile at a time and in
-    the engine's own order of profiles; empty where any size will do
+    the engine's own order of profiles; empty if any size will do
     """
 
     component: str

@@ -189,7 +189,7 @@ def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
     if set(per_level(unet["cross_attention_dim"], 1)) != {width}:
         raise CheckpointError(
             f"{root}: the text {'encoder is' if len(texts) == 1 else 'encoders are'} {width} wide but the UNet's "
-            f"cross_attention_dim is {unet['cross_attention_dim']}; they are not of one checkpoint"
+            f"cross_attention_dim is {unet['cross_attention_dim']}; they are not from the same checkpoint"
         )
     sized = unet["addition_embed_type"] == "text_time"
     matching = [family for family, row in FAMILIES.items() if row.sized == sized]
@@ -260,7 +260,7 @@ def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -
 
 
 def _residuals(parts: Parts) -> dict[str, int]:
-    """Name the sizes of what ControlNets add to the UNet; there is nothing to add where there is none."""
+    """Name the sizes of what ControlNets add to the UNet; there is nothing to add if there is none."""
     if not parts.controls_of("controlnet"):
         return {"down_residuals": 0}
     unet = parts.configs["unet"]

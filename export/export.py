@@ -73,7 +73,7 @@ SHARED = ("text_encoder_2",)  # what a refiner reads of the checkpoint's own, an
 class Exported:
     """What an export did. `already_there` says that the bundle was there already and nothing was done.
 
-    preview_r_squared: the share of the colours' variance that the latent preview explains; None where none was fitted
+    preview_r_squared: the share of the colours' variance that the latent preview explains; None if none was fitted
     """
 
     manifest: Manifest

@@ -1,4 +1,4 @@
-"""What lies at a path before anything is exported: read from JSON and safetensors headers alone, with no torch."""
+"""What lies at a path before anything is exported: read from JSON and safetensors headers alone, without torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DISTILLED = (
 class Network:
     """One network's weights.
 
-    parameters: their number, None where it is a graph, which is not opened
+    parameters: their number, None if it is a graph, which is not opened
     dtypes: the share of the bytes that each type has, largest first
     """
 
@@ -59,10 +59,10 @@ class Inspection:
     """What a path holds.
 
     layout: how it is stored, in words
-    model: what it was recognised as, empty where it was not
-    prediction: what the denoiser predicts and how that is known, None where there is no denoiser
+    model: what it was recognised as, empty if it was not
+    prediction: what the denoiser predicts and how that is known, None if there is no denoiser
     notes: what cannot be told, or should be known
-    problem: why it cannot be exported as it is and what fixes that, None where it can
+    problem: why it cannot be exported as it is and what fixes that, None if it can
     """
 
     path: str
@@ -78,7 +78,7 @@ class Inspection:
 def inspect_checkpoint(name: str, *, revision: str | None = None) -> Inspection:
     """Say what a path that is not a bundle holds, or a hub id that was fetched before, or `demo`.
 
-    Raises CheckpointError where there is nothing, or where a file is damaged.
+    Raises CheckpointError if there is nothing, or where a file is damaged.
     """
     path = DEMO if name == "demo" else Path(name)
     if not path.exists() and HUB_ID.fullmatch(name):
@@ -253,7 +253,7 @@ def _folder_networks(root: Path, index: Mapping[str, Any]) -> tuple[list[Network
 
 
 def _measure(folder: Path) -> Callable[[str, str, Path], Network] | None:
-    """Return how a folder's network is measured, by its weights rather than by its graph; None where it has neither."""
+    """Return how a folder's network is measured, by its weights rather than by its graph; None if it has neither."""
     if (folder / "model.onnx").is_file() and not has_safetensors(folder):
         return _graph
     return _folder_network if _holds_weights(folder) else None

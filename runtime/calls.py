@@ -1,4 +1,4 @@
-"""Calls of a pipeline: whose turn it is, until when, who may end it, and how its stages are handed out."""
+"""Calls of a pipeline: taking turns, deadlines, cancellation, and handing out the steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -32,7 +32,7 @@ class Cancellation:
 
     @property
     def cancelled(self) -> bool:
-        """Tell whether it was cancelled. There is no way back."""
+        """Tell whether it was cancelled. That cannot be undone."""
         return self._cancelled
 
     def cancel(self) -> None:
@@ -43,7 +43,7 @@ class Cancellation:
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Have `wake` called when it is cancelled meanwhile."""
+        """Call `wake` if it is cancelled while the block runs."""
         self._wakes.append(wake)
         try:
             yield
@@ -61,7 +61,7 @@ class Limits:
 
     @classmethod
     def of(cls, request: Request, cancel: Cancellation | None) -> Self:
-        """Return those of a call that begins now. Raises RequestError where its deadline is none."""
+        """Return those of a call that begins now. Raises RequestError on a deadline that is not a number above 0."""
         deadline = request.deadline
         if deadline is None:
             return cls(cancel=cancel)
@@ -71,12 +71,12 @@ class Limits:
 
     @property
     def any(self) -> bool:
-        """Tell whether there is one."""
+        """Tell whether there is any limit."""
         return self.deadline is not None or self.cancel is not None
 
     @property
     def left(self) -> float | None:
-        """Return the seconds until the deadline, None where there is none."""
+        """Return the seconds until the deadline, None if there is none."""
         return None if self.deadline is None else self.deadline - self.spent
 
     @property
@@ -85,11 +85,11 @@ class Limits:
         return time.perf_counter() - self.began
 
     def check(self, where: str) -> None:
-        """Raise CancelledError or DeadlineError where the call is to end. where: as in `after stage 2 of 20`"""
+        """Raise CancelledError or DeadlineError if the call must end. where: as in `after stage 2 of 20`"""
         if self.cancel is not None and self.cancel.cancelled:
             raise CancelledError(f"the call was cancelled {where}")
         if self.left is not None and self.left <= 0:
-            raise DeadlineError(f"deadline: {self.deadline:g} s were over {where}")
+            raise DeadlineError(f"deadline: {self.deadline:g} s had passed {where}")
 
     def end(self) -> None:
         """Cancel the call."""
@@ -112,10 +112,10 @@ class Turn:
     def take(self, limits: Limits) -> None:
         """Wait for the turn and take it.
 
-        Raises NestedCallError where this thread has it, CancelledError and DeadlineError where waiting is to end.
+        Raises NestedCallError if this thread has it; CancelledError and DeadlineError if the wait must end.
         """
         self.refuse_nested()
-        with self._change, limits.cancel.waking(self._wake) if limits.cancel else nobody():
+        with self._change, limits.cancel.waking(self._wake) if limits.cancel else nullcontext():
             while self._owner is not None:
                 limits.check("while another call was drawing")
                 self._change.wait(limits.left)
@@ -126,26 +126,26 @@ class Turn:
             self._change.notify_all()
 
     def refuse_nested(self) -> None:
-        """Raise NestedCallError where this thread has the turn."""
+        """Raise NestedCallError if this thread has the turn."""
         if self.mine:
             raise NestedCallError(
-                "the pipeline was called from within one of its own calls on this thread; let on_step return, or "
-                "take the stream's last step or close it, first"
+                "the pipeline was called from within one of its own calls on this thread; let on_step return "
+                "first, or finish or close the stream"
             )
 
     def carry(self) -> None:
-        """Let the thread that goes on with a stream be the one that has the turn."""
+        """Give the turn to this thread, which continues a stream that another one began."""
         self._owner = threading.get_ident()
 
     def give_back(self) -> None:
-        """Let the next one have it."""
+        """Give up the turn."""
         with self._change:
             self._owner = None
             self._change.notify()
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Have the turn for a while. Raises NestedCallError."""
+        """Hold the turn while the block runs. Raises NestedCallError."""
         self.take(Limits())
         try:
             yield
@@ -153,16 +153,10 @@ class Turn:
             self.give_back()
 
 
-@contextmanager
-def nobody() -> Iterator[None]:
-    """Wait for nobody's sign."""
-    yield
-
-
 class Stream(Iterator[Step]):
-    """A call that is drawn while it is iterated: its steps, and at the end its `result`.
+    """A call that draws while it is iterated: it gives its steps, and at the end its `result`.
 
-    It draws on the thread that iterates, between one step and the next, and no other call does before it ends or is
+    It draws on the thread that iterates, between one step and the next. No other call draws until it ends or is
     closed. Closing it, leaving its `with` block or dropping it ends the call early. One thread at a time may use it.
     """
 
@@ -180,17 +174,17 @@ class Stream(Iterator[Step]):
 
     @property
     def result(self) -> Result:
-        """Return what was drawn. Raises RequestError before the last step was taken, and where it was closed early."""
+        """Return what was drawn. Raises RequestError before the last step, and if it was closed early."""
         if self._result is None:
-            raise RequestError("a stream has its result when all of its steps were taken; take them first")
+            raise RequestError("a stream has a result after its last step; iterate over all of them first")
         return self._result
 
     def close(self) -> None:
-        """End the call where it is, and let the next one draw."""
+        """End the call, and let the next one draw."""
         self._stages.close()
 
     def leave(self) -> None:
-        """Close it where it waits between two steps; one that another thread draws goes on."""
+        """Close it if it waits between two steps; a stream that another thread is drawing continues."""
         if inspect.getgeneratorstate(self._stages) == inspect.GEN_SUSPENDED:
             self.close()
 
@@ -203,29 +197,21 @@ class Stream(Iterator[Step]):
 
 def finish(stages: Stages[Result], on_step: OnStep | None) -> Result:
     """Draw to the end, each step shown to `on_step`: what it raises ends the call."""
-    with closing(stages):
-        while True:
-            try:
-                step = next(stages)
-            except StopIteration as end:
-                result: Result = end.value
-                return result
+    with Stream(stages) as stream:
+        for step in stream:
             if on_step is not None:
                 on_step(step)
+    return stream.result
 
 
 def limited(stages: Stages[Result], limits: Limits, turn: Turn) -> Stages[Result]:
-    """Draw to the end within limits, the turn being that of whoever goes on."""
-    with closing(stages):
-        while True:
-            try:
-                step = next(stages)
-            except StopIteration as end:
-                result: Result = end.value
-                return result
+    """Draw to the end within limits; the turn belongs to the thread that takes the next step."""
+    with Stream(stages) as stream:
+        for step in stream:
             limits.check(f"after stage {step.stage} of {step.stages}")
             yield step
             turn.carry()
+    return stream.result
 
 
 def tell(result: Result, limits: Limits, *, waited: float) -> None:

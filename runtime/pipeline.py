@@ -138,7 +138,7 @@ class Pipeline:
         cancel: what another thread may end the call with, between two stages
         Raises RequestError on what cannot be drawn, and of its kinds DeadlineError where the request's time is over,
         CancelledError where the call was cancelled, and NestedCallError where it comes from `on_step` or from between
-        two steps of a stream. Raises EngineError where the backend fails: OutOfMemoryError, ClosedError, and
+        two steps of a stream. Raises EngineError if the backend fails: OutOfMemoryError, ClosedError, and
         NotFiniteError where numbers of a picture left the range of floats. Then none of the call's pictures is given.
         """
         return self._drawn(request, on_step, Limits.of(request, cancel))
@@ -193,7 +193,7 @@ class Pipeline:
         return self._alone(limits, changes, lambda: self._draw(job, self.loaded.source(job), watched=watched))
 
     def _say(self, note: str | None) -> None:
-        """Log a warning that holds for every picture, once."""
+        """Log a warning that holds forevery picture, once."""
         if note is not None and note not in self._said:
             self._said.add(note)
             logger.warning("%s", note)
@@ -216,7 +216,7 @@ class Pipeline:
             for full ones alone draw as a full one, and the surplus is dropped
         loop: go on from the last key frame to the first
         options: of every frame, as in a call; keys bring prompt, negative prompt and seed. A deadline is each batch's
-        Raises RequestError at once, before a frame is drawn, and EngineError where the engines were compiled for other
+        Raises RequestError at once, before a frame is drawn, and EngineError if the engines were compiled for other
         shapes; each batch raises what `draw` raises.
         """
         keys, parts = check_keys(keys), batches(frames_between(len(keys), frames, loop=loop), batch)
@@ -330,7 +330,7 @@ class Pipeline:
         return embedding.name
 
     def remove_embedding(self, name: str) -> None:
-        """Make a learned word plain text again. Raises RequestError where there is no such word."""
+        """Make a learned word plain text again. Raises RequestError if there is no such word."""
         with self._turn.hold():
             self.loaded.encoders.remove(name)
 

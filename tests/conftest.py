@@ -74,7 +74,7 @@ def _sources() -> str:
 
 
 def _tiny(path: Path, **options: str) -> Path:
-    """Return a tiny checkpoint, made where there is none yet; in one step, so that a killed run leaves no half."""
+    """Return a tiny checkpoint, made if there is none yet; in one step, so that a killed run leaves no half."""
     if not path.is_dir():
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
             save_tiny(Path(beside) / path.name, **options)

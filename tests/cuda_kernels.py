@@ -1,6 +1,6 @@
 """What ONNX Runtime's CUDA operators compute, in the standard's, by their documented definitions (ContribOperators.md).
 
-So that a graph written for CUDA runs where there is none.
+So that a graph written for CUDA also runs where there is no CUDA.
 """
 
 from __future__ import annotations

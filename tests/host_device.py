@@ -92,7 +92,7 @@ class HostDevice:
         return Counter(call.split()[0] for call in self.calls)
 
     def forget(self) -> None:
-        """Start the records anew."""
+        """Start the records again."""
         self.calls.clear()
         self.ran.clear()
 

@@ -99,7 +99,7 @@ def test_the_text_of_a_frame_is_between_its_key_frames_texts() -> None:
 @pytest.mark.parametrize(
     ("keys", "frames", "message"),
     [
-        (1, 8, "key frames: found 1, expected two at least"),
+        (1, 8, "key frames: found 1, expected at least two"),
         (0, 8, "key frames: found 0"),
         (5, 4, "frames: found 4, expected 5 at least, one for each key frame"),
     ],
@@ -110,5 +110,5 @@ def test_an_impossible_animation_is_refused(keys: int, frames: int, message: str
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(RequestError, match="batch: found 0, expected 1 at least"):
+    with pytest.raises(RequestError, match="batch: found 0, expected at least 1"):
         list(batches(frames_between(2, 3), 0))

@@ -95,8 +95,8 @@ def test_a_loop_goes_back_to_its_first_key_frame(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("keys", "count", "options", "sentence"),
     [
-        (KEYS[:1], 5, {}, "key frames: found 1, expected two at least"),
-        (KEYS, 2, {}, "frames: found 2, expected 3 at least"),
+        (KEYS[:1], 5, {}, "key frames: found 1, expected at least two"),
+        (KEYS, 2, {}, "frames: found 2, expected at least 3"),
         (KEYS, 5, {"batch": 0}, "batch: found 0"),
         (KEYS, 5, {"steps": 0}, "steps: found 0"),
     ],

@@ -163,7 +163,7 @@ def test_timed_engines_give_the_same_picture_and_count_their_seconds(sd1_bundle:
     assert 0 < pipe.stopwatch.total < result.seconds["total"]
 
 
-def test_every_draw_encodes_its_text_anew(sd1_bundle: Path) -> None:
+def test_every_draw_encodes_its_text_again(sd1_bundle: Path) -> None:
     with TimedPipeline.load(sd1_bundle, "cpu") as pipe:
         (settings,) = Asked(steps=(1,)).variants(pipe.bundle)
         candidate = Candidate("one", settings, pipe, None, Asked(), itertools.count())
@@ -306,7 +306,7 @@ def test_compare_exits_with_1_for_a_regression_and_0_without(report: Report, tmp
     [
         (None, "cannot be read"),
         ("{", "is not JSON"),
-        ("{}", "is no result of `latentrt bench`"),
+        ("{}", "is not a result of `latentrt bench`"),
         ('{"kind": "latentrt bench", "schema_version": 9}', "has schema version 9"),
         ('{"kind": "latentrt bench", "schema_version": 1}', "created"),
     ],

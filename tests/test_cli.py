@@ -142,7 +142,7 @@ def test_build_says_what_it_built(sd1_bundle: Path, tmp_path: Path) -> None:
         (("--guidance-interval", "0.5"), "found '0.5', expected two fractions of the steps, as in 0.2-0.8"),
         (("--guidance-interval", "0.5-0.2"), "--guidance-interval: found 0.5 to 0.2"),
         (("--timesteps", "9,x"), "found '9,x', expected comma-separated values"),
-        (("--strength", 0.5), "strength: it says how to change an image, and there is none"),
+        (("--strength", 0.5), "strength: it changes an image, and there is none"),
         (("--image", "nowhere.png"), "image: 'nowhere.png' cannot be read"),
         (("-n", 0), "-n: found 0, expected a whole number of pictures from 1 up"),
         (("--backend", "gpu"), "there is no backend 'gpu'; choose one of auto, cpu"),

@@ -177,7 +177,7 @@ def test_a_bundle_without_controlnets_pays_nothing(made: Make) -> None:
         ([Control(name="edges", image=hint(), scale="strong")], "'edges': found the scale 'strong', expected a number"),  # type: ignore[arg-type]
         ([Control(name="edges", image=hint(), scale=float("nan"))], "found the scale nan, expected a number"),
         ([Control(name="edges", image=hint(), start=0.5, stop=0.5)], "found 0.5 to 0.5, expected 0 <= start < stop"),
-        ([Control(name="edges", image=hint(), start=0.4, stop=0.45)], "no one of 4 stages lies from 0.4 to 0.45"),
+        ([Control(name="edges", image=hint(), start=0.4, stop=0.45)], "none of 4 stages lies from 0.4 to 0.45"),
         ([Control(name="edges", image=hint())] * 2, "found 'edges' twice, expected each ControlNet once"),
         (["edges"], "controls: found .*'edges'.*, expected a list of Control"),
     ],

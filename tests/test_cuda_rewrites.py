@@ -25,7 +25,7 @@ def run(model: onnx.ModelProto, **inputs: Any) -> list[Array]:
 
 
 def count(model: onnx.ModelProto) -> Counter[str]:
-    """Count the nodes by operator, without those that lay weights out anew when the graph is built."""
+    """Count the nodes by operator, without those that lay weights out again when the graph is built."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return Counter(node.op_type for node in model.graph.node if not set(node.input[:1]) & weights)
 
@@ -101,7 +101,7 @@ def feeds() -> dict[str, Array]:
     return {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def test_a_picture_is_laid_out_anew_where_it_enters_and_where_it_leaves() -> None:
+def test_a_picture_is_laid_out_again_where_it_enters_and_where_it_leaves() -> None:
     model = network()
     expected = run(model, **feeds())
     use_cuda_kernels(model)

@@ -250,7 +250,7 @@ def test_a_consistency_unet_for_sdxl_is_exported_from_its_file(made: Make, works
 
 
 def save_lcm(folder: Path) -> tuple[Path, Path]:
-    """Return a checkpoint of a latent consistency model, and the file of its UNet; made where there is none yet."""
+    """Return a checkpoint of a latent consistency model, and the file of its UNet; made if there is none yet."""
     file = folder.with_suffix(".safetensors")
     if not file.is_file():
         shutil.rmtree(folder, ignore_errors=True)

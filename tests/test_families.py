@@ -93,7 +93,7 @@ def test_an_inpainting_unet_without_a_mask_is_refused(made: Make) -> None:
 
 def test_sizes_are_for_checkpoints_that_were_told_them(made: Make) -> None:
     _, bundle = made("sd1", "lcm")
-    with pytest.raises(RequestError, match="crop: this checkpoint was not told the sizes of pictures"):
+    with pytest.raises(RequestError, match="crop: this checkpoint was not trained with picture sizes"):
         ours(bundle, crop=(3, 4))
 
 

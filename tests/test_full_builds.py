@@ -58,7 +58,7 @@ def write_graph(name: str, path: Path) -> int:
 
 
 def sow(model: ir.Model, file: Path) -> int:
-    """Put random numbers in the place of every large initializer, in a file; return its size."""
+    """Put random numbers in place of every large initializer, in a file; return its size."""
     generator, offset = np.random.default_rng(0), 0
     with file.open("wb") as data:
         for value in model.graph.initializers.values():

@@ -249,7 +249,7 @@ def truncated() -> bytes:
         (Image.new("I", (8, 8), -5), r"has values from -5 to -5, expected 16 bits at most"),
         (Image.new("F", (8, 8), 7.0), r"has values from 7 to 7, expected floats from 0 to 1"),
         (7, r"image: found int, expected a path, the bytes of a file, a Pillow image or an array"),
-        ([], r"image: found none, expected one at least"),
+        ([], r"image: found none, expected at least one"),
     ],
 )
 def test_what_is_no_picture_is_refused_in_one_sentence(source: Any, message: str) -> None:

@@ -147,7 +147,7 @@ def test_pefts_own_names_take_their_scale_from_its_config(prefix: str, adapter: 
 
 CONFIGS: dict[str, tuple[str, str]] = {
     "no json": ("{", "is not JSON"),
-    "no object": ("[]", "holds no JSON object"),
+    "no object": ("[]", "is not a JSON object"),
     "another kind": ('{"peft_type": "IA3"}', "it is PEFT's IA3"),
     "another base": ('{"init_lora_weights": "pissa_niter_4"}', "changes the base's weights too"),
     "lost magnitudes": ('{"use_dora": true}', "holds no magnitudes"),

@@ -84,7 +84,7 @@ def _inner(pipe: Any, row: Factors) -> str:
 
 
 def their_changed_picture(checkpoint: Path, changed: Mapping[tuple[str, str], torch.Tensor]) -> Array:
-    """Draw with diffusers after putting other weights in the place of its own."""
+    """Draw with diffusers after putting other weights in place of its own."""
     pipe = reference(PIPELINES["sd1"], checkpoint, diffusers.EulerDiscreteScheduler)
     for (part, name), tensor in changed.items():
         own = getattr(pipe, part).state_dict()
@@ -368,7 +368,7 @@ def varied(made: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 
 
 def test_layers_whose_weights_are_equal_change_alone_or_are_refused(varied: tuple[Path, Path], tmp_path: Path) -> None:
-    """An exporter keeps equal small weights once: each layer gets its own. Laid out anew, they cannot be told apart."""
+    """An exporter keeps equal small weights once; each layer gets its own. Laid out again, none can be told apart."""
     root, bundle = varied
     rows = {row.module: row for row in every_layer(root, seed=1, part="unet")}
     alone = [dataclasses.replace(rows[f"{ATTENTION}.to_q"], up=rows[f"{ATTENTION}.to_q"].up * 30)]
@@ -492,7 +492,7 @@ def test_damaged_numbers_are_refused_before_anything_changes(
     tensors = matrices(TO_Q)
     tensors[f"{TO_Q}.lora_up.weight"][0, 0] = np.nan
     words = refusal(pipe, Lora(file=save(tmp_path / "nan.safetensors", tensors)))
-    assert "attn1.to_q.weight leaves the range of float32" in words
+    assert "attn1.to_q.weight is outside the range of float32" in words
     np.testing.assert_array_equal(draw(pipe, (styles[0], 1.0)), before)
 
 
@@ -516,7 +516,7 @@ REFUSED: Mapping[str, tuple[dict[str, Array], str]] = {
         matrices("lora_te2_text_model_encoder_layers_0_mlp_fc1"),
         "changes a text_encoder_2, which this bundle (sd1) does not have",
     ),
-    "no lora": ({"x.weight": np.ones((2, 2), np.float32)}, "is no tensor of a LoRA"),
+    "no lora": ({"x.weight": np.ones((2, 2), np.float32)}, "is not a tensor of a LoRA"),
 }
 
 

@@ -78,7 +78,7 @@ def test_a_movie_runs_round_or_once(suffix: str, tmp_path: Path) -> None:
     save_movie(frames(), tmp_path / f"round{suffix}")
     save_movie(frames(), tmp_path / f"once{suffix}", loop=False)
     with Image.open(tmp_path / f"round{suffix}") as movie:
-        assert movie.info["loop"] == 0  # both formats: for ever
+        assert movie.info["loop"] == 0  # both formats: forever
     with Image.open(tmp_path / f"once{suffix}") as movie:
         assert movie.info.get("loop", 1) == 1  # GIF says it by saying nothing
 
@@ -147,7 +147,7 @@ def test_an_impossible_movie_is_refused_before_it_is_drawn(name: str, fps: float
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [
-        ([], "frames: found none, expected one at least"),
+        ([], "frames: found none, expected at least one"),
         (
             [*frames(1), *frames(1, width=32)],
             r"frames: found uint8 of shape \(48, 32, 3\), expected uint8 of one shape",

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a library: what it is told, what it is given in the place of weights, and what runs where."""
+"""ONNX Runtime as a library: what it is told, what it is given in place of weights, and what runs where."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_the_callers_latents_take_the_place_of_the_seeds(pipe: Pipeline) -> None
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [
-        ({"strength": 0.5}, "strength: it says how to change an image, and there is none"),
+        ({"strength": 0.5}, "strength: it changes an image, and there is none"),
         ({"mask": left_half()}, "mask: it says how to change an image"),
         ({"image": photo(), "strength": 1.5}, "strength: found 1.5, expected 0 to 1"),
         ({"image": photo(), "strength": 0.0}, "strength: 0 .* leave none of 5 steps"),

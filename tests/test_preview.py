@@ -31,7 +31,7 @@ from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
 
 # The share of the colours' variance that one matrix explains on the demo's drawings; 0.99 was measured.
 DEMO = 0.95
-# float32 differences divided by the weight of the model's output, which is a twentieth at the least.
+# float32 differences divided by the weight of the model's output, which is a twentieth at least.
 SOLVED = 5e-3
 SPACE = LatentSpec(channels=3, factor=4, scaling_factor=0.5)
 

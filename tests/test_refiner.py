@@ -192,7 +192,7 @@ def test_an_image_that_keeps_most_is_drawn_by_the_refiner_alone(made: Make) -> N
 
 
 def test_scores_are_for_checkpoints_that_were_told_them(made: Make) -> None:
-    with pytest.raises(RequestError, match="aesthetic_score: this checkpoint was not told how pictures were rated"):
+    with pytest.raises(RequestError, match="aesthetic_score: this checkpoint was not trained with aesthetic scores"):
         ours(made("sdxl", "")[1], aesthetic_score=7.0)
 
 

@@ -161,7 +161,7 @@ def test_a_flows_own_sigmas_are_shares_of_noise(name: str) -> None:
     plan = make_plan(name, FLOW, sigmas=[0.9, 0.5, 0.0])
     np.testing.assert_allclose(plan.levels, [[0.1, 0.9], [0.5, 0.5], [1, 0]], atol=1e-6)
     np.testing.assert_allclose(plan.timesteps, [900, 500], atol=1e-3)
-    with pytest.raises(RequestError, match=r"sigmas: found 1\.5, expected 1 at most"):
+    with pytest.raises(RequestError, match=r"sigmas: found 1\.5, expected at most 1"):
         make_plan(name, FLOW, sigmas=[1.5, 0.5, 0.0])
 
 

@@ -1,6 +1,6 @@
 """The README's path for a service, walked: the wheel with `[cpu]` and no torch, in environments of their own.
 
-Each has another ONNX Runtime than the one that exported the bundle. The environments are kept below .cache/, made anew
+Each has another ONNX Runtime than the one that exported the bundle. The environments are kept below .cache/, made again
 when pyproject.toml changes; the wheel is built and installed every time.
 """
 
@@ -70,7 +70,7 @@ def interpreter(version: str) -> str:
 
 
 def environment(wheel: Path, version: str, runtime: str) -> Path:
-    """Return the programs of an environment that has what `[cpu]` brings, made where there is none."""
+    """Return the programs of an environment that has what `[cpu]` brings, made if there is none."""
     digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()[:8]
     root = ROOT / ".cache" / "environments" / f"{version}-{runtime.strip('=!')}-{digest}"
     root.parent.mkdir(parents=True, exist_ok=True)

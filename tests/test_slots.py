@@ -131,7 +131,7 @@ def together(workspace: Workspace, wishes: list[Wish]) -> dict[int, Array]:
 
 
 def room(loop: Loop, pictures: int) -> slice | None:
-    """Return the last free slots, so that pictures are in the first ones seldom; None where there are too few."""
+    """Return the last free slots, so that pictures are in the first ones seldom; None if there are too few."""
     taken = {slot for batch in loop.batches for slot in range(batch.slots.start, batch.slots.stop)}
     starts = range(SLOTS - pictures, -1, -1)
     start = next((one for one in starts if not taken & set(range(one, one + pictures))), None)

@@ -1,4 +1,4 @@
-"""The fused denoise stage computes what the NumPy loop computes, for every sampler."""
+"""The fused denoise stage computes what the NumPy loop computes, forevery sampler."""
 
 from __future__ import annotations
 

@@ -225,13 +225,13 @@ def spoil(url: str, record: EngineRecord, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("altered", "holds another content for unet.onnx than its record says; remove it from the store"),
-        ("truncated", "holds another content for unet.onnx than its record says"),
+        ("altered", "holds different content for unet.onnx than its record says; remove it from the store"),
+        ("truncated", "holds different content for unet.onnx than its record says"),
         ("missing", "cannot be used .*; name another URL, or omit --store"),
         ("leads outside", "leads outside the bundle"),
         ("absolute", "leads outside the bundle"),
-        ("no hash", "'../../../etc/passwd' is no SHA-256"),
-        ("another key", r"was built for something else than its name says \(device: .* here, another machine there\)"),
+        ("no hash", "'../../../etc/passwd' is not a SHA-256"),
+        ("another key", r"was built for something other than its name says \(device: .* here, another machine there\)"),
         ("unknown field", r"\$.run: unknown"),
         ("half a record", "is not JSON"),
     ],

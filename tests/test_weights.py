@@ -92,7 +92,7 @@ def test_shards_that_do_not_fit_their_index_are_refused(copy: Path, change: str)
         "missing": f"{folder / first} is missing",
         "elsewhere": f"is in {last}, which has none",
         "outside": "names a file that is not a safetensors file beside it",
-        "no map": "is no index of weights",
+        "no map": "is not an index of weights",
     }
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(str(copy))

@@ -28,7 +28,7 @@ class OutOfTimeError(Exception):
 
 @pytest.fixture
 def jobs(sd1_bundle: Path, tmp_path: Path) -> tuple[ExportJob, ExportJob]:
-    """Return a job that waits for ever, because nobody writes into the pipe that it reads, and one that ends."""
+    """Return a job that waits forever, because nobody writes into the pipe that it reads, and one that ends."""
     graphs = tmp_path / "graphs"
     shutil.copytree(sd1_bundle / "onnx", graphs)
     opened = open_checkpoint(str(graphs))

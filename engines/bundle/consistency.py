@@ -15,7 +15,7 @@ COUNTS: Mapping[Role, tuple[int, ...]] = {"encoder": (1,), "decoder": (1,), "tin
 
 
 def faults(manifest: Manifest) -> Iterator[str]:
-    """Say what is wrong and how to fix it, a sentence each that begins with the place; nothing where all is well."""
+    """Say what is wrong and how to fix it, a sentence each that begins with the place; nothing if all is well."""
     yield from _names(manifest)
     yield from (f"{fault}; {AGAIN}" for fault in _roles(manifest))
     for name, spec in manifest.denoisers.items():

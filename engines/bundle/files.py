@@ -85,7 +85,7 @@ class Bundle:
 def cache_folder() -> Path | None:
     """Return the folder of what can be made again: $LATENTRT_CACHE, else `latentrt` in the platform's cache folder.
 
-    None where neither is known: a user without a home.
+    None if neither is known: a user without a home.
     """
     if own := os.environ.get("LATENTRT_CACHE"):
         return Path(own)
@@ -110,7 +110,7 @@ def _content(file: Path) -> bytes:
 
 
 def inside(root: Path, relative: str) -> Path:
-    """Join a path that a manifest gave to its root. Raises BundleError where it would lead outside.
+    """Join a path that a manifest gave to its root. Raises BundleError if it would lead outside.
 
     A link may lead to a file below the root, or, where the root lies in a cache of the Hugging Face hub, to one of the
     `blobs` of the same repository: there each file of a snapshot is such a link, and nothing lies among them but what

@@ -57,9 +57,9 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
     of: the denoiser that a ControlNet or an adapter adds to, None for all others
     control: the name under which requests ask for a ControlNet or an adapter, None for all others
     files: the graph and its external data; the graph comes first
-    weights: which initializer of the graph holds which of the checkpoint's weights, see `weights`; None where that is
+    weights: which initializer of the graph holds which of the checkpoint's weights, see `weights`; None if that is
         not known, and the weights cannot be changed later
-    error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None where
+    error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None if
         a graph was adopted and there were no weights to compare it with
     float32_layers: what an fp16 graph computes in fp32, by the checkpoint's own names of modules
     largest_activation: the largest magnitude that the golden inputs cause in the graph in fp32, attention's logits
@@ -85,7 +85,7 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
         return self.files[0]
 
     def float32_note(self, *, names: int = 4) -> str | None:
-        """Say in a line what an fp16 graph computes in fp32, with the first names; None where that is nothing."""
+        """Say in a line what an fp16 graph computes in fp32, with the first names; None if that is nothing."""
         if not self.float32_layers:
             return None
         shown, more = self.float32_layers[:names], len(self.float32_layers) - names
@@ -108,7 +108,7 @@ class TextSpec(Document, frozen=True, kw_only=True):
     """How one text encoder is read, and how what it gives joins what the encoders before it gave.
 
     skip: how many of its last layers are left out unless a request says otherwise
-    pooled: the output that stands for the whole text, None where the denoiser takes none of this encoder; those of
+    pooled: the output that stands for the whole text, None if the denoiser takes none of this encoder; those of
         several stand side by side
     join: `width` stands its states beside those before it, `length` puts them after all of those; what is narrower
         is filled up with zeros
@@ -126,7 +126,7 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
 
     text_encoders: in the order in which they join
     zero_negative: zeros stand for a negative prompt that is not given; otherwise an empty one is encoded
-    sizes: what the numbers of its input `time_ids` are, empty where it has none
+    sizes: what the numbers of its input `time_ids` are, empty if it has none
     """
 
     text_encoders: tuple[TextSpec, ...]
@@ -195,7 +195,7 @@ class OwnSampler(Document, frozen=True, kw_only=True):
 class TrainingSchedule(Document, frozen=True, kw_only=True):
     """The noise the checkpoint was trained with, and its own scheduler, in diffusers' terms.
 
-    timestep_spacing: None where the checkpoint's config leaves it to each scheduler, as Stable Diffusion 1.x does
+    timestep_spacing: None if the checkpoint's config leaves it to each scheduler, as Stable Diffusion 1.x does
     scheduler: the checkpoint's own scheduler class; sampler: what it is here, None in bundles of older versions
     edm: in place of the betas, where the model has EDM's preconditioning
     clip_sample: whether diffusers' pipeline of this family would clip what the model predicts: no plan can, see `ddim`
@@ -218,7 +218,7 @@ class TrainingSchedule(Document, frozen=True, kw_only=True):
 
     @property
     def clip_note(self) -> str | None:
-        """Say what is drawn otherwise than diffusers' pipeline does; None where that is nothing."""
+        """Say what is drawn differently from diffusers' pipeline does; None if that is nothing."""
         if not self.clip_sample:
             return None
         return (
@@ -291,11 +291,11 @@ class Manifest(Document, frozen=True, kw_only=True):
 
     @property
     def refiner(self) -> str | None:
-        """Return the denoiser that may take the last stages of a plan, None where there is none."""
+        """Return the denoiser that may take the last stages of a plan, None if there is none."""
         return next(iter(list(self.denoisers)[1:]), None)
 
     def find_control(self, control: str) -> str | None:
-        """Return the ControlNet or adapter that requests call so, None where there is none."""
+        """Return the ControlNet or adapter that requests call so, None if there is none."""
         return next((name for name, component in self.components.items() if component.control == control), None)
 
     def graphs_digest(self, *, latents: bool = False) -> str:

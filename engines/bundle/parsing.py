@@ -142,7 +142,7 @@ def decode(content: bytes | str, *, strict: bool) -> object:
         if "\\ud" in text.lower():  # half a surrogate pair can neither be printed nor name a file
             json.dumps(document, ensure_ascii=False).encode("utf-8")
     except RecursionError:
-        raise ParseError("is not JSON that is known here: it is nested too deeply") from None
+        raise ParseError("is nested too deeply") from None
     except UnicodeDecodeError:
         raise ParseError("is not text in UTF-8") from None
     except UnicodeEncodeError:
@@ -156,7 +156,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} appears twice in one object")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Files of weights with no framework: which kind one is, and of safetensors the checked header and single tensors."""
+"""Files of weights without a framework: which kind one is, and of safetensors the checked header and single tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def weights_format(path: Path) -> Format | None:
 
 
 def content_format(first: bytes) -> Format | None:
-    """Return which kind of file begins with these bytes, nine or more; None where that cannot be told."""
+    """Return which kind of file begins with these bytes, nine or more; None if that cannot be told."""
     # Before pickles, because a header of 640 bytes begins with what is a pickle's protocol 2.
     if 2 <= int.from_bytes(first[:8], "little") <= LONGEST_HEADER and first[8:9] == b"{":
         return "safetensors"

@@ -148,7 +148,7 @@ def can_hold(folder: Path) -> bool:
 
 
 def _take(path: Path, *, wait: bool = False) -> int | None:
-    """Lock a path; return None where another one holds it or, after waiting, has just let it go."""
+    """Lock a path; return None if another one holds it or, after waiting, has just let it go."""
     lock = _lock_of(path)
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     try:

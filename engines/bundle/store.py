@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 class Store:
     """Engines at a URL: a directory, `file://…`, `s3://…`, or whatever else fsspec has a driver for.
 
-    Raises EngineError where fsspec or the URL's driver is missing, or the place does not answer.
+    Raises EngineError if fsspec or the URL's driver is missing, or the place does not answer.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,7 +47,7 @@ class Store:
     def fetch(self, key: EngineKey, directory: Path, report: Report) -> EngineRecord:
         """Write the engines of a key and their record into an empty directory.
 
-        Raises BundleError where they are not what was published, and EngineError where the store cannot be read.
+        Raises BundleError if they are not what was published, and EngineError if the store cannot be read.
         """
         where = f"{self.url}/{key.directory}/{ENGINE_RECORD}"
         with self._errors():
@@ -55,7 +55,7 @@ class Store:
         record = engine_record_from_json(content, where=where)
         if record.key != key:
             words = "; ".join(key.differences(record.key))
-            raise BundleError(f"{where} was built for something else than its name says ({words}); {self._fix}")
+            raise BundleError(f"{where} was built for something other than its name says ({words}); {self._fix}")
         for number, (name, file) in enumerate(record.files.items()):
             report(f"fetch from {self.url}", number, len(record.files))
             self._fetch_file(name, file, directory)
@@ -72,7 +72,7 @@ class Store:
             check_file(directory, name, file, check="hash")
         except BundleError:
             raise BundleError(
-                f"{self.url} holds another content for {name} than its record says; {self._fix}"
+                f"{self.url} holds different content for {name} than its record says; {self._fix}"
             ) from None
 
     @property
@@ -99,7 +99,7 @@ class Store:
 
     def _content(self, file: FileRecord) -> str:
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
-            raise BundleError(f"{self.url}: '{file.sha256}' is no SHA-256; {self._fix}")
+            raise BundleError(f"{self.url}: '{file.sha256}' is not a SHA-256; {self._fix}")
         return f"{self._root}/sha256/{file.sha256}"
 
     def _has(self, file: FileRecord) -> bool:

@@ -77,7 +77,7 @@ class BuiltWeight(Document, frozen=True, kw_only=True):
     exponent: int = 0
 
     def read(self, directory: Path) -> Array:
-        """Map the weight as it is stored into memory. Raises BundleError where the file lies elsewhere."""
+        """Map the weight as it is stored into memory. Raises BundleError if the file lies elsewhere."""
         return np.memmap(
             inside(directory, self.file), dtype=self.dtype, mode="r", offset=self.offset, shape=self.stored
         )

@@ -36,7 +36,7 @@ def fuse_control(controlnet: ModelProto, *, state_rows: int = STATE_ROWS) -> Mod
     outputs:
         next_down_residual_0, …, next_mid_residual: (M, …), those residuals with scale times its own
 
-    Raises BundleError where the graph is not a ControlNet of this kind.
+    Raises BundleError if the graph is not a ControlNet of this kind.
     """
     import onnx
 

@@ -36,7 +36,7 @@ def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
         next_state            (P, R, C, height, width) float32: transition @ [state; m; noise] with m = G @ UNet(rows),
                               rescaled; in its first row the masked part is replaced by the known at its level
 
-    Raises BundleError where the graph is not a UNet of this kind.
+    Raises BundleError if the graph is not a UNet of this kind.
     """
     import onnx
 

@@ -42,7 +42,7 @@ def unavailable() -> EngineError | None:
 
 
 def load_graph(path: Path) -> ModelProto:
-    """Read an ONNX graph without its external weights. Raises BundleError where the file is no graph."""
+    """Read an ONNX graph without its external weights. Raises BundleError if the file is no graph."""
     if (reason := unavailable()) is not None:
         raise reason
     import onnx
@@ -198,7 +198,7 @@ def widen(model: ModelProto, base: Path, data: Path | None) -> bool:
     base: the directory of the graph's external data
     data: where large weights go, one at a time; the graph is to be saved beside it. None keeps them in the graph
 
-    Raises BundleError where the graph names data outside its directory.
+    Raises BundleError if the graph names data outside its directory.
     """
     from onnx import TensorProto
 
@@ -332,7 +332,7 @@ class GraphView:
         return node if node is not None and node.op_type == op_type else None
 
     def length(self, name: str) -> int | None:
-        """Return the length of a vector of weights, whatever type it is cast to; None where it is no weight."""
+        """Return the length of a vector of weights, whatever type it is cast to; None if it is no weight."""
         while (cast := self.made_by(name, "Cast")) is not None:
             name = cast.input[0]
         tensor = self.weights(name)
@@ -364,7 +364,7 @@ class GraphView:
         return next((tensor for tensor in self.proto.initializer if tensor.name == name), None)
 
     def replace(self, instead: Mapping[str, Sequence[NodeProto]]) -> None:
-        """Put nodes in the place of others, which are named by their first output; drop what nobody needs then."""
+        """Put nodes in place of others, which are named by their first output; drop what nobody needs then."""
         nodes = [each for node in self.proto.node for each in instead.get(node.output[0], [node])]
         needed = list(_needed(nodes, {output.name for output in self.proto.output}))
         del self.proto.node[:]

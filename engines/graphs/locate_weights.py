@@ -1,7 +1,7 @@
 """Where the weights of a canonical graph came to lie in a built one: found by comparing values, when it is built.
 
-A compiler renames what it lays out anew, so a name says nothing. What is not found, or is found twice, is left out, and
-cannot be changed later.
+A compiler renames what it lays out again, so a name says nothing. What is not found, or is found twice, is left out,
+and cannot be changed later.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GLANCE = 64  # elements: most arrays differ in the first
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """An initializer's values, mapped from the file that holds them. The file is None where they are in memory."""
+    """An initializer's values, mapped from the file that holds them. The file is None if they are in memory."""
 
     values: Array
     file: Path | None
@@ -56,7 +56,7 @@ class GraphValues:
         self._seen = 0
 
     def get(self, name: str) -> Stored | None:
-        """Return an initializer's values; None where there is no such weight, or its bytes are not in the file."""
+        """Return an initializer's values; None if there is no such weight, or its bytes are not in the file."""
         tensor = self.tensors.get(name)
         if tensor is None:
             return None

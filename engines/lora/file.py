@@ -1,4 +1,4 @@
-"""LoRA files, read with no framework: changes of weights, matched with the weights that a network has.
+"""LoRA files, read without a framework: changes of weights, matched with the weights that a network has.
 
 What a change is stands in lora_kinds.py, what a name means in lora_names.py.
 """
@@ -44,7 +44,7 @@ class LoraFile:
         """Find the weights of a network that the file changes.
 
         shapes: of every weight of the network, by the name that diffusers or transformers gives it
-        Raises CheckpointError where a module fits no weight, or not its shape.
+        Raises CheckpointError if a module fits no weight, or not its shape.
         """
         weights = {plain_module(name): name for name in shapes}
         resnets = len({name for name in weights if re.fullmatch(r"down_blocks_0_resnets_\d+_conv1_weight", name)})
@@ -94,7 +94,7 @@ class LoraFile:
         return f"{name} with {DORA}" if set(MAGNITUDES) & set(self.modules[part][target]) else name
 
     def rank(self, part: str, target: Target) -> int | None:
-        """Return the rank of one change, None where nothing in it is a product."""
+        """Return the rank of one change, None if nothing in it is a product."""
         return self.kind(part, target).rank(self._shapes(part, target))
 
     def vectors(self, part: str) -> bool:
@@ -147,7 +147,7 @@ def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read the names of a LoRA file. Raises CheckpointError where it is none, or of a kind that is not supported."""
+    """Read the names of a LoRA file. Raises CheckpointError if it is none, or of a kind that is not supported."""
     if not path.is_file():
         raise CheckpointError(f"there is no LoRA at '{path}'; give a safetensors file")
     if weights_format(path) != "safetensors":

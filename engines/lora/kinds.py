@@ -52,11 +52,11 @@ class Matrix:
         return [] if self.whole in roles else [role for role in needed or [self.whole] if role not in roles]
 
     def rank(self, shapes: Mapping[Role, Shape]) -> int | None:
-        """Return its rank, None where it is one tensor."""
+        """Return its rank, None if it is one tensor."""
         return None if self.whole in shapes else shapes[self.inner][0]
 
     def size(self, shapes: Mapping[Role, Shape]) -> Size | None:
-        """Return its size, None where its tensors do not fit together."""
+        """Return its size, None if its tensors do not fit together."""
         if self.whole in shapes:
             whole = shapes[self.whole]
             return (whole[0], math.prod(whole[1:])) if whole and self.roles & set(shapes) == {self.whole} else None
@@ -108,7 +108,7 @@ class Kind:
         return [role for matrix in self.matrices for role in matrix.absent(roles)]
 
     def rank(self, shapes: Mapping[Role, Shape]) -> int | None:
-        """Return by what alpha is divided, None where it is not used: no matrix is a product."""
+        """Return by what alpha is divided, None if it is not used: no matrix is a product."""
         return next((rank for matrix in self.matrices if (rank := matrix.rank(shapes))), None)
 
     def fits(self, shapes: Mapping[Role, Shape], weight: Shape) -> bool:
@@ -157,7 +157,7 @@ KIND_OF: Mapping[Role, Kind] = {role: kind for kind in KINDS for role in kind.ow
 class Magnitude:
     """How learned magnitudes follow a product: m * (W + D) / |W + D|, the norm of each output or of each input.
 
-    along: gives the axis that magnitudes of a shape belong to in a weight of another, None where they fit none
+    along: gives the axis that magnitudes of a shape belong to in a weight of another, None if they fit none
     inside: whether the strength is that of D, as in PEFT; else the sum is between W and the result, as in LyCORIS'
         trainers, ComfyUI and the web UI. At a strength of 1 both are the same.
     """

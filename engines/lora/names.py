@@ -97,7 +97,7 @@ class Key:
 
 
 def split_key(key: str, *, where: str) -> Key:
-    """Return what a key means. Raises CheckpointError where it is none of a LoRA, or of another kind."""
+    """Return what a key means. Raises CheckpointError if it is none of a LoRA, or of another kind."""
     for pattern, kind, remedy in OTHER_KINDS:
         if re.search(pattern, key):
             raise CheckpointError(f"{where} holds {kind} ('{key}'), which cannot be used here; {remedy}")
@@ -108,7 +108,7 @@ def split_key(key: str, *, where: str) -> Key:
             groups = found.groupdict()
             role, adapter = groups.get("role") or role, groups.get("adapter")
             return Key(part=part, module=_plain(module), parameter=parameter, role=role, adapter=adapter)
-    raise CheckpointError(f"{where}: '{key}' is no tensor of a LoRA; expected names that end with {EXPECTED}")
+    raise CheckpointError(f"{where}: '{key}' is not a tensor of a LoRA; expected names that end with {EXPECTED}")
 
 
 def _split_module(name: str, *, where: str) -> tuple[Part, str]:
@@ -121,7 +121,7 @@ def _split_module(name: str, *, where: str) -> tuple[Part, str]:
     if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
         return "unet", name
     raise CheckpointError(
-        f"{where}: '{name}' is of no network that is known here; "
+        f"{where}: '{name}' belongs to no known network; "
         f"expected names that begin with {', '.join(prefix for prefix, _ in PREFIXES)}"
     )
 

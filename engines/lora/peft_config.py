@@ -32,13 +32,13 @@ class PeftConfig:
         return bool(self.fields.get("use_dora"))
 
     def scale(self, module: str, rank: int | None) -> float:
-        """Return the scale of a module's change. rank: of its matrices, None where only the config can tell it"""
+        """Return the scale of a module's change. rank: of its matrices, None if only the config can tell it"""
         rank = rank or int(self._number("rank_pattern", module, self.fields.get("r")))
         alpha = self._number("alpha_pattern", module, self.fields.get("lora_alpha", self.fields.get("alpha", rank)))
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def _number(self, patterns: str, module: str, default: Any) -> float:
-        """Return a number that may differ between modules. Raises CheckpointError where it is none, or not positive."""
+        """Return a number that may differ between modules. Raises CheckpointError if it is none, or not positive."""
         own = {plain_module(name): value for name, value in (self.fields.get(patterns) or {}).items()}
         value = next((value for name, value in own.items() if f"_{module}".endswith(f"_{name}")), default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -47,9 +47,9 @@ class PeftConfig:
 
 
 def read_config(file: TensorFile, part: str) -> PeftConfig | None:
-    """Return what PEFT said of how a network was trained, None where it said nothing.
+    """Return what PEFT said of how a network was trained, None if it said nothing.
 
-    Raises CheckpointError where it is missing, or says that the weights mean something else.
+    Raises CheckpointError if it is missing, or says that the weights mean something else.
     """
     if DIFFUSERS_CONFIG in file.metadata:
         where, start = f"{file.path}: its metadata", f"{part}."
@@ -82,5 +82,5 @@ def _object(content: bytes | str, where: str) -> dict[str, Any]:
     except ParseError as error:
         raise CheckpointError(f"{where} {error}; download the LoRA again") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{where} holds no JSON object; download the LoRA again")
+        raise CheckpointError(f"{where} is not a JSON object; download the LoRA again")
     return document

@@ -50,19 +50,19 @@ class Adaptable:
     _known: dict[str, BuiltWeights] = field(default_factory=dict)
 
     def weights(self, component: str) -> BuiltWeights:
-        """Return where a component's weights lie. Raises EngineError where nobody noted it when it was built."""
+        """Return where a component's weights lie. Raises EngineError if nobody noted it when it was built."""
         if component not in self._known:
             name = built_record(component)
             if name not in self.record.files:
                 raise EngineError(
-                    f"the engines in {self.directory} were built without a note of where {component}'s weights lie, so "
-                    f"no LoRA can be added to them; run `{self.command}`"
+                    f"the engines in {self.directory} were built without a record of where {component}'s weights lie, "
+                    f"so no LoRA can be added to them; run `{self.command}`"
                 )
             self._known[component] = read_weights(self.directory / name, BuiltWeights)
         return self._known[component]
 
     def check(self, component: str, changes: Changes) -> None:
-        """Raise EngineError where something cannot be changed here."""
+        """Raise EngineError if something cannot be changed here."""
         known = self.weights(component).weights
         if strange := sorted(set(changes.deltas) - set(known)):
             raise EngineError(
@@ -73,7 +73,7 @@ class Adaptable:
     def changed(self, component: str, name: str, deltas: Sequence[Delta]) -> tuple[str, Array]:
         """Return the name of the initializer that holds a weight, and its changed values as they are stored.
 
-        The sum is made in float32 and rounded once. Raises RequestError where it is not finite.
+        The sum is made in float32 and rounded once. Raises RequestError if it is not finite.
         """
         place = self.weights(component).weights[name]
         unit = np.float32(2.0**place.exponent)
@@ -93,7 +93,7 @@ class Adaptable:
         return place.initializer, stored
 
     def base(self, component: str, initializer: str) -> Array | None:
-        """Return an initializer's values in the base, None where they are not known."""
+        """Return an initializer's values in the base, None if they are not known."""
         known = self.weights(component)
         named = {weight.initializer: weight for weight in known.weights.values()}
         place = named.get(initializer) or known.others.get(initializer)

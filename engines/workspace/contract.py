@@ -1,7 +1,7 @@
 """The contract of drawing where the engines run: named buffers, and programs bound to them by tensor name.
 
 A workspace has P slots, one for a picture. What belongs to a picture lies in the row of its slot; what a denoiser
-takes by model rows has 2 P rows at the most: row r belongs to the picture in slot r % P, the first P rows are the
+takes by model rows has 2 P rows at most: row r belongs to the picture in slot r % P, the first P rows are the
 pictures' own prompts and the others their negative prompts. Programs are the components of a bundle, by name. Each
 reads the buffers that are called as its inputs and writes those that are called as its outputs; `next_` before a name
 says what becomes of the buffer of that name once the program ran. `buffer_of` and `own_buffer` give the exceptions.
@@ -172,7 +172,7 @@ class Written:
         self._rows.setdefault(name, np.zeros(size, dtype=bool))[rows] = True
 
     def require(self, name: str, rows: slice | Array) -> None:
-        """Raise EngineError where one of the rows is not there. rows: a slice, or a bool for each of the first"""
+        """Raise EngineError if one of the rows is not there. rows: a slice, or a bool for each of the first"""
         known = self._rows.get(name, NO_ROWS)
         if isinstance(rows, slice):
             there = known[rows].any() if rows == ALL else known[rows].all() and len(known) >= (rows.stop or 0)
@@ -207,7 +207,7 @@ def rows_in(name: str, slots: int) -> int | None:
 def span(name: str, array: Array, rows: slice, size: int) -> slice:
     """Return the rows of a buffer that an array is for: as many as it has, or for a number as many as were named.
 
-    size: of the buffer. Raises EngineError where they are not as many as named, or not there.
+    size: of the buffer. Raises EngineError if they are not as many as named, or not there.
     """
     start = rows.start or 0
     stop = (size if rows.stop is None else rows.stop) if array.ndim == 0 else start + len(array)

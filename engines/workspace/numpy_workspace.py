@@ -104,7 +104,7 @@ class NumpyWorkspace:
         return rows
 
     def write(self, name: str, array: npt.ArrayLike, rows: slice = ALL) -> None:
-        """Keep a copy of rows. Raises EngineError where they are of another shape."""
+        """Keep a copy of rows. Raises EngineError if they are of another shape."""
         values, size = np.asarray(array), rows_in(name, self.shape.pictures)
         if size is None:
             self._buffers[name], rows, size = np.array(values), ALL, 1
@@ -257,7 +257,7 @@ def mix(rows: Rows, outputs: Array) -> Array:
 
 
 def transit(transition: Array, state: Array, output: Array, noise: Array | None) -> Array:
-    """Return transition @ [state; output; noise] for every picture.
+    """Return transition @ [state; output; noise] forevery picture.
 
     transition: (P, R, R + 2); state: (P, R, C, h, w); output and noise: (P, C, h, w); None is noise of no weight
     returns: (P, R, C, h, w), float32

@@ -88,7 +88,7 @@ def _config(name: str, tensors: Mapping[str, StoredTensor], layout: Layout, unet
     blocks = read_structure({key: stored.shape for key, stored in tensors.items()}, layout).changes(config)
     if blocks is None:
         raise CheckpointError(
-            f"{name} consists of blocks that its keys alone do not tell; give a directory that holds its config.json "
+            f"{name} has blocks that its keys alone do not describe; give a directory that holds its config.json "
             "beside the weights, as diffusers writes it"
         )
     widths = (stored.shape[-1] for key, stored in tensors.items() if key.endswith(".attn2.to_k.weight"))

@@ -26,7 +26,7 @@ PLAIN: tuple[tuple[str, Any, str], ...] = (
 
 
 def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
-    """Add ControlNets to a checkpoint's networks. Raises CheckpointError where one is missing or made for another."""
+    """Add ControlNets to a checkpoint's networks. Raises CheckpointError if one is missing or made for another."""
     if parts.source == "onnx":
         raise CheckpointError(
             "--controlnet needs a UNet that takes residuals, and optimum exported this one without; "
@@ -34,7 +34,9 @@ def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_
         )
     for option in sorted(options, key=lambda option: option.name):
         if option.name in (one.control for one in parts.controls.values()):
-            raise CheckpointError(f"--controlnet: the name '{option.name}' was given twice; give each its own")
+            raise CheckpointError(
+                f"--controlnet: the name '{option.name}' was given twice; give each a name of its own"
+            )
         parts = _add(parts, ControlNetwork(row="controlnet", control=option.name), option, allow_pickle=allow_pickle)
     return parts
 

@@ -23,7 +23,7 @@ WeightDeltas = Mapping[str, Sequence[Delta]]
 
 
 def add_loras(parts: Parts, loras: Sequence[LoraOption]) -> Parts:
-    """Have LoRAs added to the networks that they change. Raises CheckpointError where one fits another model.
+    """Have LoRAs added to the networks that they change. Raises CheckpointError if one fits another model.
 
     The sum is always in the order of the files' hashes, so that it is the same in whichever order they were given.
     """
@@ -73,7 +73,7 @@ def _with_loras(
 
 
 def find_weight_deltas(weight_source: WeightSource, tensors: Mapping[str, Tensor]) -> WeightDeltas:
-    """Find what is added to each tensor of a network. Raises CheckpointError where a LoRA fits another model."""
+    """Find what is added to each tensor of a network. Raises CheckpointError if a LoRA fits another model."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     changes: dict[str, list[Delta]] = {}
     for fusion in weight_source.loras:

@@ -27,7 +27,7 @@ def add_refiner(base: Checkpoint, options: CheckpointOptions) -> Checkpoint:
     """Return a checkpoint with the refiner that the options name, or as it is where they name none.
 
     Its UNet is taken, and the base's text encoder and VAE serve both: whether the text encoders are the same is seen
-    when their weights are read. Raises CheckpointError where the two do not belong together.
+    when their weights are read. Raises CheckpointError if the two do not belong together.
     """
     if options.refiner is None:
         return base

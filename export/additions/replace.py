@@ -1,4 +1,4 @@
-"""Networks from elsewhere in the place of a checkpoint's own: another VAE, or a UNet distilled to few steps."""
+"""Networks from elsewhere in place of a checkpoint's own: another VAE, or a UNet distilled to few steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Network = tuple[Mapping[str, Any], Path | WeightSource, list[Path]]
 
 
 def replace_vae(parts: Parts, name: str, *, allow_pickle: bool = False) -> Parts:
-    """Put another VAE in the place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file."""
+    """Put another VAE in place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file."""
     _refuse_graphs(parts, "--vae", name)
     path = Path(name)
     if path.is_file():
@@ -42,7 +42,7 @@ def replace_vae(parts: Parts, name: str, *, allow_pickle: bool = False) -> Parts
 
 
 def replace_unet(parts: Parts, name: str, *, allow_pickle: bool = False, prediction: Prediction | None = None) -> Parts:
-    """Put another UNet in the place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file.
+    """Put another UNet in place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file.
 
     A file has no config: its UNet is like the checkpoint's, but for what its keys tell. What it says of how it was
     trained changes the checkpoint's schedule and latents.
@@ -142,7 +142,7 @@ def _unet_of(file: TensorFile, config: Mapping[str, Any]) -> Network:
     blocks = read_structure({key: stored.shape for key, stored in tensors.items()}, layout).changes(config)
     if blocks is None:
         raise CheckpointError(
-            f"--unet '{file.path}' consists of blocks that its keys alone do not tell; give a directory that holds its "
+            f"--unet '{file.path}' has blocks that its keys alone do not describe; give a directory that holds its "
             "config.json beside the weights, as diffusers writes it"
         )
     first, guidance_key = UNET_KEYS[layout]

@@ -19,7 +19,7 @@ Sizes = list[tuple[int, int]]
 
 
 def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
-    """Add T2I-Adapters to a checkpoint's networks. Raises CheckpointError where one is missing or made for another."""
+    """Add T2I-Adapters to a checkpoint's networks. Raises CheckpointError if one is missing or made for another."""
     if parts.source == "onnx":
         raise CheckpointError(
             "--adapter needs a UNet that takes features, and optimum exported this one without; "
@@ -27,7 +27,7 @@ def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pic
         )
     for option in sorted(options, key=lambda option: option.name):
         if option.name in (one.control for one in parts.controls.values()):
-            raise CheckpointError(f"--adapter: the name '{option.name}' was given twice; give each its own")
+            raise CheckpointError(f"--adapter: the name '{option.name}' was given twice; give each a name of its own")
         parts = _add(parts, ControlNetwork(row="adapter", control=option.name), option, allow_pickle=allow_pickle)
     return parts
 

@@ -23,7 +23,7 @@ def add_tiny_vae(parts: Parts, name: str) -> Parts:
     """
     if parts.source == "onnx":
         raise CheckpointError(
-            f"--tiny-vae '{name}' cannot be put beside graphs that optimum exported; give diffusers' layout"
+            f"--tiny-vae '{name}' cannot be added to graphs that optimum exported; give diffusers' layout"
         )
     path = Path(name)
     if not path.is_dir():
@@ -35,7 +35,7 @@ def add_tiny_vae(parts: Parts, name: str) -> Parts:
     if config.get("_class_name") != KIND:
         raise CheckpointError(
             f"{folder / 'config.json'} $._class_name: found {config.get('_class_name')!r}, expected {KIND}; "
-            "a VAE of full size is given with --vae"
+            "give a full-size VAE with --vae"
         )
     files = [folder / "config.json", *network_files(folder, allow_pickle=False)]
     return replace(

@@ -146,7 +146,7 @@ def complete(part: Part, config: Mapping[str, Any], *, where: str) -> dict[str, 
 
 
 def require_levels(config: Mapping[str, Any], *, where: str) -> None:
-    """Raise CheckpointError where a network's levels are not all described. where: the network, for the error"""
+    """Raise CheckpointError if a network's levels are not all described. where: the network, for the error"""
     levels, blocks = len(config["block_out_channels"]), len(config["down_block_types"])
     if levels != blocks:
         raise CheckpointError(

@@ -158,7 +158,7 @@ OTHER_DENOISER_KEYS: tuple[tuple[str, str], ...] = (
 class Base:
     """A Stable Diffusion by the sizes of its UNet.
 
-    family: None where it cannot be exported from a single file
+    family: None if it cannot be exported from a single file
     channels: behind its first convolution
     added: how many numbers it takes beside the text, 0 where it takes none
     """
@@ -190,7 +190,7 @@ LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values
 class Part:
     """A kind of file that is not a whole checkpoint: any key that begins or ends as said, or has it, gives it away.
 
-    option: how it is given beside the checkpoint that it belongs to, empty where it cannot be
+    option: how it is given beside the checkpoint that it belongs to, empty if it cannot be
     """
 
     label: str
@@ -235,7 +235,7 @@ PARTS: tuple[Part, ...] = (
 
 
 def option_for(label: str) -> str:
-    """Return how a kind of file is given beside a checkpoint, empty where it cannot be."""
+    """Return how a kind of file is given beside a checkpoint, empty if it cannot be."""
     return next((part.option for part in PARTS if part.label == label), "")
 
 

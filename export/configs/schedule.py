@@ -18,7 +18,7 @@ from latentrt.export.configs.families import FAMILIES
 
 Values = Mapping[str, Any]
 Reading = Callable[[Any], Values]
-"""The value of a key -> the fields of OwnSampler that it sets. Raises ParseError where no plan can do that."""
+"""The value of a key -> the fields of OwnSampler that it sets. Raises ParseError if no plan can do that."""
 
 NONLINEAR = (
     "it clips what the model predicts, which no plan of linear steps can do; set it to false to export without it"
@@ -330,7 +330,7 @@ def training_schedule(
     """Read scheduler_config.json.
 
     where: its path, for the error; family, repaints: whose pipeline corrects it, and whether that is the inpainting one
-    Raises CheckpointError where it asks for what no plan can do.
+    Raises CheckpointError if it asks for what no plan can do.
     """
     scheduler = str(config.get("_class_name"))
     known = SCHEDULERS.get(scheduler)
@@ -351,7 +351,7 @@ def training_schedule(
 
 
 def _complete(config: Mapping[str, Any], defaults: Values) -> dict[str, Any]:
-    """Return a value for every key of a class; null is false where true or false is meant, as it is in diffusers."""
+    """Return a value forevery key of a class; null is false where true or false is meant, as it is in diffusers."""
     values = {key: config.get(key, default) for key, default in defaults.items()}
     absent = {key: False if isinstance(defaults[key], bool) else defaults[key] for key in values if values[key] is None}
     return values | absent

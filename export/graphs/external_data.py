@@ -1,4 +1,4 @@
-"""The files beside an ONNX graph that hold its weights: the graph itself says which, each exporter names them anew."""
+"""The files that hold the weights of an ONNX graph: the graph names them, and each exporter names them differently."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_graph(path: Path) -> ModelProto:
 def data_files(graph: Path) -> dict[str, Path]:
     """Return the files that a graph's weights lie in beside it, by the location that the graph names.
 
-    Raises CheckpointError where one leads outside the graph's folder, is missing or too short.
+    Raises CheckpointError if one leads outside the graph's folder, is missing or too short.
     """
     return {location: _file(graph, location, end) for location, end in locations(graph).items()}
 
@@ -44,7 +44,7 @@ def data_files(graph: Path) -> dict[str, Path]:
 def locations(graph: Path) -> dict[str, int]:
     """Return the names of the files that a graph's weights lie in, and how many bytes of each it reads.
 
-    Raises CheckpointError where one leads outside the graph's folder.
+    Raises CheckpointError if one leads outside the graph's folder.
     """
     ends: dict[str, int] = {}
     for tensor in external_tensors(read_graph(graph)):

@@ -73,7 +73,7 @@ def _draw(
 def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision: Precision) -> float:
     """Run a graph on the inputs of each pair and return the largest relative difference.
 
-    Raises CheckpointError where it is above the tolerance; a value that is not finite makes it infinite.
+    Raises CheckpointError if it is above the tolerance; a value that is not finite makes it infinite.
     """
     found = run_in_pieces(graph, [inputs for inputs, _ in pairs])
     worst = max(compare(component, outputs, expected) for outputs, (_, expected) in zip(found, pairs, strict=True))
@@ -82,7 +82,7 @@ def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision
 
 
 def compare(component: str, found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
-    """Return the largest relative difference of any output. Raises CheckpointError where a shape is another one."""
+    """Return the largest relative difference of any output. Raises CheckpointError if a shape is another one."""
     for name, reference in expected.items():
         if found[name].shape != reference.shape:
             raise CheckpointError(
@@ -93,7 +93,7 @@ def compare(component: str, found: Mapping[str, Array], expected: Mapping[str, A
 
 
 def require_close(component: str, error: float, *, precision: Precision) -> None:
-    """Raise CheckpointError where a graph's error is above the tolerance of its precision."""
+    """Raise CheckpointError if a graph's error is above the tolerance of its precision."""
     if error > TOLERANCES[precision]:
         by = f"{error:.1e} of the output's range, more than {TOLERANCES[precision]:.0e}"
         by = "infinity: something is not finite" if error == float("inf") else by
@@ -103,7 +103,7 @@ def require_close(component: str, error: float, *, precision: Precision) -> None
 
 
 def require_finite(component: str, outputs: Mapping[str, Array]) -> None:
-    """Raise CheckpointError where the checkpoint's own outputs are not numbers: nothing could be compared with them."""
+    """Raise CheckpointError if the checkpoint's own outputs are not numbers: nothing could be compared with them."""
     broken = [name for name, array in outputs.items() if not np.isfinite(array).all()]
     if broken:
         raise CheckpointError(

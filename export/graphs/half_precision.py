@@ -6,7 +6,7 @@ ranges that `ranges.py` recorded. Nothing is decided by names of layers or model
 
 The ranges, and the error that is recorded, are those of the golden inputs: random tokens, latents and pictures of the
 spread that the network meets, at two sizes. They show where the weights leave float16 on such inputs. They are no
-proof for every prompt and picture, which is why a quarter of the range is the limit.
+proof forevery prompt and picture, which is why a quarter of the range is the limit.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def narrow_graph(
 
     wide: the float32 graph; other graphs are written beside it
     takes, gives: the inputs and outputs in their new types
-    Raises CheckpointError where even the most exact recipe is above the tolerance.
+    Raises CheckpointError if even the most exact recipe is above the tolerance.
     """
     ranges, error = record_ranges(wide, pairs, component=component)
     require_close(component, error, precision="fp32")

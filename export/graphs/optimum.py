@@ -45,7 +45,7 @@ def adopt_graph(
     """Copy a graph that was exported already and record its golden pair with ONNX Runtime.
 
     affine: what normalised latents add to half a VAE, which such a graph does not hold
-    Returns the files, the graph first. Raises CheckpointError where names, dtypes or shapes are not those of the
+    Returns the files, the graph first. Raises CheckpointError if names, dtypes or shapes are not those of the
     table.
     """
     source = folder / "model.onnx"

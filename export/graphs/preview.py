@@ -41,7 +41,7 @@ class PreviewFit:
 def fit_preview(staged: Path, latents: LatentSpec, *, seed: int = 0) -> PreviewFit:
     """Fit the preview of the VAE whose graphs lie in a bundle that is being written. The same graphs give the same.
 
-    Raises CheckpointError where the VAE gives numbers that are not finite.
+    Raises CheckpointError if the VAE gives numbers that are not finite.
     """
     generator = np.random.default_rng(seed)
     pictures = [made_up_picture(generator, SIDE * latents.factor) for _ in range(PICTURES + HELD_OUT)]
@@ -94,7 +94,7 @@ def least_squares(inputs: Array, targets: Array) -> Array:
 
 
 def r_squared(found: Array, targets: Array) -> float:
-    """Return the share of the targets' variance that is found, over all columns together; 0 where there is none."""
+    """Return the share of the targets' variance that is found, over all columns together; 0 if there is none."""
     rest = float(((targets - found) ** 2).sum())
     total = float(((targets - targets.mean(axis=0)) ** 2).sum())
     return 1 - rest / total if total > 0 else 0.0

@@ -52,7 +52,7 @@ def _larger(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
 def record_ranges(graph: Path, pairs: Sequence[Pair], *, component: str) -> tuple[Ranges, float]:
     """Run a float32 graph on golden inputs. Returns its ranges, and its largest relative difference from the pairs.
 
-    Writes a second graph beside it, which shares its weights and tells the magnitudes. Raises CheckpointError where
+    Writes a second graph beside it, which shares its weights and tells the magnitudes. Raises CheckpointError if
     a shape is not the recorded one.
     """
     model = load_typed(graph)
@@ -137,7 +137,7 @@ def rounding_error(graph: Path, pairs: Sequence[Pair], *, component: str) -> flo
     unseen. So every node is made a float32 one between explicit casts, which it keeps. Products then have float32
     sums, as on matrix units.
 
-    Raises CheckpointError where a shape is not the recorded one.
+    Raises CheckpointError if a shape is not the recorded one.
     """
     model = load_typed(graph)
     widened: dict[ir.Value, ir.Value] = {}

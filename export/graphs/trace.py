@@ -38,7 +38,7 @@ def trace_graph(
     """Return a module's graph, whose weights are the module's own memory.
 
     inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
-    axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of; None where its
+    axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of; None if its
         size follows from the others'
     """
     arguments = tuple(inputs[spec.name] for spec in takes)

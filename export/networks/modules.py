@@ -226,7 +226,7 @@ class PerChannel(nn.Module):
 class Decoder(nn.Module):
     """Latents, divided by the scaling factor → pictures in -1..1. Holds only the VAE's second half.
 
-    affine: what undoes the normalising of the latents, None where there is none
+    affine: what undoes the normalising of the latents, None if there is none
     """
 
     def __init__(self, vae: Any, affine: Affine | None = None) -> None:
@@ -259,7 +259,7 @@ class TinyDecoder(nn.Module):
 class Encoder(nn.Module):
     """Pictures in -1..1 → means and log-variances of latents, one after the other. Holds only the VAE's first half.
 
-    affine: what normalises both, None where they are not normalised
+    affine: what normalises both, None if they are not normalised
     """
 
     def __init__(self, vae: Any, affine: Affine | None = None) -> None:
@@ -283,7 +283,7 @@ def load(
     affine: Affine | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
-    """Load one network without gradients. Raises CheckpointError where the weights do not fit.
+    """Load one network without gradients. Raises CheckpointError if the weights do not fit.
 
     row: of the table of components
     takes: the names of its inputs, for networks that ControlNets have to do with
@@ -339,7 +339,7 @@ def _require_all(folder: Path, found: Mapping[str, Any]) -> None:
     if absent:
         raise CheckpointError(
             f"{folder}: {len(absent)} of the network's weights are missing or of another shape "
-            f"({absent[0]}, …); config.json and weights are not of one checkpoint"
+            f"({absent[0]}, …); config.json and weights are not from the same checkpoint"
         )
 
 

@@ -19,7 +19,7 @@ START = "text_model."  # transformers 5 leaves it out where version 4 wrote it
 
 
 def require_same(component: str, module: nn.Module, shared: SharedEncoder) -> None:
-    """Raise CheckpointError where another checkpoint's network has other weights than a loaded one.
+    """Raise CheckpointError if another checkpoint's network has other weights than a loaded one.
 
     They are compared as float16, which one of the two may be stored in; one weight of each is in memory at a time.
     """

@@ -46,7 +46,7 @@ def name_weights(model: ir.Model, weights: StoredWeights) -> GraphWeights:
 
 
 def _layout(value: ir.Value, tensor: Tensor) -> str | None:
-    """Return how an initializer holds a weight, None where it does not."""
+    """Return how an initializer holds a weight, None if it does not."""
     assert value.const_value is not None
     stored, weight = value.const_value.numpy(), tensor.detach().numpy()
     if stored.shape == weight.shape and np.array_equal(stored, weight):
@@ -57,7 +57,7 @@ def _layout(value: ir.Value, tensor: Tensor) -> str | None:
 
 
 def _own(graph: ir.Graph, node: ir.Node, place: int, parameter: str) -> ir.Value:
-    """Return an initializer that only this node reads, in the place of one that others read too."""
+    """Return an initializer that only this node reads, in place of one that others read too."""
     value = node.inputs[place]
     assert value is not None
     if len(value.uses()) == 1:

@@ -21,7 +21,7 @@ VAE, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
 def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     """Take apart a directory with a model_index.json.
 
-    Raises CheckpointError where it is incomplete, damaged or another model.
+    Raises CheckpointError if it is incomplete, damaged or another model.
     """
     index = read_json(root / "model_index.json")
     _refuse_other_networks(root, index)
@@ -49,7 +49,7 @@ def source_of(where: object, unet: Collection[str]) -> Source:
     """Return what a directory is read as: graphs only where there are no weights, of which anything can be made.
 
     unet: the names of its UNet's files
-    Raises CheckpointError where none of them is in a form that is read.
+    Raises CheckpointError if none of them is in a form that is read.
     """
     if any(name.endswith(".safetensors") for name in unet):
         return "torch"
@@ -102,7 +102,7 @@ def _refuse_other_unets(root: Path) -> None:
 
 
 def refuse_other_unet(root: Path, unet: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a UNet's config is that of a kind that is not supported. root: where it is."""
+    """Raise CheckpointError if a UNet's config is that of a kind that is not supported. root: where it is."""
     for key, known, meaning in OTHER_UNETS:
         if unet.get(key) is not None and unet[key] != known:
             raise CheckpointError(
@@ -145,7 +145,7 @@ def open_network(part: Part, folder: Path, *, allow_pickle: bool) -> Path | Weig
 
 
 def to_weight_source(part: Part, network: Path | WeightSource) -> WeightSource:
-    """Return how to write a network anew, where its folder is not to be loaded as it is."""
+    """Return how to write a network again, if its folder cannot be loaded as it is."""
     if isinstance(network, WeightSource):
         return network
     files = tuple(str(shard.path.absolute()) for shard in find_weights(network).shards)
@@ -155,7 +155,7 @@ def to_weight_source(part: Part, network: Path | WeightSource) -> WeightSource:
 
 
 def refuse_other_vae(where: Path, vae: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where a VAE's config is that of another class. where: its file or folder"""
+    """Raise CheckpointError if a VAE's config is that of another class. where: its file or folder"""
     kind = vae.get("_class_name", VAE)
     if kind == TINY:
         raise CheckpointError(
@@ -189,5 +189,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except ParseError as error:
         raise CheckpointError(f"{path} {error}; download it again") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} holds no JSON object; download it again")
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
     return document

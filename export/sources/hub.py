@@ -61,7 +61,7 @@ def download(name: str, *, revision: str | None) -> Path:
 def choose_files(files: Collection[str], where: str = "the repository") -> list[str]:
     """Pick what the export reads from a repository's list of files: configs, and one variant of the weights, or graphs.
 
-    What lies beside a graph is not known before it is read: `graph_data`. Raises CheckpointError where the UNet is in
+    What lies beside a graph is not known before it is read: `graph_data`. Raises CheckpointError if the UNet is in
     no form that is read.
     """
     source = source_of(where, {PurePosixPath(file).name for file in files if file.startswith("unet/")})
@@ -94,7 +94,7 @@ def _is_ours(path: PurePosixPath) -> bool:
 
 
 def find_cached(name: str, *, revision: str | None) -> Path | None:
-    """Return the directory of what an earlier run fetched, None where there is nothing."""
+    """Return the directory of what an earlier run fetched, None if there is nothing."""
     try:
         from huggingface_hub import snapshot_download
 

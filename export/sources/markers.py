@@ -26,8 +26,8 @@ class Marker:
 
     keys: a file with all of them has the mark; further: those that go with them and may be absent
     label: what joins the model's name
-    prediction: what the UNet predicts, None where the mark does not say
-    process: the scheduler of another noise process, in the place of the family's; None where that stays
+    prediction: what the UNet predicts, None if the mark does not say
+    process: the scheduler of another noise process, in place of the family's; None if that stays
     scheduler, vae: what changes in the configs
     scheduler_values, vae_values: keys of the configs, and the tensors whose numbers they are
     """
@@ -107,7 +107,7 @@ LEFTOVERS = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MarkedChanges:
-    """What marks change in the configs. process: a scheduler's config in the place of the family's, or None."""
+    """What marks change in the configs. process: a scheduler's config in place of the family's, or None."""
 
     process: Config | None
     scheduler: Config
@@ -162,7 +162,7 @@ def find_prediction(file: TensorFile) -> tuple[Prediction | None, str]:
 
 
 def read_changes(file: TensorFile, markers: tuple[Marker, ...]) -> MarkedChanges:
-    """Read what a file's marks change in the configs. Raises CheckpointError where a number cannot be right."""
+    """Read what a file's marks change in the configs. Raises CheckpointError if a number cannot be right."""
     processes = [marker.process for marker in markers if marker.process]
     if len(processes) > 1:
         names = " and ".join(marker.keys[0] for marker in markers if marker.process)

@@ -44,7 +44,7 @@ class LoraFusion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSource:
-    """How to write the folder that a network is loaded from, where there is none as it is needed.
+    """How to write the folder that a network is loaded from, if there is none as it is needed.
 
     config: the text of its config.json
     files: what holds the weights; files that hold other networks too are read in part

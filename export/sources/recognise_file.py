@@ -43,12 +43,12 @@ PREFIXES = tuple(prefix for prefixes in NETWORKS.values() for prefix in prefixes
 class SingleFile:
     """What the header of a whole checkpoint says.
 
-    base: the Stable Diffusion that it is, None where its sizes are those of none
-    oddity: what makes it another model than those that can be exported, None where nothing does
+    base: the Stable Diffusion that it is, None if its sizes are those of none
+    oddity: what makes it another model than those that can be exported, None if nothing does
     input_channels: of the UNet
-    guidance_width: of the scale of guidance that a latent consistency model takes, None where it takes none
-    blocks: what of the UNet's config is otherwise than its base's, None where no config can say it
-    prediction: None where nothing tells; told: whether the file itself does
+    guidance_width: of the scale of guidance that a latent consistency model takes, None if it takes none
+    blocks: what in the UNet's config differs from its base's, None if no config can say it
+    prediction: None if nothing tells; told: whether the file itself does
     reason: how the prediction type is known, or why it is not
     markers: what it says outside its networks; strangers: keys outside them that nobody knows
     """
@@ -68,7 +68,7 @@ class SingleFile:
 
     @property
     def family(self) -> Family | None:
-        """Return its family, None where it cannot be exported without configs from elsewhere."""
+        """Return its family, None if it cannot be exported without configs from elsewhere."""
         return self.base.family if self.base and not self.oddity and self.blocks is not None else None
 
     def networks(self) -> dict[str, list[StoredTensor]]:
@@ -81,7 +81,7 @@ class SingleFile:
 
 
 def recognise(file: TensorFile) -> SingleFile | None:
-    """Say which Stable Diffusion a file is, None where it is not a whole checkpoint of one."""
+    """Say which Stable Diffusion a file is, None if it is not a whole checkpoint of one."""
     first = file.tensors.get(FIRST)
     if first is None or len(first.shape) != 4 or any(key.startswith("control_model.") for key in file.tensors):
         return None
@@ -162,7 +162,7 @@ def _prediction(file: TensorFile, family: Family | None) -> tuple[Prediction | N
 def name_other(file: TensorFile) -> tuple[str, bool]:
     """Name what is no Stable Diffusion checkpoint; the second says whether it is a denoiser.
 
-    The name is empty where nothing is known.
+    The name is empty if nothing is known.
     """
     for key, label in OTHER_DENOISER_KEYS:
         if key in file.tensors or f"{DENOISER_PREFIX}{key}" in file.tensors:

@@ -63,7 +63,7 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
 
 
 def _as_told(single: SingleFile, documents: Documents) -> Documents:
-    """Return the configs with what the file itself says. Raises CheckpointError where that cannot be right."""
+    """Return the configs with what the file itself says. Raises CheckpointError if that cannot be right."""
     changes = read_changes(single.file, single.markers)
     predicts = {"prediction_type": single.prediction} if single.says_prediction else {}
     takes = {"in_channels": single.input_channels, "time_cond_proj_dim": single.guidance_width}
@@ -166,7 +166,7 @@ def _require(single: SingleFile, options: CheckpointOptions, tokenizers: Mapping
 def _find_tokenizers(networks: Mapping[str, str], options: CheckpointOptions) -> dict[str, Path]:
     """Return the folder with each text encoder's vocabulary: what was named, that of --config, or the hub's cache.
 
-    One vocabulary serves both encoders where there is no second. Empty where there is none at all.
+    One vocabulary serves both encoders where there is no second. Empty if there is none at all.
     """
     found = {}
     for encoder, name in TEXT_ENCODERS.items():

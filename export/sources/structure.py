@@ -59,7 +59,7 @@ class Structure:
     middle: tuple[int, int | None]
 
     def changes(self, base: Config) -> dict[str, Any] | None:
-        """Return what of a UNet's config is otherwise in this network, None where no config can say it.
+        """Return what of a UNet's config is otherwise in this network, None if no config can say it.
 
         base: the config of a network that it is otherwise like
         """
@@ -89,7 +89,7 @@ class Structure:
         return len(layers) == 1 and whole and mirrored and resnets in ((0, 1) if depth is None else (2,))
 
     def _transformers(self) -> dict[str, Any] | None:
-        """Return how many transformers each layer has, on the way down and up, None where the middle has others."""
+        """Return how many transformers each layer has, on the way down and up, None if the middle has others."""
         down = [_depths(level) for level in self.down]
         up = [_depths(level) for level in self.up]
         middle = self.middle[1]

@@ -26,7 +26,7 @@ def read_tokenizer(
 ) -> CLIPTokenizerFast:
     """Read a folder with vocab.json and merges.txt, or with tokenizer.json, and the words that were added to them.
 
-    rows: how many tokens the text encoder has vectors for; None where it is not known
+    rows: how many tokens the text encoder has vectors for; None if it is not known
     special: special tokens by their roles that hold whatever the folder says
     Raises CheckpointError.
     """
@@ -108,7 +108,7 @@ def _require_clip(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
 
 
 def _require_declared_ids(folder: Path, tokenizer: CLIPTokenizerFast) -> None:
-    """Refuse added words that transformers numbers otherwise than the files do: nobody knows which vector is meant."""
+    """Refuse added words that transformers numbers differently than the files do: the right vector is unknown."""
     for id, token in tokenizer.init_kwargs.get("added_tokens_decoder", {}).items():
         if (read := tokenizer.convert_tokens_to_ids(str(token))) != id:
             raise CheckpointError(

@@ -14,7 +14,7 @@ from latentrt.engines.errors import CheckpointError
 
 STEMS = ("diffusion_pytorch_model", "model")  # diffusers' and transformers' name for a file of weights
 # In order of preference: by how much of a number is kept, and last what diffusers' scripts keep for training on.
-# Any other variant is taken where there is none of these, and no second.
+# Any other variant is taken if there is none of these, and no second.
 VARIANTS = ("", "fp32", "fp16", "bf16", "non_ema")
 FILE = re.compile(
     r"(?P<stem>\w+)(\.(?P<variant>[\w-]+?))?(?P<shard>-\d{5}-of-\d{5})?(\.(?P<legacy>[\w-]+))?"
@@ -44,7 +44,7 @@ class WeightFiles:
 def find_weights(folder: Path) -> WeightFiles:
     """Find a network's safetensors and read their headers.
 
-    Raises CheckpointError where there are none, where they are only pickles, or where one is missing or damaged.
+    Raises CheckpointError if there are none, where they are only pickles, or where one is missing or damaged.
     """
     places = {}  # of each variant, its only file or its index; the first stem counts
     for stem in reversed(STEMS):
@@ -81,7 +81,7 @@ def variant_of(name: str) -> str:
 
 
 def choose_variant(variants: Iterable[str], *, where: str) -> str:
-    """Return which variant of a network's weights is read. Raises CheckpointError where nothing tells it.
+    """Return which variant of a network's weights is read. Raises CheckpointError if nothing tells it.
 
     variants: at least one; where: the folder, for the error
     """
@@ -120,7 +120,7 @@ def _read_shards(index: Path) -> tuple[TensorFile, ...]:
         document: Any = read_document(index, strict=False)
         places = {str(key): str(name) for key, name in document["weight_map"].items()}
     except (ParseError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{index} is no index of weights; download it again") from None
+        raise CheckpointError(f"{index} is not an index of weights; download it again") from None
     if any("/" in name or not name.endswith(".safetensors") for name in places.values()):
         raise CheckpointError(f"{index} names a file that is not a safetensors file beside it; download it again")
     shards = {name: _read_shard(index.parent / name) for name in sorted(set(places.values()))}

@@ -54,7 +54,7 @@ class ExportJob:
 
     row: of the table of components; ControlNets share one
     folder: holds the weights or the graph
-    recipe: how to write that folder first, None where it is there
+    recipe: how to write that folder first, None if it is there
     root: the staged bundle
     shared: what must have the same weights
     affine: what normalised latents add to half a VAE
@@ -83,7 +83,7 @@ class ExportJob:
 class Finished:
     """What a finished component left: its files below the bundle, and figures.
 
-    error: the largest difference from torch over the output's range, None where there was no torch to compare with
+    error: the largest difference from torch over the output's range, None if there was no torch to compare with
     peak_rss_bytes: the peak memory of the process that did the work, libraries included
     float32_layers, largest_activation: as in the manifest
     """
@@ -111,7 +111,7 @@ class Finished:
 
     @property
     def weights(self) -> str | None:
-        """Return the path of the record of weights, None where there is none."""
+        """Return the path of the record of weights, None if there is none."""
         record = graph_record(self.component)
         return record if record in self.files else None
 
@@ -185,7 +185,7 @@ def _make(job: ExportJob) -> Finished:
 
 
 def _require_shared(job: ExportJob, shared: SharedEncoder) -> None:
-    """Raise CheckpointError where the network that is to be shared has other weights in the other checkpoint."""
+    """Raise CheckpointError if the network that is to be shared has other weights in the other checkpoint."""
     from latentrt.export.networks import shared_encoder as shared_encoder
 
     # A LoRA changes the text for both: the checkpoints' own are what must be the same.

@@ -182,7 +182,7 @@ def _watch(pipe: IO[bytes], child: int, patience_s: float) -> bool:
 
 
 def _processor_s(process: int) -> float | None:
-    """Return the time of processors that a process has used, None where the system does not tell."""
+    """Return the time of processors that a process has used, None if the system does not tell."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8")
     except OSError:

@@ -22,7 +22,7 @@ PARTS = ("interpreter", "import", "load", "first", "second")
 def cold_starts(
     bundle: str, named: Sequence[tuple[str, Settings]], *, count: int, prompt: str, seed: int, progress: Progress
 ) -> tuple[ColdStart, ...]:
-    """Start `count` fresh processes for each of the settings, in turns. Raises EngineError where one fails."""
+    """Start `count` fresh processes for each of the settings, in turns. Raises EngineError if one fails."""
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name, _ in named}
     memory: dict[str, list[tuple[int, int]]] = {name: [] for name, _ in named}
     turns = take_turns(list(named), rounds=count, most_seconds=float("inf"), seed=seed)

@@ -62,7 +62,7 @@ class Comparison:
 
 
 def compare(before: Report, after: Report, *, tolerance: float = TOLERANCE) -> Comparison:
-    """Compare the variants with equal settings. Raises RequestError where there are none."""
+    """Compare the variants with equal settings. Raises RequestError if there are none."""
     old, new = ({variant.settings: variant for variant in report.variants} for report in (before, after))
     common = [settings for settings in old if settings in new]
     if not common:

@@ -32,7 +32,7 @@ class GpuMeter:
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
 
     def joules(self) -> float | None:
-        """Return the energy since the driver was loaded, or None where the GPU does not count it (before Volta)."""
+        """Return the energy since the driver was loaded, or None if the GPU does not count it (before Volta)."""
         try:
             return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3
         except self._nvml.NVMLError:

@@ -22,7 +22,7 @@ PromptSets = Mapping[str, PromptSet]  # by the checkpoint that a bundle was expo
 
 
 def component_errors(bundle: Bundle, backend: str, progress: Progress) -> tuple[ComponentError, ...]:
-    """Replay the golden pairs on a backend. Raises EngineError where an engine drifts: its speed means nothing."""
+    """Replay the golden pairs on a backend. Raises EngineError if an engine drifts: its speed means nothing."""
     errors = []
     for row in verify(bundle, backend=backend, report=progress):  # type: ignore[arg-type]
         if not row.ok:
@@ -33,7 +33,7 @@ def component_errors(bundle: Bundle, backend: str, progress: Progress) -> tuple[
 
 
 def prompt_set(bundle: Bundle, sets: PromptSets) -> PromptSet:
-    """Return the prompts that belong to a bundle's checkpoint. Raises RequestError where there are none."""
+    """Return the prompts that belong to a bundle's checkpoint. Raises RequestError if there are none."""
     checkpoint = bundle.manifest.provenance.checkpoint
     if checkpoint not in sets:
         known = ", ".join(f"'{name}'" for name in sets)

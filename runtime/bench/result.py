@@ -65,7 +65,7 @@ class Variant(Document, frozen=True, kw_only=True):
     seconds: by stage. tokenize, encode, denoise, decode as the pipeline tells them; step is denoise over the number of
         stages; encode_image is compressing the pictures as PNG; total is from the prompt to pixels; end_to_end has
         the PNG too. All of them are of a whole batch.
-    denoise_stages: each denoise stage by itself, in the order of the stages; empty where the device runs them in
+    denoise_stages: each denoise stage by itself, in the order of the stages; empty if the device runs them in
         one queue and the host cannot tell
     steps_per_second: denoise stages of the whole batch a second
     outside_engines: part of `total` that the host spent outside all engines; where a device runs them in a queue, the
@@ -128,7 +128,7 @@ class BundleFacts(Document, frozen=True, kw_only=True):
 class Method(Document, frozen=True, kw_only=True):
     """How it was measured. rounds is what was reached, of rounds_asked; the seed orders the candidates.
 
-    prompt: of every picture, each time with another number behind it, so that its text is encoded anew; the empty
+    prompt: of every picture, each time with another number behind it, so that its text is encoded again; the empty
         negative prompt is the same each time, and remembered
     """
 
@@ -181,7 +181,7 @@ def read_report(path: Path) -> Report:
     except ValueError as error:
         raise RequestError(f"{path} is not JSON ({error}); name a file that --json wrote") from None
     if not isinstance(document, dict) or document.get("kind") != "latentrt bench":
-        raise RequestError(f"{path} is no result of `latentrt bench`; name a file that --json wrote")
+        raise RequestError(f"{path} is not a result of `latentrt bench`; name a file that --json wrote")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise RequestError(
             f"{path} has schema version {document.get('schema_version')}, this latentrt reads {SCHEMA_VERSION}; "

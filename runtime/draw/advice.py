@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Above these, pictures are rarely meant: they are named as a likely cause, and nothing is promised below them.
 LARGE_GUIDANCE, LARGE_SCALE, LARGE_LATENT = 30.0, 2.0, 100.0
-FLOAT16 = "float16 ends at 65504, and {what} computed in it: export the checkpoint again with --precision fp32"
+FLOAT16 = "float16 ends at 65504, and {what} run in it: export the checkpoint again with --precision fp32"
 DAMAGED = "the weights may be damaged: run `latentrt verify` on the bundle"
 
 
@@ -26,7 +26,7 @@ def explain(error: NotFiniteError, job: Job, precision: Precision) -> NotFiniteE
     """
     stages = error.stages or (job.plan.stages if error.place == LATENTS else None)
     causes = _large(error, job) + _narrow(error, precision) or [DAMAGED]
-    advice = f", so nothing is delivered. Likely: {'; '.join(causes)}"
+    advice = f", so no picture is returned. Likely causes: {'; '.join(causes)}"
     return NotFiniteError(error.place, error.pictures, stage=error.stage, stages=stages, advice=advice)
 
 
@@ -37,7 +37,7 @@ def _large(error: NotFiniteError, job: Job) -> list[str]:
     causes = {
         f"a guidance of {guidance:g} is very large, take 3 to 15": guidance > LARGE_GUIDANCE and error.place != START,
         f"the scales of {', '.join(followed)} are very large, take 1": bool(followed),
-        "the LoRAs change the weights too much, lower their scales or leave them out": bool(job.request.loras),
+        "the LoRAs change the weights too much, lower their scales or omit them": bool(job.request.loras),
         "the latents that were given are very large, take unit noise": latents is not None
         and float(np.abs(latents).max()) > LARGE_LATENT,
     }

@@ -38,9 +38,9 @@ def frames_between(keys: int, frames: int, *, loop: bool = False) -> tuple[Frame
     Raises RequestError on fewer than two key frames, and on fewer frames than those.
     """
     if keys < 2:
-        raise RequestError(f"key frames: found {keys}, expected two at least")
+        raise RequestError(f"key frames: found {keys}, expected at least two")
     if frames < keys:
-        raise RequestError(f"frames: found {frames}, expected {keys} at least, one for each key frame")
+        raise RequestError(f"frames: found {frames}, expected at least {keys}, one for each key frame")
     spans, steps = (keys, frames) if loop else (keys - 1, frames - 1)
     return tuple(_frame(i * spans, steps, keys) for i in range(frames))
 
@@ -54,7 +54,7 @@ def _frame(position: int, steps: int, keys: int) -> Frame:
 def batches(frames: Sequence[Frame], size: int) -> list[tuple[Frame, ...]]:
     """Return the frames in order, `size` at a time: each full but the last. Raises RequestError on no size."""
     if size < 1:
-        raise RequestError(f"batch: found {size}, expected 1 at least")
+        raise RequestError(f"batch: found {size}, expected at least 1")
     return [tuple(frames[start : start + size]) for start in range(0, len(frames), size)]
 
 
@@ -69,7 +69,7 @@ def between(keys: Sequence[KeyFrame], frames: Sequence[Frame], options: Options)
 
 
 def check_keys(keys: Sequence[KeyFrame]) -> tuple[KeyFrame, ...]:
-    """Return the key frames. Raises RequestError where they are something else, or a field is of another type."""
+    """Return the key frames. Raises RequestError if they are something else, or a field is of another type."""
     if not isinstance(keys, list | tuple) or not all(isinstance(key, KeyFrame) for key in keys):
         raise RequestError(f"key frames: found {keys!r}, expected a list of KeyFrame(prompt=…, seed=…)")
     for number, key in enumerate(keys, 1):
@@ -167,12 +167,12 @@ def mix_text(first: Array, second: Array, weight: float | Array) -> Array:
     """Return the encoding between two prompts, on a straight line: the shape of both together, float32.
 
     first, second: (..., T, D); weight: 0 gives the first and 1 the second, to the bit
-    Raises RequestError where the prompts have different numbers of tokens.
+    Raises RequestError if the prompts have different numbers of tokens.
     """
     if first.shape[-2:] != second.shape[-2:]:
         raise RequestError(
             f"prompts to mix: found {first.shape[-2]} tokens in one and {second.shape[-2]} in the other, expected the "
-            "same number; bring both to the same number of chunks"
+            "same number; make both the same number of chunks long"
         )
     weight = np.asarray(weight, dtype=np.float32)
     return np.asarray((1 - weight) * first + weight * second, dtype=np.float32)

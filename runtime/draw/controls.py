@@ -65,7 +65,9 @@ def _resolve(
         raise RequestError(f"{where}: found the scale {scale!r}, expected a number")
     pixels = read_hints(control.image, size=size, name=where)
     if len(pixels) not in (1, pictures):
-        raise RequestError(f"{where}: found {len(pixels)} images for {pictures} pictures, expected one, or one each")
+        raise RequestError(
+            f"{where}: found {len(pixels)} images for {pictures} pictures, expected one, or one for each"
+        )
     planar = np.ascontiguousarray(np.broadcast_to(pixels, (pictures, *pixels.shape[1:])).transpose(0, 3, 1, 2))
     return ResolvedControl(
         component=component,
@@ -104,7 +106,7 @@ def followed_stages(start: float, stop: float, stages: int, *, where: str) -> Ar
         raise RequestError(f"{where}: found {start:g} to {stop:g}, expected 0 <= start < stop <= 1")
     followed = np.array([k / stages >= start and (k + 1) / stages <= stop for k in range(stages)])
     if not followed.any():
-        raise RequestError(f"{where}: no one of {stages} stages lies from {start:g} to {stop:g}; omit it")
+        raise RequestError(f"{where}: none of {stages} stages lies from {start:g} to {stop:g}; omit it")
     return followed
 
 

@@ -67,7 +67,7 @@ class Batch:
         return pack_control(self.plan, self.done, state_rows, rescale=rescale)
 
     def noise(self) -> Array | None:
-        """Draw for the next stage, where diffusers draws; None where that weighs nothing."""
+        """Draw for the next stage, where diffusers draws; None if that weighs nothing."""
         drawn = self.draw() if self.plan.draws_noise[self.done] else None
         return drawn if self.plan.uses_noise[self.done] else None
 
@@ -81,7 +81,7 @@ class Loop:
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
 
     def join(self, batch: Batch) -> None:
-        """Let pictures take part from the next stage on. Raises EngineError where a slot is taken, or not there."""
+        """Let pictures take part from the next stage on. Raises EngineError if a slot is taken, or not there."""
         taken = {slot for other in self.batches for slot in range(other.slots.start, other.slots.stop)}
         slots = range(batch.slots.start, batch.slots.stop)
         if (
@@ -184,7 +184,7 @@ def denoise(
 
     stages: which of the plan's to take, None for all; see `Batch` for the others
     A caller that stops iterating leaves the workspace where it is.
-    Raises NotFiniteError where the workspace knows of latents that are not finite any more.
+    Raises NotFiniteError if the workspace knows of latents that are not finite any more.
     """
     batch = Batch(
         plan=plan,
@@ -234,7 +234,7 @@ def pack_control(plan: SamplingPlan, stage: int, state_rows: int, *, rescale: fl
     """Return what controls one stage of one picture: (control_width(R),), float32, with R = state_rows.
 
     In the order that `engines.stage.control_width` gives. A plan with fewer rows of state than the graph leaves the
-    others zero. rescale is guidance's, 0 to 1. Raises EngineError where the plan has more rows.
+    others zero. rescale is guidance's, 0 to 1. Raises EngineError if the plan has more rows.
     """
     if plan.rows > state_rows:
         raise EngineError(

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def finite(array: Array, place: str, *, pictures: int, stage: int | None = None, stages: int | None = None) -> Array:
-    """Return an array as it is. Raises NotFiniteError where a number in it is not finite, or cannot be squared.
+    """Return an array as it is. Raises NotFiniteError if a number in it is not finite, or cannot be squared.
 
     array: (rows, …), of which row r belongs to picture r % pictures; fewer rows are for all of them
     """

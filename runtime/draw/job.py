@@ -38,7 +38,7 @@ from latentrt.runtime.text.tokenizer import Prompt
 class Job:
     """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
 
-    variations: the variation seed of each picture, empty where the noise is the seeds' own
+    variations: the variation seed of each picture, empty if the noise is the seeds' own
     ranges: which denoiser takes which stages of the plan
     decoder: the component that makes the pixels
     """
@@ -100,13 +100,13 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     if mask is None and repaints(manifest):
         raise RequestError("mask: this checkpoint repaints a part of an image; give `image` and `mask`")
     if pixels is not None and len(pixels) not in (1, len(prompts)):
-        raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one each")
+        raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one for each")
     seeds, variations = _all_seeds(request, len(prompts))
     guidance = _number("guidance", request.guidance)
     if not any(spec.sizes for spec in manifest.denoisers.values()):
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
-                raise RequestError(f"{name}: this checkpoint was not told the sizes of pictures; omit it")
+                raise RequestError(f"{name}: this checkpoint was not trained with picture sizes; omit it")
     _check_scores(request, manifest)
     plan = _plan(request, manifest)
     return Job(
@@ -159,7 +159,7 @@ def _check_scores(request: Request, manifest: Manifest) -> None:
     scored = any("aesthetic_score" in spec.sizes for spec in manifest.denoisers.values())
     for name, default in SCORES.items():
         if _number(name, getattr(request, name)) != default and not scored:
-            raise RequestError(f"{name}: this checkpoint was not told how pictures were rated; omit it")
+            raise RequestError(f"{name}: this checkpoint was not trained with aesthetic scores; omit it")
 
 
 def _distilled(manifest: Manifest) -> bool:
@@ -178,7 +178,7 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
     if request.image is None:
         for name in ("mask", "strength"):
             if getattr(request, name) is not None:
-                raise RequestError(f"{name}: it says how to change an image, and there is none; give `image` too")
+                raise RequestError(f"{name}: it changes an image, and there is none; give `image` too")
         return None, None, check_size(request.size or _controlled_size(request, manifest), manifest)
     factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
     if request.mask is None:
@@ -193,7 +193,7 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
 
 
 def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | None:
-    """Return the size of the first image to follow, cut to the VAE's factor; None where there is none."""
+    """Return the size of the first image to follow, cut to the VAE's factor; None if there is none."""
     first = next(iter(request.controls), None) if isinstance(request.controls, list | tuple) else None
     if not isinstance(first, Control):
         return None
@@ -269,14 +269,14 @@ def _negatives(value: str | Sequence[str | None] | None, pictures: int) -> tuple
     ):
         raise RequestError(f"negative_prompt: found {value!r}, expected a string, None, or a list of them")
     if len(negatives) not in (1, pictures):
-        raise RequestError(f"negative_prompt: found {len(negatives)} for {pictures} pictures, expected one each")
+        raise RequestError(f"negative_prompt: found {len(negatives)} for {pictures} pictures, expected one for each")
     return tuple(negatives) * (pictures // len(negatives))
 
 
 def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the seed and the variation seed of each picture; no variation seeds where there is no variation."""
     if (request.variation_seed is None) != (request.variation_strength == 0):
-        raise RequestError("variation_seed: it and variation_strength belong together; give both, or none")
+        raise RequestError("variation_seed: it and variation_strength belong together; give both or neither")
     seeds = _seeds(request.seed, pictures)
     if request.variation_seed is None:
         return seeds, ()
@@ -294,7 +294,7 @@ def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
     if not isinstance(seed, Sequence) or not all(type(one) is int for one in seed):
         raise RequestError(f"seed: found {seed!r}, expected a whole number or a list of them")
     if len(seed) != pictures:
-        raise RequestError(f"seed: found {len(seed)} seeds for {pictures} pictures, expected one each")
+        raise RequestError(f"seed: found {len(seed)} seeds for {pictures} pictures, expected one for each")
     return tuple(seed)
 
 
@@ -315,7 +315,7 @@ def split(
         denoising_end and denoising_start. A stage belongs to the refiner where its timestep lies below, and so do
         all stages after the first such one.
     denoisers: the one that draws, and the one that refines
-    Raises RequestError where no stage is left for the refiner.
+    Raises RequestError if no stage is left for the refiner.
     """
     if not 0 < refine_from < 1:
         raise RequestError(f"refine_from: found {refine_from:g}, expected a share of the noise between 0 and 1")

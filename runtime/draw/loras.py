@@ -26,7 +26,7 @@ KEPT_FILES = 32  # whose names are understood and whose contents are hashed; the
 
 
 def check_loras(loras: object) -> tuple[Lora, ...]:
-    """Return a request's LoRAs. Raises RequestError where they are something else."""
+    """Return a request's LoRAs. Raises RequestError if they are something else."""
     if isinstance(loras, Lora):
         return (loras,)
     if not isinstance(loras, list | tuple) or not all(isinstance(lora, Lora) for lora in loras):
@@ -59,7 +59,7 @@ class Loras:
         """Return what LoRAs add to the weights of each component; nothing for a scale of 0.
 
         The sum is made in the order of the files' hashes, so that it is the same in whichever order they are given.
-        Raises RequestError where a file is not a LoRA, or one of another model; BundleError where it is too old.
+        Raises RequestError if a file is not a LoRA, or one of another model; BundleError where it is too old.
         """
         given = [lora for lora in loras if lora.scale != 0]
         if not given:
@@ -87,8 +87,8 @@ class Loras:
         shapes = self._weight_shapes(component)
         if lora.vectors(component) and all(len(shape) > 1 for shape in shapes.values()):
             raise CheckpointError(
-                f"{lora.path} changes biases or normalizations, of which '{self._bundle.root}' has no note: an older "
-                "latentrt exported it; export the checkpoint again with `latentrt export --overwrite`"
+                f"{lora.path} changes biases or normalizations, for which '{self._bundle.root}' has no record, since "
+                "an older latentrt exported it; export the checkpoint again with `latentrt export --overwrite`"
             )
         return find_deltas(lora, component, shapes, strength=scale)
 
@@ -106,7 +106,7 @@ class Loras:
             record = self._bundle.manifest.components[component].weights
             if record is None:
                 raise RequestError(
-                    f"loras: '{self._bundle.root}' was exported without a note of which of {component}'s weights is "
+                    f"loras: '{self._bundle.root}' was exported without a record of which of {component}'s weights is "
                     "which, by an older latentrt or from graphs that another tool made; export the checkpoint again "
                     "with `latentrt export --overwrite`"
                 )

@@ -80,7 +80,7 @@ def start_inpainting(
     inpainting_model: the UNet is an inpainting one, and sees mask and masked image where others have the rest put back
     The draws: the image's where the image is used, the noise's, the masked image's, which only such a UNet
     uses, but a sampler that draws later comes after.
-    Raises RequestError where the mask is too small to reach the latents.
+    Raises RequestError if the mask is too small to reach the latents.
     """
     cells = latent_mask(mask, factor)
     image = None
@@ -121,7 +121,7 @@ def masked_pixels(pixels: Array, mask: Array) -> Array:
 def latent_mask(mask: Array, factor: int) -> Array:
     """Return the mask of the latents, the first pixel of each cell as diffusers takes it: (1, 1, h, w), float32.
 
-    mask: (1, height, width). Raises RequestError where nothing of it is left.
+    mask: (1, height, width). Raises RequestError if nothing of it is left.
     """
     cells = mask[:, None, ::factor, ::factor]
     if not cells.any():
@@ -156,5 +156,5 @@ def check_latents(latents: Array, *, pictures: int, shape: tuple[int, int, int],
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32, copy=False)
     if not np.isfinite(rows).all():
-        raise RequestError(f"{name}: found a number that is not finite, or leaves the range of float32")
+        raise RequestError(f"{name}: found a number that is not finite, or is outside the range of float32")
     return np.broadcast_to(rows, (pictures, *shape))

@@ -45,7 +45,7 @@ class Look:
         self._lock = threading.Lock()  # held while something is read, so that no other thread goes on meanwhile
 
     def __call__(self, name: str) -> Array:
-        """Return an input of the stage, read-only. Raises RequestError where it is too late to read it."""
+        """Return an input of the stage, read-only. Raises RequestError if it is too late to read it."""
         return self._once(name, lambda read: read(name))
 
     def sketched(self, predicted: Array) -> Array:
@@ -57,8 +57,8 @@ class Look:
             if name not in self._kept:
                 if self._read is None:
                     raise RequestError(
-                        f"{self._where} is over and nobody looked at this of it; look while it is the last one, or "
-                        "call step.keep() then"
+                        f"{self._where} is over and this was not read in time; read it before the next stage "
+                        "begins, or call step.keep()"
                     )
                 self._kept[name] = make(self._read)
                 self._kept[name].flags.writeable = False
@@ -91,7 +91,7 @@ class Step:
     def latents(self) -> Array:
         """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters.
 
-        Raises NotFiniteError where they have left the range of floats.
+        Raises NotFiniteError if they have left the range of floats.
         """
         return self._look("state")[:, 0]
 
@@ -113,7 +113,7 @@ class Step:
     def preview(self) -> Array:
         """Return the predicted picture in small, a pixel for each latent: (n, h, w, 3), uint8, sRGB. It takes some ms.
 
-        Raises BundleError where the bundle holds no preview.
+        Raises BundleError if the bundle holds no preview.
         """
         return preview(self.predicted, self._manifest.latents)
 
@@ -121,12 +121,12 @@ class Step:
     def draft(self) -> Array:
         """Return the predicted picture by the tiny decoder: (n, height, width, 3), uint8, sRGB.
 
-        Raises BundleError where the bundle holds no tiny decoder.
+        Raises BundleError if the bundle holds no tiny decoder.
         """
         return self._look.sketched(self.predicted)
 
     def keep(self) -> Self:
-        """Read all that `latents`, `predicted` and `preview` show, so that they show it for ever; return the step.
+        """Read all that `latents`, `predicted` and `preview` show, so that they show it forever; return the step.
 
         A draft is kept where it was looked at: it takes a network. Raises as `latents` does.
         """

@@ -19,10 +19,12 @@ def preview(latents: Array, space: LatentSpec, *, level: Array | tuple[float, fl
 
     latents: (n, C, h, w); level: the weights of picture and noise in them, one of `plan.levels`
     Noisy latents are shown as the best linear guess of the clean ones: grey where nothing is known yet.
-    Raises BundleError where the bundle has no preview.
+    Raises BundleError if the bundle has no preview.
     """
     if space.preview is None:
-        raise BundleError("this bundle has no latent preview: an older latentrt made it; export the checkpoint again")
+        raise BundleError(
+            "this bundle has no latent preview: it was made by an older latentrt; export the checkpoint again"
+        )
     *rows, offset = np.array(space.preview, dtype=np.float32)
     alpha, sigma = level
     weights = np.float32(alpha / (alpha * alpha + sigma * sigma)) * np.stack(rows)

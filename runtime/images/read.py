@@ -68,7 +68,7 @@ def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[i
     size: (width, height) to draw, to which the mask is resized with Lanczos' filter before it is cut at a half
     picture_size: (width, height) of the picture that it masks, before any resizing
     Raises RequestError on what cannot be decoded, a mask of another size than the picture, one with transparency, and
-    one that is all black: it asks for every step and for nothing to be drawn, so an inverted or an empty layer.
+    one that is all black: it asks forevery step and for nothing to be drawn, so an inverted or an empty layer.
     """
     decoded = decode(mask, name=name)
     if size_of(decoded) != picture_size:
@@ -79,7 +79,7 @@ def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[i
     cut = (_grey(decoded, size, name) >= 0.5).astype(np.float32)
     if not cut.any():
         raise RequestError(
-            f"{name}: it is black all over, so nothing would be repainted; paint white what shall change"
+            f"{name}: it is black all over, so nothing would be repainted; paint white what should change"
         )
     return cut[None]
 
@@ -110,10 +110,10 @@ def size_of(picture: Image.Image | Array) -> tuple[int, int]:
 
 
 def rounded_size(size: tuple[int, int], factor: int, *, name: str = "image") -> tuple[int, int]:
-    """Return (width, height) rounded down to multiples of the VAE's factor. Raises RequestError where none is left."""
+    """Return (width, height) rounded down to multiples of the VAE's factor. Raises RequestError if none is left."""
     width, height = (side - side % factor for side in size)
     if not width or not height:
-        raise RequestError(f"{name}: found {_sides(size)}, expected {factor} pixels a side at least")
+        raise RequestError(f"{name}: found {_sides(size)}, expected at least {factor} pixels a side")
     return width, height
 
 
@@ -121,7 +121,7 @@ def _listed(sources: ImageSource | Sequence[ImageSource], name: str) -> list[Ima
     many = isinstance(sources, list | tuple) or (isinstance(sources, np.ndarray) and sources.ndim == 4)
     listed = cast("list[ImageSource]", list(sources) if many else [sources])  # type: ignore[arg-type]
     if not listed:
-        raise RequestError(f"{name}: found none, expected one at least")
+        raise RequestError(f"{name}: found none, expected at least one")
     return listed
 
 
@@ -161,7 +161,7 @@ def _upright(image: Image.Image, what: str, name: str) -> Image.Image:
 
 def _check_size(size: tuple[int, int], what: str, name: str) -> None:
     if min(size) < 1:
-        raise RequestError(f"{name}: {what} is {_sides(size)}, expected one pixel a side at least")
+        raise RequestError(f"{name}: {what} is {_sides(size)}, expected at least one pixel a side")
     if size[0] * size[1] > MAX_PIXELS:
         raise RequestError(f"{name}: {what} is {_sides(size)}, more than {MAX_PIXELS} pixels; give a smaller one")
 

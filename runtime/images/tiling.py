@@ -17,7 +17,7 @@ import numpy as np
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 
-OVERLAP = 0.25  # of a tile at the least, on each side: diffusers' own
+OVERLAP = 0.25  # of a tile at least, on each side: diffusers' own
 LEAST_CELLS = 4  # of a tile's side: fewer have no overlap of a quarter
 
 
@@ -53,7 +53,7 @@ class Side:
 
 
 def overlap(tile: int) -> int:
-    """Return how many cells neighbouring tiles share at the least."""
+    """Return how many cells neighbouring tiles share at least."""
     return round(tile * OVERLAP)
 
 
@@ -105,7 +105,7 @@ class Tiling:
 
 
 def plan_tiles(size: tuple[int, int], tile: int | None, *, factor: int) -> Tiling | None:
-    """Cut a picture of (width, height) pixels into tiles of `tile` pixels; None where one tile holds all of it.
+    """Cut a picture of (width, height) pixels into tiles of `tile` pixels; None if one tile holds all of it.
 
     factor: how many pixels a cell of the latents is wide. Raises RequestError on a tile that cannot be.
     """

@@ -71,7 +71,7 @@ def _checked(frames: Iterable[Array]) -> Iterator[Array]:
             )
         yield frame
     if size is None:
-        raise RequestError("frames: found none, expected one at least")
+        raise RequestError("frames: found none, expected at least one")
 
 
 def frame_times(count: int, fps: float, *, unit: int) -> list[int]:

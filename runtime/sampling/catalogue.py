@@ -62,7 +62,7 @@ class Sampler:
     spaced: can follow a spacing of sigmas such as karras
     measured: can follow sigmas that the caller gives
     timed: can follow timesteps that the caller gives
-    eta: the default share of fresh noise, None where that is not an option
+    eta: the default share of fresh noise, None if that is not an option
     note: what whoever compares its pictures should know
     aliases: other names, of the community's interfaces and diffusers' classes; case and punctuation do not matter
     """
@@ -82,13 +82,13 @@ class Sampler:
     def tuned(self, options: Mapping[str, object]) -> Sampler:
         """Return the sampler with what a checkpoint's own scheduler sets, by the names of `OwnSampler`.
 
-        Raises RequestError where it does not know one of them.
+        Raises RequestError if it does not know one of them.
         """
         convention = {name: value for name, value in options.items() if name in CONVENTIONS}
         rest = {name: value for name, value in options.items() if name not in CONVENTIONS}
         if unknown := [name for name in rest if name not in inspect.signature(self.equations).parameters]:
             raise RequestError(
-                f"sampler: the checkpoint's own asks {self.title} for {unknown[0]}, which it has not; name one"
+                f"sampler: the checkpoint's own sets {unknown[0]}, which {self.title} does not have; choose a sampler"
             )
         tuned = dataclasses.replace(self.convention, **convention)  # type: ignore[arg-type]
         return dataclasses.replace(self, convention=tuned, equations=partial(self.equations, **rest))
@@ -341,7 +341,7 @@ def find(name: str) -> Name:
 def choose_sampler(name: str | None, schedule: TrainingSchedule) -> OwnSampler:
     """Return what a name means for a checkpoint: its own scheduler for None, `own` and `own:…`, else a plain sampler.
 
-    Raises RequestError where there is no such sampler, or where the checkpoint's own is another one.
+    Raises RequestError if there is no such sampler, or where the checkpoint's own is another one.
     """
     if name is None or name == OWN:
         return own_sampler(schedule)

@@ -71,7 +71,7 @@ def guided_stages(plan: SamplingPlan, start: float, stop: float) -> Array:
     first, end = math.ceil(start * plan.stages), math.ceil(stop * plan.stages)
     if first == end:
         raise RequestError(
-            f"guidance_interval: no one of {plan.stages} stages lies from {start:g} to {stop:g}; "
+            f"guidance_interval: none of {plan.stages} stages lies from {start:g} to {stop:g}; "
             "use guidance 1 for no guidance"
         )
     inside = plan.timesteps[first:end]
@@ -82,7 +82,7 @@ def guidance_rows(own: Array, negative: Array, rows: int) -> tuple[Array, Array]
     """Return G of `output = G @ rows` and the slot of each row, for one stage of the pictures in P slots.
 
     own, negative: (P,), the weight of each picture's prompt and of its negative prompt, 0 where it has no part
-    rows: how many there are, P at the least: the prompts' own, then negative prompts', then ones without a weight
+    rows: how many there are, P at least: the prompts' own, then negative prompts', then ones without a weight
     returns: (P, rows) float32 and (rows,) int64
     """
     slots, index = len(own), np.arange(rows, dtype=np.int64)

@@ -36,7 +36,7 @@ def make_plan(
     """Compile a sampler to a plan for a checkpoint's training schedule.
 
     sampler: any name that `find` knows; None or `own` for the checkpoint's own scheduler with what its config sets
-    steps: may be None where timesteps or sigmas are given
+    steps: may be None if timesteps or sigmas are given
     spacing: of timesteps (leading, trailing, linspace: instead of the checkpoint's) or of sigmas (karras, ..)
     strength: the share of the steps to take, from the end: less than 1 keeps some of an image; 0 to 1
     stop: the share of the steps after which to stop, leaving noise for another plan to remove; 0 to 1

@@ -174,5 +174,5 @@ def _shifted(sigma: Array, shift: float) -> Array:
 
 def _flow_levels(sigmas: Array) -> list[Level]:
     if sigmas.max() > 1:
-        raise RequestError(f"sigmas: found {sigmas.max():g}, expected 1 at most: those of a flow are shares of noise")
+        raise RequestError(f"sigmas: found {sigmas.max():g}, expected at most 1: those of a flow are shares of noise")
     return [Level(1 - float(sigma), float(sigma)) for sigma in sigmas.astype(np.float32)]

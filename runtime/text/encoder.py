@@ -36,7 +36,7 @@ class _Words:
 class Encoding:
     """One prompt, or a batch of them with an axis before, as the UNet reads it.
 
-    states: (tokens, width); pooled: (pooled width,), None where the encoder is not read for it
+    states: (tokens, width); pooled: (pooled width,), None if the encoder is not read for it
     """
 
     states: Array
@@ -130,7 +130,7 @@ class TextEncoder:
     def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
         """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
 
-        So it is where no word has a weight, no layer is skipped and all have the same number of chunks. None where
+        So it is where no word has a weight, no layer is skipped and all have the same number of chunks. None if
         it is not, and where every prompt is remembered: there, calling this encoder is what to do.
         """
         words = self._words
@@ -152,7 +152,7 @@ class TextEncoder:
         return self._words.names
 
     def add(self, embedding: Embedding) -> None:
-        """Let prompts use a learned word. Raises RequestError where it does not fit this encoder."""
+        """Let prompts use a learned word. Raises RequestError if it does not fit this encoder."""
         with self._lock:
             if embedding.name in self.embeddings:
                 raise RequestError(f"embeddings: '{embedding.name}' is loaded already; remove it first, or rename it")

@@ -29,7 +29,7 @@ MOST_CHUNKS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A text and how it is read. Raises RequestError where a field has no meaning.
+    """A text and how it is read. Raises RequestError if a field has no meaning.
 
     syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads weights and BREAK
     overflow: what becomes of tokens that the text encoder has no room for: further `chunks`, or `truncate` as

@@ -49,7 +49,7 @@ def prompt_set(checkpoint: str, count: int) -> Any:
 class Refusal(click.ClickException):
     """What the user can fix: one sentence on stderr, or with --json one object on stdout; exit code 2.
 
-    field: of the request, or the name of the parameter that is at fault, None where it is neither
+    field: of the request, or the name of the parameter that is at fault, None if it is neither
     retryable: as in `LatentrtError`
     """
 
@@ -101,7 +101,7 @@ class LazyGroup(click.Group):
 
 
 def find_command(name: str) -> click.Command | None:
-    """Import a command, None where there is none of this name."""
+    """Import a command, None if there is none of this name."""
     if name not in COMMANDS:
         return None
     module, attribute, _ = COMMANDS[name]

@@ -45,7 +45,7 @@ summary { cursor: pointer; padding: 4px 0 } details { margin: 4px 0 }
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the page in one step. Raises BundleError where the disk refuses it."""
+    """Write the page in one step. Raises BundleError if the disk refuses it."""
     write_text(page(report), path)
 
 

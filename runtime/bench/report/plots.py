@@ -1,4 +1,4 @@
-"""The plots of a result: each a function of the report that returns SVG, or None where there is nothing to plot."""
+"""The plots of a result: each a function of the report that returns SVG, or None if there is nothing to plot."""
 
 from __future__ import annotations
 
