@@ -84,6 +84,8 @@ class DeviceLostError(EngineError):
     """
 
 
+# The field that the sentence of a RequestError begins with.
+FIELD = re.compile(r"[a-z]+(?:_[a-z]+)*(?=[:,] )")
 # What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say when memory runs out.
 NO_ROOM = re.compile(
     r"out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"
@@ -145,8 +147,14 @@ class NotFiniteError(EngineError):
 class RequestError(LatentrtError, ValueError):
     """What was asked of the runtime cannot be done: a size, a sampler, a prompt, a number of steps.
 
-    Where a field of the request is at fault, the sentence begins with its name and a colon.
+    If a field of the request is at fault, the sentence begins with its name: `size: …` or `controls, 'edges': …`.
     """
+
+    @property
+    def field(self) -> str | None:
+        """Return the field that the sentence begins with, None if it names none."""
+        head = FIELD.match(str(self))
+        return head[0] if head else None
 
 
 class NestedCallError(RequestError):

@@ -13,6 +13,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.draw.animation import Frame, batches, frame_draw, frame_text, frames_between, slerp
 from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
+from tests.refused import about
 
 SHAPE = (4, 6, 5)
 keys_and_frames = st.tuples(st.integers(2, 6), st.integers(2, 60)).filter(lambda pair: pair[1] >= pair[0])
@@ -97,18 +98,18 @@ def test_the_text_of_a_frame_is_between_its_key_frames_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "frames", "message"),
+    ("keys", "frames", "field"),
     [
-        (1, 8, "key frames: found 1, expected at least two"),
-        (0, 8, "key frames: found 0"),
-        (5, 4, "frames: found 4, expected 5 at least, one for each key frame"),
+        (1, 8, "keys"),
+        (0, 8, "keys"),
+        (5, 4, "frames"),
     ],
 )
-def test_an_impossible_animation_is_refused(keys: int, frames: int, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+def test_an_impossible_animation_is_refused(keys: int, frames: int, field: str) -> None:
+    with pytest.raises(RequestError, check=about(field)):
         frames_between(keys, frames)
 
 
 def test_a_batch_of_nothing_is_refused() -> None:
-    with pytest.raises(RequestError, match="batch: found 0, expected at least 1"):
+    with pytest.raises(RequestError, check=about("batch")):
         list(batches(frames_between(2, 3), 0))

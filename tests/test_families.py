@@ -19,6 +19,7 @@ from latentrt.runtime.draw.conditioning import embed_guidance
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import KeyFrame
 from tests.conftest import Make
+from tests.refused import about
 from tests.test_pipeline_images import left_half, photo
 
 LEAST = 50.0  # dB over the range of pixels: float32 sums in another order, amplified by random weights
@@ -87,13 +88,13 @@ def test_an_inpainting_unet_repaints_as_diffusers_does(made: Make, strength: flo
 
 def test_an_inpainting_unet_without_a_mask_is_refused(made: Make) -> None:
     _, bundle = made("sd1", "inpainting")
-    with pytest.raises(RequestError, match="mask: this checkpoint repaints a part of an image"):
+    with pytest.raises(RequestError, check=about("mask")):
         ours(bundle)
 
 
 def test_sizes_are_for_checkpoints_that_were_told_them(made: Make) -> None:
     _, bundle = made("sd1", "lcm")
-    with pytest.raises(RequestError, match="crop: this checkpoint was not trained with picture sizes"):
+    with pytest.raises(RequestError, check=about("crop")):
         ours(bundle, crop=(3, 4))
 
 

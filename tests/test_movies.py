@@ -15,6 +15,7 @@ from PIL import Image
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.images.write_movie import FASTEST, check_movie, frame_times, save_movie
+from tests.refused import about
 
 # Largest mean difference of a frame in levels of 255: GIF has 256 colours a frame, WebP and MP4 lose a little.
 LOSS = {".gif": 4.0, ".webp": 2.0, ".mp4": 2.0}
@@ -130,34 +131,34 @@ def test_a_missing_writer_is_said_with_the_command_that_installs_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "fps", "message"),
+    ("name", "fps", "field"),
     [
-        ("movie.avi", 8, r"has the ending '\.avi', expected one of \.gif, \.webp, \.mp4"),
-        ("movie", 8, r"has the ending ''"),
-        ("movie.gif", 60, r"fps: found 60, expected above 0 and at most 50 for \.gif"),
-        ("movie.WEBP", 0, r"fps: found 0, expected above 0"),
-        ("movie.webp", float("nan"), r"fps: found nan"),
+        ("movie.avi", 8, "output"),
+        ("movie", 8, "output"),
+        ("movie.gif", 60, "fps"),
+        ("movie.WEBP", 0, "fps"),
+        ("movie.webp", float("nan"), "fps"),
     ],
 )
-def test_an_impossible_movie_is_refused_before_it_is_drawn(name: str, fps: float, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+def test_an_impossible_movie_is_refused_before_it_is_drawn(name: str, fps: float, field: str) -> None:
+    with pytest.raises(RequestError, check=about(field)):
         check_movie(Path(name), fps=fps)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "message"),
+    ("pictures", "field"),
     [
-        ([], "frames: found none, expected at least one"),
+        ([], "frames"),
         (
             [*frames(1), *frames(1, width=32)],
-            r"frames: found uint8 of shape \(48, 32, 3\), expected uint8 of one shape",
+            "frames",
         ),
-        ([np.zeros((8, 8, 3))], r"frames: found float64 of shape \(8, 8, 3\)"),
-        ([np.zeros((8, 8), dtype=np.uint8)], r"frames: found uint8 of shape \(8, 8\)"),
+        ([np.zeros((8, 8, 3))], "frames"),
+        ([np.zeros((8, 8), dtype=np.uint8)], "frames"),
     ],
 )
-def test_what_are_no_frames_is_refused(pictures: list[Array], message: str, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=message):
+def test_what_are_no_frames_is_refused(pictures: list[Array], field: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, check=about(field)):
         save_movie(pictures, tmp_path / "movie.webp")
     assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,7 @@ from latentrt.runtime.draw.job import check_size
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Options, Request
+from tests.refused import about
 
 QUICK: dict[str, Any] = {"steps": 2, "sampler": "euler_ancestral", "guidance": 3.0}
 
@@ -165,42 +166,40 @@ def test_many_threads_get_each_its_own_picture(pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "sentence"),
+    ("request_", "field"),
     [
-        ({"prompt": 3}, "prompt: found 3, expected a string or a list of strings"),
-        ({"prompt": []}, "prompt: found "),
-        ({"prompt": ["a", None]}, "prompt: found "),
-        ({"prompt": "\ud800"}, "is not valid Unicode text"),
-        ({"negative_prompt": 3}, "negative_prompt: found 3"),
-        ({"negative_prompt": ["a", "b"]}, "negative_prompt: found 2 for 1 pictures"),
-        ({"steps": 0}, "steps: found 0"),
-        ({"sampler": "dimm"}, "did you mean 'ddim'"),
-        ({"size": (33, 32)}, "expected multiples of 4"),
-        ({"size": (32.0, 32)}, "expected \\(width, height\\) in whole pixels"),
-        ({"size": (1 << 15, 1 << 15)}, "ask for a smaller picture"),
-        ({"guidance": float("nan")}, "guidance: found nan"),
-        ({"seed": 1.5}, "seed: found 1.5"),
-        ({"seed": [1, 2]}, "seed: found 2 seeds for 1 pictures"),
-        ({"n": 0}, "n: found 0"),
-        ({"deadline": 0}, "deadline: found 0, expected seconds above 0"),
-        ({"noise": "gpu"}, "noise: found 'gpu', expected one of cpu, cuda"),
-        ({"guidance": "7"}, "guidance: found '7', expected a number"),
-        ({"guidance_interval": (0.9, 0.1)}, "guidance_interval: found 0.9 to 0.1"),
-        ({"guidance_rescale": 2.0}, "guidance_rescale: found 2"),
-        ({"prompt": "(circle", "prompt_syntax": "weighted"}, "character 1: .* is never closed"),
-        ({"prompt_syntax": "a1111"}, "prompt_syntax: found 'a1111', expected one of plain, weighted"),
-        ({"clip_skip": 9}, "clip_skip: found 9, expected at most 1"),
-        ({"variation_seed": 3}, "variation_seed: it and variation_strength belong together"),
-        ({"variation_seed": 3, "variation_strength": 1.5}, "variation_strength: found 1.5, expected 0 to 1"),
-        ({"variation_seed": 3, "variation_strength": 0.5, "seed": [1]}, "it varies one seed, and seed is a list"),
-        ({"spacing": "karas"}, "spacing: found 'karas'"),
-        ({"sampler": "euler", "steps": 3, "timesteps": [900, 10]}, "steps: found 3, expected 2"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ["a", None]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"negative_prompt": 3}, "negative_prompt"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt"),
+        ({"steps": 0}, "steps"),
+        ({"sampler": "dimm"}, "sampler"),
+        ({"size": (33, 32)}, "size"),
+        ({"size": (32.0, 32)}, "size"),
+        ({"size": (1 << 15, 1 << 15)}, "size"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": [1, 2]}, "seed"),
+        ({"n": 0}, "n"),
+        ({"deadline": 0}, "deadline"),
+        ({"noise": "gpu"}, "noise"),
+        ({"guidance": "7"}, "guidance"),
+        ({"guidance_interval": (0.9, 0.1)}, "guidance_interval"),
+        ({"guidance_rescale": 2.0}, "guidance_rescale"),
+        ({"prompt": "(circle", "prompt_syntax": "weighted"}, "prompt"),
+        ({"prompt_syntax": "a1111"}, "prompt_syntax"),
+        ({"clip_skip": 9}, "clip_skip"),
+        ({"variation_seed": 3}, "variation_seed"),
+        ({"variation_seed": 3, "variation_strength": 1.5}, "variation_strength"),
+        ({"variation_seed": 3, "variation_strength": 0.5, "seed": [1]}, "variation_seed"),
+        ({"spacing": "karas"}, "spacing"),
+        ({"sampler": "euler", "steps": 3, "timesteps": [900, 10]}, "steps"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_sentence(
-    pipe: Pipeline, request_: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(RequestError, match=sentence):
+def test_what_cannot_be_drawn_is_refused_in_one_sentence(pipe: Pipeline, request_: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError, check=about(field)):
         pipe(**({"prompt": "a circle"} | request_))
 
 

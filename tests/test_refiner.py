@@ -29,6 +29,7 @@ from latentrt.runtime.cli import generate
 from latentrt.runtime.draw.job import split
 from latentrt.runtime.sampling.make import make_plan
 from tests.conftest import REFINED, Make
+from tests.refused import about
 from tests.sampler_oracle import STABLE_DIFFUSION
 from tests.test_families import LEAST, NEGATIVE, PROMPT, SEED, ours, psnr, reference, theirs
 from tests.test_pipeline_images import left_half, photo
@@ -153,7 +154,7 @@ def test_the_switch_is_that_of_the_network_alone(made: Make, start: str, sampler
 
 
 def test_a_bundle_without_a_refiner_says_how_to_get_one(made: Make) -> None:
-    with pytest.raises(RequestError, match="refine_from: this bundle holds no refiner; export it again with --refiner"):
+    with pytest.raises(RequestError, check=about("refine_from")):
         ours(made("sdxl", "")[1], refine_from=0.8)
 
 
@@ -169,7 +170,7 @@ def test_every_stage_has_one_denoiser_and_none_goes_back() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(RequestError, match=r"refine_from: found .*, expected a share of the noise between 0 and 1"):
+    with pytest.raises(RequestError, check=about("refine_from")):
         split(make_plan("euler", STABLE_DIFFUSION, steps=STEPS), share, PAIR, train_timesteps=1000)
 
 
@@ -192,7 +193,7 @@ def test_an_image_that_keeps_most_is_drawn_by_the_refiner_alone(made: Make) -> N
 
 
 def test_scores_are_for_checkpoints_that_were_told_them(made: Make) -> None:
-    with pytest.raises(RequestError, match="aesthetic_score: this checkpoint was not trained with aesthetic scores"):
+    with pytest.raises(RequestError, check=about("aesthetic_score")):
         ours(made("sdxl", "")[1], aesthetic_score=7.0)
 
 

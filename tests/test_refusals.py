@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 # What a call may give and the command line has no option for.
 API_ONLY = {"latents", "original_size", "target_size", "crop"}
 # What else sentences of RequestError begin with: not of a request.
-NO_FIELDS = {"output", "fps", "frames", "batch", "shift", "embeddings"}
+NO_FIELDS = {"output", "keys", "fps", "frames", "batch", "shift", "embeddings"}
 BUNDLE, NOTHING = "BUNDLE", "NOTHING"
 DRAW = ("generate", BUNDLE, "a circle")
 MOVE = ("animate", BUNDLE, "a@1", "b@2", "-o", "movie.webp")

@@ -37,6 +37,7 @@ from latentrt.runtime.sampling.guidance import plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from latentrt.runtime.sampling.plan import SamplingPlan
+from tests.refused import about
 from tests.sampler_oracle import STABLE_DIFFUSION, network
 from tests.studio import DRAWN
 
@@ -310,7 +311,7 @@ def test_the_latent_mask_is_the_one_of_diffusers() -> None:
 def test_a_mask_between_the_latents_is_refused() -> None:
     mask = np.zeros((1, 16, 16), dtype=np.float32)
     mask[0, 5:7, 5:7] = 1
-    with pytest.raises(RequestError, match=r"mask: its white parts are smaller than a latent \(4x4 pixels\)"):
+    with pytest.raises(RequestError, check=about("mask")):
         latent_mask(mask, 4)
 
 
@@ -360,14 +361,14 @@ def test_latents_of_the_caller_serve_every_picture(shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize(
-    ("latents", "message"),
+    "latents",
     [
-        (np.zeros((3, 4, 3, 5)), r"latents: found shape \(3, 4, 3, 5\), expected \(2, 4, 3, 5\) for this size"),
-        (np.zeros((4, 5, 3)), r"latents: found shape \(4, 5, 3\)"),
-        (np.zeros((2, 4, 3, 5), dtype=np.int64), r"latents: found an array of int64, expected floats"),
-        (np.full((4, 3, 5), np.inf), r"latents: found a number that is not finite"),
+        np.zeros((3, 4, 3, 5)),
+        np.zeros((4, 5, 3)),
+        np.zeros((2, 4, 3, 5), dtype=np.int64),
+        np.full((4, 3, 5), np.inf),
     ],
 )
-def test_what_are_no_latents_is_refused_in_one_sentence(latents: Array, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+def test_what_are_no_latents_is_refused_in_one_sentence(latents: Array) -> None:
+    with pytest.raises(RequestError, check=about("latents")):
         check_latents(latents, pictures=2, shape=(4, 3, 5))

@@ -38,7 +38,7 @@ def frames_between(keys: int, frames: int, *, loop: bool = False) -> tuple[Frame
     Raises RequestError on fewer than two key frames, and on fewer frames than those.
     """
     if keys < 2:
-        raise RequestError(f"key frames: found {keys}, expected at least two")
+        raise RequestError(f"keys: found {keys}, expected at least two key frames")
     if frames < keys:
         raise RequestError(f"frames: found {frames}, expected at least {keys}, one for each key frame")
     spans, steps = (keys, frames) if loop else (keys - 1, frames - 1)
@@ -71,12 +71,12 @@ def between(keys: Sequence[KeyFrame], frames: Sequence[Frame], options: Options)
 def check_keys(keys: Sequence[KeyFrame]) -> tuple[KeyFrame, ...]:
     """Return the key frames. Raises RequestError if they are something else, or a field is of another type."""
     if not isinstance(keys, list | tuple) or not all(isinstance(key, KeyFrame) for key in keys):
-        raise RequestError(f"key frames: found {keys!r}, expected a list of KeyFrame(prompt=…, seed=…)")
+        raise RequestError(f"keys: found {keys!r}, expected a list of KeyFrame(prompt=…, seed=…)")
     for number, key in enumerate(keys, 1):
         fields = {"prompt": str, "seed": int, "negative_prompt": str | None}
         for name, kind in fields.items():
             if not isinstance(value := getattr(key, name), kind) or isinstance(value, bool):
-                raise RequestError(f"key frames: found {value!r} for the {name} of number {number}")
+                raise RequestError(f"keys: found {value!r} for the {name} of number {number}")
     return tuple(keys)
 
 

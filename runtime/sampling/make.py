@@ -64,7 +64,7 @@ def make_plan(
         raise
     except (ArithmeticError, ValueError) as error:  # a logarithm or a quotient of zero: two levels are the same
         raise RequestError(
-            f"{name} cannot follow this checkpoint's noise in {requested.steps} steps ({error}); ask for fewer steps"
+            f"steps: {name} cannot follow this checkpoint's noise in {requested.steps} ({error}); ask for fewer"
         ) from None
     end = CLEAN if grid.end == len(grid.intervals) else grid.intervals[grid.end - 1].there
     plan = compile_plan(str(name), stages, steps=requested.steps, initial_scale=grid.initial_scale, end=end)
@@ -118,7 +118,7 @@ def _check_shares(
     if str(schedule.prediction_type) not in line.predictions:
         expected = " or ".join(line.predictions)
         raise RequestError(
-            f"{name} needs a model that predicts {expected}; this one predicts {schedule.prediction_type}"
+            f"sampler: {name} needs a model that predicts {expected}; this one predicts {schedule.prediction_type}"
         )
 
 

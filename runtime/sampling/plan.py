@@ -103,6 +103,6 @@ def _refuse_nonfinite(plan: SamplingPlan) -> None:
     for field in ("timesteps", "input_rows", "transitions", "levels"):
         if not np.isfinite(getattr(plan, field)).all():
             raise RequestError(
-                f"the plan of {plan.sampler} with {plan.steps} steps has a {field} entry that is not finite; "
+                f"sampler: the plan of {plan.sampler} with {plan.steps} steps has a {field} entry that is not finite; "
                 "this sampler cannot follow this checkpoint's noise schedule; choose another"
             )

@@ -18,7 +18,7 @@ from typing import IO, Any
 import click
 
 from latentrt import __version__
-from latentrt.engines.errors import LatentrtError
+from latentrt.engines.errors import FIELD, LatentrtError
 
 COMMANDS = {  # name: (module, attribute, one line for --help)
     "export": ("latentrt.export.cli", "export", "Turn a checkpoint into a bundle."),
@@ -33,8 +33,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
 PROMPT_SETS = {"demo": ("latentrt.export.demo.scoring", "held_out_prompts")}  # checkpoint: (module, attribute)
 ARGUMENTS = "latentrt.arguments"
 JSON = "--json"
-# The field that a sentence begins with; then what is quoted and stays, `name`, name='value', some_name.
-FIELD = re.compile(r"[a-z]+(?:_[a-z]+)*(?=[:,] )")
+# In a sentence: what is quoted and stays, `name`, name='value', some_name.
 NAMES = re.compile(
     r"(?<!\w)'[^']*'|`(?P<marked>[a-z_]+)`|\b(?P<set>[a-z_]+)=(?P<value>'\w+')|\b(?P<plain>[a-z]+_[a-z_]+)\b"
 )
