@@ -37,7 +37,6 @@ class OpenEngines:
         choice: Choice,
         *,
         components: tuple[str, ...] | None,
-        needs: WorkspaceShape | None,
         threads: int | None,
         cuda_graphs: bool | None,
         check: Check,
@@ -46,7 +45,7 @@ class OpenEngines:
         self.choice = choice
         self._bundle, self._check = bundle, check
         self._threads, self._cuda_graphs = threads, cuda_graphs
-        directory, record = find_engines(bundle, choice.backend, needs=needs)
+        directory, record = find_engines(bundle, choice.backend)
         self._components = components or tuple(record.entries)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
@@ -155,7 +154,6 @@ def open_engines(
     backend: str = "auto",
     *,
     components: tuple[str, ...] | None = None,
-    needs: WorkspaceShape | None = None,
     threads: int | None = None,
     cuda_graphs: bool | None = None,
     check: Check = "hash",
@@ -164,7 +162,6 @@ def open_engines(
     """Open the engines of a bundle for this machine, all of them or the named components.
 
     backend: `auto` or a backend's name; see `choose`
-    needs: the shape that shall be drawn first; None for any, the bundle's own size by preference
     threads: how many CPU threads a run may use, None for the backend's own choice
     cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
     check: what is compared before a file is opened: its SHA-256, or only its size
@@ -181,7 +178,6 @@ def open_engines(
         bundle,
         choice,
         components=components,
-        needs=needs,
         threads=threads,
         cuda_graphs=cuda_graphs,
         check=check,

@@ -193,7 +193,7 @@ class Pipeline:
         return self._alone(limits, changes, lambda: self._draw(job, self.loaded.source(job), watched=watched))
 
     def _say(self, note: str | None) -> None:
-        """Log a warning that holds forevery picture, once."""
+        """Log a warning that holds for every picture, once."""
         if note is not None and note not in self._said:
             self._said.add(note)
             logger.warning("%s", note)

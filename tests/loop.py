@@ -1,4 +1,4 @@
-"""What a plan says, executed literally: the oracle forevery other way to draw.
+"""What a plan says, executed literally: the oracle for every other way to draw.
 
 `SamplingPlan`'s docstring and classifier-free guidance as plain NumPy on arrays, with a function for a model.
 """
@@ -45,7 +45,7 @@ def denoise(
 
 
 def advance(transition: Array, state: Array, output: Array, noise: Array) -> Array:
-    """Return transition @ [state; output; noise] forevery picture: the shape of the state, float32."""
+    """Return transition @ [state; output; noise] for every picture: the shape of the state, float32."""
     stack = np.concatenate([state, output[:, None], noise[:, None]], axis=1)
     return np.einsum("or,nr...->no...", transition, stack).astype(np.float32)
 

@@ -91,7 +91,7 @@ def make_factors(
 
 
 def every_layer(root: Path, *, seed: int, part: str | None = None) -> list[Factors]:
-    """Make random changes forevery linear layer and convolution of every network; part: of one of them alone."""
+    """Make random changes for every linear layer and convolution of every network; part: of one of them alone."""
     generator = np.random.default_rng(seed)
     found = []
     for key, (outputs, *inputs) in weight_shapes(root).items():

@@ -22,7 +22,7 @@ from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
 from latentrt.engines.tensorrt.workspace import TensorRTWorkspace
 from latentrt.engines.workspace.contract import ALL, STATE, Workspace, WorkspaceShape
-from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.draw.denoise import begin
 from latentrt.runtime.draw.slots import encode_rows
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
@@ -30,6 +30,7 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 from tests import loop
 from tests.host_device import HostDevice
 from tests.host_tensorrt import make_library, write_plan
+from tests.whole_plan import denoise
 
 RANGE = 1e-5  # of the largest latent: the same float32 sums in another order
 GUIDANCE = 4.0

@@ -92,14 +92,14 @@ def test_the_unpaired_interval_is_where_scipys_mann_whitney_test_changes_its_min
 @given(st.floats(0.2, 5))
 def test_the_unpaired_ratio_finds_the_factor(factor: float) -> None:
     before = np.random.default_rng(3).lognormal(sigma=0.05, size=20)
-    ratio = unpaired_ratio(before.tolist(), (factor * before).tolist())
+    ratio = unpaired_ratio(before.tolist(), (factor * before).tolist(), 0.95)
     assert ratio.low is not None and ratio.high is not None
     assert ratio.estimate == pytest.approx(factor, rel=0.02)
     assert ratio.low <= factor <= ratio.high
 
 
 def test_three_rounds_each_are_too_few_for_an_unpaired_interval() -> None:
-    assert unpaired_ratio([1.0, 1.1, 1.2], [2.0, 2.1, 2.2]).low is None
+    assert unpaired_ratio([1.0, 1.1, 1.2], [2.0, 2.1, 2.2], 0.95).low is None
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (10, 10), (7, 10), (198, 200)])

@@ -19,7 +19,7 @@ from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
-from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.draw.denoise import begin
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows, guided_stages, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
@@ -28,6 +28,7 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 from tests import loop
 from tests.refused import about
 from tests.sampler_oracle import SHAPE, STABLE_DIFFUSION, network
+from tests.whole_plan import denoise
 
 EXACT = 1e-5  # a weighted sum in float32, of numbers of order one
 WALKED = 1e-4  # of range: the same sums in another order, amplified by guidance over a whole trajectory

@@ -1,4 +1,4 @@
-"""What holds forevery plan, and plans as data."""
+"""What holds for every plan, and plans as data."""
 
 from __future__ import annotations
 

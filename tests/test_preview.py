@@ -142,27 +142,6 @@ def test_a_preview_is_a_matrix_of_each_latent() -> None:
     np.testing.assert_array_equal(found.reshape(2, 3), [[120, 90, 135], [255, 0, 120]])
 
 
-def test_what_is_all_noise_is_grey_and_what_is_clean_is_itself() -> None:
-    picture, noise = (TorchCpuNoise(seed).normal((1, 3, 8, 8)) for seed in (1, 2))
-    for level in ((1.0, 80.0), (0.05, 0.9987)):  # variance-exploding and -preserving
-        shown = preview(level[0] * picture + level[1] * noise, KNOWN, level=level)
-        assert np.abs(shown.reshape(-1, 3).astype(float) - (100, 110, 120)).max() <= 6
-    np.testing.assert_array_equal(preview(picture, KNOWN, level=(1.0, 0.0)), preview(picture, KNOWN))
-
-
-def test_the_guess_of_noisy_latents_has_the_least_error_of_all_scalings() -> None:
-    """Against a search: of pictures of unit variance."""
-    picture, noise = (TorchCpuNoise(seed).normal((1, 1, 64, 64)) for seed in (1, 2))
-    grey = msgspec.structs.replace(SPACE, channels=1, preview=((25.0, 25.0, 25.0), (127.0, 127.0, 127.0)))
-    latents, wanted = 0.8 * picture + 0.6 * noise, preview(picture, grey).astype(float)
-    errors = {
-        scale: float(((preview(scale * latents, grey).astype(float) - wanted) ** 2).mean())
-        for scale in np.linspace(0.3, 1.5, 13)
-    }
-    best = float(((preview(latents, grey, level=(0.8, 0.6)).astype(float) - wanted) ** 2).mean())
-    assert best <= min(errors.values()) * 1.02
-
-
 def test_a_bundle_without_a_preview_says_what_to_do() -> None:
     with pytest.raises(BundleError, match=r"has no latent preview.*export the checkpoint again"):
         preview(np.zeros((1, 3, 2, 2)), SPACE)

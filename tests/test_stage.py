@@ -1,4 +1,4 @@
-"""The fused denoise stage computes what the NumPy loop computes, forevery sampler."""
+"""The fused denoise stage computes what the NumPy loop computes, for every sampler."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
-from latentrt.runtime.draw.denoise import blend, denoise
+from latentrt.runtime.draw.denoise import blend
 from latentrt.runtime.draw.start import (
     Start,
     check_latents,
@@ -40,6 +40,7 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.refused import about
 from tests.sampler_oracle import STABLE_DIFFUSION, network
 from tests.studio import DRAWN
+from tests.whole_plan import denoise
 
 # dB of the final latents over their range, and of the pixels over theirs: float32 sums in another order, and random
 # weights that amplify them. A start or a blend that is off by a draw or a level is below 30.

@@ -21,12 +21,13 @@ from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
-from latentrt.runtime.draw.denoise import begin, denoise
+from latentrt.runtime.draw.denoise import begin
 from latentrt.runtime.draw.slots import encode_rows
 from latentrt.runtime.sampling.guidance import plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.noise import TorchCpuNoise
 from tests.studio import DRAWN
+from tests.whole_plan import denoise
 
 RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, over a whole trajectory
 SHAPE = WorkspaceShape(pictures=2, tokens=77, width=24, height=32)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights in the layouts of SD 1.x and SD 2.x, forevery test that needs a real model.
+"""Tiny checkpoints with random weights in the layouts of SD 1.x and SD 2.x, for every test that needs a real model.
 
 They differ wherever real ones do: the text encoder's activation, sizes and padding, linear projections, heads a
 level, the VAE's factor and latent channels, the prediction type, the scheduler's class.

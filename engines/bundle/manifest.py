@@ -16,6 +16,7 @@ from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Document, EngineKey, EngineSpec, Precision, TensorSpec
 
 SCHEMA_VERSION = 2
+NAMED = 4  # layers that a note names
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 
@@ -84,11 +85,11 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
         """Return the path of the ONNX graph, relative to the bundle."""
         return self.files[0]
 
-    def float32_note(self, *, names: int = 4) -> str | None:
+    def float32_note(self) -> str | None:
         """Say in a line what an fp16 graph computes in fp32, with the first names; None if that is nothing."""
         if not self.float32_layers:
             return None
-        shown, more = self.float32_layers[:names], len(self.float32_layers) - names
+        shown, more = self.float32_layers[:NAMED], len(self.float32_layers) - NAMED
         rest = f" and {more} more" if more > 0 else ""
         reach = "" if self.largest_activation is None else f" (its values reach {self.largest_activation:.2g})"
         return f"{len(self.float32_layers)} layers compute in fp32{reach}: {', '.join(shown)}{rest}"

@@ -134,7 +134,7 @@ def _added(lora: LoraFile, part: str, target: Target, strength: float, weight: A
     return lora.change(part, target).added(weight, strength=strength)
 
 
-def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
+def split_strength(text: str) -> tuple[str, float]:
     """Read `file` or `file:0.8`. Raises CheckpointError."""
     path, _, number = text.rpartition(":")
     try:
@@ -142,7 +142,7 @@ def split_strength(text: str, *, option: str = "--lora") -> tuple[str, float]:
     except ValueError:
         return text, 1.0
     if not path or not math.isfinite(strength):
-        raise CheckpointError(f"{option} '{text}': expected a file and a number, as in style.safetensors:0.8")
+        raise CheckpointError(f"--lora '{text}': expected a file and a number, as in style.safetensors:0.8")
     return path, strength
 
 

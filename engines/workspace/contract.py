@@ -68,10 +68,9 @@ def no_decoder(name: str, there: Iterable[str]) -> EngineError:
     )
 
 
-def not_written(name: str, rows: Iterable[int] = ()) -> EngineError:
+def not_written(name: str) -> EngineError:
     """Return the error that something is needed and was not written."""
-    where = ", ".join(map(str, rows))
-    return EngineError(f"{name}{f' (rows {where})' if where else ''} was not written to the workspace; write it first")
+    return EngineError(f"{name} was not written to the workspace; write it first")
 
 
 def sums_of_squares(array: Array) -> Array:

@@ -257,7 +257,7 @@ def mix(rows: Rows, outputs: Array) -> Array:
 
 
 def transit(transition: Array, state: Array, output: Array, noise: Array | None) -> Array:
-    """Return transition @ [state; output; noise] forevery picture.
+    """Return transition @ [state; output; noise] for every picture.
 
     transition: (P, R, R + 2); state: (P, R, C, h, w); output and noise: (P, C, h, w); None is noise of no weight
     returns: (P, R, C, h, w), float32

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnet_files import read_controlnet
+from latentrt.export.additions.controls import Found, add_controls
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config, read_json
-from latentrt.export.sources.parts import ControlNetwork, Parts, WeightSource
+from latentrt.export.sources.parts import Parts, WeightSource
 from latentrt.export.sources.single_file import read_weights_header
 
 KIND = "ControlNetModel"
@@ -27,28 +28,16 @@ PLAIN: tuple[tuple[str, Any, str], ...] = (
 
 def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
     """Add ControlNets to a checkpoint's networks. Raises CheckpointError if one is missing or made for another."""
-    if parts.source == "onnx":
-        raise CheckpointError(
-            "--controlnet needs a UNet that takes residuals, and optimum exported this one without; "
-            "give the checkpoint that it came from"
-        )
-    for option in sorted(options, key=lambda option: option.name):
-        if option.name in (one.control for one in parts.controls.values()):
-            raise CheckpointError(
-                f"--controlnet: the name '{option.name}' was given twice; give each a name of its own"
-            )
-        parts = _add(parts, ControlNetwork(row="controlnet", control=option.name), option, allow_pickle=allow_pickle)
-    return parts
+    return add_controls(parts, options, partial(_read, allow_pickle=allow_pickle), row="controlnet")
 
 
-def _add(parts: Parts, controls: ControlNetwork, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+def _read(option: ControlNetOption, parts: Parts, *, allow_pickle: bool) -> Found:
     path = Path(option.path).expanduser()
     config: Mapping[str, Any]
-    network: Path | WeightSource
     if path.is_dir():
         _require_kind(option, read_json(path / "config.json"))
+        network: Path | WeightSource = open_network("controlnet", path, allow_pickle=allow_pickle)
         config = read_config("controlnet", path)
-        network = open_network("controlnet", path, allow_pickle=allow_pickle)
         files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
     elif path.is_file():
         config, network = read_controlnet(_name(option), read_weights_header(path, allow_pickle=allow_pickle), parts)
@@ -56,14 +45,7 @@ def _add(parts: Parts, controls: ControlNetwork, option: ControlNetOption, *, al
     else:
         raise CheckpointError(f"{_name(option)} is not there; give a directory or a safetensors file")
     _check(option, config, parts)
-    component = controls.component
-    return replace(
-        parts,
-        configs={**parts.configs, component: config},
-        networks={**parts.networks, component: network},
-        files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
-        controls={**parts.controls, component: controls},
-    )
+    return config, network, files
 
 
 def _name(option: ControlNetOption) -> str:

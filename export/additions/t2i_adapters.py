@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_names import FEATURE
+from latentrt.export.additions.controls import Found, add_controls
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
-from latentrt.export.sources.parts import ControlNetwork, Parts
+from latentrt.export.sources.parts import Parts
 
 KIND = "T2IAdapter"
 Sizes = list[tuple[int, int]]
@@ -20,19 +21,10 @@ Sizes = list[tuple[int, int]]
 
 def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
     """Add T2I-Adapters to a checkpoint's networks. Raises CheckpointError if one is missing or made for another."""
-    if parts.source == "onnx":
-        raise CheckpointError(
-            "--adapter needs a UNet that takes features, and optimum exported this one without; "
-            "give the checkpoint that it came from"
-        )
-    for option in sorted(options, key=lambda option: option.name):
-        if option.name in (one.control for one in parts.controls.values()):
-            raise CheckpointError(f"--adapter: the name '{option.name}' was given twice; give each a name of its own")
-        parts = _add(parts, ControlNetwork(row="adapter", control=option.name), option, allow_pickle=allow_pickle)
-    return parts
+    return add_controls(parts, options, partial(_read, allow_pickle=allow_pickle), row="adapter")
 
 
-def _add(parts: Parts, controls: ControlNetwork, option: ControlNetOption, *, allow_pickle: bool) -> Parts:
+def _read(option: ControlNetOption, parts: Parts, *, allow_pickle: bool) -> Found:
     path, name = Path(option.path).expanduser(), f"--adapter {option.name}='{option.path}'"
     if not path.is_dir():
         raise CheckpointError(f"{name} is not there; give a directory in diffusers' layout")
@@ -51,14 +43,7 @@ def _add(parts: Parts, controls: ControlNetwork, option: ControlNetOption, *, al
     if any(other != found for other in others):
         raise CheckpointError(f"{name} has {len(found)} features and another adapter {len(others[0])}; add one of them")
     files = [path / "config.json", *network_files(path, allow_pickle=allow_pickle)]
-    component = controls.component
-    return replace(
-        parts,
-        configs={**parts.configs, component: config},
-        networks={**parts.networks, component: open_network("adapter", path, allow_pickle=allow_pickle)},
-        files={**parts.files, **{f"{component}/{file.name}": file for file in files}},
-        controls={**parts.controls, component: controls},
-    )
+    return config, open_network("adapter", path, allow_pickle=allow_pickle), files
 
 
 def _factor(configs: Mapping[str, Mapping[str, Any]]) -> int:

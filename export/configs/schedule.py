@@ -351,7 +351,7 @@ def training_schedule(
 
 
 def _complete(config: Mapping[str, Any], defaults: Values) -> dict[str, Any]:
-    """Return a value forevery key of a class; null is false where true or false is meant, as it is in diffusers."""
+    """Return a value for every key of a class; null is false where true or false is meant, as it is in diffusers."""
     values = {key: config.get(key, default) for key, default in defaults.items()}
     absent = {key: False if isinstance(defaults[key], bool) else defaults[key] for key in values if values[key] is None}
     return values | absent

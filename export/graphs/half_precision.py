@@ -6,7 +6,7 @@ ranges that `ranges.py` recorded. Nothing is decided by names of layers or model
 
 The ranges, and the error that is recorded, are those of the golden inputs: random tokens, latents and pictures of the
 spread that the network meets, at two sizes. They show where the weights leave float16 on such inputs. They are no
-proof forevery prompt and picture, which is why a quarter of the range is the limit.
+proof for every prompt and picture, which is why a quarter of the range is the limit.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ KEYS = ("latents_mean", "latents_std")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Affine:
-    """values * scale + shift, a number of each forevery channel."""
+    """values * scale + shift, a number of each for every channel."""
 
     scale: tuple[float, ...]
     shift: tuple[float, ...]

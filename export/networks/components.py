@@ -126,6 +126,41 @@ class Component:
 DENOISER, REFINER = "unet", "refiner"  # a checkpoint's own, and one of another checkpoint that refines
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
 PICTURES = ("batch", "picture_channels", "height", "width")
+# The sizes of all networks that run at each stage.
+STAGE_TRACED = {"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77}
+STAGE_CHECKED = {"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8}
+STAGE_UNITS = {"latent_height": "unet_factor", "latent_width": "unet_factor"}
+STAGE_ODD = {"latent_height": 1, "latent_width": -1}
+
+
+def _text_encoder(name: str, *outputs: Tensor, suffix: str) -> Component:
+    # What the text is without the last 1, 2, … layers: clip-skip chooses among them.
+    skipped = ("batch", f"skipped_layers{suffix}", "context", f"text_width{suffix}")
+    return Component(
+        name=name,
+        role="text_encoder",
+        inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
+        outputs=(*outputs, Tensor(name="skipped_hidden_states", shape=skipped, extra=True)),
+        traced={"batch": 2},
+        checked={"batch": 3},
+        units={},
+    )
+
+
+VAE_DECODER = Component(
+    name="vae_decoder",
+    role="decoder",
+    inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
+    # Expressions of the input's axes: optimum sizes its output buffers by evaluating them.
+    outputs=(
+        Tensor(
+            name="sample", shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width")
+        ),
+    ),
+    traced={"batch": 2, "latent_height": 6, "latent_width": 10},
+    checked={"batch": 1, "latent_height": 9, "latent_width": 5},
+    units={},
+)
 
 CONTROLNET = Component(
     name="controlnet",
@@ -141,10 +176,10 @@ CONTROLNET = Component(
         Tensor(name=SCALE, shape=("batch",), dtype="float32", values="unit"),
     ),
     outputs=(),
-    traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
-    checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
-    units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
-    odd={"latent_height": 1, "latent_width": -1},
+    traced=STAGE_TRACED,
+    checked=STAGE_CHECKED,
+    units=STAGE_UNITS,
+    odd=STAGE_ODD,
     controlled="gives",
     follows=("height", "width"),
 )
@@ -163,38 +198,17 @@ ADAPTERS = Component(
 _NETWORKS: Mapping[str, Component] = {
     component.name: component
     for component in (
-        Component(
-            name="text_encoder",
-            role="text_encoder",
-            inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
-            outputs=(
-                Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
-                Tensor(name="pooler_output", shape=("batch", "text_width")),
-                # What the text is without the last 1, 2, … layers: clip-skip chooses among them.
-                Tensor(
-                    name="skipped_hidden_states", shape=("batch", "skipped_layers", "context", "text_width"), extra=True
-                ),
-            ),
-            traced={"batch": 2},
-            checked={"batch": 3},
-            units={},
+        _text_encoder(
+            "text_encoder",
+            Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
+            Tensor(name="pooler_output", shape=("batch", "text_width")),
+            suffix="",
         ),
-        Component(
-            name="text_encoder_2",
-            role="text_encoder",
-            inputs=(Tensor(name="input_ids", shape=("batch", "context"), dtype="int64", values="tokens"),),
-            outputs=(
-                Tensor(name="text_embeds", shape=("batch", "pooled_width")),
-                Tensor(name="last_hidden_state", shape=("batch", "context", "text_width_2")),
-                Tensor(
-                    name="skipped_hidden_states",
-                    shape=("batch", "skipped_layers_2", "context", "text_width_2"),
-                    extra=True,
-                ),
-            ),
-            traced={"batch": 2},
-            checked={"batch": 3},
-            units={},
+        _text_encoder(
+            "text_encoder_2",
+            Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+            Tensor(name="last_hidden_state", shape=("batch", "context", "text_width_2")),
+            suffix="_2",
         ),
         Component(
             name=DENOISER,
@@ -214,26 +228,12 @@ _NETWORKS: Mapping[str, Component] = {
             outputs=(Tensor(name="out_sample", shape=LATENTS),),
             controlled="takes",
             adapted="takes",
-            traced={"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77},
-            checked={"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8},
-            units={"latent_height": "unet_factor", "latent_width": "unet_factor"},
-            odd={"latent_height": 1, "latent_width": -1},
+            traced=STAGE_TRACED,
+            checked=STAGE_CHECKED,
+            units=STAGE_UNITS,
+            odd=STAGE_ODD,
         ),
-        Component(
-            name="vae_decoder",
-            role="decoder",
-            inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
-            outputs=(
-                # Expressions of the input's axes: optimum sizes its output buffers by evaluating them.
-                Tensor(
-                    name="sample",
-                    shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width"),
-                ),
-            ),
-            traced={"batch": 2, "latent_height": 6, "latent_width": 10},
-            checked={"batch": 1, "latent_height": 9, "latent_width": 5},
-            units={},
-        ),
+        VAE_DECODER,
         Component(
             name="vae_encoder",
             role="encoder",
@@ -249,22 +249,8 @@ _NETWORKS: Mapping[str, Component] = {
             units={"height": "factor", "width": "factor"},
         ),
         CONTROLNET,
-        # Small and rough: a picture on its way, or the last one where a hundredth of the VAE's time must do. It takes
-        # what the VAE's decoder takes.
-        Component(
-            name="tiny_decoder",
-            role="tiny_decoder",
-            inputs=(Tensor(name="latent_sample", shape=LATENTS, values="latents"),),
-            outputs=(
-                Tensor(
-                    name="sample",
-                    shape=("batch", "picture_channels", "{factor} * latent_height", "{factor} * latent_width"),
-                ),
-            ),
-            traced={"batch": 2, "latent_height": 6, "latent_width": 10},
-            checked={"batch": 1, "latent_height": 9, "latent_width": 5},
-            units={},
-        ),
+        # Small and rough: for previews, or for a picture in a hundredth of the VAE's time.
+        replace(VAE_DECODER, name="tiny_decoder", role="tiny_decoder"),
         ADAPTERS,
     )
 }

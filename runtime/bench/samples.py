@@ -74,15 +74,15 @@ def summarise(samples: Sequence[float]) -> Summary:
     )
 
 
-def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float] | None:
-    """Return the interval that holds the true median with at least this confidence, or None if too few are here.
+def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
+    """Return the interval that holds the true median with the confidence of CONFIDENCE, or None if too few are here.
 
     The k-th smallest and k-th largest measurement: the number of measurements below the true median is binomial
     with probability 1/2, whatever the distribution (the sign test, inverted).
     """
     n = len(samples)
     tail, k = 0.0, 0  # the chance that at most k of n lie below the median
-    while k < n // 2 and tail + math.comb(n, k) / 2**n <= (1 - confidence) / 2:
+    while k < n // 2 and tail + math.comb(n, k) / 2**n <= (1 - CONFIDENCE) / 2:
         tail += math.comb(n, k) / 2**n
         k += 1
     if k == 0:
@@ -91,7 +91,7 @@ def median_interval(samples: Sequence[float], confidence: float = CONFIDENCE) ->
     return ordered[k - 1], ordered[n - k]
 
 
-def unpaired_ratio(before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE) -> Ratio:
+def unpaired_ratio(before: Sequence[float], after: Sequence[float], confidence: float) -> Ratio:
     """Return how many times as large `after` is as `before`, where the two were measured apart.
 
     The median of all quotients after[j] / before[i] (Hodges-Lehmann on logarithms), and the quotients between which
@@ -109,9 +109,9 @@ def unpaired_ratio(before: Sequence[float], after: Sequence[float], confidence: 
     )
 
 
-def share_interval(right: int, count: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def share_interval(right: int, count: int) -> tuple[float, float]:
     """Return the interval of a share, `right` of `count` (Wilson's score interval): within 0..1 at the ends too."""
-    z = normal_quantile((1 + confidence) / 2)
+    z = normal_quantile((1 + CONFIDENCE) / 2)
     share, square = right / count, z * z / count
     centre = (share + square / 2) / (1 + square)
     half = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)

@@ -169,37 +169,6 @@ def _spread(noises: Sequence[tuple[slice, Array]], slots: int) -> Array:
     return spread
 
 
-def denoise(
-    workspace: Workspace,
-    plan: SamplingPlan,
-    guidance: Guidance,
-    draw: Callable[[], Array],
-    *,
-    denoiser: str,
-    controls: Sequence[ResolvedControl] = (),
-    features: Features | None = None,
-    stages: range | None = None,
-) -> Iterator[int]:
-    """Take the pictures that fill a workspace through one plan; yield the number of stages done after each.
-
-    stages: which of the plan's to take, None for all; see `Batch` for the others
-    A caller that stops iterating leaves the workspace where it is.
-    Raises NotFiniteError if the workspace knows of latents that are not finite any more.
-    """
-    batch = Batch(
-        plan=plan,
-        guidance=guidance,
-        draw=draw,
-        slots=slice(0, workspace.shape.pictures),
-        stages=range(plan.stages) if stages is None else stages,
-        controls=controls,
-        features=features,
-    )
-    loop = Loop(workspace, denoiser)
-    loop.join(batch)
-    yield from stages_of(loop, batch)
-
-
 def stages_of(loop: Loop, batch: Batch) -> Iterator[int]:
     """Advance a loop until a batch is done; yield after each stage how many of its are. Raises NotFiniteError."""
     while batch.running:

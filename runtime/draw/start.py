@@ -141,7 +141,7 @@ def inpainting_condition(mask: Array, masked_image: Array) -> Array:
     return np.concatenate([rows, masked_image], axis=1, dtype=np.float32)
 
 
-def check_latents(latents: Array, *, pictures: int, shape: tuple[int, int, int], name: str = "latents") -> Array:
+def check_latents(latents: Array, *, pictures: int, shape: tuple[int, int, int]) -> Array:
     """Return the caller's latents as float32: (pictures, C, h, w). One picture's serve all of them.
 
     shape: (C, h, w) of the pictures to draw
@@ -149,12 +149,12 @@ def check_latents(latents: Array, *, pictures: int, shape: tuple[int, int, int],
     """
     array = np.asarray(latents)
     if array.dtype not in (np.float16, np.float32, np.float64):
-        raise RequestError(f"{name}: found an array of {array.dtype}, expected floats")
+        raise RequestError(f"latents: found an array of {array.dtype}, expected floats")
     rows = array[None] if array.ndim == 3 else array
     if rows.shape not in ((1, *shape), (pictures, *shape)):
-        raise RequestError(f"{name}: found shape {array.shape}, expected {(pictures, *shape)} for this size")
+        raise RequestError(f"latents: found shape {array.shape}, expected {(pictures, *shape)} for this size")
     with np.errstate(over="ignore"):
         rows = rows.astype(np.float32, copy=False)
     if not np.isfinite(rows).all():
-        raise RequestError(f"{name}: found a number that is not finite, or is outside the range of float32")
+        raise RequestError("latents: found a number that is not finite, or is outside the range of float32")
     return np.broadcast_to(rows, (pictures, *shape))

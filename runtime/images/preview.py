@@ -11,14 +11,11 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.solvers.prediction import denoised, output_units
 
-CLEAN = (1.0, 0.0)
 
-
-def preview(latents: Array, space: LatentSpec, *, level: Array | tuple[float, float] = CLEAN) -> Array:
+def preview(latents: Array, space: LatentSpec) -> Array:
     """Return what latents show, one pixel for each: (n, h, w, 3), uint8, sRGB.
 
-    latents: (n, C, h, w); level: the weights of picture and noise in them, one of `plan.levels`
-    Noisy latents are shown as the best linear guess of the clean ones: grey where nothing is known yet.
+    latents: (n, C, h, w), clean ones, such as `predicted_latents` gives
     Raises BundleError if the bundle has no preview.
     """
     if space.preview is None:
@@ -26,9 +23,7 @@ def preview(latents: Array, space: LatentSpec, *, level: Array | tuple[float, fl
             "this bundle has no latent preview: it was made by an older latentrt; export the checkpoint again"
         )
     *rows, offset = np.array(space.preview, dtype=np.float32)
-    alpha, sigma = level
-    weights = np.float32(alpha / (alpha * alpha + sigma * sigma)) * np.stack(rows)
-    colours = np.moveaxis(latents, 1, -1).astype(np.float32, copy=False) @ weights + (offset + np.float32(0.5))
+    colours = np.moveaxis(latents, 1, -1).astype(np.float32, copy=False) @ np.stack(rows) + (offset + np.float32(0.5))
     return np.asarray(np.clip(colours, 0, 255), dtype=np.uint8)
 
 

@@ -31,11 +31,7 @@ ROUNDING = 1e-3  # by which floats may leave 0 to 1: another library's resizing 
 
 
 def read_pictures(
-    sources: ImageSource | Sequence[ImageSource],
-    *,
-    factor: int,
-    size: tuple[int, int] | None = None,
-    name: str = "image",
+    sources: ImageSource | Sequence[ImageSource], *, factor: int, size: tuple[int, int] | None = None
 ) -> Array:
     """Return what the VAE encoder takes: (n, height, width, 3), float32, -1 to 1.
 
@@ -44,11 +40,11 @@ def read_pictures(
     size: (width, height), multiples of the factor; None for the first picture's own, rounded down to such
     A picture of another size is resized with Lanczos' filter, without regard to its proportions; an array of floats
     is not resized, but refused.
-    Raises RequestError, which begins with `name`, on what cannot be decoded or has more than MAX_PIXELS.
+    Raises RequestError on what cannot be decoded or has more than MAX_PIXELS.
     """
-    pictures = [decode(source, name=name) for source in _listed(sources, name)]
-    size = size or rounded_size(size_of(pictures[0]), factor, name=name)
-    return np.stack([_signed(_fitted(picture, size, name)) for picture in pictures])
+    pictures = [decode(source, name="image") for source in _listed(sources, "image")]
+    size = size or rounded_size(size_of(pictures[0]), factor, name="image")
+    return np.stack([_signed(_fitted(picture, size, "image")) for picture in pictures])
 
 
 def read_hints(sources: ImageSource | Sequence[ImageSource], *, size: tuple[int, int], name: str) -> Array:
@@ -61,26 +57,24 @@ def first_of(sources: ImageSource | Sequence[ImageSource], *, name: str) -> Imag
     return decode(_listed(sources, name)[0], name=name)
 
 
-def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[int, int], name: str = "mask") -> Array:
+def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[int, int]) -> Array:
     """Return a mask at the size of the picture to draw: (1, height, width), float32, 1 where it is repainted, else 0.
 
     mask: white (from half up) is repainted, black is kept
     size: (width, height) to draw, to which the mask is resized with Lanczos' filter before it is cut at a half
     picture_size: (width, height) of the picture that it masks, before any resizing
     Raises RequestError on what cannot be decoded, a mask of another size than the picture, one with transparency, and
-    one that is all black: it asks forevery step and for nothing to be drawn, so an inverted or an empty layer.
+    one that is all black: it asks for every step and for nothing to be drawn, so an inverted or an empty layer.
     """
-    decoded = decode(mask, name=name)
+    decoded = decode(mask, name="mask")
     if size_of(decoded) != picture_size:
         raise RequestError(
-            f"{name}: found {_sides(size_of(decoded))}, expected {_sides(picture_size)} as the image has; "
+            f"mask: found {_sides(size_of(decoded))}, expected {_sides(picture_size)} as the image has; "
             "resize it to the image"
         )
-    cut = (_grey(decoded, size, name) >= 0.5).astype(np.float32)
+    cut = (_grey(decoded, size) >= 0.5).astype(np.float32)
     if not cut.any():
-        raise RequestError(
-            f"{name}: it is black all over, so nothing would be repainted; paint white what should change"
-        )
+        raise RequestError("mask: it is black all over, so nothing would be repainted; paint white what should change")
     return cut[None]
 
 
@@ -233,16 +227,16 @@ def _opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", upper.size, WHITE), upper).convert("RGB")
 
 
-def _grey(mask: Image.Image | Array, size: tuple[int, int], name: str) -> Array:
+def _grey(mask: Image.Image | Array, size: tuple[int, int]) -> Array:
     """Return how white a mask is: (height, width), float32, 0 to 1. As diffusers, it is resized, then made grey."""
     if not isinstance(mask, Image.Image):
         if mask.shape[2] != 1:
-            raise RequestError(f"{name}: found {mask.shape[2]} channels of floats, expected (height, width)")
-        return _as_it_is(mask, size, name)[..., 0]
+            raise RequestError(f"mask: found {mask.shape[2]} channels of floats, expected (height, width)")
+        return _as_it_is(mask, size, "mask")[..., 0]
     if mask.has_transparency_data:
         alpha = np.asarray(mask.convert("RGBA").getchannel("A"))
         if alpha.min() < 255:  # some tools mean by it what is repainted, some what is kept
-            raise RequestError(f"{name}: it has transparency, expected white on black; save it without")
+            raise RequestError("mask: it has transparency, expected white on black; save it without")
         mask = mask.convert("RGB")
     return np.array(mask.resize(size, Image.Resampling.LANCZOS).convert("L")).astype(np.float32) / np.float32(255)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 760.0
+LOG_TICKS = 7  # at most, on a logarithmic axis
+WIDEST_NAMES = 260.0  # of the column of row names
 CHARACTER = 7.0  # width of a letter at the labels' size, on average
 
 Scale = Callable[[float], float]
@@ -50,12 +52,12 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+def log_ticks(low: float, high: float) -> list[float]:
     """Return round numbers between low and high for a logarithmic axis: 1, 2 and 5 times powers of ten, or fewer."""
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
         found = [f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high]
-        if len(found) <= most:
+        if len(found) <= LOG_TICKS:
             return found or [low, high]
     return found
 
@@ -122,11 +124,11 @@ def y_axis(frame: Frame, scale: Scale, marks: Sequence[float], title: str, *, un
     yield text(frame.left, frame.top - 9, title, kind="tick")
 
 
-def gutter(names: Sequence[str], *, most: float = 260.0) -> float:
+def gutter(names: Sequence[str]) -> float:
     """Return how wide the column of row names must be: a single row needs none, the page names it."""
     if len(names) == 1:
         return 8.0
-    return min(most, 14 + CHARACTER * max(map(len, names)))
+    return min(WIDEST_NAMES, 14 + CHARACTER * max(map(len, names)))
 
 
 def shorten(name: str, width: float) -> str:

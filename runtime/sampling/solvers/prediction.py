@@ -1,4 +1,4 @@
-"""What the model's output means: the same two formulas forevery sampler."""
+"""What the model's output means: the same two formulas for every sampler."""
 
 from __future__ import annotations
 
@@ -66,5 +66,5 @@ def edm_units(plan: SamplingPlan, schedule: TrainingSchedule) -> SamplingPlan:
 
 
 def moment_weights(nodes: Sequence[float], moments: Sequence[float]) -> Array:
-    """Return w with sum(w * nodes**n) == moments[n] forevery n below the number of nodes: (len(nodes),), float64."""
+    """Return w with sum(w * nodes**n) == moments[n] for every n below the number of nodes: (len(nodes),), float64."""
     return np.linalg.solve(np.vander(nodes, increasing=True).T, np.asarray(moments, dtype=np.float64))

@@ -1,0 +1,46 @@
+"""What ControlNets and T2I-Adapters have in common when they are added to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.export.options import ControlNetOption
+from latentrt.export.sources.parts import ControlNetwork, Parts, WeightSource
+
+Found = tuple[Mapping[str, Any], Path | WeightSource, Sequence[Path]]
+"""A network's config, where its weights are, and the files that the export reads."""
+
+
+def add_controls(
+    parts: Parts,
+    options: Sequence[ControlNetOption],
+    read: Callable[[ControlNetOption, Parts], Found],
+    *,
+    row: Literal["controlnet", "adapter"],
+) -> Parts:
+    """Add networks to a checkpoint's, in the order of their names. Raises CheckpointError.
+
+    read: opens one and checks it against the checkpoint
+    """
+    if parts.source == "onnx":
+        raise CheckpointError(
+            f"--{row} needs a UNet with inputs for it, and optimum exported this one without; "
+            "give the checkpoint that it came from"
+        )
+    for option in sorted(options, key=lambda option: option.name):
+        if option.name in (one.control for one in parts.controls.values()):
+            raise CheckpointError(f"--{row}: the name '{option.name}' was given twice; give each a name of its own")
+        config, network, files = read(option, parts)
+        control = ControlNetwork(row=row, control=option.name)
+        parts = replace(
+            parts,
+            configs={**parts.configs, control.component: config},
+            networks={**parts.networks, control.component: network},
+            files={**parts.files, **{f"{control.component}/{file.name}": file for file in files}},
+            controls={**parts.controls, control.component: control},
+        )
+    return parts
