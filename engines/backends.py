@@ -1,4 +1,4 @@
-"""The backends by name: what each can tell, build and open. One row a backend, one module behind each."""
+"""The backends by name: what each can tell, build and open. One row for each backend, and one module."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class BuildOptions:
     workspace_mb: scratch memory that a layer may use
     version_compatible: engines for the lean runtime, and for later versions of the library
     refit: weights can be exchanged later
-    state_rows: rows of state of the largest sampler that the fused denoiser shall carry
+    state_rows: rows of state of the largest sampler that the fused denoiser must hold
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
     timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either

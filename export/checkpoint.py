@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def zero_negative(self) -> bool:
-        """Tell whether zeros stand for a negative prompt that is not given: SDXL's pipelines do so unless told."""
+        """Tell whether zeros replace a negative prompt that is not given, as in SDXL unless model_index.json says no."""
         return bool(self.dimensions["pooled_width"] and self.index.get("force_zeros_for_empty_prompt", True))
 
     def hashes(self) -> dict[str, str]:
@@ -92,7 +92,7 @@ def open_checkpoint(name: str, *, options: CheckpointOptions | None = None) -> C
 
 
 def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
-    """Put in place what was given beside the checkpoint."""
+    """Apply the options to a checkpoint: replaced networks, LoRAs, ControlNets and adapters."""
     if options.vae:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.unet:
@@ -221,7 +221,7 @@ def _latents(parts: Parts) -> LatentSpec:
 
 
 def _default_size(unet: Mapping[str, Any], family: Family, prediction: Prediction, *, factor: int) -> tuple[int, int]:
-    """Return the width and the height that diffusers' pipelines draw where they are told none."""
+    """Return the width and the height that diffusers' pipelines draw if they get none."""
     given = unet["sample_size"]
     if given is None:  # they draw nothing then
         given = sample_size(family, prediction)
@@ -233,7 +233,7 @@ def _default_size(unet: Mapping[str, Any], family: Family, prediction: Predictio
 
 
 def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -> dict[str, int]:
-    """Name the sizes that the tables of shapes refer to; 0 for what a checkpoint has not."""
+    """Name the sizes that the tables of shapes refer to; 0 for what a checkpoint does not have."""
     vae, unet = configs["vae_decoder"], configs["unet"]
     first = configs.get("text_encoder") or complete("text_encoder", {}, where="")
     second = configs.get("text_encoder_2") or complete("text_encoder_2", {}, where="")

@@ -99,7 +99,7 @@ def export_checkpoint(
 
     checkpoint: a directory in diffusers' or optimum's layout, a safetensors file, a hub id, or `demo`
     precision: of the graphs; None for what suits the first backend (fp32 on a CPU, fp16 on a GPU)
-    backends: whose engines are built for the machine at hand; none is a choice too
+    backends: whose engines are built for this machine; may be empty
     Raises CheckpointError, BundleError and EngineError: NotInstalledError where a library is missing. A killed export
     leaves the target as it was; the same call again continues with the components that are missing.
     """
@@ -112,7 +112,7 @@ def export_checkpoint(
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     provenance = _provenance(opened, precision)
     report("reading the checkpoint", 1, 1)
-    _existing(target, provenance, overwrite=overwrite)  # what is refused leaves nothing behind
+    _existing(target, provenance, overwrite=overwrite)  # refused before anything is written
     with staged(target, provenance.export_key) as directory:
         if existing := _existing(target, provenance, overwrite=overwrite):
             shutil.rmtree(directory)
@@ -291,7 +291,7 @@ def _manifest(
 
 
 def _denoisers(checkpoint: Checkpoint) -> dict[str, DenoiserSpec]:
-    """Say what each denoiser is told, the one that draws first."""
+    """Say what each denoiser takes, the one that draws first."""
     refiner = {REFINER: checkpoint.refiner} if checkpoint.refiner else {}
     return {
         name: DenoiserSpec(

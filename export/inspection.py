@@ -31,7 +31,7 @@ from latentrt.export.sources.parts import TEXT_ENCODERS
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 from latentrt.export.sources.weight_files import find_weights, has_safetensors
 
-# What shapes cannot tell, said where it matters to whoever chooses steps and guidance.
+# What shapes cannot tell, for the reader who chooses steps and guidance.
 DISTILLED = (
     "whether it was distilled to few steps (LCM, Turbo, Lightning, Hyper) cannot be told from the weights: "
     "its author's page names the steps and the guidance"

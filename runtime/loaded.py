@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded:
-    """What drawing takes of a bundle. Nothing in it waits for a turn: whoever has it sees to that.
+    """What drawing needs of a bundle. It is not locked: its owner makes callers take turns.
 
     opened: the engines; encoders: the text encoders; loras: what LoRA files mean here; drawing: draws jobs
     """
@@ -57,7 +57,7 @@ class Loaded:
         return taken
 
     def prompts(self, job: Job) -> tuple[list[Prompt], list[Prompt]]:
-        """Return a job's prompts and negative prompts; none of these where no stage needs them. Raises RequestError."""
+        """Return a job's prompts and negative prompts; none if no stage needs them. Raises RequestError."""
         return job.read(job.prompts), job.read(job.negatives, negative=True) if job.guidance.needed else []
 
     def tokens(self, job: Job) -> dict[str, int]:

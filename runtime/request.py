@@ -1,4 +1,4 @@
-"""What one call asks for, and what it means for a bundle: checked once, before anything is computed."""
+"""What one call asks for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.text.syntax import Syntax
 from latentrt.runtime.text.tokenizer import Overflow
 
-# What changes a picture beside prompt, steps, guidance, sampler, size and seed, and can be written down.
+# What changes a picture besides prompt, steps, guidance, sampler, size and seed, and can be written down.
 FURTHER = frozenset(
     {
         "prompt_syntax",
@@ -95,13 +95,13 @@ class Request:
     """What to draw. Only the prompt is needed.
 
     prompt: a text, or one for each picture; each is drawn n times
-    negative_prompt: what not to show: one for all, or one for each picture. None, for all or in the list, is for none:
-        as in diffusers, SDXL then reads zeros where its checkpoint says so, while "" is encoded; to other
+    negative_prompt: what not to show: one for all pictures, or one for each. None means no negative prompt, alone or in
+        the list: as in diffusers, SDXL then gets zeros if its checkpoint says so, while "" is encoded; for other
         checkpoints both are the empty prompt
-    prompt_syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads (words:1.2), [words] and BREAK
-    overflow: what becomes of the tokens of a long prompt: further `chunks`, or `truncate` as diffusers does
-    clip_skip: how many of the text encoder's last layers to leave out for the prompt, counted as diffusers does
-    seed: one for the first picture, the others count up from it; or one for each picture; None draws one at random.
+    prompt_syntax: `plain` takes every character as text, as in diffusers; `weighted` reads (words:1.2), [words] and BREAK
+    overflow: what happens to the tokens of a long prompt: further `chunks`, or `truncate` as in diffusers
+    clip_skip: how many of the text encoder's last layers to skip for the prompt, counted as in diffusers
+    seed: one for the first picture, from which the others count up; or one for each picture; None for a random one.
         The same seed gives the picture that diffusers gives with a generator of the same kind, see `noise`.
     size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
     steps: None for 20, or as many as `timesteps` or `sigmas` say
@@ -109,33 +109,33 @@ class Request:
         None for the checkpoint's own scheduler
     spacing, eta, stop, timesteps, sigmas: see `latentrt.runtime.sampling.make_plan`
     guidance: the scale of classifier-free guidance; at 1 and below, as in diffusers, the prompt alone is followed: the
-        negative prompt is not computed and a step costs half
-    guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half
+        negative prompt is not computed and a step costs half as much
+    guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half as much
     guidance_rescale: how much of the prompt's own contrast to restore, 0 to 1
     image: what to start from: a file, its bytes, a Pillow image or an array, one for all pictures or one for each; the
         size, where none is given, is the first image's own, cut to the VAE's factor
-    mask: with an image: white is drawn again, black is kept
+    mask: with an image: white is repainted, black is kept
     controls: images to follow, each with one of the bundle's ControlNets; the size, where neither it nor an image is
         given, is that of the first
     strength: how much of the image to change, as the share of the steps to take, 0 to 1; None for 0.8, with a mask
         for 1
     latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
         added to it
-    loras: low-rank changes of the weights, which are added to the base's for this call; their order does not matter
-    variation_seed, variation_strength: another seed, and how far to turn the noise towards that one's, 0 to 1. The
+    loras: LoRAs to apply to the weights for this call; their order does not matter
+    variation_seed, variation_strength: another seed, and how far to blend the noise with that one's, 0 to 1. The
         pictures then share the seed, and the variation seed counts up, as in A1111's interface.
-    original_size, target_size: for SDXL, which was told of every picture it saw how large it had been and became:
+    original_size, target_size: for SDXL, which was trained with the size of each picture before and after resizing:
         (width, height) in pixels, None for the size drawn
     crop: for SDXL too: how many pixels were cut off at the top and at the left
     noise: whose generator a seed is for: torch's on the CPU, or torch's on a GPU (`cuda`)
-    decoder: the checkpoint's own, or the `tiny` one that a bundle may hold: many times faster, and rougher
-    refine_from: the share of the noise after which the bundle's refiner draws on, between 0 and 1, as diffusers'
-        denoising_end and denoising_start; None for no refiner. It follows no controls: a ControlNet is for one UNet
-    aesthetic_score, negative_aesthetic_score: for SDXL's refiner, which was told of every picture how it had been
-        rated: the score to draw for, and the one to avoid
-    tile: decode, and read an image, in tiles of so many pixels a side, which overlap and are blended: a large picture
+    decoder: the checkpoint's own, or the `tiny` one that a bundle may hold: many times faster, with less detail
+    refine_from: the share of the noise after which the bundle's refiner takes over, between 0 and 1, as diffusers'
+        denoising_end and denoising_start; None for no refiner. It takes no controls: a ControlNet is for one UNet
+    aesthetic_score, negative_aesthetic_score: for SDXL's refiner, which was trained with a rating of each picture:
+        the score to aim for, and the one to avoid
+    tile: decode, and read an image, in tiles of this many pixels a side, which overlap and are blended: a large picture
         then takes the VAE no more memory than a tile; None for the whole picture at once
-    deadline: seconds from the call to the picture, waiting for other calls included; None for no end
+    deadline: seconds from the call to the picture, including the wait for other calls; None for no limit
     """
 
     prompt: str | Sequence[str]
@@ -177,7 +177,7 @@ class Request:
 
     @property
     def further(self) -> dict[str, Any]:
-        """Return the options that shape a picture beside the common ones, where they are not at their defaults."""
+        """Return the options that change a picture besides the common ones, where they differ from their defaults."""
         values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
         kept = {name: value for name, (value, default) in values.items() if name in FURTHER and value != default}
         followed = {"controls": [str(control) for control in self.controls]} if self.controls else {}
@@ -188,7 +188,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyFrame:
-    """A picture that an animation comes from or goes to: what is drawn there alone from this prompt and seed."""
+    """A picture that an animation starts from or leads to: the one drawn from this prompt and seed alone."""
 
     prompt: str
     seed: int
@@ -204,7 +204,7 @@ NO_TINY = "this bundle holds no tiny decoder; export the checkpoint again with -
 class Lora:
     """A LoRA file, in kohya's, diffusers' or PEFT's names, and how strongly it changes the weights.
 
-    scale: 1 as it was trained, 0 not at all, below 0 backwards
+    scale: 1 as it was trained, 0 for no effect, negative for the opposite
     """
 
     file: str | os.PathLike[str]
@@ -218,9 +218,9 @@ class Lora:
 class Control:
     """An image to follow, as one of the bundle's ControlNets or T2I-Adapters reads it.
 
-    name: of the ControlNet or adapter, as the bundle was exported with
-    image: as `Request.image`, one for all pictures or one for each; it is brought to the size that is drawn
-    scale: how strongly to follow it; 0 is not at all
+    name: the ControlNet's or adapter's name in the bundle
+    image: as `Request.image`, one for all pictures or one for each; it is resized to the size that is drawn
+    scale: how strongly to follow it; 0 for no effect
     start, stop: the fractions of the steps between which it is followed, as diffusers' control_guidance_start and _end;
         an adapter's stop is its adapter_conditioning_factor
     """

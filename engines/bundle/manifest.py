@@ -58,7 +58,7 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
     of: the denoiser that a ControlNet or an adapter adds to, None for all others
     control: the name under which requests ask for a ControlNet or an adapter, None for all others
     files: the graph and its external data; the graph comes first
-    weights: which initializer of the graph holds which of the checkpoint's weights, see `weights`; None if that is
+    weights: which initializer of the graph holds which of the checkpoint's weights, see `weight_map`; None if that is
         not known, and the weights cannot be changed later
     error: the exported graph's largest difference from the checkpoint's fp32 outputs, over their range; None if
         a graph was adopted and there were no weights to compare it with
@@ -86,7 +86,7 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
         return self.files[0]
 
     def float32_note(self) -> str | None:
-        """Say in a line what an fp16 graph computes in fp32, with the first names; None if that is nothing."""
+        """Say in one line what an fp16 graph computes in fp32, with the first names; None if that is nothing."""
         if not self.float32_layers:
             return None
         shown, more = self.float32_layers[:NAMED], len(self.float32_layers) - NAMED
@@ -110,9 +110,9 @@ class TextSpec(Document, frozen=True, kw_only=True):
 
     skip: how many of its last layers are left out unless a request says otherwise
     pooled: the output that stands for the whole text, None if the denoiser takes none of this encoder; those of
-        several stand side by side
-    join: `width` stands its states beside those before it, `length` puts them after all of those; what is narrower
-        is filled up with zeros
+        several encoders are concatenated
+    join: `width` concatenates its states with those before it along the width, `length` along the tokens; what
+        is narrower is filled up with zeros
     """
 
     component: str
@@ -123,7 +123,7 @@ class TextSpec(Document, frozen=True, kw_only=True):
 
 
 class DenoiserSpec(Document, frozen=True, kw_only=True):
-    """What one denoiser is told besides latents and timestep.
+    """What one denoiser takes besides latents and timestep.
 
     text_encoders: in the order in which they join
     zero_negative: zeros stand for a negative prompt that is not given; otherwise an empty one is encoded
@@ -138,7 +138,7 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
 class EdmRange(Document, frozen=True, kw_only=True):
     """The noise of a model with EDM's preconditioning (arXiv:2206.00364, Table 1), which has no training timesteps.
 
-    sigma_min, sigma_max: the ratios of noise to picture that it was trained between
+    sigma_min, sigma_max: the least and the most noise over picture that it was trained on
     sigma_data: the standard deviation of the latents it was trained on
     """
 
@@ -157,7 +157,7 @@ class OwnSampler(Document, frozen=True, kw_only=True):
     disable_corrector: the steps after which UniPC does not correct
     end: the ratio after the last step: none, the least of training, or the last one again
     sigma_min, sigma_max, rho: the ends and the exponent of a spacing of sigmas
-    interpolation: how ratios lie between timesteps; timestep_type: whether the model is told log(sigma) / 4
+    interpolation: how sigmas lie between timesteps; timestep_type: whether the model gets log(sigma) / 4
     lambda_min: timesteps whose half-log-SNR is below this are not visited
     variance: of DDPM's noise
     original_inference_steps, timestep_scaling: of consistency models
@@ -219,7 +219,7 @@ class TrainingSchedule(Document, frozen=True, kw_only=True):
 
     @property
     def clip_note(self) -> str | None:
-        """Say what is drawn differently from diffusers' pipeline does; None if that is nothing."""
+        """Say how pictures differ from those of diffusers' pipeline; None if they do not."""
         if not self.clip_sample:
             return None
         return (
@@ -296,7 +296,7 @@ class Manifest(Document, frozen=True, kw_only=True):
         return next(iter(list(self.denoisers)[1:]), None)
 
     def find_control(self, control: str) -> str | None:
-        """Return the ControlNet or adapter that requests call so, None if there is none."""
+        """Return the ControlNet or adapter with this name in requests, None if there is none."""
         return next((name for name, component in self.components.items() if component.control == control), None)
 
     def graphs_digest(self, *, latents: bool = False) -> str:

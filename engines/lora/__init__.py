@@ -1,1 +1,1 @@
-"""Files that change weights: LoRA and its kin, and what they do to a bundle's networks."""
+"""Files that change weights: LoRA and related kinds, and what they do to a bundle's networks."""

@@ -50,7 +50,7 @@ class Adaptable:
     _known: dict[str, BuiltWeights] = field(default_factory=dict)
 
     def weights(self, component: str) -> BuiltWeights:
-        """Return where a component's weights lie. Raises EngineError if nobody noted it when it was built."""
+        """Return where a component's weights lie. Raises EngineError if that was not recorded when it was built."""
         if component not in self._known:
             name = built_record(component)
             if name not in self.record.files:

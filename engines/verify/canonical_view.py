@@ -15,7 +15,7 @@ from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.tensor_names import COND, EXTRA_EMBEDDINGS, HINT, control_width
 
 STATE, CONTROL = "state", "control"
-# What an input of the stage holds where it shall have no effect; any that is not named here holds zeros.
+# What an input of the stage holds where it must have no effect; any that is not named here holds zeros.
 NEUTRAL = {"keep_mask": 1.0}
 # The numbers of `stage.control_width` before the input row: timestep, rescaling, two weights of what is kept.
 HEAD = 4

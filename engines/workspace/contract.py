@@ -28,10 +28,10 @@ from latentrt.engines.tensor_names import COND, HINT, SCALE, hint_of
 
 ALL = slice(None)
 TEXT = "encoder_hidden_states"
-IDS = "input_ids"  # what tells a text encoder
+IDS = "input_ids"  # marks the inputs of a text encoder
 STATE, CONTROL, NOISE, GUIDANCE, OWNERS = "state", "control", "noise", "guidance", "picture_of_row"
-# Written before each stage, which uses it up, in the order in which it lies in a device's memory. Noise may be left
-# out where it has no weight, and comes last for that.
+# Written before each stage and used up by it, in the order of a device's memory. Noise may be omitted where it has no
+# weight, so it comes last.
 PER_STAGE = (CONTROL, GUIDANCE, OWNERS, NOISE)
 # What a buffer holds before it is written, where that means something: no part of a picture is kept.
 AT_FIRST = {"keep_mask": 1.0, "known": 0.0}
@@ -104,7 +104,7 @@ class Workspace(Protocol):
 
     shape: WorkspaceShape
     queued: bool
-    """Whether work goes on behind the host's back: then encoding in place saves a wait."""
+    """Whether work is queued on a device: then encoding in place saves a wait."""
     local: bool
     """Whether the buffers are this process's own memory: then a look at them costs nothing."""
 
@@ -127,7 +127,7 @@ class Workspace(Protocol):
     def run(self, program: str, rows: slice = ALL) -> None:
         """Run a program on rows: the first M model rows, or the slots, or the model rows that a text is for.
 
-        A program may compute more than was asked for, in slots that nobody looks at.
+        A program may compute more than was asked for, in slots that are not read.
         """
         ...
 

@@ -133,7 +133,7 @@ class NumpyWorkspace:
         return Instant()
 
     def run(self, program: str, rows: slice = ALL) -> None:
-        """Run a program; what leaves float32's range is left to whoever reads it."""
+        """Run a program; what leaves the range of float32 is found when it is read."""
         if program == self._denoiser:
             with np.errstate(over="ignore", invalid="ignore"):
                 self._advance()
@@ -208,7 +208,7 @@ class NumpyWorkspace:
         self._residuals = {name: given[NEXT + name] for name in added}
 
     def _no_residuals(self, program: str, rows: int) -> dict[str, Array]:
-        """Return zeros for what ControlNets add: nothing, where a network takes nothing of the kind."""
+        """Return zeros for what ControlNets add; nothing if a network takes no residuals."""
         axes = {"batch": rows, **level_axes(*self._size[1:])}
         return {
             tensor.name: np.zeros(

@@ -1,1 +1,1 @@
-"""What is put beside a checkpoint or in place of a part of it."""
+"""What is added to a checkpoint, or replaces a part of it."""

@@ -1,4 +1,4 @@
-"""T2I-Adapters that are exported beside a checkpoint: found, and checked against the UNet that they control."""
+"""T2I-Adapters that are exported with a checkpoint: found, and checked against the UNet that they control."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny VAE beside a checkpoint (TAESD and its kin, diffusers' AutoencoderTiny), of which the decoder is exported."""
+"""A tiny VAE that is added to a checkpoint (diffusers' AutoencoderTiny, such as TAESD): its decoder is exported."""
 
 from __future__ import annotations
 

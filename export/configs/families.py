@@ -208,7 +208,7 @@ class Part:
 
 
 CONTROLNET = "ControlNet"
-LORA = "LoRA"  # and its kin: engines/lora/kinds.py
+LORA = "LoRA"  # and related kinds: engines/lora/kinds.py
 LORA_ENDS = tuple(f"{name}.weight" for name in ("lora_down", "lora.down", "lora_linear_layer.down"))
 LORA_PARTS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".lora_magnitude_vector", ".diff", ".w_norm")
 LORA_STARTS = ("lora_unet_", "lora_te", "lycoris_")

@@ -1,4 +1,4 @@
-"""Networks of two checkpoints that are to be one: whether their weights are the same."""
+"""A text encoder that two checkpoints share: whether its weights are the same in both."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _folder(shared: SharedEncoder) -> Iterator[Path]:
 
 
 def _unlike(own: dict[str, Tensor], folder: Path) -> Iterator[str]:
-    """Give the name of each weight that differs, or that the other has not."""
+    """Give the name of each weight that differs, or that the other does not have."""
     left = set(own)
     for shard in find_weights(folder).shards:
         with safe_open(shard.path, "pt") as opened:

@@ -132,7 +132,7 @@ class StoredWeights:
 
     @contextmanager
     def withheld(self) -> Iterator[None]:
-        """While the block runs, the network can be traced: large weights are memory that nobody has written to.
+        """While the block runs, the network can be traced: large weights are memory that was never written to.
 
         Such memory has addresses and no pages. `fill` finds the weights by the addresses.
         """

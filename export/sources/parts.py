@@ -44,7 +44,7 @@ class LoraFusion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightSource:
-    """How to write the folder that a network is loaded from, if there is none as it is needed.
+    """Where a network's weights come from: how to write the folder that it is loaded from.
 
     config: the text of its config.json
     files: what holds the weights; files that hold other networks too are read in part
@@ -63,7 +63,7 @@ class WeightSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlNetwork:
-    """A ControlNet or a T2I-Adapter beside a checkpoint.
+    """A ControlNet or a T2I-Adapter that is added to a checkpoint.
 
     row: of the table of components; control: the name under which requests ask for it
     """
@@ -79,7 +79,7 @@ class ControlNetwork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """A checkpoint before anybody has asked what it means.
+    """A checkpoint before its documents are interpreted.
 
     root: the directory or the file, for errors
     configs: the parsed config.json of each network
@@ -110,9 +110,9 @@ class Parts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedEncoder:
-    """A network of another checkpoint that must have the same weights, for both are to share one.
+    """A network of another checkpoint that must have the same weights, so that both can share one.
 
-    folder, recipe: as in a job; name: of that checkpoint, for the error
+    folder, weight_source: as in a job; name: of that checkpoint, for the error
     """
 
     name: str

@@ -47,10 +47,10 @@ class SingleFile:
     oddity: what makes it another model than those that can be exported, None if nothing does
     input_channels: of the UNet
     guidance_width: of the scale of guidance that a latent consistency model takes, None if it takes none
-    blocks: what in the UNet's config differs from its base's, None if no config can say it
+    blocks: what in the UNet's config differs from its base's, None if no config can express it
     prediction: None if nothing tells; told: whether the file itself does
     reason: how the prediction type is known, or why it is not
-    markers: what it says outside its networks; strangers: keys outside them that nobody knows
+    markers: what it says outside its networks; strangers: unknown keys outside them
     """
 
     file: TensorFile

@@ -50,11 +50,11 @@ MARKERS = ".finished"  # in the staging directory: one file for each finished co
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """What one process must know.
+    """What one process needs to know.
 
     row: of the table of components; ControlNets share one
     folder: holds the weights or the graph
-    recipe: how to write that folder first, None if it is there
+    weight_source: how to write that folder first, None if it is there
     root: the staged bundle
     shared: what must have the same weights
     affine: what normalised latents add to half a VAE
@@ -204,7 +204,7 @@ def _traced_graph(job: ExportJob) -> Path:
 
 @contextmanager
 def _loaded(job: ExportJob) -> Iterator[nn.Module]:
-    """Load the network, from a folder that is there for the block alone where there is a recipe for it."""
+    """Load the network, from a folder that is written for the block alone where it has a weight source."""
     from latentrt.export.networks import conversion, modules
 
     normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm

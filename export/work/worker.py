@@ -48,7 +48,7 @@ class Worker:
     """The parent's end. `run` does one job; use it in a `with` block.
 
     Requests and answers are numbered. A request that is given up (Ctrl-C, a time limit of a caller's) ends the
-    process: what it would still answer is nobody's.
+    process, and whatever it still answers is dropped.
     """
 
     def __init__(self, process: subprocess.Popen[str], log: IO[bytes]) -> None:

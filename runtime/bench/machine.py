@@ -1,4 +1,4 @@
-"""The machine and the versions behind a figure, and how busy others kept it meanwhile."""
+"""The machine and the versions of a figure, and how busy other processes kept it during the run."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ class BundleFacts(Document, frozen=True, kw_only=True):
 class Method(Document, frozen=True, kw_only=True):
     """How it was measured. rounds is what was reached, of rounds_asked; the seed orders the candidates.
 
-    prompt: of every picture, each time with another number behind it, so that its text is encoded again; the empty
+    prompt: of every picture, each time followed by another number, so that its text is encoded again; the empty
         negative prompt is the same each time, and remembered
     """
 

@@ -87,7 +87,7 @@ def frame_text(encoded: Array, frames: Sequence[Frame]) -> Array:
 
 
 def frame_rows(encoded: Array, frames: Sequence[Frame]) -> Array:
-    """Return what `frame_text` returns, of text or of what stands for a whole one: (b, …) for (K, …)."""
+    """Return what `frame_text` returns, for text or for pooled text: (b, …) for (K, …)."""
     flat = frame_text(encoded.reshape(len(encoded), 1, -1), frames)
     return flat.reshape(len(frames), *encoded.shape[1:])
 
@@ -129,7 +129,7 @@ STRAIGHT = 1e-6  # the sine of an angle below which float64 has no arc left to f
 def slerp(first: Array, second: Array, weight: float | Array, *, axes: tuple[int, ...] | None = None) -> Array:
     """Return the point of the arc from one vector to another: the shape of both together, float32.
 
-    weight: 0 gives the first and 1 the second, to the bit; a number, or an array that broadcasts with the vectors
+    weight: 0 gives the first and 1 the second, exactly; a number, or an array that broadcasts with the vectors
     axes: those that make up one vector, None for all; the others hold vectors of their own
     Noise keeps its size on the arc, which it loses on the line between: halfway, three tenths of it.
     Vectors on one line have no arc between them and are mixed along the line.
@@ -166,7 +166,7 @@ def variation_seeds(seed: int, variation_seed: int, pictures: int) -> tuple[tupl
 def mix_text(first: Array, second: Array, weight: float | Array) -> Array:
     """Return the encoding between two prompts, on a straight line: the shape of both together, float32.
 
-    first, second: (..., T, D); weight: 0 gives the first and 1 the second, to the bit
+    first, second: (..., T, D); weight: 0 gives the first and 1 the second, exactly
     Raises RequestError if the prompts have different numbers of tokens.
     """
     if first.shape[-2:] != second.shape[-2:]:

@@ -29,7 +29,7 @@ def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str) -> dic
 
 
 def _sizes(job: Job, rows: int, _: int, taken: DenoiserSpec) -> Array:
-    """Return the numbers of arXiv:2307.01952, section 2.2, that a denoiser is told: (rows, numbers)."""
+    """Return the numbers of arXiv:2307.01952, section 2.2, that a denoiser takes: (rows, numbers)."""
     pictures = len(job.prompts)
     positive, negative = (_size_numbers(job, negative=on) for on in (False, True))
     both = np.array([[one[name] for name in taken.sizes] for one in (positive, negative)], dtype=np.float32)

@@ -21,7 +21,7 @@ def decode_in_place(workspace: Workspace, events: list[Event], *, decoder: str, 
     """Decode what was drawn in some slots, and note when that was done; return the pixels. Raises NotFiniteError."""
     workspace.run(decoder, slots)
     events.append(workspace.event())
-    events[-1].wait()  # which is behind the pixels: they are not waited for once more
+    events[-1].wait()  # the event is after the pixels, so reading them does not wait again
     return _checked_pixels(workspace, slots)
 
 

@@ -247,7 +247,7 @@ class Drawing:
 
     @contextmanager
     def step(self, job: Job, batch: Batch, workspace: Workspace, draw: Noise, *, keeps: bool) -> Iterator[Step]:
-        """Show the stage that is done, for as long as the next one has not begun. keeps: a mask keeps a part"""
+        """Show the stage that is done, until the next one begins. keeps: a mask keeps a part"""
         look = self._look(job, workspace, batch)
         try:
             yield Step(

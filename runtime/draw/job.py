@@ -1,4 +1,4 @@
-"""A request checked against a bundle: what is drawn, with which plan. All that can be refused is refused here."""
+"""A request checked against a bundle: what is drawn, with which plan. Whatever can be refused is refused here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Job:
         ]
 
     def read_keys(self, keys: Sequence[KeyFrame]) -> tuple[list[Prompt], list[Prompt]]:
-        """Return key frames' prompts and negative prompts; none of these where no stage needs them."""
+        """Return key frames' prompts and negative prompts; no negative prompts if no stage needs them."""
         negatives = [key.negative_prompt for key in keys] if self.guidance.needed else []
         return self.read([key.prompt for key in keys]), self.read(negatives, negative=True)
 

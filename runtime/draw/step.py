@@ -1,4 +1,4 @@
-"""What a caller who watches is told after each stage: the latents, and pictures of them long before the last one."""
+"""What a caller sees after each stage: the latents, and previews of the picture."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ class Noise:
 
 
 class Look:
-    """What lies where the engines run after one stage: read when it is first asked for, and kept from then on.
+    """The arrays after one stage, where the engines run: each is read when it is first asked for, and then kept.
 
-    Nobody who does not look pays for it. Once the stage is over, what was not looked at is gone.
+    What is never asked for costs nothing. Once the next stage begins, what was not read is gone.
     """
 
     def __init__(self, read: Callable[[str], Array], sketch: Callable[[Array], Array], where: str) -> None:
         self._read: Callable[[str], Array] | None = read
         self._sketch, self._where = sketch, where
         self._kept: dict[str, Array] = {}
-        self._lock = threading.Lock()  # held while something is read, so that no other thread goes on meanwhile
+        self._lock = threading.Lock()  # held while something is read, so that no other thread starts the next stage
 
     def __call__(self, name: str) -> Array:
         """Return an input of the stage, read-only. Raises RequestError if it is too late to read it."""
@@ -72,11 +72,11 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
-    """One stage that is done: given to `on_step`, which may raise to end the call, and by `Pipeline.stream`.
+    """A finished stage: passed to `on_step`, which may raise to end the call, and given by `Pipeline.stream`.
 
-    Arrays are read where the engines run when they are first asked for, and are read-only. What was looked at stays
-    true for as long as the step is kept; what was not can be looked at until the next stage begins, and raises
-    RequestError from then on. `keep` looks at all of it.
+    Arrays are read from where the engines run when they are first asked for, and are read-only. What was read once
+    stays valid as long as the step is kept. The rest can be read until the next stage begins, and raises
+    RequestError after that. `keep` reads all of it.
     """
 
     stage: int
@@ -89,7 +89,7 @@ class Step:
 
     @property
     def latents(self) -> Array:
-        """Return the latents of this stage, (n, C, h, w), float32. A device is waited for, so look when it matters.
+        """Return the latents of this stage, (n, C, h, w), float32. Reading them waits for the device.
 
         Raises NotFiniteError if they have left the range of floats.
         """
@@ -97,9 +97,9 @@ class Step:
 
     @property
     def predicted(self) -> Array:
-        """Return the clean latents that the model has in mind, (n, C, h, w), float32: a picture when half is noise yet.
+        """Return the clean latents that the model predicts at this stage, (n, C, h, w), float32.
 
-        What a mask keeps is the image's own. A device is waited for. Raises as `latents` does.
+        Outside a mask they are the image's own. Reading them waits for the device. Raises as `latents` does.
         """
         after, before = self._look("state"), self._look(PREVIOUS)
         schedule = self._manifest.schedule
@@ -111,7 +111,7 @@ class Step:
 
     @property
     def preview(self) -> Array:
-        """Return the predicted picture in small, a pixel for each latent: (n, h, w, 3), uint8, sRGB. It takes some ms.
+        """Return a small predicted picture, one pixel for each latent: (n, h, w, 3), uint8, sRGB. It takes a few ms.
 
         Raises BundleError if the bundle holds no preview.
         """
@@ -126,9 +126,9 @@ class Step:
         return self._look.sketched(self.predicted)
 
     def keep(self) -> Self:
-        """Read all that `latents`, `predicted` and `preview` show, so that they show it forever; return the step.
+        """Read all that `latents`, `predicted` and `preview` need, so that they stay available; return the step.
 
-        A draft is kept where it was looked at: it takes a network. Raises as `latents` does.
+        A draft is kept only if it was read before, since it takes a network. Raises as `latents` does.
         """
         for name in ("state", PREVIOUS, *(KEPT if self._keeps else ())):
             self._look(name)

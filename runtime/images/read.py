@@ -1,6 +1,6 @@
 """Pictures and masks that come in: from a file, its bytes, Pillow or an array, to what the networks take.
 
-Resizing and scaling are those of diffusers' VaeImageProcessor, to the bit. What it takes without a word and then
+Resizing and scaling are those of diffusers' VaeImageProcessor, bit for bit. What it takes silently and then
 misreads (transparency, 16 bits, arrays of bytes, an orientation in EXIF) is converted here, or refused.
 """
 
@@ -64,7 +64,7 @@ def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[i
     size: (width, height) to draw, to which the mask is resized with Lanczos' filter before it is cut at a half
     picture_size: (width, height) of the picture that it masks, before any resizing
     Raises RequestError on what cannot be decoded, a mask of another size than the picture, one with transparency, and
-    one that is all black: it asks for every step and for nothing to be drawn, so an inverted or an empty layer.
+    one that is all black: nothing would be drawn, so it is probably an inverted or an empty layer.
     """
     decoded = decode(mask, name="mask")
     if size_of(decoded) != picture_size:

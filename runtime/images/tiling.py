@@ -32,7 +32,7 @@ class Side:
     def weights(self, scale: int) -> list[Array]:
         """Return how much each tile weighs along this side: (tile * scale,), float32, one in every place together.
 
-        A tile rises from its edge inside the picture to one over the overlap that is promised, and falls likewise.
+        A tile rises from its edge inside the picture to one over the overlap that is promised, and falls the same way.
         """
         tile, fade = self.tile * scale, overlap(self.tile) * scale
         place = np.arange(tile)

@@ -57,13 +57,13 @@ PLAIN = Convention()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """One line of the table.
+    """One row of the table.
 
-    spaced: can follow a spacing of sigmas such as karras
-    measured: can follow sigmas that the caller gives
-    timed: can follow timesteps that the caller gives
+    spaced: whether it takes a spacing of sigmas such as karras
+    measured: whether it takes sigmas from the caller
+    timed: whether it takes timesteps from the caller
     eta: the default share of fresh noise, None if that is not an option
-    note: what whoever compares its pictures should know
+    note: what to know when comparing its pictures
     aliases: other names, of the community's interfaces and diffusers' classes; case and punctuation do not matter
     """
 

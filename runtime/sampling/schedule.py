@@ -107,7 +107,7 @@ BETAS: dict[str, Callable[[TrainingSchedule], Array]] = {
 
 
 def _linspace32(start: float, stop: float, count: int) -> Array:
-    """Return torch.linspace in float32, to the bit: (count,), float32.
+    """Return torch.linspace in float32, bit for bit: (count,), float32.
 
     It counts from both ends, and its product and sum are rounded together, as a fused multiply-add does.
     """

@@ -63,9 +63,9 @@ class TextEncoder:
     ) -> None:
         """Wrap a text encoder.
 
-        run, spec: the engine, or what calls it, which no one else does meanwhile; and the engine's spec
+        run, spec: the engine, or what calls it, which nothing else calls at the same time; and the engine's spec
         skip: how many of its last layers the UNet never reads; a prompt's clip_skip comes on top
-        pooled: the output that stands for a whole text
+        pooled: the output with the pooled text
         cache_bytes: how much is remembered; what was not used for longest is forgotten first
         """
         self._plain = tokenizer
@@ -83,7 +83,7 @@ class TextEncoder:
         return self.batch(prompts).states
 
     def batch(self, prompts: Sequence[Prompt]) -> Encoding:
-        """Encode a batch, as `__call__` does, with what stands for each whole text."""
+        """Encode a batch, as `__call__` does, with the pooled text of each."""
         encodings = self.encodings(prompts)
         pooled = [one.pooled for one in encodings if one.pooled is not None]
         return Encoding(states=self._pad_to_longest(encodings, prompts), pooled=np.stack(pooled) if pooled else None)
@@ -106,9 +106,9 @@ class TextEncoder:
         return [one.states for one in self.encodings(prompts)]
 
     def encodings(self, prompts: Sequence[Prompt]) -> list[Encoding]:
-        """Encode each prompt by itself, as `encode` does, with what stands for its whole text: that of the first chunk.
+        """Encode each prompt by itself, as `encode` does, with its pooled text: that of the first chunk.
 
-        Weights do not change what stands for the whole.
+        Weights do not change the pooled text.
         """
         words = self._words
         found = self._remembered(words, prompts)
@@ -241,7 +241,7 @@ Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 class RowStates:
     """What rows are encoded to: with all layers, and where the run was told to keep them, without the last ones.
 
-    pooled: what stands for a row's whole text, where the encoder is read for it
+    pooled: a row's pooled text, where the encoder is read for it
     """
 
     last: Array  # (rows, context, width)
@@ -260,9 +260,9 @@ class RowEncoder:
     """The text encoder's engine, for any number of rows. Safe to use from many threads."""
 
     def __init__(self, run: Run, spec: EngineSpec, *, pooled: str | None = None) -> None:
-        """Wrap an engine. run: the engine itself, or what calls it, which no one else does meanwhile.
+        """Wrap an engine. run: the engine itself, or what calls it, which nothing else calls at the same time.
 
-        pooled: the name of the output that stands for a whole row
+        pooled: the name of the output with the pooled text
         """
         self._run, self._lock, self._pooled = run, threading.Lock(), pooled
         self._inputs = {tensor.name: tensor for tensor in spec.inputs}

@@ -1,4 +1,4 @@
-"""All text encoders of a bundle together: what the UNet attends to, and what it takes of the whole text."""
+"""All text encoders of a bundle: the states that the UNet attends to, and the pooled text."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PromptEncoders:
     def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:
         """Encode a batch: a UNet's inputs by name, the prompts' rows first and then the negative prompts'.
 
-        negatives: as many as there are prompts, or none; zeros stand for those that nobody gave, where the UNet was
+        negatives: as many as there are prompts, or none; zeros replace those that were not given, if the UNet was
             trained so
         """
         rows = [*prompts, *negatives]
@@ -128,7 +128,7 @@ def joined_length(tokens: Sequence[int], joins: Sequence[Join]) -> int:
 
 
 def _blocks(joins: Sequence[Join]) -> list[list[int]]:
-    """Return the encoders that stand side by side, block after block."""
+    """Return the encoders that join by width, block after block."""
     blocks: list[list[int]] = [[]]
     for number, join in enumerate(joins):
         if join == "length" and number:
@@ -138,7 +138,7 @@ def _blocks(joins: Sequence[Join]) -> list[list[int]]:
 
 
 def _beside(states: Sequence[Array]) -> Array:
-    """Stand states side by side, with zeros where another encoder's tokenizer needed more chunks."""
+    """Concatenate states along the width, with zeros where another encoder's tokenizer needed more chunks."""
     longest = max(one.shape[1] for one in states)
     return np.concatenate([_grown(one, longest, axis=1) for one in states], axis=2) if len(states) > 1 else states[0]
 

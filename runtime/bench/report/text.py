@@ -79,7 +79,7 @@ def warnings(report: Report) -> list[str]:
     found = []
     others, stolen = report.conditions.others_share, report.conditions.stolen_share
     if others is not None and others > BUSY:
-        found.append(f"others used {others:.0%} of the cores meanwhile: read ratios, not milliseconds")
+        found.append(f"other processes used {others:.0%} of the cores during the run: read ratios, not milliseconds")
     if stolen is not None and stolen > BUSY:
         found.append(f"the host took {stolen:.0%} of the cores' time away: read ratios, not milliseconds")
     restless = [variant.name for variant in report.variants if not variant.warmup.steady]
