@@ -71,7 +71,7 @@ class Checkpoint:
 
     @property
     def zero_negative(self) -> bool:
-        """Tell whether zeros replace a negative prompt that is not given, as in SDXL unless model_index.json says no."""
+        """Tell whether zeros replace a negative prompt that is not given, as in SDXL by default."""
         return bool(self.dimensions["pooled_width"] and self.index.get("force_zeros_for_empty_prompt", True))
 
     def hashes(self) -> dict[str, str]:
