@@ -98,7 +98,7 @@ class Request:
     negative_prompt: what not to show: one for all pictures, or one for each. None means no negative prompt, alone or in
         the list: as in diffusers, SDXL then gets zeros if its checkpoint says so, while "" is encoded; for other
         checkpoints both are the empty prompt
-    prompt_syntax: `plain` takes every character as text, as diffusers does; `weighted` reads (words:1.2), [words], BREAK
+    prompt_syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads (words:1.2), [words], BREAK
     overflow: what happens to the tokens of a long prompt: further `chunks`, or `truncate` as in diffusers
     clip_skip: how many of the text encoder's last layers to skip for the prompt, counted as in diffusers
     seed: one for the first picture, from which the others count up; or one for each picture; None for a random one.
