@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 from gpu_pieces import SETS, cut, join, make  # noqa: E402
+from one_architecture import ENTRY, HEADER, keep_architecture  # noqa: E402
 
 
 @pytest.fixture
@@ -36,6 +37,30 @@ def test_a_set_is_cut_into_pieces_and_joined_to_the_byte(pieces: list[Path], tmp
 def test_the_same_set_gives_the_same_pieces(pieces: list[Path], tmp_path: Path) -> None:
     again = cut(tmp_path / "tree", "few", tmp_path / "again", piece_bytes=12_000)
     assert [piece.read_bytes() for piece in again] == [piece.read_bytes() for piece in pieces]
+
+
+def fat_binary(codes: dict[int, bytes]) -> bytes:
+    """Return machine code for several architectures, packed as CUDA's compiler does it."""
+    entries = b"".join(
+        ENTRY.pack(2, 0, 64, len(code), 0, 0, 0, 0, sm).ljust(64, b"h") + code for sm, code in codes.items()
+    )
+    return HEADER.pack(0xBA55ED50, 1, HEADER.size, len(entries)) + entries
+
+
+def test_only_the_code_of_other_architectures_becomes_zeros(tmp_path: Path) -> None:
+    fakes = [b"\x50\xed\x55\xba", HEADER.pack(0xBA55ED50, 1, 16, 1 << 40), b"\x50\xed\x55\xba at the end"]
+    parts = [
+        b"ELF",
+        fat_binary({80: b"a" * 96, 90: b"b" * 32}),
+        fakes[0],
+        fakes[1],
+        fat_binary({90: b"c" * 40}),
+        fakes[2],
+    ]
+    library = tmp_path / "library.so"
+    library.write_bytes(b"".join(parts))
+    assert keep_architecture(library, 90) == (72, 96)
+    assert library.read_bytes() == b"".join(parts).replace(b"a" * 96, bytes(96))
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")])

@@ -1,0 +1,115 @@
+"""ONNX Runtime's own CUDA provider, opened on stub libraries: what it says of our graphs, with no GPU.
+
+It needs the wheel beside the CPU's, once:
+
+    pip install --no-deps --target .cache/onnxruntime-gpu 'onnxruntime-gpu>=1.25'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
+from tests import stub_cuda
+from tests.test_cuda_rewrites import network
+
+SITE = Path(__file__).parent.parent / ".cache" / "onnxruntime-gpu"
+PROVIDER = SITE / "onnxruntime" / "capi" / "libonnxruntime_providers_cuda.so"
+OPENED = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from latentrt.engines.onnxruntime import assignment, session
+asked = json.load(sys.stdin)
+options = session.session_options(threads=1)
+options.optimized_model_filepath = asked["optimised"]
+assignment.record_assignment(options)
+changed = {name: np.zeros(shape, np.float16) for name, shape in asked["changed"].items()}
+session._change(options, changed, "cuda")
+opened = session.open_session(Path(asked["graph"]), options, "cuda", asked["settings"])
+print(json.dumps(assignment.elsewhere(opened, "cuda")))
+"""
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not PROVIDER.is_file() or not stub_cuda.available():
+        pytest.skip(f"{SITE} holds no onnxruntime-gpu, or there is no C compiler")
+    folder = tmp_path_factory.mktemp("stubs")
+    stub_cuda.make_stubs(PROVIDER, folder)
+    return folder
+
+
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a graph that computes in float16."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return model
+
+
+def opened(
+    model: onnx.ModelProto, folder: Path, stubs: Path, *, changed: dict[str, list[int]] | None = None, **settings: str
+) -> tuple[Any, onnx.ModelProto]:
+    """Open a graph on the CUDA provider. Returns the nodes that it leaves to the CPU, and what it made of the graph."""
+    graph, optimised = folder / "graph.onnx", folder / "optimised.onnx"
+    onnx.save(model, graph, save_as_external_data=True, location="data", size_threshold=128)
+    asked = {"graph": str(graph), "optimised": str(optimised), "changed": changed or {}, "settings": settings}
+    paths = os.pathsep.join([str(SITE), *sys.path])
+    told = subprocess.run(
+        [sys.executable, "-c", OPENED],
+        env={**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths},
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr
+    (folder / "data").unlink()
+    return json.loads(told.stdout.splitlines()[-1]), onnx.load(optimised, load_external_data=False)
+
+
+@pytest.mark.parametrize("recorded", ["0", "1"])
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_provider_takes_every_operator_of_a_rewritten_graph(
+    stubs: Path, tmp_path: Path, sums: bool, recorded: str
+) -> None:
+    """CUDA graphs too, which it refuses where anything but a shape is computed on the CPU."""
+    model = half(network())
+    use_cuda_kernels(model, sums=sums)
+    elsewhere, made = opened(model, tmp_path, stubs, enable_cuda_graph=recorded)
+    assert elsewhere == {}
+    counts = Counter(node.op_type for node in made.graph.node)
+    assert (counts["NhwcConv"], counts["GroupNorm"] + counts["SkipGroupNorm"]) == (6, 3)
+    assert counts["Transpose"] == 2  # those of weights are folded
+
+
+def test_what_has_no_kernel_is_named(stubs: Path, tmp_path: Path) -> None:
+    model = network()
+    ones = numpy_helper.from_array(np.ones(4, np.float32), "ones")
+    model.graph.initializer.append(ones)
+    model.graph.node.append(onnx.helper.make_node("InstanceNormalization", ["y", "ones", "ones"], ["z"], "the norm"))
+    model.graph.output[0].name = "z"
+    elsewhere, made = opened(half(model), tmp_path, stubs)
+    assert elsewhere == {"the norm": "InstanceNormalization"}
+    counts = Counter(node.op_type for node in made.graph.node)
+    assert counts["GroupNormalization"] == 0 and counts["ReduceMean"] == 6  # there is none: taken apart
+
+
+def test_the_provider_takes_weights_in_the_place_of_a_graphs_own(stubs: Path, tmp_path: Path) -> None:
+    opened(half(network()), tmp_path, stubs, changed={"down.w": [16, 16, 3, 3]})
+    with pytest.raises(AssertionError, match="Trying to replace non-external initializer"):
+        opened(half(network()), tmp_path, stubs, changed={"first.b": [16]})
