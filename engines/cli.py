@@ -31,35 +31,20 @@ MB = 1e6
 
 
 _SHAPE_OPTIONS = (
-    click.option(
-        "--size",
-        "sizes",
-        type=Many(Size(), "512x512,768x512"),
-        default=(),
-        help="Picture sizes to build for, in pixels.",
-    ),
+    click.option("--size", "sizes", type=Many(Size(), "512x512,768x512"), default=(), help="Picture sizes, in pixels."),
     click.option("--batch", "batches", type=Many(click.INT, "1,2,4"), default=(1,), help="Pictures drawn at once."),
-    click.option(
-        "--tokens", type=Many(click.INT, "77,154"), default=(), help="Prompt lengths to build for, in tokens."
-    ),
+    click.option("--tokens", type=Many(click.INT, "77,154"), default=(), help="Prompt lengths to build for."),
     click.option("--compute-capability", metavar="8.9", help="GPU type to build for on a machine without a GPU."),
     click.option("--optimization-level", type=int, help="How long the compiler searches, 0 to 5."),
     click.option("--workspace-mb", type=int, help="Most workspace memory for one layer, in MB."),
-    click.option(
-        "--lean",
-        "version_compatible",
-        is_flag=True,
-        help="Build for the lean runtime; later TensorRT versions can run the engines too.",
-    ),
+    click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime and later TensorRT."),
     click.option(
         "--timing-cache",
         type=click.Path(dir_okay=False, path_type=Path),
         help="A file that keeps the compiler's measurements for the next build.",
     ),
     click.option("--refittable", "--refit", "refit", is_flag=True, help="Build engines that LoRAs can be applied to."),
-    click.option(
-        "--references/--no-references", default=True, help="Record reference outputs on the CPU for `latentrt verify`."
-    ),
+    click.option("--references/--no-references", default=True, help="Record references for `latentrt verify`."),
     click.option("--state-rows", type=int, default=STATE_ROWS, help="Rows of sampler state that the engine holds."),
     click.option("--recipe", type=click.Choice(get_args(Recipe)), help="How graphs are optimized (cuda)."),
     click.option("--tf32/--no-tf32", default=None, help="Let matrix products use TF32, which rounds them (cuda)."),

@@ -29,55 +29,24 @@ MIB = 1 << 20
 @click.command()
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    help="Precision of the graphs. Default: fp32 for the CPU, fp16 for a GPU.",
-)
-@click.option(
-    "--backend", "backends", multiple=True, help=f"Build engines for auto, {', '.join(BACKENDS)}; repeatable."
-)
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="Default: fp32 for the CPU, fp16 for a GPU.")
+@click.option("--backend", "backends", multiple=True, help=f"auto, {', '.join(BACKENDS)}; repeatable.")
 @click.option("--no-build", is_flag=True, help="Write the ONNX graphs only, without engines.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub id.")
 @click.option("--vae", default=None, metavar="PATH", help="Use the VAE of another directory or file.")
-@click.option(
-    "--tiny-vae", default=None, metavar="DIR", help="Add a tiny decoder, from the directory of an AutoencoderTiny."
-)
+@click.option("--tiny-vae", default=None, metavar="DIR", help="Add a tiny decoder: an AutoencoderTiny's directory.")
 @click.option("--unet", default=None, metavar="PATH", help="Use the UNet of another directory or file.")
 @click.option("--refiner", default=None, metavar="CHECKPOINT", help="Add the SDXL refiner.")
-@click.option(
-    "--tokenizer",
-    default=None,
-    metavar="DIR",
-    help="Directory of the CLIP tokenizer, which a single file does not contain.",
-)
-@click.option(
-    "--config", default=None, metavar="DIR", help="Directory with the configs of a single file that has unusual sizes."
-)
+@click.option("--tokenizer", default=None, metavar="DIR", help="The CLIP tokenizer, which a single file lacks.")
+@click.option("--config", default=None, metavar="DIR", help="Configs of a single file with unusual sizes.")
 @click.option(
     "--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Merge a LoRA into the weights; repeatable."
 )
-@click.option(
-    "--controlnet",
-    "controlnets",
-    multiple=True,
-    metavar="NAME=PATH",
-    help="Add a ControlNet under this name; repeatable.",
-)
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    metavar="NAME=PATH",
-    help="Add a T2I-Adapter under this name; repeatable.",
-)
+@click.option("--controlnet", "controlnets", multiple=True, metavar="NAME=PATH", help="Add a ControlNet; repeatable.")
+@click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="Add a T2I-Adapter; repeatable.")
 @click.option("--allow-pickle", is_flag=True, help="Allow weights in pickle files; only tensors are read from them.")
-@click.option(
-    "--prediction-type",
-    type=click.Choice(get_args(Prediction)),
-    help="What the UNet predicts, if the checkpoint does not say.",
-)
+@click.option("--prediction-type", type=click.Choice(get_args(Prediction)), help="What the UNet predicts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress.")
 def export(
     checkpoint: str,

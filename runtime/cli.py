@@ -202,13 +202,9 @@ def _lines(summary: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option(
-    "--plan", "sampler", default=None, metavar="NAME", help="Print the plan of one sampler instead of the list."
-)
+@click.option("--plan", "sampler", default=None, metavar="NAME", help="Print the plan of one sampler, not the list.")
 @click.option("--steps", default=20, show_default=True, help="Number of steps of the plan.")
-@click.option(
-    "--bundle", default=None, help="The bundle whose noise schedule is used. Default: that of Stable Diffusion 1.x."
-)
+@click.option("--bundle", default=None, help="Bundle whose noise schedule is used. Default: that of SD 1.x.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --plan, all that another runtime needs.")
 def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
     """List the samplers, or print the plan of one of them."""

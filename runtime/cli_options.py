@@ -127,56 +127,19 @@ SAMPLING = (
         "--spacing", default=None, help=f"How the steps are spaced: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."
     ),
     click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1; for ddim and tcd."),
-    click.option(
-        "--stop",
-        type=float,
-        default=1.0,
-        help="Stop after this share of the steps and leave the rest of the noise, 0 to 1.",
-    ),
-    click.option(
-        "--timesteps",
-        type=Many(click.FLOAT, "999,700,300"),
-        default=None,
-        help="The timesteps to run, instead of --steps.",
-    ),
-    click.option(
-        "--sigmas",
-        type=Many(click.FLOAT, "14.6,1.2,0"),
-        default=None,
-        help="The noise levels to visit, ending with 0, instead of --steps.",
-    ),
+    click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, with noise left."),
+    click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="Timesteps to run."),
+    click.option("--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise levels, ending in 0."),
     click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
-    click.option(
-        "--guidance-interval",
-        type=Interval(),
-        default=ALWAYS,
-        help="Guide only in this part of the steps, e.g. 0.2-0.8.",
-    ),
+    click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only here, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="How much contrast to restore after guidance, 0 to 1."),
-    click.option(
-        "--refine-from",
-        type=float,
-        default=None,
-        help="Hand over to the refiner after this share of the noise, e.g. 0.8.",
-    ),
+    click.option("--refine-from", type=float, default=None, help="When the refiner takes over, e.g. 0.8."),
     click.option("--aesthetic-score", default=6.0, help="The aesthetic score that the refiner aims for."),
     click.option("--negative-aesthetic-score", default=2.5, help="The aesthetic score that the refiner avoids."),
 )
 PROMPTS = (
-    click.option(
-        "--weighted",
-        "prompt_syntax",
-        flag_value="weighted",
-        default="plain",
-        help="Read weights in the prompt, as in (words:1.2).",
-    ),
-    click.option(
-        "--truncate",
-        "overflow",
-        flag_value="truncate",
-        default="chunks",
-        help="Cut long prompts at 77 tokens, as diffusers does.",
-    ),
+    click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
+    click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut prompts at 77 tokens."),
     click.option("--clip-skip", default=0, help="Skip this many of the text encoder's last layers."),
     click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Apply a LoRA; repeatable."),
 )
@@ -190,33 +153,14 @@ STARTS = (
         multiple=True,
         help="Guide the picture with a ControlNet or T2I-Adapter and an image; repeatable.",
     ),
-    click.option(
-        "--strength",
-        type=float,
-        default=None,
-        help="How much of --image to change, 0 to 1. Default: 0.8; with --mask: 1.",
-    ),
+    click.option("--strength", type=float, default=None, help="How much of --image to change, 0 to 1."),
     click.option("--variation-seed", type=int, default=None, help="Blend the noise with the noise of this seed."),
-    click.option(
-        "--variation-strength", type=float, default=0.0, help="How much of the variation seed's noise to use, 0 to 1."
-    ),
-    click.option(
-        "--noise",
-        type=click.Choice(sorted(NOISES)),
-        default="cpu",
-        help="The PyTorch generator that seeds reproduce: the CPU's or a GPU's.",
-    ),
+    click.option("--variation-strength", type=float, default=0.0, help="How much of that noise to use, 0 to 1."),
+    click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="PyTorch generator of the seeds."),
 )
 DECODING = (
-    click.option(
-        "--decoder", type=click.Choice(list(DECODERS)), default="full", help="full, or tiny: faster, with less detail."
-    ),
-    click.option(
-        "--tile",
-        type=int,
-        default=None,
-        help="Decode in blended tiles of this many pixels, to save memory on large pictures.",
-    ),
+    click.option("--decoder", type=click.Choice(list(DECODERS)), default="full", help="tiny: fast, less detail."),
+    click.option("--tile", type=int, default=None, help="Decode in tiles of this many pixels, to save memory."),
 )
 
 
@@ -225,13 +169,7 @@ def options_of(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..
 
 
 LOADING = (
-    click.option(
-        "--embedding",
-        "embeddings",
-        type=FILE,
-        multiple=True,
-        help="A textual inversion embedding, as a safetensors file; repeatable.",
-    ),
+    click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A textual inversion file; repeatable."),
     click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or tensorrt-rtx."),
     click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads to use."),
     click.option("--build", is_flag=True, help="Build the engines first if there are none for this machine."),

@@ -24,13 +24,7 @@ POSITIVE = click.IntRange(min=1)
 
 @click.command()
 @click.argument("bundle", required=False)
-@click.option(
-    "--size",
-    "sizes",
-    type=Many(Size(), "256x256,512x512"),
-    default=(),
-    help="Sizes to draw. Default: the checkpoint's own.",
-)
+@click.option("--size", "sizes", type=Many(Size(), "256x256,512x512"), default=(), help="Default: the checkpoint's.")
 @click.option("--batch", "batches", type=Many(POSITIVE, "1,4"), default=(1,), help="Pictures drawn at once.")
 @click.option("--steps", type=Many(POSITIVE, "4,20"), default=(20,), help="Numbers of steps. Default: 20.")
 @click.option(
@@ -40,51 +34,22 @@ POSITIVE = click.IntRange(min=1)
     default=(None,),
     help="Default: the checkpoint's own.",
 )
-@click.option(
-    "--guidance", "guidances", type=Many(click.FLOAT, "1,7.5"), default=(7.5,), help="Guidance scales. Default: 7.5."
-)
-@click.option(
-    "--backend", "backends", type=Many(click.STRING, "cpu,cuda"), default=("auto",), help="Backends. Default: auto."
-)
+@click.option("--guidance", "guidances", type=Many(click.FLOAT, "1,7.5"), default=(7.5), help="Scales. Default: 7.5.")
+@click.option("--backend", "backends", type=Many(click.STRING, "cpu,cuda"), default=("auto"), help="Default: auto.")
 @click.option("--threads", type=Many(POSITIVE, "1,2"), default=(None,), help="CPU threads. Default: the backend's own.")
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Most rounds to measure.")
-@click.option(
-    "--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Most seconds to spend on rounds."
-)
-@click.option(
-    "--cold",
-    type=click.IntRange(min=0),
-    default=3,
-    show_default=True,
-    help="How many cold starts to measure, each in a new process.",
-)
-@click.option(
-    "--accuracy",
-    type=click.IntRange(min=0),
-    default=0,
-    help="How many held-out prompts to score; for the demo checkpoint only.",
-)
-@click.option(
-    "--golden/--no-golden", default=True, help="First check the engines against recorded outputs. Default: yes."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Seed of the order in which the variants take turns."
-)
-@click.option(
-    "--json", "json_file", type=File, default=None, help="Write the result as JSON to this file; - prints it."
-)
+@click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="At most, for rounds.")
+@click.option("--cold", type=click.IntRange(min=0), default=3, show_default=True, help="Cold starts to measure.")
+@click.option("--accuracy", type=click.IntRange(min=0), default=0, help="Held-out prompts to score (demo only).")
+@click.option("--golden/--no-golden", default=True, help="Check recorded outputs first. Default: yes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the variants.")
+@click.option("--json", "json_file", type=File, default=None, help="Write the result to this file; - prints it.")
 @click.option("--html", "html_file", type=File, default=None, help="Write a page with plots to this file.")
 @click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table instead of text.")
 @click.option("--show", type=File, default=None, help="Show a saved result instead of measuring.")
 @click.option("--compare", "pair", type=File, nargs=2, default=None, help="Compare two saved results.")
-@click.option(
-    "--tolerance",
-    type=click.FloatRange(min=0),
-    default=TOLERANCE,
-    show_default=True,
-    help="Slow-down that --compare allows.",
-)
+@click.option("--tolerance", type=click.FloatRange(min=0), default=TOLERANCE, show_default=True, help="For --compare.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of results.")
 @click.pass_context
 def bench(
