@@ -186,9 +186,7 @@ def pillows_limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def test_a_decompression_bomb_is_refused_from_its_header(pillows_limit: int | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(
-            RequestError, match=r"image: what \d+ bytes hold (is 60000x60000, more|has too many pixels)"
-        ):
+        with pytest.raises(RequestError, match=r"image: .*(is 60000x60000, more|has too many pixels)"):
             read_pictures(png_header(60000, 60000), factor=FACTOR)
 
 

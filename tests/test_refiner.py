@@ -204,7 +204,7 @@ def export_refined(made: Make, refiner: Path, target: Path, *, base: tuple[str, 
 
 def test_a_refiner_that_reads_with_another_text_encoder_is_refused(made: Make, tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "other", family="sdxl", variant="refiner", seed=1)
-    with pytest.raises(CheckpointError, match=r"text_encoder_2: the one of '.*other' has other weights"):
+    with pytest.raises(CheckpointError, match=r"^text_encoder_2: '.*other'"):
         export_refined(made, other, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 

@@ -150,8 +150,8 @@ def require_levels(config: Mapping[str, Any], *, where: str) -> None:
     levels, blocks = len(config["block_out_channels"]), len(config["down_block_types"])
     if levels != blocks:
         raise CheckpointError(
-            f"{where} names {blocks} down_block_types and {levels} block_out_channels; they are one for each level: "
-            "restore the config"
+            f"{where} names {blocks} down_block_types and {levels} block_out_channels, expected one of each for "
+            "each level; restore the config"
         )
 
 

@@ -173,7 +173,7 @@ def _whole(tensors: Tensors, converted: Tensors, network: str) -> Tensors:
         names = sorted(key for key, tensor in tensors.items() if tensor.data_ptr() not in kept)
         raise CheckpointError(
             f"the {network} holds {lost} tensors that its architecture does not have ({', '.join(names[:3])}, …); "
-            "pass --config DIRECTORY with the configs of its own"
+            "pass --config DIRECTORY with its own configs"
         )
     return converted
 

@@ -29,8 +29,8 @@ def require_same(component: str, module: nn.Module, shared: SharedEncoder) -> No
         unlike = next((key for key in _unlike(own, folder)), None)
     if unlike is not None:
         raise CheckpointError(
-            f"{component}: the one of '{shared.name}' has other weights than the checkpoint's ({unlike}), and both are "
-            "to share it; give a refiner that was made for this checkpoint, or export it as a bundle of its own"
+            f"{component}: '{shared.name}' has other weights than the checkpoint ({unlike}), and both would "
+            "share them; give a refiner that was made for this checkpoint, or export it as a bundle of its own"
         )
 
 

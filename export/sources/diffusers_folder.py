@@ -57,7 +57,7 @@ def source_of(where: object, unet: Collection[str]) -> Source:
         raise CheckpointError(
             f"'{where}' was recognised as graphs that diffusers exported (OnnxStableDiffusionPipeline): they come "
             "without the configs that say what they are, and their VAE encoder draws at random; "
-            "give the checkpoint that they were made of, or let optimum export it"
+            "give the checkpoint that they were made from, or let optimum export it"
         )
     if "model.onnx" in unet:
         return "onnx"
@@ -65,7 +65,7 @@ def source_of(where: object, unet: Collection[str]) -> Source:
     if other and not any(map(is_pickle, unet)):
         raise CheckpointError(
             f"'{where}' was recognised as {OTHER_FORMATS[other]} (unet/{other}), which is not read; "
-            "give the checkpoint that it was made of, with its safetensors"
+            "give the checkpoint that it was made from, with its safetensors"
         )
     return "torch"
 
@@ -159,8 +159,8 @@ def refuse_other_vae(where: Path, vae: Mapping[str, Any]) -> None:
     kind = vae.get("_class_name", VAE)
     if kind == TINY:
         raise CheckpointError(
-            f"'{where}' is a tiny VAE ({TINY}), which draws beside a VAE of full size and not in its place; "
-            "give that with --vae, and this one with --tiny-vae DIRECTORY"
+            f"'{where}' is a tiny VAE ({TINY}), which is used next to a full-size VAE, not instead of it; "
+            "give that with --vae and this one with --tiny-vae DIRECTORY"
         )
     if kind != VAE:
         raise CheckpointError(f"'{where}' was recognised as {kind}, which is not supported; expected {VAE}")

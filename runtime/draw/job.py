@@ -98,7 +98,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     decoder = _decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
     if mask is None and repaints(manifest):
-        raise RequestError("mask: this checkpoint repaints a part of an image; give `image` and `mask`")
+        raise RequestError("mask: this is an inpainting checkpoint; give `image` and `mask`")
     if pixels is not None and len(pixels) not in (1, len(prompts)):
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one for each")
     seeds, variations = _all_seeds(request, len(prompts))
@@ -185,7 +185,7 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
         pixels = read_pictures(request.image, factor=factor, size=size)
         return pixels, None, check_size((pixels.shape[2], pixels.shape[1]), manifest)
     if isinstance(request.image, list | tuple):
-        raise RequestError(f"mask: found {len(request.image)} images, expected the one that it masks")
+        raise RequestError(f"mask: found {len(request.image)} images, expected one")
     image = decode(cast(ImageSource, request.image), name="image")
     size = check_size(size or rounded_size(size_of(image), factor), manifest)
     mask = read_mask(request.mask, size=size, picture_size=size_of(image))

@@ -88,7 +88,7 @@ def decode(source: ImageSource, *, name: str) -> Image.Image | Array:
     if isinstance(source, Image.Image):
         return _upright(source, "the Pillow image", name)
     if isinstance(source, bytes | bytearray | memoryview):
-        what = f"what {len(source)} bytes hold"
+        what = f"the data of {len(source)} bytes"
         return _upright(_open(io.BytesIO(source), what, name), what, name)
     if not isinstance(source, str | os.PathLike):
         raise RequestError(
