@@ -544,7 +544,7 @@ def test_a_bundle_of_an_older_export_is_refused(made: Make, styles: list[Path], 
     with Pipeline.load(old, "cpu", threads=1) as pipe:
         words = refusal(pipe, Lora(file=styles[0]))
         assert draw(pipe).any()
-    assert "was exported without a note" in words
+    assert "was exported without a record" in words
     assert "export --overwrite" in words
 
 
