@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, cast
 
-from latentrt.engines.cuda.gpus import find_gpu, no_gpu
+from latentrt.engines.cuda.gpus import lacks_gpu
 from latentrt.engines.errors import EngineError, NotInstalledError
 
 Provider = Literal["cpu", "cuda"]
@@ -48,9 +48,7 @@ def unavailable(provider: Provider) -> EngineError | None:
         return error
     if PROVIDERS[provider] not in ort.get_available_providers():
         return NotInstalledError("this onnxruntime has no CUDA provider", install="pip install 'latentrt[cuda]'")
-    if provider == "cuda" and find_gpu() is None:
-        return no_gpu("no NVIDIA GPU answers here")
-    return None
+    return lacks_gpu(0, "no NVIDIA GPU answers here") if provider == "cuda" else None
 
 
 @functools.cache
