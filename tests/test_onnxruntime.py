@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import onnx
@@ -80,6 +81,23 @@ def test_what_is_run_once_a_picture_is_not_recorded() -> None:
     assert cuda_settings(recorded, spec("float16", "x"), every_stage=True)["enable_cuda_graph"] == "1"
     assert "enable_cuda_graph" not in cuda_settings(recorded, spec("float16", "x"), every_stage=False)
     assert "enable_cuda_graph" not in cuda_settings(OnnxRuntimeOptions(), spec("float16", "x"), every_stage=True)
+
+
+def test_only_bound_buffers_are_recorded(tmp_path: Path) -> None:
+    """A recording reads the addresses that it was made on, and a call's arrays lie somewhere else every time."""
+    graphs: list[str] = []
+
+    class Session:
+        def io_binding(self) -> Any:
+            return MagicMock()
+
+        def run_with_iobinding(self, _binding: Any, options: Any) -> None:
+            graphs.append(options.get_run_config_entry("gpu_graph_id"))
+
+    engine = session.OnnxRuntimeEngine(Session(), spec("float32", "x"))
+    engine({"x": [1.0]})
+    engine.run_bound(engine.new_binding(), graph=3)
+    assert graphs == ["-1", "3"]
 
 
 def test_onnx_runtime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ DTYPES: dict[str, DType] = {
 }
 # Output buffers are kept for this many different input shapes, then the oldest are dropped.
 KEPT_SHAPES = 8
+NOT_RECORDED = -1  # of CUDA graphs' numbers: a recording would read the buffers that it was made on
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
 CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")  # in the middle of a line of C++
@@ -190,7 +191,7 @@ class OnnxRuntimeEngine:
                 binding.bind_output(output.name, "cpu")
             else:
                 binding.bind_ortvalue_output(output.name, kept[i])
-        self._run(binding)
+        self.run_bound(binding)
         if kept is None:
             self._outputs[shapes] = kept = binding.get_outputs()
         return {output.name: value.numpy() for output, value in zip(self.spec.outputs, kept, strict=True)}
@@ -199,14 +200,21 @@ class OnnxRuntimeEngine:
         """Return an empty binding of inputs and outputs to buffers, for `run_bound`."""
         return self._open.io_binding()
 
-    def run_bound(self, binding: Any, *, graph: int = 0) -> None:
+    def run_bound(self, binding: Any, *, graph: int = NOT_RECORDED) -> None:
         """Run on a binding's buffers; the work is done when this returns.
 
         graph: where kernels are recorded, the number of this binding's recording: one for each set of buffers
+        Raises EngineError.
         """
         options = require().RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
-        self._run(binding, options)
+        try:
+            self._open.run_with_iobinding(binding, options)
+        except Exception as error:  # with a binding a plain RuntimeError, else one of its own classes
+            if type(error) is not RuntimeError and not type(error).__module__.startswith("onnxruntime"):
+                raise
+            sentence = f"ONNX Runtime could not run {self.spec.component}: {_first_line(error)}"
+            raise backend_error(sentence, str(error)) from error
 
     @property
     def _open(self) -> Any:
@@ -214,15 +222,6 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise ClosedError(f"the engine of {self.spec.component} is closed; open the bundle again")
         return self._session
-
-    def _run(self, binding: Any, *options: Any) -> None:
-        try:
-            self._open.run_with_iobinding(binding, *options)
-        except Exception as error:  # with a binding a plain RuntimeError, else one of its own classes
-            if type(error) is not RuntimeError and not type(error).__module__.startswith("onnxruntime"):
-                raise
-            sentence = f"ONNX Runtime could not run {self.spec.component}: {_first_line(error)}"
-            raise backend_error(sentence, str(error)) from error
 
     def _arrays(self, inputs: Inputs) -> dict[str, Array]:
         names = [spec.name for spec in self.spec.inputs]
