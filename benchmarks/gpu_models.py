@@ -71,6 +71,7 @@ WAYS: dict[str, Way] = {
     "": Way(),
     "graphs": Way(cuda_graphs=True),
     "fused": Way(recipe="fused", cuda_graphs=True),
+    "fused-loose": Way(recipe="fused", cuda_graphs=True, settings={"enable_skip_layer_norm_strict_mode": "0"}),
     "plain": Way(recipe="plain", cuda_graphs=True),
     "fused-bias": Way(cuda_graphs=True, settings={"fuse_conv_bias": "1"}),
     "flash": Way(cuda_graphs=True, settings={"sdpa_kernel": "1"}),

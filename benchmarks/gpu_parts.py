@@ -100,10 +100,13 @@ def do_build(facts: Mapping[str, Any], done: Keep) -> None:
 
 
 def do_verify(facts: Mapping[str, Any], done: Keep) -> None:
+    from gpu_probes import opened_so
+
     from latentrt.engines.bundle.files import Bundle
     from latentrt.engines.verify.verify import verify
 
-    rows = list(verify(Bundle.open(facts["root"]), backend=facts["backend"]))
+    with opened_so(None, facts["settings"]):
+        rows = list(verify(Bundle.open(facts["root"]), backend=facts["backend"]))
     done({"components": {row.what: {"ok": row.ok, "error": row.error, "limit": row.limit} for row in rows}})
     if not all(row.ok for row in rows):
         sys.stderr.write("; ".join(f"{row.what}: {row.message}" for row in rows if not row.ok) + "\n")
