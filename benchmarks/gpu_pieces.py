@@ -133,6 +133,11 @@ def fill_bundles(tree: Path, kept: Path) -> None:
         shutil.copyfile(packed, tree / packed.name)
 
 
+def fill_rtx(tree: Path, _: Path) -> None:
+    """TensorRT for RTX whole: builder, ONNX parser and runtime."""
+    install(["tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116"], tree)
+
+
 def install(requirements: Iterable[str], tree: Path) -> None:
     """Fetch wheels for the GPU machine's Python, without what they need, and lay them out as an installer would."""
     with tempfile.TemporaryDirectory() as downloads:
@@ -149,6 +154,7 @@ SETS: dict[str, Callable[[Path, Path], None]] = {
     "wheels": fill_wheels,
     "bundles": fill_bundles,
     "ort": fill_ort,
+    "rtx": fill_rtx,
 }
 
 if __name__ == "__main__":

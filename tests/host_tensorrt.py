@@ -62,6 +62,7 @@ def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool =
     """Return a module with TensorRT's names.
 
     refuses: names of calls that fail from now on; silent: without a reason; engines: those alive
+    compiled: what kernels were compiled for; of TensorRT-RTX alone
     combined: names of weights, each with those that must be supplied with it
     vague_outputs: as with TensorRT, the shapes of outputs are not known before those of inputs are
     """
@@ -72,7 +73,7 @@ def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool =
     library.ILogger, library.DataType, library.TensorIOMode = ILogger, DataType, TensorIOMode
     library.ExecutionContextAllocationStrategy = Strategy
     library.Runtime = lambda logger: Runtime(library, logger)
-    library.combined = {}
+    library.combined, library.compiled = {}, []
     library.Refitter = Refitter
     if rtx:
         library.DynamicShapesKernelSpecializationStrategy = Kernels
@@ -143,7 +144,7 @@ class Engine:
         return 4 * sum(int(np.prod(shape)) for shape in self.profiles[profile].values())
 
     def create_runtime_config(self) -> Config:
-        return Config()
+        return Config(self.runtime)
 
     def create_execution_context(self, config: Any) -> Context | None:
         rtx = isinstance(config, Config)
@@ -190,8 +191,38 @@ class Config:
     strategy: Any = Strategy.STATIC
     dynamic_shapes_kernel_specialization_strategy: Any = Kernels.LAZY
 
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.cache = RuntimeCache(runtime)
+
+    def create_runtime_cache(self) -> RuntimeCache | None:
+        return None if self.runtime.fails("create_runtime_cache") else RuntimeCache(self.runtime)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return not self.runtime.fails("set_runtime_cache")
+
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy
+
+
+class RuntimeCache:
+    """Kernels by the names of what they are for. Those that another release compiled are refused."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.kernels: list[str] = []
+
+    def deserialize(self, blob: bytes) -> bool:
+        version, *kernels = blob.decode().split("\n")
+        if version != self.runtime.library.__version__:
+            return False
+        self.kernels = kernels
+        return True
+
+    def serialize(self) -> bytes | None:
+        content = "\n".join([self.runtime.library.__version__, *self.kernels])
+        return None if self.runtime.fails("serialize") else content.encode()
 
 
 class Context:
@@ -282,6 +313,13 @@ class CapturableContext(Context):
     def __init__(self, engine: Engine, config: Config) -> None:
         super().__init__(engine)
         self._eager = config.dynamic_shapes_kernel_specialization_strategy is Kernels.EAGER
+        self._cache = config.cache
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.name not in self._cache.kernels:
+            self._cache.kernels.append(self.name)
+            self.library.compiled.append(self.name)
+        return super().execute_async_v3(stream)
 
     def is_stream_capturable(self, stream: int) -> bool:
         return self._eager and not self.engine.runtime.fails("is_stream_capturable")

@@ -102,7 +102,14 @@ def make_studio(bundle: Bundle, root: Path) -> Studio:
 
 
 def record_of(specs: Mapping[str, EngineSpec]) -> EngineRecord:
-    key = EngineKey(backend="tensorrt", backend_version="0.0.0", device="host", precision="fp32", graphs="")
+    key = EngineKey(
+        backend="tensorrt",
+        backend_version="0.0.0",
+        device="host",
+        precision="fp32",
+        graphs="",
+        compute_capability="8.9",
+    )
     entries = {component: f"{component}.engine" for component in specs}
     return EngineRecord(schema_version=1, key=key, specs=dict(specs), entries=entries, files={}, build_s=0.0)
 

@@ -28,7 +28,7 @@ from latentrt.engines.tensor_names import STATE_ROWS, control_width
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.tensorrt.engines import TensorRTSession
-from latentrt.engines.tensorrt.execution import open_program
+from latentrt.engines.tensorrt.execution import Kernels, open_program
 from latentrt.engines.tensorrt.profiles import input_shapes
 from latentrt.engines.tensorrt.text_encoder import STATES
 from latentrt.engines.workspace.contract import ALL
@@ -514,4 +514,4 @@ def test_what_tensorrt_rtx_says_without_a_driver_reaches_the_user(sd1_bundle: Pa
     built = tensorrt.build(Bundle.open(sd1_bundle), tmp_path, "tensorrt-rtx", options, silent)
     entry, spec = built["text_encoder"]
     with pytest.raises(EngineError, match=r"cannot load .*text_encoder\.engine .*driver version is insufficient"):
-        open_program(library, tmp_path / entry, spec)
+        open_program(library, tmp_path / entry, spec, Kernels())

@@ -12,16 +12,16 @@ from typing import Any, Self
 from cachetools import LRUCache
 
 from latentrt.engines.build_options import REFITTABLE
-from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.files import Bundle, cache_folder
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import ClosedError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
-from latentrt.engines.spec import Array, Engine, EngineSpec
+from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import HINT, PIXELS
 from latentrt.engines.tensorrt.engine import TensorRTEngine, in_portions
-from latentrt.engines.tensorrt.execution import Place, Program, Scratch, open_programs
+from latentrt.engines.tensorrt.execution import Kernels, Place, Plan, Program, Scratch, open_programs
 from latentrt.engines.tensorrt.library import Flavor, cannot_run, mismatches, runtime_of
 from latentrt.engines.tensorrt.logger import Told
 from latentrt.engines.tensorrt.profiles import Origin
@@ -58,8 +58,19 @@ def open_tensorrt(
     """
     origin = Origin(bundle=directory.parent.parent, backend=record.key.backend, factor=factor)
     names = tuple(record.entries) if components is None else tuple(components)
-    plans = {name: (directory / record.entries[name], record.specs[name]) for name in names}
+    plans = {
+        name: (directory / record.entries[name], record.specs[name], _kernels(directory, record, name))
+        for name in names
+    }
     return TensorRTSession(library, plans, device, origin, graphs=graphs, workspaces=workspaces, slots=slots)
+
+
+def _kernels(directory: Path, record: EngineRecord, component: str) -> Kernels:
+    """Return what keeps an engine's kernels: beside it or, where that is read-only, in the user's cache."""
+    file = f"{component}.sm{(record.key.compute_capability or '').replace('.', '')}.kernels"
+    cache = cache_folder()
+    homes = [directory] if cache is None else [directory, cache / "kernels" / directory.name]
+    return Kernels(*(home / file for home in homes))
 
 
 class TensorRTSession:
@@ -71,7 +82,7 @@ class TensorRTSession:
     def __init__(
         self,
         library: ModuleType,
-        plans: Mapping[str, tuple[Path, EngineSpec]],
+        plans: Mapping[str, Plan],
         device: Device,
         origin: Origin,
         *,
@@ -101,6 +112,7 @@ class TensorRTSession:
         """
         with self._place.queue.lock:
             self._check_open()
+            self._keep_kernels()
             key = (shape, denoiser)
             if key not in self._workspaces:
                 while self._workspaces.currsize >= self._workspaces.maxsize:
@@ -111,6 +123,11 @@ class TensorRTSession:
             workspace = self._workspaces[key]
             workspace.wipe(decoder=decoder)
             return workspace
+
+    def _keep_kernels(self) -> None:
+        """Write down what was compiled when the engines ran, where there is something new."""
+        for program in self._programs.values():
+            program.kernels.keep()
 
     def _drawing(self, denoiser: str) -> Programs:
         if denoiser not in self._programs:
@@ -170,6 +187,7 @@ class TensorRTSession:
             if self._closed:
                 return
             self._closed = True
+            self._keep_kernels()
             while self._workspaces:
                 self._workspaces.popitem()[1].close()
             while self._engines:
@@ -295,11 +313,6 @@ def open_engines(
         differences = tuple(mismatches(bundle, flavor, record.key)) if reason is None else ()
         error = reason or WrongMachineError("; ".join(differences), differences=differences)
         raise error.within(f"the engines in {directory} cannot be opened here: ")
-    if "strip True" in record.key.options:
-        raise EngineError(
-            f"the engines in {directory} hold no weights: an older latentrt built them with --strip, and none opens "
-            "them; delete the directory and run `latentrt build`"
-        )
     factor = bundle.manifest.latents.factor
     session = open_tensorrt(
         library, directory, record, CudaDevice(), factor=factor, components=components, graphs=graphs

@@ -6,6 +6,7 @@ For `tensorrt`, its lean runtime and `tensorrt_rtx` alike: nothing here needs a 
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from latentrt.engines.bundle.staging import staged_file
 from latentrt.engines.cuda.device import Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import BundleError, EngineError
@@ -30,6 +32,8 @@ DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
+_log = logging.getLogger(__name__)
+
 ANY = -1  # how TensorRT writes an axis whose size the profile gives
 
 
@@ -40,11 +44,68 @@ class Program:
     library: ModuleType
     engine: Any
     spec: EngineSpec
+    kernels: Kernels
 
 
-def open_programs(
-    library: ModuleType, plans: Mapping[str, tuple[Path, EngineSpec]], device: Device
-) -> dict[str, Program]:
+class Kernels:
+    """The kernels that TensorRT-RTX compiled for this GPU while an engine ran, kept for the processes to come.
+
+    The library validates a file before it takes anything from it: one of another GPU, driver or release gives nothing,
+    and is written anew. A cache outlives the contexts that use it, and a refit. Other libraries never ask for one.
+
+    files: where it may lie; it is written to the first that can be
+    """
+
+    def __init__(self, *files: Path) -> None:
+        self._files = files
+        self._cache: Any = None
+        self._content = b""  # of the file
+        self._used = False
+
+    def join(self, config: Any, told: Told) -> None:
+        """Let contexts of a configuration find kernels here, and leave what they compile. Raises EngineError."""
+        if self._cache is None:
+            self._cache = told.given(config.create_runtime_cache(), "no cache of kernels could be made")
+            self._read()
+        if not config.set_runtime_cache(self._cache):
+            raise told.error("the cache of kernels was refused")
+
+    def _read(self) -> None:
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                self._content = file.read_bytes()
+                if not self._cache.deserialize(self._content):
+                    _log.info("the kernels in %s are another machine's: they are compiled anew", file)
+                return
+
+    def use(self) -> None:
+        """Note that a context is about to run that may compile some."""
+        self._used = self._cache is not None
+
+    def keep(self) -> None:
+        """Write what was compiled since the last time. Where nothing can be written it is compiled anew each time."""
+        if not self._used:
+            return
+        self._used = False
+        serialized = self._cache.serialize()
+        content = self._content if serialized is None else bytes(serialized)
+        if content == self._content:
+            return
+        self._content = content
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with staged_file(file) as beside:
+                    beside.write_bytes(content)
+                return
+        _log.warning("compiled kernels could not be kept in %s", " or in ".join(map(str, self._files)))
+
+
+Plan = tuple[Path, EngineSpec, Kernels]
+"""An engine file, what it is to take and to give, and where its kernels are kept."""
+
+
+def open_programs(library: ModuleType, plans: Mapping[str, Plan], device: Device) -> dict[str, Program]:
     """Read engine files to a device, all at once, and return their programs by component.
 
     A driver must have answered before: without one some releases of TensorRT crash the process.
@@ -54,7 +115,7 @@ def open_programs(
         return dict(zip(plans, pool.map(lambda plan: open_program(library, *plan), plans.values()), strict=True))
 
 
-def open_program(library: ModuleType, file: Path, spec: EngineSpec) -> Program:
+def open_program(library: ModuleType, file: Path, spec: EngineSpec, kernels: Kernels) -> Program:
     """Read one engine file and check it against its spec. Raises as `open_programs` does."""
     told = Told(library)
     # A runtime each: one runtime may not be used from two threads.
@@ -65,7 +126,7 @@ def open_program(library: ModuleType, file: Path, spec: EngineSpec) -> Program:
         raise told.error(f"{library.__name__} {library.__version__} cannot load {file} ({REBUILD})")
     if differences := _differences(library, engine, spec):
         raise EngineError(f"{file} is not what its record says: {'; '.join(differences)}; {REBUILD}")
-    return Program(library=library, engine=engine, spec=spec)
+    return Program(library=library, engine=engine, spec=spec, kernels=kernels)
 
 
 def _map(file: Path) -> mmap.mmap:
@@ -168,7 +229,7 @@ class Pass:
 
     def __init__(self, place: Place, program: Program, profile: int) -> None:
         self._place = place  # and not the program: once a pass is closed it keeps no engine on the device
-        self._told = Told(program.library)
+        self._told, self._kernels = Told(program.library), program.kernels
         self.name = f"{program.spec.component}, profile {profile}"
         self.inputs = input_shapes(program.spec, profile)
         self._context = self._given(self._make_context(program), "no context could be made")
@@ -187,13 +248,14 @@ class Pass:
     def _make_context(self, program: Program) -> Any:
         library, engine = program.library, program.engine
         strategy = library.ExecutionContextAllocationStrategy.USER_MANAGED
-        kernels = getattr(library, "DynamicShapesKernelSpecializationStrategy", None)
-        if kernels is None:
+        specialization = getattr(library, "DynamicShapesKernelSpecializationStrategy", None)
+        if specialization is None:
             return engine.create_execution_context(strategy)
         config = self._given(engine.create_runtime_config(), "no runtime configuration could be made")
         config.set_execution_context_allocation_strategy(strategy)
         # TensorRT-RTX would else exchange kernels later, behind the back of the graph.
-        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+        config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
+        self._kernels.join(config, self._told)
         return engine.create_execution_context(config)
 
     def _select(self, profile: int) -> None:
@@ -240,6 +302,7 @@ class Pass:
         """Use the scratch memory where it is now. A graph that used it where it was is of no use any more."""
         scratch = self._place.scratch
         self._drop_graph()
+        self._kernels.use()
         scratch.reserve(self._scratch_bytes)
         self._context.set_device_memory(scratch.address, scratch.size)
         self._settled = scratch.extent
