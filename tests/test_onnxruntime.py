@@ -98,6 +98,8 @@ def test_only_bound_buffers_are_recorded(tmp_path: Path) -> None:
     engine({"x": [1.0]})
     engine.run_bound(engine.new_binding(), graph=3)
     assert graphs == ["-1", "3"]
+    numbers = [engine.new_recording() for _ in range(session.MOST_RECORDINGS + 2)]
+    assert numbers == [*range(1, session.MOST_RECORDINGS + 1), session.NOT_RECORDED, session.NOT_RECORDED]
 
 
 def test_onnx_runtime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ DTYPES: dict[str, DType] = {
 # Output buffers are kept for this many different input shapes, then the oldest are dropped.
 KEPT_SHAPES = 8
 NOT_RECORDED = -1  # of CUDA graphs' numbers: a recording would read the buffers that it was made on
+MOST_RECORDINGS = 64  # of one session, for nothing lets go of one before the session goes
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
 CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")  # in the middle of a line of C++
@@ -177,6 +178,7 @@ class OnnxRuntimeEngine:
         """Take a session. weights: what it refers to and does not own, kept for as long."""
         self.spec = spec
         self._session, self._weights = session, weights
+        self._recordings = 0
         self._outputs: LRUCache[tuple[tuple[int, ...], ...], list[Any]] = LRUCache(KEPT_SHAPES)
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
@@ -200,6 +202,13 @@ class OnnxRuntimeEngine:
     def new_binding(self) -> Any:
         """Return an empty binding of inputs and outputs to buffers, for `run_bound`."""
         return self._open.io_binding()
+
+    def new_recording(self) -> int:
+        """Return a number for the recording of a binding's kernels, `NOT_RECORDED` where the session holds enough."""
+        if self._recordings >= MOST_RECORDINGS:
+            return NOT_RECORDED
+        self._recordings += 1
+        return self._recordings
 
     def run_bound(self, binding: Any, *, graph: int = NOT_RECORDED) -> None:
         """Run on a binding's buffers; the work is done when this returns.

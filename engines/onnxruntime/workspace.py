@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +44,6 @@ from latentrt.engines.workspace.contract import (
     span,
 )
 
-RECORDINGS = itertools.count(1)  # of one session, which serves many workspaces; 0 is ONNX Runtime's default
 NOBODY = "nobody"
 
 
@@ -244,7 +242,7 @@ class OnnxRuntimeWorkspace:
         self._check_written(program)
         key = (program, rows, id(self._states[0]), self._before)
         if key not in self._bindings:
-            self._bindings[key] = self._bind(program, rows), next(RECORDINGS)
+            self._bindings[key] = self._bind(program, rows), self._engines[program].new_recording()
         binding, graph = self._bindings[key]
         self._engines[program].run_bound(binding, graph=graph)
 
