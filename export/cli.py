@@ -113,6 +113,7 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
                 "peak_rss_bytes": finished.peak_rss_bytes,
                 "peak_rss_over_weights": round(finished.peak_rss_bytes / max(finished.weights_bytes, 1), 2),
                 "error": finished.error,
+                "graph": finished.graph,
                 "float32_layers": finished.float32_layers,
                 "float32_note": exported.manifest.components[name].float32_note(),
                 "largest_activation": finished.largest_activation,
@@ -125,10 +126,11 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
 
 def _table(summary: dict[str, Any]) -> str:
     head = f"{'component':<13}{'weights':>12}{'seconds':>9}{'peak memory':>14}{'of weights':>12}{'max error':>14}"
+    head += f"{'graph':>9}"
     rows = [
         f"{name:<13}{row['weights_bytes'] / MIB:>8.1f} MiB{row['seconds']:>9.1f}"
         f"{row['peak_rss_bytes'] / MIB:>10.0f} MiB{row['peak_rss_over_weights']:>12.2f}{_error(row['error']):>14}"
-        + ("  (from an earlier run)" if row["resumed"] else "")
+        f"{row['graph'] or 'adopted':>9}" + ("  (from an earlier run)" if row["resumed"] else "")
         for name, row in summary["components"].items()
     ]
     state = "was there already" if summary["already_there"] else "is ready"

@@ -43,8 +43,9 @@ MakeControlled = Callable[[str, str], Controlled]
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Engines of the user's own cache are not found; a test that wants them there sets a place of its own.
-os.environ["LATENTRT_CACHE"] = str(ROOT / ".cache" / "nobody-writes-here")
+# Engines of the user's own cache are not found; a test that wants them there sets a place of its own. Graphs that were
+# traced are kept here from one session to the next.
+os.environ["LATENTRT_CACHE"] = str(ROOT / ".cache" / "latentrt")
 
 
 @pytest.fixture(scope="session")

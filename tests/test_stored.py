@@ -109,9 +109,10 @@ def test_a_graph_is_filled_with_the_weights_that_the_tracer_never_saw(tmp_path: 
     x = torch.randn(2, 3, width)
     expected = traced(whole, x).graph.initializers
     weights = StoredWeights(stored.requires_grad_(False))
-    with weights.withheld():
+    with weights.withheld() as stand_ins:
         model = traced(stored, x)
-        weights.fill(model)
+        places = stand_ins.places(model)
+    weights.fill(model, places)
     found = model.graph.initializers
     assert set(found) == set(expected)
     lazy = {name for name, value in found.items() if isinstance(value.const_value, ir.LazyTensor)}

@@ -7,6 +7,7 @@ kernel's list of mappings, and each is read from its file when it is wanted, int
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +21,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from latentrt.engines.spec import Array
+from latentrt.export.networks.weight_places import Place, Places, StandIns
 from latentrt.export.sources.weight_files import WeightFiles
 
 MAPPINGS = Path("/proc/self/maps")
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-# Smaller weights are handed to the tracer as they are: it computes with constants of up to 8192 numbers.
+# Smaller weights are numbers for the tracer, not memory that nobody has written to: it computes with up to 8192.
 LARGE = 1 << 16
 
 
@@ -95,12 +96,12 @@ class StoredWeights:
         self._windows = windows(self._kept)
         for name in self._windows:
             del self._kept[name]
-        self._places: dict[int, str] = {}
         self._owners = [
             (owner, {key: names[weight] for key, weight in owner.named_parameters(recurse=False)})
             for owner in module.modules()
         ]
-        for buffer in module.buffers():
+        self._buffers = dict(module.named_buffers())
+        for buffer in self._buffers.values():
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
         self._put(self._absent)
@@ -131,36 +132,45 @@ class StoredWeights:
                 handle.remove()
 
     @contextmanager
-    def withheld(self) -> Iterator[None]:
-        """While the block runs, the network can be traced: large weights are memory that was never written to.
+    def withheld(self) -> Iterator[StandIns]:
+        """While the block runs, the network can be traced, with stand-ins for all of its float weights.
 
-        Such memory has addresses and no pages. `fill` finds the weights by the addresses.
+        A graph that was traced with them is for all weights: `fill` gives it these.
         """
-        self._put(self._unwritten)
+        stand_ins = StandIns()
+        self._put(partial(self._stand_in, stand_ins))
         try:
-            yield
+            yield stand_ins
         finally:
             self._put(self._absent)
 
-    def fill(self, model: ir.Model) -> None:
-        """Put the weights in a graph that was traced inside `withheld`; each is read when it is written or looked at.
+    def fill(self, model: ir.Model, places: Places) -> None:
+        """Put the weights in a graph that was traced with stand-ins; each is read when it is written or looked at."""
+        for name, place in places.items():
+            read = partial(self._part, place)
+            shape = ir.Shape(place.shape)
+            tensor = ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=shape, name=name)
+            model.graph.initializers[name].const_value = tensor
 
-        The tracer transposes the weights of linear layers, which changes strides and not the address.
-        """
-        for value in model.graph.initializers.values():
-            if value.const_value is None or value.dtype != ir.DataType.FLOAT:
-                continue
-            window = value.const_value.numpy()
-            name = self._places.get(window.__array_interface__["data"][0])
-            if name is not None:
-                read = partial(self._laid_out, name, window.shape, window.strides)
-                value.const_value = ir.LazyTensor(
-                    read, dtype=ir.DataType.FLOAT, shape=ir.Shape(window.shape), name=value.name
-                )
+    def first(self, name: str) -> str:
+        """Return the first name of a weight that several layers may share."""
+        return self._first[name]
 
-    def _laid_out(self, name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> ir.TensorProtocol:
-        whole: Array = self.read(name).numpy()
-        return ir.Tensor(np.ascontiguousarray(np.lib.stride_tricks.as_strided(whole, shape, strides)))
+    def shape(self, name: str) -> torch.Size:
+        """Return a weight's shape."""
+        name = self._first[name]
+        return self._windows[name].shape if name in self._windows else self._kept[name].shape
+
+    def structure(self) -> object:
+        """Return all that a trace with stand-ins still sees of the network's tensors, as plain data."""
+        digest = hashlib.sha256()
+        others = [self.read(name) for name, weight in self._kept.items() if not weight.is_floating_point()]
+        for tensor in (*self._buffers.values(), *others):
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        return [{name: [first, *self.shape(first)] for name, first in self._first.items()}, digest.hexdigest()]
+
+    def _part(self, place: Place) -> ir.TensorProtocol:
+        return ir.Tensor(place.of(self.read(place.weight).numpy()))
 
     def _put(self, make: Callable[[str], Tensor]) -> None:
         made: dict[str, nn.Parameter] = {}  # what is one weight in two layers stays one
@@ -172,17 +182,19 @@ class StoredWeights:
 
     def _absent(self, name: str) -> Tensor:
         """Return a tensor with no numbers: what computes with it outside its layer's own turn fails."""
-        return torch.empty(self._shape(name), device="meta")
+        return torch.empty(self.shape(name), device="meta")
 
-    def _unwritten(self, name: str) -> Tensor:
-        if math.prod(self._shape(name)) < LARGE:
+    def _stand_in(self, stand_ins: StandIns, name: str) -> Tensor:
+        weight = self._kept.get(name)
+        if weight is not None and not weight.is_floating_point():
             return self.read(name)
-        tensor = torch.empty(self._shape(name))
-        self._places[tensor.data_ptr()] = name
+        shape = self.shape(name)
+        numbers = stand_ins.numbers(name, shape) if math.prod(shape) < LARGE else None
+        if numbers is not None:
+            return torch.from_numpy(numbers)
+        tensor = torch.empty(shape)  # it has addresses and no pages, as long as nobody writes to it
+        stand_ins.memory(name, tensor.data_ptr(), tensor.numel())
         return tensor
-
-    def _shape(self, name: str) -> torch.Size:
-        return self._windows[name].shape if name in self._windows else self._kept[name].shape
 
     def _lend(self, names: dict[str, str], owner: nn.Module, _: Any) -> None:
         for key, name in names.items():

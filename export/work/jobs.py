@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -29,11 +29,14 @@ from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.graphs import golden
 from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.components import COMPONENTS, Case, input_specs, output_specs
-from latentrt.export.sources.parts import Source, WeightSource
+from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from torch import nn
-from latentrt.export.sources.parts import SharedEncoder
+
+    from latentrt.export.networks.streamed_weights import StoredWeights
+    from latentrt.export.networks.weight_places import Places
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
 Stage = Literal["make", "check", "narrow", "adopt"]
@@ -86,6 +89,7 @@ class Finished:
     error: the largest difference from torch over the output's range, None if there was no torch to compare with
     peak_rss_bytes: the peak memory of the process that did the work, libraries included
     float32_layers, largest_activation: as in the manifest
+    graph: whether it was traced now or kept from an earlier export, None if there was one already
     """
 
     component: str
@@ -98,6 +102,7 @@ class Finished:
     peak_rss_bytes: int
     float32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
+    graph: Literal["traced", "kept"] | None = None
 
     @property
     def graph_files(self) -> tuple[str, ...]:
@@ -151,50 +156,78 @@ def run_job(job: ExportJob) -> Finished:
 
 def _make(job: ExportJob) -> Finished:
     """Load the network, record both pairs, write its graph in float32: a layer's weights at a time."""
-    import torch
-
-    from latentrt.export.graphs import trace as graphs
-    from latentrt.export.networks import modules
+    from latentrt.export.graphs.trace import save_graph
     from latentrt.export.networks.streamed_weights import StoredWeights
     from latentrt.export.networks.weight_names import NAMED, name_weights
 
-    component = COMPONENTS[job.row]
-    takes = input_specs(component, job.dimensions, "fp32")
-    gives = output_specs(component, job.dimensions, "fp32")
     if job.shared:
         _require_shared(job, job.shared)
-    with _loaded(job) as module:
+    with _loaded(job) as (module, config):
         weights = StoredWeights(module)
-        for which, path in zip(CASES, _pairs(job), strict=True):
-            inputs = golden.make_inputs(
-                component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
-            )
-            with weights.lent():
-                outputs = modules.run(module, inputs, [spec.name for spec in gives])
-            golden.require_finite(job.component, outputs)
-            golden.save_golden(path, inputs, outputs)
-        inputs = golden.widen(golden.load_golden(_pairs(job)[0])[0])
-        traced = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        with weights.withheld():
-            model = graphs.trace_graph(module, traced, takes, gives, axes=component.axes(job.dimensions))
-            weights.fill(model)
+        _record_pairs(job, module, weights)
+        model, places, kept = _graph(job, module, config, weights)
         if job.component in NAMED:
-            write_weights(Path(job.root) / graph_record(job.component), name_weights(model, weights))
-        files = graphs.save_graph(model, _traced_graph(job))
-    return _finished(job, files if job.precision == "fp32" else [])
+            write_weights(Path(job.root) / graph_record(job.component), name_weights(model, weights, places))
+        files = save_graph(model, _float32_graph(job))
+    finished = _finished(job, files if job.precision == "fp32" else [])
+    return dataclasses.replace(finished, graph="kept" if kept else "traced")
+
+
+def _record_pairs(job: ExportJob, module: nn.Module, weights: StoredWeights) -> None:
+    """Write both pairs: what torch computes in float32."""
+    from latentrt.export.networks import modules
+
+    component = COMPONENTS[job.row]
+    gives = output_specs(component, job.dimensions, "fp32")
+    for which, path in zip(CASES, _pairs(job), strict=True):
+        inputs = golden.make_inputs(
+            component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
+        )
+        with weights.lent():
+            outputs = modules.run(module, inputs, [spec.name for spec in gives])
+        golden.require_finite(job.component, outputs)
+        golden.save_golden(path, inputs, outputs)
+
+
+def _graph(
+    job: ExportJob, module: nn.Module, config: Mapping[str, Any], weights: StoredWeights
+) -> tuple[ir.Model, Places, bool]:
+    """Return the graph with its weights, what it holds of them, and whether it was kept from an earlier export."""
+    from latentrt.export.graphs import kept_traces
+
+    component = COMPONENTS[job.row]
+    takes, gives = (specs(component, job.dimensions, "fp32") for specs in (input_specs, output_specs))
+    axes, inputs = component.axes(job.dimensions), golden.widen(golden.load_golden(_pairs(job)[0])[0])
+    told = {
+        "module": [repr(module), _normed(job), job.scaling_factor, msgspec.to_builtins(job.affine)],
+        "weights": weights.structure(),
+        "tensors": msgspec.to_builtins((*takes, *gives)),
+        "sizes": {name: array.shape for name, array in inputs.items()},
+        "axes": axes,
+    }
+
+    def trace() -> ir.Model:
+        import torch
+
+        from latentrt.export.graphs.trace import trace_graph
+
+        tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+        return trace_graph(module, tensors, takes, gives, axes=axes)
+
+    return kept_traces.graph_of(kept_traces.key_of(config, told), weights, trace)
 
 
 def _require_shared(job: ExportJob, shared: SharedEncoder) -> None:
     """Raise CheckpointError if the network that is to be shared has other weights in the other checkpoint."""
-    from latentrt.export.networks import shared_encoder as shared_encoder
+    from latentrt.export.networks import shared_encoder
 
     # A LoRA changes the text for both: the checkpoints' own are what must be the same.
     plain = dataclasses.replace(job.weight_source, loras=()) if job.weight_source else None
-    with _loaded(dataclasses.replace(job, weight_source=plain)) as module:
+    with _loaded(dataclasses.replace(job, weight_source=plain)) as (module, _):
         shared_encoder.require_same(job.component, module, shared)
 
 
-def _traced_graph(job: ExportJob) -> Path:
+def _float32_graph(job: ExportJob) -> Path:
     """Return where the float32 graph is written: in the bundle, or beside it where a float16 one is made of it."""
     root = Path(job.root)
     if job.precision == "fp32":
@@ -203,36 +236,44 @@ def _traced_graph(job: ExportJob) -> Path:
 
 
 @contextmanager
-def _loaded(job: ExportJob) -> Iterator[nn.Module]:
-    """Load the network, from a folder that is written for the block alone where it has a weight source."""
+def _loaded(job: ExportJob) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
+    """Load the network and its config; where it has a weight source, its folder is there for the block alone."""
     from latentrt.export.networks import conversion, modules
 
-    normed = not job.dimensions["pooled_width"]  # SDXL's UNets read states that have had no norm
-    takes = tuple(tensor.name for tensor in COMPONENTS[job.row].takes(job.dimensions))
     load = partial(
         modules.load,
         job.row,
-        takes=takes,
-        normed=normed,
+        takes=tuple(tensor.name for tensor in COMPONENTS[job.row].takes(job.dimensions)),
+        normed=_normed(job),
         scaling_factor=job.scaling_factor,
         affine=job.affine,
         dtype=None,
     )
     if job.weight_source is None:
-        yield load(Path(job.folder))
+        yield load(Path(job.folder)), _config(Path(job.folder))
         return
     with conversion.written(job.weight_source, Path(job.folder)) as folder:
         try:
             module = load(folder)
         except CheckpointError as error:  # the user knows the file, not the folder made of it
             raise CheckpointError(str(error).replace(str(folder), job.weight_source.files[0])) from error
-        yield module
+        yield module, _config(folder)
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    config: Mapping[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _normed(job: ExportJob) -> bool:
+    """Tell whether the states of earlier layers of a text encoder have had a norm: SDXL's UNets read them without."""
+    return not job.dimensions["pooled_width"]
 
 
 def _check(job: ExportJob) -> Finished:
     """Compare the graph that was made with the recorded pairs."""
     pairs = [golden.load_golden(path) for path in _pairs(job)]
-    error = golden.check_graph(job.component, _traced_graph(job), pairs, precision=job.precision)
+    error = golden.check_graph(job.component, _float32_graph(job), pairs, precision=job.precision)
     return dataclasses.replace(_made(job), error=error)
 
 
@@ -240,7 +281,7 @@ def _narrow(job: ExportJob) -> Finished:
     """Make a float16 graph of the float32 one, and compare it with the recorded pairs."""
     from latentrt.export.graphs import half_precision as precision
 
-    made, wide = _made(job), _traced_graph(job)
+    made, wide = _made(job), _float32_graph(job)
     narrowed = precision.narrow_graph(
         wide,
         Path(job.root) / graph_path(job.component),

@@ -34,7 +34,19 @@ from latentrt.export.work.jobs import ExportJob, Finished, run_job
 
 ERRORS: dict[str, type[LatentrtError]] = {"CheckpointError": CheckpointError, "BundleError": BundleError}
 PRELOAD = {
-    "torch": ("torch", "onnx", "onnx_ir", "diffusers", "transformers", "latentrt.export.networks.modules"),
+    "torch": (
+        "torch",
+        "onnx",
+        "onnx_ir",
+        "latentrt.export.networks.modules",
+        # What each stage would import again for seconds. What tracing needs is not here: most graphs are kept.
+        "diffusers.models.adapter",
+        "diffusers.models.autoencoders",
+        "diffusers.models.controlnets",
+        "diffusers.models.unets.unet_2d_condition",
+        "transformers.models.clip.modeling_clip",
+        "accelerate",
+    ),
     "onnx": ("onnx",),
 }
 PR_SET_PDEATHSIG = 1
