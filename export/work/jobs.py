@@ -1,6 +1,6 @@
 """One component's work: load it, record golden pairs, write its graph, narrow or check it.
 
-Each stage has its own process.
+Each phase has its own process.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from latentrt.export.networks.weight_places import Places
 
 CASES: tuple[Case, ...] = ("traced", "odd")  # the golden pair's sizes, and others the graph must hold at
-Stage = Literal["make", "check", "narrow", "adopt"]
-# Neither stage holds a network's weights: `stored.py` reads a layer's when it computes, `sessions.py` runs a graph in
+Phase = Literal["make", "check", "narrow", "adopt"]
+# No phase holds a network's weights: `streamed_weights.py` reads a layer's when it computes, `run.py` runs a graph in
 # pieces. A graph is checked in another process than the one that made it, because torch's tracer keeps what it made.
-STAGES: Mapping[tuple[Source, Precision], tuple[Stage, ...]] = {
+PHASES: Mapping[tuple[Source, Precision], tuple[Phase, ...]] = {
     ("torch", "fp32"): ("make", "check"),
     ("torch", "fp16"): ("make", "narrow"),
     ("onnx", "fp32"): ("adopt",),
@@ -74,12 +74,12 @@ class ExportJob:
     weight_source: WeightSource | None = None
     shared: SharedEncoder | None = None
     affine: Affine | None = None
-    stage: Stage = "make"
+    phase: Phase = "make"
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        """Return the stages that finish the component, in order."""
-        return STAGES[self.source, self.precision]
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the phases that finish the component, in order."""
+        return PHASES[self.source, self.precision]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +132,10 @@ def golden_path(component: str) -> str:
 
 
 def run_job(job: ExportJob) -> Finished:
-    """Do one stage of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
+    """Do one phase of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
     start = time.perf_counter()
     root = Path(job.root)
-    work: Mapping[Stage, Callable[[ExportJob], Finished]] = {
+    work: Mapping[Phase, Callable[[ExportJob], Finished]] = {
         "make": _make,
         "check": _check,
         "narrow": _narrow,
@@ -143,13 +143,13 @@ def run_job(job: ExportJob) -> Finished:
     }
     with disk_errors(root):
         (root / MARKERS).mkdir(exist_ok=True)
-        finished = work[job.stage](job)
+        finished = work[job.phase](job)
         finished = dataclasses.replace(
             finished,
             seconds=round(finished.seconds + time.perf_counter() - start, 3),
             peak_rss_bytes=max(finished.peak_rss_bytes, peak_rss_bytes()),
         )
-        last = job.stage == job.stages[-1]
+        last = job.phase == job.phases[-1]
         _write_marker(root, job.component if last else f"{job.component}.made", finished)
     return finished
 

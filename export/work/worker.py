@@ -1,9 +1,9 @@
-"""A process that does components' work, each stage in a fork of its own.
+"""A process that does components' work, each phase in a fork of its own.
 
 The command line's own process never imports torch; this one imports it once; each fork gives all its memory back when
-it ends, and its peak is that of one stage. It computes nothing itself, so that no library's threads run when it forks.
+it ends, and its peak is that of one phase. It computes nothing itself, so that no library's threads run when it forks.
 
-A stage may take an hour on a busy machine: as long as it computes it is slow, and when it does not it hangs.
+A phase may take an hour on a busy machine: as long as it computes it is slow, and when it does not it hangs.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ PRELOAD = {
     "onnx": ("onnx",),
 }
 PR_SET_PDEATHSIG = 1
-# A stage whose process has used no time of any processor for so long is ended. Slow ones use some, however busy the
+# A phase whose process has used no processor time for this long is ended. Slow ones use some, however busy the
 # machine: at a load of 10 on two processors an export took five times as long and hung nowhere.
 PATIENCE_S = 300.0
 IDLE_S = 0.05  # less than this is none: the kernel counts in hundredths
@@ -70,10 +70,10 @@ class Worker:
 
     def run(self, job: ExportJob) -> Finished:
         """Have one component done. Raises CheckpointError and BundleError as the work did, RuntimeError for bugs."""
-        *first, last = job.stages
-        for stage in first:
-            self._ask(dataclasses.replace(job, stage=stage))
-        return self._ask(dataclasses.replace(job, stage=last))
+        *first, last = job.phases
+        for phase in first:
+            self._ask(dataclasses.replace(job, phase=phase))
+        return self._ask(dataclasses.replace(job, phase=last))
 
     def _ask(self, job: ExportJob) -> Finished:
         start = time.monotonic()
@@ -117,14 +117,14 @@ class Worker:
 
 def _waited(job: ExportJob, seconds: float) -> str:
     load = f"the machine's load is {os.getloadavg()[0]:.1f} on {os.cpu_count()} processors"
-    return f"gave up waiting for the export process after {seconds:.0f} s ({job.component}, {job.stage}); {load}"
+    return f"gave up waiting for the export process after {seconds:.0f} s ({job.component}, {job.phase}); {load}"
 
 
 @contextlib.contextmanager
 def start_worker(source: str, *, patience_s: float = PATIENCE_S) -> Iterator[Worker]:
     """Start the process for a kind of checkpoint and end it after the block.
 
-    patience_s: how long a stage may go without computing before it counts as hanging
+    patience_s: how long a phase may go without computing before it counts as hanging
     """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
