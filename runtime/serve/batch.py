@@ -1,0 +1,130 @@
+"""Pictures that share their stages: each has a slot of one workspace, and they come and go between two stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from latentrt.engines.workspace.contract import STATE, Event, Workspace
+from latentrt.runtime.draw.denoise import Loop, Walk
+from latentrt.runtime.draw.draw import Drawing
+from latentrt.runtime.draw.job import Leg
+from latentrt.runtime.draw.slots import write_rows
+from latentrt.runtime.draw.step import Step
+from latentrt.runtime.serve.ticket import Ticket
+
+Make = Callable[[int], Workspace]
+"""gives a blank workspace with so many slots"""
+
+
+class Batch:
+    """The pictures of one group, on a workspace with as many slots as they need.
+
+    counts: the numbers of slots that a workspace can have, from the least to the most
+    """
+
+    def __init__(self, make: Make, drawing: Drawing, counts: Sequence[int]) -> None:
+        self._make, self._drawing, self._counts = make, drawing, tuple(counts)
+        self._workspace: Workspace | None = None
+        self._loop: Loop | None = None
+        self._events: list[Event] = []
+        self.tickets: list[Ticket] = []
+
+    def join(self, tickets: Sequence[Ticket]) -> None:
+        """Let pictures take part from the next stage on, and fit the workspace to those that there are.
+
+        Raises EngineError.
+        """
+        needed = len(self.tickets) + len(tickets)
+        slots = next((count for count in self._counts if count >= max(needed, 1)), self._counts[-1])
+        if self._workspace is None or not self._suits(self._workspace, slots):
+            tickets = [*self.park(), *tickets]
+            self.tickets = []
+            self._workspace = self._make(slots) if tickets else None
+        if self._workspace is not None and self._loop is None:
+            self._loop = Loop(self._workspace, tickets[0].leg.denoiser)
+        # Negative prompts' rows come last: the fewer slots lie between the guided ones, the fewer rows are computed.
+        for ticket in sorted(tickets, key=lambda ticket: not ticket.job.guidance.needed):
+            self._place(ticket)
+            self.tickets.append(ticket)
+
+    def _suits(self, workspace: Workspace, slots: int) -> bool:
+        """Tell whether a workspace is one for so many pictures: empty slots cost nothing but on a device."""
+        return workspace.shape.pictures == slots or (workspace.local and workspace.shape.pictures > slots)
+
+    def _place(self, ticket: Ticket) -> None:
+        """Write a picture to a free slot, with the state that it has come to."""
+        assert self._workspace is not None and self._loop is not None and ticket.picture is not None
+        taken = {walk.slots.start for walk in self._loop.walks}
+        slot = next(slot for slot in range(self._workspace.shape.pictures) if slot not in taken)
+        picture, leg, slots = ticket.picture, ticket.leg, slice(slot, slot + 1)
+        for name, array in picture.texts[leg.denoiser].items():
+            write_rows(self._workspace, name, array, slots)
+        left = Leg(denoiser=leg.denoiser, stages=range(picture.done, leg.stages.stop))
+        walk = self._drawing.seat(ticket.job, left, picture.inputs, self._workspace, picture.draw, slots=slots)
+        picture.walk = walk
+        self._loop.join(walk)
+
+    def advance(self) -> float:
+        """Take one stage of every picture. Returns the seconds of the last stage that is known to be done.
+
+        A device is given one stage ahead, so that it never waits. Raises EngineError.
+        """
+        assert self._workspace is not None and self._loop is not None
+        events = self._events
+        if not events:
+            events.append(self._workspace.event())
+        self._loop.advance()
+        events.append(self._workspace.event())
+        for ticket in self.tickets:
+            assert ticket.picture is not None
+            ticket.picture.done = walk_of(ticket).done
+        del events[:-3]
+        later = -2 if self._workspace.queued and len(events) > 2 else -1
+        return events[later].since(events[later - 1])
+
+    def lost(self, ticket: Ticket) -> bool:
+        """Tell whether a picture's numbers are known to have left the range of floats."""
+        assert self._loop is not None
+        return bool(self._loop.lost(walk_of(ticket)))
+
+    @contextmanager
+    def step(self, ticket: Ticket) -> Iterator[Step]:
+        """Show the stage of a picture that is done."""
+        assert self._workspace is not None and ticket.picture is not None
+        picture = ticket.picture
+        with self._drawing.step(
+            ticket.job, walk_of(ticket), self._workspace, picture.draw, keeps="known" in picture.inputs
+        ) as step:
+            yield step
+
+    def leave(self, ticket: Ticket, *, keep: bool) -> None:
+        """Free a picture's slot. keep: its state is read first, so that it can be finished, or go on elsewhere"""
+        assert self._workspace is not None and self._loop is not None and ticket.picture is not None
+        walk = walk_of(ticket)
+        if keep:
+            ticket.picture.inputs[STATE] = self._workspace.read(STATE, walk.slots)
+        self._loop.leave(walk)
+        ticket.picture.walk = None
+        self.tickets.remove(ticket)
+
+    def park(self) -> list[Ticket]:
+        """Take every picture off the workspace, with the state that it has come to; return them."""
+        parked = list(self.tickets)
+        for ticket in parked:
+            self.leave(ticket, keep=True)
+        self.drop()
+        return parked
+
+    def drop(self) -> list[Ticket]:
+        """Forget the workspace as it is, and return the pictures that were on it: they have to begin again."""
+        dropped, self.tickets = self.tickets, []
+        self._workspace, self._loop = None, None
+        self._events.clear()
+        return dropped
+
+
+def walk_of(ticket: Ticket) -> Walk:
+    """Return the way of a picture that is on a workspace."""
+    assert ticket.picture is not None and ticket.picture.walk is not None
+    return ticket.picture.walk

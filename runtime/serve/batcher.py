@@ -1,0 +1,439 @@
+"""Continuous batching: one thread takes the pictures of many requests from stage to stage together.
+
+Requests join at the next stage and leave when their own plan ends. Prompts are encoded and pictures decoded on threads
+of their own, beside the loop. Groups that cannot be drawn together take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from latentrt.engines.errors import ClosedError, EngineError, LatentrtError, NotFiniteError, OutOfMemoryError
+from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
+from latentrt.runtime.calls import Cancellation, Limits
+from latentrt.runtime.draw.finite import LATENTS
+from latentrt.runtime.draw.job import resolve
+from latentrt.runtime.draw.step import Watch
+from latentrt.runtime.loaded import Loaded
+from latentrt.runtime.request import Request
+from latentrt.runtime.result import Result
+from latentrt.runtime.serve.batch import Batch
+from latentrt.runtime.serve.beside import explained, finish, prepare
+from latentrt.runtime.serve.stage_times import Owed, StageTimes, may_join
+from latentrt.runtime.serve.ticket import DrainingError, Group, QueueFullError, Ticket, single
+from latentrt.runtime.serve.turns import Turns
+
+logger = logging.getLogger(__name__)
+LEAST_TURN_S, TURN_OVER_CHANGE = 0.25, 5.0  # a turn lasts so long, and so many times what changing the weights takes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatcherOptions:
+    """What a batcher keeps to.
+
+    slots: pictures that share stages, at the most; waiting: pictures that may wait, at the most
+    slo: how many times a request's own time alone a picture may take, where nothing else is promised; None for no
+        promise
+    """
+
+    slots: int = 8
+    waiting: int = 64
+    slo: float | None = None
+
+
+class Batcher:
+    """Draws requests on a loaded bundle, many at a time. Nobody else may draw on it. Close it, or use `with`."""
+
+    def __init__(self, loaded: Loaded, options: BatcherOptions | None = None) -> None:
+        self.options = options or BatcherOptions()
+        self.times = StageTimes()
+        self._loaded = loaded
+        self._change = threading.Condition()
+        self._line: list[Ticket] = []  # those that wait, prepared or not
+        self._running: dict[Group, list[Ticket]] = {}  # of groups whose turn it is not: their pictures, with states
+        self._group: Group | None = None
+        self._batch: Batch | None = None
+        self._most: dict[Group, int] = {}  # pictures at a time, where more had no room
+        self._turns: Turns[Group] = Turns(self._quantum)
+        self._adapt_s = 0.0
+        self._besides = 0  # encodings and decodings under way
+        self._count = 0
+        self._draining = self._closed = False
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-encode")
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-decode")
+        self._thread = threading.Thread(target=self._run, name="latentrt-batch", daemon=True)
+        self._thread.start()
+
+    # What callers do, from any thread.
+
+    def submit(
+        self, request: Request, *, watch: Watch | None = None, cancel: Cancellation | None = None
+    ) -> list[Future[Result]]:
+        """Have a request drawn; return what comes of each of its pictures, in order.
+
+        watch: called after each stage of each picture, on the batcher's thread: it must be quick
+        cancel: ends all of the request's pictures within a stage
+        Raises RequestError, of its kinds QueueFullError and DrainingError where nothing is wrong with the request.
+        """
+        limits = Limits.of(request, cancel)
+        job = resolve(request, self._loaded.manifest)
+        changes = self._loaded.loras.changes(job.request.loras)
+        jobs = [single(job, picture) for picture in range(len(job.prompts))]
+        tokens = [self._loaded.tokens(one) for one in jobs]
+        with self._change:
+            self._admit(len(jobs))
+            tickets = []
+            for one, length in zip(jobs, tokens, strict=True):
+                self._count += 1
+                ticket = Ticket(number=self._count, job=one, tokens=length, changes=changes, limits=limits, watch=watch)
+                ticket.due = self._promise(ticket)
+                tickets.append(ticket)
+            self._line += tickets
+            self._change.notify_all()
+        return [ticket.done for ticket in tickets]
+
+    def _admit(self, pictures: int) -> None:
+        if self._closed:
+            raise ClosedError("this service is closed")
+        if self._draining:
+            raise DrainingError("this service is about to end and takes no further requests; ask another one")
+        if len(self._line) + pictures > self.options.waiting:
+            wait = self.expected_wait_s()
+            raise QueueFullError(
+                f"{len(self._line)} pictures wait and {self.options.waiting} may; try again in {wait:.0f} s",
+                retry_after_s=wait,
+            )
+
+    def _promise(self, ticket: Ticket) -> float | None:
+        """Return the moment that a picture is promised for: its own deadline's, or the service's."""
+        moments = []
+        if ticket.limits.deadline is not None:
+            moments.append(ticket.limits.began + ticket.limits.deadline)
+        own = self.times.estimate(_kind(ticket.group), _rows(ticket))
+        if self.options.slo is not None and own is not None:
+            after = self.times.estimate("decode", 1) or 0.0
+            moments.append(ticket.limits.began + self.options.slo * (ticket.stages_left * own + after))
+        return min(moments, default=None)
+
+    def expected_wait_s(self) -> float:
+        """Return the seconds until a place in the line is likely to be free, 1 at the least."""
+        ahead = [*self._line, *(ticket for one in self._running.values() for ticket in one)]
+        each = [(self.times.estimate(_kind(one.group), _rows(one)) or 0.0) * one.stages_left for one in ahead]
+        return max(1.0, sum(each) / max(1, len(each)))
+
+    def drain(self) -> None:
+        """Take no further requests, and wait until all that were taken are answered."""
+        with self._change:
+            self._draining = True
+            self._change.notify_all()
+            self._change.wait_for(lambda: not self._busy())
+
+    def close(self) -> None:
+        """End the thread; whatever is not drawn yet is cancelled. The loaded bundle stays open."""
+        with self._change:
+            self._draining = self._closed = True
+            self._change.notify_all()
+        self._thread.join()
+        self._encoder.shutdown()
+        self._decoder.shutdown()
+
+    def __enter__(self) -> Batcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def waiting(self) -> int:
+        """Return how many pictures wait."""
+        return len(self._line)
+
+    @property
+    def drawing(self) -> int:
+        """Return how many pictures have begun."""
+        return len(self._batch.tickets if self._batch else ()) + sum(map(len, self._running.values()))
+
+    # The batcher's own thread.
+
+    def _busy(self) -> bool:
+        return bool(self._line or self._running or self._besides or (self._batch and self._batch.tickets))
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                if not self._busy():
+                    self._change.notify_all()  # who waits for the last one to end
+                self._change.wait_for(lambda: self._closed or self._busy())
+                if self._closed:
+                    self._end_all()
+                    return
+            self._once()
+
+    def _once(self) -> None:
+        """Do what there is to do before a stage, and the stage."""
+        self._let_go()
+        with self._change:
+            chosen = self._turns.choose(self._groups())
+        if chosen is not None and chosen != self._group:
+            self._switch(chosen)
+        self._prepare()
+        self._join()
+        if self._batch is not None and self._batch.tickets:
+            self._advance(self._batch)
+        else:
+            with self._change:  # until something is prepared or decoded, or another request comes
+                if self._besides and not self._closed:
+                    self._change.wait(0.05)
+
+    def _groups(self) -> list[Group]:
+        """Return the groups that have something to draw, in the order in which they came."""
+        own = {self._group: None} if self._group and self._batch and self._batch.tickets else {}
+        line = sorted(self._line, key=lambda ticket: ticket.urgency)
+        return list({**own, **dict.fromkeys(self._running), **dict.fromkeys(ticket.group for ticket in line)})
+
+    def _quantum(self, group: Group) -> float:
+        return max(LEAST_TURN_S, TURN_OVER_CHANGE * self._adapt_s)
+
+    def _let_go(self) -> None:
+        """End the pictures that nobody waits for any more."""
+        for ticket in list(self._line):
+            if (error := _over(ticket)) is not None:
+                with self._change:
+                    self._line.remove(ticket)
+                _fail(ticket, error)
+        for ticket in list(self._batch.tickets) if self._batch else ():
+            if (error := _over(ticket)) is not None:
+                assert self._batch is not None
+                self._batch.leave(ticket, keep=False)
+                _fail(ticket, error)
+        for group, tickets in list(self._running.items()):
+            for ticket in list(tickets):
+                if (error := _over(ticket)) is not None:
+                    tickets.remove(ticket)
+                    _fail(ticket, error)
+            if not tickets:
+                del self._running[group]
+
+    def _switch(self, group: Group) -> None:
+        """Let another group draw, with its weights: what is under way with others ends first."""
+        if self._batch is not None and self._group is not None and (parked := self._batch.park()):
+            self._running[self._group] = parked
+        if self._group is None or group.weights != self._group.weights:
+            self._change_weights(group)
+        self._group = group
+        self._batch = Batch(partial(self._workspace, group), self._loaded.drawing, self._counts(group))
+        try:
+            self._batch.join(self._running.pop(group, []))
+        except EngineError as error:
+            self._failed(self._batch, error)
+
+    def _change_weights(self, group: Group) -> None:
+        with self._change:
+            self._change.wait_for(lambda: not self._besides)
+        for ticket in self._line:  # what was encoded with other weights
+            if ticket.group.weights != group.weights:
+                ticket.begin_again()
+        one = next(ticket for ticket in self._tickets() if ticket.group.weights == group.weights)
+        try:
+            taken = self._loaded.adapt(one.changes)
+        except LatentrtError as error:
+            for ticket in [ticket for ticket in self._line if ticket.group.weights == group.weights]:
+                with self._change:
+                    self._line.remove(ticket)
+                _fail(ticket, error)
+            return
+        if taken:
+            self._adapt_s = taken
+
+    def _tickets(self) -> list[Ticket]:
+        return [*self._line, *(ticket for tickets in self._running.values() for ticket in tickets)]
+
+    def _counts(self, group: Group) -> Sequence[int]:
+        return range(1, self._most.get(group, self.options.slots) + 1)
+
+    def _workspace(self, group: Group, slots: int) -> Workspace:
+        width, height = group.size
+        shape = WorkspaceShape(pictures=slots, tokens=group.tokens, width=width, height=height)
+        return self._loaded.opened.workspace(
+            self._loaded.manifest.latents,
+            shape,
+            state_rows=group.state_rows,
+            denoiser=group.denoiser,
+            decoder=None,
+        )
+
+    def _prepare(self) -> None:
+        """Have the next pictures encoded beside the loop, as many as can join soon."""
+        if self._group is None:
+            return
+        own = [one for one in self._line if one.group.weights == self._group.weights]
+        for ticket in sorted(own, key=lambda ticket: ticket.urgency)[: 2 * self.options.slots]:
+            if not ticket.preparing:
+                ticket.preparing = True
+                self._beside(self._encoder, partial(prepare, self._loaded), ticket)
+
+    def _beside(self, pool: ThreadPoolExecutor, work: Callable[[Ticket], None], ticket: Ticket) -> None:
+        """Have something done for a picture beside the loop; where it fails, the picture alone does."""
+        with self._change:
+            self._besides += 1
+
+        def run() -> None:
+            try:
+                work(ticket)
+            except Exception as error:
+                with self._change:
+                    if ticket in self._line:
+                        self._line.remove(ticket)
+                _fail(ticket, error)
+            finally:
+                with self._change:
+                    self._besides -= 1
+                    self._change.notify_all()
+
+        pool.submit(run)
+
+    def _join(self) -> None:
+        """Let those join that are prepared, as far as promises allow."""
+        batch, group = self._batch, self._group
+        if batch is None or group is None:
+            return
+        ready = [one for one in self._line if one.picture is not None and one.group == group]
+        ready.sort(key=lambda ticket: ticket.urgency)
+        joining = ready[: self._may_join(batch, ready, group)]
+        now = time.perf_counter()
+        for ticket in joining:
+            with self._change:
+                self._line.remove(ticket)
+            ticket.began = ticket.began or now
+        try:
+            batch.join(joining)
+        except EngineError as error:
+            self._failed(batch, error, further=joining)
+
+    def _may_join(self, batch: Batch, ready: Sequence[Ticket], group: Group) -> int:
+        if any(ticket.alone for ticket in batch.tickets):
+            return 0
+        if ready and ready[0].alone:
+            return int(not batch.tickets)
+        sociable = next((i for i, ticket in enumerate(ready) if ticket.alone), len(ready))
+        running, waiting = ([self._owed(one) for one in some] for some in (batch.tickets, ready[:sociable]))
+        most = self._most.get(group, self.options.slots)
+        estimate = self.times.estimate
+        return may_join(
+            running,
+            waiting,
+            lambda rows: estimate(_kind(group), rows) or 0.0,
+            now=time.perf_counter(),
+            most=most,
+        )
+
+    def _owed(self, ticket: Ticket) -> Owed:
+        after = self.times.estimate("decode", 1) or 0.0
+        return Owed(stages=ticket.stages_left, rows=_rows(ticket), after_s=after, due=ticket.due)
+
+    def _advance(self, batch: Batch) -> None:
+        rows = sum(_rows_now(ticket) for ticket in batch.tickets)
+        try:
+            seconds = batch.advance()
+        except Exception as error:
+            self._failed(batch, error)
+            return
+        assert self._group is not None
+        self.times.note(_kind(self._group), rows, seconds)
+        self._turns.charge(seconds)
+        for ticket in list(batch.tickets):
+            ticket.step_seconds.append(seconds)
+            self._after_stage(batch, ticket)
+
+    def _after_stage(self, batch: Batch, ticket: Ticket) -> None:
+        """Show a picture's stage, and send it on where its stages, or those of its leg, are done."""
+        assert ticket.picture is not None
+        picture = ticket.picture
+        if batch.lost(ticket):
+            batch.leave(ticket, keep=False)
+            error = NotFiniteError(LATENTS, (0,), stage=picture.done, stages=ticket.job.plan.stages)
+            _fail(ticket, explained(self._loaded, ticket, error))
+            return
+        if ticket.watch is not None:
+            try:
+                with batch.step(ticket) as step:
+                    ticket.watch(step)
+            except Exception as error:
+                batch.leave(ticket, keep=False)
+                _fail(ticket, error)
+                return
+        if picture.done < ticket.leg.stages.stop:
+            return
+        batch.leave(ticket, keep=True)
+        if picture.leg + 1 < len(ticket.job.legs):
+            picture.leg += 1
+            with self._change:
+                self._line.append(ticket)
+        else:
+            self._beside(self._decoder, self._deliver, ticket)
+
+    def _deliver(self, ticket: Ticket) -> None:
+        result = finish(self._loaded, ticket)
+        self.times.note("decode", 1, result.seconds["decode"])
+        if not ticket.done.done():
+            ticket.done.set_result(result)
+
+    def _failed(self, batch: Batch, error: Exception, *, further: Sequence[Ticket] = ()) -> None:
+        """A workspace failed: its pictures begin again, fewer at a time or one by one; one alone fails for good."""
+        assert self._group is not None
+        tickets = list(dict.fromkeys([*batch.drop(), *further]))
+        logger.warning("%d pictures were drawn together when an engine failed: %s", len(tickets), error)
+        if len(tickets) == 1:
+            _fail(tickets[0], error)
+            return
+        if isinstance(error, OutOfMemoryError):
+            self._most[self._group] = max(1, len(tickets) // 2)
+            self._batch = Batch(partial(self._workspace, self._group), self._loaded.drawing, self._counts(self._group))
+        for ticket in tickets:
+            ticket.begin_again()
+            ticket.alone = not isinstance(error, OutOfMemoryError)
+        with self._change:
+            self._line += tickets
+
+    def _end_all(self) -> None:
+        """Cancel whatever has not been drawn."""
+        tickets = [*self._tickets(), *(self._batch.tickets if self._batch else ())]
+        self._line.clear()
+        self._running.clear()
+        for ticket in tickets:
+            _fail(ticket, ClosedError("this service was closed before the picture was drawn"))
+
+
+def _kind(group: Group) -> tuple[str, tuple[int, int], int, tuple[str, ...]]:
+    """Return what a stage's time depends on beside its rows."""
+    return group.denoiser, group.size, group.tokens, group.controls
+
+
+def _rows(ticket: Ticket) -> int:
+    return 2 if ticket.job.guidance.needed else 1
+
+
+def _rows_now(ticket: Ticket) -> int:
+    assert ticket.picture is not None
+    return 2 if ticket.job.guidance.stages[ticket.picture.done] else 1
+
+
+def _over(ticket: Ticket) -> LatentrtError | None:
+    """Return why nobody waits for a picture any more, or None."""
+    try:
+        done = ticket.picture.done if ticket.picture else 0
+        ticket.limits.check(f"after stage {done} of {ticket.job.plan.stages}" if done else "before the first stage")
+    except LatentrtError as error:
+        return error
+    return None
+
+
+def _fail(ticket: Ticket, error: BaseException) -> None:
+    if not ticket.done.done():
+        ticket.done.set_exception(error)

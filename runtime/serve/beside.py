@@ -1,0 +1,65 @@
+"""What is done for a picture beside the loop: text and start before its first stage, pixels after its last."""
+
+from __future__ import annotations
+
+import time
+
+from latentrt.engines.errors import NotFiniteError
+from latentrt.engines.spec import Array
+from latentrt.engines.workspace.contract import STATE, WorkspaceShape
+from latentrt.runtime.draw.draw import stream
+from latentrt.runtime.draw.finite import LATENTS, finite, one_coloured
+from latentrt.runtime.draw.job import latent_shape
+from latentrt.runtime.draw.step import Noise
+from latentrt.runtime.loaded import Loaded
+from latentrt.runtime.result import Result
+from latentrt.runtime.serve.ticket import Picture, Ticket
+
+
+def prepare(loaded: Loaded, ticket: Ticket) -> None:
+    """Encode a picture's text and image, with the weights that are loaded. Raises RequestError and EngineError."""
+    start, job = time.perf_counter(), ticket.job
+    (width, height), first = job.size, job.legs[0]
+    shape = WorkspaceShape(pictures=1, tokens=ticket.tokens[first.denoiser], width=width, height=height)
+    draw = Noise(stream(job.request.noise, job.seeds, latent_shape(job.size, loaded.manifest.latents)))
+    with loaded.drawing.explaining(job):
+        texts = {leg.denoiser: loaded.encode(job, leg.denoiser) for leg in job.legs}
+        inputs = loaded.drawing.begin(job, draw, shape, state_rows=ticket.group.state_rows)
+    taken = time.perf_counter() - start
+    ticket.picture = Picture(texts=texts, inputs=inputs, draw=draw, encode_s=taken, done=first.stages.start)
+
+
+def finish(loaded: Loaded, ticket: Ticket) -> Result:
+    """Decode a picture whose stages are done. Raises EngineError."""
+    assert ticket.picture is not None
+    job, picture, start = ticket.job, ticket.picture, time.perf_counter()
+    with loaded.drawing.explaining(job):
+        latents: Array = picture.inputs[STATE][:, 0]
+        finite(latents, LATENTS, pictures=1, stage=picture.done, stages=job.plan.stages)
+        pixels = loaded.drawing.decode(job, job.decoder, latents, tokens=ticket.tokens[ticket.leg.denoiser])
+    seconds = {
+        "wait": ticket.waited() - picture.encode_s,
+        "encode": picture.encode_s,
+        "denoise": sum(ticket.step_seconds),
+        "decode": time.perf_counter() - start,
+        "total": ticket.limits.spent,
+    }
+    return Result(
+        pixels=pixels,
+        seeds=job.seeds,
+        settings=(loaded.settings(job, 0),),
+        seconds=seconds,
+        step_seconds=tuple(ticket.step_seconds),
+        backend=loaded.opened.choice.backend,
+        reason=loaded.opened.choice.reason,
+        warnings=one_coloured(pixels),
+    )
+
+
+def explained(loaded: Loaded, ticket: Ticket, error: NotFiniteError) -> BaseException:
+    """Return an error with its likely causes."""
+    try:
+        with loaded.drawing.explaining(ticket.job):
+            raise error
+    except NotFiniteError as found:
+        return found

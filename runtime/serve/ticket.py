@@ -1,0 +1,153 @@
+"""One picture that a service owes: what is drawn, by when, for whom, and where it has come to."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from latentrt.engines.errors import RequestError
+from latentrt.engines.lora.weight_changes import Changes, keys_of
+from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import STATE_ROWS
+from latentrt.runtime.calls import Limits
+from latentrt.runtime.draw.denoise import Walk
+from latentrt.runtime.draw.job import Job, Leg
+from latentrt.runtime.draw.step import Noise, Watch
+from latentrt.runtime.result import Result
+
+
+class QueueFullError(RequestError):
+    """As many pictures wait as may. retry_after_s: when there is likely to be room"""
+
+    retryable = True
+
+    def __init__(self, sentence: str, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(sentence)
+
+
+class DrainingError(RequestError):
+    """The service ends what it has begun and begins nothing new."""
+
+    retryable = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What pictures must have in common to share their stages.
+
+    weights: the keys of what LoRAs change, by component; controls: the components that are followed
+    """
+
+    weights: tuple[tuple[str, str], ...]
+    denoiser: str
+    size: tuple[int, int]
+    tokens: int
+    controls: tuple[str, ...]
+    state_rows: int
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Picture:
+    """A picture that is being drawn.
+
+    texts: what each denoiser reads, by its inputs' names; inputs: its state, as it was when it was last written to a
+        workspace or read from one, and what lies beside it; draw: its own stream of noise
+    leg: which of its job's legs it is on; done: the stages of its plan that are done
+    """
+
+    texts: Mapping[str, Mapping[str, Array]]
+    inputs: dict[str, Array]
+    draw: Noise
+    encode_s: float
+    leg: int = 0
+    done: int = 0
+    walk: Walk | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Ticket:
+    """A picture that is owed to somebody.
+
+    job: of one picture; tokens: the length of its text, by denoiser; changes: of the weights
+    due: the moment that it was promised for, on the clock of time.perf_counter; None for no promise
+    alone: it may share no stage, since one that it shared failed
+    picture: what was prepared for drawing it, None before
+    """
+
+    number: int
+    job: Job
+    tokens: Mapping[str, int]
+    changes: Mapping[str, Changes]
+    limits: Limits
+    watch: Watch | None
+    due: float | None = None
+    alone: bool = False
+    picture: Picture | None = None
+    preparing: bool = False
+    began: float | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    done: Future[Result] = field(default_factory=Future)
+
+    @property
+    def leg(self) -> Leg:
+        """Return the part of the plan that it is on, or begins with."""
+        return self.job.legs[self.picture.leg if self.picture else 0]
+
+    @property
+    def stages_left(self) -> int:
+        """Return how many stages of the whole plan are left."""
+        return self.job.legs[-1].stages.stop - (self.picture.done if self.picture else self.job.legs[0].stages.start)
+
+    @property
+    def group(self) -> Group:
+        """Return what it shares with those that it can share stages with."""
+        leg = self.leg
+        return Group(
+            weights=tuple(sorted(keys_of(self.changes).items())),
+            denoiser=leg.denoiser,
+            size=self.job.size,
+            tokens=self.tokens[leg.denoiser],
+            controls=tuple(sorted(one.component for one in self.job.steering if one.of == leg.denoiser)),
+            state_rows=max(STATE_ROWS, self.job.plan.rows),
+        )
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        """Return what puts tickets in order: the earliest promise first, then the first that came."""
+        return (float("inf") if self.due is None else self.due, self.number)
+
+    def begin_again(self) -> None:
+        """Forget what was drawn of it."""
+        self.picture, self.preparing = None, False
+        self.step_seconds.clear()
+
+    def waited(self) -> float:
+        """Return the seconds that it waited before its first stage, or has waited until now."""
+        return (self.began or time.perf_counter()) - self.limits.began
+
+
+def single(job: Job, picture: int) -> Job:
+    """Return the job of one of a job's pictures. Drawn alone, it is the same picture."""
+
+    def one(array: Array | None) -> Array | None:
+        return array if array is None or len(array) == 1 else array[picture : picture + 1]
+
+    only = slice(picture, picture + 1)
+    latents = job.request.latents
+    alone = None if latents is None or latents.ndim == 3 else one(latents)
+    request = dataclasses.replace(job.request, latents=latents if alone is None else alone)
+    return dataclasses.replace(
+        job,
+        request=request,
+        prompts=job.prompts[only],
+        negatives=job.negatives[only],
+        seeds=job.seeds[only],
+        variations=job.variations[only],
+        pixels=one(job.pixels),
+        guidance=dataclasses.replace(job.guidance, scales=job.guidance.scales[only]),
+        steering=tuple(dataclasses.replace(control, pixels=control.pixels[only]) for control in job.steering),
+    )

@@ -1,0 +1,318 @@
+"""Continuous batching: a picture that others join and leave is the one drawn alone, and a fault is its own."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from latentrt import Cancellation, Lora, Pipeline, Request, Result, Step
+from latentrt.engines.errors import (
+    CancelledError,
+    ClosedError,
+    DeadlineError,
+    EngineError,
+    OutOfMemoryError,
+    RequestError,
+)
+from latentrt.engines.spec import Array, EngineView, Inputs
+from latentrt.runtime.sampling import sampler_names
+from latentrt.runtime.serve.batcher import Batcher, BatcherOptions
+from latentrt.runtime.serve.ticket import DrainingError, QueueFullError
+from tests.lora_files import every_layer, kohya
+
+WAIT_S = 300  # more than anything here takes; nothing is waited for by time alone
+NEAR_DB = 60  # kernels differ by how many rows there are
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.load(sd1_bundle, "cpu", threads=1) as opened:
+        yield opened
+
+
+def asked(seed: int, **options: Any) -> Request:
+    return Request(prompt=f"a circle, the {seed}th", seed=seed, **{"steps": 4, "guidance": 3.0, **options})
+
+
+def psnr(one: Array, other: Array) -> float:
+    error = np.mean((one.astype(np.float64) - other) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def answer(future: Future[Result]) -> Result:
+    return future.result(WAIT_S)
+
+
+def all_of(batcher: Batcher, requests: list[Request], *, pause: Callable[[], None] = lambda: None) -> list[Result]:
+    futures = []
+    for request in requests:
+        futures += batcher.submit(request)
+        pause()
+    return [answer(future) for future in futures]
+
+
+def test_every_sampler_draws_among_others_what_it_draws_alone(pipe: Pipeline) -> None:
+    chance = random.Random(1)
+    requests = [
+        asked(seed, sampler=sampler, steps=chance.choice((3, 5, 8)), guidance=chance.choice((1.0, 4.0)))
+        for seed, sampler in enumerate(sampler_names())
+    ]
+    chance.shuffle(requests)
+    alone = [pipe.draw(request) for request in requests]
+    with Batcher(pipe.loaded, BatcherOptions(slots=5, waiting=len(requests))) as batcher:
+        found = all_of(batcher, requests, pause=lambda: time.sleep(chance.random() / 50))
+    for request, one, other in zip(requests, alone, found, strict=True):
+        assert psnr(one.pixels[0], other.pixels[0]) >= NEAR_DB, request.sampler
+        assert one.seeds == other.seeds and one.settings == other.settings
+        assert len(other.step_seconds) == len(one.step_seconds)
+
+
+def test_images_masks_and_texts_share_their_stages(pipe: Pipeline) -> None:
+    width, height = pipe.manifest.default_size
+    chance = np.random.default_rng(5)
+    image = chance.integers(0, 255, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[: height // 2] = 255
+    requests = [
+        asked(1, steps=6),
+        asked(2, image=image, strength=0.6, steps=6),
+        asked(3, image=image, mask=mask, steps=5),
+        asked(4, guidance=1.0, variation_seed=9, variation_strength=0.4),
+        asked(5, guidance_interval=(0.3, 0.8), guidance_rescale=0.7, steps=7),
+        asked(6, tile=width // 2),
+    ]
+    alone = [pipe.draw(request).pixels[0] for request in requests]
+    with Batcher(pipe.loaded, BatcherOptions(slots=4)) as batcher:
+        found = [result.pixels[0] for result in all_of(batcher, requests)]
+    for one, other in zip(alone, found, strict=True):
+        assert psnr(one, other) >= NEAR_DB
+
+
+def test_the_pictures_of_a_request_count_their_seeds_up_and_can_be_drawn_again(pipe: Pipeline) -> None:
+    with Batcher(pipe.loaded, BatcherOptions(slots=2)) as batcher:
+        found = [answer(future) for future in batcher.submit(asked(7, n=3))]
+    assert [result.seeds for result in found] == [(7,), (8,), (9,)]
+    for result in found:
+        again = pipe.draw(Request(prompt="a circle, the 7th", seed=result.seeds[0], steps=4, guidance=3.0))
+        assert psnr(again.pixels[0], result.pixels[0]) >= NEAR_DB
+
+
+def test_pictures_join_and_leave_in_mid_flight(pipe: Pipeline) -> None:
+    """Fewer passes of the denoiser than stages in all: they were shared; and no more rows than there are slots for."""
+    with Watched(pipe) as passes, Batcher(pipe.loaded, BatcherOptions(slots=3)) as batcher:
+        all_of(batcher, [asked(seed, steps=3 + seed) for seed in range(6)])
+    assert len(passes.rows) < sum(3 + seed for seed in range(6))
+    assert max(passes.rows) <= 6 and max(passes.rows) > 2
+
+
+def test_a_cancelled_picture_frees_its_slot_within_a_stage_and_disturbs_nobody(pipe: Pipeline) -> None:
+    alone, cancel, seen = pipe.draw(asked(1, steps=6)), Cancellation(), list[int]()
+
+    def watch(step: Step) -> None:
+        seen.append(step.stage)
+        if step.stage == 2:
+            cancel.cancel()
+
+    with Batcher(pipe.loaded) as batcher:
+        (lost,) = batcher.submit(asked(2, steps=40), watch=watch, cancel=cancel)
+        (kept,) = batcher.submit(asked(1, steps=6))
+        with pytest.raises(CancelledError):
+            answer(lost)
+        assert psnr(answer(kept).pixels[0], alone.pixels[0]) >= NEAR_DB
+    assert max(seen) <= 3
+
+
+def test_cancelling_many_at_random_leaves_the_others_as_they_are(pipe: Pipeline) -> None:
+    chance, alone = random.Random(3), pipe.draw(asked(0, steps=5))
+    with Batcher(pipe.loaded, BatcherOptions(slots=4, waiting=200)) as batcher:
+        kept, ended = [], []
+        for number in range(60):
+            if number % 6 == 0:
+                kept += batcher.submit(asked(0, steps=5))
+                continue
+            cancel = Cancellation()
+            ended += batcher.submit(asked(number, steps=12), cancel=cancel)
+            threading.Timer(chance.random(), cancel.cancel).start()
+        for future in kept:
+            assert psnr(answer(future).pixels[0], alone.pixels[0]) >= NEAR_DB
+        for future in ended:
+            assert isinstance(future.exception(WAIT_S), CancelledError) or answer(future).pixels.any()
+        batcher.drain()
+        assert batcher.waiting == batcher.drawing == 0
+
+
+def test_a_deadline_ends_a_picture_and_no_other(pipe: Pipeline) -> None:
+    with Batcher(pipe.loaded) as batcher:
+        (late,) = batcher.submit(asked(1, steps=1000, deadline=0.2))
+        (kept,) = batcher.submit(asked(2))
+        with pytest.raises(DeadlineError):
+            answer(late)
+        assert answer(kept).pixels.shape[0] == 1
+
+
+def test_what_a_watcher_raises_ends_its_own_picture(pipe: Pipeline) -> None:
+    class Broken(Exception):
+        pass
+
+    def watch(step: Step) -> None:
+        assert step.preview.shape[0] == 1
+        raise Broken
+
+    with Batcher(pipe.loaded) as batcher:
+        (ended,) = batcher.submit(asked(1), watch=watch)
+        (kept,) = batcher.submit(asked(2))
+        assert isinstance(ended.exception(WAIT_S), Broken)
+        assert answer(kept).seeds == (2,)
+
+
+def test_a_full_line_refuses_at_once_and_takes_more_later(pipe: Pipeline) -> None:
+    with Batcher(pipe.loaded, BatcherOptions(slots=1, waiting=3)) as batcher:
+        taken = []
+        with pytest.raises(QueueFullError) as refused:
+            for seed in range(50):
+                taken += batcher.submit(asked(seed, steps=20))
+        assert refused.value.retryable and 1 <= refused.value.retry_after_s
+        for future in taken:
+            answer(future)
+        assert answer(batcher.submit(asked(1))[0]).seeds == (1,)
+
+
+def test_a_draining_batcher_ends_what_it_took_and_takes_nothing_new(pipe: Pipeline) -> None:
+    with Batcher(pipe.loaded, BatcherOptions(slots=2)) as batcher:
+        taken = [future for seed in range(4) for future in batcher.submit(asked(seed, steps=8))]
+        batcher.drain()
+        assert all(future.done() and future.exception() is None for future in taken)
+        with pytest.raises(DrainingError):
+            batcher.submit(asked(1))
+    with pytest.raises(ClosedError):
+        batcher.submit(asked(1))
+
+
+def test_closing_cancels_what_is_not_drawn(pipe: Pipeline) -> None:
+    batcher = Batcher(pipe.loaded, BatcherOptions(slots=1))
+    taken = [future for seed in range(3) for future in batcher.submit(asked(seed, steps=200))]
+    batcher.close()
+    assert all(isinstance(future.exception(WAIT_S), ClosedError) for future in taken)
+
+
+def test_bad_requests_are_refused_at_once(pipe: Pipeline) -> None:
+    with Batcher(pipe.loaded) as batcher:
+        for options in ({"sampler": "nobody"}, {"size": (13, 8)}, {"guidance": float("nan")}, {"n": 0}):
+            with pytest.raises(RequestError):
+                batcher.submit(asked(1, **options))
+
+
+class Watched:
+    """The UNet of a pipeline, watched: how many rows each pass has; `fault` may raise before one."""
+
+    def __init__(self, pipe: Pipeline, fault: Callable[[Inputs], None] = lambda _: None) -> None:
+        self._engines, self.rows = pipe.loaded.opened.engines, list[int]()
+        self._fault = fault
+
+    def __enter__(self) -> Watched:
+        self._real, watched = self._engines["unet"], self
+
+        class View(EngineView):
+            def __call__(self, inputs: Inputs) -> dict[str, Array]:
+                watched._fault(inputs)
+                watched.rows.append(len(inputs["sample"]))
+                return self._engine(inputs)
+
+        self._engines["unet"] = View(self._real)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engines["unet"] = self._real
+
+
+def test_an_engine_that_fails_once_in_mid_batch_costs_nobody_a_picture(pipe: Pipeline) -> None:
+    requests = [asked(seed, steps=5 + seed) for seed in range(4)]
+    alone = [pipe.draw(request).pixels[0] for request in requests]
+    failures = iter([EngineError("it tripped")])
+
+    def fault(inputs: Inputs) -> None:
+        if len(inputs["sample"]) > 4 and (error := next(failures, None)):
+            raise error
+
+    with Watched(pipe, fault), Batcher(pipe.loaded) as batcher:
+        found = [result.pixels[0] for result in all_of(batcher, requests)]
+    assert next(failures, None) is None
+    for one, other in zip(alone, found, strict=True):
+        assert psnr(one, other) >= NEAR_DB
+
+
+def test_a_picture_that_always_fails_fails_alone(pipe: Pipeline) -> None:
+    """It is told from its neighbours, who meet it in one batch, by being tried alone."""
+    poison = pipe.loaded.encode(_job(pipe, asked(3)), "unet")["encoder_hidden_states"][0]
+
+    def fault(inputs: Inputs) -> None:
+        if any(np.array_equal(row, poison) for row in inputs["encoder_hidden_states"]):
+            raise EngineError("this text breaks it")
+
+    with Watched(pipe, fault), Batcher(pipe.loaded) as batcher:
+        futures = [future for seed in range(5) for future in batcher.submit(asked(seed, steps=6))]
+        errors = [future.exception(WAIT_S) for future in futures]
+    assert [isinstance(error, EngineError) for error in errors] == [False, False, False, True, False]
+
+
+def _job(pipe: Pipeline, request: Request) -> Any:
+    from latentrt.runtime.draw.job import resolve
+
+    return resolve(request, pipe.manifest)
+
+
+def test_without_room_for_many_fewer_are_drawn_at_a_time(pipe: Pipeline) -> None:
+    def fault(inputs: Inputs) -> None:
+        if len(inputs["sample"]) > 4:
+            raise OutOfMemoryError("no room for more than two guided pictures")
+
+    requests = [asked(seed, steps=6) for seed in range(6)]
+    with Watched(pipe, fault) as passes, Batcher(pipe.loaded) as batcher:
+        found = all_of(batcher, requests)
+    assert [result.seeds for result in found] == [(seed,) for seed in range(6)]
+    assert max(passes.rows) == 4
+
+
+def test_one_picture_without_room_is_told_so(pipe: Pipeline) -> None:
+    def fault(_: Inputs) -> None:
+        raise OutOfMemoryError("no room at all")
+
+    with Watched(pipe, fault), Batcher(pipe.loaded) as batcher:
+        futures = [future for seed in range(3) for future in batcher.submit(asked(seed))]
+        assert all(isinstance(future.exception(WAIT_S), OutOfMemoryError) for future in futures)
+
+
+def test_lora_sets_and_sizes_take_turns_and_each_picture_has_its_own(
+    pipe: Pipeline, sd1_checkpoint: Path, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
+    for seed, file in enumerate(files):
+        save_file(kohya(every_layer(sd1_checkpoint, seed=seed)), file)
+    width, height = pipe.manifest.default_size
+    choices: list[dict[str, Any]] = [
+        {},
+        {"loras": [Lora(file=files[0])]},
+        {"loras": [Lora(file=files[1], scale=0.5)]},
+        {"size": (width * 2, height)},
+    ]
+    requests = [asked(seed, steps=6, **choices[seed % 4]) for seed in range(12)]
+    alone = [pipe.draw(request).pixels[0] for request in requests]
+    with Batcher(pipe.loaded, BatcherOptions(slots=3)) as batcher:
+        found = [result.pixels[0] for result in all_of(batcher, requests)]
+    for one, other in zip(alone, found, strict=True):
+        assert psnr(one, other) >= NEAR_DB
+    assert len({one.tobytes() for one in found}) == len(found)
+
+
+def test_a_lora_that_cannot_be_is_refused_at_once(pipe: Pipeline, tmp_path: Path) -> None:
+    with Batcher(pipe.loaded) as batcher, pytest.raises(RequestError):
+        batcher.submit(asked(1, loras=[Lora(file=tmp_path / "nowhere.safetensors")]))
