@@ -19,12 +19,12 @@ from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.calls import Cancellation, Limits
 from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.draw.job import resolve
-from latentrt.runtime.draw.step import Watch
+from latentrt.runtime.draw.step import OnStep
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
-from latentrt.runtime.serve.batch import Batch
 from latentrt.runtime.serve.beside import explained, finish, prepare
+from latentrt.runtime.serve.shared_loop import SharedLoop
 from latentrt.runtime.serve.stage_times import Owed, StageTimes, may_join
 from latentrt.runtime.serve.ticket import DrainingError, Group, QueueFullError, Ticket, single
 from latentrt.runtime.serve.turns import Turns
@@ -58,7 +58,7 @@ class Batcher:
         self._line: list[Ticket] = []  # those that wait, prepared or not
         self._running: dict[Group, list[Ticket]] = {}  # of groups whose turn it is not: their pictures, with states
         self._group: Group | None = None
-        self._batch: Batch | None = None
+        self._batch: SharedLoop | None = None
         self._most: dict[Group, int] = {}  # pictures at a time, where more had no room
         self._turns: Turns[Group] = Turns(self._quantum)
         self._adapt_s = 0.0
@@ -73,11 +73,11 @@ class Batcher:
     # What callers do, from any thread.
 
     def submit(
-        self, request: Request, *, watch: Watch | None = None, cancel: Cancellation | None = None
+        self, request: Request, *, on_step: OnStep | None = None, cancel: Cancellation | None = None
     ) -> list[Future[Result]]:
         """Have a request drawn; return what comes of each of its pictures, in order.
 
-        watch: called after each stage of each picture, on the batcher's thread: it must be quick
+        on_step: called after each stage of each picture, on the batcher's thread: it must be quick
         cancel: ends all of the request's pictures within a stage
         Raises RequestError, of its kinds QueueFullError and DrainingError where nothing is wrong with the request.
         """
@@ -91,7 +91,9 @@ class Batcher:
             tickets = []
             for one, length in zip(jobs, tokens, strict=True):
                 self._count += 1
-                ticket = Ticket(number=self._count, job=one, tokens=length, changes=changes, limits=limits, watch=watch)
+                ticket = Ticket(
+                    number=self._count, job=one, tokens=length, changes=changes, limits=limits, on_step=on_step
+                )
                 ticket.due = self._promise(ticket)
                 tickets.append(ticket)
             self._line += tickets
@@ -227,7 +229,7 @@ class Batcher:
         if self._group is None or group.weights != self._group.weights:
             self._change_weights(group)
         self._group = group
-        self._batch = Batch(partial(self._workspace, group), self._loaded.drawing, self._counts(group))
+        self._batch = self._shared_loop(group)
         try:
             self._batch.join(self._running.pop(group, []))
         except EngineError as error:
@@ -254,8 +256,9 @@ class Batcher:
     def _tickets(self) -> list[Ticket]:
         return [*self._line, *(ticket for tickets in self._running.values() for ticket in tickets)]
 
-    def _counts(self, group: Group) -> Sequence[int]:
-        return range(1, self._most.get(group, self.options.slots) + 1)
+    def _shared_loop(self, group: Group) -> SharedLoop:
+        counts = range(1, self._most.get(group, self.options.slots) + 1)
+        return SharedLoop(partial(self._workspace, group), self._loaded.drawing, counts)
 
     def _workspace(self, group: Group, slots: int) -> Workspace:
         width, height = group.size
@@ -316,7 +319,7 @@ class Batcher:
         except EngineError as error:
             self._failed(batch, error, further=joining)
 
-    def _may_join(self, batch: Batch, ready: Sequence[Ticket], group: Group) -> int:
+    def _may_join(self, batch: SharedLoop, ready: Sequence[Ticket], group: Group) -> int:
         if any(ticket.alone for ticket in batch.tickets):
             return 0
         if ready and ready[0].alone:
@@ -337,7 +340,7 @@ class Batcher:
         after = self.times.estimate("decode", 1) or 0.0
         return Owed(stages=ticket.stages_left, rows=_rows(ticket), after_s=after, due=ticket.due)
 
-    def _advance(self, batch: Batch) -> None:
+    def _advance(self, batch: SharedLoop) -> None:
         rows = sum(_rows_now(ticket) for ticket in batch.tickets)
         try:
             seconds = batch.advance()
@@ -351,8 +354,8 @@ class Batcher:
             ticket.step_seconds.append(seconds)
             self._after_stage(batch, ticket)
 
-    def _after_stage(self, batch: Batch, ticket: Ticket) -> None:
-        """Show a picture's stage, and send it on where its stages, or those of its leg, are done."""
+    def _after_stage(self, batch: SharedLoop, ticket: Ticket) -> None:
+        """Show a picture's stage, and send it on where its stages, or those of its part, are done."""
         assert ticket.picture is not None
         picture = ticket.picture
         if batch.lost(ticket):
@@ -360,19 +363,19 @@ class Batcher:
             error = NotFiniteError(LATENTS, (0,), stage=picture.done, stages=ticket.job.plan.stages)
             _fail(ticket, explained(self._loaded, ticket, error))
             return
-        if ticket.watch is not None:
+        if ticket.on_step is not None:
             try:
                 with batch.step(ticket) as step:
-                    ticket.watch(step)
+                    ticket.on_step(step)
             except Exception as error:
                 batch.leave(ticket, keep=False)
                 _fail(ticket, error)
                 return
-        if picture.done < ticket.leg.stages.stop:
+        if picture.done < ticket.part.stages.stop:
             return
         batch.leave(ticket, keep=True)
-        if picture.leg + 1 < len(ticket.job.legs):
-            picture.leg += 1
+        if picture.part + 1 < len(ticket.job.ranges):
+            picture.part += 1
             with self._change:
                 self._line.append(ticket)
         else:
@@ -384,7 +387,7 @@ class Batcher:
         if not ticket.done.done():
             ticket.done.set_result(result)
 
-    def _failed(self, batch: Batch, error: Exception, *, further: Sequence[Ticket] = ()) -> None:
+    def _failed(self, batch: SharedLoop, error: Exception, *, further: Sequence[Ticket] = ()) -> None:
         """A workspace failed: its pictures begin again, fewer at a time or one by one; one alone fails for good."""
         assert self._group is not None
         tickets = list(dict.fromkeys([*batch.drop(), *further]))
@@ -394,7 +397,7 @@ class Batcher:
             return
         if isinstance(error, OutOfMemoryError):
             self._most[self._group] = max(1, len(tickets) // 2)
-            self._batch = Batch(partial(self._workspace, self._group), self._loaded.drawing, self._counts(self._group))
+            self._batch = self._shared_loop(self._group)
         for ticket in tickets:
             ticket.begin_again()
             ticket.alone = not isinstance(error, OutOfMemoryError)

@@ -19,11 +19,11 @@ from latentrt.runtime.serve.ticket import Picture, Ticket
 def prepare(loaded: Loaded, ticket: Ticket) -> None:
     """Encode a picture's text and image, with the weights that are loaded. Raises RequestError and EngineError."""
     start, job = time.perf_counter(), ticket.job
-    (width, height), first = job.size, job.legs[0]
+    (width, height), first = job.size, job.ranges[0]
     shape = WorkspaceShape(pictures=1, tokens=ticket.tokens[first.denoiser], width=width, height=height)
     draw = Noise(stream(job.request.noise, job.seeds, latent_shape(job.size, loaded.manifest.latents)))
     with loaded.drawing.explaining(job):
-        texts = {leg.denoiser: loaded.encode(job, leg.denoiser) for leg in job.legs}
+        texts = {part.denoiser: loaded.encode(job, part.denoiser) for part in job.ranges}
         inputs = loaded.drawing.begin(job, draw, shape, state_rows=ticket.group.state_rows)
     taken = time.perf_counter() - start
     ticket.picture = Picture(texts=texts, inputs=inputs, draw=draw, encode_s=taken, done=first.stages.start)
@@ -36,7 +36,7 @@ def finish(loaded: Loaded, ticket: Ticket) -> Result:
     with loaded.drawing.explaining(job):
         latents: Array = picture.inputs[STATE][:, 0]
         finite(latents, LATENTS, pictures=1, stage=picture.done, stages=job.plan.stages)
-        pixels = loaded.drawing.decode(job, job.decoder, latents, tokens=ticket.tokens[ticket.leg.denoiser])
+        pixels = loaded.drawing.decode(job, job.decoder, latents, tokens=ticket.tokens[ticket.part.denoiser])
     seconds = {
         "wait": ticket.waited() - picture.encode_s,
         "encode": picture.encode_s,

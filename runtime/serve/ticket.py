@@ -13,9 +13,9 @@ from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.runtime.calls import Limits
-from latentrt.runtime.draw.denoise import Walk
-from latentrt.runtime.draw.job import Job, Leg
-from latentrt.runtime.draw.step import Noise, Watch
+from latentrt.runtime.draw.denoise import Batch
+from latentrt.runtime.draw.job import DenoiserRange, Job
+from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
 
 
@@ -56,16 +56,16 @@ class Picture:
 
     texts: what each denoiser reads, by its inputs' names; inputs: its state, as it was when it was last written to a
         workspace or read from one, and what lies beside it; draw: its own stream of noise
-    leg: which of its job's legs it is on; done: the stages of its plan that are done
+    part: which of its job's ranges it is on; done: the stages of its plan that are done
     """
 
     texts: Mapping[str, Mapping[str, Array]]
     inputs: dict[str, Array]
     draw: Noise
     encode_s: float
-    leg: int = 0
+    part: int = 0
     done: int = 0
-    walk: Walk | None = None
+    batch: Batch | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -83,7 +83,7 @@ class Ticket:
     tokens: Mapping[str, int]
     changes: Mapping[str, Changes]
     limits: Limits
-    watch: Watch | None
+    on_step: OnStep | None
     due: float | None = None
     alone: bool = False
     picture: Picture | None = None
@@ -93,25 +93,26 @@ class Ticket:
     done: Future[Result] = field(default_factory=Future)
 
     @property
-    def leg(self) -> Leg:
+    def part(self) -> DenoiserRange:
         """Return the part of the plan that it is on, or begins with."""
-        return self.job.legs[self.picture.leg if self.picture else 0]
+        return self.job.ranges[self.picture.part if self.picture else 0]
 
     @property
     def stages_left(self) -> int:
         """Return how many stages of the whole plan are left."""
-        return self.job.legs[-1].stages.stop - (self.picture.done if self.picture else self.job.legs[0].stages.start)
+        done = self.picture.done if self.picture else self.job.ranges[0].stages.start
+        return self.job.ranges[-1].stages.stop - done
 
     @property
     def group(self) -> Group:
         """Return what it shares with those that it can share stages with."""
-        leg = self.leg
+        part = self.part
         return Group(
             weights=tuple(sorted(keys_of(self.changes).items())),
-            denoiser=leg.denoiser,
+            denoiser=part.denoiser,
             size=self.job.size,
-            tokens=self.tokens[leg.denoiser],
-            controls=tuple(sorted(one.component for one in self.job.steering if one.of == leg.denoiser)),
+            tokens=self.tokens[part.denoiser],
+            controls=tuple(sorted(one.component for one in self.job.controls if one.of == part.denoiser)),
             state_rows=max(STATE_ROWS, self.job.plan.rows),
         )
 
@@ -149,5 +150,5 @@ def single(job: Job, picture: int) -> Job:
         variations=job.variations[only],
         pixels=one(job.pixels),
         guidance=dataclasses.replace(job.guidance, scales=job.guidance.scales[only]),
-        steering=tuple(dataclasses.replace(control, pixels=control.pixels[only]) for control in job.steering),
+        controls=tuple(dataclasses.replace(control, pixels=control.pixels[only]) for control in job.controls),
     )

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from latentrt.engines.workspace.contract import STATE, Event, Workspace
-from latentrt.runtime.draw.denoise import Loop, Walk
+from latentrt.runtime.draw.denoise import Batch, Loop
 from latentrt.runtime.draw.draw import Drawing
-from latentrt.runtime.draw.job import Leg
+from latentrt.runtime.draw.job import DenoiserRange
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.serve.ticket import Ticket
@@ -17,7 +17,7 @@ Make = Callable[[int], Workspace]
 """gives a blank workspace with so many slots"""
 
 
-class Batch:
+class SharedLoop:
     """The pictures of one group, on a workspace with as many slots as they need.
 
     counts: the numbers of slots that a workspace can have, from the least to the most
@@ -42,7 +42,7 @@ class Batch:
             self.tickets = []
             self._workspace = self._make(slots) if tickets else None
         if self._workspace is not None and self._loop is None:
-            self._loop = Loop(self._workspace, tickets[0].leg.denoiser)
+            self._loop = Loop(self._workspace, tickets[0].part.denoiser)
         # Negative prompts' rows come last: the fewer slots lie between the guided ones, the fewer rows are computed.
         for ticket in sorted(tickets, key=lambda ticket: not ticket.job.guidance.needed):
             self._place(ticket)
@@ -55,15 +55,15 @@ class Batch:
     def _place(self, ticket: Ticket) -> None:
         """Write a picture to a free slot, with the state that it has come to."""
         assert self._workspace is not None and self._loop is not None and ticket.picture is not None
-        taken = {walk.slots.start for walk in self._loop.walks}
+        taken = {batch.slots.start for batch in self._loop.batches}
         slot = next(slot for slot in range(self._workspace.shape.pictures) if slot not in taken)
-        picture, leg, slots = ticket.picture, ticket.leg, slice(slot, slot + 1)
-        for name, array in picture.texts[leg.denoiser].items():
+        picture, part, slots = ticket.picture, ticket.part, slice(slot, slot + 1)
+        for name, array in picture.texts[part.denoiser].items():
             write_rows(self._workspace, name, array, slots)
-        left = Leg(denoiser=leg.denoiser, stages=range(picture.done, leg.stages.stop))
-        walk = self._drawing.seat(ticket.job, left, picture.inputs, self._workspace, picture.draw, slots=slots)
-        picture.walk = walk
-        self._loop.join(walk)
+        left = DenoiserRange(denoiser=part.denoiser, stages=range(picture.done, part.stages.stop))
+        batch = self._drawing.seat(ticket.job, left, picture.inputs, self._workspace, picture.draw, slots=slots)
+        picture.batch = batch
+        self._loop.join(batch)
 
     def advance(self) -> float:
         """Take one stage of every picture. Returns the seconds of the last stage that is known to be done.
@@ -78,7 +78,7 @@ class Batch:
         events.append(self._workspace.event())
         for ticket in self.tickets:
             assert ticket.picture is not None
-            ticket.picture.done = walk_of(ticket).done
+            ticket.picture.done = batch_of(ticket).done
         del events[:-3]
         later = -2 if self._workspace.queued and len(events) > 2 else -1
         return events[later].since(events[later - 1])
@@ -86,7 +86,7 @@ class Batch:
     def lost(self, ticket: Ticket) -> bool:
         """Tell whether a picture's numbers are known to have left the range of floats."""
         assert self._loop is not None
-        return bool(self._loop.lost(walk_of(ticket)))
+        return bool(self._loop.lost(batch_of(ticket)))
 
     @contextmanager
     def step(self, ticket: Ticket) -> Iterator[Step]:
@@ -94,18 +94,18 @@ class Batch:
         assert self._workspace is not None and ticket.picture is not None
         picture = ticket.picture
         with self._drawing.step(
-            ticket.job, walk_of(ticket), self._workspace, picture.draw, keeps="known" in picture.inputs
+            ticket.job, batch_of(ticket), self._workspace, picture.draw, keeps="known" in picture.inputs
         ) as step:
             yield step
 
     def leave(self, ticket: Ticket, *, keep: bool) -> None:
         """Free a picture's slot. keep: its state is read first, so that it can be finished, or go on elsewhere"""
         assert self._workspace is not None and self._loop is not None and ticket.picture is not None
-        walk = walk_of(ticket)
+        batch = batch_of(ticket)
         if keep:
-            ticket.picture.inputs[STATE] = self._workspace.read(STATE, walk.slots)
-        self._loop.leave(walk)
-        ticket.picture.walk = None
+            ticket.picture.inputs[STATE] = self._workspace.read(STATE, batch.slots)
+        self._loop.leave(batch)
+        ticket.picture.batch = None
         self.tickets.remove(ticket)
 
     def park(self) -> list[Ticket]:
@@ -124,7 +124,7 @@ class Batch:
         return dropped
 
 
-def walk_of(ticket: Ticket) -> Walk:
+def batch_of(ticket: Ticket) -> Batch:
     """Return the way of a picture that is on a workspace."""
-    assert ticket.picture is not None and ticket.picture.walk is not None
-    return ticket.picture.walk
+    assert ticket.picture is not None and ticket.picture.batch is not None
+    return ticket.picture.batch
