@@ -396,7 +396,7 @@ class Batcher:
             _fail(tickets[0], error)
             return
         if isinstance(error, OutOfMemoryError):
-            self._most[self._group] = max(1, len(tickets) // 2)
+            self._most[self._group] = (len(tickets) + 1) // 2 if len(tickets) > 2 else 1
             self._batch = self._shared_loop(self._group)
         for ticket in tickets:
             ticket.begin_again()
