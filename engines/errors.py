@@ -169,3 +169,22 @@ class DeadlineError(RequestError, TimeoutError):
     """A request was not finished by its deadline."""
 
     retryable = True
+
+
+class QueueFullError(RequestError):
+    """As many pictures wait as may. retry_after_s: when there is likely to be room"""
+
+    retryable = True
+
+    def __init__(self, sentence: str, *, retry_after_s: float) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(sentence)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _travel(self)
+
+
+class DrainingError(RequestError):
+    """A batcher ends what it has begun and begins nothing new."""
+
+    retryable = True

@@ -13,6 +13,7 @@ from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
 from latentrt.engines.workspace.contract import Workspace
+from latentrt.runtime.calls import Turn
 from latentrt.runtime.draw.draw import BatchSource, Drawing, stream
 from latentrt.runtime.draw.finite import TEXT, finite
 from latentrt.runtime.draw.job import Job, latent_shape
@@ -35,7 +36,7 @@ class Loaded:
     """
 
     def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
-        self.bundle, self.opened = bundle, opened
+        self.bundle, self.opened, self.turn = bundle, opened, Turn()
         self.encoders = PromptEncoders(bundle.manifest, opened.engines, tokenizers)
         self.loras = Loras(bundle)
         self.drawing = Drawing(opened, bundle.manifest)

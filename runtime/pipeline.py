@@ -20,7 +20,7 @@ from latentrt.engines.errors import ClosedError, EngineError
 from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.open import OpenEngines, open_engines
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
-from latentrt.runtime.calls import Cancellation, Limits, Stream, Turn, finish, limited, tell
+from latentrt.runtime.calls import Cancellation, Limits, Stream, finish, limited, tell
 from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
 from latentrt.runtime.draw.draw import BatchSource
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
@@ -44,7 +44,7 @@ class Pipeline:
         self.bundle = bundle
         self.load_s, self.warm_up_s = opened.load_s, 0.0
         self.loaded = Loaded(bundle, opened, tokenizers)
-        self._turn, self._closed = Turn(), False
+        self._closed = False
         self._streams = weakref.WeakSet[Stream]()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")  # starts with the first await
         self._said: set[str] = set()
@@ -166,7 +166,7 @@ class Pipeline:
         """
         import asyncio
 
-        self._turn.refuse_nested()
+        self.loaded.turn.refuse_nested()
         limits = Limits.of(request, Cancellation())
         try:
             work = self._worker.submit(self._drawn, request, on_step, limits)
@@ -263,16 +263,16 @@ class Pipeline:
         self, limits: Limits, changes: Mapping[str, Changes], draw: Callable[[], Stages[Result]]
     ) -> Stages[Result]:
         """Draw when it is this call's turn, with the weights that it asks for, within its limits."""
-        self._turn.take(limits)
+        self.loaded.turn.take(limits)
         waited = limits.spent
         try:
             if self._closed:
                 raise self._closed_error()
             adapt_s = self.loaded.adapt(changes)
             limits.check("before the first stage")
-            result = yield from limited(draw(), limits, self._turn)
+            result = yield from limited(draw(), limits, self.loaded.turn)
         finally:
-            self._turn.give_back()
+            self.loaded.turn.give_back()
         tell(result, limits, waited=waited)
         seconds = {"adapt": adapt_s, **result.seconds, "total": adapt_s + result.seconds["total"]}
         return dataclasses.replace(result, seconds=seconds)
@@ -325,13 +325,13 @@ class Pipeline:
     def add_embedding(self, file: str | os.PathLike[str], *, name: str | None = None) -> str:
         """Let prompts use a learned word from a safetensors file; return the word. Raises RequestError."""
         embedding = load_embedding(file, name=name)
-        with self._turn.hold():
+        with self.loaded.turn.hold():
             self.loaded.encoders.add(embedding)
         return embedding.name
 
     def remove_embedding(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError if there is no such word."""
-        with self._turn.hold():
+        with self.loaded.turn.hold():
             self.loaded.encoders.remove(name)
 
     def close(self) -> None:
@@ -339,9 +339,9 @@ class Pipeline:
 
         Raises NestedCallError in `on_step`.
         """
-        for one in list(self._streams) if self._turn.mine else ():
+        for one in list(self._streams) if self.loaded.turn.mine else ():
             one.leave()
-        with self._turn.hold():
+        with self.loaded.turn.hold():
             self._closed = True
             self._worker.shutdown(wait=False)
             self.loaded.opened.close()

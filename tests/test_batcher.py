@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from latentrt import Cancellation, Lora, Pipeline, Request, Result, Step
+from latentrt import Batcher, BatcherOptions, Cancellation, Lora, Pipeline, Request, Result, Step
 from latentrt.engines.errors import (
     CancelledError,
     ClosedError,
     DeadlineError,
+    DrainingError,
     EngineError,
     OutOfMemoryError,
+    QueueFullError,
     RequestError,
 )
 from latentrt.engines.spec import Array, EngineView, Inputs
 from latentrt.runtime.sampling.catalogue import sampler_names
-from latentrt.runtime.serve.batcher import Batcher, BatcherOptions
-from latentrt.runtime.serve.ticket import DrainingError, QueueFullError
 from tests.lora_files import every_layer, kohya
 
 WAIT_S = 300  # more than anything here takes; nothing is waited for by time alone
@@ -68,7 +68,7 @@ def test_every_sampler_draws_among_others_what_it_draws_alone(pipe: Pipeline) ->
     ]
     chance.shuffle(requests)
     alone = [pipe.draw(request) for request in requests]
-    with Batcher(pipe.loaded, BatcherOptions(slots=5, waiting=len(requests))) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=5, waiting=len(requests))) as batcher:
         found = all_of(batcher, requests, pause=lambda: time.sleep(chance.random() / 50))
     for request, one, other in zip(requests, alone, found, strict=True):
         assert psnr(one.pixels[0], other.pixels[0]) >= NEAR_DB, request.sampler
@@ -91,14 +91,14 @@ def test_images_masks_and_texts_share_their_stages(pipe: Pipeline) -> None:
         asked(6, tile=width // 2),
     ]
     alone = [pipe.draw(request).pixels[0] for request in requests]
-    with Batcher(pipe.loaded, BatcherOptions(slots=4)) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=4)) as batcher:
         found = [result.pixels[0] for result in all_of(batcher, requests)]
     for one, other in zip(alone, found, strict=True):
         assert psnr(one, other) >= NEAR_DB
 
 
 def test_the_pictures_of_a_request_count_their_seeds_up_and_can_be_drawn_again(pipe: Pipeline) -> None:
-    with Batcher(pipe.loaded, BatcherOptions(slots=2)) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=2)) as batcher:
         found = [answer(future) for future in batcher.submit(asked(7, n=3))]
     assert [result.seeds for result in found] == [(7,), (8,), (9,)]
     for result in found:
@@ -108,7 +108,7 @@ def test_the_pictures_of_a_request_count_their_seeds_up_and_can_be_drawn_again(p
 
 def test_pictures_join_and_leave_in_mid_flight(pipe: Pipeline) -> None:
     """Fewer passes of the denoiser than stages in all: they were shared; and no more rows than there are slots for."""
-    with Watched(pipe) as passes, Batcher(pipe.loaded, BatcherOptions(slots=3)) as batcher:
+    with Watched(pipe) as passes, Batcher(pipe, BatcherOptions(slots=3)) as batcher:
         all_of(batcher, [asked(seed, steps=3 + seed) for seed in range(6)])
     assert len(passes.rows) < sum(3 + seed for seed in range(6))
     assert max(passes.rows) <= 6 and max(passes.rows) > 2
@@ -122,7 +122,7 @@ def test_a_cancelled_picture_frees_its_slot_within_a_stage_and_disturbs_nobody(p
         if step.stage == 2:
             cancel.cancel()
 
-    with Batcher(pipe.loaded) as batcher:
+    with Batcher(pipe) as batcher:
         (lost,) = batcher.submit(asked(2, steps=40), on_step=watch, cancel=cancel)
         (kept,) = batcher.submit(asked(1, steps=6))
         with pytest.raises(CancelledError):
@@ -133,7 +133,7 @@ def test_a_cancelled_picture_frees_its_slot_within_a_stage_and_disturbs_nobody(p
 
 def test_cancelling_many_at_random_leaves_the_others_as_they_are(pipe: Pipeline) -> None:
     chance, alone = random.Random(3), pipe.draw(asked(0, steps=5))
-    with Batcher(pipe.loaded, BatcherOptions(slots=4, waiting=200)) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=4, waiting=200)) as batcher:
         kept, ended = [], []
         for number in range(60):
             if number % 6 == 0:
@@ -151,7 +151,7 @@ def test_cancelling_many_at_random_leaves_the_others_as_they_are(pipe: Pipeline)
 
 
 def test_a_deadline_ends_a_picture_and_no_other(pipe: Pipeline) -> None:
-    with Batcher(pipe.loaded) as batcher:
+    with Batcher(pipe) as batcher:
         (late,) = batcher.submit(asked(1, steps=1000, deadline=0.2))
         (kept,) = batcher.submit(asked(2))
         with pytest.raises(DeadlineError):
@@ -167,7 +167,7 @@ def test_what_a_watcher_raises_ends_its_own_picture(pipe: Pipeline) -> None:
         assert step.preview.shape[0] == 1
         raise BrokenError
 
-    with Batcher(pipe.loaded) as batcher:
+    with Batcher(pipe) as batcher:
         (ended,) = batcher.submit(asked(1), on_step=watch)
         (kept,) = batcher.submit(asked(2))
         assert isinstance(ended.exception(WAIT_S), BrokenError)
@@ -175,7 +175,7 @@ def test_what_a_watcher_raises_ends_its_own_picture(pipe: Pipeline) -> None:
 
 
 def test_a_full_line_refuses_at_once_and_takes_more_later(pipe: Pipeline) -> None:
-    with Batcher(pipe.loaded, BatcherOptions(slots=1, waiting=3)) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=1, waiting=3)) as batcher:
         taken = []
         with pytest.raises(QueueFullError) as refused:
             for seed in range(50):
@@ -187,7 +187,7 @@ def test_a_full_line_refuses_at_once_and_takes_more_later(pipe: Pipeline) -> Non
 
 
 def test_a_draining_batcher_ends_what_it_took_and_takes_nothing_new(pipe: Pipeline) -> None:
-    with Batcher(pipe.loaded, BatcherOptions(slots=2)) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=2)) as batcher:
         taken = [future for seed in range(4) for future in batcher.submit(asked(seed, steps=8))]
         batcher.drain()
         assert all(future.done() and future.exception() is None for future in taken)
@@ -198,14 +198,23 @@ def test_a_draining_batcher_ends_what_it_took_and_takes_nothing_new(pipe: Pipeli
 
 
 def test_closing_cancels_what_is_not_drawn(pipe: Pipeline) -> None:
-    batcher = Batcher(pipe.loaded, BatcherOptions(slots=1))
+    batcher = Batcher(pipe, BatcherOptions(slots=1))
     taken = [future for seed in range(3) for future in batcher.submit(asked(seed, steps=200))]
     batcher.close()
     assert all(isinstance(future.exception(WAIT_S), ClosedError) for future in taken)
 
 
+def test_the_pipeline_itself_draws_in_between(pipe: Pipeline) -> None:
+    expected = pipe.draw(asked(1))
+    with Batcher(pipe) as batcher:
+        (busy,) = batcher.submit(asked(2, steps=20))
+        np.testing.assert_array_equal(pipe.draw(asked(1)).pixels, expected.pixels)
+        assert answer(busy).seeds == (2,)
+        assert answer(batcher.submit(asked(1))[0]).seeds == (1,)
+
+
 def test_bad_requests_are_refused_at_once(pipe: Pipeline) -> None:
-    with Batcher(pipe.loaded) as batcher:
+    with Batcher(pipe) as batcher:
         for options in ({"sampler": "nobody"}, {"size": (13, 8)}, {"guidance": float("nan")}, {"n": 0}):
             with pytest.raises(RequestError):
                 batcher.submit(asked(1, **options))
@@ -243,7 +252,7 @@ def test_an_engine_that_fails_once_in_mid_batch_costs_nobody_a_picture(pipe: Pip
         if len(inputs["sample"]) > 4 and (error := next(failures, None)):
             raise error
 
-    with Watched(pipe, fault), Batcher(pipe.loaded) as batcher:
+    with Watched(pipe, fault), Batcher(pipe) as batcher:
         found = [result.pixels[0] for result in all_of(batcher, requests)]
     assert next(failures, None) is None
     for one, other in zip(alone, found, strict=True):
@@ -258,7 +267,7 @@ def test_a_picture_that_always_fails_fails_alone(pipe: Pipeline) -> None:
         if any(np.array_equal(row, poison) for row in inputs["encoder_hidden_states"]):
             raise EngineError("this text breaks it")
 
-    with Watched(pipe, fault), Batcher(pipe.loaded) as batcher:
+    with Watched(pipe, fault), Batcher(pipe) as batcher:
         futures = [future for seed in range(5) for future in batcher.submit(asked(seed, steps=6))]
         errors = [future.exception(WAIT_S) for future in futures]
     assert [isinstance(error, EngineError) for error in errors] == [False, False, False, True, False]
@@ -276,7 +285,7 @@ def test_without_room_for_many_fewer_are_drawn_at_a_time(pipe: Pipeline) -> None
             raise OutOfMemoryError("no room for more than two guided pictures")
 
     requests = [asked(seed, steps=6) for seed in range(6)]
-    with Watched(pipe, fault) as passes, Batcher(pipe.loaded) as batcher:
+    with Watched(pipe, fault) as passes, Batcher(pipe) as batcher:
         found = all_of(batcher, requests)
     assert [result.seeds for result in found] == [(seed,) for seed in range(6)]
     assert max(passes.rows) == 4
@@ -286,7 +295,7 @@ def test_one_picture_without_room_is_told_so(pipe: Pipeline) -> None:
     def fault(_: Inputs) -> None:
         raise OutOfMemoryError("no room at all")
 
-    with Watched(pipe, fault), Batcher(pipe.loaded) as batcher:
+    with Watched(pipe, fault), Batcher(pipe) as batcher:
         futures = [future for seed in range(3) for future in batcher.submit(asked(seed))]
         assert all(isinstance(future.exception(WAIT_S), OutOfMemoryError) for future in futures)
 
@@ -306,7 +315,7 @@ def test_lora_sets_and_sizes_take_turns_and_each_picture_has_its_own(
     ]
     requests = [asked(seed, steps=6, **choices[seed % 4]) for seed in range(12)]
     alone = [pipe.draw(request).pixels[0] for request in requests]
-    with Batcher(pipe.loaded, BatcherOptions(slots=3)) as batcher:
+    with Batcher(pipe, BatcherOptions(slots=3)) as batcher:
         found = [result.pixels[0] for result in all_of(batcher, requests)]
     for one, other in zip(alone, found, strict=True):
         assert psnr(one, other) >= NEAR_DB
@@ -314,5 +323,5 @@ def test_lora_sets_and_sizes_take_turns_and_each_picture_has_its_own(
 
 
 def test_a_lora_that_cannot_be_is_refused_at_once(pipe: Pipeline, tmp_path: Path) -> None:
-    with Batcher(pipe.loaded) as batcher, pytest.raises(RequestError):
+    with Batcher(pipe) as batcher, pytest.raises(RequestError):
         batcher.submit(asked(1, loras=[Lora(file=tmp_path / "nowhere.safetensors")]))

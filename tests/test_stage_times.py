@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -74,7 +76,7 @@ def test_what_was_not_measured_is_estimated_from_what_was(known: tuple[int, ...]
     for rows in known:
         assert times.estimate("unet", rows) == pytest.approx(seconds(rows))
     found = [times.estimate("unet", rows) for rows in range(1, 20)]
-    assert all(a is not None and b is not None and a <= b + 1e-12 for a, b in zip(found, found[1:], strict=False))
+    assert all(a is not None and b is not None and a <= b + 1e-12 for a, b in itertools.pairwise(found))
     if len(known) > 1:
         assert times.estimate("unet", 12) == pytest.approx(seconds(12))
 

@@ -1,1 +1,1 @@
-"""Serving: pictures of many requests share their stages, behind a library, HTTP and a page."""
+"""Many requests at a time: their pictures share the stages of the denoiser."""

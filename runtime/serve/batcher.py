@@ -14,19 +14,27 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from latentrt.engines.errors import ClosedError, EngineError, LatentrtError, NotFiniteError, OutOfMemoryError
+from latentrt.engines.errors import (
+    ClosedError,
+    DrainingError,
+    EngineError,
+    LatentrtError,
+    NotFiniteError,
+    OutOfMemoryError,
+    QueueFullError,
+)
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.calls import Cancellation, Limits
 from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.draw.job import resolve
 from latentrt.runtime.draw.step import OnStep
-from latentrt.runtime.loaded import Loaded
+from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
 from latentrt.runtime.serve.beside import explained, finish, prepare
 from latentrt.runtime.serve.shared_loop import SharedLoop
 from latentrt.runtime.serve.stage_times import Owed, StageTimes, may_join
-from latentrt.runtime.serve.ticket import DrainingError, Group, QueueFullError, Ticket, single
+from latentrt.runtime.serve.ticket import Group, Ticket, single
 from latentrt.runtime.serve.turns import Turns
 
 logger = logging.getLogger(__name__)
@@ -48,12 +56,15 @@ class BatcherOptions:
 
 
 class Batcher:
-    """Draws requests on a loaded bundle, many at a time. Nobody else may draw on it. Close it, or use `with`."""
+    """Draws requests on a pipeline, many at a time. Safe to use from many threads. Close it, or use `with`.
 
-    def __init__(self, loaded: Loaded, options: BatcherOptions | None = None) -> None:
+    It has the pipeline's turn while it has anything to draw: the pipeline's own calls wait meanwhile.
+    """
+
+    def __init__(self, pipe: Pipeline, options: BatcherOptions | None = None) -> None:
         self.options = options or BatcherOptions()
         self.times = StageTimes()
-        self._loaded = loaded
+        self._loaded = pipe.loaded
         self._change = threading.Condition()
         self._line: list[Ticket] = []  # those that wait, prepared or not
         self._running: dict[Group, list[Ticket]] = {}  # of groups whose turn it is not: their pictures, with states
@@ -169,12 +180,19 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._change:
-                if not self._busy():
-                    self._change.notify_all()  # who waits for the last one to end
+                self._change.notify_all()  # who waits for the last one to end
                 self._change.wait_for(lambda: self._closed or self._busy())
-                if self._closed:
-                    self._end_all()
-                    return
+            if not self._closed:
+                with self._loaded.turn.hold():
+                    self._draw_all()
+            if self._closed:
+                self._end_all()
+                return
+
+    def _draw_all(self) -> None:
+        """Draw until there is nothing to draw. The weights may be others' from one time to the next."""
+        self._group, self._batch = None, None
+        while self._busy() and not self._closed:
             self._once()
 
     def _once(self) -> None:

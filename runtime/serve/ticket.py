@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from latentrt.engines.errors import RequestError
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
@@ -17,22 +16,6 @@ from latentrt.runtime.draw.denoise import Batch
 from latentrt.runtime.draw.job import DenoiserRange, Job
 from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
-
-
-class QueueFullError(RequestError):
-    """As many pictures wait as may. retry_after_s: when there is likely to be room"""
-
-    retryable = True
-
-    def __init__(self, sentence: str, *, retry_after_s: float) -> None:
-        self.retry_after_s = retry_after_s
-        super().__init__(sentence)
-
-
-class DrainingError(RequestError):
-    """The service ends what it has begun and begins nothing new."""
-
-    retryable = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

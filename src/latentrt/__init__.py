@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from latentrt.runtime.pipeline import Pipeline
     from latentrt.runtime.request import Control, KeyFrame, Lora, Request
     from latentrt.runtime.result import Result
+    from latentrt.runtime.serve.batcher import Batcher, BatcherOptions
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Batcher",
+    "BatcherOptions",
     "Cancellation",
     "Control",
     "KeyFrame",
@@ -36,6 +39,8 @@ __all__ = [
 ]
 
 HOMES = {
+    "Batcher": "latentrt.runtime.serve.batcher",
+    "BatcherOptions": "latentrt.runtime.serve.batcher",
     "Cancellation": "latentrt.runtime.calls",
     "Control": "latentrt.runtime.request",
     "KeyFrame": "latentrt.runtime.request",
