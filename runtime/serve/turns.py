@@ -33,11 +33,7 @@ class Turns(Generic[Group]):
             self._deficits.setdefault(group, 0.0)
         if not groups:
             self.current = None
-        elif (
-            self.current is None
-            or self.current not in groups
-            or (len(groups) > 1 and self._deficits[self.current] <= 0)
-        ):
+        elif self.current is None or self.current not in groups or self._is_over(self.current, groups):
             self._next()
         return self.current
 
