@@ -51,6 +51,16 @@ def stubs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+LOADED = """
+import sys
+from pathlib import Path
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
+from latentrt.engines.spec import EngineSpec, TensorSpec
+spec = EngineSpec(component="unet", inputs=(TensorSpec(name="timestep", dtype="float16", shape=()),), outputs=())
+load(Path(sys.argv[1]), spec, "cuda", OnnxRuntimeOptions(cuda_graph=True))
+"""
+
+
 def half(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a graph that computes in float16."""
     for tensor in model.graph.initializer:
@@ -66,20 +76,20 @@ def opened(
 ) -> tuple[Any, onnx.ModelProto]:
     """Open a graph on the CUDA provider. Returns the nodes that it leaves to the CPU, and what it made of the graph."""
     graph, optimised = folder / "graph.onnx", folder / "optimised.onnx"
+    (folder / "data").unlink(missing_ok=True)
     onnx.save(model, graph, save_as_external_data=True, location="data", size_threshold=128)
     asked = {"graph": str(graph), "optimised": str(optimised), "changed": changed or {}, "settings": settings}
-    paths = os.pathsep.join([str(SITE), *sys.path])
-    told = subprocess.run(
-        [sys.executable, "-c", OPENED],
-        env={**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths},
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    told = run(OPENED, stubs, told=json.dumps(asked))
     assert told.returncode == 0, told.stderr
-    (folder / "data").unlink()
     return json.loads(told.stdout.splitlines()[-1]), onnx.load(optimised, load_external_data=False)
+
+
+def run(program: str, stubs: Path, *arguments: str, told: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program in a Python that has ONNX Runtime's wheel for GPUs, and the stubs."""
+    paths = os.pathsep.join([str(SITE), *sys.path])
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, env=environment, input=told, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("recorded", ["0", "1"])
@@ -97,13 +107,28 @@ def test_the_provider_takes_every_operator_of_a_rewritten_graph(
     assert counts["Transpose"] == 2  # those of weights are folded
 
 
-def test_what_has_no_kernel_is_named(stubs: Path, tmp_path: Path) -> None:
+def with_host_kernel() -> onnx.ModelProto:
+    """Return a graph with an operator that CUDA has no kernel of, of opset 23."""
     model = network()
     ones = numpy_helper.from_array(np.ones(4, np.float32), "ones")
     model.graph.initializer.append(ones)
     model.graph.node.append(onnx.helper.make_node("InstanceNormalization", ["y", "ones", "ones"], ["z"], "the norm"))
     model.graph.output[0].name = "z"
-    elsewhere, made = opened(half(model), tmp_path, stubs)
+    return half(model)
+
+
+def test_what_cannot_be_recorded_is_refused_with_the_node_that_prevents_it(stubs: Path, tmp_path: Path) -> None:
+    model = with_host_kernel()
+    use_cuda_kernels(model)
+    opened(model, tmp_path, stubs)
+    told = run(LOADED, stubs, str(tmp_path / "optimised.onnx"))
+    assert told.returncode == 1
+    assert "EngineError: unet's kernels cannot be recorded" in told.stderr
+    assert "InstanceNormalization 'the norm'" in told.stderr.splitlines()[-1]
+
+
+def test_what_has_no_kernel_is_named(stubs: Path, tmp_path: Path) -> None:
+    elsewhere, made = opened(with_host_kernel(), tmp_path, stubs)
     assert elsewhere == {"the norm": "InstanceNormalization"}
     counts = Counter(node.op_type for node in made.graph.node)
     assert counts["GroupNormalization"] == 0 and counts["ReduceMean"] == 6  # there is none: taken apart

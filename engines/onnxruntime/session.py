@@ -14,7 +14,7 @@ import numpy as np
 from cachetools import LRUCache
 
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
-from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
+from latentrt.engines.onnxruntime.assignment import check_assignment, elsewhere, record_assignment
 from latentrt.engines.onnxruntime.library import PROVIDERS, Provider, load_cuda_libraries, require
 from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
 from latentrt.engines.tensor_names import COND, HINT
@@ -33,6 +33,7 @@ NOT_RECORDED = -1  # of CUDA graphs' numbers: a recording would read the buffers
 MOST_RECORDINGS = 64  # of one session, for nothing lets go of one before the session goes
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
+NOT_CAPTURED = "cannot use the graph capture feature"
 CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")  # in the middle of a line of C++
 # What every session on a GPU is opened with.
 CUDA_SETTINGS: Mapping[str, str] = {
@@ -114,9 +115,28 @@ def load(
     if provider == "cpu":
         return OnnxRuntimeEngine(open_session(file, chosen, provider), spec, weights=weights)
     record_assignment(chosen)
-    session = open_session(file, chosen, provider, cuda_settings(options, spec, every_stage=every_stage))
+    settings = cuda_settings(options, spec, every_stage=every_stage)
+    try:
+        session = open_session(file, chosen, provider, settings)
+    except EngineError as error:
+        if NOT_CAPTURED not in str(error):
+            raise
+        raise _not_recordable(file, settings, spec.component) from error
     check_assignment(session, provider, spec.component)
     return OnnxRuntimeEngine(session, spec, weights=weights)
+
+
+def _not_recordable(file: Path, settings: Mapping[str, str], component: str) -> EngineError:
+    """Return the error of a graph whose kernels cannot be recorded, with what runs on the CPU."""
+    options = session_options(threads=None)
+    options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
+    record_assignment(options)
+    found = elsewhere(open_session(file, options, "cuda", {**settings, "enable_cuda_graph": "0"}), "cuda")
+    named = ", ".join(f"{operator} '{name}'" for name, operator in list(found.items())[:3])
+    return EngineError(
+        f"{component}'s kernels cannot be recorded as a CUDA graph: {len(found)} of its nodes run on the CPU "
+        f"({named}); open the bundle with cuda_graphs=False"
+    )
 
 
 def _change(options: Any, changed: Mapping[str, Array], provider: Provider) -> object:
