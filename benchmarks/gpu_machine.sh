@@ -41,6 +41,18 @@ paths() { # what was joined comes before what is installed, and CUDA's libraries
   export LD_LIBRARY_PATH=$libraries${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 }
 
+found() { # whether the product finds CUDA's libraries itself, where nothing says where they are
+  env -u LD_LIBRARY_PATH "$PYTHON" -c '
+import pathlib, tempfile, onnx
+from latentrt.engines.onnxruntime import session
+node = onnx.helper.make_node("MatMul", ["x", "x"], ["y"])
+x, y = (onnx.helper.make_tensor_value_info(name, 1, [2, 2]) for name in "xy")
+model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10)
+path = pathlib.Path(tempfile.mkdtemp()) / "model.onnx"
+onnx.save(model, path)
+print(session.open_session(path, session.session_options(threads=1), "cuda").get_providers())' 2>&1 | tail -1
+}
+
 suite() { # SECONDS PARTS
   said "parts: $2"
   # shellcheck disable=SC2086
@@ -58,6 +70,7 @@ run() {
   join wheels ort rtx bundles
   paths
   said "ready: $("$PYTHON" -c 'import sys, onnxruntime; print(sys.version.split()[0], onnxruntime.__version__, onnxruntime.get_available_providers())' 2>&1 | tail -1)"
+  said "without LD_LIBRARY_PATH: $(found)"
   case $1 in
     first) suite "${2:-120}" "seam,ceilings" ;;
     ours) suite "${2:-240}" "$OURS" ;;
