@@ -47,7 +47,7 @@ import pathlib, tempfile, onnx
 from latentrt.engines.onnxruntime import session
 node = onnx.helper.make_node("MatMul", ["x", "x"], ["y"])
 x, y = (onnx.helper.make_tensor_value_info(name, 1, [2, 2]) for name in "xy")
-model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10)
+model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]), ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 23)])
 path = pathlib.Path(tempfile.mkdtemp()) / "model.onnx"
 onnx.save(model, path)
 print(session.open_session(path, session.session_options(threads=1), "cuda").get_providers())' 2>&1 | tail -1
