@@ -187,7 +187,9 @@ def run_wide(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
         else:
             file = path
         del model
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of SDXL's ten gigabytes
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
         feed = {taken.name: inputs[taken.name].astype(kinds[taken.type]) for taken in session.get_inputs()}
         found = session.run(None, feed)
