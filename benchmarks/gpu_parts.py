@@ -154,18 +154,14 @@ def do_pictures(facts: Mapping[str, Any], done: Keep) -> None:
     build_engines(Bundle.open(root), "cpu")
     expected = draw_all(root, "cpu", folder)
     figures: dict[str, Any] = {"a LoRA changes": unlike(expected, "text", "a LoRA")}
+    wrong = []
     for name, graphs in (("launched", False), ("recorded", True)):
         found = draw_all(root, facts["backend"], folder, cuda_graphs=graphs)
         figures[name] = compare(expected, found)
         figures[f"{name}, text again differs by"] = unlike(found, "text", "text again")
         figures[f"{name}, a LoRA changes"] = unlike(found, "text", "a LoRA")
         done(figures)
-    wrong = [
-        f"{way}, {what}: {row}"
-        for way in ("launched", "recorded")
-        for what, row in figures[way].items()
-        if not row["ok"]
-    ]
+        wrong += [f"{name}, {what}: {row}" for what, row in figures[name].items() if not row["ok"]]
     if wrong:
         sys.stderr.write("\n".join(wrong) + "\n")
         sys.exit(1)

@@ -353,7 +353,8 @@ def test_the_rehearsal_runs_every_kind_of_part_where_a_bare_machines_packages_ar
     assert [parts[name]["status"] for name in ("ceilings", "tiny: torch eager")] == ["ok", "ok"]
     assert parts["tiny: diffusers eager"]["why"] == "diffusers is not installed"
     same = parts["demo: pictures cpu"]["figures"]
-    assert {row["mean"] for row in same["recorded"].values()} == {0.0} and same["a LoRA changes"] > 2 * LARGEST
+    assert {row["mean"] for row in same["recorded"].values()} == {0.0}
+    assert same["a LoRA changes"] > 2 * LARGEST  # so that one that does nothing is found
     (variant,) = parts["demo: bench cpu"]["figures"]["variants"]
     assert variant["prompts"]["share"] >= 0.75
     assert parts["demo: verify cpu"]["figures"]["components"]["unet"]["ok"]
