@@ -61,7 +61,7 @@ class Opened(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """One way to compile and run graphs.
+    """One way to compile and run graphs, on one of the machine's GPUs or on its CPU.
 
     unavailable: gives the error that says why it cannot run here, or None
     cannot_build: the same of building, which may need less than running
@@ -79,19 +79,28 @@ class Backend:
     open: Callable[[Opening], Opened]
 
 
-def _row(module: str, kind: BackendName) -> Backend:
+def _row(kind: BackendName, device: int = 0) -> Backend:
     """Return the backend that a module's functions are, called with what kind of it; imported when one is called."""
 
     def call(function: str) -> Callable[..., Any]:
-        return lambda *arguments: getattr(importlib.import_module(module), function)(kind, *arguments)
+        def called(*arguments: Any) -> Any:
+            return getattr(importlib.import_module(MODULES[kind]), function)(kind, *arguments, device=device)
+
+        return called
 
     return Backend(**{field.name: call(field.name) for field in dataclasses.fields(Backend)})
 
 
 ONNX_RUNTIME, TENSORRT = "latentrt.engines.onnxruntime.backend", "latentrt.engines.tensorrt.backend"
-BACKENDS: dict[BackendName, Backend] = {
-    "cpu": _row(ONNX_RUNTIME, "cpu"),
-    "cuda": _row(ONNX_RUNTIME, "cuda"),
-    "tensorrt": _row(TENSORRT, "tensorrt"),
-    "tensorrt-rtx": _row(TENSORRT, "tensorrt-rtx"),
+MODULES: dict[BackendName, str] = {
+    "cpu": ONNX_RUNTIME,
+    "cuda": ONNX_RUNTIME,
+    "tensorrt": TENSORRT,
+    "tensorrt-rtx": TENSORRT,
 }
+BACKENDS: dict[BackendName, Backend] = {name: _row(name) for name in MODULES}
+
+
+def backend_on(name: BackendName, device: int) -> Backend:
+    """Return a backend on a GPU. device: its number among those that are visible, 0 on a CPU"""
+    return BACKENDS[name] if device == 0 else _row(name, device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from latentrt.engines.backends import BACKENDS
+from latentrt.engines.backends import Backend, backend_on
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, disk_errors, read_engine_record, record_tree, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, SCHEMA_VERSION, EngineRecord
@@ -30,6 +32,7 @@ def build_engines(
     backend: BackendName,
     *,
     options: BuildOptions = DEFAULTS,
+    device: int = 0,
     force: bool = False,
     store: str | None = None,
     fetch_only: bool = False,
@@ -40,6 +43,7 @@ def build_engines(
     Where nothing can be written there, they go into the user's cache (`Bundle.engine_homes`). Engines that are in
     either under the same key are kept, unless `force`. Of two processes that build the same key one waits for the
     other; what a killed one left is removed.
+    device: which of the visible GPUs to build for and on, from 0
     store: a URL where engines lie by their keys: fetched from there where it has them, else built and published there
     fetch_only: build nothing
     Raises EngineError (backend, store), BundleError (files) and RequestError (options).
@@ -47,9 +51,9 @@ def build_engines(
     if fetch_only and (store is None or force):
         raise RequestError("--fetch-only needs --store URL to fetch from, and builds nothing with --force")
     try:
-        key = BACKENDS[backend].key(bundle, options)
+        key = backend_on(backend, device).key(bundle, options)
     except EngineError:
-        _check_can_build(backend, options)  # which says more
+        _check_can_build(backend, options, device)  # which says more
         raise
     shelf = Store(store) if store is not None else None
     there = None if force else engines_at(bundle, key)
@@ -64,33 +68,35 @@ def build_engines(
             "without --fetch-only to build them and to publish them there"
         )
     else:
-        _check_can_build(backend, options, f"{store} holds no engines of {key.directory}, and " if shelf else "")
-        there = _home(bundle) / key.directory
-        record = _put(
-            there, lambda directory: _build_into(bundle, backend, key, options, directory, report), overwrite=force
+        _check_can_build(
+            backend, options, device, f"{store} holds no engines of {key.directory}, and " if shelf else ""
         )
+        there = _home(bundle) / key.directory
+        building = partial(_build_into, bundle, backend_on(backend, device), key, options, report=report)
+        record = _put(there, building, overwrite=force)
         _log.info("built %s for %s in %.2f s", there, backend, record.build_s)
     if shelf is not None and not fetch_only:
         shelf.publish(there, record, report, overwrite=force)
     return record
 
 
-def build_missing(bundle: Bundle, asked: str) -> Choice:
+def build_missing(bundle: Bundle, asked: str, *, device: int = 0) -> Choice:
     """Choose a backend to run on as `choose` does, and build its engines where the bundle has none for this machine.
 
     What `latentrt build` builds without options is built. Raises EngineError and BundleError.
     """
-    if serves(asked, bundle):
-        return choose(asked, bundle)
-    choice = choose_to_build(asked, DEFAULTS)
-    reason = BACKENDS[choice.backend].unavailable() or cannot_build(choice.backend, DEFAULTS)
+    if serves(asked, bundle, device=device):
+        return choose(asked, bundle, device=device)
+    choice = choose_to_build(asked, DEFAULTS, device=device)
+    unavailable = backend_on(choice.backend, device).unavailable()
+    reason = unavailable or cannot_build(choice.backend, DEFAULTS, device=device)
     if reason is not None:
         raise reason.within(f"'{bundle.root}' holds no engines for this machine, and none can be built: ")
     _log.warning("'%s' holds no engines for this machine: building them for %s, once", bundle.root, choice.backend)
-    record = build_engines(bundle, choice.backend)
+    record = build_engines(bundle, choice.backend, device=device)
     place = engines_at(bundle, record.key)
     _log.warning("built %s in %.1f s", place, record.build_s)
-    return Choice(backend=choice.backend, reason=f"{choice.reason}; built when it was loaded, in {place}")
+    return dataclasses.replace(choice, reason=f"{choice.reason}; built when it was loaded, in {place}")
 
 
 def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
@@ -99,8 +105,8 @@ def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
     return next((place for place in places if (place / ENGINE_RECORD).is_file()), None)
 
 
-def _check_can_build(backend: BackendName, options: BuildOptions, before: str = "") -> None:
-    reason = cannot_build(backend, options)
+def _check_can_build(backend: BackendName, options: BuildOptions, device: int, before: str = "") -> None:
+    reason = cannot_build(backend, options, device=device)
     if reason is not None:
         raise reason.within(f"{before}the backend '{backend}' cannot build here: ")
 
@@ -145,10 +151,10 @@ def _write_references(bundle: Bundle, specs: Sequence[EngineSpec], directory: Pa
 
 
 def _build_into(
-    bundle: Bundle, backend: BackendName, key: EngineKey, options: BuildOptions, directory: Path, report: Report
+    bundle: Bundle, backend: Backend, key: EngineKey, options: BuildOptions, directory: Path, *, report: Report
 ) -> EngineRecord:
     start = time.perf_counter()
-    built = BACKENDS[backend].build(bundle, directory, options, report)
+    built = backend.build(bundle, directory, options, report)
     _write_references(bundle, [spec for _, spec in built.values()] if options.references else [], directory, report)
     record = EngineRecord(
         schema_version=SCHEMA_VERSION,

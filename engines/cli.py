@@ -20,7 +20,7 @@ from latentrt.engines.build import build_engines, engines_at
 from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
-from latentrt.engines.cli_types import Many, Size
+from latentrt.engines.cli_types import Many, Size, on_gpu
 from latentrt.engines.open import choose, choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.tensor_names import STATE_ROWS
@@ -58,13 +58,21 @@ def _shape_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.command()
 @click.argument("bundle")
 @click.option("--backend", default="auto", show_default=True, help=f"auto, {', '.join(BACKENDS)}")
+@on_gpu
 @_shape_options
 @click.option("--force", is_flag=True, help="Build again even if the engines exist.")
 @click.option("--store", metavar="URL", help="Fetch the engines from this store, or build and publish them to it.")
 @click.option("--fetch-only", is_flag=True, help="Only fetch from the store, never build.")
 @click.option("--json", "as_json", is_flag=True, help="Print the engine record as JSON.")
 def build(
-    bundle: str, backend: str, force: bool, store: str | None, fetch_only: bool, as_json: bool, **options: Any
+    bundle: str,
+    backend: str,
+    device: int,
+    force: bool,
+    store: str | None,
+    fetch_only: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Build BUNDLE's engines for this machine. Engines for other machines are kept.
 
@@ -74,11 +82,18 @@ def build(
     read-only bundle go into $LATENTRT_CACHE, or latentrt in the user's cache folder.
     """
     wanted = BuildOptions(**options)
-    chosen = choose_to_build(backend, wanted).backend
+    chosen = choose_to_build(backend, wanted, device=device).backend
     opened = Bundle.open(bundle)
     with terminal_report(quiet=as_json) as report:
         record = build_engines(
-            opened, chosen, options=wanted, force=force, store=store, fetch_only=fetch_only, report=report
+            opened,
+            chosen,
+            options=wanted,
+            device=device,
+            force=force,
+            store=store,
+            fetch_only=fetch_only,
+            report=report,
         )
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(record), indent=1))
@@ -152,13 +167,14 @@ def _plain(text: str) -> str:
 @click.command()
 @click.argument("bundle")
 @click.option("--backend", default=None, help=f"Check only one backend: {', '.join(BACKENDS)}")
+@on_gpu
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def verify(bundle: str, backend: str | None, as_json: bool) -> None:
+def verify(bundle: str, backend: str | None, device: int, as_json: bool) -> None:
     """Check BUNDLE's hashes, and its recorded outputs on each backend that runs here. Exits with 2 on any fault."""
     opened = Bundle.open(bundle)
-    only = choose(backend, opened).backend if backend else None
+    only = choose(backend, opened, device=device).backend if backend else None
     with terminal_report(quiet=as_json) as report:
-        rows = list(verify_bundle(opened, backend=only, report=report))
+        rows = list(verify_bundle(opened, backend=only, device=device, report=report))
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     else:

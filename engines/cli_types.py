@@ -1,4 +1,4 @@
-"""Types of values that several commands take: a size in pixels, and comma-separated lists."""
+"""What several commands take: a size in pixels, comma-separated lists, and which GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import click
 
 T = TypeVar("T")
+
+on_gpu = click.option("--device", type=click.IntRange(min=0), default=0, help="Which of the visible GPUs, from 0.")
 
 
 class Size(click.ParamType[tuple[int, int]]):

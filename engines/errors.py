@@ -102,6 +102,10 @@ LOST = re.compile(
     re.IGNORECASE,
 )
 RESTART = "the process is restarted"
+FORKED = (
+    "CUDA does not work in a process that was forked from one that has used it; start worker processes with "
+    "'spawn', or fork before anything asks for a GPU"
+)
 
 
 def backend_error(sentence: str, words: str) -> EngineError:
@@ -109,6 +113,8 @@ def backend_error(sentence: str, words: str) -> EngineError:
 
     sentence: holds the words
     """
+    if re.search(r"CUDA failure 3\b|cudaErrorInitializationError", words):
+        return DeviceLostError(f"{sentence}; {FORKED}")
     if LOST.search(words):
         return DeviceLostError(f"{sentence}; nothing runs on this GPU until {RESTART}")
     return OutOfMemoryError(f"{sentence}; {SMALLER}") if NO_ROOM.search(words) else EngineError(sentence)

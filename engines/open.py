@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from latentrt.engines.backends import BACKENDS, Opened, Opening
+from latentrt.engines.backends import BACKENDS, Opened, Opening, backend_on
 from latentrt.engines.build_options import REFITTABLE, BuildOptions
 from latentrt.engines.bundle.files import Bundle, Check, check_file
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, LatentSpec
-from latentrt.engines.cuda.gpus import find_gpu
+from latentrt.engines.cuda import gpus
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey
@@ -45,7 +45,7 @@ class OpenEngines:
         self.choice = choice
         self._bundle, self._check = bundle, check
         self._threads, self._cuda_graphs = threads, cuda_graphs
-        directory, record = find_engines(bundle, choice.backend)
+        directory, record = self._find()
         self._components = components or tuple(record.entries)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
@@ -73,7 +73,7 @@ class OpenEngines:
             threads=self._threads,
             cuda_graphs=self._cuda_graphs,
         )
-        return BACKENDS[self.choice.backend].open(opening)
+        return backend_on(self.choice.backend, self.choice.device).open(opening)
 
     def adapt(self, changes: Mapping[str, Changes]) -> bool:
         """Change the weights of components, always from the base's; tell whether there was anything to do.
@@ -131,13 +131,16 @@ class OpenEngines:
     def require(self, shape: WorkspaceShape) -> None:
         """Raise EngineError if `workspace` would, for want of engines for this shape. Nothing is opened."""
         if self._open_for(shape) is None:
-            find_engines(self._bundle, self.choice.backend, needs=shape)
+            self._find(shape)
 
     def _open_for(self, shape: WorkspaceShape) -> Opened | None:
         return next((opened for record, opened in self._opened.values() if fits(record, shape, self._bundle)), None)
 
     def _fitting(self, shape: WorkspaceShape) -> Opened:
-        return self._open_for(shape) or self._open(*find_engines(self._bundle, self.choice.backend, needs=shape))
+        return self._open_for(shape) or self._open(*self._find(shape))
+
+    def _find(self, shape: WorkspaceShape | None = None) -> tuple[Path, EngineRecord]:
+        return find_engines(self._bundle, self.choice.backend, needs=shape, device=self.choice.device)
 
     def close(self) -> None:
         """Close every engine."""
@@ -153,6 +156,7 @@ def open_engines(
     bundle: Bundle,
     backend: str = "auto",
     *,
+    device: int = 0,
     components: tuple[str, ...] | None = None,
     threads: int | None = None,
     cuda_graphs: bool | None = None,
@@ -162,6 +166,7 @@ def open_engines(
     """Open the engines of a bundle for this machine, all of them or the named components.
 
     backend: `auto` or a backend's name; see `choose`
+    device: which of the visible GPUs to run on, from 0; the CPU takes 0 alone
     threads: how many CPU threads a run may use, None for the backend's own choice
     cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
     check: what is compared before a file is opened: its SHA-256, or only its size
@@ -171,9 +176,9 @@ def open_engines(
     if build:
         from latentrt.engines.build import build_missing
 
-        choice = build_missing(bundle, backend)
+        choice = build_missing(bundle, backend, device=device)
     else:
-        choice = choose(backend, bundle)
+        choice = choose(backend, bundle, device=device)
     return OpenEngines(
         bundle,
         choice,
@@ -192,58 +197,71 @@ FOR_CPUS: BackendName = "cpu"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The backend that was chosen, and why."""
+    """The backend that was chosen, and why. device: which of the visible GPUs it is for, 0 on a CPU"""
 
     backend: BackendName
     reason: str
+    device: int = 0
 
 
-def choose(asked: str, bundle: Bundle) -> Choice:
+def choose(asked: str, bundle: Bundle, *, device: int = 0) -> Choice:
     """Choose a backend to run a bundle on: the one asked for, always.
 
+    device: which of the visible GPUs, from 0
     With `auto`, on a machine whose NVIDIA GPU answers: the first of `FOR_GPUS` for which the bundle holds engines of
-    this machine; elsewhere the CPU. Raises EngineError if what was asked for is unknown, and where the bundle
-    holds no engines for the GPU: there is no silent second choice.
+    that GPU; elsewhere the CPU. Raises EngineError if what was asked for is unknown or there is no such GPU, and
+    where the bundle holds no engines for it: there is no silent second choice.
     """
     if asked != "auto":
-        return _as_asked(asked)
-    gpu = find_gpu()
+        return _as_asked(asked, device)
+    gpu = _gpu(device)
     if gpu is None:
         return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
     reasons: list[EngineError] = []
     for name in FOR_GPUS:
         try:
-            _, record = find_engines(bundle, name)
+            _, record = find_engines(bundle, name, device=device)
         except EngineError as error:
             reasons.append(error)
             continue
-        version = record.key.backend_version
-        return Choice(backend=name, reason=f"auto: {gpu.name} answers here, and the bundle's {name} {version} engines")
+        reason = f"auto: {gpu.name} answers here, and the bundle's {name} {record.key.backend_version} engines"
+        return Choice(backend=name, device=device, reason=reason)
     words = (
-        f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {bundle.root}` on "
-        f"this machine, or choose --backend {FOR_CPUS} ({'; '.join(map(str, reasons))})"
+        f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {bundle.root}"
+        f"{_asking(device)}` on this machine, or choose --backend {FOR_CPUS} ({'; '.join(map(str, reasons))})"
     )
     other = next((error for error in reasons if isinstance(error, WrongMachineError) and error.differences), None)
     raise WrongMachineError(words, differences=other.differences) if other else EngineError(words)
 
 
-def serves(asked: str, bundle: Bundle) -> bool:
+def _gpu(device: int) -> gpus.Gpu | None:
+    """Find a GPU; None where there is none at all and none was asked for. Raises EngineError."""
+    gpu = gpus.find_gpu(device)
+    if gpu is None and device:
+        raise gpus.no_gpu(f"GPU {device} was asked for and no NVIDIA GPU answers here")
+    return gpu
+
+
+def serves(asked: str, bundle: Bundle, *, device: int = 0) -> bool:
     """Tell whether a bundle holds engines of this machine for the backend asked for, or with `auto` for one it takes.
 
     Raises EngineError on an unknown backend, and BundleError.
     """
     if asked != "auto":
-        names: tuple[BackendName, ...] = (_as_asked(asked).backend,)
+        names: tuple[BackendName, ...] = (_as_asked(asked, device).backend,)
     else:
-        names = FOR_GPUS if find_gpu() is not None else (FOR_CPUS,)
-    return any(BACKENDS[name].unavailable() is None and serving_engines(bundle, name) for name in names)
+        names = FOR_GPUS if _gpu(device) is not None else (FOR_CPUS,)
+    return any(
+        backend_on(name, device).unavailable() is None and serving_engines(bundle, name, device=device)
+        for name in names
+    )
 
 
-def cannot_build(backend: BackendName, options: BuildOptions) -> EngineError | None:
+def cannot_build(backend: BackendName, options: BuildOptions, *, device: int = 0) -> EngineError | None:
     """Return the error that says why a backend's engines cannot be built here with these options, or None."""
     if backend != "cuda" and (options.recipe, options.tf32) != (None, None):
         return EngineError("--recipe and --tf32 are for the backend cuda: omit them")
-    reason = BACKENDS[backend].cannot_build(options)
+    reason = backend_on(backend, device).cannot_build(options)
     if reason is not None or not options.references or backend not in COMPILED_FOR_SIZES:
         return reason
     from latentrt.engines.verify.references import unavailable  # which a service that only runs never needs
@@ -251,45 +269,45 @@ def cannot_build(backend: BackendName, options: BuildOptions) -> EngineError | N
     return unavailable()
 
 
-def choose_to_build(asked: str, options: BuildOptions) -> Choice:
-    """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here.
+def choose_to_build(asked: str, options: BuildOptions, *, device: int = 0) -> Choice:
+    """Choose a backend to build for: the one asked for, or with `auto` the best that can be built here for a GPU.
 
     Raises EngineError if there is none.
     """
     if asked != "auto":
-        return _as_asked(asked)
-    gpu = find_gpu()
+        return _as_asked(asked, device)
+    gpu = _gpu(device)
     if gpu is None:
         return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
-    refusals = {name: cannot_build(name, options) for name in FOR_GPUS}
+    refusals = {name: cannot_build(name, options, device=device) for name in FOR_GPUS}
     best = next((name for name, refusal in refusals.items() if refusal is None), None)
     if best is None:
         words = "; ".join(f"{name}: {refusal}" for name, refusal in refusals.items())
         raise EngineError(f"{gpu.name} answers here and nothing can build engines for it ({words})")
-    return Choice(backend=best, reason=f"auto: {gpu.name} answers here, and {best} can build for it")
+    return Choice(backend=best, device=device, reason=f"auto: {gpu.name} answers here, and {best} can build for it")
 
 
-def _as_asked(asked: str) -> Choice:
+def _as_asked(asked: str, device: int) -> Choice:
     for name in BACKENDS:
         if name == asked:
-            return Choice(backend=name, reason="as asked")
+            return Choice(backend=name, device=device, reason="as asked")
     raise EngineError(f"there is no backend '{asked}'; choose one of auto, {', '.join(BACKENDS)}")
 
 
 def find_engines(
-    bundle: Bundle, backend: BackendName, *, needs: WorkspaceShape | None = None
+    bundle: Bundle, backend: BackendName, *, needs: WorkspaceShape | None = None, device: int = 0
 ) -> tuple[Path, EngineRecord]:
-    """Find the engines of a backend that run on this machine, and that were compiled for a shape.
+    """Find the engines of a backend that run on this machine, or one of its GPUs, and were compiled for a shape.
 
     needs: the shape to draw in; None for any, the bundle's own size by preference
     Raises EngineError, which says how to fix it, and BundleError if a record contradicts its directory.
     """
-    reason = BACKENDS[backend].unavailable()
+    reason = backend_on(backend, device).unavailable()
     if reason is not None:
         raise reason.within(f"the backend '{backend}' cannot run here: ")
-    serving = serving_engines(bundle, backend)
+    serving = serving_engines(bundle, backend, device=device)
     if not serving:
-        raise _no_engines(bundle, backend)
+        raise _no_engines(bundle, backend, device)
     fitting = [found for found in serving if fits(found[1], needs or _own_shape(bundle), bundle)]
     fitting.sort(key=lambda found: REFITTABLE not in found[1].key.options)  # those that LoRAs can change come first
     if needs is not None and not fitting:
@@ -297,17 +315,17 @@ def find_engines(
     return (fitting or serving)[0]
 
 
-def serving_engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRecord]]:
-    """Return all engines of an available backend that run on this machine. Raises BundleError."""
-    return [(path, record) for path, record, differences in _engines(bundle, backend) if not differences]
+def serving_engines(bundle: Bundle, backend: BackendName, *, device: int = 0) -> list[tuple[Path, EngineRecord]]:
+    """Return all engines of an available backend that run on this machine, or its GPU. Raises BundleError."""
+    return [(path, record) for path, record, differences in _engines(bundle, backend, device) if not differences]
 
 
-def _engines(bundle: Bundle, backend: BackendName) -> list[tuple[Path, EngineRecord, list[str]]]:
+def _engines(bundle: Bundle, backend: BackendName, device: int) -> list[tuple[Path, EngineRecord, list[str]]]:
     found = []
     for path, record in bundle.engine_directories().items():
         if record.key.backend != backend:
             continue
-        differences = BACKENDS[backend].mismatches(bundle, record.key)
+        differences = backend_on(backend, device).mismatches(bundle, record.key)
         if path.name != record.key.directory:
             raise BundleError(
                 f"{path / ENGINE_RECORD} was built for something other than its directory's name says "
@@ -342,20 +360,25 @@ def _own_shape(bundle: Bundle) -> WorkspaceShape:
     return WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
 
 
-def _no_engines(bundle: Bundle, backend: BackendName) -> EngineError:
-    fix = _build_command(bundle, backend)
-    others = sorted((differences for _, _, differences in _engines(bundle, backend)), key=len)
+def _no_engines(bundle: Bundle, backend: BackendName, device: int) -> EngineError:
+    fix = _build_command(bundle, backend, device)
+    others = sorted((differences for _, _, differences in _engines(bundle, backend, device)), key=len)
     if not others:
         return EngineError(f"'{bundle.root}' holds no engines for the backend '{backend}'; {fix}")
     words = f"the engines in '{bundle.root}' are for another target ({'; '.join(others[0])}); {fix}"
     return WrongMachineError(words, differences=tuple(others[0]))
 
 
-def _build_command(bundle: Bundle, backend: BackendName) -> str:
+def _build_command(bundle: Bundle, backend: BackendName, device: int) -> str:
     """Return the command that builds engines for this machine, and what it lacks to run it."""
-    lacking = cannot_build(backend, BuildOptions())
+    lacking = cannot_build(backend, BuildOptions(), device=device)
     first = f" (first: {lacking})" if lacking is not None else ""
-    return f"run `latentrt build {bundle.root} --backend {backend}` on this machine{first}"
+    return f"run `latentrt build {bundle.root} --backend {backend}{_asking(device)}` on this machine{first}"
+
+
+def _asking(device: int) -> str:
+    """Return the option that a command asks for a GPU by, nothing for the first."""
+    return f" --device {device}" if device else ""
 
 
 def _no_shape(

@@ -60,6 +60,7 @@ def generate(
     prompt: str,
     output: Path,
     backend: str,
+    device: int,
     threads: int | None,
     build: bool,
     embeddings: tuple[Path, ...],
@@ -69,7 +70,7 @@ def generate(
     """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
-    with _load(bundle, backend, threads=threads, build=build, embeddings=embeddings) as pipe:
+    with _load(bundle, backend, device=device, threads=threads, build=build, embeddings=embeddings) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         with disk_errors(output):
@@ -103,6 +104,7 @@ def animate(
     batch: int,
     negative_prompt: str | None,
     backend: str,
+    device: int,
     threads: int | None,
     build: bool,
     embeddings: tuple[Path, ...],
@@ -124,7 +126,7 @@ def animate(
             yield from result.pixels
 
     with (
-        _load(bundle, backend, threads=threads, build=build, embeddings=embeddings) as pipe,
+        _load(bundle, backend, device=device, threads=threads, build=build, embeddings=embeddings) as pipe,
         terminal_report(quiet=as_json) as tell,
     ):
         save_movie(drawn(pipe, tell), output, fps=fps)
@@ -133,8 +135,8 @@ def animate(
     click.echo(json.dumps(summary, indent=1) if as_json else line)
 
 
-def _load(bundle: str, backend: str, *, threads: int | None, build: bool, embeddings: tuple[Path, ...]) -> Pipeline:
-    pipe = Pipeline.load(bundle, backend, threads=threads, build=build)
+def _load(bundle: str, backend: str, *, embeddings: tuple[Path, ...], **options: Any) -> Pipeline:
+    pipe = Pipeline.load(bundle, backend, **options)
     for embedding in embeddings:
         pipe.add_embedding(embedding)
     return pipe

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from latentrt.engines.cli_types import Many
+from latentrt.engines.cli_types import Many, on_gpu
 from latentrt.engines.lora.file import split_strength
 from latentrt.runtime.request import DECODERS, NOISES, Control, KeyFrame, Lora
 from latentrt.runtime.sampling.guidance import ALWAYS
@@ -171,6 +171,7 @@ def options_of(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..
 LOADING = (
     click.option("--embedding", "embeddings", type=FILE, multiple=True, help="A textual inversion file; repeatable."),
     click.option("--backend", default="auto", show_default=True, help="auto, cpu, cuda, tensorrt or tensorrt-rtx."),
+    on_gpu,
     click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads to use."),
     click.option("--build", is_flag=True, help="Build the engines first if there are none for this machine."),
 )

@@ -55,6 +55,7 @@ class Pipeline:
         path: str | os.PathLike[str],
         backend: str = "auto",
         *,
+        device: int = 0,
         threads: int | None = None,
         cuda_graphs: bool | None = None,
         warm_up: bool = False,
@@ -65,6 +66,8 @@ class Pipeline:
 
         backend: `auto` (where a GPU answers the bundle's fastest engines for it, else the CPU's) or a name, which is
             always obeyed
+        device: which of the GPUs that CUDA_VISIBLE_DEVICES shows to run on, from 0; pipelines on several of them
+            serve side by side in one process. The CPU takes 0 alone
         threads: CPU threads a run may use; None for the backend's own choice
         cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
         warm_up: draw before the first request comes, see `warm_up`; `warm_up_s` tells how long it took
@@ -73,7 +76,8 @@ class Pipeline:
             the bundle, or in the user's cache where that is read-only. Later loads find them; the log and every
             result's `reason` tell where they are
         Raises BundleError (files) and EngineError (backend), each with how to fix it: NotInstalledError where a library
-        is missing, WrongMachineError where no GPU answers or the engines are another machine's, OutOfMemoryError
+        is missing, WrongMachineError where no such GPU answers or the engines are another machine's, OutOfMemoryError,
+        DeviceLostError where CUDA was in use before this process was forked
         """
         bundle = Bundle.open(path)
         with ThreadPoolExecutor(max_workers=1) as beside:
@@ -81,6 +85,7 @@ class Pipeline:
             opened = open_engines(
                 bundle,
                 backend,
+                device=device,
                 components=_needed(bundle),
                 threads=threads,
                 cuda_graphs=cuda_graphs,

@@ -24,6 +24,11 @@ ALIGNMENT = 256
 FRESH = 0xFF  # what fresh memory holds: not-a-number in floats, -1 in integers
 
 
+def current_index() -> int:
+    """Return which device is this thread's current one."""
+    return int(getattr(CURRENT, "index", 0))
+
+
 class Memory:
     """Allocations of one kind, found by address."""
 
@@ -37,6 +42,11 @@ class Memory:
         address = int(block.ctypes.data) if size else int(raw[start:].ctypes.data)
         self.blocks[address] = block
         return address
+
+    @property
+    def used(self) -> int:
+        """Return the bytes of all that is allocated."""
+        return sum(block.nbytes for block in self.blocks.values())
 
     def resolve(self, address: int, size: int) -> Array:
         """Return the bytes at an address, which lie in one allocation that is not freed."""
@@ -64,7 +74,8 @@ class HostDevice:
         self.memory, self.pinned_memory = Memory(), Memory()
         self.calls: list[str] = []
         self.ran: list[str] = []
-        self.out_of_memory_above: int | None = None
+        self.out_of_memory_above: int | None = None  # bytes of one allocation
+        self.capacity: int | None = None  # bytes of all
         self.capture_pause_s = 0.0  # how long the other threads have after a capture began
         self._queue: deque[tuple[str, Work]] = deque()
         self._done = 0  # pieces of work that ran and left the queue
@@ -112,6 +123,7 @@ class HostDevice:
     def put(self, stream: int, label: str, work: Work) -> None:
         """Queue or record one piece of work. Also what the stand-in library calls."""
         with self._lock:
+            assert current_index() == self.index, "another GPU is this thread's current one"
             assert stream in self._streams, "there is no such stream; stream 0 is not to be used"
             assert self._recording is None or self._recorder == threading.get_ident(), "recorded for another thread"
             if self._recording is None:
@@ -156,7 +168,7 @@ class HostDevice:
         """Refuse what CUDA refuses, and catch what it would do on another GPU."""
         if self.forked or self._lost:
             raise DeviceLostError("forked" if self.forked else str(self._lost))
-        assert getattr(CURRENT, "index", 0) == self.index, "another GPU is this thread's current one"
+        assert current_index() == self.index, "another GPU is this thread's current one"
 
     def _gone(self) -> bool:
         """Tell whether there is nothing left to free."""
@@ -174,7 +186,7 @@ class HostDevice:
     def enter(self) -> int:
         if self.forked:
             raise DeviceLostError("forked")
-        before = int(getattr(CURRENT, "index", 0))
+        before = current_index()
         CURRENT.index = self.index
         return before
 
@@ -186,7 +198,8 @@ class HostDevice:
         with self._lock:
             self._called(f"allocate {size}")
             assert self._recording is None, "not allowed while the stream is recorded"
-            if self.out_of_memory_above is not None and size > self.out_of_memory_above:
+            full = self.capacity is not None and self.memory.used + size > self.capacity
+            if full or (self.out_of_memory_above is not None and size > self.out_of_memory_above):
                 raise OutOfMemoryError("the GPU has 0 MiB free (cudaErrorMemoryAllocation)")
             return self.memory.allocate(size)
 

@@ -9,7 +9,7 @@ import enum
 import json
 import mmap
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ import onnxruntime
 
 from latentrt.engines.spec import Array, EngineSpec
 from latentrt.engines.tensorrt.profiles import input_shapes
-from tests.host_device import ALIGNMENT, FRESH, HostDevice
+from tests.host_device import ALIGNMENT, FRESH, HostDevice, current_index
 
 NAMES = {
     "tensor(float)": "FLOAT",
@@ -58,8 +58,10 @@ def plan_bytes(model: Any, spec: EngineSpec) -> bytes:
     return json.dumps(profiles).encode() + b"\n" + model.SerializeToString()
 
 
-def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool = False) -> Any:
-    """Return a module with TensorRT's names.
+def make_library(
+    device: HostDevice, *, others: Sequence[HostDevice] = (), rtx: bool = False, vague_outputs: bool = False
+) -> Any:
+    """Return a module with TensorRT's names, on a machine with a device or, by their indices, several.
 
     refuses: names of calls that fail from now on; silent: without a reason; engines: those alive
     compiled: what kernels were compiled for; of TensorRT-RTX alone
@@ -68,7 +70,8 @@ def make_library(device: HostDevice, *, rtx: bool = False, vague_outputs: bool =
     """
     library: Any = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
     library.__version__ = "0.0.0"
-    library.device, library.engines, library.vague_outputs = device, weakref.WeakSet(), vague_outputs
+    library.devices = (device, *others)
+    library.engines, library.vague_outputs = weakref.WeakSet(), vague_outputs
     library.refuses, library.silent = set(), False
     library.ILogger, library.DataType, library.TensorIOMode = ILogger, DataType, TensorIOMode
     library.ExecutionContextAllocationStrategy = Strategy
@@ -108,6 +111,7 @@ class Runtime:
 class Engine:
     def __init__(self, runtime: Runtime, profiles: list[dict[str, list[int]]], graph: bytes) -> None:
         self.runtime = runtime
+        self.device: HostDevice = runtime.library.devices[current_index()]
         self.profiles = [{name: tuple(shape) for name, shape in profile.items()} for profile in profiles]
         self.graph = graph
         self.weigh(graph)
@@ -183,7 +187,7 @@ class Refitter:
         for name in list(self.given)[: len(self.given) // 2 if failed else None]:
             self.tensors[name].CopyFrom(onnx.numpy_helper.from_array(self.given[name], name))
         graph = self.model.SerializeToString()
-        self.library.device.put(stream, "refit", lambda: self.engine.weigh(graph))
+        self.engine.device.put(stream, "refit", lambda: self.engine.weigh(graph))
         return not failed
 
 
@@ -238,7 +242,7 @@ class Context:
         if self.engine.runtime.fails("set_optimization_profile_async"):
             return False
         self.profile = profile
-        self.library.device.put(stream, "profile", lambda: None)
+        self.engine.device.put(stream, "profile", lambda: None)
         return 0 <= profile < self.engine.num_optimization_profiles
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -273,7 +277,7 @@ class Context:
         return not self.engine.runtime.fails("set_tensor_address")
 
     def execute_async_v3(self, stream: int) -> bool:
-        device: HostDevice = self.library.device
+        device = self.engine.device
         assert stream != 0 and set(self.addresses) == set(self.engine.tensors) and self.scratch is not None
         if self.engine.runtime.fails("execute_async_v3 in capture" if device.recording else "execute_async_v3"):
             return False
@@ -290,7 +294,7 @@ class Context:
 
     def _work(self, addresses: Mapping[str, int], scratch: tuple[int, int]) -> Any:
         """Return the work on the memory that is bound now, as kernels keep the arguments they were launched with."""
-        device, engine = self.library.device, self.engine
+        device, engine = self.engine.device, self.engine
 
         def run() -> None:
             blocks = {name: self._array(name, address) for name, address in addresses.items()}
@@ -303,7 +307,7 @@ class Context:
 
     def _array(self, name: str, address: int) -> Array:
         dtype, shape = np.dtype(DTYPES[self._type(name)]), self.shapes[name]
-        block: Array = self.library.device.resolve(address, int(np.prod(shape)) * dtype.itemsize)
+        block: Array = self.engine.device.resolve(address, int(np.prod(shape)) * dtype.itemsize)
         return block.view(dtype).reshape(shape)
 
 

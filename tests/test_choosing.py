@@ -97,10 +97,9 @@ def test_auto_takes_onnx_runtimes_cuda_engines_where_there_are_no_others(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, tensorrt="11.4.0.106")
-    monkeypatch.setattr(onnxruntime, "find_gpu", lambda: L4)
     cuda = replace(BACKENDS["cuda"], unavailable=lambda: None)
     monkeypatch.setitem(BACKENDS, "cuda", cuda)
-    pretend(copy, onnxruntime.key(copy, "cuda"))
+    pretend(copy, onnxruntime.key(copy, "cuda", device=0))
     pretend(copy, key_of(copy, H200))  # of another GPU: not for here
     assert choose("auto", copy).backend == "cuda"
 

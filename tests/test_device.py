@@ -51,7 +51,7 @@ CALLS: dict[str, Callable[[CudaDevice], Any]] = {
     "cudaGraphLaunch": lambda device: device.launch(1, 2),
     "cudaEventCreateWithFlags": lambda device: device.create_event(),
     "cudaEventRecord": lambda device: device.record(1, 2),
-    "cudaEventSynchronize": lambda device: device.wait(1),
+    "cudaEventQuery": lambda device: device.wait(1),
     "cudaEventElapsedTime": lambda device: device.elapsed_s(1, 2),
     "cudaMemGetInfo": lambda device: device.free_bytes(),
 }

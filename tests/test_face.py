@@ -26,6 +26,7 @@ from latentrt.engines.errors import backend_error
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
 from latentrt.engines.spec import EngineSpec, TensorSpec
 from tests.lora_files import every_layer, kohya
+from tests.stand_in import bindings_of
 
 QUICK: dict[str, Any] = {"steps": 3, "sampler": "euler_ancestral", "guidance": 3.0, "seed": 4}
 ASKED = Request(prompt="a circle", **QUICK)
@@ -627,11 +628,11 @@ def test_a_library_that_is_missing_is_named_with_the_command_that_installs_it(
 def test_a_machine_without_a_gpu_is_the_wrong_one_for_tensorrt(
     sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("latentrt.engines.tensorrt.library.find_gpu", lambda: None)
+    monkeypatch.setattr("latentrt.engines.cuda.gpus.bindings", lambda: bindings_of([]))
     with pytest.raises(errors.WrongMachineError) as caught:
         Pipeline.load(sd1_bundle, "tensorrt")
     assert caught.value.differences == ()
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)  # as where cuda-bindings are not there
+    monkeypatch.setattr("latentrt.engines.cuda.gpus.bindings", lambda: None)
     with pytest.raises(errors.NotInstalledError) as missing:
         Pipeline.load(sd1_bundle, "tensorrt")
     assert missing.value.install == "pip install cuda-bindings"

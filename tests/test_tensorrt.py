@@ -24,6 +24,7 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.cli import build as build_command
+from latentrt.engines.cuda import gpus
 from latentrt.engines.cuda.gpus import Gpu, find_gpu
 from latentrt.engines.errors import EngineError, NotInstalledError, RequestError
 from latentrt.engines.open import choose, open_engines
@@ -34,6 +35,7 @@ from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.tensorrt.logger import Told
 from latentrt.engines.verify.verify import verify
 from tests.conftest import MakeControlled
+from tests.stand_in import bindings_of
 
 ADA = BuildOptions(sizes=((32, 32),), batches=(1, 2), compute_capability="8.9", optimization_level=0)
 GPU = Gpu(name="NVIDIA L4", compute_capability="8.9", sm_count=58, memory_bytes=24 << 30, driver_major=13)
@@ -62,13 +64,13 @@ def copy(sd1_bundle: Path, tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(trt_library, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(gpus, "bindings", lambda: bindings_of([GPU]))
     yield
 
 
 @pytest.fixture
 def no_gpu_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(trt_library, "find_gpu", lambda: None)
+    monkeypatch.setattr(gpus, "bindings", lambda: bindings_of([]))
     yield
 
 

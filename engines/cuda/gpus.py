@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
 from latentrt.engines.errors import (
+    FORKED,
     RESTART,
     DeviceLostError,
     EngineError,
     NotInstalledError,
     WrongMachineError,
     backend_error,
-)
-
-FORKED = (
-    "CUDA does not work in a process that was forked from one that has used it; start worker processes with "
-    "'spawn', or fork before anything asks for a GPU"
 )
 
 # After one of these every call of this process fails on that GPU, until the process ends.
@@ -52,7 +50,7 @@ class Gpu:
     index: int = 0
 
 
-def _bindings() -> Any:
+def bindings() -> Any:
     """Return cuda-bindings' runtime, None where it is not installed."""
     try:
         from cuda.bindings import runtime
@@ -68,7 +66,7 @@ def no_bindings() -> NotInstalledError:
 
 def no_gpu(sentence: str) -> EngineError:
     """Return the error where `find_gpu` finds none: it cannot ask, or there is none. sentence: who needs one"""
-    if _bindings() is None:
+    if bindings() is None:
         return no_bindings().within(f"{sentence}: ")
     return WrongMachineError(sentence)
 
@@ -102,9 +100,11 @@ def find_gpu(index: int = 0) -> Gpu | None:
     old for the bindings, DeviceLostError in a process that was forked from one that has used CUDA, and EngineError
     with CUDA's words where a driver is there and does not work.
     """
-    cuda = _bindings()
+    cuda = bindings()
     if cuda is None or (count := _count(cuda)) == 0:
         return None
+    if _first_user() != os.getpid():  # CUDA itself still answers this question there, and the next one not
+        raise DeviceLostError(FORKED)
     if not 0 <= index < count:
         found = "1 GPU answers here, number 0" if count == 1 else f"{count} GPUs answer here, numbers 0 to {count - 1}"
         raise WrongMachineError(f"there is no GPU {index}: {found}; see CUDA_VISIBLE_DEVICES")
@@ -119,6 +119,12 @@ def find_gpu(index: int = 0) -> Gpu | None:
         driver_major=cuda.cudaDriverGetVersion()[1] // 1000,
         index=index,
     )
+
+
+@functools.cache
+def _first_user() -> int:
+    """Return the process that was first to use CUDA, of this one and those that it was forked from."""
+    return os.getpid()
 
 
 def _count(cuda: Any) -> int:

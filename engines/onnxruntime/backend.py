@@ -21,9 +21,9 @@ from latentrt.engines.spec import EngineKey, EngineSpec
 unavailable = library.unavailable
 
 
-def cannot_build(provider: Provider, options: BuildOptions) -> EngineError | None:
+def cannot_build(provider: Provider, options: BuildOptions, *, device: int) -> EngineError | None:
     """Return the error that says why building cannot be done here, or with these options; None where it can."""
-    return _shapeless(provider, options) or library.unavailable(provider) or graphs.unavailable()
+    return _shapeless(provider, options) or library.unavailable(provider, device=device) or graphs.unavailable()
 
 
 def _shapeless(provider: Provider, options: BuildOptions) -> EngineError | None:
@@ -34,26 +34,26 @@ def _shapeless(provider: Provider, options: BuildOptions) -> EngineError | None:
     return EngineError(f"{provider} engines take any shape: {named}")
 
 
-def key(provider: Provider, bundle: Bundle, options: BuildOptions) -> EngineKey:
+def key(provider: Provider, bundle: Bundle, options: BuildOptions, *, device: int) -> EngineKey:
     """Name what would be built. Raises EngineError on options that mean nothing here."""
     if error := _shapeless(provider, options):
         raise error
-    return builder.key(bundle, provider, options)
+    return builder.key(bundle, provider, options, device=device)
 
 
-def mismatches(provider: Provider, bundle: Bundle, there: EngineKey) -> list[str]:
+def mismatches(provider: Provider, bundle: Bundle, there: EngineKey, *, device: int) -> list[str]:
     """Name what keeps engines of a key from running here; empty where nothing does."""
-    return builder.mismatches(bundle, provider, there)
+    return builder.mismatches(bundle, provider, there, device=device)
 
 
 def build(
-    provider: Provider, bundle: Bundle, directory: Path, options: BuildOptions, report: Report
+    provider: Provider, bundle: Bundle, directory: Path, options: BuildOptions, report: Report, *, device: int
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into a directory: {component: (main file, spec)}."""
-    return builder.build(bundle, directory, provider, report, options)
+    return builder.build(bundle, directory, provider, report, options, device=device)
 
 
-def open(provider: Provider, opening: Opening) -> Opened:
+def open(provider: Provider, opening: Opening, *, device: int) -> Opened:
     """Open components of one directory."""
     return Sessions(
         opening.bundle,
@@ -65,5 +65,6 @@ def open(provider: Provider, opening: Opening) -> Opened:
             threads=opening.threads,
             cuda_graph=bool(opening.cuda_graphs),
             tf32=builder.tf32_of(opening.record.key),
+            device=device,
         ),
     )

@@ -13,7 +13,7 @@ import msgspec
 from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.weight_map import BuiltWeights, GraphWeights, built_record, read_weights, write_weights
-from latentrt.engines.cuda.gpus import find_gpu, no_gpu
+from latentrt.engines.cuda import gpus
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.compiled import on_device, on_host
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
@@ -21,7 +21,7 @@ from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
 from latentrt.engines.graphs.locate_weights import GraphValues, places
 from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
 from latentrt.engines.onnxruntime.library import Provider, require
-from latentrt.engines.onnxruntime.session import DTYPES, open_session, session_options
+from latentrt.engines.onnxruntime.session import DTYPES, on_gpu, open_session, session_options
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineKey, EngineSpec, TensorSpec
 
@@ -38,8 +38,8 @@ DEFAULTS = BuildOptions()
 INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
 
 
-def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS) -> EngineKey:
-    """Return the key of the engines that this machine would build for a bundle."""
+def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS, *, device: int = 0) -> EngineKey:
+    """Return the key of the engines that this machine would build for a bundle, on one of its GPUs."""
     chosen = () if provider == "cpu" else (f"kernels {options.recipe or DEFAULT_RECIPE}",)
     rounded = () if options.tf32 is None else (f"{TF32} {options.tf32}",)
     common = {
@@ -50,9 +50,9 @@ def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS) ->
     }
     if provider == "cpu":
         return EngineKey(device=instruction_set(), precision="fp32", **common)
-    gpu = find_gpu()
+    gpu = gpus.find_gpu(device)
     if gpu is None:
-        raise no_gpu("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
+        raise gpus.no_gpu("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
     return EngineKey(
         device=gpu.name,
         compute_capability=gpu.compute_capability,
@@ -71,9 +71,9 @@ def tf32_of(key: EngineKey) -> bool | None:
     return {f"{TF32} True": True, f"{TF32} False": False}.get(key.options[-1])
 
 
-def mismatches(bundle: Bundle, provider: Provider, there: EngineKey) -> list[str]:
+def mismatches(bundle: Bundle, provider: Provider, there: EngineKey, *, device: int = 0) -> list[str]:
     """Name what keeps engines of a key from running here: not what they were written for, which any machine runs."""
-    here = key(bundle, provider)
+    here = key(bundle, provider, device=device)
     same = here.options[0] in there.options
     return (msgspec.structs.replace(here, options=there.options) if same else here).differences(there)
 
@@ -89,20 +89,26 @@ def instruction_set() -> str:
 
 
 def build(
-    bundle: Bundle, directory: Path, provider: Provider, report: Report, options: BuildOptions = DEFAULTS
+    bundle: Bundle,
+    directory: Path,
+    provider: Provider,
+    report: Report,
+    options: BuildOptions = DEFAULTS,
+    *,
+    device: int = 0,
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Optimise every component's graph into `directory`. Returns {component: (main file, spec)}."""
     built = {}
     for component in bundle.manifest.components:
         what = f"build {component} ({provider})"
         report(what, 0, 1)
-        built[component] = _build_one(bundle, component, directory, provider, options)
+        built[component] = _build_one(bundle, component, directory, provider, options, device)
         report(what, 1, 1)
     return built
 
 
 def _build_one(
-    bundle: Bundle, component: str, directory: Path, provider: Provider, options: BuildOptions
+    bundle: Bundle, component: str, directory: Path, provider: Provider, options: BuildOptions, device: int
 ) -> tuple[str, EngineSpec]:
     files = [bundle.path(name) for name in bundle.manifest.components[component].files]
     model = graphs.load_graph(files[0])
@@ -124,7 +130,7 @@ def _build_one(
         save_graph(model, edited)
         # Else ONNX Runtime would name files that are gone by then. On CUDA it changes no weights but external ones.
         external = provider == "cuda" or large or graphs.has_external(model)
-        session = _optimise(edited, output, component, provider, external=external)
+        session = _optimise(edited, output, component, provider, device, external=external)
         if record := bundle.manifest.components[component].weights:
             known = read_weights(bundle.path(record), GraphWeights)
             canonical, built = GraphValues(model, edited), GraphValues(graphs.load_graph(output), output)
@@ -148,7 +154,7 @@ def save_graph(model: ModelProto, path: Path) -> None:
     onnx.save(model, str(path))
 
 
-def _optimise(graph: Path, output: Path, component: str, provider: Provider, *, external: bool) -> Any:
+def _optimise(graph: Path, output: Path, component: str, provider: Provider, device: int, *, external: bool) -> Any:
     ort = require()
     options = session_options(threads=None)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -163,7 +169,7 @@ def _optimise(graph: Path, output: Path, component: str, provider: Provider, *, 
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", least)
     if provider == "cuda":
         record_assignment(options)
-    session = open_session(graph, options, provider)
+    session = open_session(graph, options, provider, on_gpu(device) if provider == "cuda" else {})
     if provider == "cuda":
         check_assignment(session, provider, component)
     return session

@@ -122,7 +122,9 @@ class Sessions:
 
     def _bound(self, shape: WorkspaceShape, denoiser: str) -> OnnxRuntimeWorkspace:
         bound = {name: engine for name, engine in self.engines.items() if isinstance(engine, OnnxRuntimeEngine)}
-        return OnnxRuntimeWorkspace(bound, self._space, shape, device=self._provider, denoiser=denoiser)
+        return OnnxRuntimeWorkspace(
+            bound, self._space, shape, device=self._provider, index=self._options.device, denoiser=denoiser
+        )
 
     def close(self) -> None:
         """Close every engine."""

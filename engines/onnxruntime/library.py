@@ -40,15 +40,20 @@ def _keep_to_itself(onnxruntime: ModuleType) -> None:
     onnxruntime.disable_telemetry_events()
 
 
-def unavailable(provider: Provider) -> EngineError | None:
-    """Return the error that says why this provider cannot run here, or None."""
+def unavailable(provider: Provider, *, device: int = 0) -> EngineError | None:
+    """Return the error that says why this provider cannot run here, or None.
+
+    device: which of the visible GPUs, from 0; the CPU has 0 alone
+    """
     try:
         ort = require()
     except EngineError as error:
         return error
     if PROVIDERS[provider] not in ort.get_available_providers():
         return NotInstalledError("this onnxruntime has no CUDA provider", install="pip install 'latentrt[cuda]'")
-    return lacks_gpu(0, "no NVIDIA GPU answers here") if provider == "cuda" else None
+    if provider == "cuda":
+        return lacks_gpu(device, "no NVIDIA GPU answers here")
+    return None if device == 0 else EngineError(f"it runs on no GPU, and GPU {device} was asked for: omit the device")
 
 
 @functools.cache

@@ -51,12 +51,14 @@ class OnnxRuntimeOptions:
     tf32: whether a GPU may round float32 products to 19 bits; None: not those of denoisers that compute in float32.
         Without it ONNX Runtime keeps some float16 convolutions off the tensor cores: SD 1.5's VAE decoded in 96 ms
         and not 8.5 on an H200 (benchmarks/results/gpu-h200.json).
+    device: which of the visible GPUs, from 0
     settings: further options of the CUDA provider, over `CUDA_SETTINGS`
     """
 
     threads: int | None = None
     cuda_graph: bool = False
     tf32: bool | None = None
+    device: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -158,7 +160,12 @@ def cuda_settings(options: OnnxRuntimeOptions, spec: EngineSpec, *, every_stage:
     half = any(tensor.dtype == "float16" for tensor in spec.inputs)
     tf32 = options.tf32 if options.tf32 is not None else half or not every_stage
     recorded = {"enable_cuda_graph": "1"} if options.cuda_graph and every_stage else NO_SETTINGS
-    return {**CUDA_SETTINGS, "use_tf32": str(int(tf32)), **recorded, **options.settings}
+    return {**on_gpu(options.device), "use_tf32": str(int(tf32)), **recorded, **options.settings}
+
+
+def on_gpu(device: int) -> Mapping[str, str]:
+    """Return what every session on a GPU is opened with. device: which of the visible ones, from 0"""
+    return {"device_id": str(device), **CUDA_SETTINGS}
 
 
 def _plan_lightly(options: Any) -> None:

@@ -50,9 +50,9 @@ NOBODY = "nobody"
 class Buffer:
     """An array on a device of ONNX Runtime, and what the host wrote to it: on the CPU they are one."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, device: str, *, number: float = 0.0) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: str, index: int, *, number: float = 0.0) -> None:
         self.dtype, self.shape = np.dtype(dtype), shape
-        self._value = require().OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, 0)
+        self._value = require().OrtValue.ortvalue_from_shape_and_type(shape, self.dtype.type, device, index)
         self._host = np.full(shape, number, dtype=self.dtype)
         self._value.update_inplace(self._host)
         self._one = device == "cpu"
@@ -89,7 +89,7 @@ class OnnxRuntimeWorkspace:
     one's as the UNet's; where none runs, zeros are.
 
     engines: text encoders, the fused denoisers and ControlNets, and the decoders that take the state
-    device: `cuda` or `cpu`, ONNX Runtime's own name
+    device, index: `cuda` or `cpu`, ONNX Runtime's own name, and which of the visible GPUs
     denoiser: the network that its stages run
     """
 
@@ -102,10 +102,11 @@ class OnnxRuntimeWorkspace:
         shape: WorkspaceShape,
         *,
         device: str,
+        index: int = 0,
         denoiser: str,
     ) -> None:
         self.shape = shape
-        self._engines, self._device, self._denoiser = engines, device, denoiser
+        self._engines, self._device, self._index, self._denoiser = engines, device, index, denoiser
         self._specs = {spec.name: spec for spec in engines[denoiser].spec.inputs}
         for name, engine in engines.items():
             own = [spec for spec in engine.spec.inputs if spec.name in (HINT, SCALE)]
@@ -139,7 +140,7 @@ class OnnxRuntimeWorkspace:
     def _new(self, spec: TensorSpec, *, rows: int | None = None) -> Buffer:
         axes = self._axes if rows is None else {**self._axes, "rows": rows}
         shape = tuple(axis if isinstance(axis, int) else axes[axis] for axis in spec.shape)
-        return Buffer(shape, spec.dtype, self._device, number=AT_FIRST.get(spec.name, 0.0))
+        return Buffer(shape, spec.dtype, self._device, self._index, number=AT_FIRST.get(spec.name, 0.0))
 
     def _buffer(self, name: str, rows: int) -> Buffer:
         """Return the buffer of a name, made when it is first needed. rows: M, for what is written whole for each M"""
@@ -276,7 +277,7 @@ class OnnxRuntimeWorkspace:
         """Return what ONNX Runtime binds a tensor by: device, type, shape, and address of the buffer's first rows."""
         axes = {**self._axes, "rows": rows}
         shape = [axis if isinstance(axis, int) else axes[axis] for axis in spec.shape]
-        return self._device, 0, buffer.dtype.type, shape, buffer.address
+        return self._device, self._index, buffer.dtype.type, shape, buffer.address
 
     def _residual(self, component: str, spec: TensorSpec) -> Buffer:
         """Return the buffer of what ControlNets up to this one add up to, zeros for nobody's."""
@@ -290,7 +291,7 @@ class OnnxRuntimeWorkspace:
         self._written.require(STATE, rows)
         engine, state = self._engines[program], self._states[0]
         binding = engine.new_binding()
-        binding.bind_input(STATE, self._device, 0, state.dtype.type, list(state.shape), state.address)
+        binding.bind_input(STATE, self._device, self._index, state.dtype.type, list(state.shape), state.address)
         for output in (PIXELS, SQUARES):
             binding.bind_output(output, "cpu")
         engine.run_bound(binding)

@@ -19,24 +19,24 @@ unavailable = library.cannot_run
 cannot_build = library.cannot_build
 
 
-def key(flavor: Flavor, bundle: Bundle, options: BuildOptions) -> EngineKey:
-    """Name what would be built. Raises EngineError."""
-    return library.key(bundle, flavor, options)
+def key(flavor: Flavor, bundle: Bundle, options: BuildOptions, *, device: int) -> EngineKey:
+    """Name what would be built for a GPU. Raises EngineError."""
+    return library.key(bundle, flavor, options, device=device)
 
 
-def mismatches(flavor: Flavor, bundle: Bundle, there: EngineKey) -> list[str]:
-    """Name what keeps engines of a key from running here; empty where nothing does."""
-    return library.mismatches(bundle, flavor, there)
+def mismatches(flavor: Flavor, bundle: Bundle, there: EngineKey, *, device: int) -> list[str]:
+    """Name what keeps engines of a key from running on a GPU; empty where nothing does."""
+    return library.mismatches(bundle, flavor, there, device=device)
 
 
 def build(
-    flavor: Flavor, bundle: Bundle, directory: Path, options: BuildOptions, report: Report
+    flavor: Flavor, bundle: Bundle, directory: Path, options: BuildOptions, report: Report, *, device: int
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into a directory: {component: (main file, spec)}."""
-    return builder.build(bundle, directory, flavor, options, report)
+    return builder.build(bundle, directory, flavor, options, report, device=device)
 
 
-def open(flavor: Flavor, opening: Opening) -> Opened:
+def open(flavor: Flavor, opening: Opening, *, device: int) -> Opened:
     """Open components of one directory."""
     return open_engines(
         opening.bundle,
@@ -44,5 +44,6 @@ def open(flavor: Flavor, opening: Opening) -> Opened:
         opening.record,
         opening.components,
         flavor,
+        device=device,
         graphs=opening.cuda_graphs is not False,
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 from latentrt.engines.build_options import BuildOptions, Profile
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
+from latentrt.engines.cuda import gpus
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.compiled import FUSIONS, on_device
@@ -29,25 +30,27 @@ LEARNED_TOKENS = 64
 
 
 def build(
-    bundle: Bundle, directory: Path, flavor: Flavor, options: BuildOptions, report: Report
+    bundle: Bundle, directory: Path, flavor: Flavor, options: BuildOptions, report: Report, *, device: int = 0
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into `directory`, the UNet as the fused denoise stage, the VAE's decoder from the state.
 
+    device: which of the visible GPUs to build on; where there is none TensorRT-RTX needs none
     Returns {component: (main file, spec)}.
     Raises EngineError with the library's own words, and KeyboardInterrupt after the compiler has stopped.
     """
     library = require(flavor)
+    compiling = partial(compile_graph, library, device=device if gpus.find_gpu(device) else None)
     built = {}
     for component in bundle.manifest.components:
         what = f"build {component} ({flavor})"
         report(what, 0, 1)
-        built[component] = _build_one(library, bundle, component, directory, flavor, options, report)
+        built[component] = _build_one(compiling, bundle, component, directory, flavor, options, report)
         report(what, 1, 1)
     return built
 
 
 def _build_one(
-    library: ModuleType,
+    compiling: Callable[..., memoryview],
     bundle: Bundle,
     component: str,
     directory: Path,
@@ -70,7 +73,7 @@ def _build_one(
         for data in files[1:]:
             graphs.link_data(data, edited.parent)
         what = f"build {component} ({flavor})"
-        plan = compile_graph(library, edited, spec, options, tf32=tf32, what=what, report=report)
+        plan = compiling(edited, spec, options, tf32=tf32, what=what, report=report)
     output = directory / f"{component}.engine"
     output.write_bytes(plan)
     return output.name, spec

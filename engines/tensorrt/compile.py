@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import disk_errors
 from latentrt.engines.bundle.staging import staged_file
+from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import EngineError
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineSpec
@@ -26,6 +27,7 @@ def compile_graph(
     options: BuildOptions,
     *,
     tf32: bool,
+    device: int | None,
     what: str,
     report: Report,
 ) -> memoryview:
@@ -34,11 +36,14 @@ def compile_graph(
     library: tensorrt or tensorrt_rtx
     spec: its profiles become the engine's, in order
     tf32: whether float32 products may be computed in TF32, with 11 bits, on tensor cores
+    device: which of the visible GPUs the compiler measures on, None for none
     what: names the work in the report
     Raises EngineError with the parser's or logger's words; KeyboardInterrupt after the compiler has stopped.
     """
 
     def work(cancelled: Cancelled) -> memoryview:
+        if device is not None:
+            CudaDevice(device).enter()  # for this thread, which ends with the work
         monitor = make_monitor(library, what, report, cancelled)
         return _compile(library, graph, spec, options, tf32=tf32, monitor=monitor)
 

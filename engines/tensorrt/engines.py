@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from latentrt.engines.bundle.files import Bundle, cache_folder
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
-from latentrt.engines.errors import ClosedError, EngineError, WrongMachineError
+from latentrt.engines.errors import ClosedError, DeviceLostError, EngineError, OutOfMemoryError, WrongMachineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import HINT, PIXELS
@@ -52,7 +54,7 @@ def open_tensorrt(
     factor: how many pixels an element of the latents is wide, as the manifest says
     components: the ones to open, None for all
     graphs: whether passes are recorded as CUDA graphs
-    workspaces: how many shapes are kept ready; the one that was used longest ago makes room
+    workspaces: how many shapes are kept ready; the one that was used longest ago makes room, once nobody has it
     slots: how many stages a workspace can have on their way to the device; see `tensorrt_workspace.SLOTS`
     Raises EngineError with the library's own words, BundleError where a file cannot be read.
     """
@@ -98,8 +100,9 @@ class TensorRTSession:
         queue = WorkQueue(device)
         self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
         self._workspaces: LRUCache[tuple[WorkspaceShape, str], TensorRTWorkspace] = LRUCache(workspaces)
+        self._made = weakref.WeakSet[TensorRTWorkspace]()  # those that are kept, and those that somebody still has
         self._engines: list[TensorRTEngine] = []
-        self._closed = False
+        self._end = weakref.finalize(self, _free, self._place, self._programs, self._made, self._engines)
         self.load_s = time.perf_counter() - start
 
     def workspace(self, shape: WorkspaceShape, *, denoiser: str, decoder: str | None) -> TensorRTWorkspace:
@@ -108,26 +111,30 @@ class TensorRTSession:
         denoiser: the network that its stages run
         decoder: what its pixels come from; None where they come from elsewhere: it then takes no memory for any
         Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
-        the device has no room.
+        the device has no room, not even once the others that are kept are given up.
         """
         with self._place.queue.lock:
             self._check_open()
-            self._keep_kernels()
-            key = (shape, denoiser)
-            if key not in self._workspaces:
-                while self._workspaces.currsize >= self._workspaces.maxsize:
-                    _, oldest = self._workspaces.popitem()
-                    oldest.close("made room for another shape; ask for it again, or keep more workspaces")
-                programs = self._drawing(denoiser)
-                self._workspaces[key] = TensorRTWorkspace(self._place, programs, shape, self._origin, slots=self._slots)
-            workspace = self._workspaces[key]
-            workspace.wipe(decoder=decoder)
-            return workspace
+            _keep_kernels(self._programs)
+            while True:
+                try:
+                    return self._blank(shape, denoiser, decoder)
+                except OutOfMemoryError:
+                    if self._workspaces.keys() <= {(shape, denoiser)}:
+                        raise
+                    self._workspaces.popitem()  # the one that was used longest ago, freed unless somebody has it
 
-    def _keep_kernels(self) -> None:
-        """Write down what was compiled when the engines ran, where there is something new."""
-        for program in self._programs.values():
-            program.kernels.keep()
+    def _blank(self, shape: WorkspaceShape, denoiser: str, decoder: str | None) -> TensorRTWorkspace:
+        key = (shape, denoiser)
+        if key not in self._workspaces:
+            programs = self._drawing(denoiser)
+            while self._workspaces.currsize >= self._workspaces.maxsize:
+                self._workspaces.popitem()
+            self._workspaces[key] = TensorRTWorkspace(self._place, programs, shape, self._origin, slots=self._slots)
+            self._made.add(self._workspaces[key])
+        workspace = self._workspaces[key]
+        workspace.wipe(decoder=decoder)
+        return workspace
 
     def _drawing(self, denoiser: str) -> Programs:
         if denoiser not in self._programs:
@@ -154,7 +161,7 @@ class TensorRTSession:
         if program is None:
             raise EngineError(f"there is no {component} here, opened are {', '.join(self._programs)}")
         engine = TensorRTEngine(self._place, program, self._origin)
-        self._engines = [*(one for one in self._engines if not one.closed), engine]
+        self._engines[:] = [*(one for one in self._engines if not one.closed), engine]
         return engine
 
     def refit(self, component: str, exchange: Callable[[Program, int], None]) -> None:
@@ -164,8 +171,9 @@ class TensorRTSession:
         """
         with self._place.queue.lock:
             self._check_open()
-            while self._workspaces:
-                self._workspaces.popitem()[1].close("had other weights; ask for it again")
+            for workspace in list(self._made):
+                workspace.close("had other weights; ask for it again")
+            self._workspaces.clear()
             for engine in self._engines:
                 engine.forget()
             self._place.queue.drain()
@@ -178,24 +186,16 @@ class TensorRTSession:
         return self._place.scratch.size
 
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._end.alive:
             raise ClosedError(f"the engines of '{self._origin.bundle}' are closed; open the bundle again")
 
     def close(self) -> None:
-        """Wait for the queue and free everything: contexts and graphs, engines, scratch memory, the stream."""
-        with self._place.queue.lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._keep_kernels()
-            while self._workspaces:
-                self._workspaces.popitem()[1].close()
-            while self._engines:
-                self._engines.pop().close()
-            self._programs.clear()
-            self._place.scratch.close()
-            self._place.queue.settle()
-            self._place.queue.close()
+        """Wait for the queue and free everything: contexts and graphs, engines, scratch memory, the stream.
+
+        Closing twice is closing once. A session that nobody has any more closes itself, at the latest when the program
+        ends. In a forked process nothing of it can be freed.
+        """
+        self._end()
 
     def __enter__(self) -> Self:
         return self
@@ -204,6 +204,30 @@ class TensorRTSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _keep_kernels(programs: Mapping[str, Program]) -> None:
+    """Write down what was compiled when the engines ran, where there is something new."""
+    for program in programs.values():
+        program.kernels.keep()
+
+
+def _free(
+    place: Place,
+    programs: dict[str, Program],
+    workspaces: weakref.WeakSet[TensorRTWorkspace],
+    engines: list[TensorRTEngine],
+) -> None:
+    with contextlib.suppress(DeviceLostError), place.queue.lock:
+        _keep_kernels(programs)
+        for workspace in list(workspaces):
+            workspace.close()
+        while engines:
+            engines.pop().close()
+        programs.clear()
+        place.scratch.close()
+        place.queue.settle()
+        place.queue.close()
 
 
 UNKNOWN = "unknown"  # of weights where a refit went wrong: some may have been exchanged
@@ -304,18 +328,19 @@ def open_engines(
     components: tuple[str, ...],
     flavor: Flavor,
     *,
+    device: int,
     graphs: bool = True,
 ) -> OnDevice:
-    """Open engines on the first GPU; graphs: whether passes are recorded. Raises EngineError and BundleError."""
-    reason = cannot_run(flavor)
+    """Open engines on a GPU; graphs: whether passes are recorded. Raises EngineError and BundleError."""
+    reason = cannot_run(flavor, device=device)
     library = None if reason else runtime_of(flavor, record.key)
     if library is None:
-        differences = tuple(mismatches(bundle, flavor, record.key)) if reason is None else ()
+        differences = tuple(mismatches(bundle, flavor, record.key, device=device)) if reason is None else ()
         error = reason or WrongMachineError("; ".join(differences), differences=differences)
         raise error.within(f"the engines in {directory} cannot be opened here: ")
     factor = bundle.manifest.latents.factor
     session = open_tensorrt(
-        library, directory, record, CudaDevice(), factor=factor, components=components, graphs=graphs
+        library, directory, record, CudaDevice(device), factor=factor, components=components, graphs=graphs
     )
     command = f"latentrt build {bundle.root} --backend {flavor} --refittable"
     weights = Adaptable(record=record, directory=directory, files=bundle.root, command=command)

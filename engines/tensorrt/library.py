@@ -11,7 +11,7 @@ from typing import Literal
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cuda.gpus import find_gpu, no_gpu
+from latentrt.engines.cuda import gpus
 from latentrt.engines.errors import EngineError, NotInstalledError
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.spec import EngineKey
@@ -70,10 +70,11 @@ def version_of(library: ModuleType) -> str:
     return str(library.__version__).partition(".post")[0]
 
 
-def cannot_run(flavor: Flavor) -> EngineError | None:
-    """Return the error that says why engines cannot run here, or None. Asks the driver, never the library."""
-    if find_gpu() is None:
-        return no_gpu(f"running {flavor} engines needs an NVIDIA GPU and none answers here")
+def cannot_run(flavor: Flavor, *, device: int = 0) -> EngineError | None:
+    """Return the error that says why engines cannot run on a GPU, or None. Asks the driver, never the library."""
+    lacking = gpus.lacks_gpu(device, f"running {flavor} engines needs an NVIDIA GPU and none answers here")
+    if lacking is not None:
+        return lacking
     if not runtimes(flavor):
         return _lacking(f"no {flavor} runtime is installed", flavor)
     return None
@@ -106,9 +107,9 @@ def runtime_of(flavor: Flavor, key: EngineKey) -> ModuleType | None:
     return None
 
 
-def mismatches(bundle: Bundle, flavor: Flavor, there: EngineKey) -> list[str]:
-    """Name what keeps engines of a key from running here, as `field: ours here, theirs there`; empty where nothing."""
-    here = _key(bundle, flavor, there.backend_version, options=there.options, profiles=there.profiles)
+def mismatches(bundle: Bundle, flavor: Flavor, there: EngineKey, *, device: int = 0) -> list[str]:
+    """Name what keeps engines from running on a GPU, as `field: ours here, theirs there`; empty where nothing."""
+    here = _key(bundle, flavor, there.backend_version, device, options=there.options, profiles=there.profiles)
     found = here.differences(there)
     recipe = next((line for line in there.options if line.startswith("recipe ")), "recipe 0")
     if recipe != f"recipe {RECIPE}":
@@ -119,13 +120,12 @@ def mismatches(bundle: Bundle, flavor: Flavor, there: EngineKey) -> list[str]:
     return found
 
 
-def cannot_build(flavor: Flavor, options: BuildOptions) -> EngineError | None:
+def cannot_build(flavor: Flavor, options: BuildOptions, *, device: int = 0) -> EngineError | None:
     """Return the error that says why engines cannot be built here, or None. TensorRT-RTX needs no GPU for it."""
     try:
-        library = require(flavor)
+        library, here = require(flavor), gpus.find_gpu(device)
     except EngineError as error:
         return error
-    here = find_gpu()
     served = capabilities(library) if flavor == "tensorrt-rtx" else []
     target = options.compute_capability or (here.compute_capability if here else None)
     machines = {
@@ -149,7 +149,7 @@ def cannot_build(flavor: Flavor, options: BuildOptions) -> EngineError | None:
         ),
     }
     if (words := _first(machines)) and here is None:
-        return no_gpu(words)
+        return gpus.no_gpu(words)
     return EngineError(words) if (words := _first(refusals)) else graphs.unavailable()
 
 
@@ -157,12 +157,13 @@ def _first(refusals: Mapping[str, object]) -> str:
     return next((sentence for sentence, applies in refusals.items() if applies), "")
 
 
-def key(bundle: Bundle, flavor: Flavor, options: BuildOptions) -> EngineKey:
-    """Return the key of the engines that these options build. Raises EngineError."""
+def key(bundle: Bundle, flavor: Flavor, options: BuildOptions, *, device: int = 0) -> EngineKey:
+    """Return the key of the engines that these options build for a GPU. Raises EngineError."""
     return _key(
         bundle,
         flavor,
         _version(flavor, options),
+        device,
         capability=options.compute_capability,
         profiles=tuple(map(str, options.profiles(bundle.manifest))),
         options=(f"recipe {RECIPE}", *options.key_lines()),
@@ -184,22 +185,23 @@ def _key(
     bundle: Bundle,
     flavor: Flavor,
     version: str,
+    device: int,
     *,
     profiles: tuple[str, ...],
     options: tuple[str, ...],
     capability: str | None = None,
 ) -> EngineKey:
-    """Return a key for the GPU at hand.
+    """Return a key for a GPU at hand.
 
     TensorRT-RTX finishes its engines for the GPU that loads them, so its target is a compute capability; TensorRT's
     is one GPU with its driver.
     """
-    gpu = find_gpu()
+    gpu = gpus.find_gpu(device)
     if gpu is None and flavor == "tensorrt":
-        raise no_gpu("the backend 'tensorrt' needs an NVIDIA GPU and none answers here; use --backend cpu")
+        raise gpus.no_gpu("the backend 'tensorrt' needs an NVIDIA GPU and none answers here; use --backend cpu")
     capability = capability or (gpu.compute_capability if gpu else None)
     if capability is None:
-        raise no_gpu("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
+        raise gpus.no_gpu("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
     own = gpu if flavor == "tensorrt" else None
     return EngineKey(
         backend=flavor,

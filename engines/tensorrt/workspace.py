@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -9,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from latentrt.engines.cuda.stream import Holding, Mark, Outbox
-from latentrt.engines.errors import ClosedError, EngineError
+from latentrt.engines.errors import ClosedError, DeviceLostError, EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PIXELS, PREVIOUS, SQUARES, is_residual
 from latentrt.engines.tensorrt.buffers import (
@@ -98,6 +100,7 @@ class TensorRTWorkspace:
         self.shape = shape
         self._queue, self._holding = place.queue, Holding(place.queue)
         self._passes: list[Pass] = []
+        self._end = weakref.finalize(self, _free, place, self._passes, self._holding)
         self._closed = ""
         self._idle: list[Mark] = []
         self._written = Written()
@@ -331,13 +334,18 @@ class TensorRTWorkspace:
         self._residents[name].write(np.asarray(AT_FIRST[name]), ALL)
 
     def close(self, reason: str = "is closed; open the bundle again") -> None:
-        """Wait for the queue and free what the workspace holds. Closing twice is closing once."""
-        with self._queue.lock:
-            if self._closed:
-                return
-            self._closed = reason
-            self._queue.settle()
-            for run in self._passes:
-                run.close()
-            self._programs.clear()
-            self._holding.close()
+        """Wait for the queue and free what the workspace holds, as when nobody has it any more.
+
+        Closing twice is closing once.
+        """
+        self._closed = self._closed or reason
+        self._programs.clear()
+        self._end()
+
+
+def _free(place: Place, passes: list[Pass], holding: Holding) -> None:
+    with contextlib.suppress(DeviceLostError), place.queue.lock:
+        place.queue.settle()
+        while passes:
+            passes.pop().close()
+        holding.close()

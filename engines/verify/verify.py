@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latentrt.engines.backends import BACKENDS, Opening
+from latentrt.engines.backends import BACKENDS, Backend, Opening, backend_on
 from latentrt.engines.bundle.files import Bundle, check_file
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.compare import relative_error, to_pixels
@@ -45,25 +45,28 @@ class Row:
     profile: str = ""
 
 
-def verify(bundle: Bundle, *, backend: BackendName | None = None, report: Report = silent) -> Iterator[Row]:
+def verify(
+    bundle: Bundle, *, backend: BackendName | None = None, device: int = 0, report: Report = silent
+) -> Iterator[Row]:
     """Check the files' hashes, then what each component computes on every backend that can run here.
 
     Engines that take any shape are compared with the golden pairs; of those with fixed shapes every profile is.
 
     backend: only this one; then it is an error, not a remark, if it cannot run here
+    device: which of the visible GPUs to run on, from 0
     """
     yield _verify_files(bundle, report)
     ran = 0
     for name in (backend,) if backend else tuple(BACKENDS):
         try:
-            find_engines(bundle, name)
+            find_engines(bundle, name, device=device)
         except (EngineError, BundleError) as error:
-            if backend or isinstance(error, BundleError) or BACKENDS[name].unavailable() is None:
+            if backend or isinstance(error, BundleError) or backend_on(name, device).unavailable() is None:
                 yield Row(what="engines", backend=name, ok=False, message=str(error))
             continue
         ran += 1
-        for directory, record in serving_engines(bundle, name):
-            yield from _verify_engines(bundle, name, directory, record, report)
+        for directory, record in serving_engines(bundle, name, device=device):
+            yield from _verify_engines(bundle, name, backend_on(name, device), directory, record, report)
     if not ran:
         yield Row(what="engines", backend="any", ok=False, message="no backend here has engines in this bundle")
 
@@ -81,7 +84,7 @@ def _verify_files(bundle: Bundle, report: Report) -> Row:
 
 
 def _verify_engines(
-    bundle: Bundle, backend: BackendName, directory: Path, record: EngineRecord, report: Report
+    bundle: Bundle, backend: BackendName, there: Backend, directory: Path, record: EngineRecord, report: Report
 ) -> Iterator[Row]:
     try:
         for name, file in record.files.items():
@@ -93,7 +96,7 @@ def _verify_engines(
         report(f"verify {component} ({backend})", 0, 1)
         opening = Opening(bundle=bundle, directory=directory, record=record, components=(component,))
         try:
-            with contextlib.closing(BACKENDS[backend].open(opening)) as opened:
+            with contextlib.closing(there.open(opening)) as opened:
                 yield from _compare_all(bundle, backend, opened.engines[component], directory, record)
         except (EngineError, BundleError) as error:
             yield Row(what=component, backend=backend, ok=False, message=str(error))

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from latentrt.engines.bundle.parsing import json_schema
-from latentrt.engines.cli_types import Many, Size
+from latentrt.engines.cli_types import Many, Size, on_gpu
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided
@@ -37,6 +37,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--guidance", "guidances", type=Many(click.FLOAT, "1,7.5"), default=(7.5), help="Scales. Default: 7.5.")
 @click.option("--backend", "backends", type=Many(click.STRING, "cpu,cuda"), default=("auto"), help="Default: auto.")
 @click.option("--threads", type=Many(POSITIVE, "1,2"), default=(None,), help="CPU threads. Default: the backend's own.")
+@on_gpu
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=30, show_default=True, help="Most rounds to measure.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=120.0, show_default=True, help="At most, for rounds.")

@@ -20,7 +20,14 @@ PARTS = ("interpreter", "import", "load", "first", "second")
 
 
 def cold_starts(
-    bundle: str, named: Sequence[tuple[str, Settings]], *, count: int, prompt: str, seed: int, progress: Progress
+    bundle: str,
+    named: Sequence[tuple[str, Settings]],
+    *,
+    device: int,
+    count: int,
+    prompt: str,
+    seed: int,
+    progress: Progress,
 ) -> tuple[ColdStart, ...]:
     """Start `count` fresh processes for each of the settings, in turns. Raises EngineError if one fails."""
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name, _ in named}
@@ -28,7 +35,7 @@ def cold_starts(
     turns = take_turns(list(named), rounds=count, most_seconds=float("inf"), seed=seed)
     for done, (_, (name, settings)) in enumerate(turns):
         progress("cold starts", done, count * len(named))
-        parts, peaks = start_once(bundle, settings, prompt)
+        parts, peaks = start_once(bundle, settings, prompt, device)
         seconds[name].append(parts)
         memory[name].append(peaks)
     progress("cold starts", 1, 1)
@@ -45,9 +52,9 @@ def cold_starts(
     )
 
 
-def start_once(bundle: str, settings: Settings, prompt: str) -> tuple[dict[str, float], tuple[int, int]]:
+def start_once(bundle: str, settings: Settings, prompt: str, device: int) -> tuple[dict[str, float], tuple[int, int]]:
     """Start one process. Returns its seconds by part, and its resident bytes after loading and at the end."""
-    asked = json.dumps({"bundle": bundle, "prompt": prompt, **msgspec.structs.asdict(settings)})
+    asked = json.dumps({"bundle": bundle, "prompt": prompt, "device": device, **msgspec.structs.asdict(settings)})
     start = time.monotonic()
     command = [sys.executable, "-m", "latentrt.runtime.bench.cold_child", asked]
     child = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ def main() -> None:
     marks, memory = [STARTED, time.monotonic()], []
     from latentrt.runtime.bench.meters import peak_rss
 
-    with Pipeline.load(asked["bundle"], asked["backend"], threads=asked["threads"]) as pipe:
+    with Pipeline.load(asked["bundle"], asked["backend"], threads=asked["threads"], device=asked["device"]) as pipe:
         marks.append(time.monotonic())
         memory.append(peak_rss())
         for _ in range(2):

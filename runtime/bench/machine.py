@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from latentrt.engines.cuda.gpus import find_gpu
+from latentrt.engines.cuda import gpus
 from latentrt.engines.spec import Document
 
 PACKAGES = (
@@ -71,9 +71,9 @@ class Conditions(Document, frozen=True, kw_only=True):
     stolen_share: float | None
 
 
-def describe_machine() -> Machine:
-    """Return the processor, its cores, the memory, the GPU, and the versions of what is installed."""
-    gpu = find_gpu()
+def describe_machine(device: int = 0) -> Machine:
+    """Return the processor, its cores, the memory, the GPU of that number, and the versions of what is installed."""
+    gpu = gpus.find_gpu(device)
     return Machine(
         processor=processor(),
         cores=len(os.sched_getaffinity(0)),

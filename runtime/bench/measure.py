@@ -45,6 +45,7 @@ class Asked:
     """What to measure: every combination of the first seven, in turns.
 
     samplers None, sizes (): the checkpoint's own. threads None: the backend's own choice.
+    device: which of the visible GPUs to measure on, from 0
     seconds: how long the rounds may take; at least three rounds are measured
     cold: fresh processes for each backend and number of threads
     accuracy: held-out prompts to score for each variant; 0 for none
@@ -58,6 +59,7 @@ class Asked:
     guidances: tuple[float, ...] = (7.5,)
     backends: tuple[str, ...] = ("auto",)
     threads: tuple[int | None, ...] = (None,)
+    device: int = 0
     rounds: int = 30
     seconds: float = 120.0
     cold: int = 3
@@ -71,7 +73,7 @@ class Asked:
         schedule = bundle.manifest.schedule
         found = (
             Settings(
-                backend=choose(backend, bundle).backend,
+                backend=choose(backend, bundle, device=self.device).backend,
                 threads=threads,
                 width=width,
                 height=height,
@@ -94,7 +96,7 @@ class Asked:
 
     def reasons(self, bundle: Bundle) -> dict[str, str]:
         """Return why each backend was chosen."""
-        choices = [choose(backend, bundle) for backend in self.backends]
+        choices = [choose(backend, bundle, device=self.device) for backend in self.backends]
         return {choice.backend: choice.reason for choice in choices}
 
 
@@ -194,15 +196,21 @@ def run_bench(
 ) -> Report:
     """Measure what is asked for. Raises BundleError, EngineError and RequestError as `Pipeline.load` and a call do.
 
-    load: opens each pipeline of the rounds, from the bundle's path, a backend and `threads`
+    load: opens each pipeline of the rounds, from the bundle's path, a backend, `threads` and `device`
     """
     bundle, watch = Bundle.open(path), Watch()
     variants = asked.variants(bundle)
     prompts = prompt_set(bundle, prompt_sets or {}) if asked.accuracy else None
-    errors = _errors(bundle, variants, progress) if asked.golden else ()
+    errors = _errors(bundle, variants, asked.device, progress) if asked.golden else ()
     named = list(zip(names(variants), variants, strict=True))
     starts = cold_starts(
-        path, _first_of_each_load(named), count=asked.cold, prompt=asked.prompt, seed=asked.seed, progress=progress
+        path,
+        _first_of_each_load(named),
+        device=asked.device,
+        count=asked.cold,
+        prompt=asked.prompt,
+        seed=asked.seed,
+        progress=progress,
     )
     measured_variants, rounds = _measure(path, named, asked, prompts, load, progress)
     return Report(
@@ -210,7 +218,7 @@ def run_bench(
         schema_version=SCHEMA_VERSION,
         created=now(),
         command=command,
-        machine=describe_machine(),
+        machine=describe_machine(asked.device),
         conditions=watch.conditions(),
         bundle=_facts(bundle),
         method=Method(
@@ -248,9 +256,11 @@ def _written(settings: Settings) -> dict[str, str]:
     }
 
 
-def _errors(bundle: Bundle, variants: Sequence[Settings], progress: Progress) -> tuple[ComponentError, ...]:
+def _errors(
+    bundle: Bundle, variants: Sequence[Settings], device: int, progress: Progress
+) -> tuple[ComponentError, ...]:
     backends = dict.fromkeys(settings.backend for settings in variants)
-    return tuple(error for backend in backends for error in component_errors(bundle, backend, progress))
+    return tuple(error for backend in backends for error in component_errors(bundle, backend, device, progress))
 
 
 def _first_of_each_load(named: Sequence[tuple[str, Settings]]) -> list[tuple[str, Settings]]:
@@ -268,12 +278,12 @@ def _measure(
     load: Load,
     progress: Progress,
 ) -> tuple[tuple[Variant, ...], int]:
-    meter = open_gpu_meter()
+    meter = open_gpu_meter(asked.device)
     before = meter.used_bytes() if meter else 0
     pipes: dict[tuple[str, int | None], TimedPipeline] = {}
     try:
         for backend, threads in dict.fromkeys((s.backend, s.threads) for _, s in named):
-            pipes[backend, threads] = load(path, backend, threads=threads)
+            pipes[backend, threads] = load(path, backend, threads=threads, device=asked.device)
         fresh = itertools.count(1)
         candidates = [Candidate(name, s, pipes[s.backend, s.threads], meter, asked, fresh) for name, s in named]
         warmups = _warm_up(candidates, asked, progress)
@@ -336,7 +346,11 @@ def _variant(
     joules = [draw.joules for draw in draws if draw.joules is not None]
     memory = [draw.device_bytes for draw in draws if draw.device_bytes is not None]
     steps = [1 / draw.seconds["step"] for draw in draws]
-    _, record = find_engines(candidate.pipe.bundle, candidate.pipe.backend)  # type: ignore[arg-type]
+    _, record = find_engines(
+        candidate.pipe.bundle,
+        candidate.pipe.backend,  # type: ignore[arg-type]
+        device=asked.device,
+    )
     return Variant(
         name=candidate.name,
         settings=candidate.settings,

@@ -22,7 +22,7 @@ def peak_rss() -> int:
 
 @dataclass(frozen=True, slots=True)
 class GpuMeter:
-    """NVML's counters of the first visible GPU: all processes on it are in them."""
+    """NVML's counters of one GPU: all processes on it are in them."""
 
     _nvml: Any
     _handle: Any
@@ -39,26 +39,26 @@ class GpuMeter:
             return None
 
 
-def open_gpu_meter() -> GpuMeter | None:
-    """Open NVML on the GPU that CUDA calls the first, or return None: no library, no driver or no GPU."""
+def open_gpu_meter(device: int = 0) -> GpuMeter | None:
+    """Open NVML on a GPU by CUDA's number of it, or return None: no library, no driver or no GPU."""
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        return GpuMeter(pynvml, pynvml.nvmlDeviceGetHandleByIndex(_first_visible(pynvml)))
+        return GpuMeter(pynvml, pynvml.nvmlDeviceGetHandleByIndex(_known_as(pynvml, device)))
     except (pynvml.NVMLError, ValueError):
         return None
 
 
-def _first_visible(pynvml: Any) -> int:
-    """Return NVML's index of CUDA's device 0, found by its PCI bus: NVML does not heed CUDA_VISIBLE_DEVICES."""
+def _known_as(pynvml: Any, device: int) -> int:
+    """Return NVML's index of CUDA's device, found by its PCI bus: NVML does not heed CUDA_VISIBLE_DEVICES."""
     from cuda.bindings import runtime as cuda
 
-    code, bus = cuda.cudaDeviceGetPCIBusId(32, 0)
+    code, bus = cuda.cudaDeviceGetPCIBusId(32, device)
     if code != cuda.cudaError_t.cudaSuccess:
-        raise ValueError("CUDA has no device 0")
+        raise ValueError(f"CUDA has no device {device}")
     wanted = bus.partition(b"\0")[0].decode().lower()
     count = int(pynvml.nvmlDeviceGetCount())
     if count == 1:  # in a virtual machine the two may name its bus differently

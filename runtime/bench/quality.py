@@ -21,10 +21,10 @@ PromptSet = Callable[[int], tuple[Sequence[str], Callable[[int, Array], bool]]]
 PromptSets = Mapping[str, PromptSet]  # by the checkpoint that a bundle was exported from
 
 
-def component_errors(bundle: Bundle, backend: str, progress: Progress) -> tuple[ComponentError, ...]:
+def component_errors(bundle: Bundle, backend: str, device: int, progress: Progress) -> tuple[ComponentError, ...]:
     """Replay the golden pairs on a backend. Raises EngineError if an engine drifts: its speed means nothing."""
     errors = []
-    for row in verify(bundle, backend=backend, report=progress):  # type: ignore[arg-type]
+    for row in verify(bundle, backend=backend, device=device, report=progress):  # type: ignore[arg-type]
         if not row.ok:
             raise EngineError(f"{row.what} ({backend}): {row.message}; a broken engine is not measured")
         if row.error is not None and row.limit is not None:
