@@ -166,17 +166,20 @@ class HostDevice:
 
     def _use(self) -> None:
         """Refuse what CUDA refuses, and catch what it would do on another GPU."""
-        if self.forked or self._lost:
-            raise DeviceLostError("forked" if self.forked else str(self._lost))
+        self._check()
         assert current_index() == self.index, "another GPU is this thread's current one"
 
     def _gone(self) -> bool:
         """Tell whether there is nothing left to free."""
         return self.forked or self._lost is not None
 
+    def _check(self) -> None:
+        if self.forked or self._lost:
+            raise DeviceLostError("forked" if self.forked else str(self._lost))
+
     def _meet(self) -> None:
-        """Find what a kernel has met."""
-        self._use()
+        """Find what a kernel has met. One may wait for another GPU than the thread's current one."""
+        self._check()
         if self.broken:
             self._lost = DeviceLostError(self.broken)
             raise self._lost

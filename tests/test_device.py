@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.cuda import device as seam
+from latentrt.engines.cuda import gpus
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.gpus import find_gpu
-from latentrt.engines.errors import EngineError, NotInstalledError, OutOfMemoryError, WrongMachineError
+from latentrt.engines.cuda.stream import Turn
+from latentrt.engines.errors import DeviceLostError, EngineError, NotInstalledError, OutOfMemoryError, WrongMachineError
+from latentrt.engines.open import choose_to_build
 from latentrt.engines.spec import Array
-from tests.stand_in import L4
+from tests.stand_in import L4, bindings_of
 
 here = find_gpu() is not None
 
@@ -148,6 +154,105 @@ def test_what_was_recorded_is_destroyed_once_it_is_a_graph(unprobed: CudaDevice,
     with pytest.raises(EngineError, match=r"^cudaGraphInstantiate: cudaErrorInvalidValue"):
         unprobed.end_capture(5)
     assert driver.calls[-1][0] == "cudaGraphDestroy"
+
+
+def test_a_driver_that_is_too_old_is_an_error_and_not_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = bindings_of([L4], answer="cudaErrorInsufficientDriver", driver=12040)
+    monkeypatch.setattr(gpus, "bindings", lambda: old)
+    for attempt in (find_gpu, lambda: choose_to_build("auto", BuildOptions())):
+        with pytest.raises(NotInstalledError) as caught:
+            attempt()
+        assert caught.value.install == "pip install 'cuda-bindings<13'" and "12.4" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "driver"),
+    [("cudaErrorInsufficientDriver", 0), ("cudaErrorNoDevice", 13000), ("cudaErrorStubLibrary", 0)],
+)
+def test_no_driver_and_no_gpu_are_a_machine_without_one(
+    monkeypatch: pytest.MonkeyPatch, answer: str, driver: int
+) -> None:
+    monkeypatch.setattr(gpus, "bindings", lambda: bindings_of([], answer=answer, driver=driver))
+    assert find_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        ("cudaErrorSystemDriverMismatch", EngineError),
+        ("cudaErrorInitializationError", DeviceLostError),
+        ("cudaErrorIllegalAddress", DeviceLostError),
+    ],
+)
+def test_a_driver_that_does_not_work_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, answer: str, kind: type[EngineError]
+) -> None:
+    monkeypatch.setattr(gpus, "bindings", lambda: bindings_of([L4], answer=answer))
+    with pytest.raises(EngineError) as caught:
+        find_gpu()
+    assert type(caught.value) is kind
+
+
+def test_a_fork_of_a_process_that_has_used_cuda_is_refused(
+    monkeypatch: pytest.MonkeyPatch, unprobed: CudaDevice, runtime: Any
+) -> None:
+    monkeypatch.setattr(gpus, "bindings", lambda: bindings_of([L4]))
+    assert find_gpu() == L4
+    driver = unprobed._cuda = Driver(runtime, cudaFree=(runtime.cudaError_t.cudaSuccess,))
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    for attempt in (find_gpu, lambda: unprobed.allocate(8), unprobed.enter):
+        with pytest.raises(DeviceLostError):
+            attempt()
+    unprobed.free(5)
+    assert driver.calls == []
+
+
+def test_once_it_is_lost_the_first_error_is_told_and_cuda_is_left_alone(unprobed: CudaDevice, runtime: Any) -> None:
+    codes = runtime.cudaError_t
+    sticky = {"cudaEventQuery": (codes.cudaErrorIllegalAddress,), "cudaMalloc": (codes.cudaErrorLaunchFailure, None)}
+    driver = unprobed._cuda = Driver(runtime, **sticky, cudaFree=(codes.cudaErrorIllegalAddress,))
+    for attempt in (lambda: unprobed.wait(1), lambda: unprobed.allocate(8), lambda: unprobed.synchronize(1)):
+        with pytest.raises(DeviceLostError, match=r"^cudaEventQuery: cudaErrorIllegalAddress") as caught:
+            attempt()
+        assert not caught.value.retryable
+    unprobed.free(5)
+    assert unprobed.enter() == 0
+    assert [name for name, *_ in driver.calls] == ["cudaEventQuery"]
+
+
+def test_what_frees_finds_a_lost_gpu_without_a_word(unprobed: CudaDevice, runtime: Any) -> None:
+    unprobed._cuda = Driver(runtime, cudaFree=(runtime.cudaError_t.cudaErrorIllegalAddress,))
+    unprobed.free(5)
+    with pytest.raises(DeviceLostError, match=r"^cudaFree"):
+        unprobed.allocate(8)
+
+
+def test_a_wait_asks_until_it_happened(unprobed: CudaDevice, runtime: Any) -> None:
+    codes = runtime.cudaError_t
+    answers = iter([codes.cudaErrorNotReady] * 300 + [codes.cudaSuccess])
+    unprobed._cuda = SimpleNamespace(cudaError_t=codes, cudaEventQuery=lambda event: (next(answers),))
+    unprobed.wait(1)
+    assert next(answers, None) is None
+
+
+@pytest.mark.parametrize(("current", "index", "set_to"), [(0, 0, []), (0, 1, [1, 0]), (1, 0, [0, 1])])
+def test_a_thread_works_on_its_device_and_gets_back_the_one_it_had(
+    monkeypatch: pytest.MonkeyPatch, runtime: Any, current: int, index: int, set_to: list[int]
+) -> None:
+    monkeypatch.setattr(seam, "find_gpu", lambda index: L4)
+    device, success = CudaDevice(index), runtime.cudaError_t.cudaSuccess
+    driver = device._cuda = Driver(runtime, cudaGetDevice=(success, current), cudaSetDevice=(success,))
+    with Turn(device):
+        pass
+    assert [call[1] for call in driver.calls if call[0] == "cudaSetDevice"] == set_to
+
+
+def test_a_recording_lets_this_thread_free_what_python_collects(unprobed: CudaDevice, runtime: Any) -> None:
+    """Relaxed: an H200 refuses cudaFree in the same thread in either other mode, and loses the recording by it."""
+    driver = unprobed._cuda = Driver(runtime, cudaStreamBeginCapture=(runtime.cudaError_t.cudaSuccess,))
+    unprobed.begin_capture(7)
+    (call,) = driver.calls
+    assert call[1:] == (7, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed)
 
 
 @pytest.mark.gpu
