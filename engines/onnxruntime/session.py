@@ -165,7 +165,8 @@ def cuda_settings(options: OnnxRuntimeOptions, spec: EngineSpec, *, every_stage:
 
 def on_gpu(device: int) -> Mapping[str, str]:
     """Return what every session on a GPU is opened with. device: which of the visible ones, from 0"""
-    return {"device_id": str(device), **CUDA_SETTINGS}
+    # The first is the default. Of one that is named, ONNX Runtime 1.31 warns that no plug-in serves it, at each session.
+    return {**({"device_id": str(device)} if device else {}), **CUDA_SETTINGS}
 
 
 def _plan_lightly(options: Any) -> None:
