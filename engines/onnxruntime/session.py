@@ -165,7 +165,7 @@ def cuda_settings(options: OnnxRuntimeOptions, spec: EngineSpec, *, every_stage:
 
 def on_gpu(device: int) -> Mapping[str, str]:
     """Return what every session on a GPU is opened with. device: which of the visible ones, from 0"""
-    # The first is the default. Of one that is named, ONNX Runtime 1.31 warns that no plug-in serves it, at each session.
+    # The first is the default. Of one that is named, ONNX Runtime 1.31 warns each time that no plug-in serves it.
     return {**({"device_id": str(device)} if device else {}), **CUDA_SETTINGS}
 
 
