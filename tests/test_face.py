@@ -481,6 +481,7 @@ def test_every_error_is_of_one_of_four_kinds_and_says_whether_to_try_again(name:
         errors.WrongMachineError("another machine", differences=("device: a here, b there",)),
         errors.NotFiniteError("the latents", (0, 2), stage=3, stages=20),
         errors.OutOfMemoryError("no room"),
+        errors.DeviceLostError("gone"),
         errors.DeadlineError("too late"),
     ],
     ids=lambda error: type(error).__name__,
