@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -25,6 +26,7 @@ from latentrt.export.graphs.external_data import read_graph
 from latentrt.export.sources.hub import download
 from latentrt.export.work.jobs import MARKERS
 from latentrt.runtime.pipeline import Pipeline
+from tests.conftest import Make
 from tests.refused import about
 from tests.tiny import NETWORKS
 
@@ -239,6 +241,38 @@ def test_what_a_graph_does_not_give_is_not_promised(graphs: str, sd1_bundle: Pat
         assert pipe("a red circle", steps=2, seed=0).pixels.any()
         with pytest.raises(RequestError, check=about("clip_skip")):
             pipe("a red circle", steps=2, clip_skip=1)
+
+
+def give_each_layer(file: Path) -> None:
+    """Have a text encoder's graph give the states of each layer by itself, as optimum exports SDXL's."""
+    model = onnx.load(str(file))
+    skipped = next(value for value in model.graph.output if value.name == "skipped_hidden_states")
+    layers = skipped.type.tensor_type.shape.dim[1].dim_value + 1
+    model.graph.output.remove(skipped)
+    for layer in range(layers + 1):
+        place = onnx.numpy_helper.from_array(np.array(max(layers - 1 - layer, 0), dtype=np.int64), f"place.{layer}")
+        name = f"hidden_states.{layer}"  # the first and the last are read by nobody
+        model.graph.initializer.append(place)
+        model.graph.node.append(onnx.helper.make_node("Gather", [skipped.name, place.name], [name], axis=1))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 3))
+    for node in model.graph.node:  # whose name the joined ones shall have
+        for names in (node.input, node.output):
+            names[:] = ["stacked" if name == skipped.name else name for name in names]
+    onnx.save(model, str(file))
+
+
+def test_states_of_each_layer_become_those_that_sdxl_reads(made: Make, tmp_path: Path) -> None:
+    _, original = made("sdxl", "")
+    shutil.copytree(original / "onnx", tmp_path / "onnx")
+    for name in ("text_encoder", "text_encoder_2"):
+        give_each_layer(tmp_path / "onnx" / name / "model.onnx")
+    export_checkpoint(str(tmp_path / "onnx"), tmp_path / "bundle")
+    call = {"steps": 2, "seed": 3, "guidance": 3.0, "clip_skip": 1}
+    pictures = []
+    for bundle in (original, tmp_path / "bundle"):
+        with Pipeline.load(bundle, "cpu") as pipe:
+            pictures.append(pipe("a red circle", **call).pixels)
+    assert np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Interchange with optimum, in an environment of its own: it refuses the transformers that this project uses.
 
-The environment is made once, below .cache/, and downloads more than a gigabyte; hence slow.
+The environment is made once, below .cache/, and downloads more than a gigabyte; hence slow. Another one that is there
+already can be named in OPTIMUM_ENVIRONMENT.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from latentrt.engines.compare import relative_error
 from latentrt.export.export import export_checkpoint
 from latentrt.export.graphs import golden
 from latentrt.export.graphs import run as sessions
+from latentrt.runtime.pipeline import Pipeline
+from tests.tiny import save_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-ENVIRONMENT = Path(__file__).parent.parent / ".cache" / "optimum-venv"
+OWN_ENVIRONMENT = Path(__file__).parent.parent / ".cache" / "optimum-venv"
 PEER = Path(__file__).with_name("optimum_peer.py")
 # Pinned, or pip walks back through versions for minutes.
 REQUIREMENTS = (
@@ -39,20 +43,23 @@ CLOSE = 1e-4
 @pytest.fixture(scope="module")
 def peer() -> Path:
     """The Python of an environment with optimum."""
-    python = ENVIRONMENT / "bin" / "python"
-    done = ENVIRONMENT / "complete"
-    if not done.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
+    environment = Path(os.environ.get("OPTIMUM_ENVIRONMENT", OWN_ENVIRONMENT))
+    python = environment / "bin" / "python"
+    done = environment / "complete"
+    if environment == OWN_ENVIRONMENT and not done.is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "-q", *REQUIREMENTS], check=True)
         done.touch()
     return python
 
 
 def run(peer: Path, *arguments: object) -> None:
+    call(peer, PEER, *arguments)
+
+
+def call(*words: object) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [str(peer), str(PEER), *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*map(str, words)], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
 
@@ -101,3 +108,30 @@ def test_what_optimum_exported_becomes_a_bundle_that_computes_the_same(
     run(peer, "draw", tmp_path / "bundle" / "onnx", tmp_path / "again.npy")
     run(peer, "draw", sd1_bundle / "onnx", tmp_path / "picture.npy")
     assert np.abs(np.load(tmp_path / "again.npy") - np.load(tmp_path / "picture.npy")).max() < CLOSE
+
+
+def drawn_by_diffusers(checkpoint: Path, *, xl: bool, **request: Any) -> np.ndarray:
+    import torch
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    pipe = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(checkpoint)
+    images = pipe("a red circle", generator=torch.Generator("cpu").manual_seed(7), output_type="np", **request).images
+    return np.asarray((images * 255).round())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_what_optimums_command_exported_draws_the_pictures_of_diffusers(
+    peer: Path, family: str, tmp_path: Path
+) -> None:
+    checkpoint = save_tiny(tmp_path / "checkpoint", family=family)
+    arguments = ("--model", checkpoint, "--task", "text-to-image", tmp_path / "onnx")
+    call(peer.with_name("optimum-cli"), "export", "onnx", *arguments)
+    exported = export_checkpoint(str(tmp_path / "onnx"), tmp_path / "bundle")
+    assert exported.manifest.family == family
+    with Pipeline.load(tmp_path / "bundle", "cpu", threads=1) as pipe:
+        found = pipe("a red circle", steps=4, guidance=3.0, seed=7, size=(48, 32)).pixels
+    expected = drawn_by_diffusers(
+        checkpoint, xl=family == "sdxl", num_inference_steps=4, guidance_scale=3.0, width=48, height=32
+    )
+    assert found.shape == expected.shape
+    assert np.abs(found.astype(np.float64) - expected).max() <= 1  # a number that is near a half may be rounded away

@@ -18,6 +18,7 @@ from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.configs.families import FAMILIES
 from latentrt.export.graphs.external_data import DATA_SUFFIX, data_files, read_graph, rename_data
 from latentrt.export.graphs.golden import make_inputs, save_golden
+from latentrt.export.graphs.hidden_states import join_hidden_states
 from latentrt.export.graphs.normalised_latents import Affine, normalise_graph, without_normalising
 from latentrt.export.graphs.run import open_session, run_session
 from latentrt.export.networks.components import Case, Component, input_specs, output_specs
@@ -50,10 +51,14 @@ def adopt_graph(
     """
     source = folder / "model.onnx"
     takes = input_specs(component, dimensions, precision)
-    gives = _given(component, read_graph(source), output_specs(component, dimensions, precision))
+    theirs = read_graph(source)
+    if dimensions["pooled_width"]:  # SDXL reads states that have had no norm, as optimum gives them
+        join_hidden_states(theirs.graph)
+    gives = _given(component, theirs, output_specs(component, dimensions, precision))
     data = _take_data(source, graph)
     names = {place: file.name for place, file in data.items()}
-    _write_ours(source, graph, takes, gives, names=names, affine=affine)
+    rename_data(theirs, names)
+    _write_ours(source, theirs, graph, takes, gives, affine=affine)
     session = _open(source, graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
     traced, checked = (
@@ -97,29 +102,26 @@ def _given(component: Component, model: ModelProto, gives: tuple[TensorSpec, ...
 
 def _write_ours(
     source: Path,
+    model: ModelProto,
     target: Path,
     takes: tuple[TensorSpec, ...],
     gives: tuple[TensorSpec, ...],
     *,
-    names: Mapping[str, str],
     affine: Affine | None,
 ) -> None:
     """Write a graph with the names of axes, the inputs and the float32 timesteps that our tables promise.
 
-    names: of the files of its external data, by their locations in the source
-    affine: as in `adopt_graph`
+    source: where the graph comes from, for the errors; affine: as in `adopt_graph`
     """
     import onnx
 
-    model = read_graph(source)
-    rename_data(model, names)
     _require(source, [value.name for value in model.graph.input], [spec.name for spec in takes], exact=True)
     _require(source, [value.name for value in model.graph.output], [spec.name for spec in gives], exact=False)
     _free_timestep(model)
     take_long_ids(model)
     del model.graph.value_info[:]  # what was inferred before the changes
     for value in list(model.graph.output):
-        if value.name not in {spec.name for spec in gives}:  # hidden states of each layer, which nothing reads
+        if value.name not in {spec.name for spec in gives}:  # such as the hidden states of each layer
             model.graph.output.remove(value)
     specs = {spec.name: spec for spec in (*takes, *gives)}
     for value in (*model.graph.input, *model.graph.output):
