@@ -1,11 +1,10 @@
-"""The commands that need neither torch nor a prompt: build, verify, and what `inspect` prints of a bundle."""
+"""The command that builds engines, and the bundle's half of inspect."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -21,11 +20,9 @@ from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
 from latentrt.engines.cli_types import Many, Size, on_gpu
-from latentrt.engines.open import choose, choose_to_build, shapes_of
+from latentrt.engines.open import choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.tensor_names import STATE_ROWS
-from latentrt.engines.verify.verify import Row
-from latentrt.engines.verify.verify import verify as verify_bundle
 
 MB = 1e6
 
@@ -102,6 +99,20 @@ def build(
         click.echo(f"{engines_at(opened, record.key)}: {size:.1f} MB, built in {record.build_s:.1f} s")
 
 
+def show_for_polygraphy(bundle: Path, directory: Path, *, as_json: bool) -> None:
+    """Write what a bundle's components must compute for Polygraphy, and print the commands that read it."""
+    from latentrt.engines.verify.polygraphy import write_golden  # which few who inspect need
+
+    written = write_golden(Bundle.open(bundle), directory)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(one) for one in written], indent=1, default=str))
+        return
+    for one in written:
+        click.echo(f"# {one.component}: {one.inputs.name}, {one.outputs.name}")
+        for line in one.commands.values():
+            click.echo(line)
+
+
 def show_bundle(bundle: Path, *, as_json: bool) -> None:
     """Print what a bundle holds: family, components, sizes, engines. export/cli.py has the command."""
     opened = Bundle.open(bundle)
@@ -162,33 +173,3 @@ def _engine_table(bundle: Bundle) -> Table:
 
 def _plain(text: str) -> str:
     return text.replace("[", r"\[")
-
-
-@click.command()
-@click.argument("bundle")
-@click.option("--backend", default=None, help=f"Check only one backend: {', '.join(BACKENDS)}")
-@on_gpu
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def verify(bundle: str, backend: str | None, device: int, as_json: bool) -> None:
-    """Check BUNDLE's hashes, and its recorded outputs on each backend that runs here. Exits with 2 on any fault."""
-    opened = Bundle.open(bundle)
-    only = choose(backend, opened, device=device).backend if backend else None
-    with terminal_report(quiet=as_json) as report:
-        rows = list(verify_bundle(opened, backend=only, device=device, report=report))
-    if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-    else:
-        Console().print(_verify_table(rows))
-    if not all(row.ok for row in rows):
-        for row in rows:
-            if not row.ok:
-                click.echo(f"latentrt: {row.what}: {row.message}", err=True)
-        sys.exit(2)
-
-
-def _verify_table(rows: list[Row]) -> Table:
-    table = Table("what", "at", "backend", "ok", "error", "limit", "")
-    for row in rows:
-        error, limit = (f"{value:.1e}" if value is not None else "" for value in (row.error, row.limit))
-        table.add_row(row.what, row.profile, row.backend, "yes" if row.ok else "NO", error, limit, _plain(row.message))
-    return table

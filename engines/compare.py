@@ -20,3 +20,8 @@ def to_pixels(sample: Array) -> Array:
     """Turn decoded samples (batch, 3, height, width) in -1..1 into (batch, height, width, 3), uint8."""
     levels = np.clip(sample.astype(np.float32) * np.float32(127.5) + np.float32(127.5), 0, 255)
     return np.asarray(np.rint(levels).transpose(0, 2, 3, 1), dtype=np.uint8)
+
+
+def largest(array: Array) -> float:
+    """Return the largest finite magnitude of an array, 0 where it has none: attention's masks hold infinities."""
+    return float(np.abs(array[np.isfinite(array)]).max(initial=0))

@@ -29,6 +29,7 @@ class OpenEngines:
     choice: the backend and why it was chosen
     key: of the engines that were opened first
     load_s: how long it took to find, check and open them
+    found: the directory to open first; None for the one that suits best
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class OpenEngines:
         threads: int | None,
         cuda_graphs: bool | None,
         check: Check,
+        found: tuple[Path, EngineRecord] | None = None,
     ) -> None:
         start = time.perf_counter()
         self.choice = choice
         self._bundle, self._check = bundle, check
         self._threads, self._cuda_graphs = threads, cuda_graphs
-        directory, record = self._find()
+        directory, record = found or self._find()
         self._components = components or tuple(record.entries)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []

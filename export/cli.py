@@ -14,7 +14,7 @@ from rich.table import Table
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.manifest import MANIFEST, Prediction
-from latentrt.engines.cli import show_bundle
+from latentrt.engines.cli import show_bundle, show_for_polygraphy
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.open import choose_to_build
 from latentrt.engines.progress import terminal_report
@@ -157,12 +157,21 @@ MB = 1e6
 @click.command()
 @click.argument("path")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub id that was fetched before.")
+@click.option(
+    "--polygraphy",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a bundle's recorded inputs and outputs there for Polygraphy, and print its commands.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(path: str, revision: str | None, as_json: bool) -> None:
+def inspect(path: str, revision: str | None, polygraphy: Path | None, as_json: bool) -> None:
     """Show what PATH is: a bundle with its engines, or a checkpoint and whether it can be exported.
 
     Of a checkpoint, a directory or a safetensors file, only the JSON and the files' headers are read.
     """
+    if polygraphy is not None:
+        show_for_polygraphy(Path(path), polygraphy, as_json=as_json)
+        return
     if (Path(path) / MANIFEST).is_file():
         show_bundle(Path(path), as_json=as_json)
         return

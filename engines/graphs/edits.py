@@ -57,6 +57,13 @@ def load_graph(path: Path) -> ModelProto:
     return model
 
 
+def save_graph(model: ModelProto, path: Path) -> None:
+    """Write a graph, without the weights that lie in files beside it."""
+    import onnx
+
+    onnx.save(model, str(path))
+
+
 def append_pixel_tail(model: ModelProto) -> None:
     """Make a VAE decoder end in pixels: (batch, 3, height, width) in -1..1 becomes (batch, height, width, 3), uint8.
 

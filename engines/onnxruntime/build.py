@@ -6,7 +6,7 @@ import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -21,12 +21,10 @@ from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
 from latentrt.engines.graphs.locate_weights import GraphValues, places
 from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
 from latentrt.engines.onnxruntime.library import Provider, require
-from latentrt.engines.onnxruntime.session import DTYPES, on_gpu, open_session, session_options
+from latentrt.engines.onnxruntime.session import on_gpu, open_session, session_options, spec_of
 from latentrt.engines.progress import Report
-from latentrt.engines.spec import EngineKey, EngineSpec, TensorSpec
+from latentrt.engines.spec import EngineKey, EngineSpec
 
-if TYPE_CHECKING:
-    from onnx import ModelProto
 # Weights above this lie in a file of their own, which ONNX Runtime maps into memory instead of reading it.
 EXTERNAL_BYTES = 16 << 20
 # Smaller weights stay in the graph: on CUDA what is no larger than a shape, which ONNX Runtime reads first.
@@ -127,7 +125,7 @@ def _build_one(
             split_upsampling(model, edited)
         elif (recipe := options.recipe or DEFAULT_RECIPE) != "plain":
             use_cuda_kernels(model, sums=recipe == "fused")
-        save_graph(model, edited)
+        graphs.save_graph(model, edited)
         # Else ONNX Runtime would name files that are gone by then. On CUDA it changes no weights but external ones.
         external = provider == "cuda" or large or graphs.has_external(model)
         session = _optimise(edited, output, component, provider, device, external=external)
@@ -138,20 +136,13 @@ def _build_one(
             write_weights(
                 directory / built_record(component), _external(found, output) if provider == "cuda" else found
             )
-    return output.name, _spec(component, session)
+    return output.name, spec_of(component, session)
 
 
 def _external(found: BuiltWeights, graph: Path) -> BuiltWeights:
     """Leave out the weights that lie in the graph itself, in whose place nothing can be given."""
     weights = {name: weight for name, weight in found.weights.items() if weight.file != graph.name}
     return msgspec.structs.replace(found, weights=weights)
-
-
-def save_graph(model: ModelProto, path: Path) -> None:
-    """Write a graph, without the weights that lie in files beside it."""
-    import onnx
-
-    onnx.save(model, str(path))
 
 
 def _optimise(graph: Path, output: Path, component: str, provider: Provider, device: int, *, external: bool) -> Any:
@@ -173,17 +164,6 @@ def _optimise(graph: Path, output: Path, component: str, provider: Provider, dev
     if provider == "cuda":
         check_assignment(session, provider, component)
     return session
-
-
-def _spec(component: str, session: Any) -> EngineSpec:
-    def tensors(nodes: Any) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(name=n.name, dtype=DTYPES[n.type], shape=_shape(n.shape)) for n in nodes)
-
-    return EngineSpec(component=component, inputs=tensors(session.get_inputs()), outputs=tensors(session.get_outputs()))
-
-
-def _shape(axes: Any) -> tuple[int | str, ...]:
-    return tuple(axis if isinstance(axis, int | str) else f"axis{i}" for i, axis in enumerate(axes))
 
 
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.

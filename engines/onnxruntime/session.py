@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 from cachetools import LRUCache
 
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
 from latentrt.engines.onnxruntime.assignment import check_assignment, elsewhere, record_assignment
 from latentrt.engines.onnxruntime.library import PROVIDERS, Provider, load_cuda_libraries, require
-from latentrt.engines.spec import Array, DType, EngineSpec, Inputs
+from latentrt.engines.spec import Array, DType, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.tensor_names import COND, HINT
 
 DTYPES: dict[str, DType] = {
@@ -271,6 +272,17 @@ class OnnxRuntimeEngine:
                 raise EngineError(f"{self.spec.component} takes {spec}, found shape {arrays[spec.name].shape}")
         return arrays
 
+    def with_every_output(self) -> OnnxRuntimeEngine:
+        """Return an engine on the same session that gives the graph's other outputs too, where they are of our dtypes.
+
+        Of their shapes its spec says nothing.
+        """
+        known = {tensor.name for tensor in self.spec.outputs}
+        others = [node for node in self._open.get_outputs() if node.name not in known and node.type in DTYPES]
+        further = (TensorSpec(name=node.name, dtype=DTYPES[node.type], shape=()) for node in others)
+        spec = msgspec.structs.replace(self.spec, outputs=(*self.spec.outputs, *further))
+        return OnnxRuntimeEngine(self._open, spec, weights=self._weights)
+
     def close(self) -> None:
         """Free the session and its buffers."""
         self._outputs.clear()
@@ -283,3 +295,16 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def spec_of(component: str, session: Any) -> EngineSpec:
+    """Return what a session takes and gives."""
+
+    def tensors(nodes: Any) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name=n.name, dtype=DTYPES[n.type], shape=_shape(n.shape)) for n in nodes)
+
+    return EngineSpec(component=component, inputs=tensors(session.get_inputs()), outputs=tensors(session.get_outputs()))
+
+
+def _shape(axes: Any) -> tuple[int | str, ...]:
+    return tuple(axis if isinstance(axis, int | str) else f"axis{i}" for i, axis in enumerate(axes))

@@ -7,21 +7,17 @@ the CPU, and the rows go into the engines' directory: `latentrt verify` compares
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, check_file
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime import library
-from latentrt.engines.onnxruntime.session import DTYPES
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.verify.canonical_graph import open_canonical
 
 Arrays = dict[str, Array]
 Pair = tuple[Arrays, Arrays]
@@ -144,28 +140,6 @@ def _draw(golden: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) ->
 
 def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays], directory: Path) -> Iterator[Arrays]:
     """Run the canonical graph in float32, whatever it is stored in. directory: for files that are removed again."""
-    files = [bundle.path(name) for name in bundle.manifest.components[component].files]
-    model = graphs.load_graph(files[0])
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
-        path = Path(beside) / "model.onnx"
-        if graphs.widen(model, files[0].parent, path.with_name("widened.data")):
-            onnxruntime.save_graph(model, path)
-        else:
-            path = files[0]
-        del model
-        opened = _open_session(path)
-    dtypes = {node.name: DTYPES[node.type] for node in opened.get_inputs()}
-    names = [node.name for node in opened.get_outputs()]
-    for arrays in inputs:
-        outputs = opened.run(names, {name: array.astype(dtypes[name]) for name, array in arrays.items()})
-        yield {name: np.asarray(output, dtype=np.float32) for name, output in zip(names, outputs, strict=True)}
-
-
-def _open_session(path: Path) -> Any:
-    ort = library.require()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.enable_cpu_mem_arena = False
-    options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are a second copy
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with open_canonical(bundle, component, directory) as engine:
+        for arrays in inputs:
+            yield {name: np.array(output, dtype=np.float32) for name, output in engine(arrays).items()}

@@ -16,16 +16,26 @@ from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.open import find_engines, serving_engines
 from latentrt.engines.progress import Report, silent
-from latentrt.engines.spec import BackendName, Engine, Precision
+from latentrt.engines.spec import BackendName, Engine
 from latentrt.engines.tensor_names import PIXELS, SQUARES, level_axes
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.verify.references import Pair, read_golden, read_references
+from latentrt.engines.verify.tolerances import PIXEL_LEVEL, tolerance
 
-# Largest difference allowed, over the range of the expected values. fp32: other kernels, other summation order.
-# fp16: weights and activations carry 11 bits, and errors add up over some hundred layers.
-TOLERANCES: dict[Precision, float] = {"fp32": 1e-3, "fp16": 3e-2}
-# Pixels are rounded, so a difference far below one level can still move a value by one.
-PIXEL_LEVEL = 1 / 255
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A layer that left the reference. error: the largest difference over the tensor's largest magnitude"""
+
+    tensor: str
+    node: str
+    op_type: str
+    shape: tuple[int, ...]
+    error: float
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.node or self.tensor} ({self.op_type}, {shape}): {self.error:.1e}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +44,7 @@ class Row:
 
     error, limit: parts of the expected range, None for files
     profile: the sizes at which an engine with fixed shapes was compared, empty for others
+    layers: the first that left the reference, in order; see `layers.verify_layers`
     """
 
     what: str
@@ -43,6 +54,7 @@ class Row:
     error: float | None = None
     limit: float | None = None
     profile: str = ""
+    layers: tuple[Layer, ...] = ()
 
 
 def verify(
@@ -107,7 +119,7 @@ def _compare_all(
     bundle: Bundle, backend: BackendName, engine: Engine, directory: Path, record: EngineRecord
 ) -> Iterator[Row]:
     """Compare with the golden pair; an engine with fixed shapes, in each profile, with the reference of its size."""
-    limit = TOLERANCES["fp16" if bundle.manifest.precision == "fp16" else record.key.precision]
+    limit = tolerance(bundle.manifest.precision, record.key.precision)
     component = engine.spec.component
     space, profiles = bundle.manifest.latents, engine.spec.profiles
     if not profiles:

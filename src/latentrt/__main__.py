@@ -27,7 +27,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
     "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print the plan of one."),
     "inspect": ("latentrt.export.cli", "inspect", "Show what a bundle or a checkpoint is."),
-    "verify": ("latentrt.engines.cli", "verify", "Check a bundle's files and engines."),
+    "verify": ("latentrt.runtime.verify.cli", "verify", "Check a bundle's files and engines."),
     "bench": ("latentrt.runtime.bench.cli", "bench", "Measure latency by stage, memory and errors; compare results."),
 }
 PROMPT_SETS = {"demo": ("latentrt.export.demo.scoring", "held_out_prompts")}  # checkpoint: (module, attribute)
