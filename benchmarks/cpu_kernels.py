@@ -36,16 +36,9 @@ EDITS: Mapping[str, tuple[Edit, ...]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--side", type=int, default=32, help="Of the latents.")
-    parser.add_argument("--rows", type=int, default=2, help="Model rows: 2 for a picture with guidance.")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=60.0, help="For each component.")
-    parser.add_argument("--output", type=Path, default=None)
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__ or "").parse_args()
     watch, bundle = Watch(), Bundle.open(arguments.bundle)
-    found = {name: compare(bundle, name, arguments) for name in ("unet", "vae_decoder")}
+    found = {name: compare(bundle, name, EDITS, arguments) for name in ("unet", "vae_decoder")}
     document = {
         "kind": "latentrt cpu kernels",
         "created": now(),
@@ -55,31 +48,58 @@ def main() -> None:
         "components": found,
     }
     for name, ways in found.items():
-        for way, figures in ways.items():
-            low, high = (figures["ratio"][end] for end in ("low", "high"))
-            between = "" if low is None else f" ({low:.2f} to {high:.2f})"
-            ratio, seconds = figures["ratio"]["estimate"], figures["median_s"]
-            print(f"{name:12} {way:32} {1000 * seconds:9.2f} ms  {ratio:.3f}{between}")
+        print_ways(name, ways)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def compare(bundle: Bundle, component: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return each way's seconds, and its ratio to the graph as exported."""
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return the options of a comparison of graphs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--side", type=int, default=32, help="Of the latents.")
+    parser.add_argument("--rows", type=int, default=2, help="Model rows: 2 for a picture with guidance.")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=60.0, help="For each component.")
+    parser.add_argument("--one-thread", action="store_true", help="Count its own time alone, whatever else is running.")
+    parser.add_argument("--output", type=Path, default=None)
+    return parser
+
+
+def print_ways(name: str, ways: Mapping[str, Any]) -> None:
+    """Print what `compare` returned."""
+    for way, figures in ways.items():
+        low, high = (figures["ratio"][end] for end in ("low", "high"))
+        between = "" if low is None else f" ({low:.3f} to {high:.3f})"
+        ratio, seconds = figures["ratio"]["estimate"], figures["median_s"]
+        print(f"{name:12} {way:32} {1000 * seconds:9.2f} ms  {ratio:.3f}{between}")
+
+
+def compare(bundle: Bundle, component: str, ways: Mapping[str, tuple[Edit, ...]], arguments: Any) -> dict[str, Any]:
+    """Return each way's seconds, and its ratio to the first.
+
+    arguments: side, rows, rounds, seconds and one_thread, as on the command line
+    """
     path = bundle.path(bundle.manifest.components[component].graph)
     rows = arguments.rows if component == "unet" else 1
     with tempfile.TemporaryDirectory() as folder:
-        passes = {way: make_pass(path, edits, Path(folder) / way, arguments.side, rows) for way, edits in EDITS.items()}
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = int(arguments.one_thread)
+        clock = time.thread_time if arguments.one_thread else time.perf_counter
+        passes = {
+            way: make_pass(path, edits, Path(folder) / way, arguments.side, rows, options)
+            for way, edits in ways.items()
+        }
         for run in passes.values():
             run()
-        seconds: dict[str, list[float]] = {way: [] for way in EDITS}
-        turns = take_turns(list(EDITS), rounds=arguments.rounds, most_seconds=arguments.seconds, seed=0)
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        turns = take_turns(list(ways), rounds=arguments.rounds, most_seconds=arguments.seconds, seed=0)
         for _, way in turns:
-            start = time.perf_counter()
+            start = clock()
             passes[way]()
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(clock() - start)
     whole = min(map(len, seconds.values()))
-    first = next(iter(EDITS))
+    first = next(iter(ways))
     return {
         way: {
             "median_s": float(np.median(some)),
@@ -90,7 +110,9 @@ def compare(bundle: Bundle, component: str, arguments: argparse.Namespace) -> di
     }
 
 
-def make_pass(path: Path, edits: tuple[Edit, ...], folder: Path, side: int, rows: int) -> Callable[[], Any]:
+def make_pass(
+    path: Path, edits: tuple[Edit, ...], folder: Path, side: int, rows: int, options: onnxruntime.SessionOptions
+) -> Callable[[], Any]:
     """Edit the graph, open it as an engine is built, and return what runs it once on random numbers."""
     folder.mkdir()
     model = graphs.load_graph(path)
@@ -99,7 +121,7 @@ def make_pass(path: Path, edits: tuple[Edit, ...], folder: Path, side: int, rows
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     for data in path.parent.glob("*data"):
         graphs.link_data(data, folder)
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
     generator, sizes = np.random.default_rng(0), {"latent_height": side, "latent_width": side, "tokens": 77}
     inputs = {
         taken.name: generator.standard_normal(

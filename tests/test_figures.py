@@ -76,6 +76,22 @@ def test_a_gpu_takes_as_long_as_was_measured(way: str) -> None:
     assert speed in PAGE.splitlines()
 
 
+def test_a_pass_at_the_ceilings_is_what_was_computed() -> None:
+    found = result("roofline-sd15")["components"]["unet"]
+    assert sum(cost["operations"] for cost in found["costs"]) / 2e12 == pytest.approx(UNET_TFLOP, rel=1e-5)
+    assert f"takes {1e3 * found['seconds']:.1f} ms with one node after another" in PAGE
+    assert f"and {1e3 * found['fused_s']:.1f} ms if what only moves" in PAGE
+    step_s, _ = gpu_seconds("sd15: bench cuda graphs")
+    assert f"the recorded one takes {1e3 * step_s:.1f} ms" in PAGE
+
+
+def test_keys_and_values_of_the_text_are_worth_what_was_measured() -> None:
+    names = {"demo": "demo, 128x128", "middle": "random weights, a fifth of SD 1.5's width, 256x256"}
+    for name, start in names.items():
+        found = result(f"cross-attention-{name}")["ways"]["once a picture"]["ratio"]
+        assert f"{found['estimate']:.3f} ({found['low']:.3f} to {found['high']:.3f})" in line_with(start)
+
+
 def test_the_contract_with_cuda_was_met_as_often_as_is_said() -> None:
     seam = result("gpu-h200")["parts"]["seam"]["figures"]
     assert f"{seam['passed']} of its {seam['passed'] + seam['failed']} tests passed" in PAGE
