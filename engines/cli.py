@@ -20,11 +20,14 @@ from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
 from latentrt.engines.cli_types import Many, Size, on_gpu
+from latentrt.engines.errors import RequestError
+from latentrt.engines.graphs.roofline import CEILINGS, Roofline, rooflines
 from latentrt.engines.open import choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.tensor_names import STATE_ROWS
 
 MB = 1e6
+GIGA = 1e9
 
 
 _SHAPE_OPTIONS = (
@@ -128,6 +131,31 @@ def show_bundle(bundle: Path, *, as_json: bool) -> None:
         if note := component.float32_note():
             console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
     console.print(_engine_table(opened))
+
+
+def show_rooflines(bundle: Path, *, gpu: str, size: tuple[int, int] | None, as_json: bool) -> None:
+    """Print the least time of a pass of each component on a GPU. export/cli.py has the command."""
+    if gpu not in CEILINGS:
+        raise RequestError(f"--roofline: found {gpu}, expected one of {', '.join(CEILINGS)}")
+    found = rooflines(Bundle.open(bundle), CEILINGS[gpu], size=size)
+    if as_json:
+        click.echo(json.dumps(msgspec.to_builtins(found), indent=1))
+        return
+    console = Console()
+    for name, pass_ in found.items():
+        console.print(_roofline_table(name, gpu, pass_))
+
+
+def _roofline_table(name: str, gpu: str, found: Roofline) -> Table:
+    table = Table("operator", "nodes", "GFLOP", "MB", "ms", title=f"{name} on {gpu}", title_justify="left")
+    for cost in found.costs:
+        work, moved = cost.operations / GIGA, cost.bytes / MB
+        table.add_row(cost.operator, str(cost.nodes), f"{work:.1f}", f"{moved:.1f}", f"{1000 * cost.seconds:.3g}")
+    work, moved = (sum(getattr(cost, what) for cost in found.costs) for what in ("operations", "bytes"))
+    table.add_section()
+    table.add_row("in turn", "", f"{work / GIGA:.1f}", f"{moved / MB:.1f}", f"{1000 * found.seconds:.3g}")
+    table.add_row("fused", "", "", "", f"{1000 * found.fused_s:.3g}")
+    return table
 
 
 def _print_heading(bundle: Bundle, console: Console) -> None:

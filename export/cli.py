@@ -14,8 +14,10 @@ from rich.table import Table
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.manifest import MANIFEST, Prediction
-from latentrt.engines.cli import show_bundle, show_for_polygraphy
+from latentrt.engines.cli import show_bundle, show_for_polygraphy, show_rooflines
+from latentrt.engines.cli_types import Size
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.graphs.roofline import CEILINGS
 from latentrt.engines.open import choose_to_build
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
@@ -163,19 +165,32 @@ MB = 1e6
     type=click.Path(file_okay=False, path_type=Path),
     help="Write a bundle's recorded inputs and outputs there for Polygraphy, and print its commands.",
 )
+@click.option("--roofline", metavar="GPU", help=f"Of a bundle: the least time of a pass on {' or '.join(CEILINGS)}.")
+@click.option("--size", type=Size(), help="Of the picture, for --roofline; the bundle's own by default.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def inspect(path: str, revision: str | None, polygraphy: Path | None, as_json: bool) -> None:
+def inspect(
+    path: str,
+    revision: str | None,
+    polygraphy: Path | None,
+    roofline: str | None,
+    size: tuple[int, int] | None,
+    as_json: bool,
+) -> None:
     """Show what PATH is: a bundle with its engines, or a checkpoint and whether it can be exported.
 
     Of a checkpoint, a directory or a safetensors file, only the JSON and the files' headers are read.
     """
     if polygraphy is not None:
         show_for_polygraphy(Path(path), polygraphy, as_json=as_json)
-        return
-    if (Path(path) / MANIFEST).is_file():
+    elif roofline is not None:
+        show_rooflines(Path(path), gpu=roofline, size=size, as_json=as_json)
+    elif (Path(path) / MANIFEST).is_file():
         show_bundle(Path(path), as_json=as_json)
-        return
-    inspection = inspect_checkpoint(path, revision=revision)
+    else:
+        _show_checkpoint(inspect_checkpoint(path, revision=revision), as_json=as_json)
+
+
+def _show_checkpoint(inspection: Inspection, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(inspection), indent=1))
     else:
