@@ -126,7 +126,7 @@ def bound_workspace(pictures: int, state_rows: int) -> OnnxRuntimeWorkspace:
         for name, model in graphs(state_rows).items()
     }
     workspace = OnnxRuntimeWorkspace(engines, SPACE, shape_for(pictures), device="cpu", denoiser="unet")
-    workspace.wipe(decoder="vae_decoder")
+    workspace.reset(decoder="vae_decoder")
     return workspace
 
 

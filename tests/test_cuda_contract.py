@@ -30,7 +30,7 @@ import pytest
 from latentrt.engines.cuda import gpus
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.gpus import find_gpu
-from latentrt.engines.cuda.stream import Holding, Outbox, Turn, WorkQueue
+from latentrt.engines.cuda.stream import Allocations, StagingRing, Turn, WorkQueue
 from latentrt.engines.errors import (
     EngineError,
     NotInstalledError,
@@ -109,8 +109,8 @@ def queue(device: CudaDevice) -> Iterator[WorkQueue]:
 
 
 @pytest.fixture
-def holding(queue: WorkQueue) -> Iterator[Holding]:
-    made = Holding(queue)
+def allocations(queue: WorkQueue) -> Iterator[Allocations]:
+    made = Allocations(queue)
     yield made
     queue.drain()
     made.close()
@@ -283,10 +283,10 @@ def test_pinned_memory_is_the_hosts_and_known_to_cuda(cuda: Any, device: CudaDev
 
 
 @pytest.mark.parametrize("size", [1, 255, 4096, 16 * MIB + 3])
-def test_copies_bring_every_bit_there_and_back(queue: WorkQueue, holding: Holding, size: int) -> None:
+def test_copies_bring_every_bit_there_and_back(queue: WorkQueue, allocations: Allocations, size: int) -> None:
     device, stream = queue.device, queue.stream
-    there, elsewhere = holding.allocate(size), holding.allocate(size + 512)
-    host, back = holding.pinned(size), holding.pinned(size)
+    there, elsewhere = allocations.allocate(size), allocations.allocate(size + 512)
+    host, back = allocations.pinned(size), allocations.pinned(size)
     host[:] = random_bytes(size)
     device.copy_in(there, host, stream)
     device.copy(elsewhere + 256, there, size, stream)
@@ -309,13 +309,13 @@ def test_more_than_the_card_has_is_told_in_mebibytes_and_nothing_is_broken(devic
     free, needed = (int(number) for number in re.findall(r"(\d+) MiB", str(caught.value)))
     assert free <= gpu.memory_bytes // MIB < needed == -(-(gpu.memory_bytes + (1 << 30)) // MIB)
     queue = WorkQueue(device)
-    holding = Holding(queue)
-    host = holding.pinned(MIB)
+    allocations = Allocations(queue)
+    host = allocations.pinned(MIB)
     host[:] = 3
-    address = holding.allocate(MIB)
+    address = allocations.allocate(MIB)
     device.copy_in(address, host, queue.stream)
     queue.drain()
-    holding.close()
+    allocations.close()
     queue.close()
     assert device.free_bytes() >= before - 8 * MIB
 
@@ -334,12 +334,12 @@ def test_a_full_card_takes_more_again_once_something_is_freed(device: CudaDevice
 
 
 def test_a_holding_is_freed_once(queue: WorkQueue) -> None:
-    holding = Holding(queue)
+    allocations = Allocations(queue)
     before = queue.device.free_bytes()
-    holding.allocate(64 * MIB), holding.pinned(64), holding.mark(), holding.mark(timed=True)
+    allocations.allocate(64 * MIB), allocations.pinned(64), allocations.event(), allocations.event(timed=True)
     queue.drain()
-    holding.close()
-    holding.close()
+    allocations.close()
+    allocations.close()
     assert queue.device.free_bytes() >= before - 2 * MIB
 
 
@@ -347,64 +347,71 @@ def test_a_holding_is_freed_once(queue: WorkQueue) -> None:
 
 
 def test_work_is_queued_and_an_event_waits_for_all_before_it(
-    cuda: Any, queue: WorkQueue, holding: Holding, hold: Callable[[int], Hold]
+    cuda: Any, queue: WorkQueue, allocations: Allocations, hold: Callable[[int], Hold]
 ) -> None:
     """The host goes on while the queue is held, and finds old values until it waited."""
     device = queue.device
-    address, host, back, done = holding.allocate(64), holding.pinned(64), holding.pinned(64), holding.mark()
+    address, host, back, done = (
+        allocations.allocate(64),
+        allocations.pinned(64),
+        allocations.pinned(64),
+        allocations.event(),
+    )
     host[:], back[:] = 5, 0
     held = hold(queue.stream)
     device.copy_in(address, host, queue.stream)
     device.copy_out(back, address, queue.stream)
-    queue.set(done)
+    queue.record(done)
     assert not happened(cuda, done.event) and not back.any()
     held.let_go()
-    queue.reach(done)
+    queue.wait_until(done)
     assert back.tolist() == [5] * 64 and happened(cuda, done.event)
 
 
-def test_other_threads_run_while_one_waits(queue: WorkQueue, holding: Holding, hold: Callable[[int], Hold]) -> None:
+def test_other_threads_run_while_one_waits(
+    queue: WorkQueue, allocations: Allocations, hold: Callable[[int], Hold]
+) -> None:
     """Were Python's lock held in a wait, nobody could let the queue go on before the kernel's own limit."""
-    held, done = hold(queue.stream), holding.mark()
-    queue.set(done)
+    held, done = hold(queue.stream), allocations.event()
+    queue.record(done)
     timer = threading.Timer(0.05, held.let_go)
     start = time.perf_counter()
     timer.start()
-    queue.reach(done)
+    queue.wait_until(done)
     queue.drain()
     assert time.perf_counter() - start < LIMIT_NS / 2e9
     timer.join()
 
 
 def test_two_streams_do_not_wait_for_one_another(
-    cuda: Any, device: CudaDevice, queue: WorkQueue, holding: Holding, hold: Callable[[int], Hold]
+    cuda: Any, device: CudaDevice, queue: WorkQueue, allocations: Allocations, hold: Callable[[int], Hold]
 ) -> None:
     other = WorkQueue(device)
-    beside = Holding(other)
-    first, second = holding.mark(), beside.mark()
+    beside = Allocations(other)
+    first, second = allocations.event(), beside.event()
     address, host = beside.allocate(64), beside.pinned(64)
     held = hold(queue.stream)
-    queue.set(first)
+    queue.record(first)
     host[:] = 9
     device.copy_in(address, host, other.stream)
-    other.set(second)
-    other.reach(second)
+    other.record(second)
+    other.wait_until(second)
     assert not happened(cuda, first.event)
     held.let_go()
-    queue.reach(first)
+    queue.wait_until(first)
     beside.close()
     other.close()
 
 
 def test_a_slot_is_filled_again_only_after_its_copy_ran(
-    queue: WorkQueue, holding: Holding, hold: Callable[[int], Hold]
+    queue: WorkQueue, allocations: Allocations, hold: Callable[[int], Hold]
 ) -> None:
-    outbox = Outbox(queue, holding, 64, slots=2)
-    addresses, back = [holding.allocate(64) for _ in range(3)], holding.pinned(3 * 64)
+    staging = StagingRing(queue, allocations, 64, slots=2)
+    addresses, back = [allocations.allocate(64) for _ in range(3)], allocations.pinned(3 * 64)
     held = hold(queue.stream)
     for number in range(2):
-        outbox.send(addresses[number], [(0, np.full(64, number + 1, dtype=np.uint8))])
-    third = threading.Thread(target=outbox.send, args=(addresses[2], [(0, np.full(64, 3, dtype=np.uint8))]))
+        staging.send(addresses[number], [(0, np.full(64, number + 1, dtype=np.uint8))])
+    third = threading.Thread(target=staging.send, args=(addresses[2], [(0, np.full(64, 3, dtype=np.uint8))]))
     third.start()
     third.join(0.05)
     assert third.is_alive()
@@ -417,13 +424,13 @@ def test_a_slot_is_filled_again_only_after_its_copy_ran(
 
 
 def test_the_device_keeps_time_between_timed_events_alone(
-    device: CudaDevice, kernels: Kernels, queue: WorkQueue, holding: Holding
+    device: CudaDevice, kernels: Kernels, queue: WorkQueue, allocations: Allocations
 ) -> None:
-    first, second, untimed = holding.mark(timed=True), holding.mark(timed=True), holding.mark()
-    queue.set(first)
+    first, second, untimed = allocations.event(timed=True), allocations.event(timed=True), allocations.event()
+    queue.record(first)
     pause = Hold(device, kernels, queue.stream, limit_ns=20_000_000)
-    queue.set(second)
-    queue.set(untimed)
+    queue.record(second)
+    queue.record(untimed)
     queue.drain()
     assert device.elapsed_s(first.event, second.event) >= 0.015
     with pytest.raises(EngineError):
@@ -625,10 +632,10 @@ def median_us(work: Callable[[], object], count: int = 200) -> float:
     return round(float(np.median(times)) * 1e6, 2)
 
 
-def test_copies_cost(queue: WorkQueue, holding: Holding) -> None:
+def test_copies_cost(queue: WorkQueue, allocations: Allocations) -> None:
     device, size = queue.device, 256 * MIB
-    host, first, second = holding.pinned(size), holding.allocate(size), holding.allocate(size)
-    start, end = holding.mark(timed=True), holding.mark(timed=True)
+    host, first, second = allocations.pinned(size), allocations.allocate(size), allocations.allocate(size)
+    start, end = allocations.event(timed=True), allocations.event(timed=True)
     ways: dict[str, Callable[[], None]] = {
         "up": lambda: device.copy_in(first, host, queue.stream),
         "down": lambda: device.copy_out(host, first, queue.stream),
@@ -637,22 +644,24 @@ def test_copies_cost(queue: WorkQueue, holding: Holding) -> None:
     }
     for way, copy in ways.items():
         copy()
-        queue.set(start)
+        queue.record(start)
         for _ in range(8):
             copy()
-        queue.set(end)
+        queue.record(end)
         queue.drain()
         tell("copy", way=way, gb_per_s=round(8 * size / device.elapsed_s(start.event, end.event) / 1e9, 1))
 
 
-def test_waits_cost(cuda: Any, device: CudaDevice, kernels: Kernels, queue: WorkQueue, holding: Holding) -> None:
+def test_waits_cost(
+    cuda: Any, device: CudaDevice, kernels: Kernels, queue: WorkQueue, allocations: Allocations
+) -> None:
     """How long after the work's end the host goes on: the time from launch to return less the kernel's own."""
     ways = {
         "blocking": (cuda.cudaEventBlockingSync, cuda.cudaEventSynchronize),
         "spinning": (0, cuda.cudaEventSynchronize),
         "device.wait": (0, device.wait),
     }
-    first, second = holding.mark(timed=True), holding.mark(timed=True)
+    first, second = allocations.event(timed=True), allocations.event(timed=True)
     for kind, (flag, wait) in ways.items():
         event = int(cuda.cudaEventCreateWithFlags(flag | cuda.cudaEventDisableTiming)[1])
 
@@ -667,9 +676,9 @@ def test_waits_cost(cuda: Any, device: CudaDevice, kernels: Kernels, queue: Work
                 pause = Hold(device, kernels, queue.stream, limit_ns=0)
                 queue.drain()
                 start, busy = time.perf_counter(), time.thread_time()
-                queue.set(first)
+                queue.record(first)
                 kernels.launch(b"hold", queue.stream, pause._block.ctypes.data, pause_us * 1000)
-                queue.set(second)
+                queue.record(second)
                 record_and_wait()
                 late.append(time.perf_counter() - start - device.elapsed_s(first.event, second.event))
                 cpu.append(time.thread_time() - busy)
@@ -683,17 +692,17 @@ def test_waits_cost(cuda: Any, device: CudaDevice, kernels: Kernels, queue: Work
                 cpu_us=round(float(np.median(cpu)) * 1e6, 1),
             )
         device.destroy_event(event)
-    done = holding.mark()
-    queue.set(done)
+    done = allocations.event()
+    queue.record(done)
     queue.drain()
     tell("event query", us=median_us(lambda: cuda.cudaEventQuery(done.event)))
-    tell("event wait", kind="known to be reached", us=median_us(lambda: queue.reach(done)))
+    tell("event wait", kind="known to be reached", us=median_us(lambda: queue.wait_until(done)))
 
 
-def test_graphs_cost(device: CudaDevice, queue: WorkQueue, holding: Holding) -> None:
+def test_graphs_cost(device: CudaDevice, queue: WorkQueue, allocations: Allocations) -> None:
     """Launching, and each copy of a graph, against the same copies one by one."""
-    source, target = holding.allocate(MIB), holding.allocate(MIB)
-    start, end = holding.mark(timed=True), holding.mark(timed=True)
+    source, target = allocations.allocate(MIB), allocations.allocate(MIB)
+    start, end = allocations.event(timed=True), allocations.event(timed=True)
     for nodes in (1, 100, 1000):
 
         def copies(nodes: int = nodes) -> None:
@@ -709,10 +718,10 @@ def test_graphs_cost(device: CudaDevice, queue: WorkQueue, holding: Holding) -> 
         queue.drain()
         for way, work in (("graph", lambda graph=graph: device.launch(graph, queue.stream)), ("one by one", copies)):
             begin = time.perf_counter()
-            queue.set(start)
+            queue.record(start)
             for _ in range(20):
                 work()
-            queue.set(end)
+            queue.record(end)
             host = (time.perf_counter() - begin) / 20
             queue.drain()
             spent = device.elapsed_s(start.event, end.event) / 20
@@ -727,8 +736,8 @@ def test_graphs_cost(device: CudaDevice, queue: WorkQueue, holding: Holding) -> 
         device.free_graph(graph)
 
 
-def test_calls_cost(cuda: Any, device: CudaDevice, queue: WorkQueue, holding: Holding) -> None:
-    mark, host, address = holding.mark(), holding.pinned(4096), holding.allocate(4096)
+def test_calls_cost(cuda: Any, device: CudaDevice, queue: WorkQueue, allocations: Allocations) -> None:
+    mark, host, address = allocations.event(), allocations.pinned(4096), allocations.allocate(4096)
 
     def take_turn() -> None:
         with queue.lock:
@@ -741,7 +750,7 @@ def test_calls_cost(cuda: Any, device: CudaDevice, queue: WorkQueue, holding: Ho
         ("cudaGetDevice", lambda: cuda.cudaGetDevice(), 1000),
         ("cudaSetDevice", lambda: cuda.cudaSetDevice(0), 1000),
         ("turn taken and given back", take_turn, 1000),
-        ("record", lambda: queue.set(mark), 1000),
+        ("record", lambda: queue.record(mark), 1000),
         ("copy in of 4 KiB, queued", send, 500),
         ("find_gpu", lambda: find_gpu(), 20),
         ("CudaDevice", lambda: CudaDevice(), 20),
@@ -760,7 +769,7 @@ import atexit, json, os, sys, time, weakref
 import numpy as np
 from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.gpus import find_gpu
-from latentrt.engines.cuda.stream import Holding, WorkQueue
+from latentrt.engines.cuda.stream import Allocations, WorkQueue
 from latentrt.engines.errors import DeviceLostError, EngineError
 def told(work):
     try:
@@ -798,8 +807,8 @@ RAW = {
 FORK = """
 device = CudaDevice()
 queue = WorkQueue(device)
-holding = Holding(queue)
-address = holding.allocate(1 << 20)
+allocations = Allocations(queue)
+address = allocations.allocate(1 << 20)
 queue.drain()
 read, write = os.pipe()
 child = os.fork()
@@ -810,15 +819,15 @@ if child == 0:
         "find_gpu": told(find_gpu),
         "device": told(CudaDevice),
         **{f"raw {name}": call()[0].name for name, call in RAW.items()},
-        "close": told(holding.close),
-        "settle": told(queue.settle),
+        "close": told(allocations.close),
+        "settle": told(queue.wait_idle),
     }
     os.write(write, json.dumps(answers).encode())
     os._exit(0)
 os.waitpid(child, 0)
 answers = json.loads(os.read(read, 1 << 16))
 answers["parent"] = told(lambda: device.free_bytes() > 0)
-holding.close()
+allocations.close()
 queue.close()
 print(json.dumps(answers))
 """
@@ -857,14 +866,14 @@ class Owner:
     pass
 device = CudaDevice()
 queue = WorkQueue(device)
-holding = Holding(queue)
-holding.allocate(1 << 20), holding.pinned(1 << 20), holding.mark()
+allocations = Allocations(queue)
+allocations.allocate(1 << 20), allocations.pinned(1 << 20), allocations.event()
 owner = Owner()
 def close():
     before = device.free_bytes()
-    queue.settle()
-    holding.close()
-    holding.close()
+    queue.wait_idle()
+    allocations.close()
+    allocations.close()
     queue.close()
     print(json.dumps({"freed": device.free_bytes() - before}))
 weakref.finalize(owner, close)
@@ -878,8 +887,8 @@ def test_what_is_open_when_the_program_ends_can_still_be_freed() -> None:
 LEFT_OPEN = """
 device = CudaDevice()
 queue = WorkQueue(device)
-holding = Holding(queue)
-addresses = [holding.allocate(1 << 20) for _ in range(8)]
+allocations = Allocations(queue)
+addresses = [allocations.allocate(1 << 20) for _ in range(8)]
 device.begin_capture(queue.stream)
 device.copy(addresses[0], addresses[1], 64, queue.stream)
 graph = device.end_capture(queue.stream)
@@ -899,8 +908,8 @@ import ctypes
 from cuda.bindings import driver, runtime
 device = CudaDevice()
 queue = WorkQueue(device)
-holding = Holding(queue)
-address, host, done = holding.allocate(1 << 20), holding.pinned(64), holding.mark()
+allocations = Allocations(queue)
+address, host, done = allocations.allocate(1 << 20), allocations.pinned(64), allocations.event()
 device.begin_capture(queue.stream)
 device.copy(address, address + 4096, 64, queue.stream)
 graph = device.end_capture(queue.stream)
@@ -908,16 +917,16 @@ queue.drain()
 code, module = driver.cuModuleLoadData(PTX)
 code, function = driver.cuModuleGetFunction(module, b"crash")
 driver.cuLaunchKernel(function, 1, 1, 1, 1, 1, 1, 0, queue.stream, ((16,), (ctypes.c_uint64,)), 0)
-queue.set(done)
-answers = {"first": told(lambda: queue.reach(done))}
-answers["again"] = told(lambda: queue.reach(done))
+queue.record(done)
+answers = {"first": told(lambda: queue.wait_until(done))}
+answers["again"] = told(lambda: queue.wait_until(done))
 answers["allocate"] = told(lambda: device.allocate(8))
-answers["record"] = told(lambda: queue.set(done))
+answers["record"] = told(lambda: queue.record(done))
 answers["drain"] = told(queue.drain)
 with queue.lock:
-    answers["settle"] = told(queue.settle)
+    answers["settle"] = told(queue.wait_idle)
     answers["graph"] = told(lambda: device.free_graph(graph))
-    answers["close"] = told(holding.close)
+    answers["close"] = told(allocations.close)
     answers["stream"] = told(queue.close)
 for name, call in {
     "cudaGetDevice": lambda: runtime.cudaGetDevice(), "cudaSetDevice": lambda: runtime.cudaSetDevice(0),

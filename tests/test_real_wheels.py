@@ -14,7 +14,7 @@ import pytest
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.spec import EngineKey
 from latentrt.engines.tensorrt import library as trt_library
-from latentrt.engines.tensorrt.logger import KEPT_LINES, Told
+from latentrt.engines.tensorrt.logger import KEPT_LINES, LogScope
 
 WHEELS = {"tensorrt-lean": "tensorrt-lean-cu13-bindings", "tensorrt-rtx": "tensorrt-rtx-cu13-bindings"}
 
@@ -69,19 +69,19 @@ def library(request: pytest.FixtureRequest) -> ModuleType:
 
 
 def test_errors_that_a_real_library_logs_are_told_and_its_warnings_are_not(library: ModuleType) -> None:
-    before, told = Told(library), Told(library)
+    before, told = LogScope(library), LogScope(library)
     assert told.logger is before.logger, "the library keeps its process's first"
     for severity in ("WARNING", "ERROR", "INTERNAL_ERROR"):
         told.logger.log(getattr(library.ILogger.Severity, severity), f"{severity}\n of the test")
     assert told.lines == before.lines == ["ERROR of the test", "INTERNAL_ERROR of the test"]
-    assert Told(library).lines == []
+    assert LogScope(library).lines == []
 
 
 def test_of_many_errors_the_last_are_kept(library: ModuleType) -> None:
-    told = Told(library)
+    told = LogScope(library)
     for number in range(100):
         told.logger.log(library.ILogger.Severity.ERROR, f"error {number}")
     assert told.lines == [f"error {number}" for number in range(100 - KEPT_LINES, 100)]
-    later = Told(library)
+    later = LogScope(library)
     later.logger.log(library.ILogger.Severity.ERROR, "the last")
     assert later.lines == ["the last"]

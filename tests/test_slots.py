@@ -52,7 +52,7 @@ def make(request: pytest.FixtureRequest, session: TensorRTSession) -> Make:
             return numpy_workspace(SLOTS, STATE_ROWS)
         if request.param == "device":
             return session.workspace(shape_for(SLOTS), **DRAWN)
-        bound.wipe(decoder="vae_decoder")
+        bound.reset(decoder="vae_decoder")
         return bound
 
     return blank

@@ -32,7 +32,7 @@ from latentrt.engines.progress import silent
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import compile as tensorrt_compile
 from latentrt.engines.tensorrt import library as trt_library
-from latentrt.engines.tensorrt.logger import Told
+from latentrt.engines.tensorrt.logger import LogScope
 from latentrt.engines.verify.verify import verify
 from tests.conftest import MakeControlled
 from tests.stand_in import bindings_of
@@ -389,7 +389,7 @@ def test_tf32_is_for_what_an_fp16_bundle_keeps_in_float32_and_never_for_the_stag
 
 @pytest.mark.parametrize("tf32", [False, True])
 def test_the_builder_is_told_whether_it_may_use_tf32(library: Any, tf32: bool) -> None:
-    told = Told(library)
+    told = LogScope(library)
     config = tensorrt_compile._configure(library, library.Builder(told.logger), BuildOptions(), told, tf32=tf32)
     assert config.get_flag(library.BuilderFlag.TF32) is tf32
 

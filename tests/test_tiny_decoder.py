@@ -167,19 +167,19 @@ def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, 
     one = OnnxRuntimeOptions(threads=1)
     engines = {name: session.load(tmp_path / file, spec, "cpu", one) for name, (file, spec) in built.items()}
     workspace = OnnxRuntimeWorkspace(engines, bundle.manifest.latents, SHAPE, device="cpu", denoiser=UNET)
-    workspace.wipe(decoder=DECODER)
+    workspace.reset(decoder=DECODER)
     latents = TorchCpuNoise(1).normal((2, 4, 8, 10))
     full = decoded_on(workspace, latents)
-    workspace.wipe(decoder=TINY_DECODER)
+    workspace.reset(decoder=TINY_DECODER)
     assert_close(decoded_on(workspace, latents, TINY_DECODER), theirs(tiny_vae, latents))
-    workspace.wipe(decoder=DECODER)
+    workspace.reset(decoder=DECODER)
     assert np.array_equal(decoded_on(workspace, latents), full)
-    workspace.wipe()
+    workspace.reset()
     with pytest.raises(EngineError):
         decoded_on(workspace, latents)
     del engines[TINY_DECODER]
     with pytest.raises(EngineError):
-        workspace.wipe(decoder=TINY_DECODER)
+        workspace.reset(decoder=TINY_DECODER)
 
 
 def test_the_workspace_in_numpy_has_the_decoder_it_was_asked_for_with(bundle: Bundle, tiny_vae: Path) -> None:

@@ -92,7 +92,7 @@ def host(canonical: Engines, bundle: Bundle, sampler: str = "dpmpp_2m") -> Numpy
 
 def device(fused: Engines, bundle: Bundle) -> OnnxRuntimeWorkspace:
     workspace = OnnxRuntimeWorkspace(fused, bundle.manifest.latents, SHAPE, device="cpu", denoiser="unet")
-    workspace.wipe(decoder="vae_decoder")
+    workspace.reset(decoder="vae_decoder")
     return workspace
 
 
@@ -131,12 +131,12 @@ def test_a_workspace_draws_again_as_it_drew_before(fused: Engines, bundle: Bundl
 def test_a_wiped_workspace_knows_nothing_of_the_last_batch(fused: Engines, bundle: Bundle) -> None:
     workspace = device(fused, bundle)
     expected = paint(workspace, bundle, write=None)[1]
-    workspace.wipe(decoder="vae_decoder")
+    workspace.reset(decoder="vae_decoder")
     masked = paint(workspace, bundle, write=keep_half)[1]
-    workspace.wipe(decoder="vae_decoder")
+    workspace.reset(decoder="vae_decoder")
     assert not np.array_equal(masked, expected)
     assert np.array_equal(paint(workspace, bundle, write=None)[1], expected)
-    workspace.wipe(decoder="vae_decoder")
+    workspace.reset(decoder="vae_decoder")
     with pytest.raises(EngineError, match="pixels was not written"):
         workspace.read("pixels")
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)

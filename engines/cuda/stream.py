@@ -1,4 +1,4 @@
-"""One stream of a device as a queue: marks in it, memory that is freed together, and copies that never overtake."""
+"""One stream of a device as a queue: events in it, memory that is freed together, and copies that never overtake."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def align(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-class Mark:
-    """A place in the queue. Before it is first set it stands for the queue's beginning."""
+class QueueEvent:
+    """A point in the queue. Before it is first recorded it stands for the queue's beginning."""
 
-    __slots__ = ("event", "place")
+    __slots__ = ("handle", "position")
 
     def __init__(self, event: int) -> None:
-        self.event = event
-        self.place = 0
+        self.handle = event
+        self.position = 0
 
 
 class Turn:
@@ -65,28 +65,28 @@ class WorkQueue:
         self.lock = Turn(device)
         with self.lock:
             self.stream = device.create_stream()
-        self._places = 0
+        self._positions = 0
         self._reached = 0
 
-    def set(self, mark: Mark) -> None:
-        """Move a mark to the end of what is in the queue now."""
-        self.device.record(mark.event, self.stream)
-        self._places += 1
-        mark.place = self._places
+    def record(self, event: QueueEvent) -> None:
+        """Move an event to the end of what is in the queue now."""
+        self.device.record(event.handle, self.stream)
+        self._positions += 1
+        event.position = self._positions
 
-    def reach(self, mark: Mark) -> None:
-        """Wait until the queue came to the mark. Asks nothing of the device where that is known already."""
-        place = mark.place
-        if place > self._reached:
-            self.device.wait(mark.event)
-            self._reached = max(place, self._reached)
+    def wait_until(self, event: QueueEvent) -> None:
+        """Wait until the queue reached the event. Asks nothing of the device where that is known already."""
+        position = event.position
+        if position > self._reached:
+            self.device.wait(event.handle)
+            self._reached = max(position, self._reached)
 
     def drain(self) -> None:
         """Wait until the queue is empty. Raises EngineError where something in it failed."""
         self.device.synchronize(self.stream)
-        self._reached = self._places
+        self._reached = self._positions
 
-    def settle(self) -> None:
+    def wait_idle(self) -> None:
         """Wait until nothing in the queue runs any more, before what it uses is freed: also where the GPU is lost."""
         with contextlib.suppress(DeviceLostError):
             self.drain()
@@ -96,8 +96,8 @@ class WorkQueue:
         self.device.destroy_stream(self.stream)
 
 
-class Holding:
-    """The device memory, pinned memory and marks of one owner, freed together."""
+class Allocations:
+    """The device memory, pinned memory and events of one owner, freed together."""
 
     def __init__(self, queue: WorkQueue) -> None:
         self._queue = queue
@@ -119,10 +119,10 @@ class Holding:
         self._blocks.append(block)
         return block
 
-    def mark(self, *, timed: bool = False) -> Mark:
-        """Return a fresh mark."""
+    def event(self, *, timed: bool = False) -> QueueEvent:
+        """Return a fresh event."""
         self._events.append(self._queue.device.create_event(timed=timed))
-        return Mark(self._events[-1])
+        return QueueEvent(self._events[-1])
 
     def close(self) -> None:
         """Free everything. The queue must be empty."""
@@ -135,17 +135,17 @@ class Holding:
             device.destroy_event(self._events.pop())
 
 
-class Outbox:
+class StagingRing:
     """Pinned memory that the host fills for the device, in as many slots as there are copies under way.
 
     A slot is filled again only after its last copy ran; with enough slots the host never waits for that.
     """
 
-    def __init__(self, queue: WorkQueue, holding: Holding, size: int, *, slots: int = 1) -> None:
+    def __init__(self, queue: WorkQueue, allocations: Allocations, size: int, *, slots: int = 1) -> None:
         self._queue = queue
         stride = align(size)
-        block = holding.pinned(stride * slots)
-        self._slots = [(block[n * stride :][:size], holding.mark()) for n in range(slots)]
+        block = allocations.pinned(stride * slots)
+        self._slots = [(block[n * stride :][:size], allocations.event()) for n in range(slots)]
         self._next = 0
 
     def send(self, address: int, pieces: Iterable[tuple[int, Array]]) -> None:
@@ -153,12 +153,12 @@ class Outbox:
 
         The arrays may be changed as soon as this returns.
         """
-        slot, mark = self._slots[self._next]
+        slot, event = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
-        self._queue.reach(mark)
+        self._queue.wait_until(event)
         end = 0
         for offset, array in pieces:
             slot[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
             end = max(end, offset + array.nbytes)
         self._queue.device.copy_in(address, slot[:end], self._queue.stream)
-        self._queue.set(mark)
+        self._queue.record(event)

@@ -117,7 +117,7 @@ class Sessions:
         workspace = self._workspaces.get(key)
         if workspace is None:
             self._workspaces[key] = workspace = self._with_room(lambda: self._bound(shape, denoiser), self._choice)
-        workspace.wipe(decoder=decoder)
+        workspace.reset(decoder=decoder)
         return workspace
 
     def _bound(self, shape: WorkspaceShape, denoiser: str) -> OnnxRuntimeWorkspace:

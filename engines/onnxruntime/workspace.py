@@ -189,7 +189,7 @@ class OnnxRuntimeWorkspace:
         """Note the time."""
         return Instant()
 
-    def wipe(self, *, decoder: str | None = None) -> None:
+    def reset(self, *, decoder: str | None = None) -> None:
         """Make the workspace blank for other pictures: nothing is kept of the last ones but the buffers themselves.
 
         decoder: the one that may be run from now on, None for none. Raises EngineError where it was not opened.

@@ -1,4 +1,4 @@
-"""What a workspace on the device consists of: inputs that stay there, and passes that are bound to them."""
+"""What a workspace on the device consists of: inputs that stay there, and executions that are bound to them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latentrt.engines.cuda.stream import Holding, Outbox, align
+from latentrt.engines.cuda.stream import Allocations, StagingRing, align
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import PIXELS, SQUARES, is_residual, level_axes
-from latentrt.engines.tensorrt.execution import Pass, Place, Program
+from latentrt.engines.tensorrt.execution import Execution, Executor, Program
 from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, input_shapes, nbytes, profiles_for
 from latentrt.engines.workspace.contract import GUIDANCE, NOISE, OWNERS, PER_STAGE, STATE, WorkspaceShape, span
 
@@ -20,11 +20,11 @@ NEXT_STATE, ROWS = "next_state", "rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Bench:
+class WorkspaceContext:
     """Where the parts of one workspace are made: where they run, what holds their memory, and the sizes of axes."""
 
-    place: Place
-    holding: Holding
+    executor: Executor
+    allocations: Allocations
     axes: Mapping[str, int]
     origin: Origin
 
@@ -58,17 +58,17 @@ def view(array: Array, tensor: TensorSpec, shape: Shape) -> Array:
     return np.ascontiguousarray(array, dtype=tensor.dtype)
 
 
-class Resident:
+class PersistentInput:
     """A buffer that stays on the device, with room for the largest number of model rows."""
 
-    def __init__(self, bench: Bench, tensor: TensorSpec, shape: Shape) -> None:
+    def __init__(self, context: WorkspaceContext, tensor: TensorSpec, shape: Shape) -> None:
         if ROWS in tensor.shape[1:]:
             raise EngineError(f"{tensor} has its model rows on another axis than the first; {REBUILD}")
         self.tensor, self.shape = tensor, shape
         self.by_rows = tensor.shape[0] == ROWS
         self.size = nbytes(tensor, shape)
-        self.address = bench.holding.allocate(self.size)
-        self._outbox = Outbox(bench.place.queue, bench.holding, self.size)
+        self.address = context.allocations.allocate(self.size)
+        self._staging = StagingRing(context.executor.queue, context.allocations, self.size)
 
     @property
     def row_size(self) -> int:
@@ -83,27 +83,33 @@ class Resident:
         if array.ndim and array.shape != shape:
             raise EngineError(f"{name}: found shape {array.shape}, expected {shape}")
         values = np.ascontiguousarray(np.broadcast_to(array, shape), dtype=self.tensor.dtype)
-        self._outbox.send(self.address + rows.start * self.row_size, [(0, values)])
+        self._staging.send(self.address + rows.start * self.row_size, [(0, values)])
         return rows
 
 
 class Stage:
     """The denoise stage for one number of model rows: what changes from stage to stage lies in one block."""
 
-    def __init__(self, bench: Bench, program: Program, profile: int, residents: Mapping[str, Resident]) -> None:
-        self._queue = bench.place.queue
-        self._run = Pass(bench.place, program, profile)
-        self._residents = residents
+    def __init__(
+        self,
+        context: WorkspaceContext,
+        program: Program,
+        profile: int,
+        persistent_inputs: Mapping[str, PersistentInput],
+    ) -> None:
+        self._queue = context.executor.queue
+        self._run = Execution(context.executor, program, profile)
+        self._persistent_inputs = persistent_inputs
         tensors = {tensor.name: tensor for tensor in program.spec.inputs}
         self._tensors = tuple(tensors[name] for name in PER_STAGE)
         self._offsets, self.block_size = lay_out(self._tensors, self._run.inputs)
-        self._address = bench.holding.allocate(self.block_size)
+        self._address = context.allocations.allocate(self.block_size)
         self._quiet = True  # fresh memory is zero
         self._pictures = self._run.inputs[GUIDANCE][0]
 
     @property
-    def run(self) -> Pass:
-        """Return the pass, for what binds and closes it."""
+    def run(self) -> Execution:
+        """Return the execution, for what binds and closes it."""
         return self._run
 
     @property
@@ -113,12 +119,12 @@ class Stage:
 
     def bind(self, previous: int, residuals: Mapping[str, int]) -> None:
         """Set the addresses. The state is copied to `previous` first, where it is read, and written where it was."""
-        state = self._residents[STATE]
-        addresses = {name: resident.address for name, resident in self._residents.items()} | self.addresses
+        state = self._persistent_inputs[STATE]
+        addresses = {name: persistent.address for name, persistent in self._persistent_inputs.items()} | self.addresses
         addresses |= {STATE: previous, NEXT_STATE: state.address, **residuals}
         self._run.bind(addresses, before=[(previous, state.address, state.size)])
 
-    def send(self, given: Mapping[str, Array], outbox: Outbox) -> None:
+    def send(self, given: Mapping[str, Array], staging: StagingRing) -> None:
         """Put one copy of what a stage takes in the queue; the run itself comes behind it."""
         arrays = {
             tensor.name: view(given[tensor.name], tensor, self._run.inputs[tensor.name])
@@ -128,7 +134,7 @@ class Stage:
         owners = arrays[OWNERS]
         if owners.min() < 0 or owners.max() >= self._pictures:  # the device would read past the end
             raise EngineError(f"{OWNERS}: found {owners.tolist()}, expected pictures below {self._pictures}")
-        outbox.send(self._address, [(self._offsets[name], array) for name, array in arrays.items()])
+        staging.send(self._address, [(self._offsets[name], array) for name, array in arrays.items()])
         self._silence(silent=NOISE not in arrays)
 
     def _silence(self, *, silent: bool) -> None:
@@ -148,27 +154,27 @@ def lay_out(tensors: tuple[TensorSpec, ...], shapes: Mapping[str, Shape]) -> tup
     return offsets, end
 
 
-def make_residents(bench: Bench, program: Program, profile: int) -> dict[str, Resident]:
+def make_persistent_inputs(context: WorkspaceContext, program: Program, profile: int) -> dict[str, PersistentInput]:
     """Make the inputs that stay, with the shapes of the profile with the most model rows."""
     names = {tensor.name for tensor in program.spec.inputs}
     if not {STATE, *PER_STAGE} <= names or {tensor.name for tensor in program.spec.outputs} != {NEXT_STATE}:
         raise EngineError(f"{program.spec.component} is no fused denoise stage: it takes {', '.join(names)}; {REBUILD}")
     shapes = input_shapes(program.spec, profile)
     stay = [tensor for tensor in program.spec.inputs if tensor.name not in PER_STAGE and not is_residual(tensor.name)]
-    return {tensor.name: Resident(bench, tensor, shapes[tensor.name]) for tensor in stay}
+    return {tensor.name: PersistentInput(context, tensor, shapes[tensor.name]) for tensor in stay}
 
 
 class Decoded:
     """What a decoder gives, on the device in one block, so that one copy brings it to the host."""
 
-    def __init__(self, holding: Holding, shape: WorkspaceShape) -> None:
+    def __init__(self, allocations: Allocations, shape: WorkspaceShape) -> None:
         self.shapes: dict[str, Shape] = {
             PIXELS: (shape.pictures, shape.height, shape.width, 3),
             SQUARES: (shape.pictures, 2),
         }
         self._squares = align(math.prod(self.shapes[PIXELS]))
         size = self._squares + math.prod(self.shapes[SQUARES]) * np.dtype(np.float32).itemsize
-        self.address, self.host = holding.allocate(size), holding.pinned(size)
+        self.address, self.host = allocations.allocate(size), allocations.pinned(size)
 
     @property
     def addresses(self) -> dict[str, int]:
@@ -185,9 +191,9 @@ class Decoded:
         return self.host[self._squares :].view(np.float32).reshape(self.shapes[SQUARES])
 
 
-def make_decoder(bench: Bench, program: Program, state: Resident, decoded: Decoded) -> Pass:
-    """Make the VAE's pass: from the state to the pixels, (P, height, width, 3) uint8, and the sums of squares."""
-    run = Pass(bench.place, program, next(iter(bench.profiles(program.spec).values())))
+def make_decoder(context: WorkspaceContext, program: Program, state: PersistentInput, decoded: Decoded) -> Execution:
+    """Make the VAE's execution: from the state to the pixels, (P, height, width, 3) uint8, and the sums of squares."""
+    run = Execution(context.executor, program, next(iter(context.profiles(program.spec).values())))
     if run.inputs != {STATE: state.shape} or run.outputs != decoded.shapes:
         given = ", ".join(f"{name} {shape}" for name, shape in decoded.shapes.items())
         raise EngineError(

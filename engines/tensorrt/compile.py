@@ -17,7 +17,7 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.errors import EngineError
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import EngineSpec
-from latentrt.engines.tensorrt.logger import KEPT_LINES, LONGEST_LINE, Told
+from latentrt.engines.tensorrt.logger import KEPT_LINES, LONGEST_LINE, LogScope
 
 
 def compile_graph(
@@ -53,21 +53,21 @@ def compile_graph(
 def _compile(
     library: ModuleType, graph: Path, spec: EngineSpec, options: BuildOptions, *, tf32: bool, monitor: Any
 ) -> memoryview:
-    told = Told(library)
-    builder = told.given(library.Builder(told.logger), "no builder could be made")
+    log = LogScope(library)
+    builder = log.given(library.Builder(log.logger), "no builder could be made")
     flags = 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = told.given(builder.create_network(flags), "no network could be made")
-    _parse(library, network, graph, spec.component, told)
+    network = log.given(builder.create_network(flags), "no network could be made")
+    _parse(library, network, graph, spec.component, log)
     _let_attention_decompose(library, network)
-    config = _configure(library, builder, options, told, tf32=tf32)
-    _add_profiles(builder, config, spec, told)
+    config = _configure(library, builder, options, log, tf32=tf32)
+    _add_profiles(builder, config, spec, log)
     if options.timing_cache is not None:
         attach_timing_cache(config, options.timing_cache)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.error is not None:
         raise monitor.error
-    compiled = memoryview(told.given(plan, f"{spec.component} could not be compiled"))  # no copy: gigabytes
+    compiled = memoryview(log.given(plan, f"{spec.component} could not be compiled"))  # no copy: gigabytes
     if options.timing_cache is not None:
         save_timing_cache(config, options.timing_cache)
     return compiled
@@ -104,8 +104,8 @@ def make_monitor(library: ModuleType, what: str, report: Report, cancelled: Canc
     return Monitor()
 
 
-def _parse(library: ModuleType, network: Any, graph: Path, component: str, told: Told) -> None:
-    parser = library.OnnxParser(network, told.logger)
+def _parse(library: ModuleType, network: Any, graph: Path, component: str, log: LogScope) -> None:
+    parser = library.OnnxParser(network, log.logger)
     if parser.parse_from_file(str(graph)):
         return
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
@@ -125,8 +125,8 @@ def _let_attention_decompose(library: ModuleType, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-def _configure(library: ModuleType, builder: Any, options: BuildOptions, told: Told, *, tf32: bool) -> Any:
-    config = told.given(builder.create_builder_config(), "no builder configuration could be made")
+def _configure(library: ModuleType, builder: Any, options: BuildOptions, log: LogScope, *, tf32: bool) -> Any:
+    config = log.given(builder.create_builder_config(), "no builder configuration could be made")
     if not tf32:  # it is on by default
         config.clear_flag(library.BuilderFlag.TF32)
     flags = {
@@ -134,7 +134,7 @@ def _configure(library: ModuleType, builder: Any, options: BuildOptions, told: T
         "EXCLUDE_LEAN_RUNTIME": options.version_compatible,  # the service brings it: latentrt[tensorrt-lean]
         "REFIT": options.refit,
     }
-    # TensorRT-RTX allows a pass to be recorded as a CUDA graph only where it allocates nothing itself.
+    # TensorRT-RTX allows an execution to be recorded as a CUDA graph only where it allocates nothing itself.
     flags["REQUIRE_USER_ALLOCATION"] = hasattr(library.BuilderFlag, "REQUIRE_USER_ALLOCATION")
     for name, wanted in flags.items():
         if wanted:
@@ -162,14 +162,14 @@ def _target(library: ModuleType, config: Any, capability: str) -> None:
         raise EngineError(f"{library.__name__} {library.__version__} refused compute capability {capability}")
 
 
-def _add_profiles(builder: Any, config: Any, spec: EngineSpec, told: Told) -> None:
+def _add_profiles(builder: Any, config: Any, spec: EngineSpec, log: LogScope) -> None:
     for sizes in spec.profiles:
         profile = builder.create_optimization_profile()
         for tensor in spec.inputs:
             shape = tuple(axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape)
             profile.set_shape(tensor.name, shape, shape, shape)
         if config.add_optimization_profile(profile) < 0:
-            raise told.error(f"{spec.component} takes no profile {dict(sizes)}")
+            raise log.error(f"{spec.component} takes no profile {dict(sizes)}")
 
 
 POLL_S = 0.02

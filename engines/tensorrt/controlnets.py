@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.tensor_names import HINT, NEXT, SCALE, hint_of, is_residual
-from latentrt.engines.tensorrt.buffers import ROWS, Bench, Resident, Stage, lay_out
-from latentrt.engines.tensorrt.execution import Copy, Pass, Program
+from latentrt.engines.tensorrt.buffers import ROWS, PersistentInput, Stage, WorkspaceContext, lay_out
+from latentrt.engines.tensorrt.execution import Copy, Execution, Program
 from latentrt.engines.tensorrt.profiles import input_shapes
 from latentrt.engines.workspace.contract import own_buffer
 
@@ -17,11 +17,11 @@ class Residuals:
     it, from where they are copied over it on the device.
     """
 
-    def __init__(self, bench: Bench, unet: Program, profile: int) -> None:
+    def __init__(self, context: WorkspaceContext, unet: Program, profile: int) -> None:
         tensors = tuple(tensor for tensor in unet.spec.inputs if is_residual(tensor.name))
         self._offsets, self._size = lay_out(tensors, input_shapes(unet.spec, profile))
-        self._address, self._sums = (bench.holding.allocate(self._size) for _ in range(2))
-        self._queue = bench.place.queue
+        self._address, self._sums = (context.allocations.allocate(self._size) for _ in range(2))
+        self._queue = context.executor.queue
         self._clean = True  # fresh memory is zero
 
     @property
@@ -51,32 +51,32 @@ class Residuals:
 
 
 class ControlNet:
-    """One ControlNet on a workspace: what it follows, how strongly, and a pass for each number of model rows."""
+    """One ControlNet on a workspace: what it follows, how strongly, and an execution for each number of model rows."""
 
     def __init__(
         self,
-        bench: Bench,
+        context: WorkspaceContext,
         program: Program,
-        residents: Mapping[str, Resident],
+        persistent_inputs: Mapping[str, PersistentInput],
         residuals: Residuals,
         stages: Mapping[int, Stage],
     ) -> None:
         self._component = program.spec.component
-        profiles = bench.profiles(program.spec, free=ROWS)
+        profiles = context.profiles(program.spec, free=ROWS)
         if missing := set(stages) - set(profiles):
             raise EngineError(f"{self._component} is not compiled for {sorted(missing)} model rows, as the UNet is")
         shapes = input_shapes(program.spec, profiles[max(profiles)])
         tensors = {tensor.name: tensor for tensor in program.spec.inputs}
-        self.hint, self.scale = (Resident(bench, tensors[name], shapes[name]) for name in (HINT, SCALE))
+        self.hint, self.scale = (PersistentInput(context, tensors[name], shapes[name]) for name in (HINT, SCALE))
         self.needs = {
             hint_of(self._component),
             own_buffer(self._component, SCALE),
-            *(tensors.keys() & residents.keys()),
+            *(tensors.keys() & persistent_inputs.keys()),
         }
-        addresses = {name: resident.address for name, resident in residents.items()}
+        addresses = {name: persistent.address for name, persistent in persistent_inputs.items()}
         addresses |= {HINT: self.hint.address, SCALE: self.scale.address, **residuals.inputs, **residuals.outputs}
-        self.passes = {rows: Pass(bench.place, program, profiles[rows]) for rows in stages}
-        for rows, run in self.passes.items():
+        self.executions = {rows: Execution(context.executor, program, profiles[rows]) for rows in stages}
+        for rows, run in self.executions.items():
             run.bind(addresses | stages[rows].addresses, after=residuals.copies)
 
 
@@ -85,20 +85,22 @@ class Controls:
 
     def __init__(self, networks: Mapping[str, ControlNet], residuals: Residuals | None) -> None:
         self.networks, self._residuals = networks, residuals
-        self.residents = {hint_of(component): network.hint for component, network in networks.items()}
-        self.residents |= {own_buffer(component, SCALE): network.scale for component, network in networks.items()}
-        self.passes = [run for network in networks.values() for run in network.passes.values()]
+        self.persistent_inputs = {hint_of(component): network.hint for component, network in networks.items()}
+        self.persistent_inputs |= {
+            own_buffer(component, SCALE): network.scale for component, network in networks.items()
+        }
+        self.executions = [run for network in networks.values() for run in network.executions.values()]
         self._added = False  # by a ControlNet since the last stage
 
     def run(self, component: str, rows: int) -> None:
         """Put one ControlNet in the queue, behind what the stage takes and before it. Raises EngineError."""
         assert self._residuals is not None
-        self.settle()
-        self.networks[component].passes[rows].run()
+        self.wait_idle()
+        self.networks[component].executions[rows].run()
         self._added = True
         self._residuals.spoil()
 
-    def settle(self) -> None:
+    def wait_idle(self) -> None:
         """Have no residuals but those of the ControlNets since the last stage."""
         if self._residuals is not None and not self._added:
             self._residuals.clear()
@@ -107,7 +109,7 @@ class Controls:
         """Note that a stage took the residuals."""
         self._added = False
 
-    def wipe(self) -> None:
+    def reset(self) -> None:
         """Forget what was added."""
         self._added = False
         if self._residuals is not None:

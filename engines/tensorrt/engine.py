@@ -8,10 +8,10 @@ from typing import Self
 
 import numpy as np
 
-from latentrt.engines.cuda.stream import Holding, Outbox
+from latentrt.engines.cuda.stream import Allocations, StagingRing
 from latentrt.engines.errors import ClosedError, EngineError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
-from latentrt.engines.tensorrt.execution import Pass, Place, Program
+from latentrt.engines.tensorrt.execution import Execution, Executor, Program
 from latentrt.engines.tensorrt.profiles import Origin, Shape, input_shapes, nbytes
 
 
@@ -19,14 +19,14 @@ class TensorRTEngine:
     """One component for callers with NumPy arrays. The arrays it returns hold until its next call.
 
     Each profile that was used keeps its context and buffers until `close`. It serves one thread at a time, together
-    with what else runs in the same place.
+    with what else runs on the same executor.
     """
 
-    def __init__(self, place: Place, program: Program, origin: Origin) -> None:
+    def __init__(self, executor: Executor, program: Program, origin: Origin) -> None:
         self.spec = program.spec
-        self._place, self._origin = place, origin
+        self._executor, self._origin = executor, origin
         self._program: Program | None = program  # None once closed
-        self._desks: dict[int, _Desk] = {}
+        self._host_io: dict[int, _HostIO] = {}
 
     @property
     def closed(self) -> bool:
@@ -42,11 +42,11 @@ class TensorRTEngine:
             raise ClosedError(f"the engine of {self.spec.component} is closed; open the bundle again")
         arrays = self._arrays(inputs)
         profile = self._profile(arrays)
-        with self._place.queue.lock:
-            if profile not in self._desks:
-                self._desks[profile] = _Desk(self._place, self._program, profile)
-            self._desks[profile].put(arrays)
-        return self._desks[profile].outputs()
+        with self._executor.queue.lock:
+            if profile not in self._host_io:
+                self._host_io[profile] = _HostIO(self._executor, self._program, profile)
+            self._host_io[profile].put(arrays)
+        return self._host_io[profile].outputs()
 
     def _arrays(self, inputs: Inputs) -> dict[str, Array]:
         names = [tensor.name for tensor in self.spec.inputs]
@@ -85,9 +85,9 @@ class TensorRTEngine:
 
     def forget(self) -> None:
         """Free the contexts and buffers; they are made again for the next call."""
-        with self._place.queue.lock:
-            while self._desks:
-                self._desks.popitem()[1].close()
+        with self._executor.queue.lock:
+            while self._host_io:
+                self._host_io.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -98,68 +98,68 @@ class TensorRTEngine:
         self.close()
 
 
-class _Desk:
+class _HostIO:
     """One profile with its own buffers, on the device and pinned on the host."""
 
-    def __init__(self, place: Place, program: Program, profile: int) -> None:
-        self._queue, self._holding = place.queue, Holding(place.queue)
-        self._pass: Pass | None = None
+    def __init__(self, executor: Executor, program: Program, profile: int) -> None:
+        self._queue, self._allocations = executor.queue, Allocations(executor.queue)
+        self._execution: Execution | None = None
         try:
-            self._pass = Pass(place, program, profile)
-            self._set_up(self._pass, program)
+            self._execution = Execution(executor, program, profile)
+            self._set_up(self._execution, program)
         except EngineError:
             self.close()
             raise
 
-    def _set_up(self, run: Pass, program: Program) -> None:
-        holding = self._holding
+    def _set_up(self, run: Execution, program: Program) -> None:
+        allocations = self._allocations
         sides = ((program.spec.inputs, run.inputs), (program.spec.outputs, run.outputs))
         sizes = {t.name: nbytes(t, shapes[t.name]) for tensors, shapes in sides for t in tensors}
-        self._addresses = {name: holding.allocate(size) for name, size in sizes.items()}
-        self._outboxes = {name: Outbox(self._queue, holding, sizes[name]) for name in run.inputs}
-        self._blocks = {name: holding.pinned(sizes[name]) for name in run.outputs}
+        self._addresses = {name: allocations.allocate(size) for name, size in sizes.items()}
+        self._stagings = {name: StagingRing(self._queue, allocations, sizes[name]) for name in run.inputs}
+        self._blocks = {name: allocations.pinned(sizes[name]) for name in run.outputs}
         self._outputs = {
             t.name: self._blocks[t.name].view(t.dtype).reshape(run.outputs[t.name]) for t in program.spec.outputs
         }
-        self._done = holding.mark()
+        self._done = allocations.event()
         run.bind(self._addresses)
 
     def put(self, arrays: Mapping[str, Array]) -> None:
         """Put a run in the queue, with the copies around it."""
-        assert self._pass is not None
+        assert self._execution is not None
         for name, array in arrays.items():
-            self._outboxes[name].send(self._addresses[name], [(0, array)])
-        self._pass.run()
+            self._stagings[name].send(self._addresses[name], [(0, array)])
+        self._execution.run()
         for name, block in self._blocks.items():
             self._queue.device.copy_out(block, self._addresses[name], self._queue.stream)
-        self._queue.set(self._done)
+        self._queue.record(self._done)
 
     def outputs(self) -> dict[str, Array]:
         """Wait for the last run and return what it gave."""
-        self._queue.reach(self._done)
+        self._queue.wait_until(self._done)
         return dict(self._outputs)
 
     def close(self) -> None:
-        self._queue.settle()
-        if self._pass is not None:
-            self._pass.close()
-        self._holding.close()
+        self._queue.wait_idle()
+        if self._execution is not None:
+            self._execution.close()
+        self._allocations.close()
 
 
 BATCH = "batch"
 
 
-def in_portions(engine: Engine) -> Engine:
+def in_micro_batches(engine: Engine) -> Engine:
     """Return an engine that takes any number of rows, where `engine` is compiled for some numbers of them alone.
 
     Engines without a batch of independent rows (the fused stage, the decoder from the state) are returned as they
     are, as are those that take any shape.
     """
-    return _InPortions(engine) if any(BATCH in profile for profile in engine.spec.profiles) else engine
+    return _MicroBatches(engine) if any(BATCH in profile for profile in engine.spec.profiles) else engine
 
 
-class _InPortions(EngineView):
-    """Largest portions first; the last one is filled up with copies of the last row, whose outputs are dropped."""
+class _MicroBatches(EngineView):
+    """Largest micro-batches first; the last one is filled up with copies of the last row, whose outputs are dropped."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
@@ -178,8 +178,8 @@ class _InPortions(EngineView):
         start = 0
         while start < count:
             size = next((batch for batch in self._batches if batch <= count - start), self._batches[-1])
-            portion = {name: _take(array, start, size) for name, array in rows.items()}
-            found.append({name: array.copy() for name, array in self._engine({**portion, **shared}).items()})
+            micro_batch = {name: _take(array, start, size) for name, array in rows.items()}
+            found.append({name: array.copy() for name, array in self._engine({**micro_batch, **shared}).items()})
             start += size
         return {name: np.concatenate([part[name] for part in found])[:count] for name in found[0]}
 

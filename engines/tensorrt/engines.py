@@ -22,10 +22,10 @@ from latentrt.engines.errors import ClosedError, DeviceLostError, EngineError, O
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import HINT, PIXELS
-from latentrt.engines.tensorrt.engine import TensorRTEngine, in_portions
-from latentrt.engines.tensorrt.execution import Kernels, Place, Plan, Program, Scratch, open_programs
+from latentrt.engines.tensorrt.engine import TensorRTEngine, in_micro_batches
+from latentrt.engines.tensorrt.execution import Executor, Kernels, Plan, Program, Scratch, open_programs
 from latentrt.engines.tensorrt.library import Flavor, cannot_run, mismatches, runtime_of
-from latentrt.engines.tensorrt.logger import Told
+from latentrt.engines.tensorrt.logger import LogScope
 from latentrt.engines.tensorrt.profiles import Origin
 from latentrt.engines.tensorrt.workspace import SLOTS, Programs, TensorRTWorkspace
 from latentrt.engines.workspace.contract import IDS, Workspace, WorkspaceShape
@@ -53,7 +53,7 @@ def open_tensorrt(
     device: a `CudaDevice`, which is proof that a driver answers
     factor: how many pixels an element of the latents is wide, as the manifest says
     components: the ones to open, None for all
-    graphs: whether passes are recorded as CUDA graphs
+    graphs: whether executions are recorded as CUDA graphs
     workspaces: how many shapes are kept ready; the one that was used longest ago makes room, once nobody has it
     slots: how many stages a workspace can have on their way to the device; see `tensorrt_workspace.SLOTS`
     Raises EngineError with the library's own words, BundleError where a file cannot be read.
@@ -98,22 +98,22 @@ class TensorRTSession:
         self._origin, self._slots = origin, slots
         self._programs: dict[str, Program] = open_programs(library, plans, device)
         queue = WorkQueue(device)
-        self._place = Place(queue=queue, scratch=Scratch(queue), graphs=graphs)
+        self._executor = Executor(queue=queue, scratch=Scratch(queue), graphs=graphs)
         self._workspaces: LRUCache[tuple[WorkspaceShape, str], TensorRTWorkspace] = LRUCache(workspaces)
         self._made = weakref.WeakSet[TensorRTWorkspace]()  # those that are kept, and those that somebody still has
         self._engines: list[TensorRTEngine] = []
-        self._end = weakref.finalize(self, _free, self._place, self._programs, self._made, self._engines)
+        self._end = weakref.finalize(self, _free, self._executor, self._programs, self._made, self._engines)
         self.load_s = time.perf_counter() - start
 
     def workspace(self, shape: WorkspaceShape, *, denoiser: str, decoder: str | None) -> TensorRTWorkspace:
-        """Return a blank workspace for a shape: the same one every time, wiped, while it is kept.
+        """Return a blank workspace for a shape: the same one every time, reset, while it is kept.
 
         denoiser: the network that its stages run
         decoder: what its pixels come from; None where they come from elsewhere: it then takes no memory for any
         Raises EngineError where the engines are not compiled for it, with the command that builds them, and where
         the device has no room, not even once the others that are kept are given up.
         """
-        with self._place.queue.lock:
+        with self._executor.queue.lock:
             self._check_open()
             _keep_kernels(self._programs)
             while True:
@@ -130,10 +130,10 @@ class TensorRTSession:
             programs = self._drawing(denoiser)
             while self._workspaces.currsize >= self._workspaces.maxsize:
                 self._workspaces.popitem()
-            self._workspaces[key] = TensorRTWorkspace(self._place, programs, shape, self._origin, slots=self._slots)
+            self._workspaces[key] = TensorRTWorkspace(self._executor, programs, shape, self._origin, slots=self._slots)
             self._made.add(self._workspaces[key])
         workspace = self._workspaces[key]
-        workspace.wipe(decoder=decoder)
+        workspace.reset(decoder=decoder)
         return workspace
 
     def _drawing(self, denoiser: str) -> Programs:
@@ -160,30 +160,30 @@ class TensorRTSession:
         program = self._programs.get(component)
         if program is None:
             raise EngineError(f"there is no {component} here, opened are {', '.join(self._programs)}")
-        engine = TensorRTEngine(self._place, program, self._origin)
+        engine = TensorRTEngine(self._executor, program, self._origin)
         self._engines[:] = [*(one for one in self._engines if not one.closed), engine]
         return engine
 
     def refit(self, component: str, exchange: Callable[[Program, int], None]) -> None:
         """Exchange weights of an engine: `exchange` is given it and the stream in which to queue that.
 
-        Workspaces are closed and passes are made anew: that recorded ones see new weights is promised nowhere.
+        Workspaces are closed and executions are made again: that recorded ones see new weights is promised nowhere.
         """
-        with self._place.queue.lock:
+        with self._executor.queue.lock:
             self._check_open()
             for workspace in list(self._made):
                 workspace.close("had other weights; ask for it again")
             self._workspaces.clear()
             for engine in self._engines:
                 engine.forget()
-            self._place.queue.drain()
-            exchange(self._programs[component], self._place.queue.stream)
-            self._place.queue.drain()
+            self._executor.queue.drain()
+            exchange(self._programs[component], self._executor.queue.stream)
+            self._executor.queue.drain()
 
     @property
     def scratch_bytes(self) -> int:
         """Return how much device memory the engines share for what they compute on the way."""
-        return self._place.scratch.size
+        return self._executor.scratch.size
 
     def _check_open(self) -> None:
         if not self._end.alive:
@@ -213,21 +213,21 @@ def _keep_kernels(programs: Mapping[str, Program]) -> None:
 
 
 def _free(
-    place: Place,
+    executor: Executor,
     programs: dict[str, Program],
     workspaces: weakref.WeakSet[TensorRTWorkspace],
     engines: list[TensorRTEngine],
 ) -> None:
-    with contextlib.suppress(DeviceLostError), place.queue.lock:
+    with contextlib.suppress(DeviceLostError), executor.queue.lock:
         _keep_kernels(programs)
         for workspace in list(workspaces):
             workspace.close()
         while engines:
             engines.pop().close()
         programs.clear()
-        place.scratch.close()
-        place.queue.settle()
-        place.queue.close()
+        executor.scratch.close()
+        executor.queue.wait_idle()
+        executor.queue.close()
 
 
 UNKNOWN = "unknown"  # of weights where a refit went wrong: some may have been exchanged
@@ -239,11 +239,11 @@ def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], 
     base: gives the values of what else must be supplied because the compiler has put it together with these
     Raises EngineError with the library's words; then some of the weights may have been exchanged and some not.
     """
-    name, told = program.spec.component, Told(program.library)
-    refitter = told.given(program.library.Refitter(program.engine, told.logger), f"{name}: no refitter")
+    name, log = program.spec.component, LogScope(program.library)
+    refitter = log.given(program.library.Refitter(program.engine, log.logger), f"{name}: no refitter")
     kept = dict(weights)  # the library reads them until the refit is in the queue
     for initializer, values in weights.items():
-        _set(refitter, initializer, values, name, told)
+        _set(refitter, initializer, values, name, log)
     for initializer in refitter.get_missing_weights():
         own = base(initializer) if initializer else None
         if own is None:
@@ -252,14 +252,14 @@ def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], 
                 "are not known; add the LoRA when exporting: latentrt export --lora"
             )
         kept[initializer] = own
-        _set(refitter, initializer, own, name, told)
+        _set(refitter, initializer, own, name, log)
     if not refitter.refit_cuda_engine_async(stream):
-        raise told.error(f"{name}: its weights could not be exchanged")
+        raise log.error(f"{name}: its weights could not be exchanged")
 
 
-def _set(refitter: Any, initializer: str, values: Array, name: str, told: Told) -> None:
+def _set(refitter: Any, initializer: str, values: Array, name: str, log: LogScope) -> None:
     if not refitter.set_named_weights(initializer, values):
-        raise told.error(f"{name}: the weights of {initializer} were refused")
+        raise log.error(f"{name}: the weights of {initializer} were refused")
 
 
 class Refits:
@@ -331,7 +331,7 @@ def open_engines(
     device: int,
     graphs: bool = True,
 ) -> OnDevice:
-    """Open engines on a GPU; graphs: whether passes are recorded. Raises EngineError and BundleError."""
+    """Open engines on a GPU; graphs: whether executions are recorded. Raises EngineError and BundleError."""
     reason = cannot_run(flavor, device=device)
     library = None if reason else runtime_of(flavor, record.key)
     if library is None:
@@ -344,5 +344,5 @@ def open_engines(
     )
     command = f"latentrt build {bundle.root} --backend {flavor} --refittable"
     weights = Adaptable(record=record, directory=directory, files=bundle.root, command=command)
-    engines = {name: in_portions(session.engine(name)) for name in components}
+    engines = {name: in_micro_batches(session.engine(name)) for name in components}
     return OnDevice(engines=engines, session=session, refits=Refits(session, weights))

@@ -20,7 +20,7 @@ from latentrt.engines.cuda.device import Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
-from latentrt.engines.tensorrt.logger import Told
+from latentrt.engines.tensorrt.logger import LogScope
 from latentrt.engines.tensorrt.profiles import REBUILD, Shape, input_shapes
 
 # TensorRT's names of the types that our engines may take and give.
@@ -62,13 +62,13 @@ class Kernels:
         self._content = b""  # of the file
         self._used = False
 
-    def join(self, config: Any, told: Told) -> None:
+    def join(self, config: Any, log: LogScope) -> None:
         """Let contexts of a configuration find kernels here, and leave what they compile. Raises EngineError."""
         if self._cache is None:
-            self._cache = told.given(config.create_runtime_cache(), "no cache of kernels could be made")
+            self._cache = log.given(config.create_runtime_cache(), "no cache of kernels could be made")
             self._read()
         if not config.set_runtime_cache(self._cache):
-            raise told.error("the cache of kernels was refused")
+            raise log.error("the cache of kernels was refused")
 
     def _read(self) -> None:
         for file in self._files:
@@ -117,13 +117,13 @@ def open_programs(library: ModuleType, plans: Mapping[str, Plan], device: Device
 
 def open_program(library: ModuleType, file: Path, spec: EngineSpec, kernels: Kernels) -> Program:
     """Read one engine file and check it against its spec. Raises as `open_programs` does."""
-    told = Told(library)
+    log = LogScope(library)
     # A runtime each: one runtime may not be used from two threads.
-    runtime = told.given(library.Runtime(told.logger), f"{library.__name__} gave no runtime")
+    runtime = log.given(library.Runtime(log.logger), f"{library.__name__} gave no runtime")
     with _map(file) as plan:
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise told.error(f"{library.__name__} {library.__version__} cannot load {file} ({REBUILD})")
+        raise log.error(f"{library.__name__} {library.__version__} cannot load {file} ({REBUILD})")
     if differences := _differences(library, engine, spec):
         raise EngineError(f"{file} is not what its record says: {'; '.join(differences)}; {REBUILD}")
     return Program(library=library, engine=engine, spec=spec, kernels=kernels)
@@ -201,14 +201,14 @@ class Scratch:
     def close(self) -> None:
         """Wait for the queue and free the memory."""
         if self.size:
-            self._queue.settle()
+            self._queue.wait_idle()
             self._queue.device.free(self.address)
             self.address = self.size = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Place:
-    """Where passes run. graphs: whether they become CUDA graphs"""
+class Executor:
+    """Where executions run, one after another. graphs: whether they become CUDA graphs"""
 
     queue: WorkQueue
     scratch: Scratch
@@ -219,7 +219,7 @@ Copy = tuple[int, int, int]
 """Target address, source address and bytes of a copy on the device."""
 
 
-class Pass:
+class Execution:
     """One profile of one engine in a context of its own, with fixed addresses.
 
     Run first, it is put in the queue kernel by kernel, as TensorRT needs once, and then recorded as a CUDA graph,
@@ -227,23 +227,23 @@ class Pass:
     NVIDIA's documentation advises.
     """
 
-    def __init__(self, place: Place, program: Program, profile: int) -> None:
-        self._place = place  # and not the program: once a pass is closed it keeps no engine on the device
-        self._told, self._kernels = Told(program.library), program.kernels
+    def __init__(self, executor: Executor, program: Program, profile: int) -> None:
+        self._executor = executor  # and not the program: once it is closed it keeps no engine on the device
+        self._log, self._kernels = LogScope(program.library), program.kernels
         self.name = f"{program.spec.component}, profile {profile}"
         self.inputs = input_shapes(program.spec, profile)
         self._context = self._given(self._make_context(program), "no context could be made")
         self._select(profile)
         self.outputs = {tensor.name: self._output_shape(tensor) for tensor in program.spec.outputs}
         self._scratch_bytes = program.engine.get_device_memory_size_for_profile_v2(profile)
-        place.scratch.reserve(self._scratch_bytes)
+        executor.scratch.reserve(self._scratch_bytes)
         self._before, self._after = tuple[Copy, ...](), tuple[Copy, ...]()
-        self._settled: tuple[int, int] | None = None
+        self._used_scratch: tuple[int, int] | None = None
         self._graph: int | None = None
 
     def _given(self, result: Any, failure: str) -> Any:
         """Return what the library returned, unless that is its None or False for a failure."""
-        return self._told.given(None if result is False else result, f"{self.name}: {failure}")
+        return self._log.given(None if result is False else result, f"{self.name}: {failure}")
 
     def _make_context(self, program: Program) -> Any:
         library, engine = program.library, program.engine
@@ -255,23 +255,23 @@ class Pass:
         config.set_execution_context_allocation_strategy(strategy)
         # TensorRT-RTX would else exchange kernels later, behind the back of the graph.
         config.dynamic_shapes_kernel_specialization_strategy = specialization.EAGER
-        self._kernels.join(config, self._told)
+        self._kernels.join(config, self._log)
         return engine.create_execution_context(config)
 
     def _select(self, profile: int) -> None:
-        chosen = self._context.set_optimization_profile_async(profile, self._place.queue.stream)
+        chosen = self._context.set_optimization_profile_async(profile, self._executor.queue.stream)
         self._given(chosen, "the profile was refused")
         for name, shape in self.inputs.items():
             self._given(self._context.set_input_shape(name, shape), f"{name} was refused the shape {shape}")
         if missing := self._infer_shapes():
-            raise self._told.error(f"{self.name}: the shapes of {', '.join(missing)} are not known")
+            raise self._log.error(f"{self.name}: the shapes of {', '.join(missing)} are not known")
 
     def _infer_shapes(self) -> list[str]:
         """Return the tensors whose shapes are not known yet."""
         try:
             return list(self._context.infer_shapes())
         except RuntimeError as error:  # for any other reason than that one is not known
-            raise self._told.error(f"{self.name}: its shapes could not be inferred ({error})") from None
+            raise self._log.error(f"{self.name}: its shapes could not be inferred ({error})") from None
 
     def _output_shape(self, tensor: TensorSpec) -> Shape:
         shape = tuple(self._context.get_tensor_shape(tensor.name))
@@ -289,26 +289,26 @@ class Pass:
 
     def run(self) -> None:
         """Put one run in the queue. Raises EngineError."""
-        if self._settled != self._place.scratch.extent:
-            self._settle()
+        if self._used_scratch != self._executor.scratch.extent:
+            self._use_scratch()
         if self._graph is not None:
-            self._place.queue.device.launch(self._graph, self._place.queue.stream)
+            self._executor.queue.device.launch(self._graph, self._executor.queue.stream)
             return
         self._enqueue()
-        if self._place.graphs:
+        if self._executor.graphs:
             self._graph = self._capture()
 
-    def _settle(self) -> None:
+    def _use_scratch(self) -> None:
         """Use the scratch memory where it is now. A graph that used it where it was is of no use any more."""
-        scratch = self._place.scratch
+        scratch = self._executor.scratch
         self._drop_graph()
         self._kernels.use()
         scratch.reserve(self._scratch_bytes)
         self._context.set_device_memory(scratch.address, scratch.size)
-        self._settled = scratch.extent
+        self._used_scratch = scratch.extent
 
     def _enqueue(self) -> None:
-        queue = self._place.queue
+        queue = self._executor.queue
         for target, source, size in self._before:
             queue.device.copy(target, source, size, queue.stream)
         self._given(self._context.execute_async_v3(queue.stream), "it could not be run")
@@ -316,7 +316,7 @@ class Pass:
             queue.device.copy(target, source, size, queue.stream)
 
     def _capture(self) -> int:
-        queue = self._place.queue
+        queue = self._executor.queue
         can = getattr(self._context, "is_stream_capturable", None)  # only TensorRT-RTX tells
         if can is not None and not can(queue.stream):
             raise EngineError(
@@ -334,8 +334,8 @@ class Pass:
 
     def _drop_graph(self) -> None:
         if self._graph is not None:
-            self._place.queue.settle()
-            self._place.queue.device.free_graph(self._graph)
+            self._executor.queue.wait_idle()
+            self._executor.queue.device.free_graph(self._graph)
             self._graph = None
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from latentrt.engines.errors import EngineError, backend_error
 
-KEPT_LINES = 3  # of what the logger was told last
+KEPT_LINES = 3  # of the last errors
 LONGEST_LINE = 400
 
 
@@ -34,8 +34,8 @@ def logger_of(library: ModuleType) -> Any:
     return Logger()
 
 
-class Told:
-    """What a library's logger is told from now on."""
+class LogScope:
+    """What a library's logger reports from now on."""
 
     def __init__(self, library: ModuleType) -> None:
         self.logger = logger_of(library)
@@ -43,7 +43,7 @@ class Told:
 
     @property
     def lines(self) -> list[str]:
-        """Return the last errors, at most `KEPT_LINES`; none where it was told none."""
+        """Return the last errors, at most `KEPT_LINES`; none if it had none."""
         lines = list(self.logger.lines)
         return lines[len(lines) - min(self.logger.count - self._start, len(lines)) :]
 

@@ -96,5 +96,5 @@ def _distinct(values: Iterable[object]) -> list[str]:
 
 
 def _words(sizes: Mapping[str, int]) -> str:
-    told = {name: size for name, size in sizes.items() if name not in level_axes(1, 1)}  # these follow from the others
-    return ", ".join(f"{name} {size}" for name, size in told.items()) or "one shape"
+    shown = {name: size for name, size in sizes.items() if name not in level_axes(1, 1)}  # these follow from the others
+    return ", ".join(f"{name} {size}" for name, size in shown.items()) or "one shape"

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from latentrt.engines.cuda.stream import Outbox
+from latentrt.engines.cuda.stream import StagingRing
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.engines.tensorrt.buffers import Bench, Resident, view
-from latentrt.engines.tensorrt.execution import Pass, Program
+from latentrt.engines.tensorrt.buffers import PersistentInput, WorkspaceContext, view
+from latentrt.engines.tensorrt.execution import Execution, Program
 from latentrt.engines.tensorrt.profiles import input_shapes, nbytes
 from latentrt.engines.workspace.contract import IDS
 
@@ -31,23 +31,23 @@ def split_texts(texts: int, compiled: Collection[int]) -> list[Part]:
 
 
 class TextEncoder:
-    """A text encoder's passes, and where what they give is copied from: to the rows of the text that it is for."""
+    """A text encoder's executions, and where what they give is copied from: to the rows of the text that it is for."""
 
-    def __init__(self, bench: Bench, program: Program, text: Resident) -> None:
-        self._queue, self.spec, self._text = bench.place.queue, program.spec, text
-        self._origin = bench.origin
+    def __init__(self, context: WorkspaceContext, program: Program, text: PersistentInput) -> None:
+        self._queue, self.spec, self._text = context.executor.queue, program.spec, text
+        self._origin = context.origin
         self._batch_axis = str(_tensor(program.spec, IDS).shape[0])
-        found = bench.profiles(program.spec, free=self._batch_axis)
+        found = context.profiles(program.spec, free=self._batch_axis)
         _, self._length = input_shapes(program.spec, next(iter(found.values())))[IDS]
         self._size = text.row_size * self._length // text.shape[1]  # of one text's encoding
         self._most = text.shape[0] * text.shape[1] // self._length
         slots = -(-self._most // min(found))
         batches = sorted(batch for batch in found if batch <= self._most) or [min(found)]  # or one that is filled up
-        self._runs = {batch: _Run(bench, program, found[batch], slots=slots) for batch in batches}
+        self._runs = {batch: _Run(context, program, found[batch], slots=slots) for batch in batches}
 
     @property
-    def passes(self) -> list[Pass]:
-        """Return its passes, for what warms up and closes them."""
+    def executions(self) -> list[Execution]:
+        """Return its executions, for what warms up and closes them."""
         return [run.run for run in self._runs.values()]
 
     def put(self, inputs: Mapping[str, Array], rows: slice) -> slice:
@@ -83,13 +83,15 @@ class TextEncoder:
 class _Run:
     """A text encoder for one number of texts."""
 
-    def __init__(self, bench: Bench, program: Program, profile: int, *, slots: int) -> None:
-        self.run = Pass(bench.place, program, profile)
+    def __init__(self, context: WorkspaceContext, program: Program, profile: int, *, slots: int) -> None:
+        self.run = Execution(context.executor, program, profile)
         self._tensors = program.spec.inputs
-        allocate, queue = bench.holding.allocate, bench.place.queue
+        allocate, queue = context.allocations.allocate, context.executor.queue
         sizes = {tensor.name: nbytes(tensor, self.run.inputs[tensor.name]) for tensor in self._tensors}
         self._addresses = {name: allocate(size) for name, size in sizes.items()}
-        self._outboxes = {name: Outbox(queue, bench.holding, size, slots=slots) for name, size in sizes.items()}
+        self._stagings = {
+            name: StagingRing(queue, context.allocations, size, slots=slots) for name, size in sizes.items()
+        }
         outputs = {t.name: allocate(nbytes(t, self.run.outputs[t.name])) for t in program.spec.outputs}
         self._output = outputs[STATES]
         self.run.bind(self._addresses | outputs)
@@ -98,12 +100,12 @@ class _Run:
         """Put one run in the queue; return where what it gives will be."""
         arrays = {t.name: view(inputs[t.name], t, self.run.inputs[t.name]) for t in self._tensors}
         for name, array in arrays.items():
-            self._outboxes[name].send(self._addresses[name], [(0, array)])
+            self._stagings[name].send(self._addresses[name], [(0, array)])
         self.run.run()
         return self._output
 
 
-def fills(spec: EngineSpec, resident: Resident) -> bool:
+def fills(spec: EngineSpec, persistent: PersistentInput) -> bool:
     """Tell whether what a text encoder gives is what the stage takes, as it is.
 
     It is not where the stage takes what several encoders give side by side, as SDXL's does.
@@ -112,8 +114,8 @@ def fills(spec: EngineSpec, resident: Resident) -> bool:
     states = outputs.get(STATES)
     return (
         states is not None
-        and states.dtype == resident.tensor.dtype
-        and states.shape[-1] == resident.shape[-1]
+        and states.dtype == persistent.tensor.dtype
+        and states.shape[-1] == persistent.shape[-1]
         and any(tensor.name == IDS for tensor in spec.inputs)
     )
 

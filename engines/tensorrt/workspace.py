@@ -10,22 +10,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from latentrt.engines.cuda.stream import Holding, Mark, Outbox
+from latentrt.engines.cuda.stream import Allocations, QueueEvent, StagingRing
 from latentrt.engines.errors import ClosedError, DeviceLostError, EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PIXELS, PREVIOUS, SQUARES, is_residual
 from latentrt.engines.tensorrt.buffers import (
     ROWS,
-    Bench,
     Decoded,
-    Resident,
+    PersistentInput,
     Stage,
+    WorkspaceContext,
     make_decoder,
-    make_residents,
+    make_persistent_inputs,
     workspace_axes,
 )
 from latentrt.engines.tensorrt.controlnets import ControlNet, Controls, Residuals
-from latentrt.engines.tensorrt.execution import Pass, Place, Program
+from latentrt.engines.tensorrt.execution import Execution, Executor, Program
 from latentrt.engines.tensorrt.profiles import Origin
 from latentrt.engines.tensorrt.text_encoder import TextEncoder, fills
 from latentrt.engines.workspace.contract import (
@@ -62,14 +62,14 @@ class Programs:
 
 
 class Tick:
-    """An event of a workspace on the device. Its mark serves another one when nobody holds it any more."""
+    """An event of a workspace on the device. Its queue event serves another one when it is no longer referenced."""
 
-    def __init__(self, workspace: TensorRTWorkspace, mark: Mark, idle: list[Mark]) -> None:
-        self._workspace, self._mark, self._idle = workspace, mark, idle
+    def __init__(self, workspace: TensorRTWorkspace, event: QueueEvent, idle: list[QueueEvent]) -> None:
+        self._workspace, self._mark, self._idle = workspace, event, idle
 
     def wait(self) -> None:
-        """Wait until the queue comes to this place."""
-        self._workspace.reach(self._mark)
+        """Wait until the queue comes to this point."""
+        self._workspace.wait_until(self._mark)
 
     def since(self, earlier: Event) -> float:
         """Wait and return the device's own seconds since an earlier event."""
@@ -85,7 +85,7 @@ class TensorRTWorkspace:
     """A workspace on the device; it implements `Workspace`.
 
     Everything is allocated when it is constructed: a context for each number of model rows that the UNet is compiled
-    for and for each number of texts that the text encoder is; and one for a decoder when `wipe` names it first.
+    for and for each number of texts that the text encoder is; and one for a decoder when `reset` names it first.
     Before each stage the state is copied to where the stage reads it, on the device and inside the stage's graph: two
     buffers in turn would need every graph twice, to save the copy of a megabyte or two on a device that copies
     terabytes a second. That copy is the state before the last stage, which can be read too.
@@ -95,88 +95,88 @@ class TensorRTWorkspace:
     queued, local = True, False
 
     def __init__(
-        self, place: Place, programs: Programs, shape: WorkspaceShape, origin: Origin, *, slots: int = SLOTS
+        self, executor: Executor, programs: Programs, shape: WorkspaceShape, origin: Origin, *, slots: int = SLOTS
     ) -> None:
         self.shape = shape
-        self._queue, self._holding = place.queue, Holding(place.queue)
-        self._passes: list[Pass] = []
-        self._end = weakref.finalize(self, _free, place, self._passes, self._holding)
+        self._queue, self._allocations = executor.queue, Allocations(executor.queue)
+        self._executions: list[Execution] = []
+        self._end = weakref.finalize(self, _free, executor, self._executions, self._allocations)
         self._closed = ""
-        self._idle: list[Mark] = []
+        self._idle: list[QueueEvent] = []
         self._written = Written()
         self._next: dict[str, Array] = {}  # what the next stage takes, and is not on the device yet
         self._weighted: Array | None = None  # the last guidance is not 0, (P, M)
         self._given: dict[str, Array] = {}  # what text encoders read
         self._texts: dict[str, TextEncoder] = {}
         self._decoder = ""
-        self._decoders: dict[str, Pass] = {}
+        self._decoders: dict[str, Execution] = {}
         self._programs = dict(programs.decoders)
-        self._bench = bench = Bench(
-            place=place, holding=self._holding, axes=workspace_axes(shape, origin.factor), origin=origin
+        self._context = context = WorkspaceContext(
+            executor=executor, allocations=self._allocations, axes=workspace_axes(shape, origin.factor), origin=origin
         )
         with self._queue.lock:
             try:
-                self._set_up(bench, programs, slots)
+                self._set_up(context, programs, slots)
             except BaseException:
                 self.close()
                 raise
 
-    def _set_up(self, bench: Bench, programs: Programs, slots: int) -> None:
+    def _set_up(self, context: WorkspaceContext, programs: Programs, slots: int) -> None:
         self._denoiser = programs.unet.spec.component
-        rows = bench.profiles(programs.unet.spec, free=ROWS)
-        self._residents = make_residents(bench, programs.unet, rows[max(rows)])
-        self._make_stages(bench, programs, rows, slots)
-        self._buffers = {**self._residents, **self._controls.residents}
-        for name in AT_FIRST.keys() & self._residents.keys():
+        rows = context.profiles(programs.unet.spec, free=ROWS)
+        self._persistent_inputs = make_persistent_inputs(context, programs.unet, rows[max(rows)])
+        self._make_stages(context, programs, rows, slots)
+        self._buffers = {**self._persistent_inputs, **self._controls.persistent_inputs}
+        for name in AT_FIRST.keys() & self._persistent_inputs.keys():
             self._write_first(name)
-        text = self._residents.get(TEXT)
+        text = self._persistent_inputs.get(TEXT)
         for component, program in programs.text_encoders.items():
             if text is not None and fills(program.spec, text):
-                self._texts[component] = TextEncoder(bench, program, text)
-                self._passes += self._texts[component].passes
-        self._output, self._finished = Decoded(self._holding, self.shape), self._holding.mark()
-        self._inbox = self._holding.pinned(max(resident.size for resident in self._buffers.values()))
-        self._received = self._holding.mark()
+                self._texts[component] = TextEncoder(context, program, text)
+                self._executions += self._texts[component].executions
+        self._output, self._finished = Decoded(self._allocations, self.shape), self._allocations.event()
+        self._inbox = self._allocations.pinned(max(persistent.size for persistent in self._buffers.values()))
+        self._received = self._allocations.event()
 
-    def _make_stages(self, bench: Bench, programs: Programs, rows: Mapping[int, int], slots: int) -> None:
-        self._previous = self._holding.allocate(self._residents[STATE].size)
+    def _make_stages(self, context: WorkspaceContext, programs: Programs, rows: Mapping[int, int], slots: int) -> None:
+        self._previous = self._allocations.allocate(self._persistent_inputs[STATE].size)
         unet = programs.unet
         takes = any(is_residual(tensor.name) for tensor in unet.spec.inputs)
-        residuals = Residuals(bench, unet, rows[max(rows)]) if takes else None
+        residuals = Residuals(context, unet, rows[max(rows)]) if takes else None
         self._stages: dict[int, Stage] = {}
         for number, profile in rows.items():
-            stage = self._stages[number] = Stage(bench, unet, profile, self._residents)
-            self._passes.append(stage.run)
+            stage = self._stages[number] = Stage(context, unet, profile, self._persistent_inputs)
+            self._executions.append(stage.run)
             stage.bind(self._previous, residuals.inputs if residuals else {})
         largest = max(stage.block_size for stage in self._stages.values())
-        self._outbox = Outbox(self._queue, self._holding, largest, slots=slots)
+        self._staging = StagingRing(self._queue, self._allocations, largest, slots=slots)
         networks = {
-            component: ControlNet(bench, program, self._residents, residuals, self._stages)
+            component: ControlNet(context, program, self._persistent_inputs, residuals, self._stages)
             for component, program in programs.controlnets.items()
             if residuals is not None
         }
         self._controls = Controls(networks, residuals)
-        self._passes += self._controls.passes
+        self._executions += self._controls.executions
 
-    def _decoder_pass(self, name: str) -> Pass:
+    def _decoder_execution(self, name: str) -> Execution:
         if name not in self._programs:
             raise no_decoder(name, self._programs)
         if name not in self._decoders:
-            run = make_decoder(self._bench, self._programs[name], self._residents[STATE], self._output)
+            run = make_decoder(self._context, self._programs[name], self._persistent_inputs[STATE], self._output)
             self._decoders[name] = run
-            self._passes.append(run)
+            self._executions.append(run)
         return self._decoders[name]
 
     @property
     def state_rows(self) -> int:
         """Return how many rows of state the engines carry."""
-        return self._residents[STATE].shape[1]
+        return self._persistent_inputs[STATE].shape[1]
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"the workspace for {self.shape} {self._closed}")
 
-    def _resident(self, name: str) -> Resident:
+    def _persistent(self, name: str) -> PersistentInput:
         if name not in self._buffers:
             raise EngineError(f"there is no {name} on this workspace, expected one of {', '.join(self._buffers)}")
         return self._buffers[name]
@@ -203,8 +203,8 @@ class TensorRTWorkspace:
             elif name.rpartition(".")[0] in self._texts:
                 self._given[name] = np.array(values)
             else:
-                resident = self._resident(name)
-                self._written.note(name, resident.write(values, rows, name=name), resident.shape[0])
+                persistent = self._persistent(name)
+                self._written.note(name, persistent.write(values, rows, name=name), persistent.shape[0])
             if name == STATE:
                 self._written.forget(PREVIOUS, rows=rows)
 
@@ -222,8 +222,8 @@ class TensorRTWorkspace:
                 self._decode(program, rows)
 
     def _advance(self, rows: slice) -> None:
-        number = self._prepare(rows, self._residents.keys() - AT_FIRST.keys())
-        self._controls.settle()
+        number = self._prepare(rows, self._persistent_inputs.keys() - AT_FIRST.keys())
+        self._controls.wait_idle()
         self._stages[number].run.run()
         self._controls.used_up()
         assert self._weighted is not None
@@ -238,13 +238,13 @@ class TensorRTWorkspace:
         if number != self.fit(self._denoiser, number) or rows.stop not in (None, number):
             raise EngineError(f"guidance is for {number} model rows, expected {rows.stop}, one of {list(self._stages)}")
         for name in needs:
-            used = np.asarray(self._weighted.any(axis=0 if self._resident(name).by_rows else 1))
+            used = np.asarray(self._weighted.any(axis=0 if self._persistent(name).by_rows else 1))
             self._written.require(name, used)
         if self._next:
             given, self._next = self._next, {}
             if missing := next((name for name in PER_STAGE[:-1] if name not in given), None):
                 raise not_written(missing)
-            self._stages[number].send(given, self._outbox)
+            self._stages[number].send(given, self._staging)
         return number
 
     def _encode(self, program: str, rows: slice) -> None:
@@ -252,7 +252,7 @@ class TensorRTWorkspace:
         given = {name.removeprefix(prefix): array for name, array in self._given.items() if name.startswith(prefix)}
         self._given = {}
         rows = self._texts[program].put(given, rows)
-        self._written.note(TEXT, rows, self._residents[TEXT].shape[0])
+        self._written.note(TEXT, rows, self._persistent_inputs[TEXT].shape[0])
 
     def _decode(self, program: str, rows: slice) -> None:
         """Run a decoder, and copy what it gives to where `read` finds it."""
@@ -261,7 +261,7 @@ class TensorRTWorkspace:
         self._written.require(STATE, rows)
         self._decoders[program].run()
         self._queue.device.copy_out(self._output.host, self._output.address, self._queue.stream)
-        self._queue.set(self._finished)
+        self._queue.record(self._finished)
         for name in (PIXELS, SQUARES):
             self._written.note(name, rows, self.shape.pictures)
 
@@ -271,21 +271,21 @@ class TensorRTWorkspace:
             return self._decoded(name, rows)
         with self._queue.lock:
             self._check_open()
-            resident = self._resident(STATE if name == PREVIOUS else name)
+            persistent = self._persistent(STATE if name == PREVIOUS else name)
             self._written.require(name, rows)
-            block = self._inbox[: resident.size]
-            address = self._previous if name == PREVIOUS else resident.address
+            block = self._inbox[: persistent.size]
+            address = self._previous if name == PREVIOUS else persistent.address
             self._queue.device.copy_out(block, address, self._queue.stream)
-            self._queue.set(self._received)
-        self._queue.reach(self._received)
+            self._queue.record(self._received)
+        self._queue.wait_until(self._received)
         with self._queue.lock:
             self._check_open()
-            return self._part(name, block.view(resident.tensor.dtype).reshape(resident.shape), rows)
+            return self._part(name, block.view(persistent.tensor.dtype).reshape(persistent.shape), rows)
 
     def _decoded(self, name: str, rows: slice) -> Array:
         self._check_open()
         self._written.require(name, rows)
-        self._queue.reach(self._finished)
+        self._queue.wait_until(self._finished)
         with self._queue.lock:
             self._check_open()
             return self._part(name, self._output.pixels() if name == PIXELS else self._output.squares(), rows)
@@ -294,25 +294,25 @@ class TensorRTWorkspace:
         return array[slice(self._written.extent(name)) if rows == ALL else rows].copy()
 
     def event(self) -> Event:
-        """Note the device's own time at which the queue comes to this place."""
+        """Note the device's own time at which the queue comes to this point."""
         with self._queue.lock:
             self._check_open()
-            mark = self._idle.pop() if self._idle else self._holding.mark(timed=True)
-            self._queue.set(mark)
-            return Tick(self, mark, self._idle)
+            event = self._idle.pop() if self._idle else self._allocations.event(timed=True)
+            self._queue.record(event)
+            return Tick(self, event, self._idle)
 
-    def reach(self, mark: Mark) -> None:
-        """Wait until the queue comes to a mark."""
+    def wait_until(self, event: QueueEvent) -> None:
+        """Wait until the queue comes to an event."""
         self._check_open()
-        self._queue.reach(mark)
+        self._queue.wait_until(event)
 
-    def seconds(self, first: Mark, second: Mark) -> float:
-        """Return the seconds between two marks that the queue came to."""
+    def seconds(self, first: QueueEvent, second: QueueEvent) -> float:
+        """Return the seconds between two events that the queue came to."""
         with self._queue.lock:
             self._check_open()
-            return self._queue.device.elapsed_s(first.event, second.event)
+            return self._queue.device.elapsed_s(first.handle, second.handle)
 
-    def wipe(self, *, decoder: str | None = None) -> None:
+    def reset(self, *, decoder: str | None = None) -> None:
         """Make the workspace as good as new: nothing is written.
 
         decoder: the one that may be run from now on. What it takes is allocated here, the first time.
@@ -321,17 +321,17 @@ class TensorRTWorkspace:
         with self._queue.lock:
             self._check_open()
             self._next, self._weighted, self._given = {}, None, {}
-            self._controls.wipe()
-            for name in AT_FIRST.keys() & self._residents.keys():
+            self._controls.reset()
+            for name in AT_FIRST.keys() & self._persistent_inputs.keys():
                 if self._written.extent(name):
                     self._write_first(name)
             self._written.forget()
             self._decoder = decoder or ""
             if decoder is not None:
-                self._decoder_pass(decoder)
+                self._decoder_execution(decoder)
 
     def _write_first(self, name: str) -> None:
-        self._residents[name].write(np.asarray(AT_FIRST[name]), ALL)
+        self._persistent_inputs[name].write(np.asarray(AT_FIRST[name]), ALL)
 
     def close(self, reason: str = "is closed; open the bundle again") -> None:
         """Wait for the queue and free what the workspace holds, as when nobody has it any more.
@@ -343,9 +343,9 @@ class TensorRTWorkspace:
         self._end()
 
 
-def _free(place: Place, passes: list[Pass], holding: Holding) -> None:
-    with contextlib.suppress(DeviceLostError), place.queue.lock:
-        place.queue.settle()
-        while passes:
-            passes.pop().close()
-        holding.close()
+def _free(executor: Executor, executions: list[Execution], allocations: Allocations) -> None:
+    with contextlib.suppress(DeviceLostError), executor.queue.lock:
+        executor.queue.wait_idle()
+        while executions:
+            executions.pop().close()
+        allocations.close()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
-from latentrt.engines.tensorrt.engine import in_portions
+from latentrt.engines.tensorrt.engine import in_micro_batches
 
 
 class Doubling:
@@ -46,7 +46,7 @@ class Doubling:
 def test_any_number_of_rows_is_computed_and_in_order(batches: set[int], count: int) -> None:
     engine = Doubling(batches)
     rows = np.arange(2 * count).reshape(count, 2)
-    np.testing.assert_array_equal(in_portions(engine)({"x": rows, "table": [0, 2, 4]})["x"], 2 * rows)
+    np.testing.assert_array_equal(in_micro_batches(engine)({"x": rows, "table": [0, 2, 4]})["x"], 2 * rows)
     assert sum(engine.runs) < count + min(batches)  # less than the smallest batch is computed in vain
     assert len(engine.runs) == 1 or count not in batches
 
@@ -55,4 +55,4 @@ def test_any_number_of_rows_is_computed_and_in_order(batches: set[int], count: i
 def test_engines_without_independent_rows_stay_as_they_are(profiles: Any) -> None:
     engine = Doubling({1})
     engine.spec = EngineSpec(component="unet", inputs=(), outputs=(), profiles=profiles)
-    assert in_portions(engine) is engine
+    assert in_micro_batches(engine) is engine
