@@ -110,7 +110,6 @@ FRONT_DOORS = {  # modules that are run, or imported by whoever uses this
 PUBLIC = {
     "latentrt.runtime.bench.machine.describe": "every script of benchmarks/ records its machine with it",
     "latentrt.runtime.draw.step.Step.draft": "for a caller's on_step",
-    "latentrt.runtime.draw.step.Step.keep": "for who keeps the steps of a stream",
     "latentrt.runtime.pipeline.Pipeline.remove_embedding": "for a caller",
     "latentrt.engines.tensorrt.engines.TensorRTSession.scratch_bytes": "for a caller who plans a device's memory",
 }
