@@ -78,6 +78,7 @@ def compiled(folder: Path, found: Any, capability: str | None) -> tuple[Path, An
     capability: `8.9`, or the GPU here, CURRENT, which the product does not ask for; None for the library's own choice
     """
     from latentrt.engines.build_options import BuildOptions
+    from latentrt.engines.cuda.gpus import find_gpu
     from latentrt.engines.progress import silent
     from latentrt.engines.spec import EngineSpec, TensorSpec
     from latentrt.engines.tensorrt import compile as compiler
@@ -87,12 +88,12 @@ def compiled(folder: Path, found: Any, capability: str | None) -> tuple[Path, An
     graph.write_bytes(network("float16").SerializeToString())
     tensors = {name: (TensorSpec(name=name, dtype="float32", shape=("batch", *SHAPE[1:])),) for name in "xy"}
     spec = EngineSpec(component="probe", inputs=tensors["x"], outputs=tensors["y"], profiles=({"batch": 1},))
-    options = BuildOptions(compute_capability=capability)
+    options, device = BuildOptions(compute_capability=capability), 0 if find_gpu() else None
     if capability == CURRENT:
         compiler._target = target_here
     plan = timed(
         f"build for {capability or 'any GPU'}",
-        lambda: compile_graph(found, graph, spec, options, tf32=False, what="probe", report=silent),
+        lambda: compile_graph(found, graph, spec, options, tf32=False, device=device, what="probe", report=silent),
     )
     engine.write_bytes(plan)
     return engine, spec
@@ -141,17 +142,17 @@ def network(dtype: str) -> Any:
 def validity() -> None:
     """Ask whether engines that were built for other GPUs are valid here."""
     found = library()
-    from latentrt.engines.tensorrt.logger import Told
+    from latentrt.engines.tensorrt.logger import LogScope
 
-    told, asked = Told(found), []
+    log, asked = LogScope(found), []
     with tempfile.TemporaryDirectory() as folder:
         for capability in ("8.0", "8.9", "12.0"):
             engine, _ = compiled(Path(folder), found, capability)
-            answer, reasons = found.Runtime(told.logger).get_engine_validity(engine.read_bytes())
+            answer, reasons = found.Runtime(log.logger).get_engine_validity(engine.read_bytes())
             names = [
                 name for name, one in found.EngineInvalidityDiagnostics.__members__.items() if int(one) & int(reasons)
             ]
-            tell("validity", built_for=capability, answer=str(answer), reasons=names, logged=told.lines)
+            tell("validity", built_for=capability, answer=str(answer), reasons=names, logged=log.lines)
             asked.append(answer == found.EngineValidity.VALID)
     raise SystemExit(0 if any(asked) else 1)
 
@@ -182,21 +183,21 @@ def draw(found: Any, engine: Path, spec: Any, x: np.ndarray) -> np.ndarray:
     from latentrt.engines.cuda.device import CudaDevice
     from latentrt.engines.cuda.stream import WorkQueue
     from latentrt.engines.tensorrt.engine import TensorRTEngine
-    from latentrt.engines.tensorrt.execution import Kernels, Place, Scratch, open_programs
+    from latentrt.engines.tensorrt.execution import Executor, Kernels, Scratch, open_programs
     from latentrt.engines.tensorrt.profiles import Origin
 
     device, kernels = CudaDevice(), Kernels(engine.with_suffix(".kernels"))
     queue = WorkQueue(device)
-    place = Place(queue=queue, scratch=Scratch(queue), graphs=True)
+    executor = Executor(queue=queue, scratch=Scratch(queue), graphs=True)
     with queue.lock:
         program = open_programs(found, {"probe": (engine, spec, kernels)}, device)["probe"]
-    with TensorRTEngine(place, program, Origin(bundle=engine, backend="tensorrt-rtx", factor=8)) as one:
+    with TensorRTEngine(executor, program, Origin(bundle=engine, backend="tensorrt-rtx", factor=8)) as one:
         timed("context and first run", lambda: one({"x": x}))
         result = timed("from the graph", lambda: one({"x": x})["y"].copy())
         with queue.lock:
             kernels.keep()
     with queue.lock:
-        place.scratch.close()
+        executor.scratch.close()
         queue.close()
     return result
 

@@ -16,7 +16,7 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs.compiled import scale_queries
 from latentrt.engines.tensorrt import library as trt_library
-from latentrt.engines.tensorrt.logger import Told
+from latentrt.engines.tensorrt.logger import LogScope
 
 HEADS = (40, 64, 80, 160)  # of SD 1.5, and of SD 2 and SDXL
 TYPES = {TensorProto.FLOAT16: np.float16, TensorProto.FLOAT: np.float32}
@@ -39,10 +39,10 @@ def factors(model: Any) -> list[Any]:
         library = trt_library.require("tensorrt-rtx")
     except EngineError as error:
         pytest.skip(str(error))
-    told = Told(library)
-    builder = library.Builder(told.logger)
+    log = LogScope(library)
+    builder = library.Builder(log.logger)
     network = builder.create_network(1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = library.OnnxParser(network, told.logger)
+    parser = library.OnnxParser(network, log.logger)
     assert parser.parse(model.SerializeToString())
     known: dict[str, Any] = {}
     products = []

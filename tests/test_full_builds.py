@@ -86,7 +86,7 @@ def compile_denoiser(graph: Path, side: int) -> dict[str, Any]:
     profile = Profile(width=FACTOR * side, height=FACTOR * side, pictures=1, rows=2, tokens=77)
     spec = tensorrt.spec_of("unet", model, [profile], factor=FACTOR)
     options = BuildOptions(compute_capability="8.9")
-    plan = compile_graph(library, edited, spec, options, tf32=False, what="build unet", report=silent)
+    plan = compile_graph(library, edited, spec, options, tf32=False, device=None, what="build unet", report=silent)
     return {
         "profile": str(profile),
         "library": f"tensorrt-rtx {library.__version__}",
