@@ -163,6 +163,38 @@ def test_the_command_names_it_too(copy: Bundle) -> None:
     assert row["layers"][0]["node"] == name
 
 
+def lay_out_anew(bundle: Bundle, factor: float) -> None:
+    """Have a picture of a built UNet lie there with its channels last alone, times a factor."""
+    directory, record = find_engines(bundle, "cpu")
+    path = directory / record.entries["unet"]
+    model = onnx.load(str(path))
+    canonical = onnx.load(str(bundle.path(bundle.manifest.components["unet"].graph)), load_external_data=False)
+    convolved = {node.output[0] for node in canonical.graph.node if node.op_type == "Conv"}
+    place = next(i for i, node in enumerate(model.graph.node) if node.output[0] in convolved)
+    made = model.graph.node[place].output[0]
+    scale = onnx.numpy_helper.from_array(np.array(factor, dtype=np.float32), "factor")
+    model.graph.initializer.append(scale)
+    for node in model.graph.node:
+        node.input[:] = ["again" if name == made else name for name in node.input]
+    model.graph.node[place].output[0] = "first"
+    laid_out = [
+        onnx.helper.make_node("Mul", ["first", "factor"], ["scaled"]),
+        onnx.helper.make_node("Transpose", ["scaled"], [f"{made}.last"], perm=[0, 2, 3, 1]),
+        onnx.helper.make_node("Transpose", [f"{made}.last"], ["again"], perm=[0, 3, 1, 2]),
+    ]
+    nodes = [*model.graph.node[: place + 1], *laid_out, *model.graph.node[place + 1 :]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, str(path))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_a_picture_with_its_channels_last_is_compared_too(copy: Bundle, factor: float) -> None:
+    lay_out_anew(copy, factor)
+    (row,) = (row for row in verify_layers(copy, backend="cpu") if row.what == "unet")
+    assert [layer.tensor.endswith(".last") for layer in row.layers][:1] == ([] if factor == 1 else [True])
+
+
 @pytest.mark.parametrize("name", ["sd1_bundle", "sd1_half_bundle"])
 def test_no_layer_of_a_whole_bundle_leaves_the_float32_graph(name: str, request: pytest.FixtureRequest) -> None:
     bundle = Bundle.open(request.getfixturevalue(name))

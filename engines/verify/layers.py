@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ AT_ONCE = 128  # layers whose tensors are in memory together
 NAMED = 5  # offenders that are told
 LEAST = 1e-12  # the least range that an error is a part of
 FLOATS = (np.float16, np.float32)
+CHANNELS_LAST = ".last"  # behind the name of a tensor that `graphs.channels_last` laid out so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,21 +98,32 @@ def compare_layers(bundle: Bundle, subject: Subject, limit: float) -> Compared:
     require()
     reference = graphs.load_graph(bundle.path(bundle.manifest.components[subject.component].graph))
     model = graphs.load_graph(subject.files[0])
-    theirs = {name for node in reference.graph.node for name in node.output}
-    nodes = {name: node for node in model.graph.node for name in node.output if name in theirs}
+    nodes = _makers(model, {name for node in reference.graph.node for name in node.output})
     names, seen, worst = list(nodes), 0, 0.0
     for first in range(0, len(names), AT_ONCE):
-        expected, found = _run_both(bundle, subject, names[first : first + AT_ONCE])
+        part = {name: nodes[name][1] for name in names[first : first + AT_ONCE]}
+        expected, found = _run_both(bundle, subject, part)
         errors, offenders = _compare(expected, found, limit)
         seen, worst = seen + len(errors), max([worst, *errors.values()])
         if offenders:
-            layers = [_layer(name, nodes[name], found[name].shape, errors[name]) for name in names if name in offenders]
+            layers = [_layer(*nodes[name], found[name].shape, errors[name]) for name in names if name in offenders]
             return Compared(layers=seen, error=worst, offenders=tuple(layers[:NAMED]))
     return Compared(layers=seen, error=worst, offenders=())
 
 
-def _layer(name: str, node: NodeProto, shape: tuple[int, ...], error: float) -> Layer:
-    return Layer(tensor=name, node=node.name, op_type=node.op_type, shape=shape, error=error)
+def _makers(model: ModelProto, theirs: set[str]) -> dict[str, tuple[NodeProto, str]]:
+    """Return, by the reference's name of a tensor, who makes it first, and what it is called there."""
+    made: dict[str, tuple[NodeProto, str]] = {}
+    for node in model.graph.node:
+        for own in node.output:
+            name = own if own in theirs else own.removesuffix(CHANNELS_LAST)
+            if name in theirs:
+                made.setdefault(name, (node, own))
+    return made
+
+
+def _layer(node: NodeProto, tensor: str, shape: tuple[int, ...], error: float) -> Layer:
+    return Layer(tensor=tensor, node=node.name, op_type=node.op_type, shape=shape, error=error)
 
 
 def _compare(expected: Arrays, found: Arrays, limit: float) -> tuple[dict[str, float], set[str]]:
@@ -137,21 +149,34 @@ def _largest_difference(verdict: Any) -> float:
     return float(np.nan_to_num(getattr(verdict, "max_absdiff", np.inf), nan=np.inf))
 
 
-def _run_both(bundle: Bundle, subject: Subject, names: Sequence[str]) -> tuple[Arrays, Arrays]:
-    """Return the float tensors of these names that both graphs give for the recorded inputs, in float32."""
+def _run_both(bundle: Bundle, subject: Subject, own: Mapping[str, str]) -> tuple[Arrays, Arrays]:
+    """Return the float tensors that both graphs give for the recorded inputs, by the reference's names, in float32.
+
+    own: what the subject calls them
+    """
     inputs, _ = read_golden(bundle, subject.component)
-    edit = partial(_mark, names=names)
     with tempfile.TemporaryDirectory(prefix="latentrt-layers-") as scratch:
-        with open_canonical(bundle, subject.component, Path(scratch), edit=edit) as reference:
-            expected = _floats(reference(inputs), names)
-        with contextlib.closing(_Recorded(_open(subject, Path(scratch), edit))) as recorded:
+        mark = partial(_mark, names=tuple(own))
+        with open_canonical(bundle, subject.component, Path(scratch), edit=mark) as reference:
+            expected = _floats(reference(inputs), own)
+        mark = partial(_mark, names=tuple(own.values()))
+        with contextlib.closing(_Recorded(_open(subject, Path(scratch), mark))) as recorded:
             as_canonical(recorded, bundle.manifest.latents)(inputs)
-            found = _floats(recorded.last, names)
-    both = [name for name in names if name in expected and name in found]
+            theirs = _floats(recorded.last, own.values())
+    found = {
+        name: _channels_first(theirs[other]) if other != name else theirs[other]
+        for name, other in own.items()
+        if other in theirs
+    }
+    both = [name for name in own if name in expected and name in found]
     return {name: expected[name] for name in both}, {name: found[name] for name in both}
 
 
-def _floats(outputs: Mapping[str, Array], names: Sequence[str]) -> Arrays:
+def _channels_first(array: Array) -> Array:
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1)) if array.ndim > 2 else array
+
+
+def _floats(outputs: Mapping[str, Array], names: Iterable[str]) -> Arrays:
     """Return copies of the float tensors among these, in float32."""
     return {name: outputs[name].astype(np.float32) for name in names if outputs[name].dtype in FLOATS}
 
