@@ -14,7 +14,7 @@ from latentrt.engines.graphs.edits import append_embedding_input, append_pixel_t
 from latentrt.engines.tensor_names import STATE_ROWS
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, NodeProto, TypeProto
 
 # The roles whose graphs become part of the denoise stage, which keeps its state in float32.
 FUSIONS: Mapping[Role, Callable[..., ModelProto]] = {"denoiser": fuse_stage, "controlnet": fuse_control}
@@ -40,30 +40,39 @@ def on_device(
 def scale_queries(model: ModelProto) -> None:
     """Scale the queries of fp16 attention, by one factor that is rounded once, and nothing else.
 
-    An `Attention` that names no scale is given 1 / sqrt(head size) by TensorRT's parser as a factor of queries and of
-    keys, each computed in fp16 by three operations: the scores are up to 6e-4 too large. The one factor of the queries
-    errs by 2e-4 at most, and not at all with heads of 64, as SDXL's are (tests/test_attention_scale.py). Heads whose
-    size the graph does not tell are left as they are.
+    TensorRT's parser multiplies both queries and keys by the root of an `Attention`'s scale, rounded to fp16; where a
+    node names none it computes that from the head size, in fp16, in three operations. Scores are up to 6e-4 too large.
+    One factor of the queries errs by 2e-4 at most, and not at all with heads of 64, as SDXL's are
+    (tests/test_attention_scale.py). A node that names no scale, and whose head size the graph does not tell, is left
+    as it is. It must come before the graph is fused into the denoise stage, in which sizes are not told.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
-    known = {info.name: info.type.tensor_type for info in inferred}
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    known = {info.name: info.type.tensor_type for info in (*inferred.value_info, *inferred.input)}
     nodes = []
     for number, node in enumerate(model.graph.node):
-        tensor = known.get(node.input[0]) if node.op_type == "Attention" else None
-        size = tensor.shape.dim[-1].dim_value if tensor is not None and len(tensor.shape.dim) == 4 else 0
-        scaled = any(attribute.name == "scale" for attribute in node.attribute)
-        if size and not scaled and tensor is not None and tensor.elem_type == TensorProto.FLOAT16:
-            factor, queries = f"attention.{number}.factor", f"attention.{number}.queries"
-            model.graph.initializer.append(numpy_helper.from_array(np.array(size**-0.5, dtype=np.float16), factor))
-            nodes.append(helper.make_node("Mul", [node.input[0], factor], [queries]))
-            node.input[0] = queries
-            node.attribute.append(helper.make_attribute("scale", 1.0))
+        queries = known.get(node.input[0]) if node.op_type == "Attention" else None
+        scale = _scale(node, queries) if queries is not None and queries.elem_type == TensorProto.FLOAT16 else None
+        if scale is not None:
+            factor, scaled = f"attention.{number}.factor", f"attention.{number}.queries"
+            model.graph.initializer.append(numpy_helper.from_array(np.array(scale, dtype=np.float16), factor))
+            nodes.append(helper.make_node("Mul", [node.input[0], factor], [scaled]))
+            node.input[0] = scaled
+            others = [attribute for attribute in node.attribute if attribute.name != "scale"]
+            del node.attribute[:]
+            node.attribute.extend([*others, helper.make_attribute("scale", 1.0)])
         nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+
+
+def _scale(attention: NodeProto, queries: TypeProto.Tensor) -> float | None:
+    """Return what an attention's scores are multiplied by, None where that is not known."""
+    named = next((attribute.f for attribute in attention.attribute if attribute.name == "scale"), None)
+    size = queries.shape.dim[-1].dim_value if len(queries.shape.dim) == 4 else 0
+    return named or (size**-0.5 if size else None)
 
 
 def on_host(model: ModelProto, role: Role) -> ModelProto:

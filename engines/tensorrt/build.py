@@ -63,8 +63,8 @@ def _build_one(
         _note_weights(bundle, component, directory)
     role, latents = bundle.manifest.components[component].role, bundle.manifest.latents
     graph = graphs.load_graph(files[0])
+    scale_queries(graph)
     model = on_device(graph, role, latents, state_rows=options.state_rows, learned=LEARNED_TOKENS)
-    scale_queries(model)
     # TF32 rounds as fp16 does: what an fp16 bundle keeps in float32 for its range may take it, the sampler's sums not.
     tf32 = bundle.manifest.precision == "fp16" and role not in FUSIONS
     spec = spec_of(component, model, options.profiles(bundle.manifest), factor=latents.factor)

@@ -37,7 +37,7 @@ RUNTIMES: dict[Flavor, tuple[tuple[Library, str | None], ...]] = {  # (library, 
 # TensorRT's parser knows the operator Attention, which our graphs have, from 10.14 on.
 OLDEST: dict[Flavor, tuple[int, ...]] = {"tensorrt": (10, 14, 1), "tensorrt-rtx": (1, 4)}
 # Counts up when the graphs that are compiled change though the bundle's do not: the fused stage, the pixel tail.
-RECIPE = 9
+RECIPE = 10
 
 
 def require(flavor: Flavor) -> ModuleType:
