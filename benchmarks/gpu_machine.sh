@@ -15,10 +15,10 @@ set -u -o pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 PYTHON=${PYTHON:-python3} KEPT=${KEPT:-/tmp/p} OUT=${OUT:-$PWD/.cache/gpu} PIECES=${PIECES:-.gpu}
 export PYTHONUNBUFFERED=1
-OURS="sd15 bench cuda,sd15 bench cuda graphs,sd15 verify cuda,sd15 profile cuda,sd15 kernels cuda,demo pictures cuda"
-OURS="$OURS,demo bench cuda graphs,demo bench cuda,demo verify cuda,sd15 torch recorded,sd15 bench cuda fused"
-OURS="$OURS,sd15 verify cuda fused,sd15 torch eager,sd15 bench"
-LARGER="turbo bench cuda,turbo bench cuda graphs,turbo verify cuda,turbo torch recorded,sdxl cuda,sdxl torch recorded"
+OURS="sd15 bench cuda,sd15 bench cuda launched,sd15 verify cuda,sd15 profile cuda,sd15 kernels cuda,demo pictures cuda"
+OURS="$OURS,demo bench cuda,demo verify cuda,sd15 torch recorded"
+OURS="$OURS,sd15 torch eager,sd15 bench"
+LARGER="turbo bench cuda,turbo verify cuda,turbo torch recorded,sdxl cuda,sdxl torch recorded"
 
 said() { echo "[$SECONDS s] $*"; }
 

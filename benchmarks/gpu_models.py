@@ -51,7 +51,7 @@ ALL_MODELS = {**MODELS, "tiny": TINY}
 class Way:
     """One way to build and open engines of ONNX Runtime on a GPU.
 
-    cuda_graphs None: the backend's own choice
+    cuda_graphs: whether kernels are recorded and replayed; None, as by default, they are
     settings: of the CUDA provider, by ONNX Runtime's own names
     recipe: of `latentrt build`; None for the default one, whose engines the other ways open too
     """
@@ -65,18 +65,15 @@ class Way:
         return {"cuda_graphs": self.cuda_graphs, "settings": dict(self.settings), "recipe": self.recipe}
 
 
-# The first is what the product does when nothing is said. Other settings run with recorded kernels, for launching would
-# hide what they change. sdpa_kernel has a bit for each attention kernel.
+# The first is what the product does when nothing is said. sdpa_kernel has a bit for each attention kernel.
 WAYS: dict[str, Way] = {
     "": Way(),
-    "graphs": Way(cuda_graphs=True),
-    "fused": Way(recipe="fused", cuda_graphs=True),
-    "fused-loose": Way(recipe="fused", cuda_graphs=True, settings={"enable_skip_layer_norm_strict_mode": "0"}),
-    "plain": Way(recipe="plain", cuda_graphs=True),
-    "fused-bias": Way(cuda_graphs=True, settings={"fuse_conv_bias": "1"}),
-    "flash": Way(cuda_graphs=True, settings={"sdpa_kernel": "1"}),
-    "cudnn-attention": Way(cuda_graphs=True, settings={"sdpa_kernel": "8"}),
-    "tf32-off": Way(cuda_graphs=True, settings={"use_tf32": "0"}),
-    "heuristic": Way(cuda_graphs=True, settings={"cudnn_conv_algo_search": "HEURISTIC"}),
-    "efficient": Way(cuda_graphs=True, settings={"sdpa_kernel": "2"}),
+    "launched": Way(cuda_graphs=False),
+    "plain": Way(recipe="plain"),
+    "fused-bias": Way(settings={"fuse_conv_bias": "1"}),
+    "flash": Way(settings={"sdpa_kernel": "1"}),
+    "cudnn-attention": Way(settings={"sdpa_kernel": "8"}),
+    "tf32-off": Way(settings={"use_tf32": "0"}),
+    "heuristic": Way(settings={"cudnn_conv_algo_search": "HEURISTIC"}),
+    "efficient": Way(settings={"sdpa_kernel": "2"}),
 }

@@ -236,8 +236,8 @@ class Plan:
     def _on(self, name: str, backend: str) -> Iterator[Part]:
         looked_into = name == LOOKED_INTO or self._rehearsal
         for label, way in WAYS.items():
-            recorded = label == "graphs" and backend in ("cuda", REHEARSAL)
-            if label and not recorded and not (looked_into and backend == "cuda"):
+            launched = label == "launched" and backend in ("cuda", REHEARSAL)
+            if label and not launched and not (looked_into and backend == "cuda"):
                 continue
             base = self._work / name
             root = base.with_name(f"{name}-{way.recipe}") if way.recipe else base

@@ -24,7 +24,7 @@ class Opening:
     """What is to be opened.
 
     threads: how many CPU threads a run may use, None for the backend's own choice
-    cuda_graphs: whether a GPU's kernels are recorded once and replayed, None for the backend's own choice
+    cuda_graphs: whether a GPU's kernels are recorded once and replayed; None and True: they are
     """
 
     bundle: Bundle

@@ -13,7 +13,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 
 ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
-Recipe = Literal["fused", "nhwc", "plain"]
+Recipe = Literal["nhwc", "plain"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +62,7 @@ class BuildOptions:
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
     timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either
-    recipe: what the graphs are written for: `nhwc`, kernels that take channels last; `fused`, those, of which
-        normalisations compute the sums before them too; `plain`, the standard's operators
+    recipe: what the graphs are written for: `nhwc`, fused kernels that take channels last; `plain`, the standard's operators
     tf32: whether float32 products may be rounded to 19 bits on the GPU
     """
 

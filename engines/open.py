@@ -170,7 +170,7 @@ def open_engines(
     backend: `auto` or a backend's name; see `choose`
     device: which of the visible GPUs to run on, from 0; the CPU takes 0 alone
     threads: how many CPU threads a run may use, None for the backend's own choice
-    cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
+    cuda_graphs: whether a GPU's kernels are recorded and replayed; None and True: they are
     check: what is compared before a file is opened: its SHA-256, or only its size
     build: build the engines if there are none for this machine; it is logged, and said in the choice's reason
     Raises EngineError and BundleError.

@@ -69,7 +69,7 @@ class Pipeline:
         device: which of the GPUs that CUDA_VISIBLE_DEVICES shows to run on, from 0; pipelines on several of them
             serve side by side in one process. The CPU takes 0 alone
         threads: CPU threads a run may use; None for the backend's own choice
-        cuda_graphs: whether a GPU's kernels are recorded and replayed; None: TensorRT's are, ONNX Runtime's not
+        cuda_graphs: whether a GPU's kernels are recorded and replayed; None and True: they are
         warm_up: draw before the first request comes, see `warm_up`; `warm_up_s` tells how long it took
         check: compare the SHA-256 of every file that is opened, or only its `size` (faster for gigabytes)
         build: where the bundle holds no engines for this machine, build them first, as `latentrt build` does: beside

@@ -209,7 +209,7 @@ def test_chosen_parts_come_in_the_order_asked_for_after_what_they_need() -> None
         part("sd15: bundle", ""),
         part("sd15: build cuda", "", needs=("sd15: bundle",)),
         part("sd15: bench cuda", "", needs=("sd15: build cuda",)),
-        part("sd15: bench cuda graphs", "", needs=("sd15: build cuda",)),
+        part("sd15: bench cuda launched", "", needs=("sd15: build cuda",)),
         part("sd15: torch eager", ""),
     ]
     names = [one.name for one in chosen(parts, ["sd15 torch", "sd15 bench cuda", "ceilings", "bench"])]
@@ -219,7 +219,7 @@ def test_chosen_parts_come_in_the_order_asked_for_after_what_they_need() -> None
         "sd15: build cuda",
         "sd15: bench cuda",
         "ceilings",
-        "sd15: bench cuda graphs",
+        "sd15: bench cuda launched",
     ]
     with pytest.raises(SystemExit, match="nothing"):
         chosen(parts, ["sd15", "nothing"])
@@ -283,7 +283,7 @@ def test_speed_is_told_beside_torchs_in_the_same_run_and_the_measured_ceiling() 
     parts = {
         "ceilings": outcome(tflops=400.0),
         "sd15: bench cuda": report(0.008),
-        "sd15: bench cuda graphs": report(0.005),
+        "sd15: bench cuda launched": report(0.005),
         "sd15: torch eager": outcome(step_s={"p50": 0.010}),
         "sd15: torch recorded": outcome(step_s={"p50": 0.004}),
         "sd15: profile cuda": outcome(
@@ -297,7 +297,7 @@ def test_speed_is_told_beside_torchs_in_the_same_run_and_the_measured_ceiling() 
     assert len({len(row) for row in rows}) == 1
     assert [row[1:8] for row in rows[2:]] == [
         ["latentrt, cuda", "8.000", "125.0", "50.2%", "1.25", "0.50", ""],
-        ["latentrt, cuda, graphs", "5.000", "200.0", "80.3%", "2.00", "0.80", ""],
+        ["latentrt, cuda, launched", "5.000", "200.0", "80.3%", "2.00", "0.80", ""],
         ["torch eager", "10.000", "100.0", "40.2%", "1.00", "0.40", ""],
         ["torch recorded", "4.000", "250.0", "100.4%", "2.50", "1.00", ""],
     ]
@@ -348,7 +348,7 @@ def test_the_rehearsal_runs_every_kind_of_part_where_a_bare_machines_packages_ar
     document = json.loads((tmp_path / "out" / "gpu.json").read_text())
     parts = document["parts"]
     assert not [name for name, part in parts.items() if part["status"] in ("failed", "cut off")], result.stdout
-    ours = ["bundle", "build cpu", "bench cpu", "bench cpu graphs", "verify cpu", "pictures cpu", "profile cpu"]
+    ours = ["bundle", "build cpu", "bench cpu", "bench cpu launched", "verify cpu", "pictures cpu", "profile cpu"]
     assert [parts[f"demo: {name}"]["status"] for name in ours] == ["ok"] * len(ours), result.stdout
     assert [parts[name]["status"] for name in ("ceilings", "tiny: torch eager")] == ["ok", "ok"]
     assert parts["tiny: diffusers eager"]["why"] == "diffusers is not installed"

@@ -27,12 +27,12 @@ class ChannelsLast:
     or both: each is made when something first takes it.
     """
 
-    def __init__(self, model: ModelProto, ranks: Mapping[str, int], *, sums: bool) -> None:
+    def __init__(self, model: ModelProto, ranks: Mapping[str, int]) -> None:
         """Look through a graph, whose nodes come after those that they take from.
 
-        ranks: how many axes tensors have; sums: normalisations compute the sums that they are of
+        ranks: how many axes tensors have
         """
-        self._graph, self._ranks, self._sums = GraphView.of(model), ranks, sums
+        self._graph, self._ranks = GraphView.of(model), ranks
         self._twins: dict[str, str] = {}
         self._missing: set[str] = set()  # tensors of which there is only the twin so far
         self._taken_along: set[str] = set()  # outputs of nodes that another one computes too
@@ -160,7 +160,7 @@ class ChannelsLast:
         takers = self._graph.takers.get(node.output[0], [])
         norms = [taker for taker in takers if taker.op_type == "GroupNormalization"]
         spread = [self._spread_over_pixels(name) for name in node.input]
-        if not self._sums or len(norms) != 1 or all(spread):
+        if len(norms) != 1 or all(spread):
             return False
         if not all(map(self._is_picture, node.input)):
             return False

@@ -7,7 +7,7 @@
 - What lies between them (sums, concatenations, upsampling, padding) is carried over, so that a picture is laid out
   anew where it enters and where it leaves, and nowhere else.
 - `Attention` becomes `MultiHeadAttention`, which takes its heads side by side: no transposition around it.
-- Where it is asked for, sums go into the normalisations behind them: `SkipGroupNorm` and `SkipLayerNormalization` give
+- Sums go into the normalisations behind them: `SkipGroupNorm` and `SkipLayerNormalization` give
   both. ONNX Runtime is told to sum those in float32 (`enable_skip_layer_norm_strict_mode`).
 - A gated GELU becomes `BiasSplitGelu`: one pass instead of four.
 """
@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 SPLIT_WIDTHS = frozenset({1280, 2560, 3072, 5120, 6144})
 
 
-def use_cuda_kernels(model: ModelProto, *, sums: bool = False) -> None:
+def use_cuda_kernels(model: ModelProto) -> None:
     """Replace operators in a graph by those that ONNX Runtime has fast CUDA kernels for.
-
-    sums: normalisations compute the sums that they are of
 
     Weights of convolutions are transposed by nodes, which ONNX Runtime folds when it saves what it optimised. What is
     not of the form expected stays as it is.
@@ -40,9 +38,8 @@ def use_cuda_kernels(model: ModelProto, *, sums: bool = False) -> None:
 
     ranks = ranks_of(model)
     _replace(model, {"Attention": multi_head_attention, "Mul": _gated_gelu})
-    if sums:
-        _replace_summed_norms(model)
-    pictures = ChannelsLast(model, ranks, sums=sums)
+    _replace_summed_norms(model)
+    pictures = ChannelsLast(model, ranks)
     if pictures.suits():
         pictures.rewrite()
     if all(found.domain != MICROSOFT for found in model.opset_import):

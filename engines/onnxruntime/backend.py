@@ -63,7 +63,7 @@ def open(provider: Provider, opening: Opening, *, device: int) -> Opened:
         provider,
         options=OnnxRuntimeOptions(
             threads=opening.threads,
-            cuda_graph=bool(opening.cuda_graphs),
+            cuda_graph=provider == "cuda" and opening.cuda_graphs is not False,
             tf32=builder.tf32_of(opening.record.key),
             device=device,
         ),

@@ -30,7 +30,7 @@ EXTERNAL_BYTES = 16 << 20
 # Smaller weights stay in the graph: on CUDA what is no larger than a shape, which ONNX Runtime reads first.
 LEAST_EXTERNAL_BYTES: Mapping[Provider, int] = {"cpu": 1024, "cuda": 128}
 # Counts up when what is built of a bundle changes though the bundle does not.
-RECIPES: Mapping[Provider, int] = {"cpu": 2, "cuda": 5}
+RECIPES: Mapping[Provider, int] = {"cpu": 2, "cuda": 6}
 DEFAULT_RECIPE: Recipe = "nhwc"
 DEFAULTS = BuildOptions()
 INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
@@ -123,8 +123,8 @@ def _build_one(
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
-        elif (recipe := options.recipe or DEFAULT_RECIPE) != "plain":
-            use_cuda_kernels(model, sums=recipe == "fused")
+        elif (options.recipe or DEFAULT_RECIPE) != "plain":
+            use_cuda_kernels(model)
         graphs.save_graph(model, edited)
         # Else ONNX Runtime would name files that are gone by then. On CUDA it changes no weights but external ones.
         external = provider == "cuda" or large or graphs.has_external(model)
