@@ -62,7 +62,7 @@ class BuildOptions:
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
     timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either
-    recipe: what the graphs are written for: `nhwc`, fused kernels that take channels last; `plain`, the standard's operators
+    recipe: what graphs are written for: `nhwc`, fused kernels that take channels last; `plain`, standard operators
     tf32: whether float32 products may be rounded to 19 bits on the GPU
     """
 

@@ -93,9 +93,7 @@ def run(program: str, stubs: Path, *arguments: str, told: str = "") -> subproces
 
 
 @pytest.mark.parametrize("recorded", ["0", "1"])
-def test_the_provider_takes_every_operator_of_a_rewritten_graph(
-    stubs: Path, tmp_path: Path, recorded: str
-) -> None:
+def test_the_provider_takes_every_operator_of_a_rewritten_graph(stubs: Path, tmp_path: Path, recorded: str) -> None:
     """CUDA graphs too, which it refuses where anything but a shape is computed on the CPU."""
     model = half(network())
     use_cuda_kernels(model)
