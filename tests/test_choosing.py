@@ -323,20 +323,6 @@ def test_a_damaged_plan_is_refused(
         open_engines(copy, "tensorrt")
 
 
-def test_stripped_engines_of_an_older_version_are_refused_not_run_without_weights(
-    copy: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    install(monkeypatch, tensorrt="11.4.0.106")
-    record = build_engines(copy, "tensorrt", options=SMALL)
-    directory, _ = find_engines(copy, "tensorrt")
-    stripped = msgspec.structs.replace(
-        record, key=msgspec.structs.replace(record.key, options=(*record.key.options, "strip True"))
-    )
-    write_manifest(directory.rename(directory.with_name(stripped.key.directory)), stripped)
-    with pytest.raises(EngineError, match="hold no weights"):
-        open_engines(copy, "tensorrt")
-
-
 @pytest.mark.parametrize(
     ("libraries", "gpu", "words"),
     [
