@@ -56,12 +56,14 @@ class BuildOptions:
     compute_capability: the GPU type to build for, `8.9`, on a machine that may have none
     optimization_level: 0 to 5, how long the compiler searches
     workspace_mb: scratch memory that a layer may use
-    version_compatible: engines for the lean runtime, and for later versions of the library
+    version_compatible: engines for the lean runtime
     refit: weights can be exchanged later
     state_rows: rows of state of the largest sampler that the fused denoiser must hold
     references: whether a row of each size is computed on the CPU, in float32, for `verify` to compare with; it is no
         part of the key, for the engines are the same
     timing_cache: a file of what the compiler measured before, which is read and written; no part of the key either
+    aux_streams: how many streams beside its own an engine may run independent layers in
+    separate_skips: the UNet's concatenations read copies of its skip connections, see `compiled.separate_skips`
     recipe: what graphs are written for: `nhwc`, fused kernels that take channels last; `plain`, standard operators
     tf32: whether float32 products may be rounded to 19 bits on the GPU
     """
@@ -77,6 +79,8 @@ class BuildOptions:
     state_rows: int = STATE_ROWS
     references: bool = True
     timing_cache: Path | None = None
+    aux_streams: int | None = None
+    separate_skips: bool = False
     recipe: Recipe | None = None
     tf32: bool | None = None
 
@@ -122,6 +126,8 @@ class BuildOptions:
             "workspace MB": self.workspace_mb,
             "version compatible": self.version_compatible,
             "refit": self.refit,
+            "auxiliary streams": self.aux_streams,
+            "separate skips": self.separate_skips,
             "state rows": self.state_rows,
         }
         return tuple(f"{name} {value}" for name, value in named.items() if value is not None and value is not False)

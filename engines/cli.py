@@ -37,7 +37,9 @@ _SHAPE_OPTIONS = (
     click.option("--compute-capability", metavar="8.9", help="GPU type to build for on a machine without a GPU."),
     click.option("--optimization-level", type=int, help="How long the compiler searches, 0 to 5."),
     click.option("--workspace-mb", type=int, help="Most workspace memory for one layer, in MB."),
-    click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime and later TensorRT."),
+    click.option("--aux-streams", type=click.IntRange(min=0), help="Streams for layers that can run side by side."),
+    click.option("--separate-skips", is_flag=True, help="Copy the UNet's skip connections before they are joined."),
+    click.option("--lean", "version_compatible", is_flag=True, help="For the lean runtime of the same version."),
     click.option(
         "--timing-cache",
         type=click.Path(dir_okay=False, path_type=Path),

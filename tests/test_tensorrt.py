@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,8 @@ def test_the_same_options_find_what_was_built(built: Bundle, monkeypatch: pytest
         {"tokens": (154,)},
         {"compute_capability": "12.0"},
         {"optimization_level": 1},
+        {"aux_streams": 0},
+        {"separate_skips": True},
         {"workspace_mb": 512},
         {"state_rows": 2},
         {"refit": True},
@@ -420,7 +423,8 @@ def test_a_controlnet_is_compiled_and_the_unet_that_it_steers(
 ) -> None:
     bundle = Bundle.open(controlled("sdxl", "").bundle)
     options = replace(ADA, sizes=((40, 32),), batches=(1,))
-    name, spec = tensorrt._build_one(library, bundle, component, tmp_path, "tensorrt-rtx", options, silent)
+    compiling = partial(tensorrt_compile.compile_graph, library, device=None)
+    name, spec = tensorrt._build_one(compiling, bundle, component, tmp_path, "tensorrt-rtx", options, silent)
     assert (tmp_path / name).stat().st_size > bundle.manifest.components[component].weights_bytes
     assert [profile["rows"] for profile in spec.profiles] == [1, 2]
     assert spec.profiles[0]["latent_height_2"] == 4 and spec.profiles[0]["latent_width_2"] == 5

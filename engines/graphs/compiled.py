@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,44 @@ def _scale(attention: NodeProto, queries: TypeProto.Tensor) -> float | None:
     named = next((attribute.f for attribute in attention.attribute if attribute.name == "scale"), None)
     size = queries.shape.dim[-1].dim_value if len(queries.shape.dim) == 4 else 0
     return named or (size**-0.5 if size else None)
+
+
+def separate_skips(model: ModelProto) -> None:
+    """Let each concatenation of channels read a copy of what is used elsewhere too, in a graph that is then fused.
+
+    A compiler may write a tensor straight into the place that it has in a later concatenation, and read it from there,
+    strided, wherever else it is used: a UNet's skip connections are added to inside their blocks. A release that adds
+    such a view wrongly is known. The copy is a product with a one that depends on an input, so that no compiler can
+    leave it out; it changes no number.
+    """
+    from onnx import helper, numpy_helper
+
+    one, graph = "skips.one", model.graph
+    users = Counter(name for node in graph.node for name in node.input)
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        joins = node.op_type == "Concat" and any(
+            attribute.name == "axis" and attribute.i == 1 for attribute in node.attribute
+        )
+        for place, name in enumerate(node.input if joins and len(node.input) == 2 else ()):
+            if users[name] > 1:
+                copy = f"skips.{name}"
+                nodes.append(helper.make_node("CastLike", [one, name], [f"{copy}.one"]))
+                nodes.append(helper.make_node("Mul", [name, f"{copy}.one"], [copy]))
+                node.input[place] = copy
+        nodes.append(node)
+    for name, value in {"skips.first": [0], "skips.unit": [1]}.items():
+        graph.initializer.append(numpy_helper.from_array(np.array(value, dtype=np.int64), name))
+    del graph.node[:]
+    # What a model row belongs to is 0 or more, which no compiler knows: the lesser of it plus one, and of one.
+    graph.node.extend(
+        [
+            helper.make_node("Gather", ["picture_of_row", "skips.first"], ["skips.picture"]),
+            helper.make_node("Add", ["skips.picture", "skips.unit"], ["skips.next"]),
+            helper.make_node("Min", ["skips.next", "skips.unit"], [one]),
+            *nodes,
+        ]
+    )
 
 
 def on_host(model: ModelProto, role: Role) -> ModelProto:

@@ -14,7 +14,7 @@ from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_
 from latentrt.engines.cuda import gpus
 from latentrt.engines.errors import EngineError
 from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.graphs.compiled import FUSIONS, on_device, scale_queries
+from latentrt.engines.graphs.compiled import FUSIONS, on_device, scale_queries, separate_skips
 from latentrt.engines.graphs.locate_weights import GraphValues, own_places
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import DType, EngineSpec, TensorSpec
@@ -64,6 +64,8 @@ def _build_one(
     role, latents = bundle.manifest.components[component].role, bundle.manifest.latents
     graph = graphs.load_graph(files[0])
     scale_queries(graph)
+    if options.separate_skips and role in FUSIONS:
+        separate_skips(graph)
     model = on_device(graph, role, latents, state_rows=options.state_rows, learned=LEARNED_TOKENS)
     # TF32 rounds as fp16 does: what an fp16 bundle keeps in float32 for its range may take it, the sampler's sums not.
     tf32 = bundle.manifest.precision == "fp16" and role not in FUSIONS

@@ -141,6 +141,8 @@ def _configure(library: ModuleType, builder: Any, options: BuildOptions, log: Lo
             config.set_flag(getattr(library.BuilderFlag, name))
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
+    if options.aux_streams is not None:
+        config.max_aux_streams = options.aux_streams
     if options.workspace_mb is not None:
         config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, options.workspace_mb << 20)
     if options.compute_capability is not None:
