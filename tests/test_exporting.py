@@ -250,7 +250,8 @@ def give_each_layer(file: Path) -> None:
     layers = skipped.type.tensor_type.shape.dim[1].dim_value + 1
     model.graph.output.remove(skipped)
     for layer in range(layers + 1):
-        place = onnx.numpy_helper.from_array(np.array(max(layers - 1 - layer, 0), dtype=np.int64), f"place.{layer}")
+        number = np.array(min(max(layers - 1 - layer, 0), layers - 2), dtype=np.int64)
+        place = onnx.numpy_helper.from_array(number, f"place.{layer}")
         name = f"hidden_states.{layer}"  # the first and the last are read by nobody
         model.graph.initializer.append(place)
         model.graph.node.append(onnx.helper.make_node("Gather", [skipped.name, place.name], [name], axis=1))
