@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import msgspec
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
@@ -19,8 +19,7 @@ from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opening:
+class Opening(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be opened.
 
     threads: how many CPU threads a run may use, None for the backend's own choice
@@ -59,8 +58,7 @@ class Opened(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backend:
+class Backend(msgspec.Struct, frozen=True, kw_only=True):
     """One way to compile and run graphs, on one of the machine's GPUs or on its CPU.
 
     unavailable: gives the error that says why it cannot run here, or None
@@ -88,7 +86,7 @@ def _row(kind: BackendName, device: int = 0) -> Backend:
 
         return called
 
-    return Backend(**{field.name: call(field.name) for field in dataclasses.fields(Backend)})
+    return Backend(**{name: call(name) for name in Backend.__struct_fields__})
 
 
 ONNX_RUNTIME, TENSORRT = "latentrt.engines.onnxruntime.backend", "latentrt.engines.tensorrt.backend"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from latentrt.engines.backends import Backend, backend_on
 from latentrt.engines.build_options import BuildOptions
@@ -96,7 +97,7 @@ def build_missing(bundle: Bundle, asked: str, *, device: int = 0) -> Choice:
     record = build_engines(bundle, choice.backend, device=device)
     place = engines_at(bundle, record.key)
     _log.warning("built %s in %.1f s", place, record.build_s)
-    return dataclasses.replace(choice, reason=f"{choice.reason}; built when it was loaded, in {place}")
+    return msgspec.structs.replace(choice, reason=f"{choice.reason}; built when it was loaded, in {place}")
 
 
 def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
@@ -16,8 +17,7 @@ ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
 Recipe = Literal["nhwc", "plain"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """One set of shapes that engines are compiled for. Sizes are in pixels; `rows` are the UNet's batch."""
 
     width: int
@@ -44,8 +44,7 @@ class Profile:
         }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How to build engines. What is None or empty is the bundle's or library's own.
 
     The backend `cuda` takes recipe and tf32, those that compile for fixed shapes take the others.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -110,7 +109,7 @@ def show_for_polygraphy(bundle: Path, directory: Path, *, as_json: bool) -> None
 
     written = write_golden(Bundle.open(bundle), directory)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(one) for one in written], indent=1, default=str))
+        click.echo(json.dumps(msgspec.to_builtins(written, enc_hook=str), indent=1))
         return
     for one in written:
         click.echo(f"# {one.component}: {one.inputs.name}, {one.outputs.name}")

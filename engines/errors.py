@@ -85,21 +85,19 @@ class DeviceLostError(EngineError):
 
 
 # The field that the sentence of a RequestError begins with.
-FIELD = re.compile(r"[a-z]+(?:_[a-z]+)*(?=[:,] )")
+FIELD = r"[a-z]+(?:_[a-z]+)*(?=[:,] )"
 # What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say when memory runs out.
-NO_ROOM = re.compile(
-    r"out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"
-    r"|smaller than requested bytes|cudaErrorMemoryAllocation",
-    re.IGNORECASE,
+NO_ROOM = (
+    r"(?i)out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"
+    r"|smaller than requested bytes|cudaErrorMemoryAllocation"
 )
 SMALLER = "draw fewer or smaller pictures at once, decode in tiles, or end what else uses the memory"
 
 
 # What the same say where CUDA met an error that the process cannot leave behind.
-LOST = re.compile(
-    r"illegal memory access|illegal instruction|misaligned address|unspecified launch failure|device-side assert"
-    r"|launch timed out|uncorrectable (ECC|NVLink)|hardware stack error|invalid program counter",
-    re.IGNORECASE,
+LOST = (
+    r"(?i)illegal memory access|illegal instruction|misaligned address|unspecified launch failure|device-side assert"
+    r"|launch timed out|uncorrectable (ECC|NVLink)|hardware stack error|invalid program counter"
 )
 RESTART = "the process is restarted"
 FORKED = (
@@ -115,9 +113,9 @@ def backend_error(sentence: str, words: str) -> EngineError:
     """
     if re.search(r"CUDA failure 3\b|cudaErrorInitializationError", words):
         return DeviceLostError(f"{sentence}; {FORKED}")
-    if LOST.search(words):
+    if re.search(LOST, words):
         return DeviceLostError(f"{sentence}; nothing runs on this GPU until {RESTART}")
-    return OutOfMemoryError(f"{sentence}; {SMALLER}") if NO_ROOM.search(words) else EngineError(sentence)
+    return OutOfMemoryError(f"{sentence}; {SMALLER}") if re.search(NO_ROOM, words) else EngineError(sentence)
 
 
 class ClosedError(EngineError):
@@ -159,7 +157,7 @@ class RequestError(LatentrtError, ValueError):
     @property
     def field(self) -> str | None:
         """Return the field that the sentence begins with, None if it names none."""
-        head = FIELD.match(str(self))
+        head = re.match(FIELD, str(self))
         return head[0] if head else None
 
 

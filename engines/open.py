@@ -6,8 +6,9 @@ import logging
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from latentrt.engines.backends import BACKENDS, Opened, Opening, backend_on
 from latentrt.engines.build_options import REFITTABLE, BuildOptions
@@ -197,8 +198,7 @@ COMPILED_FOR_SIZES: tuple[BackendName, ...] = ("tensorrt", "tensorrt-rtx")
 FOR_CPUS: BackendName = "cpu"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
     """The backend that was chosen, and why. device: which of the visible GPUs it is for, 0 on a CPU"""
 
     backend: BackendName

@@ -7,14 +7,16 @@ import json
 import re
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Inputs = Mapping[str, npt.ArrayLike]
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Inputs: TypeAlias = "Mapping[str, npt.ArrayLike]"
 
 DType = Literal["float16", "float32", "int32", "int64", "uint8", "bool"]
 Precision = Literal["fp32", "fp16"]

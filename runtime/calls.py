@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Self
+
+import msgspec
 
 from latentrt.engines.errors import CancelledError, DeadlineError, NestedCallError, RequestError
 from latentrt.runtime.draw.step import OnStep, Stages, Step
@@ -51,13 +52,12 @@ class Cancellation:
             self._wakes.remove(wake)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What may end a call before its pictures are finished. deadline: seconds from `began` on."""
 
     deadline: float | None = None
     cancel: Cancellation | None = None
-    began: float = field(default_factory=time.perf_counter)
+    began: float = msgspec.field(default_factory=time.perf_counter)
 
     @classmethod
     def of(cls, request: Request, cancel: Cancellation | None) -> Self:

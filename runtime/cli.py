@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from latentrt.engines.bundle.files import Bundle, disk_errors
 from latentrt.engines.cli_types import Size
@@ -113,7 +113,7 @@ def animate(
 ) -> None:
     """Draw an animation from key frame to key frame, each a PROMPT@SEED, and write it as GIF, WebP or MP4."""
     check_movie(output, fps=fps)
-    keys = tuple(dataclasses.replace(key, negative_prompt=negative_prompt) for key in keys)
+    keys = tuple(msgspec.structs.replace(key, negative_prompt=negative_prompt) for key in keys)
     seconds: list[float] = []
 
     def drawn(pipe: Pipeline, report: Report) -> Iterator[Array]:

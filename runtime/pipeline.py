@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import time
@@ -12,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Self, Unpack
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, Check
@@ -280,7 +280,7 @@ class Pipeline:
             self.loaded.turn.give_back()
         tell(result, limits, waited=waited)
         seconds = {"adapt": adapt_s, **result.seconds, "total": adapt_s + result.seconds["total"]}
-        return dataclasses.replace(result, seconds=seconds)
+        return msgspec.structs.replace(result, seconds=seconds)
 
     def _closed_error(self) -> ClosedError:
         return ClosedError(f"the pipeline on '{self.bundle.root}' is closed; load it again")

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import msgspec
+
 from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import Array
-from latentrt.runtime.images.read import ImageSource
+from latentrt.runtime.images.sources import ImageSource
 from latentrt.runtime.sampling.guidance import ALWAYS
 from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.text.syntax import Syntax
@@ -90,8 +90,7 @@ class Options(TypedDict, total=False):
     deadline: float | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What to draw. Only the prompt is needed.
 
     prompt: a text, or one for each picture; each is drawn n times
@@ -178,16 +177,15 @@ class Request:
     @property
     def further(self) -> dict[str, Any]:
         """Return the options that change a picture besides the common ones, where they differ from their defaults."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        kept = {name: value for name, (value, default) in values.items() if name in FURTHER and value != default}
+        plain, names = Request(prompt=""), (name for name in self.__struct_fields__ if name in FURTHER)
+        kept = {name: value for name in names if (value := getattr(self, name)) != getattr(plain, name)}
         followed = {"controls": [str(control) for control in self.controls]} if self.controls else {}
         changed = {"loras": [str(lora) for lora in self.loras]} if self.loras else {}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
-        return plain | followed | changed
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
+        return listed | followed | changed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyFrame:
+class KeyFrame(msgspec.Struct, frozen=True, kw_only=True):
     """A picture that an animation starts from or leads to: the one drawn from this prompt and seed alone."""
 
     prompt: str
@@ -200,8 +198,7 @@ DECODERS: Mapping[DecoderName, Role] = {"full": "decoder", "tiny": "tiny_decoder
 NO_TINY = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
+class Lora(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA file, in kohya's, diffusers' or PEFT's names, and how strongly it changes the weights.
 
     scale: 1 as it was trained, 0 for no effect, negative for the opposite
@@ -214,8 +211,7 @@ class Lora:
         return f"{Path(self.file).name}:{self.scale:g}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class Control(msgspec.Struct, frozen=True, kw_only=True):
     """An image to follow, as one of the bundle's ControlNets or T2I-Adapters reads it.
 
     name: the ControlNet's or adapter's name in the bundle

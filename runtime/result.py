@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from latentrt.engines.spec import Array
 
@@ -12,8 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What one call asked for, resolved: with these, its images and a seed a picture can be drawn again.
 
     further: every other option of the request that was not left at its default, images and latents aside
@@ -30,8 +30,7 @@ class Settings:
     further: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Result:
+class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What was drawn.
 
     pixels: (n, height, width, 3), uint8, sRGB

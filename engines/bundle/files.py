@@ -8,9 +8,10 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
+
+import msgspec
 
 from latentrt.engines.bundle.manifest import (
     ENGINE_RECORD,
@@ -30,8 +31,7 @@ Check = Literal["hash", "size"]
 HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--.")  # how the hub's cache names a repository's directory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bundle:
+class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     """An opened bundle. Only files that the manifest or an engine's record names are ever read."""
 
     root: Path

@@ -13,8 +13,8 @@ import msgspec
 T = TypeVar("T")
 
 # A step of a path: into a field, into an item, into the value of some key.
-STEP = re.compile(r"\.(?P<name>\w+)|\[(?P<index>\d+)\]|\[\.\.\.\]")
-FIELD = re.compile(r"Object (?:contains )?(?P<fault>unknown field|missing required field) `(?P<name>.*)`", re.DOTALL)
+STEP = r"\.(?P<name>\w+)|\[(?P<index>\d+)\]|\[\.\.\.\]"
+FIELD = r"(?s)Object (?:contains )?(?P<fault>unknown field|missing required field) `(?P<name>.*)`"
 CHOICE = "Invalid enum value "
 LONGEST = 400
 
@@ -43,11 +43,11 @@ def brief(text: str) -> str:
 def _tell(kind: type[Any], document: Any, sentence: str, path: str) -> str:
     """Return a fault with its whole path, and with what was expected."""
     spelled = _spell(kind, document, path)
-    if field := FIELD.fullmatch(sentence):
+    if field := re.fullmatch(FIELD, sentence):
         return f"{spelled}.{field['name']}: {field['fault']}"
     if sentence.startswith(CHOICE):
         schema = msgspec.json.schema(kind)
-        choices = _choices(schema, schema["$defs"], list(STEP.finditer(path)))
+        choices = _choices(schema, schema["$defs"], list(re.finditer(STEP, path)))
         return f"{spelled}: found {sentence.removeprefix(CHOICE)}, expected one of {', '.join(map(str, choices))}"
     return f"{spelled}: {sentence[0].lower()}{sentence[1:]}"
 
@@ -79,7 +79,7 @@ def _spell(kind: type[Any], document: Any, path: str) -> str:
     Each mapping is left with one key after the other, until what is left is refused at that path too.
     """
     spelled, here = "$", document
-    for step in STEP.finditer(path):
+    for step in re.finditer(STEP, path):
         if step["name"]:
             spelled, here = f"{spelled}.{step['name']}", here[step["name"]]
         elif step["index"]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import CheckpointError
@@ -41,8 +41,7 @@ def content_format(first: bytes) -> Format | None:
     return "pickle" if first.startswith(PICKLE_BEGINS) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
+class StoredTensor(msgspec.Struct, frozen=True, kw_only=True):
     """One tensor of a file. `start` and `end` are bytes from the beginning of the file."""
 
     dtype: str
@@ -56,8 +55,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorFile:
+class TensorFile(msgspec.Struct, frozen=True, kw_only=True):
     """What a safetensors file says of itself."""
 
     path: Path

@@ -23,9 +23,9 @@ from latentrt.engines.spec import Array, Document
 AS_NAMED, TRANSPOSED = "as named", "transposed"
 # Convolutions that ONNX Runtime has laid out for vectors of so many channels, in the notation of oneDNN:
 # (outputs / 16, inputs, height, width, 16) and (outputs / 16, inputs / 16, height, width, 16 inputs, 16 outputs).
-BLOCKED = re.compile(r"O(?P<inputs>[iI])hw(?:(\d+)i)?(?P<block>\d+)o")
+BLOCKED = r"O(?P<inputs>[iI])hw(?:(\d+)i)?(?P<block>\d+)o"
 # Vectors: as columns, which stand beside pictures, and with zeros up to a whole block of channels.
-COLUMN, PADDED = "column", re.compile(r"(?P<block>\d+)o")
+COLUMN, PADDED = "column", r"(?P<block>\d+)o"
 CHANNELS_LAST = "ohwi"  # convolutions as CUDA's kernels read them: (outputs, height, width, inputs)
 LAYOUTS = (
     AS_NAMED,
@@ -147,9 +147,9 @@ def arrange(weight: Array, layout: str) -> Array:
         return weight[:, None]
     if layout == CHANNELS_LAST:
         return np.ascontiguousarray(weight.transpose(0, 2, 3, 1))
-    if vector := PADDED.fullmatch(layout):
+    if vector := re.fullmatch(PADDED, layout):
         return np.pad(weight, (0, -len(weight) % int(vector["block"])))
-    found = BLOCKED.fullmatch(layout)
+    found = re.fullmatch(BLOCKED, layout)
     assert found is not None, layout
     block = int(found["block"])
     outputs, inputs, height, width = weight.shape
@@ -168,9 +168,9 @@ def restore(stored: Array, layout: str, shape: tuple[int, ...]) -> Array:
         return stored.T if layout == TRANSPOSED else stored
     if layout == CHANNELS_LAST:
         return stored.transpose(0, 3, 1, 2)
-    if layout == COLUMN or PADDED.fullmatch(layout):
+    if layout == COLUMN or re.fullmatch(PADDED, layout):
         return stored.reshape(-1)[: shape[0]]
-    found = BLOCKED.fullmatch(layout)
+    found = re.fullmatch(BLOCKED, layout)
     assert found is not None, layout
     block = int(found["block"])
     outputs, inputs, height, width = shape
@@ -192,9 +192,9 @@ def fits(layout: str, shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
         return len(shape) == 1 and stored == (*shape, 1)
     if layout == CHANNELS_LAST:
         return len(shape) == 4 and stored == (shape[0], *shape[2:], shape[1])
-    if vector := PADDED.fullmatch(layout):
+    if vector := re.fullmatch(PADDED, layout):
         return len(shape) == 1 and stored == (shape[0] + -shape[0] % int(vector["block"]),)
-    found = BLOCKED.fullmatch(layout)
+    found = re.fullmatch(BLOCKED, layout)
     assert found is not None, layout
     block = int(found["block"])
     if len(shape) != 4 or (found["inputs"] == "I" and shape[1] % block):

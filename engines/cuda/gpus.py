@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from latentrt.engines.errors import (
     FORKED,
@@ -38,8 +39,7 @@ STICKY = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gpu:
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     """An NVIDIA GPU. index: its number among those that CUDA_VISIBLE_DEVICES shows, from 0"""
 
     name: str

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import BundleError, EngineError, NotInstalledError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from latentrt.engines.bundle.manifest import LatentSpec
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -314,8 +314,7 @@ def link_data(source: Path, directory: Path, *, name: str | None = None) -> None
         shutil.copyfile(source, target)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GraphView:
+class GraphView(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A graph, and who makes and who takes each of its tensors."""
 
     proto: GraphProto

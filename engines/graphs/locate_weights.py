@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +35,7 @@ DTYPES = {1: "float32", 10: "float16"}  # of TensorProto's types, those that wei
 GLANCE = 64  # elements: most arrays differ in the first
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
     """An initializer's values, mapped from the file that holds them. The file is None if they are in memory."""
 
     values: Array

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.build_options import BuildOptions
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TypeProto
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ceilings:
+class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
     """What a GPU reaches: bytes copied in a second, and operations of float16 matrix products."""
 
     bytes_per_s: float

@@ -8,25 +8,24 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+
+import msgspec
 
 from latentrt.engines.bundle.safetensors_header import TensorFile, read_header, weights_format
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.kinds import ALPHA, DIFFERENCES, DORA, KIND_OF, MAGNITUDES, Change, Kind, Role, Shape
 from latentrt.engines.lora.names import Parameter, from_original, plain_module, split_key
 from latentrt.engines.lora.peft_config import read_config
+from latentrt.engines.lora.weight_changes import Delta
 from latentrt.engines.spec import Array
 
 Target = tuple[str, Parameter]
 """A module in the one form of its name, and which of its parameters changes."""
-Delta = Callable[[Array], Array]
-"""What is added to a weight, computed from the base's own when it is asked for: float32, of the weight's shape."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraFile:
+class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
     """A LoRA file whose names are understood; its tensors are read when a change is asked for.
 
     modules: for each network, the keys of each parameter that changes, by their role

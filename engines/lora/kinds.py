@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.spec import Array
@@ -27,8 +27,7 @@ Size = tuple[int, int]
 ALPHA = "alpha"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
+class Matrix(msgspec.Struct, frozen=True, kw_only=True):
     """A matrix of a change: one tensor, or a product of two with a core between them where there is one.
 
     whole, outer, inner, core: the tensors by their roles
@@ -81,8 +80,7 @@ class Matrix:
         return np.asarray((outer.T if self.turned else outer) @ middle.reshape(len(middle), -1))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True, kw_only=True):
     """A kind of change: its matrices, and how they are joined.
 
     scaled: whether alpha / rank scales it, and learned magnitudes may follow
@@ -153,8 +151,7 @@ DORA = "DoRA"
 KIND_OF: Mapping[Role, Kind] = {role: kind for kind in KINDS for role in kind.own}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Magnitude:
+class Magnitude(msgspec.Struct, frozen=True, kw_only=True):
     """How learned magnitudes follow a product: m * (W + D) / |W + D|, the norm of each output or of each input.
 
     along: gives the axis that magnitudes of a shape belong to in a weight of another, None if they fit none
@@ -195,8 +192,7 @@ MAGNITUDES: Mapping[Role, Magnitude] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """What happens to one weight. tensors: float32, by their roles"""
 
     kind: Kind

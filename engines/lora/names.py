@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.kinds import ALPHA, Role
@@ -85,8 +86,7 @@ ORIGINAL_RESNET: Mapping[str, str] = {
 BLOCK = re.compile(r"(input|output)_blocks_(\d+)_(\d+)_(.+)")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
+class Key(msgspec.Struct, frozen=True, kw_only=True):
     """What a key of a file means. module: in the one form; adapter: PEFT's name for it, where the key has one"""
 
     part: Part

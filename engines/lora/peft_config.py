@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from latentrt.engines.bundle.parsing import ParseError, decode
 from latentrt.engines.bundle.safetensors_header import TensorFile
@@ -19,8 +20,7 @@ KINDS = (None, "LORA", "LOHA", "LOKR")
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeftConfig:
+class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
     """PEFT's config of one network. where: which file says it"""
 
     where: str

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.bundle.weight_map import BuiltWeights, arrange, built_record, read_weights, restore
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.engines.lora.file import Delta
 from latentrt.engines.spec import Array
 
+Delta = Callable[[Array], Array]
+"""What is added to a weight, computed from the base's own when it is asked for: float32, of the weight's shape."""
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Changes:
+
+class Changes(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What is added to a network's weights, in the order of the sum.
 
     key: the same for the same changes, and never for others
@@ -35,8 +36,7 @@ def keys_of(changes: Mapping[str, Changes]) -> dict[str, str]:
     return {component: change.key for component, change in changes.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adaptable:
+class Adaptable(msgspec.Struct, frozen=True, kw_only=True):
     """The weights of the engines in one directory, read when the first one is to be changed.
 
     files: what the records' files are relative to
@@ -47,7 +47,7 @@ class Adaptable:
     directory: Path
     files: Path
     command: str
-    _known: dict[str, BuiltWeights] = field(default_factory=dict)
+    _known: dict[str, BuiltWeights] = msgspec.field(default_factory=dict)
 
     def weights(self, component: str) -> BuiltWeights:
         """Return where a component's weights lie. Raises EngineError if that was not recorded when it was built."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,8 +42,7 @@ CUDA_SETTINGS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnnxRuntimeOptions:
+class OnnxRuntimeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How sessions run.
 
     threads: None means one for each physical core
@@ -60,7 +58,7 @@ class OnnxRuntimeOptions:
     cuda_graph: bool = False
     tf32: bool | None = None
     device: int = 0
-    settings: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 def session_options(*, threads: int | None) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.cuda.stream import Allocations, StagingRing, align
@@ -19,8 +19,7 @@ from latentrt.engines.workspace.contract import GUIDANCE, NOISE, OWNERS, PER_STA
 NEXT_STATE, ROWS = "next_state", "rows"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WorkspaceContext:
+class WorkspaceContext(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Where the parts of one workspace are made: where they run, what holds their memory, and the sizes of axes."""
 
     executor: Executor

@@ -6,11 +6,11 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Self
 
+import msgspec
 from cachetools import LRUCache
 
 from latentrt.engines.build_options import REFITTABLE
@@ -300,8 +300,7 @@ class Refits:
         return lambda initializer: self._weights.base(component, initializer)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnDevice:
+class OnDevice(msgspec.Struct, frozen=True, kw_only=True):
     """Engines that share one device's stream and scratch memory. It implements `backends.Opened`."""
 
     engines: dict[str, Engine]

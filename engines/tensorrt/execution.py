@@ -10,10 +10,11 @@ import logging
 import mmap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import msgspec
 
 from latentrt.engines.bundle.staging import staged_file
 from latentrt.engines.cuda.device import Device
@@ -37,8 +38,7 @@ _log = logging.getLogger(__name__)
 ANY = -1  # how TensorRT writes an axis whose size the profile gives
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Program:
+class Program(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One engine on the device, as its spec says. It lives as long as what refers to it."""
 
     library: ModuleType
@@ -206,8 +206,7 @@ class Scratch:
             self.address = self.size = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Executor:
+class Executor(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Where executions run, one after another. graphs: whether they become CUDA graphs"""
 
     queue: WorkQueue

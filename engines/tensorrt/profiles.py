@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import EngineError
@@ -50,8 +50,7 @@ def profiles_for(spec: EngineSpec, axes: Mapping[str, int], *, free: str) -> dic
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """Where engines came from, for the command that builds others beside them.
 
     factor: how many pixels an element of the latents is wide

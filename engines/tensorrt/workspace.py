@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from latentrt.engines.cuda.stream import Allocations, QueueEvent, StagingRing
 from latentrt.engines.errors import ClosedError, DeviceLostError, EngineError
@@ -43,13 +43,15 @@ from latentrt.engines.workspace.contract import (
     own_buffer,
 )
 
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
 # Stages whose numbers may be on their way to the device at once. Longer plans wait for the copy of a stage long past,
 # not for the queue: the device never runs dry.
 SLOTS = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Programs:
+class Programs(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What a workspace runs.
 
     unet: any denoiser; decoders, text_encoders and controlnets: by component
@@ -57,8 +59,8 @@ class Programs:
 
     unet: Program
     decoders: Mapping[str, Program]
-    text_encoders: Mapping[str, Program] = field(default_factory=dict)
-    controlnets: Mapping[str, Program] = field(default_factory=dict)
+    text_encoders: Mapping[str, Program] = msgspec.field(default_factory=dict)
+    controlnets: Mapping[str, Program] = msgspec.field(default_factory=dict)
 
 
 class Tick:

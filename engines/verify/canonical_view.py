@@ -6,13 +6,17 @@ at the sampler's state is the VAE's decoder, and the text encoder that takes lea
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import numpy.typing as npt
 
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.engines.tensor_names import COND, EXTRA_EMBEDDINGS, HINT, control_width
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 STATE, CONTROL = "state", "control"
 # What an input of the stage holds where it must have no effect; any that is not named here holds zeros.

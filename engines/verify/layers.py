@@ -7,10 +7,11 @@ have one of its name. A compiled TensorRT engine has no tensors left to look at;
 
 from __future__ import annotations
 
+import msgspec
+
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,8 +47,7 @@ FLOATS = (np.float16, np.float32)
 CHANNELS_LAST = ".last"  # behind the name of a tensor that `graphs.channels_last` laid out so
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
+class Subject(msgspec.Struct, frozen=True, kw_only=True):
     """A graph to compare. files: the graph and its external data; provider, options: what computes it, and how"""
 
     spec: EngineSpec
@@ -78,8 +78,7 @@ def built(component: str, directory: Path, record: EngineRecord, provider: Provi
     return Subject(spec=record.specs[component], files=files, provider=provider, options=options)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
     """How many layers were compared, their largest error, and the first that left the reference, in order.
 
     After the first ones nothing is looked at: what follows them is wrong because of them.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from latentrt.engines.bundle.files import Bundle, disk_errors
 from latentrt.engines.compare import largest
@@ -21,8 +22,7 @@ LAYER_BY_LAYER = ("--onnx-outputs", "mark", "all", "--trt-outputs", "mark", "all
 TYPED = ("--strongly-typed", "--decomposable-attentions")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exchange:
+class Exchange(msgspec.Struct, frozen=True, kw_only=True):
     """What was written of one component.
 
     inputs: a list of one feed, for `--load-inputs`

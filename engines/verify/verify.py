@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.backends import BACKENDS, Backend, Opening, backend_on
@@ -23,8 +23,7 @@ from latentrt.engines.verify.references import Pair, read_golden, read_reference
 from latentrt.engines.verify.tolerances import PIXEL_LEVEL, tolerance
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layer:
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """A layer that left the reference. error: the largest difference over the tensor's largest magnitude"""
 
     tensor: str
@@ -38,8 +37,7 @@ class Layer:
         return f"{self.node or self.tensor} ({self.op_type}, {shape}): {self.error:.1e}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the verification's table.
 
     error, limit: parts of the expected range, None for files
@@ -124,7 +122,7 @@ def _compare_all(
     space, profiles = bundle.manifest.latents, engine.spec.profiles
     if not profiles:
         row = _compare(as_canonical(engine, space), read_golden(bundle, component), limit)
-        yield replace(row, what=component, backend=backend)
+        yield msgspec.structs.replace(row, what=component, backend=backend)
         return
     for profile, pair in zip(profiles, read_references(bundle, component, directory, record), strict=True):
         pictures = profile.get("pictures", 1)
@@ -132,7 +130,7 @@ def _compare_all(
         inputs, expected = ({name: np.repeat(a, rows, axis=0) for name, a in side.items()} for side in pair)
         row = _compare(as_canonical(engine, space, pictures=pictures), (inputs, expected), limit)
         words = ", ".join(f"{axis} {size}" for axis, size in profile.items() if axis not in level_axes(1, 1))
-        yield replace(row, what=component, backend=backend, profile=words)
+        yield msgspec.structs.replace(row, what=component, backend=backend, profile=words)
 
 
 def _compare(engine: Engine, pair: Pair, limit: float) -> Row:

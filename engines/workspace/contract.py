@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import COND, HINT, SCALE, hint_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 ALL = slice(None)
 TEXT = "encoder_hidden_states"
@@ -39,8 +41,7 @@ AT_FIRST = {"keep_mask": 1.0, "known": 0.0}
 BY_SLOT = frozenset({STATE, CONTROL, NOISE, "keep_mask", "known", "condition", "pixels", "squares"})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkspaceShape:
+class WorkspaceShape(msgspec.Struct, frozen=True, kw_only=True):
     """What one workspace is for. pictures: its slots; width and height are in pixels; tokens: the text's length."""
 
     pictures: int

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError
@@ -42,6 +41,9 @@ from latentrt.engines.workspace.contract import (
     rows_in,
     span,
 )
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class StageControl(NamedTuple):

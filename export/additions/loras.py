@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from latentrt.engines.bundle.files import hash_file
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora.file import Delta, LoraFile, find_deltas, read_lora
+from latentrt.engines.lora.file import LoraFile, find_deltas, read_lora
+from latentrt.engines.lora.weight_changes import Delta
 from latentrt.export.options import LoraOption
 from latentrt.export.sources.diffusers_folder import to_weight_source
 from latentrt.export.sources.parts import PARTS, LoraFusion, Parts, WeightSource

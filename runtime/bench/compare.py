@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.bench.machine import differences
@@ -28,8 +29,7 @@ Verdict = Literal["slower", "faster", "the same", "worse", "better", "cannot tel
 BAD: tuple[Verdict, ...] = ("slower", "worse")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One figure in both results. before and after are medians; ratio is after over before.
 
     noise: the part that the ratio must pass before it counts
@@ -46,8 +46,7 @@ class Change:
     verdict: Verdict
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """All that two results have in common, and what differs in their circumstances."""
 
     differences: tuple[str, ...]

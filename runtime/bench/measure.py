@@ -6,7 +6,6 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
@@ -40,8 +39,7 @@ WARMUP_SHARE = 0.5  # of the seconds asked for, all candidates together
 Load = Callable[..., TimedPipeline]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure: every combination of the first seven, in turns.
 
     samplers None, sizes (): the checkpoint's own. threads None: the backend's own choice.
@@ -100,8 +98,7 @@ class Asked:
         return {choice.backend: choice.reason for choice in choices}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
     """One batch, measured. `outside` is the part of the pipeline's seconds that no engine had."""
 
     seconds: Mapping[str, float]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 
 def peak_rss() -> int:
@@ -20,8 +21,7 @@ def peak_rss() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-@dataclass(frozen=True, slots=True)
-class GpuMeter:
+class GpuMeter(msgspec.Struct, frozen=True):
     """NVML's counters of one GPU: all processes on it are in them."""
 
     _nvml: Any

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.spec import Document
@@ -41,8 +41,7 @@ class Summary(Document, frozen=True, kw_only=True):
     outliers: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratio:
+class Ratio(msgspec.Struct, frozen=True, kw_only=True):
     """How many times as large one list is as another, with its interval; null where too few were measured."""
 
     estimate: float

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import RequestError
@@ -16,8 +16,7 @@ from latentrt.runtime.sampling.noise import TorchCpuNoise
 PICTURE = (1, 2, 3)  # the axes of one picture's noise in (n, C, h, w)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """One frame, by the numbers of the key frames before and after it, and its share of the way between them."""
 
     first: int

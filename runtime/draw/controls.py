@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import CONTROL_ROLES, Manifest, Role
@@ -13,12 +13,10 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import COND, FEATURE, level_axes
 from latentrt.runtime.draw.finite import FOLLOWED, finite
-from latentrt.runtime.images.read import read_hints
 from latentrt.runtime.request import Control
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ResolvedControl:
+class ResolvedControl(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A control that can be followed.
 
     role, of: what its component is, and the denoiser that it adds to
@@ -63,6 +61,8 @@ def _resolve(
     scale = control.scale
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
         raise RequestError(f"{where}: found the scale {scale!r}, expected a number")
+    from latentrt.runtime.images.read import read_hints  # with Pillow
+
     pixels = read_hints(control.image, size=size, name=where)
     if len(pixels) not in (1, pictures):
         raise RequestError(

@@ -9,7 +9,6 @@ import numpy as np
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import PIXELS, SQUARES
-from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.workspace.contract import STATE, Event, Workspace
 from latentrt.runtime.draw.finite import check_decoded, check_sums
 
@@ -47,6 +46,8 @@ def on_workspace(workspace: Workspace, decoder: str) -> Decode:
 
 def through_engine(engine: Engine, space: LatentSpec) -> Decode:
     """Return what decodes latents with a decoder's engine, whatever that begins with."""
+    from latentrt.engines.verify.canonical_view import as_canonical  # for pictures in tiles
+
     canonical, scale = as_canonical(engine, space), np.float32(space.scaling_factor)
 
     def decode(latents: Array) -> Array:

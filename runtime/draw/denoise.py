@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import EngineError, NotFiniteError
@@ -27,8 +27,7 @@ from latentrt.runtime.sampling.guidance import Guidance, guidance_rows
 from latentrt.runtime.sampling.plan import SamplingPlan
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Batch:
+class Batch(msgspec.Struct, kw_only=True, eq=False):
     """Pictures that go through one plan together, each in a slot of its own.
 
     slots: where their text and state are when they join, (n)
@@ -36,7 +35,7 @@ class Batch:
     controls: the ControlNets that are followed, whose pixels are in the slots
     features: what T2I-Adapters add from stage to stage
     stages: which of the plan's to take; the state is that before the first of them
-    done: the stages that are done, from `stages.start` on
+    taken: how many of these are done
     """
 
     plan: SamplingPlan
@@ -46,10 +45,12 @@ class Batch:
     stages: range
     controls: Sequence[ResolvedControl] = ()
     features: Features | None = None
-    done: int = field(init=False)
+    taken: int = 0
 
-    def __post_init__(self) -> None:
-        self.done = self.stages.start
+    @property
+    def done(self) -> int:
+        """Return how many of the plan's stages are done, skipped ones included: the number of the next."""
+        return self.stages.start + self.taken
 
     @property
     def running(self) -> bool:
@@ -114,7 +115,7 @@ class Loop:
             self._follow(component, np.resize(strengths, rows.stop), rows)
         self._workspace.run(self._denoiser, rows)
         for batch in batches:
-            batch.done += 1
+            batch.taken += 1
 
     def _write_stage(self, batches: Sequence[Batch]) -> slice:
         """Write what changes from stage to stage; return the model rows of this one."""

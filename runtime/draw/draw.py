@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
@@ -41,8 +40,7 @@ Run = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 """runs a component of the bundle on its inputs"""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class BatchSource:
+class BatchSource(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Where a batch's text and noise come from.
 
     tokens: the length of the text for a denoiser; tokenize_s: what reading it took
@@ -56,8 +54,7 @@ class BatchSource:
     draw: Callable[[], Array]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Drawn:
+class Drawn(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """The pictures, (n, height, width, 3), uint8, and the seconds that was where the engines run."""
 
     pixels: Array
@@ -186,7 +183,7 @@ class Drawing:
             size = latent_shape(job.size, self._manifest.latents)
             other = stream(job.request.noise, job.variations, size)()
             varied = vary(start.noise, other, job.request.variation_strength)
-            start = dataclasses.replace(start, noise=varied)
+            start = msgspec.structs.replace(start, noise=varied)
         written = start.inputs(job.plan, state_rows=state_rows)
         return {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
 
@@ -298,7 +295,7 @@ class Drawing:
                 strength=job.strength,
                 inpainting_model=repaints(self._manifest),
             )
-        return start if given is None else dataclasses.replace(start, noise=given)
+        return start if given is None else msgspec.structs.replace(start, noise=given)
 
     def _encode_image(self, run: Run, pixels: Array, *, tiling: Tiling | None) -> Array:
         if tiling is not None:
@@ -313,7 +310,7 @@ class Drawing:
         It is opened when the first image comes: most services draw from text alone.
         """
         height, width = next(iter(inputs.values())).shape[-2:]
-        return self._opened.engine(component, dataclasses.replace(near, width=width, height=height))(inputs)
+        return self._opened.engine(component, msgspec.structs.replace(near, width=width, height=height))(inputs)
 
 
 def _seconds(events: Sequence[Event]) -> list[float]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import secrets
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec, Manifest
@@ -16,16 +15,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.draw.animation import variation_seeds
 from latentrt.runtime.draw.controls import ResolvedControl, resolve_controls
 from latentrt.runtime.draw.loras import check_loras
-from latentrt.runtime.images.read import (
-    MAX_PIXELS,
-    ImageSource,
-    decode,
-    first_of,
-    read_mask,
-    read_pictures,
-    rounded_size,
-    size_of,
-)
+from latentrt.runtime.images.sources import MAX_PIXELS, ImageSource
 from latentrt.runtime.images.tiling import Tiling, plan_tiles
 from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
@@ -34,8 +24,7 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.text.tokenizer import Prompt
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Job:
+class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
 
     variations: the variation seed of each picture, empty if the noise is the seeds' own
@@ -94,7 +83,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     prompts = tuple(text for text in _texts("prompt", request.prompt) for _ in range(request.n))
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
-    request = dataclasses.replace(request, loras=check_loras(request.loras))
+    request = msgspec.structs.replace(request, loras=check_loras(request.loras))
     decoder = _decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
     if mask is None and repaints(manifest):
@@ -180,6 +169,9 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
             if getattr(request, name) is not None:
                 raise RequestError(f"{name}: it changes an image, and there is none; give `image` too")
         return None, None, check_size(request.size or _controlled_size(request, manifest), manifest)
+
+    from latentrt.runtime.images.read import decode, read_mask, read_pictures, rounded_size, size_of  # with Pillow
+
     factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
     if request.mask is None:
         pixels = read_pictures(request.image, factor=factor, size=size)
@@ -197,6 +189,9 @@ def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | 
     first = next(iter(request.controls), None) if isinstance(request.controls, list | tuple) else None
     if not isinstance(first, Control):
         return None
+
+    from latentrt.runtime.images.read import first_of, rounded_size, size_of  # with Pillow
+
     name = f"controls, '{first.name}'"
     return rounded_size(size_of(first_of(first.image, name=name)), manifest.latents.factor, name=name)
 
@@ -288,7 +283,7 @@ def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[
 
 def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
     if seed is None:
-        seed = secrets.randbits(32)
+        seed = int.from_bytes(os.urandom(4))
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):
         return tuple(int(seed) + i for i in range(pictures))
     if not isinstance(seed, Sequence) or not all(type(one) is int for one in seed):
@@ -298,8 +293,7 @@ def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
     return tuple(seed)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenoiserRange:
+class DenoiserRange(msgspec.Struct, frozen=True, kw_only=True):
     """Stages of a plan that one denoiser takes: from the first to before the end."""
 
     denoiser: str

@@ -7,19 +7,20 @@ import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
-from cachetools import LRUCache
 
 from latentrt.engines.bundle.files import Bundle, hash_file
 from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
 from latentrt.engines.errors import CheckpointError, RequestError
-from latentrt.engines.lora.file import Delta, LoraFile, find_deltas, read_lora
-from latentrt.engines.lora.peft_config import PEFT_CONFIG
-from latentrt.engines.lora.weight_changes import NOTHING, Changes
+from latentrt.engines.lora.weight_changes import NOTHING, Changes, Delta
 from latentrt.runtime.request import Lora
+
+if TYPE_CHECKING:
+    from latentrt.engines.lora.file import LoraFile
 
 State = tuple[str, int, int, int]
 KEPT_FILES = 32  # whose names are understood and whose contents are hashed; the matrices stay on the disk
@@ -38,8 +39,7 @@ def check_loras(loras: object) -> tuple[Lora, ...]:
     return tuple(loras)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Read:
+class _Read(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A file whose names are understood. digest: of its contents, and of what lies beside it and belongs to it"""
 
     lora: LoraFile
@@ -50,6 +50,8 @@ class Loras:
     """What LoRA files mean for a bundle. Files are read once, and again when they were written again."""
 
     def __init__(self, bundle: Bundle) -> None:
+        from cachetools import LRUCache  # for what opens a bundle
+
         self._bundle = bundle
         self._files: LRUCache[tuple[State, ...], _Read] = LRUCache(KEPT_FILES)
         self._shapes: dict[str, Mapping[str, tuple[int, ...]]] = {}
@@ -84,6 +86,9 @@ class Loras:
         return {name: Changes(key=_digest(keys[name]), deltas=own) for name, own in deltas.items()}
 
     def _deltas(self, lora: LoraFile, component: str, scale: float) -> dict[str, Delta]:
+
+        from latentrt.engines.lora.file import find_deltas  # for the few requests that have LoRAs
+
         shapes = self._weight_shapes(component)
         if lora.vectors(component) and all(len(shape) > 1 for shape in shapes.values()):
             raise CheckpointError(
@@ -115,6 +120,10 @@ class Loras:
         return self._shapes[component]
 
     def _read(self, path: Path) -> _Read:
+
+        from latentrt.engines.lora.file import read_lora  # as above
+        from latentrt.engines.lora.peft_config import PEFT_CONFIG
+
         if not path.is_file():
             raise CheckpointError(f"there is no LoRA at '{path}'; give a safetensors file")
         config = path.with_name(PEFT_CONFIG)  # which says how strong PEFT's own files are

@@ -6,8 +6,8 @@ Each start draws from the seeds' streams in the order of diffusers' pipelines, s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import RequestError
@@ -24,8 +24,7 @@ Draw = Callable[[], Array]
 LOG_VARIANCES = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution limits them
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Start:
+class Start(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What n pictures start from; what is None has no part in it.
 
     noise: (n, C, h, w), unit normal

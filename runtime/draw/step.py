@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Self, TypeVar
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PREVIOUS
-from latentrt.runtime.images.preview import predicted_latents, preview
 from latentrt.runtime.sampling.plan import SamplingPlan
 
 KEPT = ("keep_mask", "known")  # what a mask keeps, and what of
@@ -70,8 +69,7 @@ class Look:
             self._read = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A finished stage: passed to `on_step`, which may raise to end the call, and given by `Pipeline.stream`.
 
     Arrays are read from where the engines run when they are first asked for, and are read-only. What was read once
@@ -101,6 +99,8 @@ class Step:
 
         Outside a mask they are the image's own. Reading them waits for the device. Raises as `latents` does.
         """
+        from latentrt.runtime.images.preview import predicted_latents  # for who looks on
+
         after, before = self._look("state"), self._look(PREVIOUS)
         schedule = self._manifest.schedule
         found = predicted_latents(before, after, self._plan, self.stage - 1, schedule, noise=self._noise)
@@ -115,6 +115,8 @@ class Step:
 
         Raises BundleError if the bundle holds no preview.
         """
+        from latentrt.runtime.images.preview import preview  # as above
+
         return preview(self.predicted, self._manifest.latents)
 
     @property

@@ -10,19 +10,15 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TypeAlias, cast
+from typing import IO, cast
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.runtime.images.sources import MAX_PIXELS, ImageSource
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | Array"
-"""A path, the bytes of a file, a Pillow image, or an array: (h, w), (h, w, 1), (h, w, 3) or (h, w, 4), uint8 from 0 to
-255, or floats from 0 to 1; for masks bool as well."""
-
-MAX_PIXELS = 1 << 26  # what may be decoded, and what may be asked for: 8192 by 8192
 # Formats whose decoders read pixels and nothing else: EPS, for one, is a program that Pillow hands to Ghostscript.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow converts these to 8 bits by clipping at 255

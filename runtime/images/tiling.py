@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from math import ceil
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import RequestError
@@ -21,8 +21,7 @@ OVERLAP = 0.25  # of a tile at least, on each side: diffusers' own
 LEAST_CELLS = 4  # of a tile's side: fewer have no overlap of a quarter
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
+class Side(msgspec.Struct, frozen=True, kw_only=True):
     """How one side of a picture is cut, in cells of the latents: tiles of `tile` cells begin at `starts`."""
 
     length: int
@@ -66,8 +65,7 @@ def cut(length: int, tile: int) -> Side:
     return Side(length=length, tile=tile, starts=starts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tiling:
+class Tiling(msgspec.Struct, frozen=True, kw_only=True):
     """How a picture is cut into tiles, all of one size; `tiles` counts them."""
 
     rows: Side

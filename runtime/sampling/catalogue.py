@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
+
+import msgspec
 
 from latentrt.engines.bundle.manifest import OwnSampler, TrainingSchedule
 from latentrt.engines.errors import RequestError
@@ -55,8 +54,7 @@ Equations = Callable[..., Iterator[Stage]]
 PLAIN = Convention()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
+class Sampler(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the table.
 
     spaced: whether it takes a spacing of sigmas such as karras
@@ -90,11 +88,11 @@ class Sampler:
             raise RequestError(
                 f"sampler: the checkpoint's own sets {unknown[0]}, which {self.title} does not have; choose a sampler"
             )
-        tuned = dataclasses.replace(self.convention, **convention)  # type: ignore[arg-type]
-        return dataclasses.replace(self, convention=tuned, equations=partial(self.equations, **rest))
+        tuned = msgspec.structs.replace(self.convention, **convention)
+        return msgspec.structs.replace(self, convention=tuned, equations=partial(self.equations, **rest))
 
 
-CONVENTIONS = {field.name for field in dataclasses.fields(Convention)}
+CONVENTIONS = frozenset(Convention.__struct_fields__)
 _KDPM = Convention(level=ve_level, extra=False, whole=False, rounds_karras=True)
 _DPM = Convention(truncates_cosine=True, flow=even_flow)
 _DPM_NOISE = Convention(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
@@ -333,6 +331,8 @@ def find(name: str) -> Name:
     known = _known()
     if squashed in known:
         return known[squashed]
+    import difflib  # for a wrong name
+
     nearest = difflib.get_close_matches(squashed, known, n=1, cutoff=0.5)
     hint = f"did you mean '{known[nearest[0]]}'?" if nearest else "expected one of " + ", ".join(sampler_names())
     raise RequestError(f"sampler: unknown sampler '{name}'; {hint}")

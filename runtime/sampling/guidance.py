@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import RequestError
@@ -14,8 +14,7 @@ from latentrt.runtime.sampling.plan import SamplingPlan
 ALWAYS = (0.0, 1.0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Guidance:
+class Guidance(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """Classifier-free guidance (arXiv:2207.12598) of a batch along a plan.
 
     scales: (n,), one for each picture; at 1 the prompt alone is followed

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SamplingPlan:
+class SamplingPlan(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What to do at each of K stages, for one picture whose state S is R latent-shaped rows.
 
     To execute: S[0] = initial_scale * unit noise and the other rows zero (from an image:

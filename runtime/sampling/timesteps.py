@@ -5,12 +5,11 @@ The conventions are those of diffusers, scheduler by scheduler.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import TrainingSchedule
@@ -33,8 +32,7 @@ FEW = 15  # with fewer intervals than this the last ones are of lower order, as 
 CONSISTENCY_STEPS = 50  # latent consistency models are distilled on every 20th of 1000 timesteps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestedSteps:
+class RequestedSteps(msgspec.Struct, frozen=True, kw_only=True):
     """The steps that were asked for: how many and how spaced, or the timesteps or sigmas themselves."""
 
     steps: int
@@ -44,8 +42,7 @@ class RequestedSteps:
     shift: float = 1.0  # of a flow's steps, towards the noise
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Convention:
+class Convention(msgspec.Struct, frozen=True, kw_only=True):
     """How a sampler places its steps. What a checkpoint's own scheduler can set has the names of `OwnSampler`."""
 
     level: Callable[[float], Level] = vp_level
@@ -65,8 +62,7 @@ class Convention:
     original_inference_steps: int = CONSISTENCY_STEPS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingLevels:
+class TrainingLevels(msgspec.Struct, frozen=True, kw_only=True):
     """The noise levels of whole training timesteps; below timestep 0 comes the final level."""
 
     alphas_cumprod: Array  # (T,), float64
@@ -84,8 +80,7 @@ def training_levels(schedule: TrainingSchedule, *, final_is_clean: bool) -> Trai
     return TrainingLevels(alphas_cumprod=alphas, final=CLEAN if final_is_clean else level_at(float(alphas[0])))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Discretization:
+class Discretization(msgspec.Struct, frozen=True, kw_only=True):
     """All intervals of a sampler, and which of them are taken: from an image, only the later ones."""
 
     intervals: tuple[Interval, ...]
@@ -119,7 +114,7 @@ class Discretization:
     def part(self, begin: int, end: int) -> Discretization:
         """Return the same intervals with another part of them to take; noise to start from has that level's size."""
         scale = self.initial_scale if begin == 0 else self.intervals[begin].here.size
-        return dataclasses.replace(self, begin=begin, end=end, initial_scale=scale)
+        return msgspec.structs.replace(self, begin=begin, end=end, initial_scale=scale)
 
 
 def discretize_strided(schedule: TrainingSchedule, requested: RequestedSteps, _: Convention) -> Discretization:

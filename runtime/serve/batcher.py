@@ -11,8 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+
+import msgspec
 
 from latentrt.engines.errors import (
     ClosedError,
@@ -41,8 +42,7 @@ logger = logging.getLogger(__name__)
 LEAST_TURN_S, TURN_OVER_CHANGE = 0.25, 5.0  # a turn lasts so long, and so many times what changing the weights takes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatcherOptions:
+class BatcherOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a batcher keeps to.
 
     slots: pictures that share stages, at the most; waiting: pictures that may wait, at the most

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 NEWEST = 0.2  # the weight of the newest measurement in the kept average
@@ -37,8 +37,7 @@ class StageTimes:
         return max(float(offset + slope * rows), min(known.values()))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Owed:
+class Owed(msgspec.Struct, frozen=True, kw_only=True):
     """What is left to do for a picture.
 
     stages: that are left, 1 at the least; rows: model rows in each; after_s: seconds from the last stage to delivery

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+
+import msgspec
 
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
@@ -18,8 +18,7 @@ from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(msgspec.Struct, frozen=True, kw_only=True):
     """What pictures must have in common to share their stages.
 
     weights: the keys of what LoRAs change, by component; controls: the components that are followed
@@ -33,8 +32,7 @@ class Group:
     state_rows: int
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Picture:
+class Picture(msgspec.Struct, kw_only=True, eq=False):
     """A picture that is being drawn.
 
     texts: what each denoiser reads, by its inputs' names; inputs: its state, as it was when it was last written to a
@@ -51,8 +49,7 @@ class Picture:
     batch: Batch | None = None
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Ticket:
+class Ticket(msgspec.Struct, kw_only=True, eq=False):
     """A picture that is owed to somebody.
 
     job: of one picture; tokens: the length of its text, by denoiser; changes: of the weights
@@ -72,8 +69,8 @@ class Ticket:
     picture: Picture | None = None
     preparing: bool = False
     began: float | None = None
-    step_seconds: list[float] = field(default_factory=list)
-    done: Future[Result] = field(default_factory=Future)
+    step_seconds: list[float] = msgspec.field(default_factory=list)
+    done: Future[Result] = msgspec.field(default_factory=Future)
 
     @property
     def part(self) -> DenoiserRange:
@@ -123,8 +120,8 @@ def single(job: Job, picture: int) -> Job:
     only = slice(picture, picture + 1)
     latents = job.request.latents
     alone = None if latents is None or latents.ndim == 3 else one(latents)
-    request = dataclasses.replace(job.request, latents=latents if alone is None else alone)
-    return dataclasses.replace(
+    request = msgspec.structs.replace(job.request, latents=latents if alone is None else alone)
+    return msgspec.structs.replace(
         job,
         request=request,
         prompts=job.prompts[only],
@@ -132,6 +129,6 @@ def single(job: Job, picture: int) -> Job:
         seeds=job.seeds[only],
         variations=job.variations[only],
         pixels=one(job.pixels),
-        guidance=dataclasses.replace(job.guidance, scales=job.guidance.scales[only]),
-        controls=tuple(dataclasses.replace(control, pixels=control.pixels[only]) for control in job.controls),
+        guidance=msgspec.structs.replace(job.guidance, scales=job.guidance.scales[only]),
+        controls=tuple(msgspec.structs.replace(control, pixels=control.pixels[only]) for control in job.controls),
     )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
-from cachetools import LRUCache
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array, EngineSpec
@@ -18,8 +17,7 @@ from latentrt.runtime.text.tokenizer import Chunk, Prompt, PromptTokenizer
 from latentrt.runtime.text.weighting import Ids, is_weighted, needed, weigh
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Words:
+class _Words(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A tokenizer with the learned words it knows. `number` differs whenever they do."""
 
     tokenizer: PromptTokenizer
@@ -32,8 +30,7 @@ class _Words:
         return tuple(embedding.name for embedding in self.embeddings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Encoding:
+class Encoding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One prompt, or a batch of them with an axis before, as the UNet reads it.
 
     states: (tokens, width); pooled: (pooled width,), None if the encoder is not read for it
@@ -211,6 +208,8 @@ class Cache:
 
     def __init__(self, size: int) -> None:
         """Hold encodings of at most so many bytes together."""
+        from cachetools import LRUCache  # for what opens a bundle
+
         self._kept: LRUCache[Hashable, Encoding] = LRUCache(size, getsizeof=lambda encoding: encoding.nbytes)
         self._lock = threading.Lock()
 
@@ -237,8 +236,7 @@ MOST_ROWS = 8
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class RowStates:
+class RowStates(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What rows are encoded to: with all layers, and where the run was told to keep them, without the last ones.
 
     pooled: a row's pooled text, where the encoder is read for it

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from latentrt.engines.errors import RequestError
 
@@ -22,30 +23,28 @@ Syntax = Literal["plain", "weighted"]
 
 STRONGER = 1.1  # what a pair of round brackets multiplies by, and a pair of square ones divides by
 LARGEST_WEIGHT = 100.0  # far above what draws anything; a slip of the finger ends here
-NUMBER = re.compile(r"\+?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+# Patterns are compiled when they are first used: most programs never read a weighted prompt.
+NUMBER = r"\+?(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 # A colon counts where only its own text stands between it and the closing bracket.
-SIGN = re.compile(
-    r"""\\(?P<escaped>[\\()\[\]:|])
+SIGN = r"""(?x)
+        \\(?P<escaped>[\\()\[\]:|])
       | (?P<open>[(\[])
       | (?::(?P<tail>[^\\:()\[\]|]*))?(?P<close>[)\]])
       | \b(?P<break>BREAK)\b
-      | (?P<bar>\|)""",
-    re.VERBOSE,
-)
+      | (?P<bar>\|)"""
 # What plain prompts hold only if their author meant the other syntax. Short, so that no text makes it slow.
-EXPLICIT_WEIGHT = re.compile(r"\([^()]{1,200}: ?[0-9]{0,2}\.?[0-9]{1,3} ?\)")
+EXPLICIT_WEIGHT = r"\([^()]{1,200}: ?[0-9]{0,2}\.?[0-9]{1,3} ?\)"
 # What other interfaces load because the prompt names it, and where it is loaded here.
 LOADED = {
-    re.compile(r"<(?:lora|lyco):[^<>]{1,200}>", re.IGNORECASE): "LoRAs are given beside the prompt, with "
+    r"<(?:lora|lyco):[^<>]{1,200}>": "LoRAs are given beside the prompt, with "
     "loras=[Lora(file=..., scale=...)] or --lora FILE:SCALE",
-    re.compile(r"<hypernet:[^<>]{1,200}>", re.IGNORECASE): "hypernetworks are not supported",
-    re.compile(r"\bembedding:[^\s,:()\[\]]{1,200}", re.IGNORECASE): "learned words are loaded beside the prompt, with "
+    r"<hypernet:[^<>]{1,200}>": "hypernetworks are not supported",
+    r"\bembedding:[^\s,:()\[\]]{1,200}": "learned words are loaded beside the prompt, with "
     "pipe.add_embedding(file) or --embedding FILE, and then written without 'embedding:'",
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
     """A stretch of text with one weight, tokenised on its own."""
 
     text: str
@@ -64,7 +63,7 @@ def parse_weighted(text: str) -> tuple[Part, ...]:
     """
     for found, where in loaded_by_name(text):
         raise _error(found.start(), f"'{shorten(found[0])}' loads nothing here: {where}", ":")
-    signs = tuple(SIGN.finditer(text))
+    signs = tuple(re.finditer(SIGN, text))
     parts: list[list[Segment]] = [[]]
     for piece in _pieces(text, signs, _factors(signs)):
         if piece is None:
@@ -77,7 +76,7 @@ def parse_weighted(text: str) -> tuple[Part, ...]:
 def loaded_by_name(text: str) -> Iterator[tuple[re.Match[str], str]]:
     """Give what a prompt means to load, and where that is loaded instead."""
     for pattern, where in LOADED.items():
-        if found := pattern.search(text):
+        if found := re.search(pattern, text, re.IGNORECASE):
             yield found, where
 
 
@@ -112,7 +111,7 @@ def _factor(sign: re.Match[str]) -> float:
     if tail is None:
         return STRONGER
     number = tail.strip()
-    if not NUMBER.fullmatch(number) or not float(number) <= LARGEST_WEIGHT:
+    if not re.fullmatch(NUMBER, number) or not float(number) <= LARGEST_WEIGHT:
         what = f"found the weight '{shorten(number)}', expected a number from 0 to {LARGEST_WEIGHT:g}"
         raise _error(sign.start(), what, ":")
     return float(number)

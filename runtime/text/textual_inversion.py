@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.safetensors_header import content_format
@@ -21,16 +21,14 @@ LARGEST_BYTES = 16 << 20  # 75 rows of the widest encoder in float32 are 0.4 MB
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Embedding:
+class Embedding(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A learned word. vectors: (tokens, width), float32: what the prompt's one word `name` stands for."""
 
     name: str
     vectors: Array
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LearnedWord:
+class LearnedWord(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A word as a file teaches it to text encoders: its vectors by component, each (tokens, width), float32.
 
     A file that names no encoder has vectors for `ANY`, which is whichever is the only one.

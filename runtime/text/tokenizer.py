@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import msgspec
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
 
 from latentrt.engines.bundle.manifest import TokenizerSpec
 from latentrt.engines.errors import BundleError, RequestError
@@ -27,8 +27,7 @@ COMMA_REACH = 20
 MOST_CHUNKS = 32
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     """A text and how it is read. Raises RequestError if a field has no meaning.
 
     syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads weights and BREAK
@@ -58,8 +57,7 @@ class Prompt:
             raise RequestError(f"clip_skip: found {self.clip_skip!r}, expected a number of layers from 0 up")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Token:
+class Token(msgspec.Struct, frozen=True, kw_only=True):
     """One token of a prompt: its weight, the number of its segment, and whether a word or a clause ends with it."""
 
     id: int
@@ -69,8 +67,7 @@ class Token:
     ends_clause: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """What one row of the text encoder holds between its begin and its end."""
 
     tokens: tuple[Token, ...] = ()
@@ -99,6 +96,8 @@ class PromptTokenizer:
     """Text in, chunks of tokens out, each small enough for one row of the text encoder."""
 
     def __init__(self, file: Path, spec: TokenizerSpec) -> None:
+        from tokenizers import Tokenizer  # for what opens a bundle
+
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
@@ -126,6 +125,8 @@ class PromptTokenizer:
             `graphs.append_embedding_input`
         Raises RequestError on a word that the tokenizer has already.
         """
+        from tokenizers import AddedToken, Tokenizer
+
         other = copy.copy(self)
         other._tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
         other._learned, following = dict(self._learned), -1
@@ -190,7 +191,7 @@ class PromptTokenizer:
 
 def _hint(text: str) -> None:
     """Say so where a plain prompt holds another interface's syntax: taken as text, it draws brackets and numbers."""
-    found = EXPLICIT_WEIGHT.search(text)
+    found = re.search(EXPLICIT_WEIGHT, text)
     if found:
         logger.warning("the prompt is plain text, '%s' included; weights need prompt_syntax 'weighted'", found[0])
     for named, where in loaded_by_name(text):

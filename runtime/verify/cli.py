@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 
 import click
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -45,7 +45,7 @@ def verify(bundle: str, backend: str | None, device: int, stages: bool, layers: 
         by_stage = verify_stages(opened, backend=only, device=device, report=report) if stages else ()
         rows = [*verify_bundle(opened, backend=only, device=device, report=report), *by_stage, *by_layer]
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        click.echo(json.dumps(msgspec.to_builtins(rows), indent=1))
     else:
         Console().print(_table(rows))
     faults = [row for row in rows if not row.ok]

@@ -7,8 +7,8 @@ that a stage that computes something else is the one that is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,8 +19,7 @@ from latentrt.engines.workspace.contract import ALL, CONTROL, NOISE, STATE, Even
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace, split_control, transit
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """How far one run of a program was from the reference.
 
     output: the buffer that was compared

@@ -148,7 +148,7 @@ def in_options(message: str, command: click.Command | None) -> tuple[str, str | 
     """
     params = command.params if command else []
     known = {name: param for param in params for name in _names(param)}
-    head = FIELD.match(message)
+    head = re.match(FIELD, message)
     field = head[0] if head and head[0] in known else None
     start = len(field) if field else 0
 

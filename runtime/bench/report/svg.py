@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
+
+import msgspec
 
 WIDTH = 760.0
 LOG_TICKS = 7  # at most, on a logarithmic axis
@@ -18,8 +19,7 @@ CHARACTER = 7.0  # width of a letter at the labels' size, on average
 Scale = Callable[[float], float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, kw_only=True):
     """The area inside the axes: left, top, right and bottom in the drawing."""
 
     left: float

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import TrainingSchedule
@@ -56,7 +56,7 @@ def edm_units(plan: SamplingPlan, schedule: TrainingSchedule) -> SamplingPlan:
     """
     _, sign, unit = output_units(schedule)
     entering = np.array([1.0] * plan.rows + [sign * unit, unit], dtype=np.float32)
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         plan,
         input_rows=np.float32(1 / unit) * plan.input_rows,
         transitions=entering * plan.transitions,
