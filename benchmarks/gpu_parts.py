@@ -115,7 +115,6 @@ def do_verify(facts: Mapping[str, Any], done: Keep) -> None:
 
 def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
     """Measure with the harness of `latentrt bench`; the demo's prompts are scored too."""
-    import dataclasses
 
     from gpu_probes import opened_so
 
@@ -137,7 +136,7 @@ def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
         report = msgspec.to_builtins(run_bench(facts["root"], asked, load=load))
         done(report)
         if facts["scored"]:
-            scored = dataclasses.replace(asked, rounds=3, seconds=0.5, accuracy=8 if rehearsal else 48)
+            scored = msgspec.structs.replace(asked, rounds=3, seconds=0.5, accuracy=8 if rehearsal else 48)
             further = run_bench(facts["root"], scored, prompt_sets={"demo": held_out_prompts}, load=load)
             report["variants"][0]["prompts"] = msgspec.to_builtins(further.variants[0].prompts)
             done(report)

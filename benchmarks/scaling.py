@@ -14,7 +14,6 @@ attention, and records what the change of weights takes, a step after it, and th
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import tempfile
@@ -84,10 +83,10 @@ def curves_asked(arguments: argparse.Namespace) -> dict[str, Asked]:
     sides = arguments.sizes or (side // 2, 3 * side // 4, side, 3 * side // 2, 2 * side)
     base = Asked(steps=(4,), samplers=("euler",), guidances=(5.0,), seconds=arguments.seconds, cold=0, golden=False)
     return {
-        "size": dataclasses.replace(base, sizes=tuple((one, one) for one in sides)),
-        "batch": dataclasses.replace(base, batches=arguments.batches),
-        "steps": dataclasses.replace(base, steps=arguments.steps),
-        "threads": dataclasses.replace(base, threads=arguments.threads),
+        "size": msgspec.structs.replace(base, sizes=tuple((one, one) for one in sides)),
+        "batch": msgspec.structs.replace(base, batches=arguments.batches),
+        "steps": msgspec.structs.replace(base, steps=arguments.steps),
+        "threads": msgspec.structs.replace(base, threads=arguments.threads),
     }
 
 

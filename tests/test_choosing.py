@@ -6,13 +6,13 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build import build_engines

@@ -6,7 +6,6 @@ In one process: click's runner calls the commands as the shell does.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -222,7 +221,7 @@ def test_json_says_which_refusals_are_worth_another_try(sd1_bundle: Path, here: 
 
 
 def fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(Request)]
+    return list(Request.__struct_fields__)
 
 
 @pytest.mark.parametrize("command", ["generate", "animate"])

@@ -7,12 +7,12 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import fsspec
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from latentrt.engines import build as building
 from latentrt.engines.build import build_engines

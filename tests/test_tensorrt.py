@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import msgspec
 import onnx
 import pytest
 from click.testing import CliRunner
+from msgspec.structs import replace
 
 from latentrt.engines.backends import BACKENDS, Opening
 from latentrt.engines.build import build_engines

@@ -124,7 +124,7 @@ def test_shapes_that_no_engine_has_are_answered_with_the_command_that_builds_the
     build = f"run `latentrt build {root} --backend tensorrt"
     with studio.open(device) as session:
         with pytest.raises(EngineError) as caught:
-            session.workspace(replace(ONE, pictures=3, width=512, height=768), **DRAWN)
+            session.workspace(msgspec.structs.replace(ONE, pictures=3, width=512, height=768), **DRAWN)
         words = str(caught.value)
         assert "unet is not compiled for pictures 3, tokens 77, latent_height 192, latent_width 128" in words
         assert "pictures 1, rows 2, tokens 154, latent_height 8, latent_width 8; run" in words

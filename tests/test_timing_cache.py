@@ -5,10 +5,11 @@ On a stand-in for the builder's configuration: only TensorRT itself uses the cac
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions

@@ -7,8 +7,6 @@ have one of its name. A compiled TensorRT engine has no tensors left to look at;
 
 from __future__ import annotations
 
-import msgspec
-
 import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.backends import backend_on
