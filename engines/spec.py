@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -125,6 +124,8 @@ class EngineKey(Document, frozen=True, kw_only=True):
     @property
     def digest(self) -> str:
         """Return 12 hexadecimal digits that differ when any field does."""
+        import hashlib  # with OpenSSL, for what opens a bundle
+
         text = json.dumps(msgspec.structs.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -164,6 +163,8 @@ def check_file(root: Path, relative: str, record: FileRecord, *, check: Check) -
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, as hexadecimal digits."""
+    import hashlib  # with OpenSSL, for what opens a bundle
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Literal, TypeVar
@@ -304,6 +303,8 @@ class Manifest(Document, frozen=True, kw_only=True):
 
         latents: and over the latents' scale, which engines carry that begin at the sampler's state
         """
+        import hashlib  # with OpenSSL, for what opens a bundle
+
         lines = [
             f"{name} {path} {self.files[path].sha256}"
             for name, component in sorted(self.components.items())

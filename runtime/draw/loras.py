@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import threading
@@ -147,4 +146,6 @@ def _order(one: tuple[_Read, float]) -> tuple[str, float]:
 
 
 def _digest(lines: Sequence[str]) -> str:
+    import hashlib  # with OpenSSL, for what opens a bundle
+
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
