@@ -7,9 +7,8 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Self, Unpack
+from typing import TYPE_CHECKING, Self, Unpack
 
 import msgspec
 import numpy as np
@@ -34,6 +33,9 @@ from latentrt.runtime.text.encoders import read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding
 from latentrt.runtime.text.tokenizer import PromptTokenizer
 
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class Pipeline:
         self.loaded = Loaded(bundle, opened, tokenizers)
         self._closed = False
         self._streams = weakref.WeakSet[Stream]()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")  # starts with the first await
+        self._worker = _one_thread()  # starts with the first await
         self._said: set[str] = set()
 
     @classmethod
@@ -80,7 +82,7 @@ class Pipeline:
         DeviceLostError where CUDA was in use before this process was forked
         """
         bundle = Bundle.open(path)
-        with ThreadPoolExecutor(max_workers=1) as beside:
+        with _one_thread() as beside:
             reading = beside.submit(read_tokenizers, bundle, check=check)
             opened = open_engines(
                 bundle,
@@ -356,6 +358,13 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """Return what runs work in a thread of its own, which starts with the first."""
+    from concurrent.futures import ThreadPoolExecutor  # for what opens a bundle
+
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")
 
 
 def _ordinary(manifest: Manifest) -> Request:

@@ -20,10 +20,10 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "optimum")
 # What only some callers of a pipeline need, or who opens a bundle: imported where it is used.
 LATER = (
     *("onnxruntime", "tensorrt", "cuda", "tokenizers", "safetensors", "cachetools", "PIL", "click", "rich", "fsspec"),
-    *("asyncio", "dataclasses", "difflib", "hashlib", "numpy.random", "numpy.typing", "random", "secrets", "shutil"),
-    *("subprocess", "tempfile", "latentrt.engines.build", "latentrt.engines.lora.file", "latentrt.engines.verify"),
-    *("latentrt.engines.onnxruntime", "latentrt.engines.tensorrt", "latentrt.runtime.images.preview"),
-    *("latentrt.runtime.images.read",),
+    *("asyncio", "concurrent.futures", "dataclasses", "difflib", "hashlib", "numpy.random", "numpy.typing", "random"),
+    *("secrets", "shutil", "subprocess", "tempfile", "latentrt.engines.build", "latentrt.engines.lora.file"),
+    *("latentrt.engines.onnxruntime", "latentrt.engines.tensorrt", "latentrt.engines.verify"),
+    *("latentrt.runtime.images.preview", "latentrt.runtime.images.read"),
 )
 LIGHT = ("latentrt", "latentrt.runtime", "latentrt.runtime.pipeline", "latentrt.runtime.cli", "latentrt.engines.cli")
 
