@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -428,7 +429,7 @@ def test_every_weight_of_a_trained_checkpoint_is_found_in_what_is_built(varied: 
 def test_layouts_keep_every_number_and_add_up(layout: str, outputs: int, inputs: int, kernel: int, block: bool) -> None:
     """What is arranged holds the weight's numbers and zeros, and sums may be made before or after."""
     shape: tuple[int, ...] = (outputs, inputs * 16 if block else inputs)
-    if layout == COLUMN or PADDED.fullmatch(layout):
+    if layout == COLUMN or re.fullmatch(PADDED, layout):
         shape = (outputs,)
     elif layout != TRANSPOSED:
         shape = (*shape, kernel, kernel)

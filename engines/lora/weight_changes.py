@@ -87,7 +87,7 @@ class Adaptable(msgspec.Struct, frozen=True, kw_only=True):
             stored = arrange(total.astype(place.dtype, copy=False), place.layout)
         if not np.isfinite(stored).all():
             raise RequestError(
-                f"loras: {component}'s {name} leaves the range of {place.dtype} with these LoRAs; "
+                f"loras: {component}'s {name} is outside the range of {place.dtype} with these LoRAs; "
                 "give smaller scales, or other files if these are damaged"
             )
         return place.initializer, stored
