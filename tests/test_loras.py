@@ -462,7 +462,7 @@ def test_float16_weights_are_summed_in_float32_and_rounded_once(tmp_path: Path) 
     exact = torch.from_numpy(weight).double() + sum(torch.from_numpy(delta).double() for delta in deltas)
     np.testing.assert_array_equal(found.T, exact.float().half().numpy())
     assert not np.array_equal(found.T, weight)
-    with pytest.raises(RequestError, match="leaves the range of float16"):
+    with pytest.raises(RequestError, match="outside the range of float16"):
         weights.changed("unet", "w", [lambda base: np.full(base.shape, 1e5, np.float32)])
 
 
