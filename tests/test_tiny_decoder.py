@@ -234,13 +234,13 @@ def test_compiled_engines_are_verified_and_a_workspace_takes_memory_for_the_deco
         WorkspaceShape(pictures=1, tokens=77, width=40, height=32),
     )
     workspace: Any = opened.workspace(space, shape, state_rows=1, denoiser=UNET, decoder=None)
-    passes = [run.name for run in workspace._passes]
+    passes = [run.name for run in workspace._executions]
     assert not [name for name in passes if "decoder" in name]
     with pytest.raises(EngineError):
         workspace.run(TINY_DECODER)
     opened.workspace(space, shape, state_rows=1, denoiser=UNET, decoder=TINY_DECODER)
     opened.workspace(space, shape, state_rows=1, denoiser=UNET, decoder=TINY_DECODER)
-    assert [run.name.split(",")[0] for run in workspace._passes[len(passes) :]] == [TINY_DECODER]
+    assert [run.name.split(",")[0] for run in workspace._executions[len(passes) :]] == [TINY_DECODER]
     opened.close()
 
 
