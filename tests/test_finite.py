@@ -28,7 +28,7 @@ LATENT = (4, 8, 8)
 @pytest.fixture(scope="module")
 def pipe(sd1_bundle: Path) -> Iterator[Pipeline]:
     with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe:
-        pipe._opened.engine("vae_encoder", WorkspaceShape(pictures=1, tokens=77, width=32, height=32))
+        pipe.loaded.opened.engine("vae_encoder", WorkspaceShape(pictures=1, tokens=77, width=32, height=32))
         yield pipe
 
 
@@ -46,7 +46,7 @@ class Spoilt(EngineView):
 
 
 def spoil(pipe: Pipeline, patch: pytest.MonkeyPatch, component: str, change: Callable[[Any], None]) -> None:
-    engines = pipe._opened.engines
+    engines = pipe.loaded.opened.engines
     patch.setitem(engines, component, Spoilt(engines[component], change))
 
 
@@ -146,7 +146,7 @@ def test_verify_does_not_pass_a_decoder_that_is_not_finite(pipe: Pipeline) -> No
     def change(outputs: dict[str, Array]) -> None:
         outputs["squares"][:] = np.nan
 
-    decoder = pipe._opened.engines["vae_decoder"]
+    decoder = pipe.loaded.opened.engines["vae_decoder"]
     latents = np.zeros((1, *LATENT), dtype=np.float32)
     pixels = decoder({"latent_sample": latents})["pixels"]
     sample = pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1

@@ -43,10 +43,10 @@ class Watching:
 
 @pytest.fixture
 def unet(pipe: Pipeline) -> Iterator[Watching]:
-    engine = pipe._opened.engines["unet"]
-    pipe._opened.engines["unet"] = watching = Watching(engine)  # type: ignore[assignment]
+    engine = pipe.loaded.opened.engines["unet"]
+    pipe.loaded.opened.engines["unet"] = watching = Watching(engine)  # type: ignore[assignment]
     yield watching
-    pipe._opened.engines["unet"] = engine
+    pipe.loaded.opened.engines["unet"] = engine
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "unipc", "lcm"])
