@@ -172,7 +172,7 @@ def test_a_key_differs_in_its_directory_when_any_field_does() -> None:
 
 
 def test_a_failed_build_leaves_nothing(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise EngineError("no")
 
     shutil.rmtree(copy.root / "engines")
