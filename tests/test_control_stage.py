@@ -22,9 +22,12 @@ from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
 from latentrt.engines.verify.verify import verify
-from latentrt.engines.workspace.contract import ALL
+from latentrt.engines.workspace.contract import ALL, STATE, WorkspaceShape
+from latentrt.runtime.draw.denoise import Loop
+from latentrt.runtime.draw.job import resolve
+from latentrt.runtime.draw.step import Noise
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.request import Control
+from latentrt.runtime.request import Control, Request
 from tests.conftest import MakeControlled
 from tests.host_device import HostDevice
 from tests.stand_in import install
@@ -64,7 +67,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
-def draw(pipe: Pipeline, **asked: Any) -> Array:
+def request_of(pipe: Pipeline, **asked: Any) -> Request:
     known = {
         "prompt": "a red circle",
         "sampler": "euler",
@@ -75,7 +78,11 @@ def draw(pipe: Pipeline, **asked: Any) -> Array:
         **asked,
     }
     repaints = pipe.manifest.components["unet"].inputs[0].shape[1] == 9
-    return pipe(**known | ({"image": photo(), "mask": left_half()} if repaints else {})).pixels
+    return Request(**known | ({"image": photo(), "mask": left_half()} if repaints else {}))
+
+
+def draw(pipe: Pipeline, **asked: Any) -> Array:
+    return pipe.draw(request_of(pipe, **asked)).pixels
 
 
 def named(kind: tuple[str, str]) -> str:
@@ -229,3 +236,53 @@ def test_a_graph_that_is_no_controlnet_is_refused(controlled: MakeControlled) ->
     unet = onnx.load(str(bundle.path(bundle.manifest.components["unet"].graph)), load_external_data=False)
     with pytest.raises(BundleError, match="the ControlNet's graph takes sample, timestep"):
         fuse_control(unet)
+
+
+def shared(pipe: Pipeline, names: list[str]) -> list[Array]:
+    """Draw requests of one picture that share their stages, each in a slot of its own."""
+    drawing, manifest = pipe.loaded.drawing, pipe.manifest
+    jobs = [resolve(request_of(pipe, **REQUESTS[name]), manifest) for name in names]
+    sources = [pipe.loaded.source(job) for job in jobs]
+    (tokens,) = {source.tokens[manifest.denoiser] for source in sources}
+    shape = WorkspaceShape(pictures=len(jobs), tokens=tokens, width=SIZE[0], height=SIZE[1])
+    rows = max(job.plan.rows for job in jobs)
+    workspace = pipe.loaded.opened.workspace(
+        manifest.latents, shape, state_rows=rows, denoiser=manifest.denoiser, decoder=None
+    )
+    loop = Loop(workspace, manifest.denoiser)
+    for slot, (job, source) in enumerate(zip(jobs, sources, strict=True)):
+        slots, noise = slice(slot, slot + 1), Noise(source.draw)
+        source.write(workspace, manifest.denoiser, slots)
+        inputs = drawing.begin(job, noise, shape, state_rows=workspace.state_rows)
+        loop.join(drawing.seat(job, job.ranges[0], inputs, workspace, noise, slots=slots))
+    while any(batch.running for batch in loop.batches):
+        loop.advance()
+    latents = [workspace.read(STATE, batch.slots)[:, 0] for batch in loop.batches]
+    return [drawing.decode(job, job.decoder, each, tokens=tokens) for job, each in zip(jobs, latents, strict=True)]
+
+
+MIXES = [
+    ["one", "nothing, after one"],
+    ["nothing, after one", "one", "two, the other first"],
+    ["each at a part of the steps", "guided for a while", "an image"],
+]
+
+
+@pytest.mark.parametrize("names", MIXES)
+def test_pictures_that_follow_different_controls_share_their_stages(
+    controlled: MakeControlled, plain: Callable[..., Array], names: list[str]
+) -> None:
+    expected = [plain("sd1", "", name) for name in names]
+    with Pipeline.load(controlled("sd1", "").bundle, "cpu", threads=1) as pipe:
+        for found, alone in zip(shared(pipe, names), expected, strict=True):
+            assert_close(found, alone)
+
+
+@pytest.mark.parametrize("names", MIXES)
+def test_so_they_do_on_bound_buffers(
+    bound: tuple[tuple[str, str], Pipeline], plain: Callable[..., Array], names: list[str]
+) -> None:
+    kind, pipe = bound
+    expected = [plain(*kind, name) for name in names]
+    for found, alone in zip(shared(pipe, names), expected, strict=True):
+        assert_close(found, alone)
