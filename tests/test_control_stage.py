@@ -273,7 +273,7 @@ def test_pictures_that_follow_different_controls_share_their_stages(
     controlled: MakeControlled, plain: Callable[..., Array], names: list[str]
 ) -> None:
     expected = [plain("sd1", "", name) for name in names]
-    with Pipeline.load(controlled("sd1", "").bundle, "cpu", threads=1) as pipe:
+    with canonical(), Pipeline.load(controlled("sd1", "").bundle, "cpu", threads=1) as pipe:
         for found, alone in zip(shared(pipe, names), expected, strict=True):
             assert_close(found, alone)
 

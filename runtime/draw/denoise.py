@@ -9,7 +9,7 @@ import numpy as np
 
 from latentrt.engines.errors import EngineError, NotFiniteError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import SCALE
+from latentrt.engines.tensor_names import SCALE, hint_of
 from latentrt.engines.workspace.contract import (
     CONTROL,
     GUIDANCE,
@@ -80,6 +80,7 @@ class Loop:
         self._workspace, self._denoiser = workspace, denoiser
         self.batches: list[Batch] = []
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
+        self._blank: set[tuple[str, Batch]] = set()  # who shares stages with a ControlNet that it does not follow
 
     def join(self, batch: Batch) -> None:
         """Let pictures take part from the next stage on. Raises EngineError if a slot is taken, or not there."""
@@ -99,6 +100,7 @@ class Loop:
     def leave(self, batch: Batch) -> None:
         """Free the slots of pictures, finished or not; nothing of them is left to meet those that come next."""
         self.batches.remove(batch)
+        self._blank = {one for one in self._blank if one[1] is not batch}
         for name, number in (("keep_mask", 1.0), ("known", 0.0), (STATE, 0.0)):
             self._workspace.write(name, number, batch.slots)
 
@@ -112,6 +114,7 @@ class Loop:
                 write_rows(self._workspace, name, array, batch.slots)
         rows = self._write_stage(batches)
         for component, strengths in self._strengths(batches).items():
+            self._show_nothing(component, batches)
             self._follow(component, np.resize(strengths, rows.stop), rows)
         self._workspace.run(self._denoiser, rows)
         for batch in batches:
@@ -135,6 +138,16 @@ class Loop:
         if noises:
             workspace.write(NOISE, _spread(noises, slots))
         return slice(0, rows)
+
+    def _show_nothing(self, component: str, batches: Sequence[Batch]) -> None:
+        """Give a ControlNet a black image for the pictures that do not follow it; what it adds to them is nothing."""
+        width, height = self._workspace.shape.width, self._workspace.shape.height
+        for batch in batches:
+            if (component, batch) in self._blank or component in [one.component for one in batch.controls]:
+                continue
+            black = np.zeros((batch.slots.stop - batch.slots.start, 3, height, width), dtype=np.float32)
+            self._workspace.write(hint_of(component), black, batch.slots)
+            self._blank.add((component, batch))
 
     def _follow(self, component: str, scales: Array, rows: slice) -> None:
         """Run a ControlNet. How strongly rows follow it is written where that changed: mostly once a picture."""
