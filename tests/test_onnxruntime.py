@@ -15,8 +15,8 @@ import pytest
 from onnx import helper
 
 from latentrt.engines.errors import EngineError, OutOfMemoryError
+from latentrt.engines.graphs.edits import save_graph
 from latentrt.engines.onnxruntime import assignment, library, session
-from latentrt.engines.onnxruntime.build import save_graph
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, cuda_settings
 from latentrt.engines.spec import Array, DType, EngineSpec, TensorSpec
 from tests.graphs import model_of

@@ -14,13 +14,14 @@ from click.testing import CliRunner
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cli import build, verify
+from latentrt.engines.cli import build
 from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import EngineError, WrongMachineError
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, cuda_settings
 from latentrt.engines.open import choose, choose_to_build, find_engines, serves
 from latentrt.runtime.cli import generate
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.verify.cli import verify
 from tests.host_device import HostDevice
 from tests.stand_in import H200, L4, install_several
 
