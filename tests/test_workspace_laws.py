@@ -22,8 +22,8 @@ from tests.sketch import CONTEXT, SIZE, TOKENS, WIDTH, bound_workspace, compiled
 from tests.studio import DRAWN
 
 ROWS = 2  # of state
-# Of the largest number: the same float32 sums in another order. The contrast of a picture that is nearly of one colour, by
-# which guidance is rescaled, keeps four digits of them; 5e-5 was measured, and a wrong row or weight is above 1e-2.
+# Of the largest number: the same float32 sums in another order. The contrast of a picture that is nearly of one colour,
+# by which guidance is rescaled, keeps four digits of them; 5e-5 was measured, a wrong row or weight is above 1e-2.
 CLOSE = 5e-4
 
 
