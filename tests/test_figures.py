@@ -67,6 +67,12 @@ def ratio(cells: list[str]) -> str:
     return cells[1] or cells[3]
 
 
+def test_a_picture_takes_as_long_as_before_the_workspace_as_was_measured() -> None:
+    wall = result("versions-demo")["wall"]
+    ratio = f"{wall['estimate']:.2f} ({wall['low']:.2f} to {wall['high']:.2f})"
+    assert ratio in line_with("a picture of the demo, 8 steps")
+
+
 @pytest.mark.parametrize("way", ON_A_GPU)
 def test_a_gpu_takes_as_long_as_was_measured(way: str) -> None:
     parts, model = result("gpu-h200")["parts"], ON_A_GPU[way].partition(":")[0]
