@@ -32,7 +32,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+# ONNX Runtime for GPUs beside the CPU's, whose module has the same name: its provider is opened on stub libraries
+# (tests/test_real_wheels_onnxruntime.py, which is skipped where there is no such wheel).
+.cache/onnxruntime-gpu: setup
+	-test -d $@ || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ onnxruntime-gpu==1.31.1
+
+test: lint .cache/onnxruntime-gpu
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
 test-slow: setup
