@@ -322,6 +322,30 @@ def test_lora_sets_and_sizes_take_turns_and_each_picture_has_its_own(
     assert len({one.tobytes() for one in found}) == len(found)
 
 
+def test_weights_that_cannot_be_changed_end_whoever_needs_them_and_are_not_taken_for_changed(
+    pipe: Pipeline, sd1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "style.safetensors"
+    save_file(kohya(every_layer(sd1_checkpoint, seed=3)), file)
+    styled = asked(1, loras=[Lora(file=file)])
+    alone, adapt, failures = pipe.draw(styled).pixels[0], pipe.loaded.adapt, iter([EngineError("no")])
+
+    def fail_once(changes: Any) -> float:
+        if changes and (error := next(failures, None)):
+            raise error
+        return adapt(changes)
+
+    pipe.draw(asked(1))  # the base's weights again
+    monkeypatch.setattr(pipe.loaded, "adapt", fail_once)
+    with Batcher(pipe) as batcher:
+        (kept,) = batcher.submit(asked(2, steps=30))
+        (lost,) = batcher.submit(styled)
+        assert isinstance(lost.exception(WAIT_S), EngineError)
+        (again,) = batcher.submit(styled)
+        assert psnr(answer(again).pixels[0], alone) >= NEAR_DB
+        assert answer(kept).seeds == (2,)
+
+
 def test_a_lora_that_cannot_be_is_refused_at_once(pipe: Pipeline, tmp_path: Path) -> None:
     with Batcher(pipe) as batcher, pytest.raises(RequestError):
         batcher.submit(asked(1, loras=[Lora(file=tmp_path / "nowhere.safetensors")]))

@@ -222,30 +222,31 @@ class Batcher:
 
     def _let_go(self) -> None:
         """End the pictures that nobody waits for any more."""
-        for ticket in list(self._line):
+        for ticket in [*self._tickets(), *(self._batch.tickets if self._batch else ())]:
             if (error := _over(ticket)) is not None:
-                with self._change:
-                    self._line.remove(ticket)
-                _fail(ticket, error)
-        for ticket in list(self._batch.tickets) if self._batch else ():
-            if (error := _over(ticket)) is not None:
-                assert self._batch is not None
-                self._batch.leave(ticket, keep=False)
-                _fail(ticket, error)
-        for group, tickets in list(self._running.items()):
-            for ticket in list(tickets):
-                if (error := _over(ticket)) is not None:
-                    tickets.remove(ticket)
-                    _fail(ticket, error)
-            if not tickets:
-                del self._running[group]
+                self._end(ticket, error)
+
+    def _end(self, ticket: Ticket, error: BaseException) -> None:
+        """Take a picture from wherever it is, and answer for it."""
+        if self._batch is not None and ticket in self._batch.tickets:
+            self._batch.leave(ticket, keep=False)
+        with self._change:
+            if ticket in self._line:
+                self._line.remove(ticket)
+            for group, tickets in list(self._running.items()):
+                self._running[group] = [other for other in tickets if other is not ticket]
+                if not self._running[group]:
+                    del self._running[group]
+        _fail(ticket, error)
 
     def _switch(self, group: Group) -> None:
         """Let another group draw, with its weights: what is under way with others ends first."""
         if self._batch is not None and self._group is not None and (parked := self._batch.park()):
             self._running[self._group] = parked
-        if self._group is None or group.weights != self._group.weights:
-            self._change_weights(group)
+        weights = None if self._group is None else self._group.weights
+        self._group, self._batch = None, None  # nobody draws before the weights are known to be the group's
+        if weights != group.weights and not self._change_weights(group):
+            return
         self._group = group
         self._batch = self._shared_loop(group)
         try:
@@ -253,23 +254,19 @@ class Batcher:
         except EngineError as error:
             self._failed(self._batch, error)
 
-    def _change_weights(self, group: Group) -> None:
+    def _change_weights(self, group: Group) -> bool:
+        """Change the weights to a group's; where that fails, end all that need them and return False."""
         with self._change:
             self._change.wait_for(lambda: not self._besides)
-        for ticket in self._line:  # what was encoded with other weights
-            if ticket.group.weights != group.weights:
-                ticket.begin_again()
-        one = next(ticket for ticket in self._tickets() if ticket.group.weights == group.weights)
+            own = [ticket for ticket in self._tickets() if ticket.group.weights == group.weights]
         try:
-            taken = self._loaded.adapt(one.changes)
+            taken = self._loaded.adapt(own[0].changes) if own else 0.0
         except LatentrtError as error:
-            for ticket in [ticket for ticket in self._line if ticket.group.weights == group.weights]:
-                with self._change:
-                    self._line.remove(ticket)
-                _fail(ticket, error)
-            return
-        if taken:
-            self._adapt_s = taken
+            for ticket in own:
+                self._end(ticket, error)
+            return False
+        self._adapt_s = taken or self._adapt_s
+        return bool(own)
 
     def _tickets(self) -> list[Ticket]:
         return [*self._line, *(ticket for tickets in self._running.values() for ticket in tickets)]
