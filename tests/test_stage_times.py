@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.runtime.serve.stage_times import Owed, StageTimes, delivery_times, may_join
-from latentrt.runtime.serve.turns import Turns
+from latentrt.runtime.batching.stage_times import Owed, StageTimes, delivery_times, may_join
+from latentrt.runtime.batching.turns import Turns
 
 
 def seconds(rows: int) -> float:

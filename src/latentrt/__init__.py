@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from latentrt.runtime.pipeline import Pipeline
     from latentrt.runtime.request import Control, KeyFrame, Lora, Request
     from latentrt.runtime.result import Result
-    from latentrt.runtime.serve.batcher import Batcher, BatcherOptions
+    from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
 
 __version__ = "0.1.0"
 
@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 HOMES = {
-    "Batcher": "latentrt.runtime.serve.batcher",
-    "BatcherOptions": "latentrt.runtime.serve.batcher",
+    "Batcher": "latentrt.runtime.batching.batcher",
+    "BatcherOptions": "latentrt.runtime.batching.batcher",
     "Cancellation": "latentrt.runtime.calls",
     "Control": "latentrt.runtime.request",
     "KeyFrame": "latentrt.runtime.request",

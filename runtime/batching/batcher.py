@@ -32,11 +32,11 @@ from latentrt.runtime.draw.step import OnStep
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
-from latentrt.runtime.serve.beside import explained, finish, prepare
-from latentrt.runtime.serve.shared_loop import SharedLoop
-from latentrt.runtime.serve.stage_times import Owed, StageTimes, may_join
-from latentrt.runtime.serve.ticket import Group, Ticket, single
-from latentrt.runtime.serve.turns import Turns
+from latentrt.runtime.batching.beside import explained, finish, prepare
+from latentrt.runtime.batching.shared_loop import SharedLoop
+from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
+from latentrt.runtime.batching.ticket import Group, Ticket, single
+from latentrt.runtime.batching.turns import Turns
 
 logger = logging.getLogger(__name__)
 LEAST_TURN_S, TURN_OVER_CHANGE = 0.25, 5.0  # a turn lasts so long, and so many times what changing the weights takes

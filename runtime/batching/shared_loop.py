@@ -11,7 +11,7 @@ from latentrt.runtime.draw.draw import Drawing
 from latentrt.runtime.draw.job import DenoiserRange
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import Step
-from latentrt.runtime.serve.ticket import Ticket
+from latentrt.runtime.batching.ticket import Ticket
 
 Make = Callable[[int], Workspace]
 """gives a blank workspace with so many slots"""

@@ -13,7 +13,7 @@ from latentrt.runtime.draw.job import latent_shape
 from latentrt.runtime.draw.step import Noise
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.result import Result
-from latentrt.runtime.serve.ticket import Picture, Ticket
+from latentrt.runtime.batching.ticket import Picture, Ticket
 
 
 def prepare(loaded: Loaded, ticket: Ticket) -> None:
