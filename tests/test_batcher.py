@@ -117,7 +117,7 @@ def test_pictures_join_and_leave_in_mid_flight(pipe: Pipeline) -> None:
 def test_a_cancelled_picture_frees_its_slot_within_a_stage_and_disturbs_nobody(pipe: Pipeline) -> None:
     alone, cancel, seen = pipe.draw(asked(1, steps=6)), Cancellation(), list[int]()
 
-    def watch(step: Step) -> None:
+    def watch(picture: int, step: Step) -> None:
         seen.append(step.stage)
         if step.stage == 2:
             cancel.cancel()
@@ -163,7 +163,7 @@ def test_what_a_watcher_raises_ends_its_own_picture(pipe: Pipeline) -> None:
     class BrokenError(Exception):
         pass
 
-    def watch(step: Step) -> None:
+    def watch(picture: int, step: Step) -> None:
         assert step.preview.shape[0] == 1
         raise BrokenError
 

@@ -25,20 +25,21 @@ from latentrt.engines.errors import (
     QueueFullError,
 )
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
-from latentrt.runtime.calls import Cancellation, Limits
-from latentrt.runtime.draw.finite import LATENTS
-from latentrt.runtime.draw.job import resolve
-from latentrt.runtime.draw.step import OnStep
-from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.request import Request
-from latentrt.runtime.result import Result
 from latentrt.runtime.batching.beside import explained, finish, prepare
 from latentrt.runtime.batching.shared_loop import SharedLoop
 from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
 from latentrt.runtime.batching.ticket import Group, Ticket, single
 from latentrt.runtime.batching.turns import Turns
+from latentrt.runtime.calls import Cancellation, Limits
+from latentrt.runtime.draw.finite import LATENTS
+from latentrt.runtime.draw.job import resolve
+from latentrt.runtime.draw.step import Step
+from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Request
+from latentrt.runtime.result import Result
 
 logger = logging.getLogger(__name__)
+OnPicture = Callable[[int, Step], None]
 LEAST_TURN_S, TURN_OVER_CHANGE = 0.25, 5.0  # a turn lasts so long, and so many times what changing the weights takes
 
 
@@ -84,11 +85,12 @@ class Batcher:
     # What callers do, from any thread.
 
     def submit(
-        self, request: Request, *, on_step: OnStep | None = None, cancel: Cancellation | None = None
+        self, request: Request, *, on_step: OnPicture | None = None, cancel: Cancellation | None = None
     ) -> list[Future[Result]]:
         """Have a request drawn; return what comes of each of its pictures, in order.
 
-        on_step: called after each stage of each picture, on the batcher's thread: it must be quick
+        on_step: called after each stage of each picture with the picture's number, from 0, and its step, on the
+            batcher's thread: it must be quick
         cancel: ends all of the request's pictures within a stage
         Raises RequestError, of its kinds QueueFullError and DrainingError where nothing is wrong with the request.
         """
@@ -100,10 +102,15 @@ class Batcher:
         with self._change:
             self._admit(len(jobs))
             tickets = []
-            for one, length in zip(jobs, tokens, strict=True):
+            for picture, (one, length) in enumerate(zip(jobs, tokens, strict=True)):
                 self._count += 1
                 ticket = Ticket(
-                    number=self._count, job=one, tokens=length, changes=changes, limits=limits, on_step=on_step
+                    number=self._count,
+                    job=one,
+                    tokens=length,
+                    changes=changes,
+                    limits=limits,
+                    on_step=partial(on_step, picture) if on_step else None,
                 )
                 ticket.due = self._promise(ticket)
                 tickets.append(ticket)

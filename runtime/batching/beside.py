@@ -7,13 +7,13 @@ import time
 from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.spec import Array
 from latentrt.engines.workspace.contract import STATE, WorkspaceShape
+from latentrt.runtime.batching.ticket import Picture, Ticket
 from latentrt.runtime.draw.draw import stream
 from latentrt.runtime.draw.finite import LATENTS, finite, one_coloured
 from latentrt.runtime.draw.job import latent_shape
 from latentrt.runtime.draw.step import Noise
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.result import Result
-from latentrt.runtime.batching.ticket import Picture, Ticket
 
 
 def prepare(loaded: Loaded, ticket: Ticket) -> None:

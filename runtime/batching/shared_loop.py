@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from latentrt.engines.workspace.contract import STATE, Event, Workspace
+from latentrt.runtime.batching.ticket import Ticket
 from latentrt.runtime.draw.denoise import Batch, Loop
 from latentrt.runtime.draw.draw import Drawing
 from latentrt.runtime.draw.job import DenoiserRange
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import Step
-from latentrt.runtime.batching.ticket import Ticket
 
 Make = Callable[[int], Workspace]
 """gives a blank workspace with so many slots"""

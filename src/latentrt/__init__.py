@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentrt import errors
+    from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
     from latentrt.runtime.calls import Cancellation, Stream
     from latentrt.runtime.draw.step import Step
     from latentrt.runtime.pipeline import Pipeline
     from latentrt.runtime.request import Control, KeyFrame, Lora, Request
     from latentrt.runtime.result import Result
-    from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
 
 __version__ = "0.1.0"
 

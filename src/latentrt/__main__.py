@@ -25,6 +25,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "build": ("latentrt.engines.cli", "build", "Build a bundle's engines for this machine."),
     "generate": ("latentrt.runtime.cli", "generate", "Draw pictures from a prompt."),
     "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
+    "serve": ("latentrt.runtime.serve.cli", "serve", "Serve bundles over HTTP, as OpenAI's Images API and more."),
     "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print the plan of one."),
     "inspect": ("latentrt.export.cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.runtime.verify.cli", "verify", "Check a bundle's files and engines."),

@@ -1,0 +1,77 @@
+"""The web application: `build` it, and mount it or serve it."""
+
+from __future__ import annotations
+
+import secrets
+
+from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from latentrt.engines.errors import LatentrtError
+from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.openai import routes as openai
+from latentrt.runtime.serve.web_errors import WebError, web_error
+
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+
+
+def build(models: Models) -> Starlette:
+    """Return the application that serves models. Whoever opened them closes them, after the application has ended."""
+    app = Starlette(
+        routes=openai.routes(),
+        middleware=[Middleware(RequestIds)],
+        exception_handlers={
+            WebError: refuse,
+            LatentrtError: refuse,
+            HTTPException: refuse,
+            ClientDisconnect: nobody,
+            Exception: refuse,
+        },
+    )
+    app.state.models = models
+    return app
+
+
+class RequestIds:
+    """Gives every answer an `x-request-id`, by which a log can be searched."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        number = scope.setdefault("state", {})["request_id"] = f"req_{secrets.token_hex(12)}"
+
+        async def numbered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["x-request-id"] = number
+            await send(message)
+
+        await self._app(scope, receive, numbered)
+
+
+async def refuse(web: Request, error: Exception) -> Response:
+    """Answer with OpenAI's error object."""
+    if isinstance(error, HTTPException):
+        code = CODES.get(error.status_code, "invalid_request")
+        error = WebError(
+            f"{web.method} {web.url.path}: {error.detail}",
+            status=error.status_code,
+            code=code,
+            headers=dict(error.headers or {}),
+        )
+    answer = web_error(error)
+    return JSONResponse(answer.body, status_code=answer.status, headers=answer.headers)
+
+
+async def nobody(*_: object) -> Response:
+    """Answer where nobody listens any more."""
+    return Response(status_code=499)

@@ -1,0 +1,1 @@
+"""OpenAI's Images API: what its clients send and expect."""
