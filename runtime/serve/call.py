@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from concurrent.futures import Future
 from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -14,7 +15,9 @@ from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
-from latentrt.runtime.serve.models import Model
+
+if TYPE_CHECKING:
+    from latentrt.runtime.serve.models import Model
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True, eq=False):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
 from latentrt.engines.errors import RequestError
-from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
-from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.web_errors import WebError
+
+if TYPE_CHECKING:
+    from latentrt.runtime.batching.batcher import Batcher
+    from latentrt.runtime.pipeline import Pipeline
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -56,6 +58,9 @@ class Models:
             raise
 
     def _load(self, name: str, path: str | os.PathLike[str]) -> Model:
+        from latentrt.runtime.batching.batcher import Batcher, BatcherOptions  # all that draws: with the first model
+        from latentrt.runtime.pipeline import Pipeline
+
         pipe = Pipeline.load(path, **self._loading)
         options = BatcherOptions(slots=self.options.slots, waiting=self.options.waiting, slo=self.options.slo)
         return Model(name=name, pipe=pipe, batcher=Batcher(pipe, options), created=int(time.time()))
