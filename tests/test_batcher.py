@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from latentrt import Batcher, BatcherOptions, Cancellation, Lora, Pipeline, Request, Result, Step
 from latentrt.engines.errors import (
+    BundleError,
     CancelledError,
     ClosedError,
     DeadlineError,
@@ -26,10 +27,21 @@ from latentrt.engines.errors import (
     RequestError,
 )
 from latentrt.engines.spec import Array, EngineView, Inputs
+from latentrt.runtime.batching.observer import (
+    Admitted,
+    Cancelled,
+    Delivered,
+    Event,
+    Failed,
+    Refused,
+    StageDone,
+    Started,
+)
 from latentrt.runtime.sampling.catalogue import sampler_names
 from tests.lora_files import every_layer, kohya
 
 WAIT_S = 300  # more than anything here takes; nothing is waited for by time alone
+Kind = TypeVar("Kind")
 NEAR_DB = 60  # kernels differ by how many rows there are
 
 
@@ -357,3 +369,131 @@ def test_weights_that_cannot_be_changed_end_whoever_needs_them_and_are_not_taken
 def test_a_lora_that_cannot_be_is_refused_at_once(pipe: Pipeline, tmp_path: Path) -> None:
     with Batcher(pipe) as batcher, pytest.raises(RequestError):
         batcher.submit(asked(1, loras=[Lora(file=tmp_path / "nowhere.safetensors")]))
+
+
+class Notes:
+    """What an observer was told, by kind."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type[Kind]) -> list[Kind]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+def test_an_observer_is_told_what_becomes_of_pictures_and_of_stages(pipe: Pipeline) -> None:
+    told = Notes()
+    with Batcher(pipe, BatcherOptions(slots=2, slo=1000), observer=told) as batcher:
+        (first,) = all_of(batcher, [asked(0, guidance=1.0)])
+        taken = [batcher.submit(asked(seed, steps=6))[0] for seed in range(1, 4)]
+        results = [answer(future) for future in taken]
+        batcher.drain()
+        with pytest.raises(DrainingError):
+            batcher.submit(asked(1, n=2))
+    assert [one.picture for one in told.of(Admitted)] == [1, 2, 3, 4]
+    assert sorted(one.picture for one in told.of(Started)) == [1, 2, 3, 4]
+    assert all(one.wait_s >= 0 for one in told.of(Started))
+    stages, own, others = told.of(StageDone), len(first.step_seconds), 3 * len(results[0].step_seconds)
+    assert sum(one.pictures for one in stages) == own + others and {one.capacity for one in stages} == {4}
+    assert sum(one.used for one in stages) == own + 2 * others and {one.padded for one in stages} == {0}
+    delivered = {one.picture: one for one in told.of(Delivered)}
+    assert [delivered[number].promise for number in range(1, 5)] == ["none", "met", "met", "met"]
+    assert [delivered[number].seconds for number in range(2, 5)] == [result.seconds for result in results]
+    assert told.of(Refused) == [Refused(reason="draining", pictures=2)]
+    assert not told.of(Cancelled) and not told.of(Failed)
+
+
+def test_an_observer_is_told_when_and_why_pictures_end_early(pipe: Pipeline) -> None:
+    told, cancels = Notes(), [Cancellation() for _ in range(2)]
+
+    def end_both(_: int, step: Step) -> None:
+        for cancel in cancels if step.stage == 2 else ():
+            cancel.cancel()
+
+    with Batcher(pipe, BatcherOptions(slots=1, waiting=3), observer=told) as batcher:
+        (drawn,) = batcher.submit(asked(1, steps=40), on_step=end_both, cancel=cancels[0])
+        (waits,) = batcher.submit(asked(2), cancel=cancels[1])
+        (late,) = batcher.submit(asked(3, steps=1000, deadline=0.05))
+        with pytest.raises(QueueFullError):
+            batcher.submit(asked(4, n=4))
+        for future in (drawn, waits, late):
+            assert isinstance(future.exception(WAIT_S), CancelledError | DeadlineError)
+        (poor,) = batcher.submit(asked(5), on_step=lambda _, step: step.draft and None)  # there is no tiny decoder
+        assert isinstance(poor.exception(WAIT_S), BundleError)
+    ended = {one.picture: one for one in told.of(Cancelled)}
+    assert (ended[1].when, ended[2].when) == ("drawing", "waiting")
+    assert [ended[number].expired for number in (1, 2, 3)] == [False, False, True]
+    assert [(one.picture, one.when, type(one.error)) for one in told.of(Failed)] == [(4, "drawing", BundleError)]
+    assert [(one.reason, one.pictures) for one in told.of(Refused)] == [("full", 4)]
+
+
+def test_an_observer_that_fails_costs_nobody_a_picture(pipe: Pipeline) -> None:
+    def broken(event: Event) -> None:
+        raise ValueError(event)
+
+    with Batcher(pipe, observer=broken) as batcher:
+        assert [result.seeds for result in all_of(batcher, [asked(1), asked(2)])] == [(1,), (2,)]
+
+
+def test_a_future_that_is_cancelled_frees_its_slot(pipe: Pipeline) -> None:
+    told, begun = Notes(), threading.Event()
+    with Batcher(pipe, BatcherOptions(slots=1), observer=told) as batcher:
+        (future,) = batcher.submit(asked(1, steps=1000), on_step=lambda *_: begun.set())
+        assert begun.wait(WAIT_S) and future.cancel()
+        assert answer(batcher.submit(asked(2))[0]).seeds == (2,)
+    assert [(one.picture, one.when) for one in told.of(Cancelled)] == [(1, "drawing")]
+
+
+def test_places_in_the_line_and_seconds_are_known_before_a_picture_is_drawn(pipe: Pipeline) -> None:
+    wait, begun = threading.Event(), threading.Event()
+
+    def hang(_: int, __: Step) -> None:
+        begun.set()
+        wait.wait(WAIT_S)
+
+    with Batcher(pipe, BatcherOptions(slots=1)) as batcher:
+        assert batcher.estimate(asked(1)) is None
+        all_of(batcher, [asked(1)])
+        short, long = (batcher.estimate(asked(1, steps=steps)) for steps in (4, 40))
+        both = batcher.estimate(asked(1, n=2))
+        assert short is not None and long is not None and 0 < short < long
+        assert both == pytest.approx(2 * short)
+        (first,) = batcher.submit(asked(1), on_step=hang)
+        assert begun.wait(WAIT_S)
+        futures = [batcher.submit(asked(seed))[0] for seed in (2, 3)]
+        assert [batcher.position(future) for future in (first, *futures)] == [None, 1, 2]
+        assert (batcher.waiting, batcher.drawing) == (2, 1) and batcher.expected_wait_s() >= 1
+        at = batcher.last_stage_at
+        assert batcher.last_stage_at == at  # nothing moves while a stage hangs
+        wait.set()
+        answer(futures[1])
+        assert batcher.position(futures[1]) is None
+        assert batcher.drain() and batcher.last_stage_at > at
+
+
+def test_a_pipeline_is_taken_away_while_nothing_is_drawn(pipe: Pipeline) -> None:
+    wait, begun = threading.Event(), threading.Event()
+
+    def hang(_: int, __: Step) -> None:
+        begun.set()
+        wait.wait(WAIT_S)
+
+    with Batcher(pipe) as batcher:
+        (busy,) = batcher.submit(asked(1), on_step=hang)
+        assert begun.wait(WAIT_S)
+        with batcher.hold(0.01) as quiet:
+            assert not quiet
+        assert not batcher.drain(0.01)
+        wait.set()
+        assert answer(busy).seeds == (1,)
+    with Batcher(pipe) as batcher:
+        taken = batcher.submit(asked(1))
+        with batcher.hold() as quiet:
+            assert quiet and taken[0].done()
+            with pytest.raises(DrainingError):
+                batcher.submit(asked(2))
+            assert pipe.draw(asked(2)).seeds == (2,)
+        assert answer(batcher.submit(asked(3))[0]).seeds == (3,)

@@ -128,6 +128,7 @@ FRONT_DOORS = {  # modules that are run, or imported by whoever uses this
 }
 PUBLIC = {
     "latentrt.runtime.bench.machine.describe": "every script of benchmarks/ records its machine with it",
+    "latentrt.runtime.batching.batcher.Batcher.last_stage_at": "for a service's health check",
     "latentrt.runtime.draw.step.Step.draft": "for a caller's on_step",
     "latentrt.runtime.pipeline.Pipeline.remove_embedding": "for a caller",
     "latentrt.engines.tensorrt.engines.TensorRTSession.scratch_bytes": "for a caller who plans a device's memory",

@@ -9,14 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import msgspec
 
 from latentrt.engines.errors import (
+    CancelledError,
     ClosedError,
+    DeadlineError,
     DrainingError,
     EngineError,
     LatentrtError,
@@ -26,6 +29,20 @@ from latentrt.engines.errors import (
 )
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.batching.beside import explained, finish, prepare
+from latentrt.runtime.batching.observer import (
+    Admitted,
+    Cancelled,
+    Delivered,
+    Failed,
+    Observer,
+    Promise,
+    Reason,
+    Refused,
+    StageDone,
+    Started,
+    Telling,
+    WeightsChanged,
+)
 from latentrt.runtime.batching.shared_loop import SharedLoop
 from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
 from latentrt.runtime.batching.ticket import Group, Ticket, single
@@ -62,9 +79,13 @@ class Batcher:
     It has the pipeline's turn while it has anything to draw: the pipeline's own calls wait meanwhile.
     """
 
-    def __init__(self, pipe: Pipeline, options: BatcherOptions | None = None) -> None:
+    def __init__(
+        self, pipe: Pipeline, options: BatcherOptions | None = None, *, observer: Observer | None = None
+    ) -> None:
+        """Begin to wait for requests. observer: is told what happens, see `observer.Event`"""
         self.options = options or BatcherOptions()
         self.times = StageTimes()
+        self._tell = Telling(observer)
         self._loaded = pipe.loaded
         self._change = threading.Condition()
         self._line: list[Ticket] = []  # those that wait, prepared or not
@@ -77,6 +98,8 @@ class Batcher:
         self._besides = 0  # encodings and decodings under way
         self._count = 0
         self._draining = self._closed = False
+        self._held = 0  # blocks that wait until nothing is drawn, or run then
+        self._progress_at: float | None = None  # None while there is nothing to draw
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-encode")
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-decode")
         self._thread = threading.Thread(target=self._run, name="latentrt-batch", daemon=True)
@@ -99,10 +122,10 @@ class Batcher:
         changes = self._loaded.loras.changes(job.request.loras)
         jobs = [single(job, picture) for picture in range(len(job.prompts))]
         tokens = [self._loaded.tokens(one) for one in jobs]
+        tickets = []
         with self._change:
-            self._admit(len(jobs))
-            tickets = []
-            for picture, (one, length) in enumerate(zip(jobs, tokens, strict=True)):
+            refused = self._refusal(len(jobs))
+            for picture, (one, length) in enumerate(zip(jobs, tokens, strict=True)) if refused is None else ():
                 self._count += 1
                 ticket = Ticket(
                     number=self._count,
@@ -115,31 +138,42 @@ class Batcher:
                 ticket.due = self._promise(ticket)
                 tickets.append(ticket)
             self._line += tickets
+            waiting = len(self._line)
             self._change.notify_all()
+        if refused is not None:
+            self._tell(Refused(reason=refused[0], pictures=len(jobs)))
+            raise refused[1]
+        for ticket in tickets:
+            self._tell(Admitted(picture=ticket.number, waiting=waiting))
         return [ticket.done for ticket in tickets]
 
-    def _admit(self, pictures: int) -> None:
+    def _refusal(self, pictures: int) -> tuple[Reason, LatentrtError] | None:
+        """Return why a request cannot be taken now, in a word and as the error."""
         if self._closed:
-            raise ClosedError("this service is closed")
-        if self._draining:
-            raise DrainingError("this service is about to end and takes no further requests; ask another one")
+            return "closed", ClosedError("this service is closed")
+        if self._draining or self._held:
+            words = "this service takes no requests now, and ends those it has; try again, or ask another one"
+            return "draining", DrainingError(words)
         if len(self._line) + pictures > self.options.waiting:
             wait = self.expected_wait_s()
-            raise QueueFullError(
-                f"{len(self._line)} pictures wait and {self.options.waiting} may; try again in {wait:.0f} s",
-                retry_after_s=wait,
-            )
+            words = f"{len(self._line)} pictures wait and {self.options.waiting} may; try again in {wait:.0f} s"
+            return "full", QueueFullError(words, retry_after_s=wait)
+        return None
 
     def _promise(self, ticket: Ticket) -> float | None:
         """Return the moment that a picture is promised for: its own deadline's, or the service's."""
         moments = []
         if ticket.limits.deadline is not None:
             moments.append(ticket.limits.began + ticket.limits.deadline)
-        own = self.times.estimate(_kind(ticket.group), _rows(ticket))
+        own = self._own_seconds(ticket)
         if self.options.slo is not None and own is not None:
-            after = self.times.estimate("decode", 1) or 0.0
-            moments.append(ticket.limits.began + self.options.slo * (ticket.stages_left * own + after))
+            moments.append(ticket.limits.began + self.options.slo * own)
         return min(moments, default=None)
+
+    def _own_seconds(self, ticket: Ticket) -> float | None:
+        """Return what the stages that a picture has left and its decoding take alone, None before any was measured."""
+        stage = self.times.estimate(_kind(ticket.group), _rows(ticket))
+        return None if stage is None else ticket.stages_left * stage + (self.times.estimate("decode", 1) or 0.0)
 
     def expected_wait_s(self) -> float:
         """Return the seconds until a place in the line is likely to be free, 1 at the least."""
@@ -147,12 +181,55 @@ class Batcher:
         each = [(self.times.estimate(_kind(one.group), _rows(one)) or 0.0) * one.stages_left for one in ahead]
         return max(1.0, sum(each) / max(1, len(each)))
 
-    def drain(self) -> None:
-        """Take no further requests, and wait until all that were taken are answered."""
+    def estimate(self, request: Request) -> float | None:
+        """Return the seconds that drawing a request's pictures one by one would take; None before any was drawn.
+
+        By measured stage times, and without the wait for others. Raises RequestError on what cannot be drawn.
+        """
+        job = resolve(request, self._loaded.manifest)
+        changes = self._loaded.loras.changes(job.request.loras)
+        alone = single(job, 0)
+        limits, tokens = Limits(), self._loaded.tokens(alone)
+        ticket = Ticket(number=0, job=alone, tokens=tokens, changes=changes, limits=limits, on_step=None)
+        own = self._own_seconds(ticket)
+        return None if own is None else own * len(job.prompts)
+
+    def position(self, future: Future[Result]) -> int | None:
+        """Return the place of a picture in the line, from 1 up; None if it does not wait, or not any more.
+
+        Pictures that cannot share stages take turns, so that one may overtake another.
+        """
         with self._change:
-            self._draining = True
-            self._change.notify_all()
-            self._change.wait_for(lambda: not self._busy())
+            line = sorted((one for one in self._line if one.began is None), key=lambda ticket: ticket.urgency)
+        return next((place for place, ticket in enumerate(line, start=1) if ticket.done is future), None)
+
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no further requests, and wait until all that were taken are answered.
+
+        timeout_s: how long to wait for that at the most, None for as long as it takes
+        Returns whether they are.
+        """
+        self._draining = True
+        return self._quiet(timeout_s)
+
+    def _quiet(self, timeout_s: float | None) -> bool:
+        with self._change:
+            return self._change.wait_for(lambda: not self._busy(), timeout_s)
+
+    @contextmanager
+    def hold(self, timeout_s: float | None = None) -> Iterator[bool]:
+        """Take no requests while a block runs, which begins once all that were taken are answered.
+
+        The pipeline is the block's alone: it may be changed, tested, or closed together with the batcher.
+        timeout_s: as for `drain`, whose answer the block is given: where it is False, some are still being drawn
+        """
+        with self._change:
+            self._held += 1
+        try:
+            yield self._quiet(timeout_s)
+        finally:
+            with self._change:
+                self._held -= 1
 
     def close(self) -> None:
         """End the thread; whatever is not drawn yet is cancelled. The loaded bundle stays open."""
@@ -175,6 +252,15 @@ class Batcher:
         return len(self._line)
 
     @property
+    def last_stage_at(self) -> float:
+        """Return when the loop last finished a stage, or had nothing to do, on the clock of `time.perf_counter`.
+
+        While there is something to draw and this stays, the loop hangs, or another call of the pipeline draws.
+        """
+        at = self._progress_at
+        return time.perf_counter() if at is None else at
+
+    @property
     def drawing(self) -> int:
         """Return how many pictures have begun."""
         return len(self._batch.tickets if self._batch else ()) + sum(map(len, self._running.values()))
@@ -187,8 +273,10 @@ class Batcher:
     def _run(self) -> None:
         while True:
             with self._change:
+                self._progress_at = None
                 self._change.notify_all()  # who waits for the last one to end
                 self._change.wait_for(lambda: self._closed or self._busy())
+                self._progress_at = time.perf_counter()
             if not self._closed:
                 with self._loaded.turn.hold():
                     self._draw_all()
@@ -244,7 +332,7 @@ class Batcher:
                 self._running[group] = [other for other in tickets if other is not ticket]
                 if not self._running[group]:
                     del self._running[group]
-        _fail(ticket, error)
+        self._fail(ticket, error)
 
     def _switch(self, group: Group) -> None:
         """Let another group draw, with its weights: what is under way with others ends first."""
@@ -272,7 +360,9 @@ class Batcher:
             for ticket in own:
                 self._end(ticket, error)
             return False
-        self._adapt_s = taken or self._adapt_s
+        self._adapt_s, self._progress_at = taken or self._adapt_s, time.perf_counter()
+        if taken:
+            self._tell(WeightsChanged(seconds=taken))
         return bool(own)
 
     def _tickets(self) -> list[Ticket]:
@@ -315,7 +405,7 @@ class Batcher:
                 with self._change:
                     if ticket in self._line:
                         self._line.remove(ticket)
-                _fail(ticket, error)
+                self._fail(ticket, error)
             finally:
                 with self._change:
                     self._besides -= 1
@@ -335,7 +425,9 @@ class Batcher:
         for ticket in joining:
             with self._change:
                 self._line.remove(ticket)
-            ticket.began = ticket.began or now
+            if ticket.began is None:
+                ticket.began = now
+                self._tell(Started(picture=ticket.number, wait_s=now - ticket.limits.began))
         try:
             batch.join(joining)
         except EngineError as error:
@@ -372,6 +464,16 @@ class Batcher:
         assert self._group is not None
         self.times.note(_kind(self._group), rows, seconds)
         self._turns.charge(seconds)
+        self._progress_at = time.perf_counter()
+        self._tell(
+            StageDone(
+                pictures=len(batch.tickets),
+                used=rows,
+                padded=batch.rows - rows,
+                capacity=2 * self.options.slots,
+                seconds=seconds,
+            )
+        )
         for ticket in list(batch.tickets):
             ticket.step_seconds.append(seconds)
             self._after_stage(batch, ticket)
@@ -383,7 +485,7 @@ class Batcher:
         if batch.lost(ticket):
             batch.leave(ticket, keep=False)
             error = NotFiniteError(LATENTS, (0,), stage=picture.done, stages=ticket.job.plan.stages)
-            _fail(ticket, explained(self._loaded, ticket, error))
+            self._fail(ticket, explained(self._loaded, ticket, error))
             return
         if ticket.on_step is not None:
             try:
@@ -391,7 +493,7 @@ class Batcher:
                     ticket.on_step(step)
             except Exception as error:
                 batch.leave(ticket, keep=False)
-                _fail(ticket, error)
+                self._fail(ticket, error)
                 return
         if picture.done < ticket.part.stages.stop:
             return
@@ -404,10 +506,25 @@ class Batcher:
             self._beside(self._decoder, self._deliver, ticket)
 
     def _deliver(self, ticket: Ticket) -> None:
+        if (error := _over(ticket)) is not None:
+            self._fail(ticket, error)
+            return
         result = finish(self._loaded, ticket)
         self.times.note("decode", 1, result.seconds["decode"])
-        if not ticket.done.done():
+        promise: Promise = "none" if ticket.due is None else "met" if time.perf_counter() <= ticket.due else "missed"
+        with suppress(InvalidStateError):  # whoever had it cancelled the future meanwhile
             ticket.done.set_result(result)
+            self._tell(Delivered(picture=ticket.number, promise=promise, seconds=result.seconds))
+
+    def _fail(self, ticket: Ticket, error: BaseException) -> None:
+        """Answer for a picture with an error."""
+        when = ticket.when
+        with suppress(InvalidStateError):
+            ticket.done.set_exception(error)
+        if isinstance(error, CancelledError | DeadlineError):
+            self._tell(Cancelled(picture=ticket.number, when=when, expired=isinstance(error, DeadlineError)))
+        else:
+            self._tell(Failed(picture=ticket.number, when=when, error=error))
 
     def _failed(self, batch: SharedLoop, error: Exception, *, further: Sequence[Ticket] = ()) -> None:
         """A workspace failed: its pictures begin again, fewer at a time or one by one; one alone fails for good."""
@@ -415,7 +532,7 @@ class Batcher:
         tickets = list(dict.fromkeys([*batch.drop(), *further]))
         logger.warning("%d pictures were drawn together when an engine failed: %s", len(tickets), error)
         if len(tickets) == 1:
-            _fail(tickets[0], error)
+            self._fail(tickets[0], error)
             return
         if isinstance(error, OutOfMemoryError):
             self._most[self._group] = (len(tickets) + 1) // 2 if len(tickets) > 2 else 1
@@ -432,7 +549,7 @@ class Batcher:
         self._line.clear()
         self._running.clear()
         for ticket in tickets:
-            _fail(ticket, ClosedError("this service was closed before the picture was drawn"))
+            self._fail(ticket, ClosedError("this service was closed before the picture was drawn"))
 
 
 def _kind(group: Group) -> tuple[str, tuple[int, int], int, tuple[str, ...]]:
@@ -451,14 +568,11 @@ def _rows_now(ticket: Ticket) -> int:
 
 def _over(ticket: Ticket) -> LatentrtError | None:
     """Return why nobody waits for a picture any more, or None."""
+    if ticket.done.cancelled():
+        return CancelledError("its future was cancelled")
     try:
         done = ticket.picture.done if ticket.picture else 0
         ticket.limits.check(f"after stage {done} of {ticket.job.plan.stages}" if done else "before the first stage")
     except LatentrtError as error:
         return error
     return None
-
-
-def _fail(ticket: Ticket, error: BaseException) -> None:
-    if not ticket.done.done():
-        ticket.done.set_exception(error)

@@ -83,6 +83,12 @@ class SharedLoop:
         later = -2 if self._workspace.queued and len(events) > 2 else -1
         return events[later].since(events[later - 1])
 
+    @property
+    def rows(self) -> int:
+        """Return how many model rows the last stage computed."""
+        assert self._loop is not None
+        return self._loop.rows
+
     def lost(self, ticket: Ticket) -> bool:
         """Tell whether a picture's numbers are known to have left the range of floats."""
         assert self._loop is not None

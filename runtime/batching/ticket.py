@@ -11,6 +11,7 @@ import msgspec
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
+from latentrt.runtime.batching.observer import When
 from latentrt.runtime.calls import Limits
 from latentrt.runtime.draw.denoise import Batch
 from latentrt.runtime.draw.job import DenoiserRange, Job
@@ -95,6 +96,13 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
             controls=tuple(sorted(one.component for one in self.job.controls if one.of == part.denoiser)),
             state_rows=max(STATE_ROWS, self.job.plan.rows),
         )
+
+    @property
+    def when(self) -> When:
+        """Return how far it has come."""
+        if self.began is None:
+            return "waiting"
+        return "drawing" if self.stages_left else "decoding"
 
     @property
     def urgency(self) -> tuple[float, int]:

@@ -79,6 +79,7 @@ class Loop:
     def __init__(self, workspace: Workspace, denoiser: str) -> None:
         self._workspace, self._denoiser = workspace, denoiser
         self.batches: list[Batch] = []
+        self.rows = 0  # that the last stage computed
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
         self._blank: set[tuple[str, Batch]] = set()  # who shares stages with a ControlNet that it does not follow
 
@@ -133,6 +134,7 @@ class Loop:
                 noises.append((batch.slots, noise))
         rows = workspace.fit(self._denoiser, slots + int(np.flatnonzero(negative).max(initial=-1)) + 1)
         matrix, owners = guidance_rows(own, negative, rows)
+        self.rows = int(np.count_nonzero(matrix)) if workspace.local else rows
         for name, array in ((CONTROL, control), (GUIDANCE, matrix), (OWNERS, owners)):
             workspace.write(name, array)
         if noises:
