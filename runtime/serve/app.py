@@ -8,23 +8,31 @@ from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engines.errors import LatentrtError
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai import routes as openai
-from latentrt.runtime.serve.web_errors import WebError, web_error
+from latentrt.runtime.serve.operation.guards import Guards, refusal
+from latentrt.runtime.serve.options import Access
+from latentrt.runtime.serve.web_errors import WebError
 
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
 def build(models: Models) -> Starlette:
     """Return the application that serves models. Whoever opened them closes them, after the application has ended."""
+    options = models.options
     app = Starlette(
         routes=openai.routes(),
-        middleware=[Middleware(RequestIds)],
+        middleware=[
+            Middleware(RequestIds),
+            *cross_origin(options.access),
+            Middleware(Guards, access=options.access, body_bytes=options.limits.body_bytes),
+        ],
         exception_handlers={
             WebError: refuse,
             LatentrtError: refuse,
@@ -35,6 +43,21 @@ def build(models: Models) -> Starlette:
     )
     app.state.models = models
     return app
+
+
+def cross_origin(access: Access) -> list[Middleware]:
+    """Return what lets browsers show answers to pages of the sites that may use the service, where there are any."""
+    if not access.origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=access.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id",),
+        )
+    ]
 
 
 class RequestIds:
@@ -68,8 +91,7 @@ async def refuse(web: Request, error: Exception) -> Response:
             code=code,
             headers=dict(error.headers or {}),
         )
-    answer = web_error(error)
-    return JSONResponse(answer.body, status_code=answer.status, headers=answer.headers)
+    return refusal(error)
 
 
 async def nobody(*_: object) -> Response:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from latentrt.engines.errors import NotInstalledError, RequestError
-from latentrt.runtime.cli_options import LOADING, options_of
+from latentrt.runtime.cli_options import FILE, LOADING, options_of
 from latentrt.runtime.serve.models import Models
-from latentrt.runtime.serve.options import ServeOptions
+from latentrt.runtime.serve.options import Access, Limits, ServeOptions
 
 INSTALL = "pip install 'latentrt[serve]'"
+API_KEYS = "LATENTRT_API_KEYS"
 
 
 class Named(click.ParamType[tuple[str, str]]):
@@ -27,37 +31,93 @@ class Named(click.ParamType[tuple[str, str]]):
         return name, named
 
 
-@click.command
+COUNT = click.IntRange(min=1)
+DRAWING = (
+    click.option("--slots", type=COUNT, default=8, show_default=True, help="Pictures drawn together, at the most."),
+    click.option("--waiting", type=COUNT, default=64, show_default=True, help="Pictures that may wait, at the most."),
+    click.option("--slo", type=float, default=None, help="Promise this many times a picture's own time alone."),
+    click.option("--alias", "aliases", type=Named(), multiple=True, help="A further name: gpt-image-1=NAME."),
+)
+LIMITS = (
+    click.option("--max-pixels", type=COUNT, default=Limits().pixels, show_default=True, help="Of one picture."),
+    click.option("--max-steps", type=COUNT, default=Limits().steps, show_default=True, help="Of one picture."),
+    click.option("--max-n", type=COUNT, default=Limits().pictures, show_default=True, help="Pictures of a request."),
+    click.option("--max-body", type=COUNT, default=Limits().body_bytes, show_default=True, help="Bytes of a request."),
+)
+ACCESS = (
+    click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on."),
+    click.option("--port", default=8000, show_default=True, help="The port; 0 for any that is free."),
+    click.option("--allow-host", "hosts", multiple=True, help="A name that the service is known by; * for any."),
+    click.option("--allow-origin", "origins", multiple=True, help="A site whose pages may use it: https://HOST."),
+    click.option("--api-key-file", type=FILE, default=None, help=f"A file of keys, one a line; or set {API_KEYS}."),
+    click.option("--no-key", is_flag=True, help="Serve other machines without a key."),
+)
+
+
+@click.command(context_settings={"auto_envvar_prefix": "LATENTRT_SERVE"})
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--port", default=8000, show_default=True, help="The port; 0 for any that is free.")
-@click.option("--slots", default=8, show_default=True, help="Pictures that are drawn together, at the most.")
-@click.option("--waiting", default=64, show_default=True, help="Pictures that may wait, at the most.")
-@click.option("--slo", type=float, default=None, help="Promise this many times a picture's own time alone.")
-@click.option("--alias", "aliases", type=Named(), multiple=True, help="A further name of a model: gpt-image-1=NAME.")
-@options_of(LOADING)
-def serve(
-    bundles: tuple[str, ...],
-    host: str,
-    port: int,
-    slots: int,
-    waiting: int,
-    slo: float | None,
-    aliases: tuple[tuple[str, str], ...],
-    embeddings: tuple[Path, ...],
-    **loading: Any,
-) -> None:
+@options_of((*ACCESS, *DRAWING, *LIMITS, *LOADING))
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when it is ready: address, models, pid.")
+def serve(bundles: tuple[str, ...], embeddings: tuple[Path, ...], as_json: bool, **given: Any) -> None:
     """Serve BUNDLES over HTTP: OpenAI's Images API and more."""
     try:
-        from latentrt.runtime.serve.server import run
+        from latentrt.runtime.serve.server import address, listen, run
     except ModuleNotFoundError as error:
         raise NotInstalledError(f"the service needs '{error.name}'", install=INSTALL) from error
-    options = ServeOptions(slots=slots, waiting=waiting, slo=slo, aliases=dict(aliases))
-    with Models(_by_name(bundles), options, loading) as models:
+    options = _options(given)
+    named = _by_name(bundles)
+    with listen(given.pop("host"), given.pop("port")) as listener, Models(named, options, given) as models:
         for path in embeddings:
             for model in models.all():
                 model.pipe.add_embedding(path)
-        run(models, host=host, port=port)
+        run(models, listener, ready=lambda: _say(address(listener), models, as_json=as_json))
+
+
+def _say(address: str, models: Models, *, as_json: bool) -> None:
+    """Tell whoever started it that it answers."""
+    ready = {"address": address, "models": models.names, "pid": os.getpid()}
+    click.echo(json.dumps(ready) if as_json else f"serving {', '.join(models.names)} at {address}")
+
+
+def _options(given: dict[str, Any]) -> ServeOptions:
+    """Take what is not for loading a bundle out of the options. Raises RequestError."""
+    limits = Limits(
+        pixels=given.pop("max_pixels"),
+        steps=given.pop("max_steps"),
+        pictures=given.pop("max_n"),
+        body_bytes=given.pop("max_body"),
+    )
+    keys, no_key, host = _keys(given.pop("api_key_file")), given.pop("no_key"), given["host"]
+    if not (keys or no_key or _is_loopback(host)):
+        raise RequestError(
+            f"host: '{host}' is reached from other machines, and there is no API key; give --api-key-file, or say "
+            "--no-key"
+        )
+    access = Access(hosts=(*given.pop("hosts"), host), origins=given.pop("origins"), keys=keys)
+    drawing = {name: given.pop(name) for name in ("slots", "waiting", "slo")}
+    return ServeOptions(**drawing, aliases=dict(given.pop("aliases")), limits=limits, access=access)
+
+
+def _is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """Return the keys of a file and of the environment; lines that begin with # are none. Raises RequestError."""
+    keys = os.environ.get(API_KEYS, "").replace(",", " ").split()
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"api_key_file: '{file}' cannot be read: {error}") from error
+        keys += [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise RequestError(f"api_key_file: '{file}' has no key; write one a line")
+    return tuple(keys)
 
 
 def _by_name(bundles: tuple[str, ...]) -> dict[str, str]:

@@ -18,12 +18,25 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes: int = 64 * 2**20
 
 
+class Access(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may use a service.
+
+    hosts: names that it is known by, beside localhost and IP addresses; `*` for any name, as behind a proxy that checks
+    origins: of pages of other sites that may use it, as in https://draw.example
+    keys: one of them must be sent with every request; none for whoever reaches the service
+    """
+
+    hosts: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a service serves.
 
     slots, waiting, slo: as in `BatcherOptions`, for each model
     aliases: further names of models, as clients with a name of their own ask for them
-    limits: of one request
+    limits: of one request; access: who may ask
     """
 
     slots: int = 8
@@ -31,3 +44,4 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     slo: float | None = None
     aliases: dict[str, str] = {}
     limits: Limits = Limits()
+    access: Access = Access()
