@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -20,8 +21,10 @@ from latentrt.engines.errors import (
     CancelledError,
     ClosedError,
     DeadlineError,
+    DeviceLostError,
     DrainingError,
     EngineError,
+    NotFiniteError,
     OutOfMemoryError,
     QueueFullError,
     RequestError,
@@ -52,7 +55,8 @@ def pipe(sd1_bundle: Path) -> Iterator[Pipeline]:
 
 
 def asked(seed: int, **options: Any) -> Request:
-    return Request(prompt=f"a circle, the {seed}th", seed=seed, **{"steps": 4, "guidance": 3.0, **options})
+    known = {"prompt": f"a circle, the {seed}th", "steps": 4, "guidance": 3.0, **options}
+    return Request(seed=seed, **known)
 
 
 def psnr(one: Array, other: Array) -> float:
@@ -233,26 +237,38 @@ def test_bad_requests_are_refused_at_once(pipe: Pipeline) -> None:
 
 
 class Watched:
-    """The UNet of a pipeline, watched: how many rows each pass has; `fault` may raise before one."""
+    """A network of a pipeline, watched: how many rows each pass has.
 
-    def __init__(self, pipe: Pipeline, fault: Callable[[Inputs], None] = lambda _: None) -> None:
-        self._engines, self.rows = pipe.loaded.opened.engines, list[int]()
-        self._fault = fault
+    fault: may raise before a pass; spoil: is given what went in and what came out, which it may change
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        fault: Callable[[Inputs], None] = lambda _: None,
+        *,
+        spoil: Callable[[Inputs, dict[str, Array]], None] = lambda *_: None,
+        component: str = "unet",
+    ) -> None:
+        self._engines, self._component, self.rows = pipe.loaded.opened.engines, component, list[int]()
+        self._fault, self._spoil = fault, spoil
 
     def __enter__(self) -> Watched:
-        self._real, watched = self._engines["unet"], self
+        self._real, watched = self._engines[self._component], self
 
         class View(EngineView):
             def __call__(self, inputs: Inputs) -> dict[str, Array]:
                 watched._fault(inputs)
-                watched.rows.append(len(inputs["sample"]))
-                return self._engine(inputs)
+                watched.rows.append(len(next(iter(inputs.values()))))
+                outputs = self._engine(inputs)
+                watched._spoil(inputs, outputs)
+                return outputs
 
-        self._engines["unet"] = View(self._real)
+        self._engines[self._component] = View(self._real)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._engines["unet"] = self._real
+        self._engines[self._component] = self._real
 
 
 def test_an_engine_that_fails_once_in_mid_batch_costs_nobody_a_picture(pipe: Pipeline) -> None:
@@ -289,6 +305,62 @@ def _job(pipe: Pipeline, request: Request) -> Any:
     from latentrt.runtime.draw.job import resolve
 
     return resolve(request, pipe.manifest)
+
+
+def test_numbers_that_leave_the_range_end_their_own_picture_within_the_stage(pipe: Pipeline) -> None:
+    requests = [asked(seed, steps=6) for seed in range(4)]
+    alone = [pipe.draw(request).pixels[0] for request in requests]
+    text = pipe.loaded.encode(_job(pipe, asked(2)), "unet")["encoder_hidden_states"][0]
+    stages = itertools.count(1)
+
+    def spoil(inputs: Inputs, outputs: dict[str, Array]) -> None:
+        own = [np.array_equal(row, text) for row in inputs["encoder_hidden_states"]]
+        if any(own) and next(stages) == 3:
+            outputs["out_sample"][own] = np.inf
+
+    with Watched(pipe, spoil=spoil), Batcher(pipe) as batcher:
+        futures = [future for request in requests for future in batcher.submit(request)]
+        lost = futures.pop(2).exception(WAIT_S)
+        found = [answer(future).pixels[0] for future in futures]
+    assert isinstance(lost, NotFiniteError) and lost.stage == 3
+    for one, other in zip([*alone[:2], alone[3]], found, strict=True):
+        assert psnr(one, other) >= NEAR_DB
+
+
+def test_a_picture_that_cannot_be_decoded_fails_alone(pipe: Pipeline) -> None:
+    told, decodings = Notes(), itertools.count(1)
+
+    def fault(_: Inputs) -> None:
+        if next(decodings) == 2:
+            raise EngineError("it tripped")
+
+    with Watched(pipe, fault, component="vae_decoder"), Batcher(pipe, observer=told) as batcher:
+        futures = [future for seed in range(3) for future in batcher.submit(asked(seed, steps=4 + seed))]
+        errors = [future.exception(WAIT_S) for future in futures]
+    assert [type(error) for error in errors] == [type(None), EngineError, type(None)]
+    assert [(one.picture, one.when) for one in told.of(Failed)] == [(2, "decoding")]
+
+
+@pytest.mark.parametrize("component", ["unet", "vae_decoder", "text_encoder"])
+def test_a_lost_device_ends_all_and_nothing_more_is_taken(pipe: Pipeline, component: str) -> None:
+    told, runs, all_asked = Notes(), itertools.count(1), threading.Event()
+
+    def fault(_: Inputs) -> None:
+        assert all_asked.wait(WAIT_S)
+        if next(runs) >= 2:
+            raise DeviceLostError("it fell off the bus")
+
+    requests = [asked(seed, steps=3 + 5 * seed, prompt=f"{component}, {seed}") for seed in range(6)]
+    with Watched(pipe, fault, component=component), Batcher(pipe, BatcherOptions(slots=2), observer=told) as batcher:
+        futures = [future for request in requests for future in batcher.submit(request)]
+        all_asked.set()
+        errors = [future.exception(WAIT_S) for future in futures]
+        assert batcher.drain(WAIT_S)
+        with pytest.raises(DeviceLostError):
+            batcher.submit(asked(1))
+    assert {type(error) for error in errors[2:]} == {DeviceLostError}
+    assert [one.reason for one in told.of(Refused)] == ["lost"]
+    assert len(told.of(Failed)) + len(told.of(Delivered)) == len(futures)
 
 
 def test_without_room_for_many_fewer_are_drawn_at_a_time(pipe: Pipeline) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.spec import Array
@@ -14,6 +17,52 @@ from latentrt.runtime.draw.job import latent_shape
 from latentrt.runtime.draw.step import Noise
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.result import Result
+
+Work = Callable[[Ticket], None]
+
+
+class Beside:
+    """Two threads beside the loop: one encodes, one decodes.
+
+    change: is notified when something is done
+    failed: is told of the pictures for which something failed, on the thread where it did
+    """
+
+    def __init__(self, change: threading.Condition, failed: Callable[[Ticket, Exception], None]) -> None:
+        self._change, self._failed = change, failed
+        self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-encode")
+        self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-decode")
+        self.under_way = 0
+
+    def encode(self, work: Work, ticket: Ticket) -> None:
+        """Have something done before a picture's first stage."""
+        self._submit(self._encoder, work, ticket)
+
+    def decode(self, work: Work, ticket: Ticket) -> None:
+        """Have something done after a picture's last stage."""
+        self._submit(self._decoder, work, ticket)
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Work, ticket: Ticket) -> None:
+        with self._change:
+            self.under_way += 1
+
+        def run() -> None:
+            try:
+                if not ticket.ended:
+                    work(ticket)
+            except Exception as error:
+                self._failed(ticket, error)
+            finally:
+                with self._change:
+                    self.under_way -= 1
+                    self._change.notify_all()
+
+        pool.submit(run)
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the threads."""
+        self._encoder.shutdown()
+        self._decoder.shutdown()
 
 
 def prepare(loaded: Loaded, ticket: Ticket) -> None:

@@ -57,6 +57,7 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     due: the moment that it was promised for, on the clock of time.perf_counter; None for no promise
     alone: it may share no stage, since one that it shared failed
     picture: what was prepared for drawing it, None before
+    ended: it was answered for with an error
     """
 
     number: int
@@ -64,14 +65,16 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     tokens: Mapping[str, int]
     changes: Mapping[str, Changes]
     limits: Limits
-    on_step: OnStep | None
+    on_step: OnStep | None = None
     due: float | None = None
     alone: bool = False
     picture: Picture | None = None
     preparing: bool = False
     began: float | None = None
+    ended: bool = False
     step_seconds: list[float] = msgspec.field(default_factory=list)
     done: Future[Result] = msgspec.field(default_factory=Future)
+    _groups: dict[int, Group] = msgspec.field(default_factory=dict)  # by part: they are asked for at every stage
 
     @property
     def part(self) -> DenoiserRange:
@@ -87,7 +90,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     @property
     def group(self) -> Group:
         """Return what it shares with those that it can share stages with."""
-        part = self.part
+        number = self.picture.part if self.picture else 0
+        if number not in self._groups:
+            self._groups[number] = self._group_in(self.job.ranges[number])
+        return self._groups[number]
+
+    def _group_in(self, part: DenoiserRange) -> Group:
         return Group(
             weights=tuple(sorted(keys_of(self.changes).items())),
             denoiser=part.denoiser,

@@ -1,0 +1,67 @@
+"""What becomes of a picture: it is delivered, or answered for with an error, and whoever measures is told."""
+
+from __future__ import annotations
+
+import time
+
+from latentrt.engines.errors import CancelledError, DeadlineError, LatentrtError
+from latentrt.runtime.batching.beside import finish
+from latentrt.runtime.batching.line import Line
+from latentrt.runtime.batching.observer import Cancelled, Delivered, Failed, Promise, Telling
+from latentrt.runtime.batching.stage_times import StageTimes
+from latentrt.runtime.batching.ticket import Ticket
+from latentrt.runtime.loaded import Loaded
+
+
+class Answers:
+    """Gives each picture its one answer. Safe to use from many threads."""
+
+    def __init__(self, loaded: Loaded, line: Line, times: StageTimes, tell: Telling) -> None:
+        self._loaded, self._line, self._times, self._tell = loaded, line, times, tell
+
+    def deliver(self, ticket: Ticket) -> None:
+        """Decode a picture whose stages are done, and hand it over. Raises EngineError."""
+        if (error := over(ticket)) is not None:
+            self.fail(ticket, error)
+            return
+        result = finish(self._loaded, ticket)
+        self._times.note("decode", 1, result.seconds["decode"])
+        if not ticket.done.set_running_or_notify_cancel():  # whoever had the future cancelled it
+            self._tell(Cancelled(picture=ticket.number, when=ticket.when, expired=False))
+            self._owe_less()
+            return
+        promise: Promise = "none" if ticket.due is None else "met" if time.perf_counter() <= ticket.due else "missed"
+        self._tell(Delivered(picture=ticket.number, promise=promise, seconds=result.seconds))
+        ticket.done.set_result(result)
+        self._owe_less()
+
+    def _owe_less(self) -> None:
+        with self._line.change:
+            self._line.owed -= 1
+            self._line.change.notify_all()
+
+    def fail(self, ticket: Ticket, error: BaseException) -> None:
+        """Answer for a picture with an error, unless it has its answer."""
+        with self._line.change:
+            if ticket.ended:
+                return
+            ticket.ended = True
+        if isinstance(error, CancelledError | DeadlineError):
+            self._tell(Cancelled(picture=ticket.number, when=ticket.when, expired=isinstance(error, DeadlineError)))
+        else:
+            self._tell(Failed(picture=ticket.number, when=ticket.when, error=error))
+        if ticket.done.set_running_or_notify_cancel():
+            ticket.done.set_exception(error)
+        self._owe_less()
+
+
+def over(ticket: Ticket) -> LatentrtError | None:
+    """Return why nobody waits for a picture any more, or None."""
+    if ticket.done.cancelled():
+        return CancelledError("its future was cancelled")
+    try:
+        done = ticket.picture.done if ticket.picture else 0
+        ticket.limits.check(f"after stage {done} of {ticket.job.plan.stages}" if done else "before the first stage")
+    except LatentrtError as error:
+        return error
+    return None
