@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from latentrt.engines.errors import CancelledError, DeadlineError, LatentrtError
-from latentrt.runtime.batching.beside import finish
 from latentrt.runtime.batching.line import Line
 from latentrt.runtime.batching.observer import Cancelled, Delivered, Failed, Promise, Telling
 from latentrt.runtime.batching.stage_times import StageTimes
 from latentrt.runtime.batching.ticket import Ticket
-from latentrt.runtime.loaded import Loaded
+from latentrt.runtime.result import Result
 
 
 class Answers:
-    """Gives each picture its one answer. Safe to use from many threads."""
+    """Gives each picture its one answer. Safe to use from many threads.
 
-    def __init__(self, loaded: Loaded, line: Line, times: StageTimes, tell: Telling) -> None:
-        self._loaded, self._line, self._times, self._tell = loaded, line, times, tell
+    finish: decodes a picture
+    """
+
+    def __init__(self, finish: Callable[[Ticket], Result], line: Line, times: StageTimes, tell: Telling) -> None:
+        self._finish, self._line, self._times, self._tell = finish, line, times, tell
 
     def deliver(self, ticket: Ticket) -> None:
         """Decode a picture whose stages are done, and hand it over. Raises EngineError."""
         if (error := over(ticket)) is not None:
             self.fail(ticket, error)
             return
-        result = finish(self._loaded, ticket)
+        result = self._finish(ticket)
         self._times.note("decode", 1, result.seconds["decode"])
         if not ticket.done.set_running_or_notify_cancel():  # whoever had the future cancelled it
             self._tell(Cancelled(picture=ticket.number, when=ticket.when, expired=False))

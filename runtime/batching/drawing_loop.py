@@ -17,7 +17,7 @@ from latentrt.engines.errors import (
 )
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.batching.answers import Answers, over
-from latentrt.runtime.batching.beside import Beside, explained, prepare
+from latentrt.runtime.batching.beside import Beside, explained, finish, prepare
 from latentrt.runtime.batching.joining import joining, kind_of, rows_now
 from latentrt.runtime.batching.line import Line
 from latentrt.runtime.batching.observer import StageDone, Started, Telling, WeightsChanged
@@ -41,7 +41,7 @@ class DrawingLoop:
 
     def __init__(self, loaded: Loaded, tell: Telling, *, slots: int) -> None:
         self.line, self.times = Line(), StageTimes()
-        self.answers = Answers(loaded, self.line, self.times, tell)
+        self.answers = Answers(partial(finish, loaded), self.line, self.times, tell)
         self.lost: DeviceLostError | None = None
         self.progress_at: float | None = None
         self._loaded, self._tell, self._slots = loaded, tell, slots
