@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("export", "engines", "runtime")
 TRAINING = ROOT / "export/demo/training"  # of the demo checkpoint: in no wheel
+FURTHER_FILES = ("export/demo/checkpoint", "runtime/serve/page/static")  # folders of what is no code and travels
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "optimum")
 # What only some callers of a pipeline need, or who opens a bundle: imported where it is used.
 LATER = (
@@ -113,7 +114,8 @@ def test_the_wheel_holds_every_module_but_the_demos_training_and_nothing_else(tm
     expected |= {f"latentrt/{path.name}" for path in (ROOT / "src/latentrt").iterdir() if path.is_file()}
     expected |= {
         f"latentrt/{path.relative_to(ROOT).as_posix()}"
-        for path in (ROOT / "export/demo/checkpoint").rglob("*")
+        for folder in FURTHER_FILES
+        for path in (ROOT / folder).rglob("*")
         if path.is_file()
     }
     assert expected == {name for name in names if ".dist-info/" not in name}

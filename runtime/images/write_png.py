@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +31,12 @@ def parameters(settings: Settings, seed: int) -> str:
     width, height = settings.size
     pairs = {
         "Steps": settings.steps,
-        "Sampler": community_name(settings.sampler),
+        "Sampler": _plain(community_name(settings.sampler)),
         "CFG scale": f"{settings.guidance:g}",
         "Seed": seed,
         "Size": f"{width}x{height}",
         **{_title(name): _plain(value) for name, value in settings.further.items()},
-        "Model": settings.model,
+        "Model": _plain(settings.model),
         "Version": settings.version,
     }
     lines = [settings.prompt]
@@ -50,8 +52,10 @@ def _title(name: str) -> str:
 
 def _plain(value: object) -> str:
     if isinstance(value, list):
-        return " ".join(map(_plain, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return _plain(" ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value))
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    # As that interface does: what would end its pair is quoted.
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,"\n]', text) else text
 
 
 def community_name(sampler: str) -> str:

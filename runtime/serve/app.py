@@ -14,10 +14,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engines.errors import LatentrtError
+from latentrt.runtime.serve.jobs import Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai import routes as openai
 from latentrt.runtime.serve.operation.guards import Guards, refusal
 from latentrt.runtime.serve.options import Access
+from latentrt.runtime.serve.page import routes as page
 from latentrt.runtime.serve.web_errors import WebError
 
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
@@ -27,7 +29,7 @@ def build(models: Models) -> Starlette:
     """Return the application that serves models. Whoever opened them closes them, after the application has ended."""
     options = models.options
     app = Starlette(
-        routes=openai.routes(),
+        routes=[*openai.routes(), *page.routes()],
         middleware=[
             Middleware(RequestIds),
             *cross_origin(options.access),
@@ -41,7 +43,7 @@ def build(models: Models) -> Starlette:
             Exception: refuse,
         },
     )
-    app.state.models = models
+    app.state.models, app.state.jobs = models, Jobs()
     return app
 
 

@@ -1,0 +1,1 @@
+"""The page at `/`: its files, and the jobs, choices and settings that it asks for."""

@@ -1,0 +1,64 @@
+"""What the page can offer: models with their sizes and samplers, and the limits of a request."""
+
+from __future__ import annotations
+
+import msgspec
+
+from latentrt.engines.bundle.manifest import Manifest
+from latentrt.runtime.images.write_png import community_name
+from latentrt.runtime.request import Request
+from latentrt.runtime.sampling.catalogue import Name, own_sampler, sampler_names
+from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.options import Limits
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """A name as requests have it, and as people read it."""
+
+    name: str
+    title: str
+
+
+class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A model. size: its own; multiple: of which sides must be multiples; image: whether it takes an image
+
+    sampler: its own, as people read it
+    """
+
+    name: str
+    size: tuple[int, int]
+    multiple: int
+    image: bool
+    sampler: str
+
+
+class Choices(msgspec.Struct, frozen=True, kw_only=True):
+    """What there is to choose. guidance: where none is given"""
+
+    models: tuple[ModelChoice, ...]
+    samplers: tuple[Choice, ...]
+    loras: tuple[str, ...]
+    limits: Limits
+    guidance: float
+
+
+def choices(models: Models) -> Choices:
+    """Return what there is to choose, models in the order in which they are served."""
+    return Choices(
+        models=tuple(_model(model.name, model.pipe.bundle.manifest) for model in models.all()),
+        samplers=tuple(Choice(name=name, title=community_name(name)) for name in sampler_names()),
+        loras=(),
+        limits=models.options.limits,
+        guidance=Request(prompt="").guidance,
+    )
+
+
+def _model(name: str, manifest: Manifest) -> ModelChoice:
+    own = own_sampler(manifest.schedule)
+    return ModelChoice(
+        name=name,
+        size=manifest.default_size,
+        multiple=manifest.latents.factor,
+        image=manifest.find("encoder") is not None,
+        sampler=community_name(str(Name(own.name, own.spacing))),
+    )

@@ -1,0 +1,159 @@
+"""Jobs: requests that the service remembers, over HTTP as the page asks for them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from PIL import Image
+
+from latentrt.runtime.serve.app import build
+from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.options import ServeOptions
+from tests.serving import served
+
+MINE, YOURS = {"x-latentrt-session": "mine" * 6}, {"x-latentrt-session": "yours" * 6}
+LONG = {"prompt": "a circle", "steps": 150, "n": 4}
+WAIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def models(sd1_bundle: Path) -> Iterator[Models]:
+    with Models({"tiny": sd1_bundle}, ServeOptions(slots=2), {"backend": "cpu", "threads": 1}) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def address(models: Models) -> Iterator[str]:
+    with served(build(models)) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[httpx.Client]:
+    """Give a client of a session of its own, whose jobs end with the test."""
+    with httpx.Client(base_url=address, headers=MINE, timeout=WAIT_S) as client:
+        yield client
+        client.post("/jobs/cancel", json={})
+        wait_until(client, lambda jobs: all(job["state"] not in ("waiting", "drawing") for job in jobs))
+        for job in client.get("/jobs").json()["jobs"]:
+            client.delete(f"/jobs/{job['id']}")
+
+
+def events(client: httpx.Client) -> Iterator[tuple[str, Any]]:
+    with client.stream("GET", "/jobs/events") as answer:
+        kind = ""
+        for line in answer.iter_lines():
+            if line.startswith("event:"):
+                kind = line.removeprefix("event:").strip()
+            elif line.startswith("data:"):
+                yield kind, json.loads(line.removeprefix("data:"))
+
+
+def wait_until(client: httpx.Client, holds: Any) -> list[dict[str, Any]]:
+    """Follow the jobs until something holds of them."""
+    jobs: dict[str, dict[str, Any]] = {}
+    for kind, data in events(client):
+        if kind == "job":
+            jobs[data["id"]] = data
+        if kind == "gone":
+            jobs.pop(data["id"])
+        if kind != "preview" and holds(list(jobs.values())):
+            return list(jobs.values())
+    raise AssertionError("the events ended")
+
+
+def test_a_job_is_drawn_while_nobody_listens_and_its_picture_fetched_later(client: httpx.Client) -> None:
+    answer = client.post("/jobs", json={"prompt": "a red circle", "steps": 3, "seed": 5, "n": 2})
+    assert answer.status_code == 202
+    (job,) = wait_until(client, lambda jobs: any(job["state"] == "done" for job in jobs))
+    assert [one["seed"] for one in job["pictures"]] == [5, 6]
+    assert job["pictures"][0]["settings"]["steps"] == 3 and job["pictures"][0]["seconds"]["total"] > 0
+    file = client.get(f"/jobs/{job['id']}/pictures/1")
+    assert file.headers["content-type"] == "image/png"
+    written = client.post("/jobs/settings", content=file.content).json()
+    assert (written["prompt"], written["steps"], written["seed"]) == ("a red circle", 3, 6)
+
+
+def test_previews_come_before_the_picture_and_again_for_who_follows_later(client: httpx.Client) -> None:
+    client.post("/jobs", json=LONG)
+    for _ in range(2):
+        preview = next(data for kind, data in events(client) if kind == "preview")
+        assert preview["source"].startswith("data:image/png;base64,")
+    (job,) = client.get("/jobs").json()["jobs"]
+    assert job["state"] == "drawing" and 0 < job["progress"] < 1 and job["steps"] >= 150
+
+
+def test_places_in_the_line_and_cancelling_one_all_but_one_and_all(client: httpx.Client) -> None:
+    first, second, third, fourth = (client.post("/jobs", json=LONG).json()["id"] for _ in range(4))
+    jobs = wait_until(client, lambda jobs: sum(job["position"] is not None for job in jobs) >= 2)
+    places = [job["position"] for job in jobs if job["position"] is not None]
+    assert places == sorted(places) and len(places) == len(set(places))
+
+    def state(number: str) -> Any:
+        return lambda jobs: any(job["id"] == number and job["state"] == "cancelled" for job in jobs)
+
+    assert client.delete(f"/jobs/{second}").status_code == 204
+    wait_until(client, state(second))
+    assert client.get(f"/jobs/{first}").json()["state"] in ("waiting", "drawing")
+    assert client.post("/jobs/cancel", json={"but": third}).json() == {"cancelled": 2}
+    wait_until(client, state(first))
+    wait_until(client, state(fourth))
+    assert client.get(f"/jobs/{third}").json()["state"] in ("waiting", "drawing")
+    assert client.post("/jobs/cancel", json={}).json() == {"cancelled": 1}
+    wait_until(client, state(third))
+    client.delete(f"/jobs/{third}")
+    assert client.get(f"/jobs/{third}").status_code == 404
+
+
+def test_two_people_do_not_see_one_anothers_jobs(client: httpx.Client, address: str) -> None:
+    job = client.post("/jobs", json={"prompt": "a circle", "steps": 2}).json()["id"]
+    with httpx.Client(base_url=address, headers=YOURS) as other:
+        assert other.get("/jobs").json() == {"jobs": []}
+        for method, path in (("GET", f"/jobs/{job}"), ("DELETE", f"/jobs/{job}"), ("GET", f"/jobs/{job}/pictures/0")):
+            assert other.request(method, path).status_code == 404
+        assert other.post("/jobs/cancel", json={}).json() == {"cancelled": 0}
+    wait_until(client, lambda jobs: any(job["state"] == "done" for job in jobs))
+
+
+@pytest.mark.parametrize("session", ["", "short", "a" * 65, "ä" * 20, "../" * 6])
+def test_a_session_is_a_random_name(address: str, session: str) -> None:
+    headers = {"x-latentrt-session": session.encode()}
+    answer = httpx.get(f"{address}/jobs", headers=headers)  # type: ignore[arg-type]
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-latentrt-session")
+
+
+def test_what_cannot_be_drawn_is_no_job(client: httpx.Client) -> None:
+    answer = client.post("/jobs", json={"prompt": "a circle", "sampler": "nope"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sampler")
+    assert client.get("/jobs").json() == {"jobs": []}
+
+
+def test_settings_of_what_has_none(client: httpx.Client) -> None:
+    plain = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(plain, "PNG")
+    assert client.post("/jobs/settings", content=plain.getvalue()).status_code == 404
+    assert client.post("/jobs/settings", content=b"nothing").status_code == 400
+
+
+def test_choices_name_models_samplers_and_limits(client: httpx.Client) -> None:
+    found = client.get("/jobs/choices").json()
+    (model,) = found["models"]
+    assert (model["name"], model["size"], model["image"]) == ("tiny", [32, 32], True)
+    assert {"name": "dpmpp_2m_karras", "title": "DPM++ 2M Karras"} in found["samplers"]
+    assert found["limits"]["steps"] == 150
+
+
+def test_the_page_is_served_with_its_policy_and_by_its_etag(address: str) -> None:
+    answer = httpx.get(f"{address}/")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    again = httpx.get(f"{address}/", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    for nowhere in ("/page/nope.js", "/page/..%2f__init__.py", "/page/../routes.py"):
+        assert httpx.get(f"{address}{nowhere}").status_code == 404
