@@ -10,12 +10,17 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from latentrt.runtime.serve.operation.connections import Connections
+from latentrt.runtime.serve.options import ConnectionLimits
+from latentrt.runtime.serve.server import uvicorn_options
+
 
 @contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
-    """Serve an application; give its address, `http://127.0.0.1:PORT`."""
+def served(app: ASGIApp, connections: Connections | None = None) -> Iterator[str]:
+    """Serve an application as `latentrt serve` does, without its signals; give its address, `http://127.0.0.1:PORT`."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    options = uvicorn_options(connections if connections is not None else Connections(ConnectionLimits()))
+    server = uvicorn.Server(uvicorn.Config(app, **{**options, "timeout_graceful_shutdown": 5}))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -13,7 +13,7 @@ import click
 from latentrt.engines.errors import NotInstalledError, RequestError
 from latentrt.runtime.cli_options import FILE, LOADING, options_of
 from latentrt.runtime.serve.models import Models
-from latentrt.runtime.serve.options import Access, Limits, ServeOptions
+from latentrt.runtime.serve.options import Access, ConnectionLimits, Limits, ServeOptions
 
 INSTALL = "pip install 'latentrt[serve]'"
 API_KEYS = "LATENTRT_API_KEYS"
@@ -36,12 +36,16 @@ DRAWING = (
     click.option("--slots", type=COUNT, default=8, show_default=True, help="Pictures drawn together, at the most."),
     click.option("--waiting", type=COUNT, default=64, show_default=True, help="Pictures that may wait, at the most."),
     click.option("--slo", type=float, default=None, help="Promise this many times a picture's own time alone."),
+    click.option("--drain", "drain_s", default=300.0, show_default=True, help="Seconds for accepted work at the end."),
     click.option("--alias", "aliases", type=Named(), multiple=True, help="A further name: gpt-image-1=NAME."),
 )
 LIMITS = (
     click.option("--max-pixels", type=COUNT, default=Limits().pixels, show_default=True, help="Of one picture."),
     click.option("--max-steps", type=COUNT, default=Limits().steps, show_default=True, help="Of one picture."),
     click.option("--max-n", type=COUNT, default=Limits().pictures, show_default=True, help="Pictures of a request."),
+    click.option(
+        "--max-connections", type=COUNT, default=ConnectionLimits().connections, show_default=True, help="In all."
+    ),
     click.option("--max-body", type=COUNT, default=Limits().body_bytes, show_default=True, help="Bytes of a request."),
 )
 ACCESS = (
@@ -94,8 +98,11 @@ def _options(given: dict[str, Any]) -> ServeOptions:
             "--no-key"
         )
     access = Access(hosts=(*given.pop("hosts"), host), origins=given.pop("origins"), keys=keys)
-    drawing = {name: given.pop(name) for name in ("slots", "waiting", "slo")}
-    return ServeOptions(**drawing, aliases=dict(given.pop("aliases")), limits=limits, access=access)
+    drawing = {name: given.pop(name) for name in ("slots", "waiting", "slo", "drain_s")}
+    connecting = ConnectionLimits(connections=given.pop("max_connections"))
+    return ServeOptions(
+        **drawing, connecting=connecting, aliases=dict(given.pop("aliases")), limits=limits, access=access
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from latentrt.engines.errors import RequestError
+from latentrt.engines.errors import DrainingError, RequestError
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.web_errors import WebError
 
@@ -49,6 +49,7 @@ class Models:
         for alias, name in self.options.aliases.items():
             if name not in bundles:
                 raise RequestError(f"alias: '{alias}' stands for '{name}'; there are: {', '.join(sorted(bundles))}")
+        self.draining = False
         self._models: dict[str, Model] = {}
         try:
             for name, path in bundles.items():
@@ -75,7 +76,9 @@ class Models:
         return list(self._models.values())
 
     async def find(self, name: str | None) -> Model:
-        """Return a model by its name or alias; None is the first. Raises WebError, 404."""
+        """Return a model by its name or alias; None is the first. Raises WebError, 404, and DrainingError."""
+        if self.draining:
+            raise DrainingError("this service is about to end and takes no further requests; ask another one")
         if name is None:
             return next(iter(self._models.values()))
         model = self._models.get(self.options.aliases.get(name, name))
@@ -87,6 +90,12 @@ class Models:
                 param="model",
             )
         return model
+
+    def drain(self) -> bool:
+        """Take no further requests, and wait `drain_s` at the most for the others; return if that was all."""
+        self.draining = True
+        until = time.monotonic() + self.options.drain_s
+        return all(model.batcher.drain(max(0.0, until - time.monotonic())) for model in self.all())
 
     def close(self) -> None:
         """Cancel what is not drawn yet, and close every bundle."""

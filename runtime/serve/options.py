@@ -31,17 +31,38 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     keys: tuple[str, ...] = ()
 
 
+class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What connections may take, in number and in seconds.
+
+    connections: in all; per_address: of one address
+    head_s, body_s: until a request's head, and its body, has come; rest_s: of a body that was refused
+    reader_s: of a reader who takes nothing, or next to nothing, of what is sent
+    idle_s: between two requests; longer than the minute after which proxies close theirs
+    """
+
+    connections: int = 1000
+    per_address: int = 256
+    head_s: float = 15.0
+    body_s: float = 60.0
+    rest_s: float = 5.0
+    reader_s: float = 30.0
+    idle_s: float = 75.0
+
+
 class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a service serves.
 
     slots, waiting, slo: as in `BatcherOptions`, for each model
     aliases: further names of models, as clients with a name of their own ask for them
-    limits: of one request; access: who may ask
+    drain_s: how long what was accepted may take once the service is told to end, in seconds
+    limits: of one request; access: who may ask; connecting: of connections
     """
 
     slots: int = 8
     waiting: int = 64
     slo: float | None = None
     aliases: dict[str, str] = {}
+    drain_s: float = 300.0
     limits: Limits = Limits()
     access: Access = Access()
+    connecting: ConnectionLimits = ConnectionLimits()

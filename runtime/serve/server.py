@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import os
+import resource
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import msgspec
 import uvicorn
 
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.operation.connections import Connections
+from latentrt.runtime.serve.options import ConnectionLimits
 
+logger = logging.getLogger(__name__)
 BACKLOG = 1024
+OWN_FILES = 200  # descriptors that are no connections: engines, weights, logs
+SENDING_S = 10  # for what is drawn to reach those who asked, once everything is
+ENDS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(models: Models, listener: socket.socket, *, ready: Callable[[], None]) -> None:
-    """Serve on a socket until SIGINT or SIGTERM. ready: called when requests are answered"""
-    config = uvicorn.Config(build(models), log_config=None, server_header=False, access_log=False, ws="none")
-    Server(config, ready).run(sockets=[listener])
+    """Serve on a socket until SIGINT or SIGTERM, and end what was accepted; a second signal ends the process at once.
+
+    ready: called when requests are answered
+    """
+    Server(models, ready).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -35,15 +51,64 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Server(uvicorn.Server):
-    """uvicorn's, which says when it is ready."""
+def uvicorn_options(connections: Connections) -> dict[str, Any]:
+    """Return how uvicorn is to serve: with our deadlines, and without logs of its own."""
+    return {
+        "http": connections.protocol,
+        "ws": "none",
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "proxy_headers": False,  # who asks is whom the socket names
+        "backlog": BACKLOG,
+        "timeout_keep_alive": connections.limits.idle_s,
+        "timeout_graceful_shutdown": SENDING_S,
+    }
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says when it is ready and ends when all that it accepted has been drawn."""
+
+    def __init__(self, models: Models, ready: Callable[[], None]) -> None:
+        self._connections = Connections(within_files(models.options.connecting))
+        super().__init__(uvicorn.Config(build(models), **uvicorn_options(self._connections)))
+        self._models, self._ready = models, ready
+        self._ending: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve."""
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Answer signals while it serves. uvicorn's own way ends the process by the signal, not with exit code 0."""
+        loop = asyncio.get_running_loop()
+        for number in ENDS:
+            loop.add_signal_handler(number, self._end, number)
+        try:
+            yield
+        finally:
+            for number in ENDS:
+                loop.remove_signal_handler(number)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._ending is not None:
+            logger.warning("a second signal ends the service at once, with what it has in hand")
+            os._exit(128 + number)
+        logger.info("the service ends what it has in hand, and takes nothing more")
+        self._ending = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        """Have all that was accepted drawn, while whoever asks for more is told to come again; then end."""
+        if not await asyncio.to_thread(self._models.drain):
+            logger.warning("not all was drawn in %s s; the rest is cancelled", self._models.options.drain_s)
+        self.should_exit = True
+
+
+def within_files(limits: ConnectionLimits) -> ConnectionLimits:
+    """Return limits with no more connections than the process may open files for."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = limits.connections if files == resource.RLIM_INFINITY else max(1, files - OWN_FILES)
+    return msgspec.structs.replace(limits, connections=min(limits.connections, room))
