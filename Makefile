@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow lint setup clean .cache/triton-venv
 
 setup: $(VENV)/.installed
 
@@ -37,10 +37,24 @@ lint: setup
 .cache/onnxruntime-gpu: setup
 	-test -d $@ || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ onnxruntime-gpu==1.31.1
 
+# NVIDIA's Triton server and its client, 550 MB, in an environment of its own: NumPy 2 kills the process in which that
+# server runs Python. tests/test_triton.py is skipped where there is none.
+.cache/triton-venv: .cache/triton-venv/.installed
+
+.cache/triton-venv/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		nvidia-pytriton==0.7.0 'numpy<2' onnxruntime==1.31.1 '.[cpu]'
+	server=$$(echo $(@D)/lib/python3.*/site-packages/pytriton/tritonserver); \
+		version=$$(basename $$(echo $(@D)/lib/python3.*) | sed s/python//); \
+		cp $$server/python_backend_stubs/$$version/triton_python_backend_stub $$server/backends/python/
+	touch $@
+
 test: lint .cache/onnxruntime-gpu
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
 test-slow: setup
+	-$(MAKE) .cache/triton-venv
 	$(BIN)/python -m pytest -m slow
 
 clean:

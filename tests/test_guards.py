@@ -133,6 +133,8 @@ PUBLIC = {
     "latentrt.runtime.batching.batcher.Batcher.last_stage_at": "for a service's health check",
     "latentrt.runtime.draw.step.Step.draft": "for a caller's on_step",
     "latentrt.runtime.pipeline.Pipeline.remove_embedding": "for a caller",
+    "latentrt.runtime.triton.model.TritonPythonModel.initialize": "Triton calls it",
+    "latentrt.runtime.triton.model.TritonPythonModel.execute": "Triton calls it",
     "latentrt.engines.tensorrt.engines.TensorRTSession.scratch_bytes": "for a caller who plans a device's memory",
 }
 CALLED_BY_LIBRARIES = {"click.Group", "click.Command", "click.ParamType", "nn.Module"}  # they call their own methods

@@ -26,6 +26,11 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "generate": ("latentrt.runtime.cli", "generate", "Draw pictures from a prompt."),
     "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
     "serve": ("latentrt.runtime.serve.cli", "serve", "Serve bundles over HTTP, as OpenAI's Images API and more."),
+    "export-triton": (
+        "latentrt.runtime.triton.cli",
+        "export_triton",
+        "Put a bundle into a model repository of Triton Inference Server.",
+    ),
     "samplers": ("latentrt.runtime.cli", "samplers", "List the samplers, or print the plan of one."),
     "inspect": ("latentrt.export.cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.runtime.verify.cli", "verify", "Check a bundle's files and engines."),
