@@ -52,6 +52,7 @@ class OpenEngines:
         self._components = components or tuple(record.entries)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
+        self._counts: dict[WorkspaceShape, tuple[int, ...] | None] = {}
         self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
         self.engines = self._open(directory, record).engines
         self.key: EngineKey = record.key
@@ -135,6 +136,32 @@ class OpenEngines:
         """Raise EngineError if `workspace` would, for want of engines for this shape. Nothing is opened."""
         if self._open_for(shape) is None:
             self._find(shape)
+
+    def slot_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
+        """Return the numbers of slots that a workspace may have, in order; None where any number will do.
+
+        shape: pictures are as many as there may be at a time: the last number has room for them, where one has
+        Nothing is opened. Raises EngineError if there are no engines for pictures of this size and texts.
+        """
+        if shape not in self._counts:
+            self._counts[shape] = self._find_counts(shape)
+        return self._counts[shape]
+
+    def _find_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
+        serving = serving_engines(self._bundle, self.choice.backend, device=self.choice.device)
+        profiles = [profile for _, record in serving for spec in record.specs.values() for profile in spec.profiles]
+        counts = {profile["pictures"] for profile in profiles if "pictures" in profile}
+        if not counts:
+            return None
+        fitting = sorted(
+            count
+            for count in counts
+            if any(fits(record, msgspec.structs.replace(shape, pictures=count), self._bundle) for _, record in serving)
+        )
+        if not fitting:
+            self.require(shape)
+        enough = next((count for count in fitting if count >= shape.pictures), fitting[-1])
+        return tuple(count for count in fitting if count <= enough)
 
     def _open_for(self, shape: WorkspaceShape) -> Opened | None:
         return next((opened for record, opened in self._opened.values() if fits(record, shape, self._bundle)), None)

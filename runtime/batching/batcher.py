@@ -14,8 +14,17 @@ from functools import partial
 
 import msgspec
 
-from latentrt.engines.errors import ClosedError, DeviceLostError, DrainingError, LatentrtError, QueueFullError
+from latentrt.engines.errors import (
+    ClosedError,
+    DeviceLostError,
+    DrainingError,
+    EngineError,
+    LatentrtError,
+    QueueFullError,
+    RequestError,
+)
 from latentrt.engines.lora.weight_changes import Changes
+from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.runtime.batching.drawing_loop import DrawingLoop
 from latentrt.runtime.batching.joining import kind_of, owed, own_seconds
 from latentrt.runtime.batching.observer import Admitted, Observer, Reason, Refused, Telling
@@ -78,6 +87,7 @@ class Batcher:
         changes = self._loaded.loras.changes(job.request.loras)
         jobs = [single(job, picture) for picture in range(len(job.prompts))]
         tokens = [self._loaded.tokens(one) for one in jobs]
+        self._check_engines(jobs[0], tokens[0])
         with self._line.change:
             refused = self._refusal(len(jobs))
             tickets = [
@@ -94,6 +104,17 @@ class Batcher:
         for ticket in tickets:
             self._tell(Admitted(picture=ticket.number, waiting=waiting))
         return [ticket.done for ticket in tickets]
+
+    def _check_engines(self, job: Job, tokens: Mapping[str, int]) -> None:
+        """Refuse a picture for which no engine is compiled, whatever number of slots it has."""
+        (width, height), pictures = job.size, self.options.slots
+        for part in job.ranges:
+            length = tokens[part.denoiser]
+            shape = WorkspaceShape(pictures=pictures, tokens=length, width=width, height=height)
+            try:
+                self._loaded.opened.slot_counts(shape)
+            except EngineError as error:
+                raise RequestError(f"size: {error}") from None
 
     def _ticket(
         self,

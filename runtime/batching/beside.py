@@ -73,7 +73,7 @@ def prepare(loaded: Loaded, ticket: Ticket) -> None:
     draw = Noise(stream(job.request.noise, job.seeds, latent_shape(job.size, loaded.manifest.latents)))
     with loaded.drawing.explaining(job):
         texts = {part.denoiser: loaded.encode(job, part.denoiser) for part in job.ranges}
-        inputs = loaded.drawing.begin(job, draw, shape, state_rows=ticket.group.state_rows)
+        inputs = loaded.drawing.begin(job, draw, loaded.drawing.fitting(shape), state_rows=ticket.group.state_rows)
     taken = time.perf_counter() - start
     ticket.picture = Picture(texts=texts, inputs=inputs, draw=draw, encode_s=taken, done=first.stages.start)
 

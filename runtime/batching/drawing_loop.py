@@ -155,15 +155,17 @@ class DrawingLoop:
         return bool(own)
 
     def _shared_loop(self, group: Group) -> SharedLoop:
-        counts = range(1, self._most.get(group, self._slots) + 1)
+        counts = self._loaded.opened.slot_counts(_shape(group, self._most_of(group)))
+        counts = counts or doubling(self._most_of(group))
         return SharedLoop(partial(self._workspace, group), self._loaded.drawing, counts)
 
+    def _most_of(self, group: Group) -> int:
+        return self._most.get(group, self._slots)
+
     def _workspace(self, group: Group, slots: int) -> Workspace:
-        width, height = group.size
-        shape = WorkspaceShape(pictures=slots, tokens=group.tokens, width=width, height=height)
         return self._loaded.opened.workspace(
             self._loaded.manifest.latents,
-            shape,
+            _shape(group, slots),
             state_rows=group.state_rows,
             denoiser=group.denoiser,
             decoder=None,
@@ -185,16 +187,15 @@ class DrawingLoop:
         """Let those join that are prepared, as far as promises allow."""
         if self._batch is None or self._group is None:
             return
-        most = self._most.get(self._group, self._slots)
+        most = min(self._most_of(self._group), self._batch.capacity)
         ready = joining(self._batch.tickets, self.line.of(self._group), self.times, most=most)
-        if not ready:
-            return
         now = time.perf_counter()
         for ticket in ready:
             if ticket.began is None:
                 ticket.began = now
                 self._tell(Started(picture=ticket.number, wait_s=now - ticket.limits.began))
-        self._take(self._batch, ready)
+        if ready or self._batch.loose:
+            self._take(self._batch, ready)
 
     def _take(self, batch: SharedLoop, tickets: Sequence[Ticket]) -> None:
         """Have pictures of the line share stages from the next one on."""
@@ -213,7 +214,8 @@ class DrawingLoop:
         self._turns.charge(seconds)
         self.progress_at = time.perf_counter()
         pictures, padded = len(batch.tickets), batch.rows - rows
-        self._tell(StageDone(pictures=pictures, used=rows, padded=padded, capacity=2 * self._slots, seconds=seconds))
+        capacity = 2 * min(self._slots, batch.capacity)
+        self._tell(StageDone(pictures=pictures, used=rows, padded=padded, capacity=capacity, seconds=seconds))
         for ticket in list(batch.tickets):
             ticket.step_seconds.append(seconds)
             if self._shown(batch, ticket):
@@ -292,3 +294,13 @@ class DrawingLoop:
         for ticket in [*dropped, *self.line.tickets]:
             self.line.remove(ticket)
             self.answers.fail(ticket, error)
+
+
+def _shape(group: Group, slots: int) -> WorkspaceShape:
+    width, height = group.size
+    return WorkspaceShape(pictures=slots, tokens=group.tokens, width=width, height=height)
+
+
+def doubling(most: int) -> tuple[int, ...]:
+    """Return 1, 2, 4, … and `most`: where any number of slots will do, few are in use, and few workspaces are made."""
+    return (*(1 << power for power in range((most - 1).bit_length())), most)

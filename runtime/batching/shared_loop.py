@@ -30,13 +30,25 @@ class SharedLoop:
         self._events: list[Event] = []
         self.tickets: list[Ticket] = []
 
+    @property
+    def capacity(self) -> int:
+        """Return how many pictures there can be."""
+        return self._counts[-1]
+
+    @property
+    def loose(self) -> bool:
+        """Tell whether slots that nobody needs are computed, and a smaller workspace would do."""
+        return self._workspace is not None and not self._suits(self._workspace, self._slots_for(len(self.tickets)))
+
+    def _slots_for(self, pictures: int) -> int:
+        return next((count for count in self._counts if count >= pictures), self._counts[-1])
+
     def join(self, tickets: Sequence[Ticket]) -> None:
         """Let pictures take part from the next stage on, and fit the workspace to those that there are.
 
         Raises EngineError.
         """
-        needed = len(self.tickets) + len(tickets)
-        slots = next((count for count in self._counts if count >= max(needed, 1)), self._counts[-1])
+        slots = self._slots_for(len(self.tickets) + len(tickets))
         if self._workspace is None or not self._suits(self._workspace, slots):
             tickets = [*self.park(), *tickets]
             self.tickets = []

@@ -44,15 +44,20 @@ def on_workspace(workspace: Workspace, decoder: str) -> Decode:
     return decode
 
 
-def through_engine(engine: Engine, space: LatentSpec) -> Decode:
-    """Return what decodes latents with a decoder's engine, whatever that begins with."""
+def through_engine(engine: Engine, space: LatentSpec, *, slots: int = 1) -> Decode:
+    """Return what decodes latents with a decoder's engine, whatever that begins with.
+
+    slots: the pictures that it takes at the least; where there are fewer, it is given grey ones beside them
+    """
     from latentrt.engines.verify.canonical_view import as_canonical  # for pictures in tiles
 
     canonical, scale = as_canonical(engine, space), np.float32(space.scaling_factor)
 
     def decode(latents: Array) -> Array:
-        decoded = canonical({"latent_sample": latents / scale})
-        check_sums(decoded[SQUARES])
-        return decoded[PIXELS].copy()
+        filled = np.zeros((max(slots, len(latents)), *latents.shape[1:]), dtype=np.float32)
+        filled[: len(latents)] = latents / scale
+        decoded = canonical({"latent_sample": filled})
+        check_sums(decoded[SQUARES][: len(latents)])
+        return decoded[PIXELS][: len(latents)].copy()
 
     return decode

@@ -130,9 +130,17 @@ class Drawing:
         Raises NotFiniteError.
         """
         space, (width, height) = self._manifest.latents, self._decoded_size(job)
-        shape = WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height)
-        decode = through_engine(self._opened.engine(decoder, shape), space)
+        shape = self.fitting(WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height))
+        decode = through_engine(self._opened.engine(decoder, shape), space, slots=shape.pictures)
         return decode(latents) if job.tiling is None else decode_tiles(latents, decode, job.tiling, factor=space.factor)
+
+    def fitting(self, shape: WorkspaceShape) -> WorkspaceShape:
+        """Return a shape with as many slots as engines are compiled for, as few as hold its pictures.
+
+        Raises EngineError.
+        """
+        slots = (self._opened.slot_counts(shape) or (shape.pictures,))[-1]
+        return msgspec.structs.replace(shape, pictures=max(slots, shape.pictures))
 
     def _workspace(
         self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None
