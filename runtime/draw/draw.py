@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -68,6 +69,7 @@ class Drawing:
 
     def __init__(self, opened: OpenEngines, manifest: Manifest) -> None:
         self._opened, self._manifest = opened, manifest
+        self._decoding = threading.Lock()  # what decodes beside the workspaces does so one call at a time
 
     def __call__(self, job: Job, source: BatchSource, *, watched: bool) -> Stages[Drawn]:
         """Draw a job, whose text and noise come from a source; a generator that returns what was drawn.
@@ -131,8 +133,10 @@ class Drawing:
         """
         space, (width, height) = self._manifest.latents, self._decoded_size(job)
         shape = self.fitting(WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height))
-        decode = through_engine(self._opened.engine(decoder, shape), space, slots=shape.pictures)
-        return decode(latents) if job.tiling is None else decode_tiles(latents, decode, job.tiling, factor=space.factor)
+        with self._decoding:
+            decode = through_engine(self._opened.engine(decoder, shape), space, slots=shape.pictures)
+            tiling = job.tiling
+            return decode(latents) if tiling is None else decode_tiles(latents, decode, tiling, factor=space.factor)
 
     def fitting(self, shape: WorkspaceShape) -> WorkspaceShape:
         """Return a shape with as many slots as engines are compiled for, as few as hold its pictures.
@@ -269,7 +273,7 @@ class Drawing:
 
     def _look(self, job: Job, workspace: Workspace, batch: Batch) -> Look:
         """Return what a caller may look at after a stage, until the next one begins."""
-        stage = batch.done
+        stage, tokens = batch.done, workspace.shape.tokens
 
         def read(name: str) -> Array:
             array = workspace.read(name, batch.slots)
@@ -280,7 +284,7 @@ class Drawing:
 
         def sketch(latents: Array) -> Array:
             with self.explaining(job):
-                return self._sketch(job, workspace.shape.tokens, latents)
+                return self._sketch(job, tokens, latents)
 
         return Look(read, sketch, f"stage {stage} of {job.plan.stages}")
 

@@ -39,7 +39,7 @@ class Look:
 
     def __init__(self, read: Callable[[str], Array], sketch: Callable[[Array], Array], where: str) -> None:
         self._read: Callable[[str], Array] | None = read
-        self._sketch, self._where = sketch, where
+        self.sketch, self._where = sketch, where
         self._kept: dict[str, Array] = {}
         self._lock = threading.Lock()  # held while something is read, so that no other thread starts the next stage
 
@@ -49,7 +49,7 @@ class Look:
 
     def sketched(self, predicted: Array) -> Array:
         """Return the picture that a tiny decoder makes of latents, read-only. Raises as `__call__` does."""
-        return self._once("a draft", lambda _: self._sketch(predicted))
+        return self._once("a draft", lambda _: self.sketch(predicted))
 
     def _once(self, name: str, make: Callable[[Callable[[str], Array]], Array]) -> Array:
         with self._lock:
@@ -126,6 +126,13 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         Raises BundleError if the bundle holds no tiny decoder.
         """
         return self._look.sketched(self.predicted)
+
+    def draft_beside(self) -> Array:
+        """Return the draft of a step that was kept, made now: its network runs beside the next stages.
+
+        For a thread other than the one that draws, which does not wait for it. Raises BundleError as `draft` does.
+        """
+        return self._look.sketch(self.predicted)
 
     def keep(self) -> Self:
         """Read all that `latents`, `predicted` and `preview` need, so that they stay available; return the step.

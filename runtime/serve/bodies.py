@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import json
+import re
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,52 +14,99 @@ from starlette.requests import ClientDisconnect, Request
 from latentrt.runtime.serve.web_errors import WebError
 
 T = TypeVar("T")
+LONG = 256 * 1024  # bytes that take longer to parse than the event loop has
+SHORT = 64  # characters
 
 
 async def read_json(request: Request, kind: type[T]) -> T:
     """Read a body as JSON of a kind. Raises WebError: 413, 415, or 400 with the field at fault."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != "application/json":
+    if (media := media_type(request)) != "application/json":
         raise WebError(
             f"content-type: found '{media or 'none'}', expected application/json",
             status=415,
             code="unsupported_media_type",
         )
-    return parse_json(await read(request), kind)
+    body = await read(request)
+    return parse_json(body, kind) if len(body) < LONG else await asyncio.to_thread(parse_json, body, kind)
+
+
+def media_type(request: Request) -> str:
+    """Return what a body says that it is, without parameters; empty where it says nothing."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 async def read(request: Request) -> bytes:
     """Read a body. Raises WebError, 413, where it is longer than the service takes, without reading all of it."""
-    most, body = request.app.state.models.options.limits.body_bytes, bytearray()
+    return b"".join([chunk async for chunk in chunks(request)])
+
+
+async def chunks(request: Request) -> AsyncGenerator[bytes, None]:
+    """Give a body as it comes. Raises WebError, 413, as soon as it is longer than the service takes."""
+    most, found = request.app.state.models.options.limits.body_bytes, 0
+    if (length := request.headers.get("content-length", "")).isdecimal() and int(length[:20]) > most:
+        raise _too_long(most)
     async for chunk in request.stream():
-        body += chunk
-        if len(body) > most:
-            raise WebError(
-                f"the body has more than the {most} bytes that may be sent", status=413, code="body_too_large"
-            )
-    return bytes(body)
+        found += len(chunk)
+        if found > most:
+            raise _too_long(most)
+        yield chunk
+
+
+def _too_long(most: int) -> WebError:
+    return WebError(f"the body has more than the {most} bytes that may be sent", status=413, code="body_too_large")
 
 
 def parse_json(body: bytes, kind: type[T]) -> T:
     """Parse a body as JSON of a kind. Raises WebError, 400, with the field at fault."""
     try:
-        return msgspec.json.decode(body, type=kind)
+        parsed = msgspec.json.decode(body, type=kind)
+        plain = json.loads(body, object_pairs_hook=_distinct)
+        for name, value in plain.items() if b"\\u0000" in body and isinstance(plain, dict) else ():
+            refuse_nul(value, name)
+        return parsed
     except msgspec.ValidationError as error:
         raise invalid(error) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WebError(f"the body is not JSON: {error}", code="invalid_json") from error
+    except (msgspec.DecodeError, ValueError) as error:  # of which bad UTF-8 is one
+        raise WebError("the body is not JSON, or not in UTF-8", code="invalid_json") from error
     except RecursionError as error:
         raise WebError("the body is nested more deeply than any request is", code="invalid_json") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, whose names must differ. Raises WebError, 400."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = shortened(next(name for name in names if names.count(name) > 1))
+        raise WebError(f"{twice}: found twice, expected once", code="duplicate_field", param=twice)
+    return found
+
+
+def refuse_nul(value: Any, name: str) -> None:
+    """Refuse texts with a zero character, which no prompt and no name has. Raises WebError, 400."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, str) and "\0" in value:
+        raise WebError(f"{name}: it holds the character NUL; leave it out", param=name)
+    for one in inner:
+        refuse_nul(one, name)
 
 
 def invalid(error: msgspec.ValidationError) -> WebError:
     """Return what a body's schema refuses, by its field: `size: Expected str`."""
     sentence, _, place = str(error).partition(" - at `")
     if sentence.startswith("Object contains unknown field `"):
-        name = sentence.split("`")[1]
+        name = shortened(sentence.split("`")[1])
         return WebError(f"{name}: this service knows no such field", code="unknown_parameter", param=name)
-    param = place.strip("`").removeprefix("$").lstrip(".") or None
+    if sentence.startswith("Object missing required field `"):
+        name = sentence.split("`")[1]
+        return WebError(f"{name}: it is missing", code="missing_required_parameter", param=name)
+    param = re.split(r"[.\[]", place.strip("`").removeprefix("$").lstrip("."))[0] or None
     return WebError(f"{param or 'the body'}: {sentence}", code="invalid_type", param=param)
+
+
+def shortened(text: str) -> str:
+    """Return what a client sent, short enough for a sentence."""
+    return text if len(text) <= SHORT else f"{text[:SHORT]}…"
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -37,6 +37,7 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 Event = Stage | Drawn
+Put = Callable[[Event | BaseException], None]
 Looks = Callable[[int], Collection[int]]
 """gives the stages, of so many, after which a picture is looked at"""
 
@@ -52,41 +53,44 @@ class Call:
         self.model, self.request = model, request
         self._looks = looks
         self._cancel = Cancellation()
+        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._begun, self._left = False, 0
 
     def cancel(self) -> None:
         """End it, from any thread: whoever iterates gets CancelledError."""
         self._cancel.cancel()
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Submit it, and give its events until all pictures are done.
+    async def begin(self) -> None:
+        """Have the model take the request, before iterating. Raises what `Batcher.submit` raises.
 
-        Raises what `Batcher.submit` raises, and the error of the first picture that fails, which ends the others.
+        Being cancelled ends the request.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
-
-        def put(event: Event | BaseException) -> None:
-            if not loop.is_closed():  # a server that has ended asks for nothing any more
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        def watch(picture: int, step: Step) -> None:
-            assert self._looks is not None
-            looked = step.keep() if step.stage in self._looks(step.stages) else None
-            put(Stage(picture=picture, stage=step.stage, stages=step.stages, look=looked))
-
-        on_step = None if self._looks is None else watch
+        put = partial(self._put, asyncio.get_running_loop())
+        watch = None if self._looks is None else partial(self._watch, put, self._looks)
+        submit = partial(self.model.batcher.submit, self.request, on_step=watch, cancel=self._cancel)
         try:
             # Reading images and text takes milliseconds, which the event loop has not.
-            submit = partial(self.model.batcher.submit, self.request, on_step=on_step, cancel=self._cancel)
             futures = await asyncio.to_thread(submit)
-            for picture, future in enumerate(futures):
-                future.add_done_callback(partial(_tell, put, picture))
-            left = len(futures)
-            while left:
-                event = await events.get()
+        except BaseException:
+            self._cancel.cancel()
+            raise
+        self._begun, self._left = True, len(futures)
+        for picture, future in enumerate(futures):
+            future.add_done_callback(partial(_tell, put, picture))
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Begin it, unless that was done, and give its events until all pictures are done.
+
+        Raises as `begin` does, and the error of the first picture that fails, which ends the others.
+        """
+        try:
+            if not self._begun:
+                await self.begin()
+            while self._left:
+                event = await self._events.get()
                 if isinstance(event, BaseException):
                     raise event
-                left -= isinstance(event, Drawn)
+                self._left -= isinstance(event, Drawn)
                 yield event
         finally:
             self._cancel.cancel()
@@ -96,8 +100,17 @@ class Call:
         drawn = {event.picture: event.result async for event in self.events() if isinstance(event, Drawn)}
         return [drawn[picture] for picture in sorted(drawn)]
 
+    def _put(self, loop: asyncio.AbstractEventLoop, event: Event | BaseException) -> None:
+        if not loop.is_closed():  # a server that has ended asks for nothing any more
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-def _tell(put: Callable[[Event | BaseException], None], picture: int, future: Future[Result]) -> None:
+    @staticmethod
+    def _watch(put: Put, looks: Looks, picture: int, step: Step) -> None:
+        look = step.keep() if step.stage in looks(step.stages) else None
+        put(Stage(picture=picture, stage=step.stage, stages=step.stages, look=look))
+
+
+def _tell(put: Put, picture: int, future: Future[Result]) -> None:
     if future.cancelled():
         put(CancelledError("the picture was cancelled before it was drawn"))
     elif (error := future.exception()) is not None:

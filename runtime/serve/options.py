@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 
 
@@ -56,6 +58,8 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     aliases: further names of models, as clients with a name of their own ask for them
     drain_s: how long what was accepted may take once the service is told to end, in seconds
     limits: of one request; access: who may ask; connecting: of connections
+    loras: a folder of safetensors files that requests may name; None for no LoRAs
+    pictures: a folder in which pictures are kept for an hour, for clients that ask for their `url`; None to refuse them
     """
 
     slots: int = 8
@@ -66,3 +70,5 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     access: Access = Access()
     connecting: ConnectionLimits = ConnectionLimits()
+    loras: Path | None = None
+    pictures: Path | None = None

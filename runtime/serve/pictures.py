@@ -1,18 +1,21 @@
-"""Pictures on their way to a client: PNG, JPEG or WebP, with what they were drawn with."""
+"""Pictures on their way from and to a client: PNG, JPEG or WebP."""
 
 from __future__ import annotations
 
 import io
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from latentrt.engines.spec import Array
 from latentrt.runtime.images.write_png import parameters
 from latentrt.runtime.result import Result
+from latentrt.runtime.serve.web_errors import WebError
 
 Format = Literal["png", "jpeg", "webp"]
+READ = ("PNG", "JPEG", "WEBP")  # what a client may send
 USER_COMMENT = 0x9286  # of EXIF, where tools look for a JPEG's or WebP's settings
 
 
@@ -38,3 +41,49 @@ def encode_pixels(pixels: Array, kind: Format, *, quality: int = 100, text: str 
             exif.get_ifd(0x8769)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
         image.save(file, kind.upper(), quality=quality, exif=exif)
     return file.getvalue()
+
+
+def read_image(data: bytes, *, name: str, most: int) -> Image.Image:
+    """Return a picture that a client sent, decoded; its size is known before its pixels are.
+
+    name: the field that it came in; most: pixels that it may have
+    Raises WebError, 400, in our own words: a library's may tell what is none of a client's business.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=READ)
+        width, height = image.size
+    except Exception:  # each format's reader has errors of its own
+        raise _unreadable(name, f"it is none of {', '.join(READ)}, or its beginning is damaged") from None
+    if width * height > most:
+        raise WebError(
+            f"{name}: it has {width}x{height} pixels, more than the {most} that may be sent",
+            code="image_too_large",
+            param=name,
+        )
+    try:
+        image.load()
+    except Exception:
+        raise _unreadable(name, "it is truncated or damaged") from None
+    return image
+
+
+def _unreadable(name: str, why: str) -> WebError:
+    return WebError(f"{name}: the file cannot be read: {why}", code="invalid_image", param=name)
+
+
+def mask_of_alpha(mask: Image.Image) -> Image.Image:
+    """Return a mask that is white where it is repainted, of one that is transparent there, as OpenAI's are.
+
+    One without any transparency is returned as it is: it is taken to be white and black already.
+    """
+    if not mask.has_transparency_data:
+        return mask
+    alpha = np.asarray(mask.convert("RGBA").getchannel("A"))
+    if alpha.min() == 255:
+        return mask.convert("RGB")
+    return Image.fromarray(np.where(alpha < 128, np.uint8(255), np.uint8(0)))
+
+
+def grown(pixels: Array, size: tuple[int, int]) -> Array:
+    """Return a small picture at (width, height): (height, width, 3), uint8."""
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))

@@ -124,6 +124,10 @@ class TextEncoder:
         new = (len(words.tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)
         return max(*known, *(words.tokenizer.spec.max_length * chunks for chunks in new), 0)
 
+    def length(self, prompt: Prompt) -> int:
+        """Return how many tokens a prompt itself has, without begin, end and padding. Raises RequestError."""
+        return sum(len(chunk.tokens) for chunk in self._words.tokenizer.chunks(prompt))
+
     def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
         """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
 

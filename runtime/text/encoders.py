@@ -63,6 +63,10 @@ class PromptEncoders:
         texts = self._readings[denoiser].text_encoders
         return joined_length([self._encoders[text].tokens(prompts) for text in texts], [text.join for text in texts])
 
+    def length(self, prompt: Prompt) -> int:
+        """Return how many tokens a prompt itself has, as the first encoder reads it. Raises RequestError."""
+        return next(iter(self._encoders.values())).length(prompt)
+
     def device_inputs(
         self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str
     ) -> tuple[str, dict[str, Array]] | None:

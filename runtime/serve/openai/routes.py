@@ -3,56 +3,129 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import time
-from functools import partial
-from typing import Any
+import hashlib
+from collections.abc import Mapping
 
+import msgspec
 from starlette.requests import Request as WebRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from latentrt.runtime.result import Result
 from latentrt.runtime.serve.bodies import read_json, until_gone
 from latentrt.runtime.serve.call import Call
 from latentrt.runtime.serve.models import Models
-from latentrt.runtime.serve.openai.asked import request_of
-from latentrt.runtime.serve.openai.schema import Drawing, Generation
-from latentrt.runtime.serve.pictures import encode
+from latentrt.runtime.serve.openai.answers import ModelCard, ModelCards
+from latentrt.runtime.serve.openai.asked import Files, request_of
+from latentrt.runtime.serve.openai.forms import read_form
+from latentrt.runtime.serve.openai.kept import Kept
+from latentrt.runtime.serve.openai.schema import Drawing, Edit, Generation
+from latentrt.runtime.serve.openai.store import find, put
+from latentrt.runtime.serve.openai.streams import Events
+from latentrt.runtime.serve.openai.telling import Keep, Prefix, Telling, looks_of
+from latentrt.runtime.serve.web_errors import WebError
+
+LONGEST_KEY = 256
 
 
 def routes() -> list[Route]:
-    """Return the routes; the app's state holds the models."""
+    """Return the routes of one service, with a memory of their own; the app's state holds the models."""
+    images = Images()
     return [
-        Route("/v1/images/generations", generations, methods=["POST"]),
+        Route("/v1/images/generations", images.generations, methods=["POST"]),
+        Route("/v1/images/edits", images.edits, methods=["POST"]),
         Route("/v1/models", list_models, methods=["GET"]),
+        Route("/v1/models/{name:path}", show_model, methods=["GET"]),
+        Route("/pictures/{name}", show_picture, methods=["GET"], name="picture"),
     ]
 
 
-async def generations(web: WebRequest) -> Response:
-    """Draw pictures of a prompt."""
-    body = await read_json(web, Generation)
-    models: Models = web.app.state.models
-    call = Call(await models.find(body.model), request_of(body, models.options.limits))
-    results = await until_gone(web, call.results())
-    return JSONResponse(await asyncio.to_thread(answer, body, results))
+class Images:
+    """What draws for the Images API, and remembers its answers by idempotency key."""
+
+    def __init__(self) -> None:
+        self._kept = Kept()
+
+    async def generations(self, web: WebRequest) -> Response:
+        """Draw pictures of a prompt."""
+        return await self._draw(web, await read_json(web, Generation), {}, "image_generation")
+
+    async def edits(self, web: WebRequest) -> Response:
+        """Draw pictures of a prompt that start from an image."""
+        form = await read_form(web)
+        return await self._draw(web, form.parse(Edit), form.files, "image_edit")
+
+    async def _draw(self, web: WebRequest, body: Drawing, files: Files, prefix: Prefix) -> Response:
+        models: Models = web.app.state.models
+        model = await models.find(body.model)
+        request = await asyncio.to_thread(request_of, body, files, model, models.options)
+        call = Call(model, request, looks=looks_of(body, model))
+        telling = Telling(body, call, prefix=prefix, keep=_keep(web) if body.response_format == "url" else None)
+        reader = self._kept.join(_key(web), _digest(body, files), telling.begin)
+        streaming = False
+        try:
+            await until_gone(web, reader.taken())
+            if body.stream:
+                streaming = True
+                return Events(reader, reader_s=models.options.connecting.reader_s)
+            return Response(await until_gone(web, reader.whole()), media_type="application/json")
+        finally:
+            if not streaming:
+                reader.leave()
 
 
 async def list_models(web: WebRequest) -> Response:
     """List the models by name, aliases too."""
-    models: Models = web.app.state.models
-    data = [{"id": name, "object": "model", "created": 0, "owned_by": "latentrt"} for name in models.names]
-    return JSONResponse({"object": "list", "data": data})
+    return _json(ModelCards(data=_cards(web.app.state.models)))
 
 
-def answer(body: Drawing, results: list[Result]) -> dict[str, Any]:
-    """Return the answer that has all pictures of a request."""
-    kind = body.output_format or "png"
-    quality = 100 if body.output_compression is None else body.output_compression
-    files = map(partial(encode, kind=kind, quality=quality), results)
-    data = [
-        {"b64_json": base64.b64encode(file).decode(), "seed": result.seeds[0], "seconds": dict(result.seconds)}
-        for file, result in zip(files, results, strict=True)
-    ]
-    width, height = results[0].settings[0].size
-    return {"created": int(time.time()), "data": data, "output_format": kind, "size": f"{width}x{height}"}
+async def show_model(web: WebRequest) -> Response:
+    """Show a model by its name or alias."""
+    name, models = web.path_params["name"], web.app.state.models
+    card = next((card for card in _cards(models) if card.id == name), None)
+    if card is None:
+        await models.find(name)  # which refuses it, with the names that there are
+    return _json(card)
+
+
+async def show_picture(web: WebRequest) -> Response:
+    """Give a picture that was drawn for its `url`."""
+    folder = web.app.state.models.options.pictures
+    path = None if folder is None else await asyncio.to_thread(find, folder, web.path_params["name"])
+    if path is None:
+        raise WebError("there is no such picture, or no longer", status=404, code="picture_not_found")
+    return FileResponse(path, headers={"cache-control": "private, max-age=3600", "x-content-type-options": "nosniff"})
+
+
+def _cards(models: Models) -> list[ModelCard]:
+    created = {model.name: model.created for model in models.all()}
+    aliases = models.options.aliases
+    return [ModelCard(id=name, created=created[aliases.get(name, name)]) for name in models.names]
+
+
+def _keep(web: WebRequest) -> Keep:
+    folder = web.app.state.models.options.pictures
+    return lambda data, kind: str(web.url_for("picture", name=put(folder, data, kind)))
+
+
+def _key(web: WebRequest) -> str | None:
+    """Return the key under which an answer is kept, which nobody else's key is. Raises WebError, 400."""
+    key = web.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= LONGEST_KEY:
+        raise WebError(f"idempotency-key: found {len(key)} characters, expected 1 to {LONGEST_KEY}")
+    return "\n".join((web.headers.get("authorization", ""), web.url.path, key))
+
+
+def _digest(body: Drawing, files: Mapping[str, list[bytes]]) -> bytes:
+    """Return what tells one request from another, however it was written."""
+    digest = hashlib.sha256(msgspec.json.encode(body))
+    for name in sorted(files):
+        for data in files[name]:
+            digest.update(f"{name} {len(data)}\n".encode())
+            digest.update(data)
+    return digest.digest()
+
+
+def _json(answer: msgspec.Struct | None) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")

@@ -5,39 +5,100 @@ Any field may be null, as if it had not been sent. https://platform.openai.com/d
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 Format = Literal["png", "jpeg", "webp"]
+Quality = Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Number = Annotated[float, Meta(ge=-1000, le=1000)]
+Side = Annotated[int, Meta(ge=0, le=2**16)]
+Text = Annotated[str, Meta(max_length=32_000)]
+Name = Annotated[str, Meta(max_length=256)]
+
+
+class NamedLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A LoRA of the service's own folder, by its file's name without the ending."""
+
+    name: Name
+    scale: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+
+
+class SentControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An image to follow. name: of one of the model's ControlNets; image: a PNG, JPEG or WebP in base64.
+
+    In a form the images are files, `controls[][image]`, in the order of the names.
+    """
+
+    name: Name
+    image: str | None = None
+    scale: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+    start: Share = 0.0
+    stop: Share = 1.0
 
 
 class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a generation and an edit have in common."""
+    """What a generation and an edit have in common: first OpenAI's fields, then those of a `Request`."""
 
-    prompt: str
-    model: str | None = None
+    prompt: Text
+    model: Name | None = None
     n: int | None = None
-    size: str | None = None
-    quality: str | None = None
-    background: str | None = None
-    moderation: str | None = None
-    style: str | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
+    size: Name | None = None
+    quality: Quality | None = None
+    background: Literal["auto", "opaque", "transparent"] | None = None
+    moderation: Literal["low", "auto"] | None = None
+    style: Name | None = None
+    complexity: Name | None = None
+    frame_count: int | None = None
+    frame_duration_ms: int | None = None
+    user: Name | None = None
+    safety_identifier: Name | None = None
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Format | None = None
-    output_compression: int | None = None
+    output_compression: Annotated[int, Meta(ge=0, le=100)] | None = None
     stream: bool | None = None
-    partial_images: int | None = None
-    # ours
-    negative_prompt: str | None = None
-    seed: int | None = None
+    partial_images: Annotated[int, Meta(ge=0, le=3)] | None = None
+
+    negative_prompt: Text | None = None
+    prompt_syntax: Literal["plain", "weighted"] | None = None
+    overflow: Literal["chunks", "truncate"] | None = None
+    clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
+    seed: Seed | None = None
     steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    deadline: float | None = None
+    sampler: Name | None = None
+    spacing: Name | None = None
+    eta: Share | None = None
+    stop: Share | None = None
+    timesteps: tuple[Annotated[float, Meta(ge=0, le=1e6)], ...] | None = None
+    sigmas: tuple[Annotated[float, Meta(ge=0, le=1e6)], ...] | None = None
+    guidance: Number | None = None
+    guidance_interval: tuple[Share, Share] | None = None
+    guidance_rescale: Share | None = None
+    strength: Share | None = None
+    loras: Annotated[list[NamedLora], Meta(max_length=16)] | None = None
+    controls: Annotated[list[SentControl], Meta(max_length=8)] | None = None
+    variation_seed: Seed | None = None
+    variation_strength: Share | None = None
+    original_size: tuple[Side, Side] | None = None
+    target_size: tuple[Side, Side] | None = None
+    crop: tuple[Side, Side] | None = None
+    noise: Literal["cpu", "cuda"] | None = None
+    decoder: Literal["full", "tiny"] | None = None
+    refine_from: Share | None = None
+    aesthetic_score: Annotated[float, Meta(ge=0, le=10)] | None = None
+    negative_aesthetic_score: Annotated[float, Meta(ge=0, le=10)] | None = None
+    tile: Annotated[int, Meta(ge=64, le=2**16)] | None = None
+    deadline: Annotated[float, Meta(gt=0, le=86_400)] | None = None
 
 
 class Generation(Drawing, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/images/generations."""
+
+
+class Edit(Drawing, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The text fields of the form that is POST /v1/images/edits; `image` and `mask` are files beside them."""
+
+    input_fidelity: Literal["low", "high"] | None = None

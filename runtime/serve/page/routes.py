@@ -54,8 +54,9 @@ def routes() -> list[BaseRoute]:
 async def submit(web: WebRequest) -> Response:
     """Begin a job: its body is that of a generation, or of an edit."""
     owner, body, models = _owner(web), await read_json(web, Generation), _models(web)
-    request = request_of(body, models.options.limits)
-    job = await _jobs(web).submit(await models.find(body.model), request, owner)
+    model = await models.find(body.model)
+    request = await asyncio.to_thread(request_of, body, {}, model, models.options)
+    job = await _jobs(web).submit(model, request, owner)
     return _json(job.view(), status=202)
 
 
