@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.spec import Array, EngineSpec, Inputs, TensorSpec
-from latentrt.engines.workspace.contract import WorkspaceShape
+from latentrt.engines.workspace.contract import ALL, WorkspaceShape
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.denoise import begin
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
@@ -108,6 +109,21 @@ def test_outside_its_interval_guidance_costs_nothing() -> None:
     plan, unet = make_plan("dpmpp_2m_karras", STABLE_DIFFUSION, steps=10), Unet()
     follow(workspace_for(plan, unet), plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
     assert unet.rows == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
+
+
+def test_only_what_changed_is_written_before_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of model rows: where guidance begins and ends; noise: where it has a weight; one control a stage."""
+    plan, written = make_plan("euler_ancestral", STABLE_DIFFUSION, steps=10), list[str]()
+    workspace = workspace_for(plan, Unet())
+    write = workspace.write
+
+    def note(name: str, array: Any, rows: slice = ALL) -> None:
+        written.append(name)
+        write(name, array, rows)
+
+    monkeypatch.setattr(workspace, "write", note)
+    follow(workspace, plan, plan_guidance(plan, 7.5, 2, interval=(0.2, 0.75)), noises(2))
+    assert Counter(written) == {"state": 1, "control": 10, "guidance": 3, "picture_of_row": 3, "noise": 9}
 
 
 def test_outside_its_interval_the_prompt_alone_is_followed() -> None:

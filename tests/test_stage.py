@@ -20,7 +20,7 @@ from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS, control_width
-from latentrt.runtime.draw.denoise import pack_control
+from latentrt.runtime.draw.denoise import pack_controls
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
@@ -129,7 +129,7 @@ def advance_together(bench: Workbench, pictures: list[Picture]) -> float:
     state = bench.stage(
         **bench.nothing_kept(pictures),
         state=np.stack([picture.state for picture in pictures]),
-        control=np.stack([pack_control(picture.plan, picture.stage, STATE_ROWS) for picture in pictures]),
+        control=np.stack([pack_controls(picture.plan, STATE_ROWS)[picture.stage] for picture in pictures]),
         noise=np.stack([picture.take_noise() for picture in pictures]),
         **rows_of(pictures),
     )
@@ -184,12 +184,12 @@ def test_every_sampler_fits_the_fused_stage(bench: Workbench) -> None:
 
 def test_a_plan_that_keeps_more_than_the_graph_is_refused(bench: Workbench) -> None:
     with pytest.raises(EngineError, match=r"keeps 4 rows of state and this engine was built for 2; .*--state-rows"):
-        pack_control(plan_of("unipc", bench.schedule), 0, 2)
+        pack_controls(plan_of("unipc", bench.schedule), 2)
 
 
 def test_control_rows_pad_smaller_plans_with_zeros(bench: Workbench) -> None:
     plan = plan_of("euler", bench.schedule)
-    row = pack_control(plan, 3, 3)
+    row = pack_controls(plan, 3)[3]
     assert row.shape == (control_width(3),) and row.dtype == np.float32
     np.testing.assert_array_equal(row[:4], np.float32([plan.timesteps[3], 0, *plan.levels[4]]))
     np.testing.assert_array_equal(row[4:7], np.float32([plan.input_rows[3, 0], 0, 0]))

@@ -25,6 +25,7 @@ from latentrt.engines.tensor_names import (
 from latentrt.engines.workspace.contract import (
     ALL,
     AT_FIRST,
+    CONTROL,
     GUIDANCE,
     IDS,
     NOISE,
@@ -238,7 +239,7 @@ class OnnxRuntimeWorkspace:
         self._states.reverse()
         self._before = NOBODY
         self._written.note(PREVIOUS, (self._given[GUIDANCE] != 0).any(axis=1), self.shape.pictures)
-        self._written.forget(*PER_STAGE)
+        self._written.forget(CONTROL, NOISE)
 
     def _run_bound(self, program: str, rows: int) -> None:
         """Run the stage or one of its ControlNets on the residuals of the ControlNet before it."""

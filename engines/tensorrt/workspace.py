@@ -32,6 +32,7 @@ from latentrt.engines.workspace.contract import (
     ALL,
     AT_FIRST,
     GUIDANCE,
+    OWNERS,
     PER_STAGE,
     STATE,
     TEXT,
@@ -106,8 +107,9 @@ class TensorRTWorkspace:
         self._closed = ""
         self._idle: list[QueueEvent] = []
         self._written = Written()
-        self._next: dict[str, Array] = {}  # what the next stage takes, and is not on the device yet
-        self._weighted: Array | None = None  # the last guidance is not 0, (P, M)
+        self._next: dict[str, Array] = {}  # what the next stage takes, by name
+        self._sent = False  # it is on the device
+        self._weighted: Array | None = None  # guidance is not 0, (P, M)
         self._given: dict[str, Array] = {}  # what text encoders read
         self._texts: dict[str, TextEncoder] = {}
         self._decoder = ""
@@ -199,7 +201,7 @@ class TensorRTWorkspace:
         with self._queue.lock:
             self._check_open()
             if name in PER_STAGE:
-                self._next[name] = np.array(values)
+                self._next[name], self._sent = np.array(values), False
                 if name == GUIDANCE:
                     self._weighted = values != 0
             elif name.rpartition(".")[0] in self._texts:
@@ -230,7 +232,7 @@ class TensorRTWorkspace:
         self._controls.used_up()
         assert self._weighted is not None
         self._written.note(PREVIOUS, np.asarray(self._weighted.any(axis=1)), self.shape.pictures)
-        self._weighted = None
+        self._sent = False
 
     def _prepare(self, rows: slice, needs: Iterable[str]) -> int:
         """Have what the next stage takes on the device; return its number of model rows. Raises EngineError."""
@@ -242,11 +244,12 @@ class TensorRTWorkspace:
         for name in needs:
             used = np.asarray(self._weighted.any(axis=0 if self._persistent(name).by_rows else 1))
             self._written.require(name, used)
-        if self._next:
-            given, self._next = self._next, {}
-            if missing := next((name for name in PER_STAGE[:-1] if name not in given), None):
+        if not self._sent:
+            if missing := next((name for name in PER_STAGE[:-1] if name not in self._next), None):
                 raise not_written(missing)
+            given, self._next = self._next, {name: self._next[name] for name in (GUIDANCE, OWNERS)}
             self._stages[number].send(given, self._staging)
+            self._sent = True
         return number
 
     def _encode(self, program: str, rows: slice) -> None:
@@ -322,7 +325,7 @@ class TensorRTWorkspace:
         """
         with self._queue.lock:
             self._check_open()
-            self._next, self._weighted, self._given = {}, None, {}
+            self._next, self._sent, self._weighted, self._given = {}, False, None, {}
             self._controls.reset()
             for name in AT_FIRST.keys() & self._persistent_inputs.keys():
                 if self._written.extent(name):

@@ -32,8 +32,8 @@ ALL = slice(None)
 TEXT = "encoder_hidden_states"
 IDS = "input_ids"  # marks the inputs of a text encoder
 STATE, CONTROL, NOISE, GUIDANCE, OWNERS = "state", "control", "noise", "guidance", "picture_of_row"
-# Written before each stage and used up by it, in the order of a device's memory. Noise may be omitted where it has no
-# weight, so it comes last.
+# What a stage takes beside what stays, in the order of a device's memory. Control and noise are used up by it. Noise
+# may be omitted where it has no weight, so it comes last.
 PER_STAGE = (CONTROL, GUIDANCE, OWNERS, NOISE)
 # What a buffer holds before it is written, where that means something: no part of a picture is kept.
 AT_FIRST = {"keep_mask": 1.0, "known": 0.0}
@@ -121,7 +121,8 @@ class Workspace(Protocol):
     def write(self, name: str, array: npt.ArrayLike, rows: slice = ALL) -> None:
         """Set rows of a buffer; a number sets all of theirs. They stay so until they are written again.
 
-        `guidance`, (P, M), and `picture_of_row`, (M,), are written whole, for the M rows of the next stage.
+        `guidance`, (P, M), and `picture_of_row`, (M,), are written whole, for the M rows of the stages to come;
+        `control`, (P, …), and `noise`, where it has a weight, are for the next stage alone.
         """
         ...
 

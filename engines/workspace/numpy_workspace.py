@@ -29,7 +29,6 @@ from latentrt.engines.workspace.contract import (
     IDS,
     NOISE,
     OWNERS,
-    PER_STAGE,
     STATE,
     TEXT,
     Event,
@@ -99,6 +98,7 @@ class NumpyWorkspace:
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
         self._buffers: dict[str, Array] = {STATE: np.zeros((shape.pictures, state_rows, *self._size), np.float32)}
         self._written = Written()
+        self._rows: Rows | None = None  # of the stages to come, once they are known
         self._residuals: dict[str, Array] = {}  # what the ControlNets since the last stage add up to
 
     def fit(self, program: str, rows: int) -> int:
@@ -110,6 +110,7 @@ class NumpyWorkspace:
         values, size = np.asarray(array), rows_in(name, self.shape.pictures)
         if size is None:
             self._buffers[name], rows, size = np.array(values), ALL, 1
+            self._rows = None if name in (GUIDANCE, OWNERS) else self._rows
         elif name in self._buffers or values.ndim:
             rows = span(name, values, rows, size)
             self._put(name, values, rows, size)
@@ -167,46 +168,46 @@ class NumpyWorkspace:
         for name in (PIXELS, SQUARES):
             self.write(name, decoded[name], slice(rows.start or 0, (rows.start or 0) + len(latents)))
 
-    def _rows(self) -> Rows:
-        """Return what the next stage runs on: the rows that have a weight."""
-        guidance, owners = (self._needed(name) for name in (GUIDANCE, OWNERS))
-        used = (guidance != 0).any(axis=0)
-        self._written.require(STATE, (guidance != 0).any(axis=1))
-        control = split_control(self._needed(CONTROL), self.state_rows)
-        return Rows(guidance=guidance[:, used], used=used, owners=owners[used], control=control)
+    def _stage(self) -> tuple[Rows, StageControl]:
+        """Return what the next stage runs on, and what controls it."""
+        if self._rows is None:
+            self._rows = Rows(*(self._needed(name) for name in (GUIDANCE, OWNERS)))
+        if STATE not in self._rows.met:
+            self._written.require(STATE, self._rows.pictures)
+            self._rows.met.add(STATE)
+        return self._rows, split_control(self._needed(CONTROL), self.state_rows)
 
-    def _own(self, rows: Rows) -> dict[str, Array]:
+    def _own(self, rows: Rows, control: StageControl) -> dict[str, Array]:
         """Return what every network of a stage takes, a row each."""
-        latents = np.einsum("pr,pr...->p...", rows.control.input_row, self._buffers[STATE])
-        return {"sample": latents[rows.owners], "timestep": rows.control.timesteps[rows.owners]}
+        state = self._buffers[STATE]
+        latents = (control.input_row[:, None] @ state.reshape(*state.shape[:2], -1)).reshape(-1, *state.shape[2:])
+        return {"sample": latents[rows.owners], "timestep": control.timesteps[rows.owners]}
 
     def _advance(self) -> None:
-        rows, state = self._rows(), self._buffers[STATE]
-        outputs = self._model(rows)
-        guided = mix(rows, outputs)
-        noise = self._buffers.pop(NOISE, None)
-        following = transit(rows.control.transition, state, guided, noise)
+        (rows, control), state = self._stage(), self._buffers[STATE]
+        guided = mix(rows, self._model(rows, control), control.rescale)
+        following = transit(control.transition, state, guided, self._buffers.pop(NOISE, None))
         if "keep_mask" in self._buffers:
-            following[:, 0] = self._kept(following[:, 0], rows.control.level)
+            following[:, 0] = self._kept(following[:, 0], control.level)
         self._buffers |= {PREVIOUS: state, STATE: following}
-        self._written.note(PREVIOUS, (rows.guidance != 0).any(axis=1), len(state))
-        self._written.forget(*PER_STAGE)
+        self._written.note(PREVIOUS, rows.pictures, len(state))
+        self._written.forget(CONTROL, NOISE)
         self._residuals = {}
 
-    def _model(self, rows: Rows) -> Array:
-        own = self._own(rows)
+    def _model(self, rows: Rows, control: StageControl) -> Array:
+        own = self._own(rows, control)
         added = self._residuals or self._no_residuals(self._denoiser, len(rows.owners))
         if "condition" in self._buffers:
             own["sample"] = np.concatenate([own["sample"], self._buffers["condition"][rows.owners]], axis=1)
-        return np.asarray(self._call(self._denoiser, own | added, rows.used)["out_sample"], dtype=np.float32)
+        return np.asarray(self._call(self._denoiser, own | added, rows)["out_sample"], dtype=np.float32)
 
     def _follow(self, program: str) -> None:
         """Run a ControlNet on what those before it added up to."""
-        rows = self._rows()
+        rows, control = self._stage()
         added = self._residuals or self._no_residuals(program, len(rows.owners))
-        hint = self._needed(hint_of(program), (rows.guidance != 0).any(axis=1))[rows.owners]
-        scale = self._used(own_buffer(program, SCALE), rows.used)
-        given = self._call(program, {**self._own(rows), **added, COND: hint, SCALE: scale}, rows.used)
+        hint = self._needed(hint_of(program), rows.pictures)[rows.owners]
+        scale = self._used(own_buffer(program, SCALE), rows)
+        given = self._call(program, {**self._own(rows, control), **added, COND: hint, SCALE: scale}, rows)
         self._residuals = {name: given[NEXT + name] for name in added}
 
     def _no_residuals(self, program: str, rows: int) -> dict[str, Array]:
@@ -220,13 +221,16 @@ class NumpyWorkspace:
             if is_residual(tensor.name)
         }
 
-    def _call(self, program: str, given: Mapping[str, Array], used: Array) -> dict[str, Array]:
+    def _call(self, program: str, given: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
         """Run a network on what is given, and on the used rows of what was written."""
         names = [name for name in self._inputs(program) if name not in given]
-        return self._engines[program]({**given, **{name: self._used(name, used) for name in names}})
+        return self._engines[program]({**given, **{name: self._used(name, rows) for name in names}})
 
-    def _used(self, name: str, used: Array) -> Array:
-        return self._needed(name, used)[: len(used)][used]
+    def _used(self, name: str, rows: Rows) -> Array:
+        if name not in rows.met:
+            self._written.require(name, rows.weighted)
+            rows.met.add(name)
+        return self._buffers[name][rows.used]
 
     def _kept(self, drawn: Array, level: Array) -> Array:
         mask, known = self._buffers["keep_mask"], self._needed("known")
@@ -234,27 +238,37 @@ class NumpyWorkspace:
         return np.asarray(mask * drawn + (1 - mask) * kept, dtype=np.float32)
 
 
-class Rows(NamedTuple):
-    """The m of M model rows that have a weight in a stage. guidance: (P, m); used: (M,) bool; owners: (m,)"""
+class Rows:
+    """The m of M model rows that have a weight in the stages of P slots, whose pictures take part in them."""
 
-    guidance: Array
-    used: Array
-    owners: Array
-    control: StageControl
+    def __init__(self, guidance: Array, owners: Array) -> None:
+        """Take what was written: (P, M) and (M,)."""
+        slots = len(guidance)
+        self.weighted = (guidance != 0).any(axis=0)  # (M,)
+        self.pictures = (guidance != 0).any(axis=1)  # (P,)
+        index = np.flatnonzero(self.weighted)
+        self.used = slice(0, len(index)) if self.weighted[: len(index)].all() else index
+        self.owners = owners[index]
+        self.met: set[str] = set()  # the buffers that are known to have what these rows need
+        self.parts: list[tuple[slice, Array | slice, Array]] = []  # see `mix`
+        for part in range(-(-len(owners) // slots)):  # prompts, then negative prompts: a picture has one row in each
+            start, stop = np.searchsorted(index, (part * slots, (part + 1) * slots))
+            own = index[start:stop] - part * slots
+            weights = guidance[own, index[start:stop]].reshape(-1, 1, 1, 1)
+            self.parts.append((slice(start, stop), ALL if len(own) == slots else own, weights))
 
 
-def mix(rows: Rows, outputs: Array) -> Array:
+def mix(rows: Rows, outputs: Array, rescale: Array) -> Array:
     """Return every picture's guided output, with its own contrast restored: (P, C, h, w), zeros where it has no row.
 
-    Each is a sum over the picture's own rows, so that what is not finite stays with its picture.
+    Each is a sum over the picture's own rows, so that what is not finite stays with its picture. rescale: (P,)
     """
-    guided = np.zeros((len(rows.guidance), *outputs.shape[1:]), dtype=np.float32)
-    first = np.cumsum(rows.used) - 1  # the prompt's own row of the picture in slot p is row p
-    for picture in np.flatnonzero((rows.guidance != 0).any(axis=1)):
-        own = np.flatnonzero(rows.guidance[picture])
-        guided[picture] = np.tensordot(rows.guidance[picture, own], outputs[own], axes=1)
-        if rescale := rows.control.rescale[picture]:
-            guided[picture] *= contrast_factor(outputs[first[picture]], guided[picture], rescale)
+    guided = np.zeros((len(rows.pictures), *outputs.shape[1:]), dtype=np.float32)
+    for some, own, weights in rows.parts:
+        guided[own] += weights * outputs[some]
+    for picture in np.flatnonzero(rescale):
+        own_row = np.flatnonzero(rows.owners == picture)[0]  # the prompt's comes first
+        guided[picture] *= contrast_factor(outputs[own_row], guided[picture], rescale[picture])
     return guided
 
 

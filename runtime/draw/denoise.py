@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -25,6 +26,9 @@ from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.sampling.guidance import Guidance, guidance_rows
 from latentrt.runtime.sampling.plan import SamplingPlan
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 
 class Batch(msgspec.Struct, kw_only=True, eq=False):
@@ -57,20 +61,29 @@ class Batch(msgspec.Struct, kw_only=True, eq=False):
         """Tell whether there is a stage left."""
         return self.done < self.stages.stop
 
-    def weights(self) -> tuple[Array, Array]:
-        """Return the weights of the prompts and of the negative prompts in the next stage, (n,) each."""
-        scales = self.guidance.scales if self.guidance.stages[self.done] else np.ones_like(self.guidance.scales)
-        return scales, 1 - scales
 
-    def control(self, state_rows: int) -> Array:
-        """Return the numbers of the next stage, see `pack_control`."""
-        rescale = self.guidance.rescale if self.guidance.stages[self.done] else 0.0
-        return pack_control(self.plan, self.done, state_rows, rescale=rescale)
+class Course(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What the stages of a batch take, known before the first of them.
 
-    def noise(self) -> Array | None:
-        """Draw for the next stage, where diffusers draws; None if that weighs nothing."""
-        drawn = self.draw() if self.plan.draws_noise[self.done] else None
-        return drawn if self.plan.uses_noise[self.done] else None
+    controls: the numbers of each, see `pack_controls`; guided: whether each looks at the negative prompts
+    draws: whether the sampler draws at each, as diffusers does; uses: whether that has a weight
+    """
+
+    controls: Array
+    guided: Sequence[bool]
+    draws: Sequence[bool]
+    uses: Sequence[bool]
+
+
+def course_of(batch: Batch, state_rows: int) -> Course:
+    """Return the course of a batch on a workspace. Raises EngineError if its plan has more rows of state."""
+    plan, guided = batch.plan, batch.guidance.stages
+    return Course(
+        controls=pack_controls(plan, state_rows, rescale=np.where(guided, batch.guidance.rescale, 0.0)),
+        guided=guided.tolist(),
+        draws=plan.draws_noise.tolist(),
+        uses=plan.uses_noise.tolist(),
+    )
 
 
 class Loop:
@@ -80,6 +93,11 @@ class Loop:
         self._workspace, self._denoiser = workspace, denoiser
         self.batches: list[Batch] = []
         self.rows = 0  # that the last stage computed
+        self._courses: dict[Batch, Course] = {}
+        self._control = np.tile(rest(workspace.state_rows), (workspace.shape.pictures, 1))
+        self._shared: tuple[tuple[Batch, bool], ...] | None = None  # who took the last stage, and whether it was guided
+        self._rows = slice(0, 0)  # of that stage, padded ones included
+        self._sums: Array | None = None  # of the squares of each picture's latents, once somebody asks
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
         self._blank: set[tuple[str, Batch]] = set()  # who shares stages with a ControlNet that it does not follow
 
@@ -96,11 +114,13 @@ class Loop:
                 f"slots: found {slots.start} to {slots.stop} for {len(batch.guidance.scales)} pictures, expected free "
                 f"ones below {self._workspace.shape.pictures}"
             )
+        self._courses[batch] = course_of(batch, self._workspace.state_rows)
         self.batches.append(batch)
 
     def leave(self, batch: Batch) -> None:
         """Free the slots of pictures, finished or not; nothing of them is left to meet those that come next."""
         self.batches.remove(batch)
+        del self._courses[batch]
         self._blank = {one for one in self._blank if one[1] is not batch}
         for name, number in (("keep_mask", 1.0), ("known", 0.0), (STATE, 0.0)):
             self._workspace.write(name, number, batch.slots)
@@ -113,33 +133,45 @@ class Loop:
                 batch.features.at(batch.done, since=batch.stages.start).items() if batch.features else ()
             ):
                 write_rows(self._workspace, name, array, batch.slots)
-        rows = self._write_stage(batches)
+        self._write_stage(batches)
         for component, strengths in self._strengths(batches).items():
             self._show_nothing(component, batches)
-            self._follow(component, np.resize(strengths, rows.stop), rows)
-        self._workspace.run(self._denoiser, rows)
+            self._follow(component, np.resize(strengths, self._rows.stop), self._rows)
+        self._workspace.run(self._denoiser, self._rows)
+        self._sums = None
         for batch in batches:
             batch.taken += 1
 
-    def _write_stage(self, batches: Sequence[Batch]) -> slice:
-        """Write what changes from stage to stage; return the model rows of this one."""
+    def _write_stage(self, batches: Sequence[Batch]) -> None:
+        """Write what changes from stage to stage, and who shares this one where that is not who shared the last."""
+        courses = [(batch, batch.done, self._courses[batch]) for batch in batches]
+        sharing = tuple((batch, course.guided[stage]) for batch, stage, course in courses)
+        if sharing != self._shared:
+            self._share(sharing)
+        noises = list[tuple[slice, Array]]()
+        for batch, stage, course in courses:
+            self._control[batch.slots] = course.controls[stage]
+            noise = batch.draw() if course.draws[stage] else None
+            if noise is not None and course.uses[stage]:
+                noises.append((batch.slots, noise))
+        self._workspace.write(CONTROL, self._control)
+        if noises:
+            self._workspace.write(NOISE, _spread(noises, self._workspace.shape.pictures))
+
+    def _share(self, sharing: tuple[tuple[Batch, bool], ...]) -> None:
+        """Write the weights of the model rows for those that take the next stages; the other slots rest."""
         workspace, slots = self._workspace, self._workspace.shape.pictures
         own, negative = np.zeros(slots, dtype=np.float32), np.zeros(slots, dtype=np.float32)
-        control = np.tile(rest(workspace.state_rows), (slots, 1))
-        noises = list[tuple[slice, Array]]()
-        for batch in batches:
-            own[batch.slots], negative[batch.slots] = batch.weights()
-            control[batch.slots] = batch.control(workspace.state_rows)
-            if (noise := batch.noise()) is not None:
-                noises.append((batch.slots, noise))
+        for batch, guided in sharing:
+            own[batch.slots] = batch.guidance.scales if guided else 1
+            negative[batch.slots] = 1 - own[batch.slots]
         rows = workspace.fit(self._denoiser, slots + int(np.flatnonzero(negative).max(initial=-1)) + 1)
         matrix, owners = guidance_rows(own, negative, rows)
+        workspace.write(GUIDANCE, matrix)
+        workspace.write(OWNERS, owners)
+        self._control[:] = rest(workspace.state_rows)
         self.rows = int(np.count_nonzero(matrix)) if workspace.local else rows
-        for name, array in ((CONTROL, control), (GUIDANCE, matrix), (OWNERS, owners)):
-            workspace.write(name, array)
-        if noises:
-            workspace.write(NOISE, _spread(noises, slots))
-        return slice(0, rows)
+        self._shared, self._rows = sharing, slice(0, rows)
 
     def _show_nothing(self, component: str, batches: Sequence[Batch]) -> None:
         """Give a ControlNet a black image for the pictures that do not follow it; what it adds to them is nothing."""
@@ -171,8 +203,10 @@ class Loop:
         """Return which of the pictures are known to be lost: a device knows of none before the end."""
         if not self._workspace.local:
             return ()
-        sums = sums_of_squares(self._workspace.read(STATE, batch.slots)[:, 0])
-        return tuple(np.flatnonzero(~np.isfinite(sums)).tolist())
+        if self._sums is None:
+            self._sums = sums_of_squares(self._workspace.read(STATE)[:, 0])
+        sums = self._sums[batch.slots]
+        return () if np.isfinite(sums).all() else tuple(np.flatnonzero(~np.isfinite(sums)).tolist())
 
 
 def _spread(noises: Sequence[tuple[slice, Array]], slots: int) -> Array:
@@ -215,21 +249,22 @@ def rest(state_rows: int) -> Array:
     return np.concatenate([head, row, np.eye(state_rows, state_rows + 2).reshape(-1)], dtype=np.float32)
 
 
-def pack_control(plan: SamplingPlan, stage: int, state_rows: int, *, rescale: float = 0.0) -> Array:
-    """Return what controls one stage of one picture: (control_width(R),), float32, with R = state_rows.
+def pack_controls(plan: SamplingPlan, state_rows: int, *, rescale: npt.ArrayLike = 0.0) -> Array:
+    """Return what controls each stage of one picture: (K, control_width(R)), float32, with R = state_rows.
 
     In the order that `engines.stage.control_width` gives. A plan with fewer rows of state than the graph leaves the
-    others zero. rescale is guidance's, 0 to 1. Raises EngineError if the plan has more rows.
+    others zero. rescale is guidance's, 0 to 1, one or (K,). Raises EngineError if the plan has more rows.
     """
     if plan.rows > state_rows:
         raise EngineError(
             f"{plan.sampler} keeps {plan.rows} rows of state and this engine was built for {state_rows}; "
             "build it again with a larger --state-rows"
         )
-    head = [plan.timesteps[stage], rescale, *plan.levels[stage + 1]]
-    row = np.zeros(state_rows, dtype=np.float32)
-    row[: plan.rows] = plan.input_rows[stage]
-    transition = np.zeros((state_rows, state_rows + 2), dtype=np.float32)
-    transition[: plan.rows, : plan.rows] = plan.transitions[stage][:, : plan.rows]
-    transition[: plan.rows, state_rows:] = plan.transitions[stage][:, plan.rows :]
-    return np.concatenate([head, row, transition.reshape(-1)], dtype=np.float32)
+    stages, rows = plan.stages, plan.rows
+    head = np.column_stack([plan.timesteps, np.broadcast_to(rescale, stages), plan.levels[1:]])
+    row = np.zeros((stages, state_rows))
+    row[:, :rows] = plan.input_rows
+    transition = np.zeros((stages, state_rows, state_rows + 2))
+    transition[:, :rows, :rows] = plan.transitions[:, :, :rows]
+    transition[:, :rows, state_rows:] = plan.transitions[:, :, rows:]
+    return np.concatenate([head, row, transition.reshape(stages, -1)], axis=1, dtype=np.float32)
