@@ -35,6 +35,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "inspect": ("latentrt.export.cli", "inspect", "Show what a bundle or a checkpoint is."),
     "verify": ("latentrt.runtime.verify.cli", "verify", "Check a bundle's files and engines."),
     "bench": ("latentrt.runtime.bench.cli", "bench", "Measure latency by stage, memory and errors; compare results."),
+    "bench-serve": ("latentrt.runtime.bench.load.cli", "bench_serve", "Measure what a service gives under load."),
 }
 PROMPT_SETS = {"demo": ("latentrt.export.demo.scoring", "held_out_prompts")}  # checkpoint: (module, attribute)
 ARGUMENTS = "latentrt.arguments"

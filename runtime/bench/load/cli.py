@@ -1,0 +1,102 @@
+"""The command that measures a load: bench-serve."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentrt.engines.bundle.parsing import json_schema
+from latentrt.engines.cli_types import Many, Size, on_gpu
+from latentrt.engines.errors import RequestError
+from latentrt.engines.progress import terminal_report
+from latentrt.runtime.bench.load.arrivals import GUIDANCE, Share, read_trace
+from latentrt.runtime.bench.load.result import Report, read_report, to_json, write_report
+from latentrt.runtime.bench.load.text import report_text
+
+File = click.Path(path_type=Path)
+POSITIVE = click.IntRange(min=1)
+RATE = click.FloatRange(min=0, min_open=True)
+WAYS = ("continuous", "one", "static")
+MOST_STEPS = 1000
+
+
+class Mix(click.ParamType[tuple[Share, ...]]):
+    """`4:40,20:40,50:20`: numbers of steps, each with its share of the requests."""
+
+    name = "STEPS:SHARE,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Share, ...]:
+        if isinstance(value, tuple):  # a default
+            return value
+        shares: dict[int, float] = {}
+        for part in str(value).split(","):
+            steps, _, share = part.strip().partition(":")
+            try:
+                number, weight = int(steps), float(share or 1)
+            except ValueError:
+                self.fail(f"found '{part}', expected steps and their share, as in 4:40,20:40,50:20", param, ctx)
+            if not (1 <= number <= MOST_STEPS and 0 < weight < float("inf")):
+                self.fail(f"found '{part}', expected 1 to {MOST_STEPS} steps and a share above 0", param, ctx)
+            if number in shares:
+                self.fail(f"{number} steps are named twice; give each number of steps once", param, ctx)
+            shares[number] = weight
+        return tuple(Share(steps=steps, share=share) for steps, share in shares.items())
+
+
+@click.command("bench-serve")
+@click.argument("bundle", required=False)
+@click.option("--mix", type=Mix(), default=(Share(steps=20, share=1.0),), help="Steps and their shares. Default: 20.")
+@click.option("--trace", type=File, default=None, help="JSON lines with at_s, steps, size, guidance, slo_ms, …")
+@click.option("--burst", "cv", type=click.FloatRange(0, 10), default=1.0, help="CV of the gaps. Default: 1, Poisson.")
+@click.option("--requests", type=click.IntRange(min=1, max=100_000), default=100, show_default=True, help="In a run.")
+@click.option("--seeds", type=click.IntRange(min=1, max=100), default=5, show_default=True)
+@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--slo", "multiple", type=RATE, default=5.0, show_default=True, help="Times a request's own time alone.")
+@click.option("--rate", "rates", type=Many(RATE, "1,2.5"), default=(), help="A second. Default: find the goodput.")
+@click.option("--serving", "servings", type=Many(click.Choice(WAYS), "continuous,one"), default=WAYS, help="Ways.")
+@click.option("--slots", "most", type=POSITIVE, default=8, show_default=True, help="Pictures drawn together at most.")
+@click.option("--waiting", type=POSITIVE, default=64, show_default=True, help="Pictures that may wait.")
+@click.option("--size", type=Size(), default=None, help="Default: the checkpoint's.")
+@click.option("--guidance", type=click.FloatRange(min=0), default=GUIDANCE, show_default=True)
+@click.option("--sampler", default=None, help="Default: the checkpoint's own.")
+@click.option("--backend", default="auto", show_default=True)
+@on_gpu
+@click.option("--threads", type=POSITIVE, default=None, help="CPU threads. Default: the backend's own.")
+@click.option("--seconds", type=RATE, default=540.0, show_default=True, help="For all of it.")
+@click.option("--json", "json_file", type=File, default=None, help="Write the result to this file; - prints it.")
+@click.option("--show", type=File, default=None, help="Show a saved result instead of measuring.")
+@click.option("--schema", is_flag=True, help="Print the JSON Schema of results.")
+def bench_serve(bundle: str | None, json_file: Path | None, show: Path | None, schema: bool, **asked: Any) -> None:
+    """Measure what BUNDLE gives under load: requests in time, goodput, percentiles; three ways of serving in a run."""
+    if sum((schema, show is not None, bundle is not None)) != 1:
+        raise RequestError("bench-serve takes one of: a BUNDLE to measure, --show FILE, --schema")
+    if schema:
+        click.echo(json.dumps(json_schema(Report), indent=1))
+        return
+    report = read_report(show) if show else _measure(str(bundle), quiet=str(json_file) == "-", **asked)
+    if json_file is not None and str(json_file) != "-":
+        write_report(report, json_file)
+    click.echo(to_json(report) if str(json_file) == "-" else report_text(report), nl=False)
+
+
+def _measure(
+    bundle: str, *, quiet: bool, trace: Path | None, backend: str, device: int, threads: int | None, **asked: Any
+) -> Report:
+    # this loads the whole pipeline, which showing a result does not need
+    from latentrt.runtime.bench.load.measure import Asked, bundle_target, run_load
+    from latentrt.runtime.pipeline import Pipeline
+
+    items = () if trace is None else read_trace(trace)
+    plan = Asked(trace=items, trace_name=None if trace is None else trace.name, **asked)
+    command = shlex.join(["latentrt", *sys.argv[1:]])
+    with (
+        terminal_report(quiet=quiet) as progress,
+        Pipeline.load(bundle, backend, device=device, threads=threads) as pipe,
+        bundle_target(pipe, plan) as target,
+    ):
+        return run_load(plan, target, command=command, progress=progress)
