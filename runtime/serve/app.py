@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engines.errors import LatentrtError
+from latentrt.runtime.serve.a1111 import routes as a1111
 from latentrt.runtime.serve.jobs import Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai import routes as openai
@@ -29,7 +30,7 @@ def build(models: Models) -> Starlette:
     """Return the application that serves models. Whoever opened them closes them, after the application has ended."""
     options = models.options
     app = Starlette(
-        routes=[*openai.routes(), *page.routes()],
+        routes=[*openai.routes(), *a1111.routes(models), *page.routes()],
         middleware=[
             Middleware(RequestIds),
             *cross_origin(options.access),
@@ -84,7 +85,7 @@ class RequestIds:
 
 
 async def refuse(web: Request, error: Exception) -> Response:
-    """Answer with OpenAI's error object."""
+    """Answer with an error, in the form that clients of the path read."""
     if isinstance(error, HTTPException):
         code = CODES.get(error.status_code, "invalid_request")
         error = WebError(
@@ -93,7 +94,7 @@ async def refuse(web: Request, error: Exception) -> Response:
             code=code,
             headers=dict(error.headers or {}),
         )
-    return refusal(error)
+    return refusal(error, web.url.path)
 
 
 async def nobody(*_: object) -> Response:

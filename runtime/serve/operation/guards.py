@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from latentrt.runtime.serve.a1111 import errors as a1111
 from latentrt.runtime.serve.options import Access
 from latentrt.runtime.serve.web_errors import WebError, web_error
 
@@ -35,10 +36,11 @@ SECURITY: Mapping[str, str] = {
 }
 
 
-def refusal(error: Exception) -> JSONResponse:
-    """Return an error as OpenAI's error object."""
+def refusal(error: Exception, path: str) -> JSONResponse:
+    """Return an error as OpenAI's error object, and below A1111's path as its clients read it."""
     answer = web_error(error)
-    return JSONResponse(answer.body, status_code=answer.status, headers=answer.headers)
+    body = a1111.body_of(answer) if path.startswith(a1111.BELOW) else answer.body
+    return JSONResponse(body, status_code=answer.status, headers=answer.headers)
 
 
 class Guards:
@@ -69,7 +71,7 @@ class Guards:
         try:
             self._check(scope)
         except WebError as error:
-            await refusal(error)(scope, receive, secured)
+            await refusal(error, scope["path"])(scope, receive, secured)
             return
         await self._app(scope, _limited(receive, self._body_bytes), secured)
 
