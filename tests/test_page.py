@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import io
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ from typing import Any
 
 import httpx2 as httpx
 import msgspec
+import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
+from latentrt.engines.spec import Array
 from latentrt.runtime.images.read_parameters import parse, read_text
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
@@ -322,6 +326,65 @@ def test_the_seed_is_new_each_time_until_it_is_kept(page: Page, address: str) ->
     tiles(page).last.locator("button").click()
     page.click("#reuse-seed")
     assert page.input_value("#seed") == str(first)
+
+
+def test_a_picture_starts_from_another_and_a_painted_mask_says_what_is_drawn_anew(page: Page, address: str) -> None:
+    draw(page, "first")
+    drawn(page, 1)
+    first = pixels(shown_file(page))
+    page.click("#start-from")
+    page.fill("#strength", "0.5")
+    draw(page, "second")
+    drawn(page, 2)
+    page.click("#image-mask")
+    canvas = page.locator("#mask-canvas")
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] * 0.2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.8, steps=5)
+    page.mouse.up()
+    share = page.locator("#mask-share")
+    assert share_of(share) > 5
+    page.click("#undo")
+    assert share_of(share) == 0 and page.is_disabled("#undo")
+    page.get_by_role("button", name="Left half").click()
+    assert share_of(share) == 50
+    page.click("#invert")
+    page.fill("#rect-x", "0")
+    page.fill("#rect-h", "16")
+    page.click("#rect-add")  # half of the left half
+    assert share_of(share) == 75
+    page.keyboard.press("Control+z")
+    page.click("#mask-done")
+    draw(page, "third", steps=8)
+    drawn(page, 3)
+    _, second, third = jobs(page, address)
+    assert second["pictures"][0]["settings"]["further"]["strength"] == 0.5 and not second["asked"]["mask"]
+    assert third["asked"]["image"] and third["asked"]["mask"]
+    changed = np.abs(pixels(shown_file(page)) - first).mean(axis=(0, 2))
+    assert changed[:12].mean() < 0.8 * changed[-12:].mean()  # the left is kept, as a tiny decoder shows it
+    page.click("#image-clear")
+    expect(page.locator("#image-choose")).to_be_focused()
+
+
+def pixels(file: bytes) -> Array:
+    return np.asarray(Image.open(io.BytesIO(file))).astype(np.float32)
+
+
+def share_of(told: Locator) -> int:
+    return int((told.text_content() or "").split()[0])
+
+
+def test_an_image_is_chosen_from_a_file(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 32), "teal").save(tmp_path / "wide.png")
+    page.click("#image-part summary")
+    page.set_input_files("#image-file", tmp_path / "wide.png")
+    expect(page.locator("#image-view")).to_be_visible()
+    assert (page.input_value("#width"), page.input_value("#height")) == ("48", "24")
+    (tmp_path / "none.png").write_bytes(b"nothing")
+    page.set_input_files("#image-file", tmp_path / "none.png")
+    expect(page.locator("#refusal")).to_be_visible()
 
 
 def test_pictures_are_compared_with_the_keyboard(page: Page) -> None:

@@ -9,6 +9,7 @@ from latentrt.runtime.images.write_png import community_name
 from latentrt.runtime.request import Request
 from latentrt.runtime.sampling.catalogue import Name, own_sampler, sampler_names
 from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.openai.asked import lora_files
 from latentrt.runtime.serve.options import Limits
 
 
@@ -47,7 +48,7 @@ def choices(models: Models) -> Choices:
     return Choices(
         models=tuple(_model(model.name, model.pipe.bundle.manifest) for model in models.all()),
         samplers=tuple(Choice(name=name, title=community_name(name)) for name in sampler_names()),
-        loras=(),
+        loras=tuple(lora_files(models.options)),
         limits=models.options.limits,
         guidance=Request(prompt="").guidance,
     )

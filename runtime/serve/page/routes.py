@@ -15,11 +15,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from latentrt.runtime.images.read_parameters import parse, read_text
-from latentrt.runtime.serve.bodies import read, read_json
+from latentrt.runtime.serve.bodies import media_type, read, read_json
 from latentrt.runtime.serve.jobs import Job, Jobs, View
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai.asked import request_of
-from latentrt.runtime.serve.openai.schema import Generation
+from latentrt.runtime.serve.openai.forms import read_form
+from latentrt.runtime.serve.openai.schema import Drawing, Edit, Generation
 from latentrt.runtime.serve.page import files
 from latentrt.runtime.serve.page.choices import choices
 from latentrt.runtime.serve.web_errors import WebError
@@ -52,10 +53,16 @@ def routes() -> list[BaseRoute]:
 
 
 async def submit(web: WebRequest) -> Response:
-    """Begin a job: its body is that of a generation, or of an edit."""
-    owner, body, models = _owner(web), await read_json(web, Generation), _models(web)
+    """Begin a job: its body is that of a generation, or with an image the form of an edit."""
+    owner, models = _owner(web), _models(web)
+    body: Drawing
+    if media_type(web) == "multipart/form-data":
+        form = await read_form(web)
+        body, sent = form.parse(Edit), form.files
+    else:
+        body, sent = await read_json(web, Generation), {}
     model = await models.find(body.model)
-    request = await asyncio.to_thread(request_of, body, {}, model, models.options)
+    request = await asyncio.to_thread(request_of, body, sent, model, models.options)
     job = await _jobs(web).submit(model, request, owner)
     return _json(job.view(), status=202)
 

@@ -15,7 +15,7 @@ export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 
 export function offer(choices) {
   const first = known === null;
   known = choices;
-  const chosen = { model: $("model").value, sampler: $("sampler").value };
+  const chosen = { model: $("model").value, sampler: $("sampler").value }, left = first ? remembered() : null;
   $("model").replaceChildren(...choices.models.map((one) => h("option", { value: one.name }, one.name)));
   $("steps").max = choices.limits.steps;
   $("count").max = choices.limits.pictures;
@@ -24,7 +24,7 @@ export function offer(choices) {
     offerLoras(choices.loras);
   } else if (choices.models.some((one) => one.name === chosen.model)) $("model").value = chosen.model;
   offerSamplers();
-  if (first) { ownSize(); recall(); } else $("sampler").value = chosen.sampler;
+  if (first) { ownSize(); recall(left); } else $("sampler").value = chosen.sampler;
   changed();
 }
 
@@ -103,9 +103,11 @@ function remember() {
   try { localStorage.setItem(KEPT, JSON.stringify(now)); } catch { /* then they are not kept */ }
 }
 
-function recall() {
-  let found = null;
-  try { found = JSON.parse(localStorage.getItem(KEPT)); } catch { /* nothing is kept */ }
+function remembered() {
+  try { return JSON.parse(localStorage.getItem(KEPT)); } catch { return null; }
+}
+
+function recall(found) {
   if (!found) return;
   for (const id of PLAIN) {
     const element = $(id), value = found[id];
