@@ -125,12 +125,12 @@ def test_the_wheel_holds_every_module_but_the_demos_training_and_nothing_else(tm
 # --- nothing dead: a test, or a script of benchmarks/, keeps nothing alive but what is listed here with a reason ---
 
 FRONT_DOORS = {  # modules that are run, or imported by whoever uses this
+    "latentrt.runtime.ray_app": "serve run",
     "latentrt.export.demo.training.train": "python -m",
     "latentrt.export.demo.training.evaluate": "python -m",
 }
 PUBLIC = {
     "latentrt.runtime.bench.machine.describe": "every script of benchmarks/ records its machine with it",
-    "latentrt.runtime.batching.batcher.Batcher.last_stage_at": "for a service's health check",
     "latentrt.runtime.draw.step.Step.draft": "for a caller's on_step",
     "latentrt.runtime.pipeline.Pipeline.remove_embedding": "for a caller",
     "latentrt.runtime.triton.model.TritonPythonModel.initialize": "Triton calls it",

@@ -91,7 +91,7 @@ def _options(given: dict[str, Any]) -> ServeOptions:
         pictures=given.pop("max_n"),
         body_bytes=given.pop("max_body"),
     )
-    keys, no_key, host = _keys(given.pop("api_key_file")), given.pop("no_key"), given["host"]
+    keys, no_key, host = keys_of(given.pop("api_key_file")), given.pop("no_key"), given["host"]
     if not (keys or no_key or _is_loopback(host)):
         raise RequestError(
             f"host: '{host}' is reached from other machines, and there is no API key; give --api-key-file, or say "
@@ -113,7 +113,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _keys(file: Path | None) -> tuple[str, ...]:
+def keys_of(file: Path | None) -> tuple[str, ...]:
     """Return the keys of a file and of the environment; lines that begin with # are none. Raises RequestError."""
     keys = os.environ.get(API_KEYS, "").replace(",", " ").split()
     if file is not None:
