@@ -137,7 +137,9 @@ PUBLIC = {
     "latentrt.runtime.triton.model.TritonPythonModel.execute": "Triton calls it",
     "latentrt.engines.tensorrt.engines.TensorRTSession.scratch_bytes": "for a caller who plans a device's memory",
 }
-CALLED_BY_LIBRARIES = {"click.Group", "click.Command", "click.ParamType", "nn.Module"}  # they call their own methods
+CALLED_BY_LIBRARIES = {  # they call their own methods
+    *("click.Group", "click.Command", "click.ParamType", "nn.Module", "uvicorn.Server", "MultiPartParser"),
+}
 
 
 def said(tree: ast.AST) -> set[str]:

@@ -35,13 +35,13 @@ def build(models: Models) -> Starlette:
             Middleware(RequestIds),
             *cross_origin(options.access),
             Middleware(Guards, access=options.access, body_bytes=options.limits.body_bytes),
+            Middleware(Faults),
         ],
         exception_handlers={
             WebError: refuse,
             LatentrtError: refuse,
             HTTPException: refuse,
             ClientDisconnect: nobody,
-            Exception: refuse,
         },
     )
     app.state.models, app.state.jobs = models, Jobs()
@@ -82,6 +82,29 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, numbered)
+
+
+class Faults:
+    """Answers where the service itself is at fault: Starlette does so outside of all, and its server then hangs up."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        started = False
+
+        async def noticed(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noticed)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            await refusal(error, scope["path"])(scope, receive, send)
 
 
 async def refuse(web: Request, error: Exception) -> Response:

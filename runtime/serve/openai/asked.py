@@ -106,18 +106,19 @@ def size_of(text: str | None, limits: Limits) -> tuple[int, int] | None:
 
 def check_engines(size: tuple[int, int], model: Model) -> None:
     """Refuse a size that the model's engines were not built for, and name those there are. Raises WebError."""
-    opened, manifest = model.pipe.loaded.opened, model.pipe.manifest
-    tokens = max((tokenizer.max_length for tokenizer in manifest.tokenizers.values()), default=0)
-    own, asked = (
-        WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
-        for width, height in (manifest.default_size, size)
-    )
+    loaded = model.pipe.loaded
+    tokens = max((tokenizer.max_length for tokenizer in loaded.manifest.tokenizers.values()), default=0)
+
+    def require(width: int, height: int) -> None:
+        shape = WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
+        loaded.opened.require(loaded.drawing.fitting(shape))
+
     try:
-        opened.require(own)
+        require(*loaded.manifest.default_size)
     except EngineError:
-        return  # other engines than those that draw one ordinary picture: only drawing tells what they take
+        return  # other engines than those that draw an ordinary picture: only drawing tells what they take
     try:
-        opened.require(asked)
+        require(*size)
     except EngineError as error:
         raise WebError(f"size: {error}", code="size_not_served", param="size") from error
 

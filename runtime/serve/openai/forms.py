@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from latentrt.runtime.serve.bodies import chunks, invalid, media_type, refuse_nul
+from latentrt.runtime.serve.bodies import invalid, media_type, refuse_nul
 from latentrt.runtime.serve.web_errors import WebError
 
 T = TypeVar("T")
@@ -38,6 +38,16 @@ class Form(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return parsed
 
 
+class _Parser(MultiPartParser):
+    """Starlette's parser, which is told of a form's end but does not ask for one."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        """Note the end."""
+        self.ended = True
+
+
 async def read_form(web: Request) -> Form:
     """Read a multipart form within the limits. Raises WebError: 413, 415 or 400."""
     if (media := media_type(web)) != "multipart/form-data":
@@ -46,14 +56,16 @@ async def read_form(web: Request) -> Form:
             status=415,
             code="unsupported_media_type",
         )
-    body: AsyncGenerator[bytes, None] = chunks(web)
-    parser = MultiPartParser(web.headers, body, max_files=FILES, max_fields=FIELDS, max_part_size=FIELD_BYTES)
+    parser = _Parser(web.headers, web.stream(), max_files=FILES, max_fields=FIELDS, max_part_size=FIELD_BYTES)
     try:
         data = await parser.parse()
     except MultiPartException as error:
         raise WebError(f"the form cannot be read: {error.message}", code="invalid_form") from error
     except (UnicodeError, ValueError) as error:  # of headers that are no text
         raise WebError("the form cannot be read: its headers are damaged", code="invalid_form") from error
+    if not parser.ended:
+        await data.close()
+        raise WebError("the form cannot be read: it ends in the middle", code="invalid_form")
     try:
         texts: dict[str, list[str]] = {}
         files: dict[str, list[bytes]] = {}
