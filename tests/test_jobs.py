@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from PIL import Image
 
+from latentrt.engines.errors import QueueFullError, RequestError
+from latentrt.runtime.request import Request
 from latentrt.runtime.serve.app import build
+from latentrt.runtime.serve.jobs import JobLimits, Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from tests.serving import served
@@ -157,3 +162,46 @@ def test_the_page_is_served_with_its_policy_and_by_its_etag(address: str) -> Non
     assert (again.status_code, again.content) == (304, b"")
     for nowhere in ("/page/nope.js", "/page/..%2f__init__.py", "/page/../routes.py"):
         assert httpx.get(f"{address}{nowhere}").status_code == 404
+
+
+def job_of(files: dict[int, bytes], created: float) -> Any:
+    return SimpleNamespace(id=f"job {created}", owner="somebody", over=True, created=created, files=files)
+
+
+def test_jobs_that_are_over_are_forgotten_oldest_first_by_number_bytes_and_age() -> None:
+    few = Jobs(JobLimits(over=3, bytes=3000, age_s=1000))
+    for number in range(5):
+        finish(few, job_of({0: b"x"}, number))
+    assert [job.created for job in few.of("somebody")] == [2, 3, 4]
+    finish(few, job_of({0: b"x" * 1500, 1: b"x" * 500}, 5))  # as much room as two
+    assert [job.created for job in few.of("somebody")] == [4, 5]
+    finish(few, job_of({0: b"x" * 10_000}, 6))
+    assert [job.created for job in few.of("somebody")] == [6]
+    brief = Jobs(JobLimits(age_s=0.0))
+    finish(brief, job_of({}, 7))
+    assert brief.of("somebody") == []
+
+
+def finish(jobs: Jobs, job: Any) -> None:
+    jobs._active[job.id] = job
+    jobs._changed(job)
+
+
+def test_an_owner_has_so_many_jobs_at_a_time(models: Models) -> None:
+    async def ask() -> None:
+        jobs = Jobs(JobLimits(active=2))
+        (model,) = models.all()
+        for _ in range(2):
+            await jobs.submit(model, Request(prompt="a circle", steps=100), "one")
+        with pytest.raises(QueueFullError):
+            await jobs.submit(model, Request(prompt="a circle"), "one")
+        await jobs.submit(model, Request(prompt="a circle", steps=100), "another")
+        with pytest.raises(RequestError):
+            await jobs.submit(model, Request(prompt="a circle", sampler="nope"), "another")
+        assert len(jobs.active()) == 3
+        for job in jobs.active():
+            job.cancel()
+        while jobs.active():
+            await asyncio.sleep(0.01)
+
+    asyncio.run(ask())

@@ -24,6 +24,7 @@ from latentrt.runtime.images.read_parameters import parse, read_text
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import Access, Limits, ServeOptions
+from tests.lora_files import kohya, make_factors, save
 from tests.serving import served
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -50,8 +51,13 @@ def pace() -> Pace:
 
 
 @pytest.fixture(scope="module")
-def models(sd1_bundle: Path, pace: Pace) -> Iterator[Models]:
-    options = ServeOptions(slots=2, limits=Limits(steps=LONG))
+def models(
+    sd1_checkpoint: Path, sd1_bundle: Path, pace: Pace, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Models]:
+
+    loras = tmp_path_factory.mktemp("loras")
+    save(loras / "style.safetensors", kohya(make_factors(sd1_checkpoint, seed=1)))
+    options = ServeOptions(slots=2, limits=Limits(steps=LONG), loras=loras)
     with Models({"tiny": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         batcher: Any = opened.all()[0].batcher
         submit = batcher.submit
@@ -374,6 +380,27 @@ def pixels(file: bytes) -> Array:
 
 def share_of(told: Locator) -> int:
     return int((told.text_content() or "").split()[0])
+
+
+def test_loras_are_chosen_by_name_and_restored(page: Page, address: str) -> None:
+    page.click("#loras-part summary")
+    page.get_by_label("style", exact=True).check()
+    page.get_by_label("Strength of style").fill("0.7")
+    draw(page)
+    drawn(page, 1)
+    assert jobs(page, address)[0]["pictures"][0]["settings"]["further"]["loras"] == ["style.safetensors:0.7"]
+    page.get_by_label("style", exact=True).uncheck()
+    drop(page, shown_file(page), "body")
+    expect(page.get_by_label("style", exact=True)).to_be_checked()
+    assert page.get_by_label("Strength of style").input_value() == "0.7"
+
+
+def test_what_screen_readers_are_told_is_polite_and_says_that_it_is_done(page: Page) -> None:
+    draw(page)
+    drawn(page, 1)
+    live = page.locator("#live")
+    assert live.get_attribute("aria-live") == "polite"
+    expect(live).to_have_text(f"Done: {PROMPT}", timeout=WAIT_MS)
 
 
 def test_an_image_is_chosen_from_a_file(page: Page, tmp_path: Path) -> None:
