@@ -112,7 +112,7 @@ class Pipeline:
         """
         start = time.perf_counter()
         for _ in range(2):
-            self.draw(request or _ordinary(self.manifest))
+            self.draw(request or ordinary(self.manifest))
         taken = time.perf_counter() - start
         self.warm_up_s += taken
         return taken
@@ -367,7 +367,7 @@ def _one_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")
 
 
-def _ordinary(manifest: Manifest) -> Request:
+def ordinary(manifest: Manifest) -> Request:
     """Return a request like those that come: a few steps, guided, of the bundle's own size."""
     if not repaints(manifest):
         return Request(prompt="", steps=3, seed=0)

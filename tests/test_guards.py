@@ -138,7 +138,7 @@ PUBLIC = {
     "latentrt.engines.tensorrt.engines.TensorRTSession.scratch_bytes": "for a caller who plans a device's memory",
 }
 CALLED_BY_LIBRARIES = {  # they call their own methods
-    *("click.Group", "click.Command", "click.ParamType", "nn.Module", "uvicorn.Server", "MultiPartParser"),
+    *("click.Group", "click.Command", "click.ParamType", "nn.Module", "uvicorn.Server", "MultiPartParser", "Collector"),
 }
 
 

@@ -236,6 +236,11 @@ class Batcher:
         return len(self._line.waiting)
 
     @property
+    def lost(self) -> DeviceLostError | None:
+        """Return why the device is of no use any more, None while it is."""
+        return self._loop.lost
+
+    @property
     def last_stage_at(self) -> float:
         """Return when the loop last finished a stage, or had nothing to do, on the clock of `time.perf_counter`.
 

@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-import secrets
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engines.errors import LatentrtError
 from latentrt.runtime.serve.a1111 import routes as a1111
 from latentrt.runtime.serve.jobs import Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai import routes as openai
+from latentrt.runtime.serve.operation import routes as operation
 from latentrt.runtime.serve.operation.guards import Guards, refusal
+from latentrt.runtime.serve.operation.journal import Journal
+from latentrt.runtime.serve.operation.metrics import Metrics
+from latentrt.runtime.serve.operation.requests import Requests
 from latentrt.runtime.serve.options import Access
 from latentrt.runtime.serve.page import routes as page
 from latentrt.runtime.serve.web_errors import WebError
 
+if TYPE_CHECKING:
+    from latentrt.runtime.serve.operation.connections import Connections
+    from latentrt.runtime.serve.operation.tracing import Tracing
+
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-def build(models: Models) -> Starlette:
-    """Return the application that serves models. Whoever opened them closes them, after the application has ended."""
-    options = models.options
+def build(models: Models, connections: Connections | None = None, tracing: Tracing | None = None) -> Starlette:
+    """Return the application that serves models. Whoever opened them closes them, after the application has ended.
+
+    connections: of the server below, for the metrics; None where another server has them
+    tracing: what writes spans of requests; None for no spans
+    """
+    options, metrics = models.options, Metrics(models, connections)
+    models.watch(Journal(tracing).told)
+    routes = [*openai.routes(), *a1111.routes(models), *page.routes(), *operation.routes()]
     app = Starlette(
-        routes=[*openai.routes(), *a1111.routes(models), *page.routes()],
+        routes=routes,
         middleware=[
-            Middleware(RequestIds),
+            Middleware(Requests, routes=routes, metrics=metrics, tracing=tracing),
             *cross_origin(options.access),
             Middleware(Guards, access=options.access, body_bytes=options.limits.body_bytes),
             Middleware(Faults),
@@ -44,7 +56,7 @@ def build(models: Models) -> Starlette:
             ClientDisconnect: nobody,
         },
     )
-    app.state.models, app.state.jobs = models, Jobs()
+    app.state.models, app.state.jobs, app.state.metrics = models, Jobs(), metrics
     return app
 
 
@@ -61,27 +73,6 @@ def cross_origin(access: Access) -> list[Middleware]:
             expose_headers=("x-request-id",),
         )
     ]
-
-
-class RequestIds:
-    """Gives every answer an `x-request-id`, by which a log can be searched."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        number = scope.setdefault("state", {})["request_id"] = f"req_{secrets.token_hex(12)}"
-
-        async def numbered(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = number
-            await send(message)
-
-        await self._app(scope, receive, numbered)
 
 
 class Faults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,30 @@ class Named(click.ParamType[tuple[str, str]]):
         return name, named
 
 
+class Bytes(click.ParamType[int]):
+    """A number of bytes: `8GiB`, `500MB`, `1000000`."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+        if found is None:
+            self.fail(f"found '{value}', expected bytes, as in 8GiB or 500MB", param, ctx)
+        power = "KMGT".index(found[2].upper()) + 1 if found[2] else 0
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 COUNT = click.IntRange(min=1)
 DRAWING = (
     click.option("--slots", type=COUNT, default=8, show_default=True, help="Pictures drawn together, at the most."),
     click.option("--waiting", type=COUNT, default=64, show_default=True, help="Pictures that may wait, at the most."),
     click.option("--slo", type=float, default=None, help="Promise this many times a picture's own time alone."),
-    click.option("--drain", "drain_s", default=300.0, show_default=True, help="Seconds for accepted work at the end."),
-    click.option("--alias", "aliases", type=Named(), multiple=True, help="A further name: gpt-image-1=NAME."),
+    click.option(
+        "--memory", type=Bytes(), default=None, help="All loaded models may take so much: 8GiB. Default: any."
+    ),
+    click.option("--self-test/--no-self-test", default=True, help="Draw a picture with a model before it is served."),
+    click.option("--drain", default=300.0, show_default=True, help="Seconds for accepted work at the end."),
+    click.option("--alias", type=Named(), multiple=True, help="A further name: gpt-image-1=NAME."),
 )
 LIMITS = (
     click.option("--max-pixels", type=COUNT, default=Limits().pixels, show_default=True, help="Of one picture."),
@@ -51,8 +69,8 @@ LIMITS = (
 ACCESS = (
     click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on."),
     click.option("--port", default=8000, show_default=True, help="The port; 0 for any that is free."),
-    click.option("--allow-host", "hosts", multiple=True, help="A name that the service is known by; * for any."),
-    click.option("--allow-origin", "origins", multiple=True, help="A site whose pages may use it: https://HOST."),
+    click.option("--allow-host", multiple=True, help="A name that the service is known by; * for any."),
+    click.option("--allow-origin", multiple=True, help="A site whose pages may use it: https://HOST."),
     click.option("--api-key-file", type=FILE, default=None, help=f"A file of keys, one a line; or set {API_KEYS}."),
     click.option("--no-key", is_flag=True, help="Serve other machines without a key."),
 )
@@ -61,19 +79,18 @@ ACCESS = (
 @click.command(context_settings={"auto_envvar_prefix": "LATENTRT_SERVE"})
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")
 @options_of((*ACCESS, *DRAWING, *LIMITS, *LOADING))
+@click.option("--log-format", type=click.Choice(["json", "text"]), default="json", help="Of the log, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when it is ready: address, models, pid.")
-def serve(bundles: tuple[str, ...], embeddings: tuple[Path, ...], as_json: bool, **given: Any) -> None:
+def serve(bundles: tuple[str, ...], embeddings: tuple[Path, ...], log_format: str, as_json: bool, **given: Any) -> None:
     """Serve BUNDLES over HTTP: OpenAI's Images API and more."""
     try:
-        from latentrt.runtime.serve.server import address, listen, run
+        from latentrt.runtime.serve.operation.logs import set_up
+        from latentrt.runtime.serve.server import address, bind, run
     except ModuleNotFoundError as error:
         raise NotInstalledError(f"the service needs '{error.name}'", install=INSTALL) from error
-    options = _options(given)
-    named = _by_name(bundles)
-    with listen(given.pop("host"), given.pop("port")) as listener, Models(named, options, given) as models:
-        for path in embeddings:
-            for model in models.all():
-                model.pipe.add_embedding(path)
+    options, named = _options(given), _by_name(bundles)
+    set_up(as_json=log_format == "json")
+    with bind(given.pop("host"), given.pop("port")) as listener, Models(named, options, given, embeddings) as models:
         run(models, listener, ready=lambda: _say(address(listener), models, as_json=as_json))
 
 
@@ -97,11 +114,16 @@ def _options(given: dict[str, Any]) -> ServeOptions:
             f"host: '{host}' is reached from other machines, and there is no API key; give --api-key-file, or say "
             "--no-key"
         )
-    access = Access(hosts=(*given.pop("hosts"), host), origins=given.pop("origins"), keys=keys)
-    drawing = {name: given.pop(name) for name in ("slots", "waiting", "slo", "drain_s")}
+    access = Access(hosts=(*given.pop("allow_host"), host), origins=given.pop("allow_origin"), keys=keys)
+    drawing = {name: given.pop(name) for name in ("slots", "waiting", "slo", "memory", "self_test")}
     connecting = ConnectionLimits(connections=given.pop("max_connections"))
     return ServeOptions(
-        **drawing, connecting=connecting, aliases=dict(given.pop("aliases")), limits=limits, access=access
+        **drawing,
+        drain_s=given.pop("drain"),
+        connecting=connecting,
+        aliases=dict(given.pop("alias")),
+        limits=limits,
+        access=access,
     )
 
 

@@ -56,6 +56,10 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     slots, waiting, slo: as in `BatcherOptions`, for each model
     aliases: further names of models, as clients with a name of their own ask for them
+    memory: bytes that all loaded models may take; None for all of them at once
+    room_s: how long a model waits until another one has nothing to do and can make room for it, in seconds
+    self_test: draw a small picture with a model before it is served
+    hang_s: how long a stage may take before the service counts as hung, in seconds
     drain_s: how long what was accepted may take once the service is told to end, in seconds
     limits: of one request; access: who may ask; connecting: of connections
     loras: a folder of safetensors files that requests may name; None for no LoRAs
@@ -66,6 +70,10 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 64
     slo: float | None = None
     aliases: dict[str, str] = {}
+    memory: int | None = None
+    room_s: float = 30.0
+    self_test: bool = True
+    hang_s: float = 120.0
     drain_s: float = 300.0
     limits: Limits = Limits()
     access: Access = Access()

@@ -10,16 +10,19 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import uvicorn
 
-from latentrt.engines.errors import RequestError
+from latentrt.engines.errors import NotInstalledError, RequestError
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.operation.connections import Connections
 from latentrt.runtime.serve.options import ConnectionLimits
+
+if TYPE_CHECKING:
+    from latentrt.runtime.serve.operation.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 BACKLOG = 1024
@@ -36,13 +39,19 @@ def run(models: Models, listener: socket.socket, *, ready: Callable[[], None]) -
     Server(models, ready).run(sockets=[listener])
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return the one socket that the service listens on. Raises RequestError where that is not possible."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def bind(host: str, port: int) -> socket.socket:
+    """Return the one socket of the service, which takes connections from when the service is ready.
+
+    Raises RequestError where the address cannot be had.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listener.bind((host, port))
     except (OSError, OverflowError) as error:
+        listener.close()
         raise RequestError(f"port: '{host}' with port {port} cannot be listened on: {error}") from error
+    return listener
 
 
 def address(listener: socket.socket) -> str:
@@ -71,7 +80,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, models: Models, ready: Callable[[], None]) -> None:
         self._connections = Connections(within_files(models.options.connecting))
-        super().__init__(uvicorn.Config(build(models), **uvicorn_options(self._connections)))
+        super().__init__(
+            uvicorn.Config(build(models, self._connections, _tracing()), **uvicorn_options(self._connections))
+        )
         self._models, self._ready = models, ready
         self._ending: asyncio.Task[None] | None = None
 
@@ -87,10 +98,11 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in ENDS:
             loop.add_signal_handler(number, self._end, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             yield
         finally:
-            for number in ENDS:
+            for number in (*ENDS, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def _end(self, number: signal.Signals) -> None:
@@ -100,11 +112,29 @@ class Server(uvicorn.Server):
         logger.info("the service ends what it has in hand, and takes nothing more")
         self._ending = asyncio.get_running_loop().create_task(self._drain())
 
+    def _reload(self) -> None:
+        asyncio.get_running_loop().run_in_executor(None, self._models.reload)
+
     async def _drain(self) -> None:
         """Have all that was accepted drawn, while whoever asks for more is told to come again; then end."""
         if not await asyncio.to_thread(self._models.drain):
             logger.warning("not all was drawn in %s s; the rest is cancelled", self._models.options.drain_s)
         self.should_exit = True
+
+
+def _tracing() -> Tracing | None:
+    """Return what writes spans, where the environment asks for it. Raises NotInstalledError."""
+    if not any(name.startswith("OTEL_EXPORTER_OTLP") for name in os.environ):
+        return None
+    try:
+        from latentrt.runtime.serve.operation.tracing import from_environment
+
+        return from_environment()
+    except ModuleNotFoundError as error:
+        raise NotInstalledError(
+            f"the environment asks for OpenTelemetry, which needs '{error.name}'",
+            install="pip install 'latentrt[otel]'",
+        ) from error
 
 
 def within_files(limits: ConnectionLimits) -> ConnectionLimits:

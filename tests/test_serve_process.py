@@ -1,0 +1,169 @@
+"""The service as a process: it says when it is ready, and ends well, badly and in between."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+
+
+class Process:
+    """A service that runs. lines: its log's"""
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        command = [sys.executable, "-m", "latentrt", "serve", *map(str, arguments), "--json", "--backend", "cpu"]
+        self.child = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        self.lines: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self.child.stdout is not None
+        self.ready = json.loads(self.child.stdout.readline())
+        self.address = self.ready["address"]
+
+    def _read(self) -> None:
+        assert self.child.stderr is not None
+        for line in self.child.stderr:
+            self.lines.append(json.loads(line) if line.startswith("{") else {"message": line})
+
+    def end(self) -> int:
+        """Return the exit code, once it has ended."""
+        code = self.child.wait(120)
+        self._reader.join(30)
+        for pipe in (self.child.stdout, self.child.stderr):
+            assert pipe is not None
+            pipe.close()
+        return code
+
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(urlsplit(self.address).netloc, timeout=60)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric's samples."""
+        lines = [line for line in self.get("/metrics")[1].splitlines() if line.startswith(name)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    def client(self, retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=retries, timeout=120)
+
+
+@contextmanager
+def running(*arguments: object, **environment: str) -> Iterator[Process]:
+    process = Process(*arguments, **environment)
+    try:
+        yield process
+    finally:
+        process.child.kill()
+        process.end()
+
+
+def until(what: Any) -> None:
+    """Wait until something holds, a minute at the most."""
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_one_line_tells_that_it_is_ready_and_one_socket_listens(sd1_bundle: Path) -> None:
+    with running(f"tiny={sd1_bundle}", "--port", 0, "--alias", "gpt-image-1=tiny") as process:
+        assert process.ready["models"] == ["tiny", "gpt-image-1"] and process.ready["pid"] == process.child.pid
+        assert process.get("/readyz")[0] == 200
+        assert listeners(process.child.pid) == [("127.0.0.1", urlsplit(process.address).port)]
+        process.child.terminate()
+        assert process.end() == 0
+
+
+def listeners(pid: int) -> list[tuple[str, int]]:
+    """Return every address that a process listens on, over TCP and UDP."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            inodes.add(str(link.readlink()))
+        except OSError:
+            continue
+    found = []
+    for table in ("tcp", "tcp6", "udp", "udp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            host, port = fields[1].split(":")
+            if fields[3] in ("0A", "07") and f"socket:[{fields[9]}]" in inodes:
+                found.append((".".join(str(byte) for byte in reversed(bytes.fromhex(host))), int(port, 16)))
+    return found
+
+
+def test_what_was_accepted_is_drawn_when_it_is_told_to_end(sd1_bundle: Path) -> None:
+    """Acceptance 7."""
+    with running(f"tiny={sd1_bundle}", "--port", 0, "--slots", 2) as process, ThreadPoolExecutor(6) as pool:
+        client = process.client()
+
+        def draw(seed: int) -> int:
+            return len(client.images.generate(prompt="a circle", extra_body={"steps": 150, "seed": seed}).data or ())
+
+        asked = [pool.submit(draw, seed) for seed in range(6)]
+        until(lambda: process.metric("latentrt_admitted_total") == 6)
+        process.child.terminate()
+        until(lambda: process.get("/readyz")[0] == 503)
+        assert process.get("/healthz")[0] == 200
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.images.generate(prompt="a circle")
+        assert (refused.value.status_code, refused.value.code) == (503, "draining")
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        assert [one.result(120) for one in asked] == [1] * 6
+        assert process.end() == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(sd1_bundle: Path, second: signal.Signals) -> None:
+    with running(f"tiny={sd1_bundle}", "--port", 0) as process, ThreadPoolExecutor(1) as pool:
+        client = process.client()
+        asked = pool.submit(client.images.generate, prompt="a circle", n=10, extra_body={"steps": 150})
+        until(lambda: process.metric("latentrt_admitted_total") == 10)
+        process.child.terminate()
+        until(lambda: process.get("/readyz")[0] == 503)
+        process.child.send_signal(second)
+        assert process.end() == 128 + second
+        assert isinstance(asked.exception(60), openai.APIConnectionError)
+
+
+def test_clients_succeed_by_themselves_when_it_is_killed_and_started_again(sd1_bundle: Path) -> None:
+    """Acceptance 8."""
+    with running(f"tiny={sd1_bundle}", "--port", 0) as first, ThreadPoolExecutor(4) as pool:
+        client = first.client(retries=12)  # the waits between them grow to 8 s
+        port = urlsplit(first.address).port
+
+        def draw(seed: int) -> int:
+            return len(client.images.generate(prompt="a circle", extra_body={"steps": 100, "seed": seed}).data or ())
+
+        asked = [pool.submit(draw, seed) for seed in range(4)]
+        until(lambda: first.metric("latentrt_admitted_total") == 4)
+        first.child.kill()
+        first.end()
+        with running(f"tiny={sd1_bundle}", LATENTRT_SERVE_PORT=str(port)) as again:
+            assert again.address == first.address
+            assert [one.result(180) for one in asked] == [1] * 4
