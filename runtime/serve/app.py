@@ -44,7 +44,7 @@ def build(models: Models, connections: Connections | None = None, tracing: Traci
     app = Starlette(
         routes=routes,
         middleware=[
-            Middleware(Requests, routes=routes, metrics=metrics, tracing=tracing),
+            Middleware(Requests, routes=routes, metrics=metrics, tracing=tracing, prompts=options.log_prompts),
             *cross_origin(options.access),
             Middleware(Guards, access=options.access, body_bytes=options.limits.body_bytes),
             Middleware(Faults),

@@ -15,6 +15,7 @@ from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
+from latentrt.runtime.serve.operation.notes import note_look, note_prompt
 
 if TYPE_CHECKING:
     from latentrt.runtime.serve.models import Model
@@ -65,6 +66,7 @@ class Call:
 
         Being cancelled ends the request.
         """
+        note_prompt(self.request.prompt)
         put = partial(self._put, asyncio.get_running_loop())
         watch = None if self._looks is None else partial(self._watch, put, self._looks)
         submit = partial(self.model.batcher.submit, self.request, on_step=watch, cancel=self._cancel)
@@ -91,6 +93,8 @@ class Call:
                 if isinstance(event, BaseException):
                     raise event
                 self._left -= isinstance(event, Drawn)
+                if isinstance(event, Stage) and event.look is not None:
+                    note_look()
                 yield event
         finally:
             self._cancel.cancel()

@@ -57,6 +57,12 @@ DRAWING = (
     click.option("--drain", default=300.0, show_default=True, help="Seconds for accepted work at the end."),
     click.option("--alias", type=Named(), multiple=True, help="A further name: gpt-image-1=NAME."),
 )
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+KEEPING = (
+    click.option("--loras", type=FOLDER, default=None, help="A folder of LoRAs that requests may name."),
+    click.option("--pictures", type=FOLDER, default=None, help="A folder to keep pictures in, for `url` as format."),
+    click.option("--log-prompts", is_flag=True, help="Let the log hold prompts."),
+)
 LIMITS = (
     click.option("--max-pixels", type=COUNT, default=Limits().pixels, show_default=True, help="Of one picture."),
     click.option("--max-steps", type=COUNT, default=Limits().steps, show_default=True, help="Of one picture."),
@@ -78,7 +84,7 @@ ACCESS = (
 
 @click.command(context_settings={"auto_envvar_prefix": "LATENTRT_SERVE"})
 @click.argument("bundles", nargs=-1, required=True, metavar="[NAME=]BUNDLE...")
-@options_of((*ACCESS, *DRAWING, *LIMITS, *LOADING))
+@options_of((*ACCESS, *DRAWING, *KEEPING, *LIMITS, *LOADING))
 @click.option("--log-format", type=click.Choice(["json", "text"]), default="json", help="Of the log, on stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON when it is ready: address, models, pid.")
 def serve(bundles: tuple[str, ...], embeddings: tuple[Path, ...], log_format: str, as_json: bool, **given: Any) -> None:
@@ -115,10 +121,11 @@ def _options(given: dict[str, Any]) -> ServeOptions:
             "--no-key"
         )
     access = Access(hosts=(*given.pop("allow_host"), host), origins=given.pop("allow_origin"), keys=keys)
-    drawing = {name: given.pop(name) for name in ("slots", "waiting", "slo", "memory", "self_test")}
+    alike = ("slots", "waiting", "slo", "memory", "self_test", "log_prompts", "loras", "pictures")
+    named = {name: given.pop(name) for name in alike}
     connecting = ConnectionLimits(connections=given.pop("max_connections"))
     return ServeOptions(
-        **drawing,
+        **named,
         drain_s=given.pop("drain"),
         connecting=connecting,
         aliases=dict(given.pop("alias")),

@@ -61,6 +61,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     self_test: draw a small picture with a model before it is served
     hang_s: how long a stage may take before the service counts as hung, in seconds
     drain_s: how long what was accepted may take once the service is told to end, in seconds
+    log_prompts: whether the log holds them
     limits: of one request; access: who may ask; connecting: of connections
     loras: a folder of safetensors files that requests may name; None for no LoRAs
     pictures: a folder in which pictures are kept for an hour, for clients that ask for their `url`; None to refuse them
@@ -75,6 +76,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     self_test: bool = True
     hang_s: float = 120.0
     drain_s: float = 300.0
+    log_prompts: bool = False
     limits: Limits = Limits()
     access: Access = Access()
     connecting: ConnectionLimits = ConnectionLimits()

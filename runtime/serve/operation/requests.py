@@ -27,7 +27,10 @@ QUIET = ("/healthz", "/readyz", "/metrics")  # asked for every few seconds: in t
 class Requests:
     """Gives every request an id, a note for whoever works on it, a line in the log and its place in the metrics."""
 
-    def __init__(self, app: ASGIApp, *, routes: Sequence[BaseRoute], metrics: Metrics, tracing: Tracing | None) -> None:
+    def __init__(
+        self, app: ASGIApp, *, routes: Sequence[BaseRoute], metrics: Metrics, tracing: Tracing | None, prompts: bool
+    ) -> None:
+        self._prompts = prompts
         self._app, self._routes, self._metrics, self._tracing = app, routes, metrics, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,6 +40,7 @@ class Requests:
             return
         status = NOBODY
         note = Note(request_id=f"req_{secrets.token_hex(12)}", began=time.perf_counter())
+        note.prompts = [] if self._prompts else None
         scope.setdefault("state", {})["request_id"] = note.request_id
         if self._tracing is not None:
             note.span = self._tracing.begin(scope["method"], Headers(scope=scope), note.request_id)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from latentrt.engines.errors import EngineError
-from latentrt.runtime.batching.batcher import Batcher
 from latentrt.runtime.pipeline import Pipeline, ordinary
+
+if TYPE_CHECKING:
+    from latentrt.runtime.batching.batcher import Batcher
 
 LEAST_DB = 35.0  # fp16's; in fp32 a picture that is drawn by the batcher and one by the pipeline differ by 60 dB
 
