@@ -58,7 +58,7 @@ class Requests:
         except Exception as error:
             if status != NOBODY:
                 raise  # what has begun cannot be answered otherwise
-            await refusal(error)(scope, receive, numbered)
+            await refusal(error, scope["path"])(scope, receive, numbered)
         finally:
             CURRENT.reset(token)
             for end in note.ends:
