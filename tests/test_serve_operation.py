@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
+from latentrt.engines.errors import DeviceLostError
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.operation.logs import JsonLines, TextLines
@@ -166,3 +168,37 @@ def test_every_metric_is_documented_and_the_dashboard_and_the_alerts_name_no_oth
     for file in ("docs/operation/grafana.json", "docs/operation/alerts.yaml"):
         words = set(re.findall(r"latentrt_\w+", (ROOT / file).read_text("utf-8")))
         assert words and {re.sub(r"_(bucket|count|sum)$", "", word) for word in words} <= named
+
+
+def test_an_error_of_the_service_itself_is_one_answer_and_one_line(
+    address: str, models: Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def breaks(_: str | None) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(models, "find", breaks)
+    status, text, number = draw(address)
+    assert (status, json.loads(text)["error"]["code"]) == (500, "internal_error") and number
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+
+
+def test_a_service_that_hangs_or_lost_its_device_is_to_be_started_again(
+    address: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model,) = models.all()
+    monkeypatch.setattr(type(model.batcher), "last_stage_at", time.perf_counter() - 1000)
+    assert ask(address, "/healthz")[0] == 503
+    monkeypatch.undo()
+    assert ask(address, "/healthz")[0] == 200
+    monkeypatch.setattr(type(model.batcher), "lost", DeviceLostError("gone"))
+    assert ask(address, "/healthz")[0] == 503
+
+
+def test_a_service_that_ends_is_not_ready_and_takes_nothing(
+    address: str, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "draining", True)
+    assert ask(address, "/readyz")[0] == 503
+    status, text, _ = draw(address)
+    assert (status, json.loads(text)["error"]["code"]) == (503, "draining")
+    assert values(address)["latentrt_ready"] == 0

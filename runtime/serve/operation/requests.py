@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, its time, and an answer to whatever goes wrong."""
+"""What surrounds every request: its id, its line in the log, its time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from latentrt.runtime.serve.operation.guards import refusal
 from latentrt.runtime.serve.operation.metrics import Metrics
 from latentrt.runtime.serve.operation.notes import CURRENT, Note
 
@@ -55,10 +54,6 @@ class Requests:
         token = CURRENT.set(note)
         try:
             await self._app(scope, receive, numbered)
-        except Exception as error:
-            if status != NOBODY:
-                raise  # what has begun cannot be answered otherwise
-            await refusal(error, scope["path"])(scope, receive, numbered)
         finally:
             CURRENT.reset(token)
             for end in note.ends:
