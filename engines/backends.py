@@ -40,6 +40,11 @@ class Opened(Protocol):
     @property
     def engines(self) -> dict[str, Engine]: ...
 
+    @property
+    def picks_rows(self) -> bool:
+        """Tell whether a ControlNet is run on those rows of a stage alone that follow it."""
+        ...
+
     def adapt(self, changes: Mapping[str, Changes]) -> None:
         """Change the weights of components, from the base's; what is not named is as in the base again.
 

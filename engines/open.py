@@ -137,6 +137,11 @@ class OpenEngines:
         if self._open_for(shape) is None:
             self._find(shape)
 
+    @property
+    def picks_rows(self) -> bool:
+        """Tell whether a ControlNet is run on those rows of a stage alone that follow it, and costs others nothing."""
+        return all(opened.picks_rows for _, opened in self._opened.values())
+
     def slot_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
         """Return the numbers of slots that a workspace may have, in order; None where any number will do.
 

@@ -286,3 +286,13 @@ def test_so_they_do_on_bound_buffers(
     expected = [plain(*kind, name) for name in names]
     for found, alone in zip(shared(pipe, names), expected, strict=True):
         assert_close(found, alone)
+
+
+@pytest.mark.parametrize("names", [names[:2] for names in MIXES])
+def test_and_so_they_do_on_a_device(
+    compiled: tuple[tuple[str, str], Pair], plain: Callable[..., Array], names: list[str]
+) -> None:
+    kind, pair = compiled
+    expected = [plain(*kind, name) for name in names]
+    for found, alone in zip(shared(pair.compiled, names), expected, strict=True):
+        assert_close(found, alone)

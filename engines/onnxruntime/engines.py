@@ -60,6 +60,11 @@ class Sessions:
         file = self._directory / self._record.entries[component]
         return load(file, self._record.specs[component], self._provider, self._options, changed=changed)
 
+    @property
+    def picks_rows(self) -> bool:
+        """Tell whether a ControlNet is run on those rows of a stage alone that follow it: as in NumPy."""
+        return self._provider not in onnxruntime.FUSED
+
     def adapt(self, changes: Mapping[str, Changes]) -> None:
         """Change the weights of some components, and take all others as they are in the base.
 
@@ -109,7 +114,7 @@ class Sessions:
 
     def workspace(self, shape: WorkspaceShape, *, state_rows: int, denoiser: str, decoder: str | None) -> Workspace:
         """Return what a batch of this shape is drawn on."""
-        if self._provider not in onnxruntime.FUSED:
+        if self.picks_rows:
             return NumpyWorkspace(
                 self.engines, self._space, shape, state_rows=state_rows, denoiser=denoiser, decoder=decoder
             )

@@ -307,6 +307,11 @@ class OnDevice(msgspec.Struct, frozen=True, kw_only=True):
     session: TensorRTSession
     refits: Refits
 
+    @property
+    def picks_rows(self) -> bool:
+        """Tell that a ControlNet runs on all rows of a stage, whoever follows it."""
+        return False
+
     def adapt(self, changes: Mapping[str, Changes]) -> None:
         """Change the weights of components, from the base's always. Raises EngineError."""
         self.refits.adapt(changes, tuple(self.engines))

@@ -202,13 +202,23 @@ class NumpyWorkspace:
         return np.asarray(self._call(self._denoiser, own | added, rows)["out_sample"], dtype=np.float32)
 
     def _follow(self, program: str) -> None:
-        """Run a ControlNet on what those before it added up to."""
+        """Run a ControlNet on what those before it added up to, for the rows that follow it."""
         rows, control = self._stage()
         added = self._residuals or self._no_residuals(program, len(rows.owners))
-        hint = self._needed(hint_of(program), rows.pictures)[rows.owners]
-        scale = self._used(own_buffer(program, SCALE), rows)
-        given = self._call(program, {**self._own(rows, control), **added, COND: hint, SCALE: scale}, rows)
-        self._residuals = {name: given[NEXT + name] for name in added}
+        follows = self._used(own_buffer(program, SCALE), rows) != 0
+        own = rows if follows.all() else self._rows_that(rows, follows)
+        before = {name: array[follows] for name, array in added.items()}
+        hint = self._needed(hint_of(program), own.pictures)[own.owners]
+        scale = self._used(own_buffer(program, SCALE), own)
+        given = self._call(program, {**self._own(own, control), **before, COND: hint, SCALE: scale}, own)
+        self._residuals = {name: _put_rows(array, given[NEXT + name], follows) for name, array in added.items()}
+
+    def _rows_that(self, rows: Rows, follows: Array) -> Rows:
+        """Return some of a stage's rows. follows: (m,) bool"""
+        guidance, owners = (self._buffers[name] for name in (GUIDANCE, OWNERS))
+        weighted = rows.weighted.copy()
+        weighted[rows.weighted] = follows
+        return Rows(np.where(weighted, guidance, 0), owners)
 
     def _no_residuals(self, program: str, rows: int) -> dict[str, Array]:
         """Return zeros for what ControlNets add; nothing if a network takes no residuals."""
@@ -236,6 +246,15 @@ class NumpyWorkspace:
         mask, known = self._buffers["keep_mask"], self._needed("known")
         kept = np.einsum("pk,pk...->p...", level, known)
         return np.asarray(mask * drawn + (1 - mask) * kept, dtype=np.float32)
+
+
+def _put_rows(array: Array, rows: Array, where: Array) -> Array:
+    """Return an array with some of its rows replaced. where: (rows of the array,) bool"""
+    if where.all():
+        return rows
+    found = array.copy()
+    found[where] = rows
+    return found
 
 
 class Rows:

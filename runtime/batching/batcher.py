@@ -26,7 +26,7 @@ from latentrt.engines.errors import (
 from latentrt.engines.lora.weight_changes import Changes
 from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.runtime.batching.drawing_loop import DrawingLoop
-from latentrt.runtime.batching.joining import kind_of, owed, own_seconds
+from latentrt.runtime.batching.joining import owed, own_seconds, seconds_of
 from latentrt.runtime.batching.observer import Admitted, Observer, Reason, Refused, Telling
 from latentrt.runtime.batching.stage_times import delivery_times
 from latentrt.runtime.batching.ticket import Ticket, single
@@ -125,7 +125,15 @@ class Batcher:
         on_step: OnStep | None,
     ) -> Ticket:
         self._count += 1
-        ticket = Ticket(number=self._count, job=job, tokens=tokens, changes=changes, limits=limits, on_step=on_step)
+        ticket = Ticket(
+            number=self._count,
+            job=job,
+            tokens=tokens,
+            changes=changes,
+            limits=limits,
+            on_step=on_step,
+            mixes=self._loaded.opened.picks_rows,
+        )
         ticket.due = self._promise(ticket)
         return ticket
 
@@ -163,10 +171,9 @@ class Batcher:
         drawn = self._loop.drawn
         if not drawn:
             return 1.0
-        kind = kind_of(drawn[0].group)
         ends = delivery_times(
             [owed(ticket, self.times) for ticket in drawn],
-            lambda rows: self.times.estimate(kind, rows) or 0.0,
+            lambda rows: seconds_of(drawn, self.times, rows) or 0.0,
             now=0.0,
         )
         return max(1.0, min(ends))

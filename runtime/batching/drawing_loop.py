@@ -110,7 +110,7 @@ class DrawingLoop:
         self._prepare()
         self._join()
         if self._batch is not None and self._batch.tickets:
-            self._advance(self._batch, kind_of(self._batch.tickets[0].group))
+            self._advance(self._batch)
         else:
             self._wait()
 
@@ -207,8 +207,8 @@ class DrawingLoop:
 
     # Stages.
 
-    def _advance(self, batch: SharedLoop, kind: object) -> None:
-        rows = sum(rows_now(ticket) for ticket in batch.tickets)
+    def _advance(self, batch: SharedLoop) -> None:
+        kind, rows = kind_of(batch.tickets), sum(rows_now(ticket) for ticket in batch.tickets)
         seconds = batch.advance()
         self.times.note(kind, rows, seconds)
         self._turns.charge(seconds)

@@ -6,14 +6,25 @@ import time
 from collections.abc import Sequence
 
 from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
-from latentrt.runtime.batching.ticket import Group, Ticket
+from latentrt.runtime.batching.ticket import Ticket
 
 Kind = tuple[str, tuple[int, int], int, tuple[str, ...]]
 
 
-def kind_of(group: Group) -> Kind:
-    """Return what a stage's time depends on beside its rows."""
-    return group.denoiser, group.size, group.tokens, group.controls
+def kind_of(tickets: Sequence[Ticket]) -> Kind:
+    """Return what the time of a stage of these pictures, of one group all, depends on beside its rows."""
+    group, followed = tickets[0].group, {name for ticket in tickets for name in ticket.controls}
+    return group.denoiser, group.size, group.tokens, tuple(sorted(followed))
+
+
+def seconds_of(tickets: Sequence[Ticket], times: StageTimes, rows: int) -> float | None:
+    """Return the seconds of a stage of these pictures with some model rows; None before any was measured.
+
+    What it takes to follow ControlNets counts once that was measured.
+    """
+    *plain, _ = kind = kind_of(tickets)
+    found = times.estimate(kind, rows)
+    return times.estimate((*plain, ()), rows) if found is None else found
 
 
 def rows_of(ticket: Ticket) -> int:
@@ -29,7 +40,7 @@ def rows_now(ticket: Ticket) -> int:
 
 def own_seconds(ticket: Ticket, times: StageTimes) -> float | None:
     """Return what a picture's stages that are left and its decoding take alone; None before any was measured."""
-    stage = times.estimate(kind_of(ticket.group), rows_of(ticket))
+    stage = seconds_of([ticket], times, rows_of(ticket))
     return None if stage is None else ticket.stages_left * stage + (times.estimate("decode", 1) or 0.0)
 
 
@@ -49,11 +60,10 @@ def joining(drawn: Sequence[Ticket], ready: Sequence[Ticket], times: StageTimes,
     if ready[0].alone:
         return () if drawn else ready[:1]
     sociable = next((place for place, ticket in enumerate(ready) if ticket.alone), len(ready))
-    kind = kind_of(ready[0].group)
     count = may_join(
         [owed(ticket, times) for ticket in drawn],
         [owed(ticket, times) for ticket in ready[:sociable]],
-        lambda rows: times.estimate(kind, rows) or 0.0,
+        lambda rows: seconds_of([*drawn, *ready], times, rows) or 0.0,
         now=time.perf_counter(),
         most=most,
     )

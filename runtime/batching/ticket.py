@@ -22,7 +22,8 @@ from latentrt.runtime.result import Result
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """What pictures must have in common to share their stages.
 
-    weights: the keys of what LoRAs change, by component; controls: the components that are followed
+    weights: the keys of what LoRAs change, by component
+    controls: the ControlNets that are followed, where others would pay for their passes
     """
 
     weights: tuple[tuple[str, str], ...]
@@ -54,6 +55,7 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     """A picture that is owed to somebody.
 
     job: of one picture; tokens: the length of its text, by denoiser; changes: of the weights
+    mixes: it may share stages with those that follow other ControlNets
     due: the moment that it was promised for, on the clock of time.perf_counter; None for no promise
     alone: it may share no stage, since one that it shared failed
     picture: what was prepared for drawing it, None before
@@ -66,6 +68,7 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     changes: Mapping[str, Changes]
     limits: Limits
     on_step: OnStep | None = None
+    mixes: bool = True
     due: float | None = None
     alone: bool = False
     picture: Picture | None = None
@@ -88,6 +91,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
         return self.job.ranges[-1].stages.stop - done
 
     @property
+    def controls(self) -> tuple[str, ...]:
+        """Return the ControlNets that it follows in this part of the plan."""
+        of, controls = self.part.denoiser, self.job.controls
+        return tuple(sorted(one.component for one in controls if one.of == of and one.role == "controlnet"))
+
+    @property
     def group(self) -> Group:
         """Return what it shares with those that it can share stages with."""
         number = self.picture.part if self.picture else 0
@@ -101,7 +110,7 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
             denoiser=part.denoiser,
             size=self.job.size,
             tokens=self.tokens[part.denoiser],
-            controls=tuple(sorted(one.component for one in self.job.controls if one.of == part.denoiser)),
+            controls=() if self.mixes else self.controls,
             state_rows=max(STATE_ROWS, self.job.plan.rows),
         )
 
