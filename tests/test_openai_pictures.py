@@ -18,8 +18,8 @@ from latentrt import Request
 from latentrt.engines.spec import Array
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
-from latentrt.runtime.serve.openai.telling import shown
 from latentrt.runtime.serve.options import Limits, ServeOptions
+from latentrt.runtime.serve.pictures import shown
 from tests.lora_files import kohya, make_factors, save
 from tests.serving import served
 

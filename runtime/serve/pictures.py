@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -87,3 +89,12 @@ def mask_of_alpha(mask: Image.Image) -> Image.Image:
 def grown(pixels: Array, size: tuple[int, int]) -> Array:
     """Return a small picture at (width, height): (height, width, 3), uint8."""
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
+def shown(count: int, stages: int) -> Collection[int]:
+    """Return the stages, of so many, after which a partial image is shown: spread, the first before half of them.
+
+    There are fewer than `count` where there are not so many stages before the last.
+    """
+    spread = (max(number, math.floor(0.8 * stages * number / (count + 1))) for number in range(1, count + 1))
+    return {stage for stage in spread if stage < stages}

@@ -25,8 +25,8 @@ from latentrt.engines.errors import (
 from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.result import Result
-from latentrt.runtime.serve.pictures import encode, encode_pixels
-from latentrt.runtime.triton.tensors import Asked, looks
+from latentrt.runtime.serve.pictures import encode, encode_pixels, shown
+from latentrt.runtime.triton.tensors import Asked
 
 if TYPE_CHECKING:
     from latentrt.runtime.batching.batcher import Batcher
@@ -88,10 +88,10 @@ class Answer:
 
     def _on_step(self, picture: int, step: Step) -> None:
         self.look_after()
-        shown = looks(step.stages, self._asked.partials)
-        if step.stage in shown and not self._cancel.cancelled:
+        stages = sorted(shown(self._asked.partials, step.stages))
+        if step.stage in stages and not self._cancel.cancelled:
             pixels, stage = step.preview[0], {"stage": step.stage, "stages": step.stages}
-            info = {"type": "partial", "picture": picture, "partial": shown.index(step.stage), **stage}
+            info = {"type": "partial", "picture": picture, "partial": stages.index(step.stage), **stage}
             self._beside.submit(self._send, lambda: encode_pixels(pixels, self._asked.format), info)
 
     def _finished(self, picture: int, future: Future[Result]) -> None:

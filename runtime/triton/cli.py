@@ -30,6 +30,7 @@ KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 @click.option("--slo", type=float, help="Promise this many times a picture's own time alone.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of an instance. Default: the backend's own.")
 @click.option("--store", metavar="URL", help="Where engines come from that the bundle does not hold for a machine.")
+@click.option("--loras", metavar="DIRECTORY", help="A folder of the server with LoRAs that calls may name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the model's name, version and directory as JSON.")
 def export_triton(
     bundle: Path,

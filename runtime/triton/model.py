@@ -19,7 +19,7 @@ import triton_python_backend_utils as triton
 from latentrt.engines.errors import LatentrtError, RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.serve.options import Limits
+from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.stored import fetch_missing
 from latentrt.runtime.triton.answer import Answer
 from latentrt.runtime.triton.repository import BUNDLE, ModelOptions
@@ -44,7 +44,8 @@ class TritonPythonModel:
         self._batcher = Batcher(
             self._pipe, BatcherOptions(slots=options.slots, waiting=options.waiting, slo=options.slo)
         )
-        self._limits, self._open = Limits(), set[Answer]()
+        self._serving = ServeOptions(loras=None if options.loras is None else Path(options.loras))
+        self._open = set[Answer]()
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-send")
         self._ended = threading.Event()
         self._looking = threading.Thread(target=self._look_after_all, name="latentrt-look", daemon=True)
@@ -65,7 +66,7 @@ class TritonPythonModel:
         answer = Answer(sender, self._beside, done=self._open.discard)
         self._open.add(answer)
         try:
-            asked = read(array_of, self._limits)
+            asked = read(array_of, self._serving)
             self._check_preview(asked)
             answer.begin(asked, self._batcher)
         except Exception as error:

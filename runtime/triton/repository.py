@@ -27,6 +27,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     slots, waiting, slo: as in `BatcherOptions`, for each instance
     threads: of the CPU that an instance may use; None for the backend's own choice
     store: a URL from which engines come that the bundle does not hold for a machine; None for no such
+    loras: a folder of the server with safetensors files that calls may name; None for no LoRAs
     """
 
     backend: str = "auto"
@@ -36,6 +37,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     slo: float | None = None
     threads: int | None = None
     store: str | None = None
+    loras: str | None = None
 
 
 def write_model(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -12,9 +12,11 @@ from PIL import Image
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.request import Control, Request
-from latentrt.runtime.serve.options import Limits
-from latentrt.runtime.serve.pictures import Format
+from latentrt.runtime.request import Control, Lora, Request
+from latentrt.runtime.serve.openai.asked import lora_files
+from latentrt.runtime.serve.options import Limits, ServeOptions
+from latentrt.runtime.serve.pictures import Format, read_image
+from latentrt.runtime.serve.web_errors import WebError
 
 DataType = Literal["TYPE_STRING", "TYPE_BOOL", "TYPE_INT64", "TYPE_FP64", "TYPE_FP32"]
 T = TypeVar("T")
@@ -81,17 +83,22 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "tile": WHOLE,
     "deadline": NUMBER,
 }
-CONTROLS: Mapping[str, Tensor] = {"control_name": TEXTS, "control_image": TEXTS, "control_scale": NUMBERS}
+LISTED: Mapping[str, Tensor] = {  # one for each control, and for each LoRA
+    "control_name": TEXTS,
+    "control_image": TEXTS,
+    "control_scale": NUMBERS,
+    "lora_name": TEXTS,
+    "lora_scale": NUMBERS,
+}
 ANSWERS: Mapping[str, Tensor] = {  # how the pictures come
     "output_format": TEXT,
     "output_compression": WHOLE,
     "partial_images": WHOLE,
     "base64": Tensor("TYPE_BOOL"),
 }
-INPUTS: Mapping[str, Tensor] = {**FIELDS, **CONTROLS, **ANSWERS}
+INPUTS: Mapping[str, Tensor] = {**FIELDS, **LISTED, **ANSWERS}
 OUTPUTS: Mapping[str, Tensor] = {"image": TEXT, "info": TEXT}
 NEEDED = "prompt"
-FORMATS = ("PNG", "JPEG", "WEBP")  # pictures come as files of these
 FILES = ("image", "mask", "control_image")  # bytes of picture files; all other strings are UTF-8
 MOST_PARTIALS = 3
 
@@ -110,15 +117,19 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     base64: bool = False
 
 
-def read(array_of: Callable[[str], Array | None], limits: Limits) -> Asked:
+def read(array_of: Callable[[str], Array | None], options: ServeOptions) -> Asked:
     """Return what a call asks for, from its tensors by name. Raises RequestError, which begins with the name."""
+    limits = options.limits
     given = {name: tensor.read(name, array) for name, tensor in INPUTS.items() if (array := array_of(name)) is not None}
     fields = {name: value for name, value in given.items() if name in FIELDS}
     for name in ("timesteps", "sigmas"):
         if isinstance(fields.get(name), float):
             fields[name] = [fields[name]]
+    for name in fields.keys() & {"image", "mask"}:
+        pictures = [_picture(name, file, limits) for file in _listed(fields[name])]
+        fields[name] = pictures if len(pictures) > 1 else pictures[0]
     asked = Asked(
-        request=Request(**fields, controls=_controls(given)),
+        request=Request(**fields, controls=_controls(given, limits), loras=_loras(given, options)),
         format=_one_of("output_format", given.get("output_format", "png"), get_args(Format)),
         quality=_between("output_compression", given.get("output_compression", 100), 0, 100),
         partials=_between("partial_images", given.get("partial_images", 0), 0, MOST_PARTIALS),
@@ -126,11 +137,6 @@ def read(array_of: Callable[[str], Array | None], limits: Limits) -> Asked:
     )
     _check(asked.request, limits)
     return asked
-
-
-def looks(stages: int, partials: int) -> list[int]:
-    """Return the stages, from 1, after which a picture is sent: evenly spread, the first before half of them."""
-    return sorted({max(1, stages * (number + 1) // (partials + 1)) for number in range(partials)} - {stages})
 
 
 def _value(name: str, value: Any) -> Any:
@@ -148,16 +154,40 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _controls(given: Mapping[str, Any]) -> tuple[Control, ...]:
-    names, images = _listed(given.get("control_name")), _listed(given.get("control_image"))
-    scales = _listed(given.get("control_scale")) or [1.0] * len(names)
-    if not len(names) == len(images) == len(scales):
-        raise RequestError(
-            f"controls: found {len(names)} of control_name, {len(images)} of control_image and {len(scales)} of "
-            "control_scale, expected one each for each control"
-        )
-    triples = zip(names, images, scales, strict=True)
-    return tuple(Control(name=one, image=image, scale=scale) for one, image, scale in triples)
+def _picture(name: str, file: bytes, limits: Limits) -> Image.Image:
+    try:
+        return read_image(file, name=name, most=limits.pixels)
+    except WebError as error:
+        raise RequestError(str(error)) from None
+
+
+def _rows(given: Mapping[str, Any], what: str, names: str, *others: str) -> list[tuple[Any, ...]]:
+    """Return what belongs together of tensors that hold one for each; scales may be missing. Raises RequestError."""
+    columns = [_listed(given.get(name)) for name in (names, *others)]
+    columns[-1] = columns[-1] or [1.0] * len(columns[0])
+    if len(set(map(len, columns))) > 1:
+        words = ", ".join(f"{len(column)} of {name}" for name, column in zip((names, *others), columns, strict=True))
+        raise RequestError(f"{what}: found {words}; give as many of each")
+    return list(zip(*columns, strict=True))
+
+
+def _controls(given: Mapping[str, Any], limits: Limits) -> tuple[Control, ...]:
+    rows = _rows(given, "controls", "control_name", "control_image", "control_scale")
+    return tuple(
+        Control(name=name, image=_picture("control_image", file, limits), scale=scale) for name, file, scale in rows
+    )
+
+
+def _loras(given: Mapping[str, Any], options: ServeOptions) -> tuple[Lora, ...]:
+    rows = _rows(given, "loras", "lora_name", "lora_scale")
+    known = lora_files(options) if rows else {}
+    return tuple(Lora(file=_known(name, known), scale=scale) for name, scale in rows)
+
+
+def _known(name: str, files: Mapping[str, Path]) -> Path:
+    if name not in files:
+        raise RequestError(f"lora_name: there is no '{name}'; there are: {', '.join(files) or 'none'}")
+    return files[name]
 
 
 def _one_of(name: str, value: T, known: tuple[T, ...]) -> T:
@@ -183,20 +213,3 @@ def _check(request: Request, limits: Limits) -> None:
             raise RequestError(f"{name}: found {steps}, expected at most {limits.steps}")
     if request.size is not None and request.size[0] * request.size[1] > limits.pixels:
         raise RequestError(f"size: found more than the {limits.pixels} pixels that may be drawn")
-    controls = [control.image for control in request.controls]
-    for name, files in (("image", request.image), ("mask", request.mask), ("controls", controls)):
-        for file in _listed(files):
-            _check_file(name, file, limits.pixels)
-
-
-def _check_file(name: str, file: bytes, most: int) -> None:
-    """Look at a picture file's header. Raise RequestError on other formats, and on more pixels than may be drawn."""
-    try:
-        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise RequestError(f"{name}: found far more than the {most} pixels that a picture may have") from None
-    except Exception:  # each format's reader has errors of its own
-        raise RequestError(f"{name}: found no picture, expected a file of {', '.join(FORMATS)}") from None
-    if width * height > most:
-        raise RequestError(f"{name}: found {width}x{height}, expected at most {most} pixels")

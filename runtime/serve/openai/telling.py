@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Literal
@@ -28,7 +27,7 @@ from latentrt.runtime.serve.openai.answers import (
 from latentrt.runtime.serve.openai.asked import quality_of
 from latentrt.runtime.serve.openai.schema import Drawing, Format
 from latentrt.runtime.serve.openai.streams import frame
-from latentrt.runtime.serve.pictures import encode, encode_pixels, grown
+from latentrt.runtime.serve.pictures import encode, encode_pixels, grown, shown
 from latentrt.runtime.text.tokenizer import Prompt
 
 if TYPE_CHECKING:
@@ -170,15 +169,6 @@ def looks_of(body: Drawing, model: Model) -> Callable[[int], Collection[int]] | 
     possible = manifest.latents.preview is not None or manifest.find("tiny_decoder") is not None
     count = body.partial_images if body.stream and possible else None
     return (lambda stages: shown(count, stages)) if count else None
-
-
-def shown(count: int, stages: int) -> Collection[int]:
-    """Return the stages, of so many, after which a partial image is shown: spread, the first before half of them.
-
-    There are fewer than `count` where there are not so many stages before the last.
-    """
-    spread = (max(number, math.floor(0.8 * stages * number / (count + 1))) for number in range(1, count + 1))
-    return {stage for stage in spread if stage < stages}
 
 
 def _images(request: Request) -> int:
