@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,9 +54,10 @@ def test_what_is_written_is_read_again(settings: Settings, seed: int) -> None:
     assert len(found.loras) == len(settings.further.get("loras", []))
 
 
-@given(text=TEXT)
-def test_any_text_is_read(text: str) -> None:
-    assert parse(text).text == text
+@given(text=TEXT | some.from_regex(r"\nSteps: [0-9]{1,30}, Seed: [0-9]{1,30}, CFG scale: [0-9.]{1,12}", fullmatch=True))
+def test_any_text_is_read_and_can_be_sent_on(text: str) -> None:
+    found = parse(text)
+    assert found.text == text and msgspec.json.decode(msgspec.json.encode(found))["text"] == text
 
 
 def test_the_text_of_other_interfaces_is_read() -> None:

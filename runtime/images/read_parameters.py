@@ -16,6 +16,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 EXIF, USER_COMMENT = 0x8769, 0x9286  # where a JPEG or WebP holds what a PNG has in its chunk
 CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
 PAIR = re.compile(r'\s*([\w][\w /+.-]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+LONGEST = 2**64  # of seeds, and of what JSON is written with
 NEGATIVE = "Negative prompt: "
 LORA = re.compile(r"(\S.*?):(-?[\d.]+(?:e[+-]?\d+)?)(?:\s+|$)")
 
@@ -110,7 +111,8 @@ def _sampler(pairs: dict[str, str]) -> str | None:
 
 
 def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and re.fullmatch(r"\d{1,20}", text, re.ASCII) else None
+    found = int(text) if text is not None and re.fullmatch(r"\d{1,20}", text, re.ASCII) else LONGEST
+    return found if found < LONGEST else None
 
 
 def _number(text: str | None) -> float | None:

@@ -85,8 +85,8 @@ class Job:
         self._changed = changed
         self._cancel = Cancellation()
         self._futures: list[Future[Result]] = []
-        self._began: tuple[float, float] | None = None  # when the first stage was done, and the progress then
         self._stages: dict[int, tuple[int, int]] = {}  # picture: those that are done, and all
+        self._began: dict[int, tuple[float, int]] = {}  # picture: when its first stage was done, and which that was
         self._looked: dict[int, tuple[float, Step]] = {}  # picture: when, and the stage
         self._previews: dict[int, tuple[int, bytes]] = {}  # picture: the stage, and the file
         self._drawn: dict[int, DrawnPicture] = {}
@@ -122,7 +122,7 @@ class Job:
         """Take a stage in, on the batcher's thread."""
         now = time.perf_counter()
         self._stages[picture] = step.stage, step.stages
-        self._began = self._began or (now, self._progress)
+        self._began.setdefault(picture, (now, step.stage))
         if picture not in self._looked or now - self._looked[picture][0] >= LOOK_S:
             self._looked[picture] = now, step.keep()
         if self.state == "waiting":
@@ -192,12 +192,18 @@ class Job:
         return min((place for place in places if place is not None), default=None)
 
     def _eta(self) -> float | None:
-        """Return the seconds that are left, if they pass as those since the first stage did."""
-        if self._began is None:
+        """Return the seconds that are left, if each stage takes as long as those since a picture's first did."""
+        now, left, whole = time.perf_counter(), [], []
+        for picture, (done, stages) in list(self._stages.items()):
+            began, first = self._began[picture]
+            if picture not in self.files and done > first:
+                each = (now - began) / (done - first)
+                left.append(each * (stages - done))
+                whole.append(each * stages)
+        if not left:
             return None
-        (began, first), progress = self._began, self._progress
-        spent = time.perf_counter() - began
-        return round(spent * (1 - progress) / (progress - first), 1) if progress > first else None
+        turns = (len(self._futures) - len(self._stages)) / len(left)  # for those that wait, if as many share stages
+        return round(max(left) + turns * max(whole), 1)
 
 
 def _preview(step: Step) -> bytes:

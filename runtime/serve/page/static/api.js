@@ -41,7 +41,7 @@ export async function call(path, { method = "GET", json, body, signal } = {}) {
   const key = recall(KEY);
   if (key) headers.authorization = `Bearer ${key}`;
   if (json !== undefined) headers["content-type"] = "application/json";
-  const answer = await fetch(path, { method, headers, signal, body: json === undefined ? body : JSON.stringify(json) });
+  const answer = await fetch(path, { method, headers, signal, body: json === undefined ? body : write(json) });
   if (answer.ok) return answer;
   if (answer.status === 401 && !declined) {
     asking ??= askKey().finally(() => { asking = null; });
@@ -56,16 +56,23 @@ export async function call(path, { method = "GET", json, body, signal } = {}) {
   throw new Refusal(answer.status, found?.error, Number(answer.headers.get("retry-after")) || null);
 }
 
-export const choices = async () => (await call("jobs/choices")).json();
+/** Read JSON. Seeds have up to 64 bits and JavaScript's numbers 53: a longer one stays the text that it is. */
+const parse = (text) => JSON.parse(text, (name, value, context) => (
+  name === "seed" && typeof value === "number" && !Number.isSafeInteger(value) ? context?.source ?? String(value) : value));
+const read = async (answer) => parse(await answer.text());
+/** Write JSON, with a seed that is a text as the number that it is. */
+const write = (asked) => JSON.stringify(asked).replace(/"seed":"(\d+)"/, '"seed":$1');
+
+export const choices = async () => read(await call("jobs/choices"));
 export async function submit(form) {
   declined = false;
-  return (await call("jobs", { method: "POST", ...(form instanceof FormData ? { body: form } : { json: form }) })).json();
+  return read(await call("jobs", { method: "POST", ...(form instanceof FormData ? { body: form } : { json: form }) }));
 }
 export const cancel = async (id) => call(`jobs/${id}`, { method: "DELETE" });
 export const forget = cancel;
 export const cancelAll = async (but = null) => call("jobs/cancel", { method: "POST", json: { but } });
 export const picture = async (id, number) => (await call(`jobs/${id}/pictures/${number}`)).blob();
-export const settingsOf = async (file) => (await call("jobs/settings", { method: "POST", body: file })).json();
+export const settingsOf = async (file) => read(await call("jobs/settings", { method: "POST", body: file }));
 
 /** Follow the session's jobs for as long as the page lives. listeners: by event; `state` is told "on" and "off" */
 export async function follow(listeners) {
@@ -99,7 +106,7 @@ async function* events(stream) {
         if (line.startsWith("event:")) fields.event = line.slice(6).trim();
         if (line.startsWith("data:")) fields.data.push(line.slice(5).replace(/^ /, ""));
       }
-      if (fields.data.length) yield { kind: fields.event, data: JSON.parse(fields.data.join("\n")) };
+      if (fields.data.length) yield { kind: fields.event, data: parse(fields.data.join("\n")) };
     }
   }
 }

@@ -139,10 +139,11 @@ export function setSeed(seed) {
 /** Return what is asked for, as the service takes it: JSON, or a form where there is an image. */
 export async function body() {
   if (!locked() || !/^\d+$/.test($("seed").value)) $("seed").value = randomSeed();
+  $("seed").value = $("seed").value.replace(/^0+(?=\d)/, "");
   changed();
   const asked = {
     model: $("model").value, prompt: $("prompt").value, n: whole("count"), size: `${whole("width")}x${whole("height")}`,
-    steps: whole("steps"), guidance: Number($("guidance").value), seed: Number($("seed").value),
+    steps: whole("steps"), guidance: Number($("guidance").value), seed: $("seed").value,
   };
   if ($("negative").value) asked.negative_prompt = $("negative").value;
   if ($("sampler").value) asked.sampler = $("sampler").value;

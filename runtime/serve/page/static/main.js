@@ -35,7 +35,7 @@ async function draw() {
     queue.take(job);
     const busy = follows && queue.find(follows) && queue.active(queue.find(follows));
     if (!busy) showJob(job.id);
-    $("stage").scrollIntoView({ block: "nearest" });
+    for (const part of ["stage", "stage-progress"]) $(part).scrollIntoView({ block: "nearest" });
     announce("In the queue");
   } catch (error) { fail(error); }
 }
