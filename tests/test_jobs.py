@@ -20,6 +20,7 @@ from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.jobs import JobLimits, Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
+from latentrt.runtime.serve.page.choices import choices
 from tests.serving import served
 
 MINE, YOURS = {"x-latentrt-session": "mine" * 6}, {"x-latentrt-session": "yours" * 6}
@@ -205,3 +206,8 @@ def test_an_owner_has_so_many_jobs_at_a_time(models: Models) -> None:
             await asyncio.sleep(0.01)
 
     asyncio.run(ask())
+
+
+def test_models_that_are_not_loaded_can_be_chosen(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "all", list)
+    assert [model.name for model in choices(models).models] == ["tiny"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 from cachetools import TTLCache
@@ -22,6 +22,9 @@ from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.serve.models import Model
 from latentrt.runtime.serve.pictures import encode, encode_pixels
 from latentrt.runtime.serve.web_errors import WebError, web_error
+
+if TYPE_CHECKING:
+    from latentrt.runtime.batching.batcher import Batcher
 
 State = Literal["waiting", "drawing", "done", "failed", "cancelled"]
 LOOK_S = 0.15  # a preview at most so often: reading the latents waits for the device
@@ -81,10 +84,12 @@ class Job:
         self.files: dict[int, bytes] = {}
         self.error: WebError | None = None
         self.created = time.time()
-        self._asked, self._model_name, self._model = _asked(request), model.name, model
+        self._asked, self._model = _asked(request), model.name
+        self._batcher: Batcher | None = model.batcher  # None when it is over: a model that was replaced is not kept
         self._changed = changed
         self._cancel = Cancellation()
         self._futures: list[Future[Result]] = []
+        self._count = 1
         self._stages: dict[int, tuple[int, int]] = {}  # picture: those that are done, and all
         self._began: dict[int, tuple[float, int]] = {}  # picture: when its first stage was done, and which that was
         self._looked: dict[int, tuple[float, Step]] = {}  # picture: when, and the stage
@@ -109,8 +114,10 @@ class Job:
             if not loop.is_closed():  # a service that has ended follows nothing any more
                 loop.call_soon_threadsafe(self._changed, self)
 
-        submit = partial(self._model.batcher.submit, request, cancel=self._cancel)
+        assert self._batcher is not None
+        submit = partial(self._batcher.submit, request, cancel=self._cancel)
         self._futures = await asyncio.to_thread(submit, on_step=partial(self._step, tell))
+        self._count = len(self._futures)
         self._task = asyncio.create_task(self._finish())
 
     async def wait(self) -> None:
@@ -139,7 +146,9 @@ class Job:
         except Exception as error:
             self.state, self.error = "failed", web_error(error)
         self._cancel.cancel()  # where one has failed, the others
+        self._batcher, self._futures = None, []  # nor are the pixels, beside the files
         self._looked.clear()
+        self._previews.clear()
         self._changed(self)
 
     async def _take(self, picture: int, future: Future[Result]) -> None:
@@ -167,7 +176,7 @@ class Job:
         step, steps = min(left, default=max(self._stages.values(), default=(0, 0)))
         return View(
             id=self.id,
-            model=self._model_name,
+            model=self._model,
             state=self.state,
             created=self.created,
             asked=self._asked,
@@ -185,10 +194,10 @@ class Job:
         if self.state == "done":
             return 1.0
         done = sum(stage / stages for stage, stages in list(self._stages.values()))
-        return done / max(1, len(self._futures))
+        return done / self._count
 
     def _position(self) -> int | None:
-        places = (self._model.batcher.position(future) for future in self._futures)
+        places = (self._batcher.position(future) for future in self._futures) if self._batcher else ()
         return min((place for place in places if place is not None), default=None)
 
     def _eta(self) -> float | None:
@@ -202,7 +211,7 @@ class Job:
                 whole.append(each * stages)
         if not left:
             return None
-        turns = (len(self._futures) - len(self._stages)) / len(left)  # for those that wait, if as many share stages
+        turns = (self._count - len(self._stages)) / len(left)  # for those that wait, if as many share stages
         return round(max(left) + turns * max(whole), 1)
 
 

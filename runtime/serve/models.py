@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import DrainingError, LatentrtError, OutOfMemoryError, RequestError
 from latentrt.runtime.serve.operation.memory import resident_bytes
 from latentrt.runtime.serve.operation.notes import CURRENT
@@ -113,6 +114,11 @@ class Models:
         """Return the models that are loaded."""
         with self._change:
             return list(self._models.values())
+
+    def manifests(self) -> dict[str, Manifest]:
+        """Return the manifests of all models by name, of those that are not loaded too. Raises BundleError."""
+        loaded = {model.name: model.pipe.manifest for model in self.all()}
+        return {name: loaded.get(name) or Bundle.open(path).manifest for name, path in self._paths.items()}
 
     def watch(self, watcher: Watcher) -> None:
         """Have a function told of everything that happens in the batchers."""

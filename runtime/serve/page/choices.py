@@ -44,9 +44,9 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choices(models: Models) -> Choices:
-    """Return what there is to choose, models in the order in which they are served."""
+    """Return what there is to choose; it may read manifests from disk."""
     return Choices(
-        models=tuple(_model(model.name, model.pipe.bundle.manifest) for model in models.all()),
+        models=tuple(_model(name, manifest) for name, manifest in models.manifests().items()),
         samplers=tuple(Choice(name=name, title=community_name(name)) for name in sampler_names()),
         loras=tuple(lora_files(models.options)),
         limits=models.options.limits,

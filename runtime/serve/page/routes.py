@@ -103,7 +103,7 @@ async def picture(web: WebRequest) -> Response:
 
 async def list_choices(web: WebRequest) -> Response:
     """List what the page can offer."""
-    return _json(choices(_models(web)))
+    return _json(await asyncio.to_thread(choices, _models(web)))
 
 
 async def settings(web: WebRequest) -> Response:
