@@ -20,12 +20,25 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
+ROOT = Path(__file__).parent.parent
+
 
 class Process:
     """A service that runs. lines: its log's"""
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
-        command = [sys.executable, "-m", "latentrt", "serve", *map(str, arguments), "--json", "--backend", "cpu"]
+    def __init__(self, *arguments: object, files: int | None, **environment: str) -> None:
+        limited = ["prlimit", f"--nofile={files}"] if files else []
+        command = [
+            *limited,
+            sys.executable,
+            "-m",
+            "latentrt",
+            "serve",
+            *map(str, arguments),
+            "--json",
+            "--backend",
+            "cpu",
+        ]
         self.child = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -73,8 +86,9 @@ class Process:
 
 
 @contextmanager
-def running(*arguments: object, **environment: str) -> Iterator[Process]:
-    process = Process(*arguments, **environment)
+def running(*arguments: object, files: int | None = None, **environment: str) -> Iterator[Process]:
+    """Run a service, with so many files at the most."""
+    process = Process(*arguments, files=files, **environment)
     try:
         yield process
     finally:
@@ -167,3 +181,37 @@ def test_clients_succeed_by_themselves_when_it_is_killed_and_started_again(sd1_b
         with running(f"tiny={sd1_bundle}", LATENTRT_SERVE_PORT=str(port)) as again:
             assert again.address == first.address
             assert [one.result(180) for one in asked] == [1] * 4
+
+
+def p95(process: Process, seconds: float) -> float:
+    """Return the 95th percentile of what small pictures take for so many seconds, one after the other."""
+    taken, end = [], time.monotonic() + seconds
+    with process.client() as client:
+        while time.monotonic() < end:
+            began = time.perf_counter()
+            client.images.generate(prompt="a circle", extra_body={"steps": 2})
+            taken.append(time.perf_counter() - began)
+    return sorted(taken)[int(0.95 * len(taken))]
+
+
+@pytest.mark.slow
+def test_a_thousand_half_open_connections_slow_nobody_down(
+    sd1_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Acceptance 9: for 60 s, at 4096 files. They come again when they are cut."""
+    limits = ("--max-connections", 2000, "--max-per-address", 2000)
+    with running(f"tiny={sd1_bundle}", "--port", 0, *limits, files=4096) as process:
+        p95(process, 3)
+        idle = p95(process, 20)
+        port = urlsplit(process.address).port
+        command = [sys.executable, "-m", "tests.half_open", str(port), "1000", "60"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as attack:
+            assert attack.stdout is not None
+            opened = int(attack.stdout.readline())
+            loaded = p95(process, 50)
+            cut = int(attack.stdout.readline())
+        again = p95(process, 10)
+        with capsys.disabled():
+            print(f"\n{opened} half-open, {cut} cut: p95 {loaded:.4f} s, idle {idle:.4f} s before, {again:.4f} s after")
+        assert loaded <= 2 * max(idle, again)
+        assert process.metric("latentrt_connections_cut_total") >= opened

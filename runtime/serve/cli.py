@@ -67,9 +67,8 @@ LIMITS = (
     click.option("--max-pixels", type=COUNT, default=Limits().pixels, show_default=True, help="Of one picture."),
     click.option("--max-steps", type=COUNT, default=Limits().steps, show_default=True, help="Of one picture."),
     click.option("--max-n", type=COUNT, default=Limits().pictures, show_default=True, help="Pictures of a request."),
-    click.option(
-        "--max-connections", type=COUNT, default=ConnectionLimits().connections, show_default=True, help="In all."
-    ),
+    click.option("--max-connections", type=COUNT, default=1000, show_default=True, help="In all."),
+    click.option("--max-per-address", type=COUNT, default=256, show_default=True, help="Connections of one address."),
     click.option("--max-body", type=COUNT, default=Limits().body_bytes, show_default=True, help="Bytes of a request."),
 )
 ACCESS = (
@@ -123,7 +122,7 @@ def _options(given: dict[str, Any]) -> ServeOptions:
     access = Access(hosts=(*given.pop("allow_host"), host), origins=given.pop("allow_origin"), keys=keys)
     alike = ("slots", "waiting", "slo", "memory", "self_test", "log_prompts", "loras", "pictures")
     named = {name: given.pop(name) for name in alike}
-    connecting = ConnectionLimits(connections=given.pop("max_connections"))
+    connecting = ConnectionLimits(connections=given.pop("max_connections"), per_address=given.pop("max_per_address"))
     return ServeOptions(
         **named,
         drain_s=given.pop("drain"),
