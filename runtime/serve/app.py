@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engines.errors import LatentrtError
+from latentrt.runtime.serve import openapi
 from latentrt.runtime.serve.a1111 import routes as a1111
 from latentrt.runtime.serve.jobs import Jobs
 from latentrt.runtime.serve.models import Models
@@ -41,7 +42,7 @@ def build(models: Models, connections: Connections | None = None, tracing: Traci
     """
     options, metrics = models.options, Metrics(models, connections)
     models.watch(Journal(tracing).told)
-    routes = [*openai.routes(), *a1111.routes(models), *page.routes(), *operation.routes()]
+    routes = [*openai.routes(), *a1111.routes(models), *page.routes(), *operation.routes(), openapi.route()]
     app = Starlette(
         routes=routes,
         middleware=[
@@ -58,6 +59,7 @@ def build(models: Models, connections: Connections | None = None, tracing: Traci
         },
     )
     app.state.models, app.state.jobs, app.state.metrics = models, Jobs(), metrics
+    app.state.operations = openai.OPERATIONS
     return app
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import msgspec
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.bundle.manifest import MANIFEST, Manifest
 from latentrt.engines.errors import DrainingError, LatentrtError, OutOfMemoryError, RequestError
 from latentrt.runtime.serve.operation.memory import resident_bytes
 from latentrt.runtime.serve.operation.notes import CURRENT
@@ -45,15 +45,11 @@ Outcome = Literal["loaded", "unchanged", "failed"]
 
 
 class Model(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """A bundle that is served.
-
-    created: when it was loaded, in seconds since 1970; bytes: what it takes of the memory for bundles
-    """
+    """A bundle that is served. bytes: what it takes of the memory for bundles"""
 
     name: str
     pipe: Pipeline
     batcher: Batcher
-    created: int
     bytes: int
 
     @property
@@ -109,6 +105,11 @@ class Models:
     def names(self) -> list[str]:
         """Return the names of all models, aliases last."""
         return [*self._paths, *self.options.aliases]
+
+    def made_at(self, name: str) -> int:
+        """Return when a bundle was written, in seconds since 1970; it need not be loaded. Raises BundleError."""
+        root = Bundle.open(self._paths[self.options.aliases.get(name, name)]).root
+        return int((root / MANIFEST).stat().st_mtime)
 
     def all(self) -> list[Model]:
         """Return the models that are loaded."""
@@ -209,7 +210,7 @@ class Models:
             raise
         batcher = Batcher(pipe, options, observer=partial(self._told, Source(name, self.loads.total())))
         self._needs[name] = max(weights_bytes(pipe.bundle), resident_bytes() - before)
-        return Model(name=name, pipe=pipe, batcher=batcher, created=int(time.time()), bytes=self._needs[name])
+        return Model(name=name, pipe=pipe, batcher=batcher, bytes=self._needs[name])
 
     def _told(self, source: Source, event: Event) -> None:
         for watcher in self._watchers:

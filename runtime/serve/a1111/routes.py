@@ -24,6 +24,7 @@ from latentrt.runtime.serve.a1111.schema import Drawing, Img2Img, PngInfo, Txt2I
 from latentrt.runtime.serve.a1111.settings import Settings
 from latentrt.runtime.serve.bodies import read_json, until_gone
 from latentrt.runtime.serve.models import Model, Models
+from latentrt.runtime.serve.openai.asked import lora_files
 
 T = TypeVar("T", bound=Drawing)
 Options = dict[str, Any]
@@ -87,7 +88,7 @@ class A1111:
                 settings,
                 self._models.options.limits,
                 schedule=model.pipe.loaded.manifest.schedule,
-                loras=self._loras(model),
+                loras=self._loras(),
             )
             with self._desk.job(caller_of(web), model, request) as job:
                 await job.begin(request)
@@ -155,7 +156,7 @@ class A1111:
 
     async def loras(self, _: WebRequest) -> Response:
         """List the LoRAs that prompts may name."""
-        return _json(listings.loras(self._loras(await self._model())))
+        return _json(listings.loras(self._loras()))
 
     async def embeddings(self, _: WebRequest) -> Response:
         """List the learned words of the model that is set."""
@@ -164,8 +165,8 @@ class A1111:
     async def _model(self) -> Model:
         return await self._models.find(self._settings.sd_model_checkpoint)
 
-    def _loras(self, model: Model) -> Listing:
-        return {}
+    def _loras(self) -> Listing:
+        return lora_files(self._models.options)
 
 
 def _overrides(body: Drawing) -> Options:

@@ -98,7 +98,7 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is served. created: when its bundle was loaded, in seconds since 1970"""
+    """A model that is served. created: when its bundle was written, in seconds since 1970"""
 
     id: str
     created: int

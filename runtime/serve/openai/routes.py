@@ -14,7 +14,7 @@ from starlette.routing import Route
 from latentrt.runtime.serve.bodies import read_json, until_gone
 from latentrt.runtime.serve.call import Call
 from latentrt.runtime.serve.models import Models
-from latentrt.runtime.serve.openai.answers import ModelCard, ModelCards
+from latentrt.runtime.serve.openai.answers import Completed, ModelCard, ModelCards, Partial, Pictures
 from latentrt.runtime.serve.openai.asked import Files, request_of
 from latentrt.runtime.serve.openai.forms import read_form
 from latentrt.runtime.serve.openai.kept import Kept
@@ -22,9 +22,32 @@ from latentrt.runtime.serve.openai.schema import Drawing, Edit, Generation
 from latentrt.runtime.serve.openai.store import find, put
 from latentrt.runtime.serve.openai.streams import Events
 from latentrt.runtime.serve.openai.telling import Keep, Prefix, Telling, looks_of
+from latentrt.runtime.serve.openapi import Operation
 from latentrt.runtime.serve.web_errors import WebError
 
 LONGEST_KEY = 256
+OPERATIONS = (
+    Operation(
+        path="/v1/images/generations",
+        method="post",
+        summary="Draw pictures of a prompt",
+        body=Generation,
+        answer=Pictures,
+        events=(Partial, Completed),
+    ),
+    Operation(
+        path="/v1/images/edits",
+        method="post",
+        summary="Draw pictures of a prompt that start from an image",
+        body=Edit,
+        files=("image", "image[]", "mask", "controls[][image]"),
+        answer=Pictures,
+        events=(Partial, Completed),
+    ),
+    Operation(path="/v1/models", method="get", summary="List the models by name, aliases too", answer=ModelCards),
+    Operation(path="/v1/models/{name}", method="get", summary="Show a model", answer=ModelCard),
+    Operation(path="/pictures/{name}", method="get", summary="Fetch a picture that was drawn for its url"),
+)
 
 
 def routes() -> list[Route]:
@@ -75,16 +98,16 @@ class Images:
 
 async def list_models(web: WebRequest) -> Response:
     """List the models by name, aliases too."""
-    return _json(ModelCards(data=_cards(web.app.state.models)))
+    models: Models = web.app.state.models
+    return _json(ModelCards(data=await asyncio.to_thread(lambda: [_card(name, models) for name in models.names])))
 
 
 async def show_model(web: WebRequest) -> Response:
     """Show a model by its name or alias."""
     name, models = web.path_params["name"], web.app.state.models
-    card = next((card for card in _cards(models) if card.id == name), None)
-    if card is None:
+    if name not in models.names:
         await models.find(name)  # which refuses it, with the names that there are
-    return _json(card)
+    return _json(await asyncio.to_thread(_card, name, models))
 
 
 async def show_picture(web: WebRequest) -> Response:
@@ -96,10 +119,8 @@ async def show_picture(web: WebRequest) -> Response:
     return FileResponse(path, headers={"cache-control": "private, max-age=3600", "x-content-type-options": "nosniff"})
 
 
-def _cards(models: Models) -> list[ModelCard]:
-    created = {model.name: model.created for model in models.all()}
-    aliases = models.options.aliases
-    return [ModelCard(id=name, created=created[aliases.get(name, name)]) for name in models.names]
+def _card(name: str, models: Models) -> ModelCard:
+    return ModelCard(id=name, created=models.made_at(name))
 
 
 def _keep(web: WebRequest) -> Keep:
@@ -127,5 +148,5 @@ def _digest(body: Drawing, files: Mapping[str, list[bytes]]) -> bytes:
     return digest.digest()
 
 
-def _json(answer: msgspec.Struct | None) -> Response:
+def _json(answer: msgspec.Struct) -> Response:
     return Response(msgspec.json.encode(answer), media_type="application/json")
