@@ -74,6 +74,13 @@ def counts(mix: Sequence[Share], count: int) -> list[int]:
     return [int(part) for part in np.diff(np.round(ends * count).astype(int), prepend=0)]
 
 
+def moments(mix: Sequence[Share], count: int, seed: int, *, cv: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (count,) float64 moments, one a second in the mean, and (count,) int64 steps, in random order."""
+    rng = np.random.default_rng(seed)
+    at = np.cumsum(gaps(count, rng, cv=cv))
+    return at, rng.permutation(np.repeat([part.steps for part in mix], counts(mix, count)))
+
+
 def random_items(
     mix: Sequence[Share], count: int, seed: int, *, cv: float = 1.0, size: tuple[int, int] | None = None,
     guidance: float = GUIDANCE, sampler: str | None = None,
@@ -82,9 +89,7 @@ def random_items(
 
     The same seed gives the same order and, but for their scale, the same gaps at every rate: see `at_rate`.
     """
-    rng = np.random.default_rng(seed)
-    at = np.cumsum(gaps(count, rng, cv=cv))
-    steps = rng.permutation(np.repeat([part.steps for part in mix], counts(mix, count)))
+    at, steps = moments(mix, count, seed, cv=cv)
     return tuple(
         Item(at_s=float(moment), steps=int(some), size=size, guidance=guidance, sampler=sampler)
         for moment, some in zip(at, steps, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from latentrt.engines.cli_types import Many, Size, on_gpu
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.load.arrivals import GUIDANCE, Share, read_trace
-from latentrt.runtime.bench.load.result import Report, read_report, to_json, write_report
+from latentrt.runtime.bench.load.result import Report, document_text, read_report, read_times
 from latentrt.runtime.bench.load.text import report_text
+from latentrt.runtime.bench.result import write_text
 
 File = click.Path(path_type=Path)
 POSITIVE = click.IntRange(min=1)
@@ -50,10 +52,14 @@ class Mix(click.ParamType[tuple[Share, ...]]):
 
 @click.command("bench-serve")
 @click.argument("bundle", required=False)
+@click.option("--url", default=None, help="A server of OpenAI's Images API to measure instead of a bundle.")
+@click.option("--key", envvar="LATENTRT_API_KEY", default=None, help="For the server. Default: $LATENTRT_API_KEY.")
 @click.option("--mix", type=Mix(), default=(Share(steps=20, share=1.0),), help="Steps and their shares. Default: 20.")
 @click.option("--trace", type=File, default=None, help="JSON lines with at_s, steps, size, guidance, slo_ms, …")
 @click.option("--burst", "cv", type=click.FloatRange(0, 10), default=1.0, help="CV of the gaps. Default: 1, Poisson.")
-@click.option("--requests", type=click.IntRange(min=1, max=100_000), default=100, show_default=True, help="In a run.")
+@click.option(
+    "--requests", type=click.IntRange(1, 1_000_000), default=None, help="In a run. Default: 100; fleet: 20000."
+)
 @click.option("--seeds", type=click.IntRange(min=1, max=100), default=5, show_default=True)
 @click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--slo", "multiple", type=RATE, default=5.0, show_default=True, help="Times a request's own time alone.")
@@ -68,35 +74,86 @@ class Mix(click.ParamType[tuple[Share, ...]]):
 @on_gpu
 @click.option("--threads", type=POSITIVE, default=None, help="CPU threads. Default: the backend's own.")
 @click.option("--seconds", type=RATE, default=540.0, show_default=True, help="For all of it.")
+@click.option("--simulate", is_flag=True, help="Say what the simulator predicts, too.")
+@click.option("--fleet", type=Many(POSITIVE, "8,64"), default=None, help="Simulate so many machines. Needs --times.")
+@click.option("--times", type=File, default=None, help="A result of --simulate, or its `times` alone, for --fleet.")
 @click.option("--json", "json_file", type=File, default=None, help="Write the result to this file; - prints it.")
 @click.option("--show", type=File, default=None, help="Show a saved result instead of measuring.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of results.")
-def bench_serve(bundle: str | None, json_file: Path | None, show: Path | None, schema: bool, **asked: Any) -> None:
-    """Measure what BUNDLE gives under load: requests in time, goodput, percentiles; three ways of serving in a run."""
-    if sum((schema, show is not None, bundle is not None)) != 1:
-        raise RequestError("bench-serve takes one of: a BUNDLE to measure, --show FILE, --schema")
+def bench_serve(
+    bundle: str | None,
+    url: str | None,
+    json_file: Path | None,
+    show: Path | None,
+    schema: bool,
+    fleet: tuple[int, ...] | None,
+    times: Path | None,
+    **asked: Any,
+) -> None:
+    """Measure what BUNDLE, served in three ways, or a server gives under load: who is in time, goodput, percentiles."""
+    if sum((schema, *(one is not None for one in (show, bundle, url, fleet)))) != 1:
+        raise RequestError("bench-serve takes one of: a BUNDLE or --url URL to measure, --show FILE, --fleet, --schema")
+    if fleet is not None:
+        _survey(fleet, times, json_file, asked)
+        return
     if schema:
         click.echo(json.dumps(json_schema(Report), indent=1))
         return
-    report = read_report(show) if show else _measure(str(bundle), quiet=str(json_file) == "-", **asked)
+    report = read_report(show) if show else _measure(bundle, url, quiet=str(json_file) == "-", **asked)
     if json_file is not None and str(json_file) != "-":
-        write_report(report, json_file)
-    click.echo(to_json(report) if str(json_file) == "-" else report_text(report), nl=False)
+        write_text(document_text(report), json_file)
+    click.echo(document_text(report) if str(json_file) == "-" else report_text(report), nl=False)
+
+
+def _survey(fleet: tuple[int, ...], file: Path | None, json_file: Path | None, asked: dict[str, Any]) -> None:
+    from latentrt.runtime.bench.load.simulator.survey import Assumed, Survey, survey, survey_table
+
+    if file is None:
+        raise RequestError("times: a fleet is simulated from the times of a machine's parts; name a file that has them")
+    times = read_times(file)
+    given = {name: asked[name] for name in ("multiple", "most", "waiting", "requests") if asked[name] is not None}
+    assumed = Assumed(**given)
+    quiet = str(json_file) == "-"
+    with terminal_report(quiet=quiet) as progress:
+        rows = tuple(survey(sorted(fleet), asked["mix"], times, assumed, progress))
+    found = Survey(
+        kind="latentrt fleet",
+        command=shlex.join(["latentrt", *sys.argv[1:]]),
+        source=file.name,
+        mix=asked["mix"],
+        times=times,
+        assumed=assumed,
+        rows=rows,
+    )
+    if json_file is not None and not quiet:
+        write_text(document_text(found), json_file)
+    click.echo(document_text(found) if quiet else survey_table(found), nl=False)
 
 
 def _measure(
-    bundle: str, *, quiet: bool, trace: Path | None, backend: str, device: int, threads: int | None, **asked: Any
+    bundle: str | None,
+    url: str | None,
+    *,
+    quiet: bool,
+    trace: Path | None,
+    key: str | None,
+    backend: str,
+    device: int,
+    threads: int | None,
+    **asked: Any,
 ) -> Report:
     # this loads the whole pipeline, which showing a result does not need
-    from latentrt.runtime.bench.load.measure import Asked, bundle_target, run_load
+    from latentrt.runtime.bench.load.measure import Asked, bundle_target, run_load, server_target
     from latentrt.runtime.pipeline import Pipeline
 
     items = () if trace is None else read_trace(trace)
+    asked = {name: value for name, value in asked.items() if name != "requests" or value is not None}
     plan = Asked(trace=items, trace_name=None if trace is None else trace.name, **asked)
     command = shlex.join(["latentrt", *sys.argv[1:]])
-    with (
-        terminal_report(quiet=quiet) as progress,
-        Pipeline.load(bundle, backend, device=device, threads=threads) as pipe,
-        bundle_target(pipe, plan) as target,
-    ):
+    with terminal_report(quiet=quiet) as progress, ExitStack() as stack:
+        if bundle is None:
+            target = stack.enter_context(server_target(str(url), key, plan))
+        else:
+            pipe = stack.enter_context(Pipeline.load(bundle, backend, device=device, threads=threads))
+            target = stack.enter_context(bundle_target(pipe, plan))
         return run_load(plan, target, command=command, progress=progress)

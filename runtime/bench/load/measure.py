@@ -16,9 +16,12 @@ from latentrt.engines.progress import Report as Progress
 from latentrt.runtime.bench.load.arrivals import GUIDANCE, Item, Kind, Share, at_rate, random_items, rate_of
 from latentrt.runtime.bench.load.drive import Submit, drive
 from latentrt.runtime.bench.load.figures import MULTIPLES, Run, kind_names, run_of
+from latentrt.runtime.bench.load.remote import server
 from latentrt.runtime.bench.load.result import SCHEMA_VERSION, Goodput, Method, Report, Serving, Spread
 from latentrt.runtime.bench.load.search import find_goodput
 from latentrt.runtime.bench.load.serving import SERVINGS, Options, request_of
+from latentrt.runtime.bench.load.simulator.predict import Served, measure_times, predict
+from latentrt.runtime.bench.load.simulator.replica import Times
 from latentrt.runtime.bench.machine import Watch, describe_machine, now
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ Way = Callable[[], AbstractContextManager[Submit]]
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure.
 
+    simulate: whether to predict the goodput too
     rates: a second, to measure at; empty to look for the goodput, or of a trace for its own
     seconds: in all; no seed is begun that would take longer, and no rate is tried after
     """
@@ -56,6 +60,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float = GUIDANCE
     sampler: str | None = None
     seconds: float = 540.0
+    simulate: bool = False
 
     def items(self, seed: int) -> tuple[Item, ...]:
         """Return a seed's requests: those of the trace, or of the mix, one a second in the mean."""
@@ -76,24 +81,48 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     ways: of serving, by name; alone: seconds of a request by itself, by kind
     skips_idle: whether time in which nothing is drawn is left out; nobody else may use what is measured then
+    stages, times: of each kind, and of a bundle's parts, where the goodput is to be predicted
     """
 
     name: str
     ways: Mapping[str, Way]
     alone: Mapping[Kind, float]
     skips_idle: bool
+    stages: Mapping[Kind, int] = {}
+    times: Times | None = None
 
 
 @contextmanager
 def bundle_target(pipe: Pipeline, asked: Asked) -> Iterator[Target]:
     """Measure a bundle in this process, in the ways that are asked for."""
     options = Options(most=asked.most, waiting=asked.waiting, slo=asked.multiple)
+    found = {kind: alone_s(pipe, item) for kind, item in one_of_each(asked).items()}
+    alone = {kind: seconds for kind, (seconds, _) in found.items()}
+    stages = {kind: count for kind, (_, count) in found.items()}
+    served = Served(stages=stages, alone=alone, options=options)
     yield Target(
         name=pipe.bundle.root.name,
         ways={name: partial(SERVINGS[name], pipe, options) for name in asked.servings},
-        alone={kind: alone_s(pipe, item) for kind, item in one_of_each(asked).items()},
+        alone=alone,
         skips_idle=True,
+        stages=stages,
+        times=measure_times(pipe, asked.items(asked.first_seed), served) if asked.simulate else None,
     )
+
+
+@contextmanager
+def server_target(url: str, key: str | None, asked: Asked) -> Iterator[Target]:
+    """Measure a server, which others may ask too. Raises RequestError where none answers, or nothing is drawn."""
+    with server(url, key) as submit:
+        alone = {}
+        for kind, item in one_of_each(asked).items():
+            seconds = []
+            for draw in range(ALONE_DRAWS + 1):
+                start = time.perf_counter()
+                submit(WARM + draw, item).result()
+                seconds.append(time.perf_counter() - start)
+            alone[kind] = float(np.median(seconds[1:]))
+    yield Target(name=url, ways={"server": partial(server, url, key)}, alone=alone, skips_idle=False)
 
 
 def one_of_each(asked: Asked) -> dict[Kind, Item]:
@@ -101,14 +130,14 @@ def one_of_each(asked: Asked) -> dict[Kind, Item]:
     return {item.kind: item for item in asked.items(asked.first_seed)}
 
 
-def alone_s(pipe: Pipeline, item: Item) -> float:
-    """Return the seconds of a request that has the pipeline for itself: the median, after one that is not counted."""
-    seconds = []
+def alone_s(pipe: Pipeline, item: Item) -> tuple[float, int]:
+    """Return the median seconds of a request that has the pipeline for itself, and its stages."""
+    seconds, stages = [], 0
     for draw in range(ALONE_DRAWS + 1):
         start = time.perf_counter()
-        pipe.draw(request_of([item], [WARM + draw]))
+        stages = len(pipe.draw(request_of([item], [WARM + draw])).step_seconds)
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:]))
+    return float(np.median(seconds[1:])), stages
 
 
 def run_load(asked: Asked, target: Target, *, command: str, progress: Progress) -> Report:
@@ -135,9 +164,27 @@ def run_load(asked: Asked, target: Target, *, command: str, progress: Progress) 
         conditions=watch.conditions(),
         method=_method(asked, target),
         alone_s={name: target.alone[kind] for kind, name in names.items()},
-        times=None,
-        servings=tuple(serving_of(name, seeds, found.get("continuous", [])) for name, seeds in found.items()),
+        times=target.times,
+        servings=tuple(
+            _predicted(serving_of(name, seeds, found.get("continuous", [])), asked, target)
+            for name, seeds in found.items()
+        ),
     )
+
+
+def _predicted(serving: Serving, asked: Asked, target: Target) -> Serving:
+    """Return what one way of serving gave with what the simulator says of the same requests."""
+    if target.times is None or serving.goodput is None:
+        return serving
+    options = Options(most=asked.most, waiting=asked.waiting, slo=asked.multiple)
+    served = Served(stages=target.stages, alone=target.alone, options=options)
+    rates, parts = [], []
+    for one in serving.seeds:
+        assert one.rate is not None
+        rates.append(predict(serving.name, asked.items(one.seed), served, target.times, start=one.rate).rate)
+        if one.bound == "found":
+            parts.append(rates[-1] / one.rate)
+    return msgspec.structs.replace(serving, predicted=tuple(rates), prediction=spread(parts) if parts else None)
 
 
 def _method(asked: Asked, target: Target) -> Method:

@@ -18,8 +18,8 @@ from latentrt.engines.spec import Document
 from latentrt.runtime.bench.load.arrivals import Share
 from latentrt.runtime.bench.load.figures import Run
 from latentrt.runtime.bench.load.search import Bound
+from latentrt.runtime.bench.load.simulator.replica import Times
 from latentrt.runtime.bench.machine import Conditions, Machine
-from latentrt.runtime.bench.result import write_text
 
 KIND = "latentrt bench-serve"
 SCHEMA_VERSION = 1
@@ -54,7 +54,7 @@ class Serving(Document, frozen=True, kw_only=True):
     """One way of serving: `continuous`, `one` at a time, `static` batches, or the server at a `url`.
 
     goodput: over the seeds; better: how many times that of this way `continuous` reaches, seed by seed
-    predicted: what the simulator says of the same requests, seed by seed, and as a part of what was measured
+    predicted: what the simulator says of the same requests, seed by seed; prediction: as a part of what was found
     """
 
     name: str
@@ -63,22 +63,6 @@ class Serving(Document, frozen=True, kw_only=True):
     better: Spread | None
     predicted: tuple[float, ...] = ()
     prediction: Spread | None = None
-
-
-class Times(Document, frozen=True, kw_only=True):
-    """What the simulator is given: how long a bundle's parts took on this machine, each by itself.
-
-    stage_s: (model rows, seconds) of a denoiser's stage; encode_s, decode_s: (pictures, seconds)
-    call_s: (pictures, seconds) of a call beside those; between_s: what a batcher takes between two stages
-    shared: how much an encoding or decoding beside the loop delays it, 0 for not at all, 1 by all that it takes
-    """
-
-    stage_s: tuple[tuple[int, float], ...]
-    encode_s: tuple[tuple[int, float], ...]
-    decode_s: tuple[tuple[int, float], ...]
-    call_s: tuple[tuple[int, float], ...]
-    between_s: float
-    shared: float
 
 
 class Method(Document, frozen=True, kw_only=True):
@@ -116,14 +100,9 @@ class Report(Document, frozen=True, kw_only=True):
     servings: tuple[Serving, ...]
 
 
-def to_json(report: Report) -> str:
-    """Write a report as JSON."""
-    return json.dumps(msgspec.to_builtins(report), indent=1, allow_nan=False) + "\n"
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write a report in one step. Raises BundleError."""
-    write_text(to_json(report), path)
+def document_text(document: Document) -> str:
+    """Write a document as JSON."""
+    return json.dumps(msgspec.to_builtins(document), indent=1, allow_nan=False) + "\n"
 
 
 def read_report(path: Path) -> Report:
@@ -137,3 +116,14 @@ def read_report(path: Path) -> Report:
         return parse(Report, document)
     except ParseError as error:
         raise RequestError(f"{path} {error}; name a file that --json of this version wrote") from None
+
+
+def read_times(path: Path) -> Times:
+    """Read the times of a machine's parts: of a report, or by themselves. Raises RequestError."""
+    try:
+        document = decode(read_content(path), strict=True)
+        if isinstance(document, dict) and "times" in document:
+            document = document["times"]
+        return parse(Times, document)
+    except ParseError as error:
+        raise RequestError(f"times: {path} {error}; name a result of --simulate, or what its `times` holds") from None

@@ -9,7 +9,7 @@ import numpy as np
 from latentrt.runtime.bench.load.figures import Quantiles, Run
 from latentrt.runtime.bench.load.result import Goodput, Report, Serving, Spread
 
-TITLES = {"continuous": "stages shared", "one": "one at a time", "static": "static batches"}
+TITLES = {"continuous": "stages shared", "one": "one at a time", "static": "static batches", "server": "the server"}
 
 
 def report_text(report: Report) -> str:
