@@ -14,13 +14,14 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from latentrt import Request
+from latentrt import Lora, Request
 from latentrt.engines.spec import Array
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import Limits, ServeOptions
+from tests.lora_files import every_layer, kohya, save
 from tests.serving import served
 
 SMALL = {"prompt": "a circle", "steps": 3, "width": 32, "height": 32, "cfg_scale": 7.5, "seed": 3}
@@ -28,8 +29,13 @@ OPEN_WEBUI = {"authorization": ""}  # what it sends where no password is set
 
 
 @pytest.fixture(scope="module")
-def models(sd1_bundle: Path) -> Iterator[Models]:
-    options = ServeOptions(slots=4, aliases={"first": "tiny"}, limits=Limits(pixels=128 * 128))
+def lora(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("loras") / "style.safetensors", kohya(every_layer(sd1_checkpoint, seed=1)))
+
+
+@pytest.fixture(scope="module")
+def models(sd1_bundle: Path, lora: Path) -> Iterator[Models]:
+    options = ServeOptions(slots=4, aliases={"first": "tiny"}, limits=Limits(pixels=128 * 128), loras=lora.parent)
     with Models({"tiny": sd1_bundle, "other": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         yield opened
 
@@ -169,7 +175,7 @@ def test_the_photoshop_plugin_draws_over_an_image_and_reads_its_settings(client:
     assert found["info"] == json.loads(answer["info"])["infotexts"][0]
     wanted = {"Prompt": "a circle", "Steps": "3", "Sampler": "Euler", "Seed": "3", "Size": "32x32"}
     assert wanted.items() <= found["parameters"].items()
-    assert client.get("/loras").json() == []
+    assert [one["name"] for one in client.get("/loras").json()] == ["style"]
     assert client.get("/embeddings").json() == {"loaded": {}, "skipped": {}}
 
 
@@ -206,6 +212,15 @@ def test_a_field_draws_what_the_library_draws(
     assert all(same(image, pixels) for image, pixels in zip(answer["images"], alone, strict=True))
 
 
+def test_a_prompt_applies_loras_by_their_names(client: httpx.Client, models: Models, lora: Path) -> None:
+    asked = SMALL | {"prompt": "a <lora:style:0.6>circle<lora:style:0.2>"}
+    image = client.post("/txt2img", json=asked).raise_for_status().json()["images"][0]
+    styled = drawn(models, loras=[Lora(file=lora, scale=0.8)], guidance=7.5)[0]
+    assert same(image, styled) and not same(image, drawn(models, guidance=7.5)[0])
+    plain = client.post("/txt2img", json=asked | {"disable_extra_networks": True}).json()["images"][0]
+    assert same(plain, drawn(models, guidance=7.5)[0])
+
+
 def test_a_mask_keeps_what_is_black(client: httpx.Client, models: Models) -> None:
     start = np.full((32, 32, 3), 200, np.uint8)
     mask = np.zeros((32, 32), np.uint8)
@@ -240,6 +255,8 @@ def test_a_mask_keeps_what_is_black(client: httpx.Client, models: Models) -> Non
         ("txt2img", {"cfg_scale": "nan"}, 400, "cfg_scale"),
         ("txt2img", {"subseed": 1, "subseed_strength": 3}, 400, "subseed_strength"),
         ("txt2img", {"prompt": "a <lora:nope:0.8> circle"}, 400, "prompt"),
+        ("txt2img", {"prompt": "a <lora:style:0.8:0.5> circle"}, 400, "prompt"),
+        ("txt2img", {"prompt": "a <lora:style:strong> circle"}, 400, "prompt"),
         ("txt2img", {"prompt": "a [red:blue:0.5] circle"}, 400, "prompt"),
         ("txt2img", {"override_settings": {"sd_vae": "other.vae"}}, 400, "sd_vae"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "nope"}}, 404, "model"),
@@ -263,10 +280,7 @@ def test_what_cannot_be_done_is_refused_by_its_name(
     assert answer.json()["detail"].startswith((f"{field}:", f"{field}, "))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("mask_blur", 4), ("inpainting_fill", 0), ("inpaint_full_res", True), ("inpainting_mask_invert", 1)],
-)
+@pytest.mark.parametrize(("field", "value"), [("inpainting_fill", 0), ("inpaint_full_res", True), ("mask_blur", 65)])
 def test_what_is_not_done_with_a_mask_is_refused_with_one_and_accepted_without(
     client: httpx.Client, field: str, value: object
 ) -> None:
@@ -275,6 +289,35 @@ def test_what_is_not_done_with_a_mask_is_refused_with_one_and_accepted_without(
     assert client.post("/img2img", json=asked).status_code == 200
     refused = client.post("/img2img", json=asked | {"mask": image})
     assert refused.status_code == 400 and refused.json()["detail"].startswith(f"{field}:")
+
+
+def test_a_blurred_mask_mixes_the_picture_with_the_image_along_its_edge(client: httpx.Client, models: Models) -> None:
+    start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    soft = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(2)))
+    asked = SMALL | {"init_images": [file_of(start)], "mask": file_of(mask), "mask_blur": 2}
+    image = client.post("/img2img", json=asked).raise_for_status().json()["images"][0]
+    alone = drawn(models, image=start, mask=soft, strength=0.75, guidance=7.5)[0]
+    share = soft[..., None] / 255
+    assert same(image, share * alone + (1 - share) * start)
+    assert (pixels_of(image)[:, :8] == start[:, :8]).all()  # where nothing of the mask comes
+    assert Image.open(io.BytesIO(base64.b64decode(image))).info["parameters"]
+
+
+@pytest.mark.parametrize("mode", ["white", "inverted", "opaque"])
+def test_a_mask_is_white_or_opaque_where_it_repaints(client: httpx.Client, models: Models, mode: str) -> None:
+    start = np.full((32, 32, 3), 200, np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    sent = {"white": mask, "inverted": 255 - mask, "opaque": np.dstack([np.zeros((32, 32, 3), np.uint8), mask])}[mode]
+    asked = SMALL | {
+        "init_images": [file_of(start)],
+        "mask": file_of(sent),
+        "inpainting_mask_invert": mode == "inverted",
+    }
+    image = client.post("/img2img", json=asked).raise_for_status().json()["images"][0]
+    assert same(image, drawn(models, image=start, mask=mask, strength=0.75, guidance=7.5)[0])
 
 
 def test_options_hold_for_later_calls_and_a_calls_own_do_not(client: httpx.Client, models: Models) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import time
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+from PIL import Image
 
 from latentrt.runtime.images.write_png import community_name, parameters
 from latentrt.runtime.request import Request
-from latentrt.runtime.serve.a1111.schema import Drawing, Drawn
+from latentrt.runtime.serve.a1111.asked import blur_of
+from latentrt.runtime.serve.a1111.images import blended
+from latentrt.runtime.serve.a1111.schema import Drawing, Drawn, Img2Img
 from latentrt.runtime.serve.jobs import Job
 
 UNSENT = ("init_images", "mask")  # not sent back unless the client asks for them
@@ -19,9 +22,11 @@ UNSENT = ("init_images", "mask")  # not sent back unless the client asks for the
 
 def answer(body: Drawing, request: Request, job: Job) -> Drawn:
     """Return the answer to a body: with all pictures of its job, or those that were done when it was interrupted."""
-    done = [] if body.send_images is False else sorted(job.files)
+    files = [] if body.send_images is False else [job.files[picture] for picture in sorted(job.files)]
+    if isinstance(body, Img2Img) and body.mask and any(blur_of(body)):
+        files = [blended(file, cast(Image.Image, request.image), cast(Image.Image, request.mask)) for file in files]
     return Drawn(
-        images=[base64.b64encode(job.files[picture]).decode() for picture in done],
+        images=[base64.b64encode(file).decode() for file in files],
         parameters=_sent(body),
         info=json.dumps(_info(body, request, job), ensure_ascii=False),
     )

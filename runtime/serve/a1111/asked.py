@@ -7,23 +7,27 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
+from PIL import Image
 
-from latentrt.engines.bundle.manifest import TrainingSchedule
 from latentrt.runtime.request import Request
 from latentrt.runtime.sampling.catalogue import SAMPLERS, choose_sampler, find
 from latentrt.runtime.sampling.make import make_plan
-from latentrt.runtime.serve.a1111.images import read_image
+from latentrt.runtime.serve.a1111.images import file_of, mask_of
 from latentrt.runtime.serve.a1111.neutral import refuse_further, refuse_unless_neutral
-from latentrt.runtime.serve.a1111.prompts import Listing, take_loras
+from latentrt.runtime.serve.a1111.prompts import take_loras
 from latentrt.runtime.serve.a1111.schema import DEFAULT_CFG, DEFAULT_STRENGTH, RANDOM, Drawing, Img2Img
 from latentrt.runtime.serve.a1111.settings import Settings
 from latentrt.runtime.serve.bodies import invalid
-from latentrt.runtime.serve.options import Limits
+from latentrt.runtime.serve.models import Model
+from latentrt.runtime.serve.openai.asked import check_engines, lora_files
+from latentrt.runtime.serve.options import Limits, ServeOptions
+from latentrt.runtime.serve.pictures import read_image
 from latentrt.runtime.serve.web_errors import WebError
 
 T = TypeVar("T", bound=msgspec.Struct)
 # A1111's schedulers that have another name here. Both of the first leave it to the sampler's name.
 SPACINGS: Mapping[str, str | None] = {"automatic": None, "uniform": None, "align_your_steps": "ays"}
+MOST_BLUR = 64  # pixels, as in A1111's interface
 ORIGINAL = 1  # inpainting_fill: what a mask repaints begins with the image
 
 
@@ -38,15 +42,17 @@ def parse(fields: dict[str, Any], kind: type[T]) -> T:
     return body
 
 
-def request_of(
-    body: Drawing, settings: Settings, limits: Limits, *, schedule: TrainingSchedule, loras: Listing
-) -> Request:
+def request_of(body: Drawing, settings: Settings, model: Model, options: ServeOptions) -> Request:
     """Return the request of a body. Raises WebError and RequestError on what cannot be drawn, before it is tried.
 
-    settings: with the body's own options; schedule: of the model that will draw
+    settings: with the body's own options. It decodes images, which takes longer than an event loop has.
     """
+    limits = options.limits
     refuse_unless_neutral("enable_hr", body.enable_hr)
-    prompt, applied = take_loras(body.prompt or "", loras, apply=not body.disable_extra_networks)
+    prompt, applied = take_loras(body.prompt or "", lora_files(options), apply=not body.disable_extra_networks)
+    size = _size(body, limits)
+    if size is not None:
+        check_engines(size, model)
     return Request(
         prompt=prompt,
         negative_prompt=body.negative_prompt or None,
@@ -54,11 +60,11 @@ def request_of(
         clip_skip=settings.clip_stop - 1,
         n=_count(body, limits),
         guidance=DEFAULT_CFG if body.cfg_scale is None else body.cfg_scale,
-        size=_size(body, limits),
+        size=size,
         steps=_steps(body, limits),
         noise=settings.noise,
         loras=applied,
-        **_sampler(body, schedule),
+        **_sampler(body, model),
         **_seeds(body),
         **(_image(body, limits) if isinstance(body, Img2Img) else {}),
     )
@@ -101,17 +107,18 @@ def _seeds(body: Drawing) -> dict[str, Any]:
     return {"seed": seed, "variation_seed": varied, "variation_strength": body.subseed_strength}
 
 
-def _sampler(body: Drawing, schedule: TrainingSchedule) -> dict[str, Any]:
+def _sampler(body: Drawing, model: Model) -> dict[str, Any]:
     """Return sampler, spacing and eta. A spacing in the sampler's name goes before the scheduler, as in A1111's."""
     name, scheduler = body.sampler_name or body.sampler_index, (body.scheduler or "").lower().replace(" ", "_")
     spacing = SPACINGS.get(scheduler, scheduler) or None
     if name is not None and find(name).spacing is not None:
         spacing = None
-    return {"sampler": name, "spacing": spacing, "eta": _eta(body.eta, name, schedule)}
+    return {"sampler": name, "spacing": spacing, "eta": _eta(body.eta, name, model)}
 
 
-def _eta(eta: float | None, sampler: str | None, schedule: TrainingSchedule) -> float | None:
+def _eta(eta: float | None, sampler: str | None, model: Model) -> float | None:
     """Return the share of fresh noise, where the sampler has a choice; None where it has not, and eta is its share."""
+    schedule = model.pipe.manifest.schedule
     chosen = choose_sampler(sampler, schedule).name
     if eta is None or SAMPLERS[chosen].eta is not None:
         return eta
@@ -124,24 +131,33 @@ def _image(body: Img2Img, limits: Limits) -> dict[str, Any]:
     """Return image, mask and strength."""
     if not body.init_images:
         raise WebError("init_images: missing, expected an image", param="init_images")
-    images = [read_image(one, "init_images", pixels=limits.pixels) for one in body.init_images]
+    images = [
+        read_image(file_of(one, "init_images"), name="init_images", most=limits.pixels) for one in body.init_images
+    ]
     strength = DEFAULT_STRENGTH if body.denoising_strength is None else body.denoising_strength
     if body.resize_mode:
         raise WebError("resize_mode: an image is resized to width and height; send 0", param="resize_mode")
-    if body.mask is None or not body.mask:
+    if not body.mask:
         return {"image": images if len(images) > 1 else images[0], "strength": strength}
     if len(images) > 1:
         raise WebError("init_images: found several with a mask, expected one", param="init_images")
-    _check_mask(body)
-    return {"image": images[0], "mask": read_image(body.mask, "mask", pixels=limits.pixels), "strength": strength}
+    return {"image": images[0], "mask": _mask(body, body.mask, limits), "strength": strength}
 
 
-def _check_mask(body: Img2Img) -> None:
-    """Refuse what this service does not do with a mask."""
-    refuse_unless_neutral("mask_blur", body.mask_blur or body.mask_blur_x or body.mask_blur_y)
-    refuse_unless_neutral("inpainting_mask_invert", body.inpainting_mask_invert)
+def _mask(body: Img2Img, mask: str, limits: Limits) -> Image.Image:
     refuse_unless_neutral("inpaint_full_res", body.inpaint_full_res)
     if body.inpainting_fill not in (None, ORIGINAL):
         raise WebError(
             f"inpainting_fill: what is repainted begins with the image; send {ORIGINAL}", param="inpainting_fill"
         )
+    image = read_image(file_of(mask, "mask"), name="mask", most=limits.pixels)
+    return mask_of(image, inverted=body.inpainting_mask_invert is True, blur=blur_of(body))
+
+
+def blur_of(body: Img2Img) -> tuple[float, float]:
+    """Return how far a mask's edge is blurred across and down, in pixels. Raises WebError."""
+    given = (body.mask_blur or 0.0, body.mask_blur or 0.0)
+    blur = given if any(given) else (body.mask_blur_x or 0.0, body.mask_blur_y or 0.0)
+    if not all(0 <= one <= MOST_BLUR for one in blur):
+        raise WebError(f"mask_blur: found {max(blur):g}, expected 0 to {MOST_BLUR}", param="mask_blur")
+    return blur

@@ -1,4 +1,4 @@
-"""Images as clients of A1111's API send them: base64 of a file, or a data URL. No other URL is read."""
+"""Images as clients of A1111's API send them, and its masks: what a mask means, and the edge that it leaves."""
 
 from __future__ import annotations
 
@@ -6,30 +6,47 @@ import base64
 import binascii
 import io
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
 
+from latentrt.runtime.images.read import decode
+from latentrt.runtime.serve.pictures import encode_pixels
 from latentrt.runtime.serve.web_errors import WebError
 
-FORMATS = ("PNG", "JPEG", "WEBP")
+OPAQUE = 128  # alpha above which a mask repaints
 
 
-def read_image(text: str, field: str, *, pixels: int) -> bytes:
-    """Return the file that a field holds. Raises WebError on what is no picture, or one of too many pixels.
-
-    pixels: what its header may say that it has, before anything is decoded
-    """
+def file_of(text: str, field: str) -> bytes:
+    """Return the file that a field holds: base64, or a data URL; no other URL is read. Raises WebError."""
     head, comma, rest = text.partition(",")
     if head.lower().startswith(("http://", "https://")):
         raise WebError(f"{field}: no URL is fetched; send the file itself as base64", param=field)
     try:
-        file = base64.b64decode(rest if comma and head.startswith("data:") else text, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise WebError(f"{field}: this is not base64", param=field) from error
-    try:
-        with Image.open(io.BytesIO(file), formats=FORMATS) as image:
-            width, height = image.size
-    except Exception as error:  # Pillow raises whatever its parsers meet
-        raise WebError(f"{field}: this is not a PNG, JPEG or WebP that can be read", param=field) from error
-    if width * height > pixels:
-        raise WebError(f"{field}: {width}x{height} is more than the {pixels} pixels that may be sent", param=field)
-    return file
+        return base64.b64decode(rest if comma and head.startswith("data:") else text, validate=True)
+    except (binascii.Error, ValueError):
+        raise WebError(f"{field}: this is not base64", param=field) from None
+
+
+def mask_of(image: Image.Image, *, inverted: bool, blur: tuple[float, float]) -> Image.Image:
+    """Return a mask as A1111's interface reads it: grey, white where it repaints.
+
+    image: white on black; or with transparency, and then opaque is white
+    blur: the deviations across and down, in pixels
+    """
+    grey = image.convert("L")
+    if image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema() != (255, 255):
+            grey = alpha.point([255 if value > OPAQUE else 0 for value in range(256)])
+    grey = ImageOps.invert(grey) if inverted else grey
+    return grey.filter(ImageFilter.GaussianBlur(blur)) if any(blur) else grey
+
+
+def blended(file: bytes, image: Image.Image, mask: Image.Image) -> bytes:
+    """Return a PNG with an image where a mask is black, and a mixture where it is grey; its settings stay."""
+    drawn = Image.open(io.BytesIO(file))
+    upright = decode(image, name="init_images")
+    assert isinstance(upright, Image.Image)
+    kept = upright.convert("RGB").resize(drawn.size, Image.Resampling.LANCZOS)
+    mixed = Image.composite(drawn, kept, mask.resize(drawn.size, Image.Resampling.LANCZOS))
+    return encode_pixels(np.asarray(mixed), "png", text=str(drawn.info["parameters"]))

@@ -17,8 +17,7 @@ from latentrt.runtime.serve.a1111 import listings
 from latentrt.runtime.serve.a1111.answers import answer
 from latentrt.runtime.serve.a1111.asked import parse, request_of
 from latentrt.runtime.serve.a1111.errors import renamed
-from latentrt.runtime.serve.a1111.images import read_image
-from latentrt.runtime.serve.a1111.prompts import Listing
+from latentrt.runtime.serve.a1111.images import file_of
 from latentrt.runtime.serve.a1111.running import Desk, caller_of
 from latentrt.runtime.serve.a1111.schema import Drawing, Img2Img, PngInfo, Txt2Img
 from latentrt.runtime.serve.a1111.settings import Settings
@@ -82,14 +81,7 @@ class A1111:
         settings = self._settings.changed(_overrides(body))
         model = await self._models.find(settings.sd_model_checkpoint)
         try:
-            request = await asyncio.to_thread(
-                request_of,
-                body,
-                settings,
-                self._models.options.limits,
-                schedule=model.pipe.loaded.manifest.schedule,
-                loras=self._loras(),
-            )
+            request = await asyncio.to_thread(request_of, body, settings, model, self._models.options)
             with self._desk.job(caller_of(web), model, request) as job:
                 await job.begin(request)
                 await until_gone(web, job.wait())
@@ -99,7 +91,7 @@ class A1111:
             self._settings = settings
         if job.error:
             raise renamed(job.error)
-        return _json(answer(body, request, job))
+        return _json(await asyncio.to_thread(answer, body, request, job))
 
     async def progress(self, web: WebRequest) -> Response:
         """Tell how far the caller's pictures are."""
@@ -125,9 +117,7 @@ class A1111:
     async def png_info(self, web: WebRequest) -> Response:
         """Give the settings that a picture's file holds."""
         body = parse(await read_json(web, Options), PngInfo)
-        file = await asyncio.to_thread(
-            read_image, body.image.strip(), "image", pixels=self._models.options.limits.pixels
-        )
+        file = await asyncio.to_thread(file_of, body.image.strip(), "image")
         text = str(await asyncio.to_thread(read_text, file) or "")
         written = parse_text(text)
         named = {"Prompt": written.prompt, "Negative prompt": written.negative_prompt or ""} if text else {}
@@ -156,7 +146,7 @@ class A1111:
 
     async def loras(self, _: WebRequest) -> Response:
         """List the LoRAs that prompts may name."""
-        return _json(listings.loras(self._loras()))
+        return _json(listings.loras(await asyncio.to_thread(lora_files, self._models.options)))
 
     async def embeddings(self, _: WebRequest) -> Response:
         """List the learned words of the model that is set."""
@@ -164,9 +154,6 @@ class A1111:
 
     async def _model(self) -> Model:
         return await self._models.find(self._settings.sd_model_checkpoint)
-
-    def _loras(self) -> Listing:
-        return lora_files(self._models.options)
 
 
 def _overrides(body: Drawing) -> Options:

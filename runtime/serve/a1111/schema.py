@@ -61,7 +61,7 @@ class Img2Img(Drawing, frozen=True, kw_only=True):
     mask_blur_y: float | None = None
     inpainting_fill: int | None = None
     inpaint_full_res: bool | None = None
-    inpainting_mask_invert: int | None = None
+    inpainting_mask_invert: bool | None = None
     resize_mode: int | None = None
     include_init_images: bool | None = None
 
