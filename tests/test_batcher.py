@@ -30,6 +30,7 @@ from latentrt.engines.errors import (
     RequestError,
 )
 from latentrt.engines.spec import Array, EngineView, Inputs
+from latentrt.runtime.batching import drawing_loop
 from latentrt.runtime.batching.observer import (
     Admitted,
     Cancelled,
@@ -404,6 +405,18 @@ def test_lora_sets_and_sizes_take_turns_and_each_picture_has_its_own(
     for one, other in zip(alone, found, strict=True):
         assert psnr(one, other) >= NEAR_DB
     assert len({one.tobytes() for one in found}) == len(found)
+
+
+def test_a_group_has_its_turn_while_more_of_another_wait_than_are_prepared(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group whose turn it was waited behind them to be prepared, and they for the end of its turn."""
+    monkeypatch.setattr(drawing_loop, "LEAST_TURN_S", 1e-4)  # shorter than a stage
+    width, height = pipe.manifest.default_size
+    with Batcher(pipe, BatcherOptions(slots=1)) as batcher:
+        first = [batcher.submit(asked(seed, steps=20))[0] for seed in range(6)]
+        (other,) = batcher.submit(asked(7, size=(width * 2, height)))
+        assert [answer(future).seeds for future in (*first, other)] == [(seed,) for seed in (*range(6), 7)]
 
 
 def test_weights_that_cannot_be_changed_end_whoever_needs_them_and_are_not_taken_for_changed(

@@ -174,11 +174,15 @@ class DrawingLoop:
     # Joining.
 
     def _prepare(self) -> None:
-        """Have the next pictures encoded beside the loop, as many as can join soon."""
+        """Have the next pictures encoded beside the loop, as many as can join soon; first the group that draws.
+
+        Others come after them, however urgent: their turn may only come once the group has had its own.
+        """
         if self._group is None:
             return
-        own = [one for one in self.line.waiting if one.group.weights == self._group.weights]
-        for ticket in sorted(own, key=lambda ticket: ticket.urgency)[: 2 * self._slots]:
+        group = self._group
+        own = [one for one in self.line.waiting if one.group.weights == group.weights]
+        for ticket in sorted(own, key=lambda ticket: (ticket.group != group, ticket.urgency))[: 2 * self._slots]:
             if not ticket.preparing:
                 ticket.preparing = True
                 self._beside.encode(partial(prepare, self._loaded), ticket)
