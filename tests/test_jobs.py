@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
 from PIL import Image
 
 from latentrt.engines.errors import QueueFullError, RequestError
@@ -115,6 +117,27 @@ def test_places_in_the_line_and_cancelling_one_all_but_one_and_all(client: httpx
     wait_until(client, state(third))
     client.delete(f"/jobs/{third}")
     assert client.get(f"/jobs/{third}").status_code == 404
+
+
+def test_who_follows_is_let_go_when_the_service_ends_and_all_is_drawn(
+    client: httpx.Client, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.post("/jobs", json=LONG)
+    monkeypatch.setattr(models, "draining", True)
+    *_, (_, last) = ((kind, data) for kind, data in events(client) if kind == "job")  # to the end of the stream
+    assert last["state"] == "done"
+
+
+@settings(max_examples=100)
+@given(
+    body=some.binary(max_size=200)
+    | some.text(max_size=100).map(lambda text: json.dumps({"prompt": text, "n": text}).encode())
+)
+def test_no_body_is_a_fault_of_the_service(address: str, body: bytes) -> None:
+    with httpx.Client(base_url=address, headers=MINE, timeout=WAIT_S) as client:
+        for path in ("/jobs", "/jobs/cancel", "/jobs/settings"):
+            for kind in ("application/json", "multipart/form-data; boundary=x", "image/png"):
+                assert client.post(path, content=body, headers={"content-type": kind}).status_code < 500
 
 
 def test_two_people_do_not_see_one_anothers_jobs(client: httpx.Client, address: str) -> None:

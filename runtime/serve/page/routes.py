@@ -27,7 +27,7 @@ from latentrt.runtime.serve.web_errors import WebError
 
 SESSION = "x-latentrt-session"
 PACE_S, HEARTBEAT_S = 0.1, 10.0  # events at most so often; and so long may nothing be sent
-RECOUNT_S = 0.5  # places in the line change without a word while something waits
+RECOUNT_S = 0.5  # places in the line change without a word, and so does whether the service ends
 
 
 class AllBut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -116,7 +116,7 @@ async def settings(web: WebRequest) -> Response:
 
 async def follow(web: WebRequest) -> Response:
     """Follow the session's jobs: first all of them, then each that changes, and previews."""
-    return EventSourceResponse(_events(_jobs(web), _owner(web)), ping=HEARTBEAT_S, send_timeout=30)
+    return EventSourceResponse(_events(_jobs(web), _models(web), _owner(web)), ping=HEARTBEAT_S, send_timeout=30)
 
 
 class Told(msgspec.Struct, kw_only=True):
@@ -126,11 +126,11 @@ class Told(msgspec.Struct, kw_only=True):
     stages: dict[int, int] = {}
 
 
-async def _events(jobs: Jobs, owner: str) -> AsyncIterator[ServerSentEvent]:
+async def _events(jobs: Jobs, models: Models, owner: str) -> AsyncIterator[ServerSentEvent]:
     """Give what has changed since it was last given: who reads slowly is told less often, and nothing piles up.
 
     `job` has a job's view, `preview` a picture of one, `gone` the id of one that is forgotten; `ready` follows all that
-    there was at first.
+    there was at first. A service that is about to end has no more to tell once nothing is being drawn.
     """
     known: dict[str, Told] = {}
     ready = False
@@ -146,10 +146,12 @@ async def _events(jobs: Jobs, owner: str) -> AsyncIterator[ServerSentEvent]:
                     yield event
             if not ready:
                 yield _event("ready", {})
-            ready, waiting = True, any(job.state == "waiting" for job in mine)
+            ready = True
+            if models.draining and all(job.over for job in mine):
+                return
             await asyncio.sleep(PACE_S)
             with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), RECOUNT_S if waiting else None)
+                await asyncio.wait_for(changed.wait(), RECOUNT_S)
 
 
 async def _news(job: Job, told: Told) -> AsyncIterator[ServerSentEvent]:
