@@ -28,7 +28,7 @@ class OpenEngines:
 
     engines: of those that were opened first, in use until `close`
     choice: the backend and why it was chosen
-    key: of the engines that were opened first
+    key, home: of the engines that were opened first: what they are for, their directory and its record
     load_s: how long it took to find, check and open them
     found: the directory to open first; None for the one that suits best
     """
@@ -48,7 +48,7 @@ class OpenEngines:
         self.choice = choice
         self._bundle, self._check = bundle, check
         self._threads, self._cuda_graphs = threads, cuda_graphs
-        directory, record = found or self._find()
+        self.home = directory, record = found or self._find()
         self._components = components or tuple(record.entries)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []

@@ -88,6 +88,15 @@ def test_the_rest_of_a_body_that_was_refused_is_not_waited_for(short: tuple[str,
     assert connections.cut == {"rest": 1}
 
 
+@pytest.mark.parametrize("sent", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET /" + b"x" * 100_000])
+def test_what_is_not_http_is_told_so(short: tuple[str, Connections], sent: bytes) -> None:
+    address, _ = short
+    with connected(address, sent) as one:
+        answer = http.client.HTTPResponse(one)
+        answer.begin()
+        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (400, "invalid_http")
+
+
 def test_a_connection_is_kept_for_the_next_request(short: tuple[str, Connections]) -> None:
     address, connections = short
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)

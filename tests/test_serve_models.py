@@ -134,6 +134,16 @@ def test_a_model_that_fails_its_test_is_not_served(three: dict[str, Path], monke
         Models({"a": three["a"]}, ServeOptions(), CPU)
 
 
+def test_engines_that_compute_something_else_fail_the_test(
+    three: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentrt.engines.verify import verify
+
+    monkeypatch.setattr(verify, "tolerance", lambda *_: 0.0)
+    with pytest.raises(EngineError, match="drifts"):
+        Models({"a": three["a"]}, ServeOptions(), CPU)
+
+
 def test_a_batcher_that_draws_something_else_fails_the_test(
     three: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,12 +7,14 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import pytest
+import yaml
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -73,6 +75,14 @@ def values(address: str) -> dict[str, float]:
     }
 
 
+def until(what: Callable[[], bool]) -> None:
+    """Wait until something holds, a minute at the most. A request is counted once the last of its answer is sent."""
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_a_model_is_tested_before_it_is_served_and_the_service_is_ready(address: str) -> None:
     assert ask(address, "/readyz")[0] == 200
     assert json.loads(ask(address, "/healthz")[1]) == {"status": "ok", "models": {"tiny": "ok"}}
@@ -82,6 +92,8 @@ def test_metrics_count_what_was_drawn_and_what_was_not(address: str) -> None:
     before = values(address)
     assert draw(address, n=2)[0] == 200
     assert draw(address, n=2, deadline=0.000001)[0] == 504
+    route = "latentrt_request_seconds_count /v1/images/generations"
+    until(lambda: values(address).get(f"{route} 504", 0) > before.get(f"{route} 504", 0))
     after = values(address)
 
     def more(name: str) -> float:
@@ -120,6 +132,7 @@ def test_the_log_says_who_asked_for_what_and_what_became_of_it(address: str, cap
     with caplog.at_level(logging.INFO, "latentrt"):
         status, _, number = draw(address, prompt="a secret wish", n=2)
         ask(address, "/healthz")
+        until(lambda: any(getattr(record, "fields", {}).get("route") for record in caplog.records))
     assert status == 200
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     (answered,) = [line for line in lines if line.get("route")]
@@ -132,6 +145,24 @@ def test_the_log_says_who_asked_for_what_and_what_became_of_it(address: str, cap
     assert number in TextLines("%(message)s").format(caplog.records[-1])
 
 
+def test_the_log_holds_prompts_only_where_that_is_wanted(
+    models: Models, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "options", msgspec.structs.replace(models.options, log_prompts=True))
+    with caplog.at_level(logging.INFO, "latentrt"), served(build(models)) as address:
+        assert draw(address, prompt="an open wish")[0] == 200
+        until(lambda: any("prompts" in getattr(record, "fields", {}) for record in caplog.records))
+    assert ["an open wish"] in [getattr(record, "fields", {}).get("prompts") for record in caplog.records]
+
+
+def test_the_first_look_at_a_picture_is_measured(address: str) -> None:
+    before = values(address)["latentrt_first_partial_seconds_count"]
+    assert draw(address)[0] == 200
+    assert values(address)["latentrt_first_partial_seconds_count"] == before
+    assert draw(address, steps=4, stream=True, partial_images=2)[0] == 200
+    until(lambda: values(address)["latentrt_first_partial_seconds_count"] == before + 1)
+
+
 def children(spans: tuple[ReadableSpan, ...], parent: ReadableSpan) -> list[ReadableSpan]:
     assert parent.context is not None
     return [span for span in spans if span.parent is not None and span.parent.span_id == parent.context.span_id]
@@ -142,6 +173,7 @@ def test_a_trace_holds_the_parts_of_each_picture(address: str) -> None:
     caller = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     body = {"prompt": "a circle", "steps": 2, "n": 2}
     assert ask(address, "/v1/images/generations", body, traceparent=caller)[0] == 200
+    until(lambda: len(SPANS.get_finished_spans()) == 11)
     spans = SPANS.get_finished_spans()
     (request,) = [span for span in spans if span.name == "POST /v1/images/generations"]
     assert request.context is not None and f"{request.context.trace_id:032x}" == caller.split("-")[1]
@@ -165,9 +197,14 @@ def test_every_metric_is_documented_and_the_dashboard_and_the_alerts_name_no_oth
     named = {f"{one.name}_total" if one.type == "counter" else one.name for one in families if one.name in exported}
     named = {f"{name}_info" if name == "latentrt_engine" else name for name in named}
     assert documented() == named
-    for file in ("docs/operation/grafana.json", "docs/operation/alerts.yaml"):
-        words = set(re.findall(r"latentrt_\w+", (ROOT / file).read_text("utf-8")))
-        assert words and {re.sub(r"_(bucket|count|sum)$", "", word) for word in words} <= named
+    dashboard = json.loads((ROOT / "docs/operation/grafana.json").read_text("utf-8"))
+    alerts = yaml.safe_load((ROOT / "docs/operation/alerts.yaml").read_text("utf-8"))
+    used = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert documented() == set(re.findall(r"latentrt_\w+?(?=_bucket|_count|_sum|\b)", " ".join(used)))
+    for text in (*used, *(rule["expr"] for group in alerts["groups"] for rule in group["rules"])):
+        words = set(re.findall(r"latentrt_\w+", text))
+        assert words or text.startswith("process_")
+        assert {re.sub(r"_(bucket|count|sum)$", "", word) for word in words} <= named
 
 
 def test_an_error_of_the_service_itself_is_one_answer_and_one_line(

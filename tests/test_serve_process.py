@@ -5,7 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,12 +15,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 import pytest
+
+from latentrt.engines.bundle.manifest import MANIFEST
+from latentrt.runtime.serve.page.routes import SESSION
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,3 +221,64 @@ def test_a_thousand_half_open_connections_slow_nobody_down(
             print(f"\n{opened} half-open, {cut} cut: p95 {loaded:.4f} s, idle {idle:.4f} s before, {again:.4f} s after")
         assert loaded <= 2 * max(idle, again)
         assert process.metric("latentrt_connections_cut_total") >= opened
+
+
+def test_a_bundle_that_was_replaced_is_loaded_on_a_signal(sd1_bundle: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "tiny"
+    shutil.copytree(sd1_bundle, bundle)
+    with running(bundle, "--port", 0) as process, process.client() as client:
+        manifest = json.loads((bundle / MANIFEST).read_text())
+        (bundle / MANIFEST).write_text(json.dumps(manifest | {"default_size": [40, 32]}))
+        process.child.send_signal(signal.SIGHUP)
+        until(lambda: process.metric('latentrt_loads_total{model="tiny",outcome="loaded"}') == 2)
+        until(lambda: (client.images.generate(prompt="a circle", extra_body={"steps": 1}).size or "") == "40x32")
+        (bundle / MANIFEST).write_text("{")
+        process.child.send_signal(signal.SIGHUP)
+        until(lambda: any(line.get("level") == "error" for line in process.lines))
+        assert client.images.generate(prompt="a circle", extra_body={"steps": 1}).size == "40x32"
+
+
+def test_who_only_listens_holds_up_no_end(sd1_bundle: Path) -> None:
+    """Neither a page that follows its jobs nor a half-open connection."""
+    with running(f"tiny={sd1_bundle}", "--port", 0) as process:
+        url = urlsplit(process.address)
+        follower = http.client.HTTPConnection(url.netloc, timeout=60)
+        follower.request("GET", "/jobs/events", headers={SESSION: "0123456789abcdef"})
+        assert follower.getresponse().status == 200
+        with socket.create_connection((url.hostname, url.port)) as half:
+            half.sendall(b"GET / HT")
+            process.child.terminate()
+            assert process.end() == 0
+        follower.close()
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes traces. came: is set once there is one"""
+
+    came = threading.Event()
+
+    def do_POST(self) -> None:
+        if self.path == "/v1/traces" and b"POST /v1/images/generations" in self.rfile.read(
+            int(self.headers["content-length"])
+        ):
+            self.came.set()
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_traces_go_where_the_environment_says(sd1_bundle: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        where = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+            "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
+        }
+        with running(f"tiny={sd1_bundle}", "--port", 0, **where) as process, process.client() as client:
+            client.images.generate(prompt="a circle", extra_body={"steps": 1})
+            process.child.terminate()
+            assert process.end() == 0
+        assert Collector.came.wait(60)
+        collector.shutdown()

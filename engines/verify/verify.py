@@ -107,16 +107,19 @@ def _verify_engines(
         opening = Opening(bundle=bundle, directory=directory, record=record, components=(component,))
         try:
             with contextlib.closing(there.open(opening)) as opened:
-                yield from _compare_all(bundle, backend, opened.engines[component], directory, record)
+                yield from compare_engine(bundle, backend, opened.engines[component], directory, record)
         except (EngineError, BundleError) as error:
             yield Row(what=component, backend=backend, ok=False, message=str(error))
         report(f"verify {component} ({backend})", 1, 1)
 
 
-def _compare_all(
+def compare_engine(
     bundle: Bundle, backend: BackendName, engine: Engine, directory: Path, record: EngineRecord
 ) -> Iterator[Row]:
-    """Compare with the golden pair; an engine with fixed shapes, in each profile, with the reference of its size."""
+    """Compare with the golden pair; an engine with fixed shapes, in each profile, with the reference of its size.
+
+    directory, record: what the engine was opened from. Raises BundleError and EngineError.
+    """
     limit = tolerance(bundle.manifest.precision, record.key.precision)
     component = engine.spec.component
     space, profiles = bundle.manifest.latents, engine.spec.profiles

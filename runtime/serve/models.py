@@ -91,6 +91,7 @@ class Models:
         self.loads: Counter[tuple[str, str]] = Counter()  # by model and outcome
         self._loads: dict[str, Future[None]] = {}
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-load")
+        self._retiring: list[Model] = []  # that were replaced, and have pictures to draw
         self._closer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-close")
         self._watchers: list[Watcher] = []
         try:
@@ -275,6 +276,7 @@ class Models:
             return "failed"
         with self._change:
             self._models[old.name] = new
+            self._retiring.append(old)
         self._closer.submit(self._retire, old)
         logger.info("'%s' was loaded again", old.name)
         return "loaded"
@@ -285,12 +287,16 @@ class Models:
             self._change.wait_for(lambda: self.draining or not self._held[old], self.options.drain_s)
         old.batcher.drain(self.options.drain_s)
         old.close()
+        with self._change:
+            self._retiring.remove(old)
 
     def drain(self) -> bool:
         """Take no further requests, and wait `drain_s` at the most for the others; return if that was all."""
         self.draining = True
         until = time.monotonic() + self.options.drain_s
-        return all(model.batcher.drain(max(0.0, until - time.monotonic())) for model in self.all())
+        with self._change:
+            models = [*self._models.values(), *self._retiring]
+        return all(model.batcher.drain(max(0.0, until - time.monotonic())) for model in models)
 
     def close(self) -> None:
         """Cancel what is not drawn yet, and close every bundle."""

@@ -6,6 +6,7 @@ uvicorn waits for a head, a body or a slow reader for as long as they like.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from latentrt.runtime.serve.options import ConnectionLimits
+from latentrt.runtime.serve.web_errors import WebError
 
 logger = logging.getLogger(__name__)
 Phase = Literal["head", "body", "rest"]
@@ -155,8 +157,17 @@ class Connection(H11Protocol):
             seconds = {"head": self._limits.head_s, "body": self._limits.body_s, "rest": self._limits.rest_s}[phase]
             self._deadline = self.loop.call_later(seconds, self.end, phase)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP with OpenAI's error object, and end."""
+        error = WebError("this is not an HTTP request", code="invalid_http")
+        body = json.dumps(error.body).encode()
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        parts = (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage())
+        self.transport.write(b"".join(self.conn.send(part) or b"" for part in parts))
+        self.transport.close()
+
     def end(self, reason: str) -> None:
         """Cut the connection: nobody waits for it any more."""
         self._shared.cut[reason] += 1
-        logger.info("cut a connection of %s: %s", self.client[0] if self.client else "a client", reason)
+        logger.debug("cut a connection of %s: %s", self.client[0] if self.client else "a client", reason)
         self.transport.abort()

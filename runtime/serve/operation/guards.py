@@ -78,9 +78,8 @@ class Guards:
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         check_host(headers, self._access)
-        asks_first = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
         check_origin(scope["method"], headers, self._access)
-        if self._digests and not asks_first and not _is_open(scope["path"]):
+        if self._digests and not _is_open(scope["path"]):
             check_key(headers, self._digests)
         if _length(headers) > self._body_bytes:
             raise _too_long(self._body_bytes)

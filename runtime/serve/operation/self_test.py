@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from latentrt.engines.errors import EngineError
+from latentrt.engines.verify.verify import compare_engine
 from latentrt.runtime.pipeline import Pipeline, ordinary
 
 if TYPE_CHECKING:
@@ -16,10 +17,17 @@ LEAST_DB = 35.0  # fp16's; in fp32 a picture that is drawn by the batcher and on
 
 
 def self_test(pipe: Pipeline, batcher: Batcher) -> None:
-    """Draw a small picture as a library does and as the service does, and compare. Raises EngineError.
+    """Compare the engines with the checkpoint's recorded outputs, and a picture of a library with one of the service.
 
-    Both fail themselves where numbers leave the range of floats. It warms the engines up too.
+    Raises EngineError where they differ, or drawing does. It warms the engines up too.
     """
+    opened = pipe.loaded.opened
+    for component, engine in opened.engines.items():
+        for row in compare_engine(pipe.bundle, opened.choice.backend, engine, *opened.home):
+            if not row.ok:
+                raise EngineError(
+                    f"'{pipe.bundle.root}' is not served: {component} {row.message}; see `latentrt verify`"
+                )
     request = ordinary(pipe.manifest)
     expected = pipe.draw(request).pixels.astype(np.float64)
     (future,) = batcher.submit(request)
