@@ -238,4 +238,5 @@ def test_a_service_that_ends_is_not_ready_and_takes_nothing(
     assert ask(address, "/readyz")[0] == 503
     status, text, _ = draw(address)
     assert (status, json.loads(text)["error"]["code"]) == (503, "draining")
-    assert values(address)["latentrt_ready"] == 0
+    after = values(address)
+    assert after["latentrt_ready"] == 0 and after["latentrt_rejected_total tiny draining"] == 1

@@ -160,9 +160,9 @@ def test_what_was_accepted_is_drawn_when_it_is_told_to_end(sd1_bundle: Path) -> 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_it_at_once(sd1_bundle: Path, second: signal.Signals) -> None:
-    with running(f"tiny={sd1_bundle}", "--port", 0) as process, ThreadPoolExecutor(1) as pool:
+    with running(f"tiny={sd1_bundle}", "--port", 0, "--max-steps", 1000) as process, ThreadPoolExecutor(1) as pool:
         client = process.client()
-        asked = pool.submit(client.images.generate, prompt="a circle", n=10, extra_body={"steps": 150})
+        asked = pool.submit(client.images.generate, prompt="a circle", n=10, extra_body={"steps": 1000})
         until(lambda: process.metric("latentrt_admitted_total") == 10)
         process.child.terminate()
         until(lambda: process.get("/readyz")[0] == 503)

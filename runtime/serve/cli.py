@@ -55,6 +55,7 @@ DRAWING = (
     ),
     click.option("--self-test/--no-self-test", default=True, help="Draw a picture with a model before it is served."),
     click.option("--drain", default=300.0, show_default=True, help="Seconds for accepted work at the end."),
+    click.option("--hang", default=120.0, show_default=True, help="Seconds of a stage after which /healthz fails."),
     click.option("--alias", type=Named(), multiple=True, help="A further name: gpt-image-1=NAME."),
 )
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -126,6 +127,7 @@ def _options(given: dict[str, Any]) -> ServeOptions:
     return ServeOptions(
         **named,
         drain_s=given.pop("drain"),
+        hang_s=given.pop("hang"),
         connecting=connecting,
         aliases=dict(given.pop("alias")),
         limits=limits,

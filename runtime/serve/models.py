@@ -19,6 +19,7 @@ import msgspec
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import MANIFEST, Manifest
 from latentrt.engines.errors import DrainingError, LatentrtError, OutOfMemoryError, RequestError
+from latentrt.runtime.batching.observer import Refused
 from latentrt.runtime.serve.operation.memory import resident_bytes
 from latentrt.runtime.serve.operation.notes import CURRENT
 from latentrt.runtime.serve.options import ServeOptions
@@ -131,8 +132,6 @@ class Models:
 
         Raises WebError, 404 or 503; DrainingError; what `Pipeline.load` raises.
         """
-        if self.draining:
-            raise DrainingError("this service is about to end and takes no further requests; ask another one")
         first = next(iter(self._paths), "none")
         known = first if name is None else self.options.aliases.get(name, name)
         if known not in self._paths:
@@ -142,6 +141,9 @@ class Models:
                 code="model_not_found",
                 param="model",
             )
+        if self.draining:
+            self._told(Source(known, 0), Refused(reason="draining", pictures=1))
+            raise DrainingError("this service is about to end and takes no further requests; ask another one")
         while (model := self._take(known)) is None:
             with self._change:
                 loading = self._loads.get(known)
