@@ -7,7 +7,7 @@ takes away replicas, and lets those that leave end what they have accepted.
 # No `from __future__ import annotations`: Ray reads the class of the builder's argument from its annotation.
 
 import asyncio
-import time
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from latentrt.engines.errors import EngineError, RequestError
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.cli import keys_of
 from latentrt.runtime.serve.models import Model, Models
+from latentrt.runtime.serve.operation.routes import state_of
 from latentrt.runtime.serve.options import Access, Limits, ServeOptions
 from latentrt.runtime.stored import fetch_missing
 
 SPARE = 64  # requests beside those that draw or wait: refusals, lists, probes, and who follows a job
 ENDING_S = 30  # beyond what is drawn, for the last answers to be sent and the bundle to be closed
-HANGS_S = 120  # without a stage although there is something to draw
+REQUEST_ID = "x-request-id"
 
 
 class Args(BaseModel):
@@ -34,8 +36,12 @@ class Args(BaseModel):
     bundles: paths by the names of the models, as each machine of the cluster reaches them; aliases: further names.
         Either is a mapping, or in a command line NAME=PATH,NAME=PATH
     store: a URL from which engines come that a bundle does not hold for a replica's machine
+    memory: bytes that the loaded models of a replica may take: those that have no room are loaded when they are asked
+        for, and others make room; None to load all
+    loras: a folder, on each machine, of LoRAs that requests may name
     slots, waiting, slo: as in `BatcherOptions`, for each model of a replica
-    min_replicas, max_replicas: Ray keeps about `slots` requests on each between these
+    min_replicas, max_replicas: Ray keeps about `slots` requests on each between these; it adds and takes away replicas
+        when there were more or fewer for so many seconds (upscale_delay_s, downscale_delay_s)
     cpus, gpus: what Ray reserves for a replica, which sees no other GPU; threads: of a CPU's engines
     drain_s: how long what was accepted may take when a replica is to leave: at least the longest request
     hosts, origins, api_key_file: as for `latentrt serve`; keys may be in LATENTRT_API_KEYS as well
@@ -48,6 +54,8 @@ class Args(BaseModel):
     backend: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     store: str | None = None
+    memory: int | None = Field(default=None, gt=0)
+    loras: Path | None = None
     slots: int = Field(default=8, ge=1)
     waiting: int = Field(default=64, ge=1)
     slo: float | None = Field(default=None, gt=0)
@@ -56,6 +64,8 @@ class Args(BaseModel):
     max_n: int = Field(default=Limits().pictures, ge=1)
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
+    upscale_delay_s: float = Field(default=30, ge=0)
+    downscale_delay_s: float = Field(default=600, ge=0)
     cpus: float = Field(default=1, ge=0)
     gpus: float = Field(default=0, ge=0)
     drain_s: float = Field(default=300, gt=0)
@@ -76,6 +86,8 @@ class Args(BaseModel):
             slots=self.slots,
             waiting=self.waiting,
             slo=self.slo,
+            memory=self.memory,
+            loras=self.loras,
             aliases=self.aliases,
             drain_s=self.drain_s,
             limits=Limits(pixels=self.max_pixels, steps=self.max_steps, pictures=self.max_n),
@@ -93,6 +105,8 @@ class Args(BaseModel):
                 min_replicas=self.min_replicas,
                 max_replicas=self.max_replicas,
                 target_ongoing_requests=self.slots,
+                upscale_delay_s=self.upscale_delay_s,
+                downscale_delay_s=self.downscale_delay_s,
             ),
             "max_ongoing_requests": self.slots + self.waiting + SPARE,
             "max_queued_requests": -1,
@@ -116,11 +130,15 @@ def app(args: Args) -> serve.Application:
     check(args)
 
     def web() -> Starlette:
+        from latentrt.runtime.serve.app import build  # in a replica, not where the application is deployed from
+
         if args.store is not None:
             for bundle in args.bundles.values():
                 fetch_missing(bundle, args.backend, store=args.store)
-        loading = {"backend": args.backend, "threads": args.threads, "warm_up": True}
-        return build(ReplicaModels(args.bundles, args.options, loading))
+        loading = {"backend": args.backend, "threads": args.threads}
+        web_app = build(ReplicaModels(args.bundles, args.options, loading))
+        web_app.add_middleware(ProxyIds)
+        return web_app
 
     class LatentRT:
         """A replica. `serve.ingress` gives it `app`, which is what `web` returned."""
@@ -143,10 +161,32 @@ def app(args: Args) -> serve.Application:
 
 
 def check_health(models: Models) -> None:
-    """Raise EngineError if a model has something to draw and draws nothing."""
+    """Raise EngineError if a model hangs or has lost its device: then Ray puts another replica in this one's place."""
     for model in models.all():
-        if time.perf_counter() - model.batcher.last_stage_at > HANGS_S:
-            raise EngineError(f"'{model.name}' has something to draw and has drawn nothing for {HANGS_S} s")
+        if (state := state_of(model, models.options.hang_s)) != "ok":
+            raise EngineError(f"'{model.name}': {state}")
+
+
+class ProxyIds:
+    """Lets a request keep the id that Ray's proxy has given it, and adds to its answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        number = Headers(scope=scope).get(REQUEST_ID, "") if scope["type"] == "http" else ""
+        if not re.fullmatch(r"[\w-]{1,64}", number, flags=re.ASCII):
+            await self._app(scope, receive, send)
+            return
+        scope.setdefault("state", {})["request_id"] = number
+
+        async def once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)[REQUEST_ID]
+            await send(message)
+
+        await self._app(scope, receive, once)
 
 
 def check(args: Args) -> None:

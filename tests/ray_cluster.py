@@ -1,8 +1,7 @@
 """A Ray cluster on this machine with the service on it: a program, and no module of tests (see tests/test_ray.py).
 
-It reads the arguments of the application as JSON, and its folder, from the command line. It prints a line of JSON when
-it serves, obeys the lines that it reads (`delete` ends the application, and is answered when it has ended), and ends
-with its input.
+Its command line is the cluster's folder. It prints its address as a line of JSON, and then obeys the lines that it
+reads, `{"deploy": NAME, "arguments": {…}}` and `{"delete": NAME}`: it answers each with `{}`. It ends with its input.
 """
 
 import json
@@ -21,24 +20,26 @@ def free_port():
 
 
 def main():
-    arguments, folder = json.loads(sys.argv[1]), sys.argv[2]
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=100 * 2**20,
-        _temp_dir=folder,  # short: sockets lie in it
+        _temp_dir=sys.argv[1],  # short: sockets lie in it
         _node_ip_address="127.0.0.1",
         log_to_driver=False,
     )
     try:
         port = free_port()
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(app(Args(**arguments)))
         print(json.dumps({"address": f"http://127.0.0.1:{port}"}), flush=True)
         for line in sys.stdin:
-            if line.strip() == "delete":
-                serve.delete("default")
-                print("{}", flush=True)
+            told = json.loads(line)
+            if "deploy" in told:
+                name = told["deploy"]
+                serve.run(app(Args(**told["arguments"])), name=name, route_prefix=f"/{name}")
+            else:
+                serve.delete(told["delete"])
+            print("{}", flush=True)
     finally:
         serve.shutdown()
         ray.shutdown()

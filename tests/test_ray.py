@@ -14,7 +14,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2 as httpx
 import numpy as np
@@ -22,12 +23,15 @@ import pytest
 from PIL import Image
 
 from latentrt import Pipeline, Request
+from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 
 pytest.importorskip("ray")
 from ray import serve
 
-from latentrt.runtime.ray_app import SPARE, Args, app
+from latentrt.runtime.ray_app import SPARE, Args, app, check_health
+from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.stored import fetch_missing
 
 ROOT = Path(__file__).parent.parent
@@ -102,23 +106,29 @@ def test_machines_of_one_kind_build_once_and_share_engines_by_their_key(
         assert pipe("a circle", steps=1, seed=0).backend == "cpu"
 
 
+class Ill:
+    """A model's batcher that has lost its device."""
+
+    name, lost = "tiny", RuntimeError("gone")
+
+    @property
+    def batcher(self) -> Ill:
+        return self
+
+
+def test_a_replica_that_cannot_draw_any_more_is_ill() -> None:
+    models = cast("Models", SimpleNamespace(all=lambda: [Ill()], options=ServeOptions()))
+    with pytest.raises(EngineError):
+        check_health(models)
+
+
 # --- a cluster ---
 
 
 class Cluster:
     """A cluster of one machine with the service on it, in a process of its own: Ray does not run in a fork."""
 
-    def __init__(self, bundle: Path, folder: str) -> None:
-        arguments = {
-            "bundles": {"tiny": str(bundle)},
-            "backend": "cpu",
-            "threads": 1,
-            "slots": SLOTS,
-            "waiting": WAITING,
-            "min_replicas": 2,
-            "max_replicas": 2,
-            "cpus": 0.5,
-        }
+    def __init__(self, folder: str) -> None:
         environment = {
             **os.environ,
             "HOME": folder,
@@ -126,7 +136,7 @@ class Cluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        command = [sys.executable, ROOT / "tests" / "ray_cluster.py", json.dumps(arguments), folder]
+        command = [sys.executable, ROOT / "tests" / "ray_cluster.py", folder]
         self.folder = Path(folder)
         self._log = (self.folder / "driver.log").open("w")
         self._process = subprocess.Popen(
@@ -134,18 +144,24 @@ class Cluster:
         )
         self.address = ""
 
-    def wait(self) -> dict[str, str]:
-        """Read the next line that the cluster prints."""
+    def _read(self) -> dict[str, str]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, (self.folder / "driver.log").read_text()
         found: dict[str, str] = json.loads(line)
         return found
 
-    def tell(self, line: str) -> None:
+    def begin(self) -> None:
+        self.address = self._read()["address"]
+
+    def tell(self, **words: Any) -> None:
+        """Tell the cluster something. `told` waits until it has obeyed."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.write(f"{json.dumps(words)}\n")
         self._process.stdin.flush()
+
+    def told(self) -> None:
+        assert self._read() == {}
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -158,21 +174,31 @@ class Cluster:
         self._process.stdout.close()
         self._log.close()
 
-    def ask(self, body: dict[str, Any]) -> httpx.Response:
-        return httpx.post(f"{self.address}/v1/images/generations", json=body, timeout=WAIT_S)
+    def ask(self, body: dict[str, Any], *, of: str = "pair", **headers: str) -> httpx.Response:
+        address = f"{self.address}/{of}/v1/images/generations"
+        return httpx.post(address, json=body, headers=headers, timeout=WAIT_S)
 
-    def drawn_by(self) -> dict[str, int]:
+    def drawn_by(self, of: str = "pair") -> dict[str, int]:
         """Return how many pictures each replica has answered with, by what Ray logs of it."""
-        files = self.folder.glob("session_*/logs/serve/replica_*.log")
-        return {file.name: file.read_text().count("POST /v1/images/generations 200") for file in files}
+        files = self.folder.glob(f"session_*/logs/serve/replica_{of}_*.log")
+        found = {file.name: file.read_text().count("/v1/images/generations 200") for file in files}
+        return {name: count for name, count in found.items() if count}
+
+
+def arguments(bundle: Path, **further: Any) -> dict[str, Any]:
+    bundles = {"tiny": str(bundle), "other": str(bundle)}
+    drawing = {"backend": "cpu", "threads": 1, "slots": SLOTS, "waiting": WAITING, "cpus": 0.5}
+    return {"bundles": bundles, **drawing, **further}
 
 
 @pytest.fixture(scope="module")
 def cluster(sd1_bundle: Path) -> Iterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        cluster = Cluster(sd1_bundle, folder)
+        cluster = Cluster(folder)
         try:
-            cluster.address = cluster.wait()["address"]
+            cluster.begin()
+            cluster.tell(deploy="pair", arguments=arguments(sd1_bundle, min_replicas=2, max_replicas=2))
+            cluster.told()
             yield cluster
         finally:
             cluster.end()
@@ -193,7 +219,7 @@ class Stream:
     def __init__(self, cluster: Cluster, pool: ThreadPoolExecutor, *, leaves: bool = False, n: int = 1) -> None:
         self.began, self._leaves = threading.Event(), leaves
         body = {**LONG, "n": n, "stream": True, "partial_images": PARTIALS}
-        self.ended = pool.submit(self._follow, f"{cluster.address}/v1/images/generations", body)
+        self.ended = pool.submit(self._follow, f"{cluster.address}/pair/v1/images/generations", body)
 
     def _follow(self, address: str, body: dict[str, Any]) -> int:
         events = 0
@@ -270,7 +296,7 @@ def test_a_client_that_goes_away_frees_the_slot_in_its_replica(cluster: Cluster,
 @pytest.mark.slow
 def test_a_stream_of_events_passes_through_as_it_is_written(cluster: Cluster) -> None:
     body = {**LONG, "stream": True, "partial_images": 2}
-    with httpx.stream("POST", f"{cluster.address}/v1/images/generations", json=body, timeout=WAIT_S) as answer:
+    with httpx.stream("POST", f"{cluster.address}/pair/v1/images/generations", json=body, timeout=WAIT_S) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         events = [json.loads(line[5:]) for line in answer.iter_lines() if line.startswith("data:")]
     assert [event["type"].rpartition(".")[2] for event in events] == ["partial_image", "partial_image", "completed"]
@@ -278,14 +304,47 @@ def test_a_stream_of_events_passes_through_as_it_is_written(cluster: Cluster) ->
 
 
 @pytest.mark.slow
+def test_an_answer_has_the_one_id_that_ray_s_proxy_gave_it_or_its_client(cluster: Cluster) -> None:
+    refused = {**SMALL, "sampler": "nope"}
+    assert len(cluster.ask(refused).headers.get_list("x-request-id")) == 1
+    assert cluster.ask(refused, **{"x-request-id": "mine-7"}).headers.get_list("x-request-id") == ["mine-7"]
+
+
+@pytest.mark.slow
+def test_requests_for_a_bundle_go_to_the_replica_that_has_drawn_with_it(cluster: Cluster) -> None:
+    """Once Ray has heard where it is: of two idle replicas, chance would not choose the same one twenty times."""
+    for _ in range(20):
+        before = cluster.drawn_by()
+        for _ in range(20):
+            assert cluster.ask({**SMALL, "model": "other"}, serve_multiplexed_model_id="other").status_code == 200
+        after = cluster.drawn_by()
+        if sum(count > before.get(name, 0) for name, count in after.items()) == 1:
+            return
+    raise AssertionError((before, after))
+
+
+@pytest.mark.slow
 def test_what_was_accepted_is_drawn_when_the_application_is_taken_away(
     cluster: Cluster, pool: ThreadPoolExecutor
 ) -> None:
-    """The last test of the cluster: nothing serves after it."""
+    """The last test of the two replicas: they are gone after it."""
     streams = [Stream(cluster, pool) for _ in range(2)]
     for stream in streams:
         assert stream.began.wait(WAIT_S)
-    cluster.tell("delete")
+    cluster.tell(delete="pair")
     assert [stream.ended.result(WAIT_S) for stream in streams] == [PARTIALS + 1] * 2
-    cluster.wait()
+    cluster.told()
     assert cluster.ask(SMALL).status_code == 404
+
+
+@pytest.mark.slow
+def test_a_full_queue_brings_another_replica(cluster: Cluster, sd1_bundle: Path, pool: ThreadPoolExecutor) -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1}
+    cluster.tell(deploy="scaled", arguments=arguments(sd1_bundle, **scaling))
+    cluster.told()
+    for _ in range(60):
+        found = answers([pool.submit(cluster.ask, {**LONG, "steps": 20}, of="scaled") for _ in range(1 + WAITING)])
+        assert {answer.status_code for answer in found} <= {200, 429}
+        if len(cluster.drawn_by("scaled")) == 2:
+            return
+    raise AssertionError(cluster.drawn_by("scaled"))

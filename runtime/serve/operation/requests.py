@@ -38,9 +38,9 @@ class Requests:
             await self._app(scope, receive, send)
             return
         status = NOBODY
-        note = Note(request_id=f"req_{secrets.token_hex(12)}", began=time.perf_counter())
+        number = scope.setdefault("state", {}).setdefault("request_id", f"req_{secrets.token_hex(12)}")
+        note = Note(request_id=number, began=time.perf_counter())  # an application around this one may have given it
         note.prompts = [] if self._prompts else None
-        scope.setdefault("state", {})["request_id"] = note.request_id
         if self._tracing is not None:
             note.span = self._tracing.begin(scope["method"], Headers(scope=scope), note.request_id)
 

@@ -27,12 +27,13 @@ def routes() -> list[Route]:
 async def alive(web: Request) -> Response:
     """Tell whether the process is to be kept: 503 once a batcher hangs or a device is lost."""
     models: Models = web.app.state.models
-    states = {model.name: _state(model, models.options.hang_s) for model in models.all()}
+    states = {model.name: state_of(model, models.options.hang_s) for model in models.all()}
     well = set(states.values()) <= {"ok"}
     return JSONResponse({"status": "ok" if well else "failed", "models": states}, status_code=200 if well else 503)
 
 
-def _state(model: Model, hang_s: float) -> str:
+def state_of(model: Model, hang_s: float) -> str:
+    """Return `ok`, or what keeps a model from drawing. hang_s: seconds that a stage may take"""
     if model.batcher.lost is not None:
         return "device lost"
     silent = time.perf_counter() - model.batcher.last_stage_at
