@@ -415,6 +415,33 @@ def test_an_image_is_chosen_from_a_file(page: Page, tmp_path: Path) -> None:
     expect(page.locator("#refusal")).to_be_visible()
 
 
+def test_a_removed_picture_stays_away_and_arrows_lead_through_the_history(page: Page, address: str) -> None:
+    page.fill("#count", "3")
+    draw(page, "<img src=x onerror=alert(1)>")
+    drawn(page, 3)
+    first, second, third = (tiles(page).nth(at).locator("button") for at in range(3))
+    first.focus()
+    page.keyboard.press("ArrowRight")
+    expect(second).to_be_focused()
+    page.keyboard.press("End")
+    expect(third).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(third).to_have_attribute("aria-current", "true")
+    page.click("#remove")
+    expect(tiles(page)).to_have_count(2)
+    page.reload()
+    ready(page)
+    expect(tiles(page)).to_have_count(2)
+    page.click("#clear")
+    page.click("#ask-yes")
+    expect(tiles(page)).to_have_count(0)
+    while jobs(page, address):
+        page.wait_for_timeout(50)
+    page.reload()
+    ready(page)
+    expect(tiles(page)).to_have_count(0)
+
+
 def test_pictures_are_compared_with_the_keyboard(page: Page) -> None:
     draw(page, "one")
     drawn(page, 1)

@@ -4,8 +4,9 @@ import { $, ask, fill, h, setText } from "./dom.js";
 import * as api from "./api.js";
 import * as store from "./store.js";
 
-let entries = [], show = () => {};
+let entries = [], marked = null, show = () => {};
 const tiles = new Map();    // key: element
+const REMOVED = "latentrt.removed", MOST_REMOVED = 500;  // keys of pictures that the service may still have
 const fetching = new Set();
 
 export const list = () => entries;
@@ -15,6 +16,7 @@ export const find = (key) => entries.find((one) => one.key === key) ?? null;
 export async function begin(listeners) {
   ({ show } = listeners);
   $("clear").addEventListener("click", clear);
+  $("history").addEventListener("keydown", move);
   entries = await store.all();
   render();
 }
@@ -24,7 +26,7 @@ export async function take(job) {
   const fresh = [];
   for (const { picture, seed, settings, seconds } of job.pictures) {
     const key = `${job.id}/${picture}`;
-    if (fetching.has(key) || find(key)) continue;
+    if (fetching.has(key) || find(key) || removed().includes(key)) continue;
     fetching.add(key);
     try {
       const blob = await api.picture(job.id, picture);
@@ -41,7 +43,13 @@ export async function take(job) {
   return fresh;
 }
 
+function removed() {
+  try { return JSON.parse(localStorage.getItem(REMOVED)) ?? []; } catch { return []; }
+}
+
+/** Remove a picture; give the one that takes its place. */
 export async function remove(entry) {
+  try { localStorage.setItem(REMOVED, JSON.stringify([...removed(), entry.key].slice(-MOST_REMOVED))); } catch { /* it may come back */ }
   const at = entries.indexOf(entry);
   entries = entries.filter((one) => one !== entry);
   render();
@@ -65,6 +73,7 @@ async function clear() {
 export function render() {
   for (const key of [...tiles.keys()]) if (!find(key)) { URL.revokeObjectURL(tiles.get(key).dataset.url); tiles.delete(key); }
   fill($("history"), entries.map(tile));
+  reach(marked);
   setText($("history-count"), String(entries.length));
   $("history-empty").hidden = entries.length > 0;
   $("clear").hidden = entries.length === 0;
@@ -82,9 +91,29 @@ function tile(entry) {
 
 /** Mark the picture that is shown. */
 export function mark(entry) {
+  marked = entry?.key ?? null;
   for (const [key, element] of tiles) {
     const button = element.firstElementChild;
-    if (key === entry?.key) button.setAttribute("aria-current", "true");
+    if (key === marked) button.setAttribute("aria-current", "true");
     else button.removeAttribute("aria-current");
   }
+  reach(marked);
+}
+
+/** Have Tab stop at one picture alone, the one that is shown or the first: arrow keys lead to the others. */
+function reach(key) {
+  const stop = tiles.has(key) ? key : entries[0]?.key;
+  for (const [other, element] of tiles) element.firstElementChild.tabIndex = other === stop ? 0 : -1;
+}
+
+function move(event) {
+  const all = [...$("history").children], at = all.findIndex((one) => one.contains(event.target));
+  const columns = all.filter((one) => one.offsetTop === all[0].offsetTop).length;
+  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns, ArrowUp: -columns, Home: -at, End: all.length - 1 - at }[event.key];
+  const next = step === undefined ? null : all[at + step];
+  if (step === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+  event.preventDefault();
+  if (!next) return;
+  reach(next.dataset.key);
+  next.firstElementChild.focus();
 }

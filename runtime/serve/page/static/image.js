@@ -56,6 +56,10 @@ export function begin({ toFit, fail }) {
     if ($("image-file").files[0]) attempt($("image-file").files[0]);
     $("image-file").value = "";
   });
+  document.addEventListener("paste", (event) => {
+    const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
+    if (file) attempt(file);
+  });
   $("image-clear").addEventListener("click", () => { clear(); $("image-choose").focus(); });
   $("image-mask").addEventListener("click", async () => {
     const found = await mask.edit(image);

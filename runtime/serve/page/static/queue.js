@@ -69,6 +69,8 @@ export function render() {
   setText($("queue-count"), String(drawn.length));
   $("queue-empty").hidden = listed.length > 0;
   $("cancel-all").hidden = drawn.length === 0;
+  const progress = drawn.reduce((sum, job) => sum + job.progress, 0) / drawn.length;
+  document.title = drawn.length ? `${Math.round(100 * progress)} % · latentrt` : "latentrt";
   for (const element of $("queue").querySelectorAll("[data-only]")) element.hidden = drawn.length < 2;
 }
 
