@@ -97,6 +97,21 @@ def test_what_is_not_http_is_told_so(short: tuple[str, Connections], sent: bytes
         assert (answer.status, json.loads(answer.read())["error"]["code"]) == (400, "invalid_http")
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_body_that_is_not_http_ends_its_connection_alone(
+    short: tuple[str, Connections], answered: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, _ = short
+    head = HEAD.replace(b"application/json", b"text/plain") if answered else HEAD
+    with connected(address, head + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{    \r\n") as one:
+        assert not answered or one.recv(12) == b"HTTP/1.1 415"
+        one.sendall(b"nonsense\r\n")
+        while not ended(one):
+            pass
+    assert asks(address) == 200
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_connection_is_kept_for_the_next_request(short: tuple[str, Connections]) -> None:
     address, connections = short
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)

@@ -158,7 +158,10 @@ class Connection(H11Protocol):
             self._deadline = self.loop.call_later(seconds, self.end, phase)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP with OpenAI's error object, and end."""
+        """Answer what is not HTTP with OpenAI's error object, and end. An answer that has begun is cut."""
+        if self.conn.our_state is not h11.IDLE:
+            self.transport.abort()
+            return
         error = WebError("this is not an HTTP request", code="invalid_http")
         body = json.dumps(error.body).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
