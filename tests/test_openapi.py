@@ -30,12 +30,12 @@ def test_every_reference_leads_somewhere_and_schemathesis_reads_it() -> None:
     assert len(list(schemathesis.openapi.from_dict(document).get_all_operations())) >= 5
 
 
-def test_every_route_of_the_images_api_is_described() -> None:
+def test_every_route_of_both_apis_is_described() -> None:
     app = build(Models({}))
     served = {route.path.replace(":path", "") for route in app.routes if isinstance(route, Route)}
     described = set(shown()["paths"])
     assert described <= served
-    assert {path for path in served if path.startswith("/v1/")} <= described
+    assert {path for path in served if path.startswith(("/v1/", "/sdapi/"))} <= described
 
 
 def test_bodies_are_described_with_all_their_fields() -> None:

@@ -9,13 +9,17 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import numpy as np
 import pytest
+import requests
+import schemathesis
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as some
 from PIL import Image
+from schemathesis import GenerationMode
 from starlette.types import ASGIApp, Message
 
 from latentrt.runtime.serve.a1111.schema import Img2Img, PngInfo, Txt2Img
@@ -310,3 +314,44 @@ def test_whatever_is_sent_is_answered_tens_of_thousands_of_times(service: Servic
         send_and_check(service, call)
 
     send()
+
+
+# --- what the OpenAPI document allows, and what it does not ---
+
+
+def operations(service: Service) -> list[Any]:
+    """Return the operations of the service's own document, as schemathesis reads them."""
+    document = json.loads(service("GET", "/openapi.json").body)
+    return [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
+
+
+def follow(service: Service, operation: Any, mode: GenerationMode, count: int, start: int = 0) -> None:
+    """Send what schemathesis makes of an operation. mode: bodies as they are described, or others"""
+
+    @seed(start)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=count, suppress_health_check=list(HealthCheck), database=None, derandomize=not start)
+    def send(case: Any) -> None:
+        sent = requests.Request(**case.as_transport_kwargs(base_url="http://127.0.0.1:8000")).prepare()
+        body = sent.body.encode() if isinstance(sent.body, str) else sent.body or b""
+        url = urlsplit(str(sent.url))
+        answer = service(str(sent.method), unquote(url.path), body, dict(sent.headers), url.query)
+        check(answer, url.path, deadline=b"deadline" in body)
+
+    send()
+
+
+def test_schemathesis_finds_no_error_of_the_service(service: Service) -> None:
+    for operation in operations(service):
+        follow(service, operation, GenerationMode.POSITIVE, 6 if operation.body else 1)
+        if operation.body:
+            follow(service, operation, GenerationMode.NEGATIVE, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(1, PARTS + 1))
+def test_schemathesis_finds_none_in_tens_of_thousands_of_cases(service: Service, part: int) -> None:
+    for operation in operations(service):
+        follow(service, operation, GenerationMode.POSITIVE, 400 if operation.body else 10, part)
+        if operation.body:
+            follow(service, operation, GenerationMode.NEGATIVE, 200, part)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from latentrt.runtime.serve.web_errors import WebError, web_error
 
 BELOW = "/sdapi/"  # the paths whose errors have this form
@@ -35,6 +37,15 @@ def renamed(error: Exception) -> WebError:
     )
 
 
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to what cannot be done. detail: for people, and errors the same; error: a code, for programs"""
+
+    error: str
+    detail: str
+    body: str = ""
+    errors: str
+
+
 def body_of(error: WebError) -> dict[str, Any]:
-    """Return the body that says it: `detail` is for people, `error` for programs."""
-    return {"error": error.code, "detail": str(error), "body": "", "errors": str(error)}
+    """Return the body that says it."""
+    return msgspec.structs.asdict(Refused(error=error.code, detail=str(error), errors=str(error)))

@@ -16,17 +16,45 @@ from latentrt.runtime.images.read_parameters import read_text
 from latentrt.runtime.serve.a1111 import listings
 from latentrt.runtime.serve.a1111.answers import answer
 from latentrt.runtime.serve.a1111.asked import parse, request_of
-from latentrt.runtime.serve.a1111.errors import renamed
+from latentrt.runtime.serve.a1111.errors import Refused, renamed
 from latentrt.runtime.serve.a1111.images import file_of
 from latentrt.runtime.serve.a1111.running import Desk, caller_of
-from latentrt.runtime.serve.a1111.schema import Drawing, Img2Img, PngInfo, Txt2Img
+from latentrt.runtime.serve.a1111.schema import Drawing, Drawn, Img2Img, PngInfo, Txt2Img, Written
 from latentrt.runtime.serve.a1111.settings import Settings
 from latentrt.runtime.serve.bodies import read_json, until_gone
 from latentrt.runtime.serve.models import Model, Models
 from latentrt.runtime.serve.openai.asked import lora_files
+from latentrt.runtime.serve.openapi import Operation
 
 T = TypeVar("T", bound=Drawing)
 Options = dict[str, Any]
+BELOW = "/sdapi/v1/"
+_posted: tuple[tuple[str, str, Any, Any], ...] = (
+    ("txt2img", "Draw pictures of a prompt", Txt2Img, Drawn),
+    ("img2img", "Draw pictures of a prompt and an image", Img2Img, Drawn),
+    ("png-info", "Read a picture's settings", PngInfo, Written),
+    ("options", "Set options", Options, None),
+    ("interrupt", "End the caller's pictures", None, None),
+)
+_got = {
+    "options": "Show the options",
+    "samplers": "List the samplers",
+    "schedulers": "List how samplers may space their steps",
+    "sd-models": "List the models",
+    "sd-vae": "List VAEs",
+    "upscalers": "List upscalers",
+    "latent-upscale-modes": "List upscalers of latents",
+    "loras": "List the LoRAs",
+    "embeddings": "List the learned words",
+    "progress": "Tell how far the caller's pictures are",
+}
+OPERATIONS = (
+    *(
+        Operation(path=BELOW + name, method="post", summary=summary, body=body, answer=answer, error=Refused)
+        for name, summary, body, answer in _posted
+    ),
+    *(Operation(path=BELOW + name, method="get", summary=text, error=Refused) for name, text in _got.items()),
+)
 
 
 def routes(models: Models) -> list[Route]:
@@ -64,8 +92,8 @@ class A1111:
             "interrupt": self.interrupt,
         }
         return [
-            *(Route(f"/sdapi/v1/{name}", handler, methods=["GET"]) for name, handler in gets.items()),
-            *(Route(f"/sdapi/v1/{name}", handler, methods=["POST"]) for name, handler in posts.items()),
+            *(Route(BELOW + name, handler, methods=["GET"]) for name, handler in gets.items()),
+            *(Route(BELOW + name, handler, methods=["POST"]) for name, handler in posts.items()),
         ]
 
     async def txt2img(self, web: WebRequest) -> Response:
@@ -119,9 +147,10 @@ class A1111:
         body = parse(await read_json(web, Options), PngInfo)
         file = await asyncio.to_thread(file_of, body.image.strip(), "image")
         text = str(await asyncio.to_thread(read_text, file) or "")
-        written = parse_text(text)
-        named = {"Prompt": written.prompt, "Negative prompt": written.negative_prompt or ""} if text else {}
-        return _json({"info": text, "items": {"parameters": text} if text else {}, "parameters": named | written.pairs})
+        found = parse_text(text)
+        named = {"Prompt": found.prompt, "Negative prompt": found.negative_prompt or ""} if text else {}
+        items = {"parameters": text} if text else {}
+        return _json(Written(info=text, items=items, parameters=named | found.pairs))
 
     async def samplers(self, _: WebRequest) -> Response:
         """List the samplers of the model that is set."""

@@ -78,3 +78,11 @@ class Drawn(msgspec.Struct, frozen=True, kw_only=True):
     images: list[str]
     parameters: dict[str, Any]
     info: str
+
+
+class Written(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of png-info. info: the settings' text; items: all texts of the file; parameters: what `info` says"""
+
+    info: str
+    items: dict[str, str]
+    parameters: dict[str, str]
