@@ -155,6 +155,9 @@ def test_short_pictures_do_not_wait_behind_long_ones_in_a_mix() -> None:
 
 
 def test_fewer_share_where_promises_are_tighter() -> None:
-    arrivals = [(0.0, 20)] * 8
-    most = [Played(arrivals, slots=8, k=k).most for k in (1, 2, 3, 5, 10)]
-    assert most == sorted(most) and most[0] == 1 and most[-1] == 8
+    def share(k: float) -> int:
+        waiting = [Owed(stages=20, rows=2, due=k * 20 * seconds(2))] * 8
+        return may_join([], waiting, seconds, now=0.0, most=8)
+
+    most = [share(k) for k in (1.01, 2, 3, 4, 10)]
+    assert most == sorted(set(most)) and most[0] == 1 and most[-1] == 8
