@@ -187,3 +187,31 @@ def test_guidance_for_part_of_the_steps_is_what_was_measured() -> None:
 
 def _figures(one: Mapping[str, float]) -> tuple[tuple[float, int], tuple[float, int]]:
     return (one["right"] * 100, 1), (one["ratio"], 2)
+
+
+def test_the_tables_of_loads_are_those_of_their_results() -> None:
+    from benchmarks.load import place, tables
+
+    page = PAGE
+    for name, table in tables().items():
+        page = place(page, name, table)
+    assert page == PAGE
+
+
+def test_the_simulator_predicts_the_goodput_that_was_measured() -> None:
+    for name in ("load-demo", "load-demo-20"):
+        if (RESULTS / f"{name}.json").is_file():
+            for serving in result(name)["servings"]:
+                assert serving["prediction"]["median"] == pytest.approx(1.0, abs=0.15), (name, serving["name"])
+
+
+def test_a_fleet_is_simulated_from_what_the_gpu_gave() -> None:
+    (variant,) = result("gpu-h200")["parts"]["sd15: bench cuda fused"]["figures"]["variants"]
+    seconds = {name: measured["summary"]["p50"] for name, measured in variant["seconds"].items()}
+    times = result("fleet-times")
+    (one, stage_s), (eight, batch_s) = times["stage_s"]
+    assert (one, eight) == (2, 16)
+    assert stage_s == pytest.approx(seconds["step"], rel=1e-3)
+    assert batch_s == pytest.approx(8 / 3.14 * seconds["step"], rel=1e-3)
+    assert times["decode_s"][0][1] == pytest.approx(seconds["decode"], rel=1e-3)
+    assert times["encode_s"][0][1] == pytest.approx(seconds["tokenize"] + seconds["encode"], rel=1e-3)

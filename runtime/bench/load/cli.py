@@ -17,7 +17,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.load.arrivals import GUIDANCE, Share, read_trace
 from latentrt.runtime.bench.load.result import Report, document_text, read_report, read_times
-from latentrt.runtime.bench.load.text import report_text
+from latentrt.runtime.bench.load.text import markdown, report_text
 from latentrt.runtime.bench.result import write_text
 
 File = click.Path(path_type=Path)
@@ -78,6 +78,7 @@ class Mix(click.ParamType[tuple[Share, ...]]):
 @click.option("--fleet", type=Many(POSITIVE, "8,64"), default=None, help="Simulate so many machines. Needs --times.")
 @click.option("--times", type=File, default=None, help="A result of --simulate, or its `times` alone, for --fleet.")
 @click.option("--json", "json_file", type=File, default=None, help="Write the result to this file; - prints it.")
+@click.option("--markdown", "as_markdown", is_flag=True, help="Print a Markdown table instead of text.")
 @click.option("--show", type=File, default=None, help="Show a saved result instead of measuring.")
 @click.option("--schema", is_flag=True, help="Print the JSON Schema of results.")
 def bench_serve(
@@ -86,6 +87,7 @@ def bench_serve(
     json_file: Path | None,
     show: Path | None,
     schema: bool,
+    as_markdown: bool,
     fleet: tuple[int, ...] | None,
     times: Path | None,
     **asked: Any,
@@ -102,7 +104,8 @@ def bench_serve(
     report = read_report(show) if show else _measure(bundle, url, quiet=str(json_file) == "-", **asked)
     if json_file is not None and str(json_file) != "-":
         write_text(document_text(report), json_file)
-    click.echo(document_text(report) if str(json_file) == "-" else report_text(report), nl=False)
+    text = markdown(report) if as_markdown else report_text(report)
+    click.echo(document_text(report) if str(json_file) == "-" else text, nl=False)
 
 
 def _survey(fleet: tuple[int, ...], file: Path | None, json_file: Path | None, asked: dict[str, Any]) -> None:

@@ -30,12 +30,14 @@ def find_goodput(
     start: float,
     *,
     most: int = MOST_TRIES,
+    step: float = STEP,
     go_on: Callable[[], bool] = lambda: True,
 ) -> Found:
     """Find the rate at which the share of requests in time falls below ENOUGH.
 
-    From `start` the rate grows or shrinks until it is passed, then the distance is halved until it is small; between
-    the two that are left, the share is taken as a line. go_on: asked before each rate but the first, e.g. for time
+    From `start` the rate grows or shrinks by `step` until it is passed, then the distance is halved until it is small;
+    between the two that are left, the share is taken as a line. go_on: asked before each rate but the first, e.g. for
+    time
     """
     tried: dict[float, float] = {}
     rate = start
@@ -47,7 +49,7 @@ def find_goodput(
                 break
             rate = (passed * failed) ** 0.5
         else:
-            rate = rate * STEP if failed is None else rate / STEP
+            rate = rate * step if failed is None else rate / step
     passed, failed = _around(tried)
     in_order = tuple(tried.items())
     if passed is None:

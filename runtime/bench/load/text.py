@@ -1,4 +1,4 @@
-"""A load's result as text for a terminal."""
+"""A load's result as text for a terminal, and as a table for a page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from latentrt.runtime.bench.load.figures import Quantiles, Run
-from latentrt.runtime.bench.load.result import Goodput, Report, Serving, Spread
+from latentrt.runtime.bench.load.result import Goodput, Method, Report, Serving, Spread
 
 TITLES = {"continuous": "stages shared", "one": "one at a time", "static": "static batches", "server": "the server"}
 
@@ -17,11 +17,47 @@ def report_text(report: Report) -> str:
     return "\n".join(_lines(report)) + "\n"
 
 
+def markdown(report: Report) -> str:
+    """Return a result as a Markdown table: a row for each way of serving, medians over seeds with their range."""
+    head = [
+        "requests",
+        "served",
+        "goodput",
+        "stages shared over it",
+        "simulated",
+        "p95, times alone",
+        "first partial",
+    ]
+    rows = [[mix_words(report.method), *_cells(serving)] for serving in report.servings if serving.goodput is not None]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def mix_words(method: Method) -> str:
+    """Return what was asked for in words."""
+    if method.trace is not None:
+        return method.trace
+    whole = sum(part.share for part in method.mix)
+    return ", ".join(f"{part.share / whole:.0%} of {part.steps} steps" for part in method.mix)
+
+
+def _cells(serving: Serving) -> list[str]:
+    runs = [best(one).overall for one in serving.seeds]
+    slowdown = [one.slowdown.p95 for one in runs if one.slowdown is not None]
+    first = [one.first_s.p50 for one in runs if one.first_s is not None]
+    return [
+        TITLES.get(serving.name, serving.name),
+        "–" if serving.goodput is None else _spread(serving.goodput, "/s"),
+        "–" if serving.better is None else _spread(serving.better, " times"),
+        "–" if serving.prediction is None else _spread(serving.prediction, " of it"),
+        f"{np.median(slowdown):.2f}" if slowdown else "–",
+        _ms(float(np.median(first))) if first else "–",
+    ]
+
+
 def _lines(report: Report) -> Iterator[str]:
     method = report.method
-    what = method.trace or " and ".join(f"{part.share:g} parts of {part.steps} steps" for part in method.mix)
     seeds = max(len(serving.seeds) for serving in report.servings)
-    yield f"{method.target}: {what}; {method.requests} requests, {seeds} seeds, gaps with cv {method.cv:g}"
+    yield f"{method.target}: {mix_words(method)}; {method.requests} requests, {seeds} seeds, gaps with cv {method.cv:g}"
     yield f"{report.machine.processor}, {report.machine.cores} cores; {report.created}"
     yield "alone: " + ", ".join(f"{name} {_ms(seconds)}" for name, seconds in report.alone_s.items())
     yield ""

@@ -11,17 +11,18 @@ import numpy as np
 from latentrt.engines.progress import Report as Progress
 from latentrt.engines.spec import Document
 from latentrt.runtime.bench.load.arrivals import Share, moments
-from latentrt.runtime.bench.load.search import find_goodput
+from latentrt.runtime.bench.load.search import STEP, find_goodput
 from latentrt.runtime.bench.load.simulator.fleet import Router, Store, play, ready_times
 from latentrt.runtime.bench.load.simulator.replica import Ask, Costs, SharedReplica, Times
 
 STEADY = Router(name="two choices")  # what is looked at in every fleet
 ROUTERS = (STEADY, Router(name="round robin"), Router(name="least loaded"), Router(name="least loaded", stale_s=0.25))
-MANY = 2000  # machines, from which on the first two routers alone are looked at
+MANY = 2000  # machines, from which on the first router alone is looked at, and no bursts: each look takes minutes
 LINES = (8, 64)  # places of a machine's line
 TOO_MUCH = 1.3  # of the goodput
 MOST_TRIES = 7
 START = 0.7  # of what full batches could do: where the first search begins
+NEAR = 1.1  # from rate to rate where a smaller fleet told where to begin
 
 
 class Assumed(Document, frozen=True, kw_only=True):
@@ -54,7 +55,7 @@ class Row(Document, frozen=True, kw_only=True):
     machines: int
     requests: int
     goodput: Mapping[str, float]
-    bursty: float
+    bursty: float | None
     overloaded: Mapping[str, float]
     routers: int
     cold_s: float
@@ -103,9 +104,10 @@ class Fleet:
         limits = assumed.multiple * np.array([own[stages] for stages in steps.tolist()])
         return float(np.mean((latency <= limits)[self.requests // 10 :]))
 
-    def goodput(self, router: Router, start: float, *, cv: float = 1.0) -> float:
-        """Return the rate of all machines together at which 95 % would be in time."""
-        return find_goodput(lambda rate: self.in_time(rate, router, cv=cv), start, most=MOST_TRIES).rate
+    def goodput(self, router: Router, start: float | None, *, cv: float = 1.0) -> float:
+        """Return the rate of all machines together at which 95 % would be in time. start: None where none is near"""
+        first, step = (START * self.full, STEP) if start is None else (start, NEAR)
+        return find_goodput(lambda rate: self.in_time(rate, router, cv=cv), first, most=MOST_TRIES, step=step).rate
 
 
 def survey(
@@ -118,17 +120,16 @@ def survey(
         progress(what, 0, 1)
         fleet = Fleet(machines, mix, times, assumed)
         goodput = {}
-        for router in ROUTERS if machines < MANY else ROUTERS[:2]:
+        for router in ROUTERS if machines < MANY else (STEADY,):
             name = title(router)
-            start = machines * each[name] if name in each else START * fleet.full
-            goodput[name] = fleet.goodput(router, start)
+            goodput[name] = fleet.goodput(router, machines * each[name] if name in each else None)
             each[name] = goodput[name] / machines
         best = goodput[title(STEADY)]
         yield Row(
             machines=machines,
             requests=fleet.requests,
             goodput=goodput,
-            bursty=fleet.goodput(STEADY, best, cv=assumed.bursty),
+            bursty=fleet.goodput(STEADY, best, cv=assumed.bursty) if machines < MANY else None,
             overloaded={
                 str(places): fleet.in_time(TOO_MUCH * best, STEADY, waiting=places)
                 for places in (LINES if machines < MANY else ())
