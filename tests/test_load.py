@@ -26,9 +26,9 @@ from latentrt.engines.errors import QueueFullError, RequestError
 from latentrt.runtime.bench.load.arrivals import Item, Share, at_rate, counts, gaps, random_items, rate_of, read_trace
 from latentrt.runtime.bench.load.drive import Outcome, Submit, drive
 from latentrt.runtime.bench.load.figures import figures_of, run_of
-from latentrt.runtime.bench.load.measure import spread
-from latentrt.runtime.bench.load.result import Report, read_report
-from latentrt.runtime.bench.load.search import ENOUGH, find_goodput
+from latentrt.runtime.bench.load.measure import serving_of, spread
+from latentrt.runtime.bench.load.result import Goodput, Report, read_report
+from latentrt.runtime.bench.load.search import ENOUGH, Bound, find_goodput
 from latentrt.runtime.bench.load.serving import together
 
 MIX = (Share(steps=4, share=40), Share(steps=20, share=40), Share(steps=50, share=20))
@@ -308,6 +308,29 @@ def test_the_result_is_what_the_schema_says(measured: Path, bench_serve: Invoke)
     assert schema == json.loads(json.dumps(json_schema(Report)))
     jsonschema.validate(json.loads(measured.read_text()), schema)
     assert [name for name, part in schema["$defs"].items() if not part["description"]] == []
+
+
+def test_a_goodput_is_looked_for_and_predicted(sd1_bundle: Path, bench_serve: Invoke) -> None:
+    options = ("--mix", "2:1,4:1", "--requests", 8, "--seeds", 1, "--slots", 2, "--seconds", 3, "--simulate")
+    found = bench_serve(sd1_bundle, *options, "--serving", "continuous,one", "--json", "-")
+    times = found["times"]
+    assert [rows for rows, _ in times["stage_s"]] == [2, 4]
+    assert all(seconds > 0 for _, seconds in [*times["stage_s"], *times["encode_s"], *times["decode_s"]])
+    for serving in found["servings"]:
+        (one,), (predicted,) = serving["seeds"], serving["predicted"]
+        assert one["rate"] > 0 and predicted > 0
+        assert one["bound"] in ("found", "at least", "at most")
+
+
+def test_ways_are_compared_where_both_goodputs_were_found() -> None:
+    def one(rate: float, bound: Bound) -> Goodput:
+        return Goodput(seed=0, rate=rate, bound=bound, runs=())
+
+    shared = [one(4.0, "found"), one(6.0, "found"), one(5.0, "at least")]
+    alone = [one(2.0, "found"), one(1.0, "at most"), one(1.0, "found")]
+    assert serving_of("one", alone, shared).better == spread([2.0])
+    assert serving_of("one", alone[1:], shared[1:]).better is None
+    assert serving_of("continuous", shared, shared).better is None
 
 
 def test_a_saved_result_is_shown(measured: Path, bench_serve: Invoke) -> None:

@@ -18,7 +18,7 @@ from latentrt.runtime.bench.load.drive import Submit, drive
 from latentrt.runtime.bench.load.figures import MULTIPLES, Run, kind_names, run_of
 from latentrt.runtime.bench.load.remote import server
 from latentrt.runtime.bench.load.result import SCHEMA_VERSION, Goodput, Method, Report, Serving, Spread
-from latentrt.runtime.bench.load.search import find_goodput
+from latentrt.runtime.bench.load.search import NEAR, STEP, find_goodput
 from latentrt.runtime.bench.load.serving import SERVINGS, Options, request_of
 from latentrt.runtime.bench.load.simulator.predict import Served, measure_times, predict
 from latentrt.runtime.bench.load.simulator.replica import Times
@@ -69,6 +69,11 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
         return random_items(
             self.mix, self.requests, seed, cv=self.cv, size=self.size, guidance=self.guidance, sampler=self.sampler
         )
+
+    def served(self, target: Target) -> Served:
+        """Return what the simulator is told of how requests are served."""
+        options = Options(most=self.most, waiting=self.waiting, slo=self.multiple)
+        return Served(stages=target.stages, alone=target.alone, options=options)
 
     @property
     def multiples(self) -> tuple[float, ...]:
@@ -176,12 +181,11 @@ def _predicted(serving: Serving, asked: Asked, target: Target) -> Serving:
     """Return what one way of serving gave with what the simulator says of the same requests."""
     if target.times is None or serving.goodput is None:
         return serving
-    options = Options(most=asked.most, waiting=asked.waiting, slo=asked.multiple)
-    served = Served(stages=target.stages, alone=target.alone, options=options)
     rates, parts = [], []
     for one in serving.seeds:
         assert one.rate is not None
-        rates.append(predict(serving.name, asked.items(one.seed), served, target.times, start=one.rate).rate)
+        items = asked.items(one.seed)
+        rates.append(predict(serving.name, items, asked.served(target), target.times, start=one.rate).rate)
         if one.bound == "found":
             parts.append(rates[-1] / one.rate)
     return msgspec.structs.replace(serving, predicted=tuple(rates), prediction=spread(parts) if parts else None)
@@ -223,15 +227,20 @@ def measure_seed(
             for rate in rates:
                 share(rate)
             return Goodput(seed=seed, rate=None, bound=None, runs=tuple(runs))
-        start = _start(items, target.alone, before)
-        goodput = find_goodput(share, start, go_on=lambda: time.monotonic() < end)
+        start, step = _start(asked, target, name, items, before)
+        goodput = find_goodput(share, start, step=step, go_on=lambda: time.monotonic() < end)
     return Goodput(seed=seed, rate=goodput.rate, bound=goodput.bound, runs=tuple(runs))
 
 
-def _start(items: Sequence[Item], alone: Mapping[Kind, float], before: Sequence[Goodput]) -> float:
-    """Return the rate to begin with: what was found for other seeds, or a part of what one at a time could do."""
+def _start(
+    asked: Asked, target: Target, name: str, items: Sequence[Item], before: Sequence[Goodput]
+) -> tuple[float, float]:
+    """Return the rate to begin with, and the step to the next: near what is predicted or was found, or a guess."""
+    guess = GUESS / float(np.mean([target.alone[item.kind] for item in items]))
+    if target.times is not None:
+        return predict(name, items, asked.served(target), target.times, start=guess).rate, NEAR
     known = [one.rate for one in before if one.rate is not None]
-    return float(np.median(known)) if known else GUESS / float(np.mean([alone[item.kind] for item in items]))
+    return (float(np.median(known)) if known else guess), STEP
 
 
 def _warm_up(submit: Submit, items: Sequence[Item]) -> None:
@@ -248,15 +257,19 @@ def _warm_up(submit: Submit, items: Sequence[Item]) -> None:
 
 
 def serving_of(name: str, seeds: Sequence[Goodput], continuous: Sequence[Goodput]) -> Serving:
-    """Return what one way of serving gave, and how it compares with sharing stages."""
+    """Return what one way of serving gave, and how it compares with sharing stages, where both were found."""
     rates = [one.rate for one in seeds if one.rate is not None]
-    theirs = [one.rate for one in continuous if one.rate is not None]
-    compared = name != "continuous" and len(theirs) == len(rates) > 0
+    pairs = [] if name == "continuous" else list(zip(continuous, seeds, strict=False))
+    better = [
+        theirs.rate / own.rate
+        for theirs, own in pairs
+        if theirs.bound == own.bound == "found" and own.rate and theirs.rate
+    ]
     return Serving(
         name=name,
         seeds=tuple(seeds),
         goodput=spread(rates) if rates else None,
-        better=spread([a / b for a, b in zip(theirs, rates, strict=True)]) if compared else None,
+        better=spread(better) if better else None,
     )
 
 

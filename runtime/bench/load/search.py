@@ -9,6 +9,7 @@ import msgspec
 
 ENOUGH = 0.95  # of all requests in time
 STEP, CLOSE = 1.3, 1.12  # from rate to rate until one passes and one fails; how close those two come to each other
+NEAR = CLOSE  # from rate to rate where it is known about where to begin
 MOST_TRIES = 9
 
 Bound = Literal["found", "at least", "at most"]

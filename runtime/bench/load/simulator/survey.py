@@ -11,7 +11,7 @@ import numpy as np
 from latentrt.engines.progress import Report as Progress
 from latentrt.engines.spec import Document
 from latentrt.runtime.bench.load.arrivals import Share, moments
-from latentrt.runtime.bench.load.search import STEP, find_goodput
+from latentrt.runtime.bench.load.search import NEAR, STEP, find_goodput
 from latentrt.runtime.bench.load.simulator.fleet import Router, Store, play, ready_times
 from latentrt.runtime.bench.load.simulator.replica import Ask, Costs, SharedReplica, Times
 
@@ -22,7 +22,6 @@ LINES = (8, 64)  # places of a machine's line
 TOO_MUCH = 1.3  # of the goodput
 MOST_TRIES = 7
 START = 0.7  # of what full batches could do: where the first search begins
-NEAR = 1.1  # from rate to rate where a smaller fleet told where to begin
 
 
 class Assumed(Document, frozen=True, kw_only=True):
