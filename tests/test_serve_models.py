@@ -114,6 +114,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_of_its_own(three: dict[str, P
     (three["b"] / MANIFEST).unlink()
     with pytest.raises(BundleError):
         asyncio.run(tight.find("b"))
+    assert tight.loads["b", "failed"] == 1
     assert loaded(tight) == ["a"] and drawn(asyncio.run(tight.find("a"))) == 1
     assert drawn(asyncio.run(tight.find("c"))) == 1
 
@@ -189,6 +190,10 @@ def test_a_bundle_that_was_replaced_is_served_without_a_pause(three: dict[str, P
         assert new is not old
         (future,) = new.batcher.submit(Request(prompt="a circle", steps=1))
         assert future.result().settings[0].size == (40, 32)
+        (three["b"] / MANIFEST).write_text("{")
+        with pytest.raises(openai.InternalServerError) as failed:
+            reload(client)
+        assert failed.value.code == "reload_failed"
         over.set()
         assert all(one.result(120) > 0 for one in asked)  # nobody was refused meanwhile
 
@@ -203,6 +208,7 @@ def test_a_broken_bundle_leaves_the_old_one(three: dict[str, Path]) -> None:
         (three["a"] / MANIFEST).write_text("{")
         assert models.reload() == {"a": "failed"}
         assert models.all() == [old] and drawn(old) == 1
+        assert models.loads == {("a", "loaded"): 1, ("a", "failed"): 1}
 
 
 def test_nobody_reloads_a_service_without_keys() -> None:

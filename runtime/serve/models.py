@@ -180,20 +180,15 @@ class Models:
             model = self._load(name)
             with self._change:
                 self._models[name] = model
+        except LatentrtError as error:
+            self.loads[name, "failed"] += 1
+            logger.error("'%s' was not loaded: %s", name, error)
+            raise
         finally:
             with self._change:
                 del self._loads[name]
 
     def _load(self, name: str) -> Model:
-        try:
-            model = self._open(name)
-        except BaseException:
-            self.loads[name, "failed"] += 1
-            raise
-        self.loads[name, "loaded"] += 1
-        return model
-
-    def _open(self, name: str) -> Model:
         """Open a bundle and see whether it draws. Raises what `Pipeline.load` raises, and EngineError."""
         from latentrt.runtime.batching.batcher import Batcher, BatcherOptions  # all that draws: with the first model
         from latentrt.runtime.pipeline import Pipeline
@@ -212,6 +207,7 @@ class Models:
             pipe.close()
             raise
         batcher = Batcher(pipe, options, observer=partial(self._told, Source(name, self.loads.total())))
+        self.loads[name, "loaded"] += 1
         self._needs[name] = max(weights_bytes(pipe.bundle), resident_bytes() - before)
         return Model(name=name, pipe=pipe, batcher=batcher, bytes=self._needs[name])
 
@@ -274,6 +270,7 @@ class Models:
                 return "unchanged"
             new = self._load(old.name)
         except LatentrtError as error:
+            self.loads[old.name, "failed"] += 1
             logger.error("'%s' was not loaded again, and is served as it was: %s", old.name, error)
             return "failed"
         with self._change:

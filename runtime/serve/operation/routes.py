@@ -54,7 +54,7 @@ async def metrics(web: Request) -> Response:
 
 
 async def reload(web: Request) -> Response:
-    """Load the bundles again that were replaced on disk, and tell what became of each. Raises WebError, 403."""
+    """Load the bundles again that were replaced on disk, and tell what became of each. Raises WebError: 403, 500."""
     models: Models = web.app.state.models
     if not models.options.access.keys:
         raise WebError(
@@ -64,4 +64,12 @@ async def reload(web: Request) -> Response:
             code="no_key",
         )
     outcomes = await asyncio.to_thread(models.reload)
-    return JSONResponse({"models": outcomes}, status_code=500 if "failed" in outcomes.values() else 200)
+    if failed := [name for name, outcome in outcomes.items() if outcome == "failed"]:
+        raise WebError(
+            f"model: {', '.join(failed)} could not be loaded again and is served as it was; the log says why",
+            status=500,
+            code="reload_failed",
+            kind="server_error",
+            headers={"x-should-retry": "false"},
+        )
+    return JSONResponse({"models": outcomes})
