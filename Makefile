@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow lint setup clean .cache/triton-venv
+.PHONY: demo test test-slow lint setup clean .cache/triton-venv .cache/old-openai
 
 setup: $(VENV)/.installed
 
@@ -53,8 +53,16 @@ lint: setup
 test: lint .cache/onnxruntime-gpu
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
+# OpenAI's client of 2025, which sits on httpx, in an environment of its own: tests/test_openai_old_client.py.
+.cache/old-openai: .cache/old-openai/.installed
+
+.cache/old-openai/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check openai==1.109.1 httpx==0.28.1
+	touch $@
+
 test-slow: setup
-	-$(MAKE) .cache/triton-venv
+	-$(MAKE) .cache/triton-venv .cache/old-openai
 	$(BIN)/python -m pytest -m slow
 
 clean:

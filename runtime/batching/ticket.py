@@ -145,7 +145,11 @@ def single(job: Job, picture: int) -> Job:
     only = slice(picture, picture + 1)
     latents = job.request.latents
     alone = None if latents is None or latents.ndim == 3 else one(latents)
-    request = msgspec.structs.replace(job.request, latents=latents if alone is None else alone)
+    request = msgspec.structs.replace(
+        job.request,
+        latents=latents if alone is None else alone,
+        variation_seed=job.variations[picture] if job.variations else None,
+    )
     return msgspec.structs.replace(
         job,
         request=request,
