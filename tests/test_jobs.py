@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,3 +235,24 @@ def test_an_owner_has_so_many_jobs_at_a_time(models: Models) -> None:
 def test_models_that_are_not_loaded_can_be_chosen(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "all", list)
     assert [model.name for model in choices(models).models] == ["tiny"]
+
+
+def test_a_model_that_decodes_a_jobs_picture_makes_no_room_for_another(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model,) = models.all()
+    decoding, go_on = threading.Event(), threading.Event()
+    decode = model.pipe.loaded.drawing.decode
+
+    def slow(*given: Any, **further: Any) -> Any:
+        decoding.set()
+        assert go_on.wait(WAIT_S)
+        return decode(*given, **further)
+
+    monkeypatch.setattr(model.pipe.loaded.drawing, "decode", slow)
+    (future,) = model.batcher.submit(Request(prompt="a circle", steps=2))
+    assert decoding.wait(WAIT_S) and not model.idle
+    go_on.set()
+    future.result(WAIT_S)
+    with model.batcher.hold(WAIT_S):
+        assert model.idle

@@ -257,6 +257,11 @@ class Batcher:
         return time.perf_counter() if at is None else at
 
     @property
+    def busy(self) -> bool:
+        """Tell whether a picture is owed: one that waits, is being drawn, or is decoded."""
+        return self._loop.busy
+
+    @property
     def drawing(self) -> int:
         """Return how many pictures have begun."""
         return len(self._loop.drawn) + sum(map(len, self._line.parked.values()))

@@ -55,8 +55,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def idle(self) -> bool:
-        """Tell whether it has nothing to draw."""
-        return not (self.batcher.waiting or self.batcher.drawing)
+        """Tell whether it has nothing to draw, and nothing to decode."""
+        return not self.batcher.busy
 
     def close(self) -> None:
         """Cancel what is not drawn yet, and close the bundle."""
