@@ -50,7 +50,17 @@ def main() -> None:
     command = [sys.executable, "-m", "latentrt", "bench-serve"]
     if what in DEMO:
         name, mix = DEMO[what]
-        options = ["--mix", mix, "--requests", "80", "--simulate", "--json", str(RESULTS / f"{name}.json")]
+        options = [
+            "--mix",
+            mix,
+            "--requests",
+            "60",
+            "--seconds",
+            "520",
+            "--simulate",
+            "--json",
+            str(RESULTS / f"{name}.json"),
+        ]
         subprocess.run([*command, *bundle, *options], check=True)
     elif what == "fleet":
         times = ["--times", str(RESULTS / "fleet-times.json"), "--mix", MIX, "--json", str(RESULTS / "fleet.json")]

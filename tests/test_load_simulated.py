@@ -24,7 +24,7 @@ from latentrt.runtime.bench.load.arrivals import Kind, Share, random_items
 from latentrt.runtime.bench.load.result import read_times
 from latentrt.runtime.bench.load.serving import Options
 from latentrt.runtime.bench.load.simulator.fleet import Router, RouterName, Store, play, ready_times
-from latentrt.runtime.bench.load.simulator.predict import Served, asks_of, predict, replica_of
+from latentrt.runtime.bench.load.simulator.predict import Served, asks_of, fit_shared, predict, replica_of
 from latentrt.runtime.bench.load.simulator.replica import Ask, BatchReplica, Costs, Replica, SharedReplica, Times
 from latentrt.runtime.bench.load.simulator.survey import Assumed, Fleet, Survey
 
@@ -37,6 +37,7 @@ TIMES = Times(
     shared=0.7,
 )
 COSTS = Costs(TIMES, 8)
+MIX = (Share(steps=4, share=40), Share(steps=20, share=40), Share(steps=50, share=20))
 Make = Callable[[int], Replica]
 MACHINES: dict[str, Make] = {
     "continuous": lambda waiting: SharedReplica(COSTS, waiting=waiting, multiple=5.0),
@@ -121,8 +122,7 @@ def test_sharing_stages_ends_the_wait_behind_long_requests() -> None:
         alone={Kind(steps, None, 7.5, None): COSTS.together(steps, 2, 1) for steps in (4, 20, 50)},
         options=Options(),
     )
-    mix = (Share(steps=4, share=40), Share(steps=20, share=40), Share(steps=50, share=20))
-    items = random_items(mix, 600, 0)
+    items = random_items(MIX, 600, 0)
     rates = {name: predict(name, items, served, TIMES, start=3.0).rate for name in ("continuous", "one", "static")}
     assert rates["continuous"] > 2 * rates["one"]
     assert rates["continuous"] > 2 * rates["static"]
@@ -215,6 +215,20 @@ def test_what_the_simulator_is_given_are_times_and_no_goodput(tmp_path: Path) ->
     assert rate(2.0) == pytest.approx(rate(1.0) / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("shared", [0.0, 0.4, 1.3])
+def test_how_much_is_shared_is_found_from_how_long_a_burst_took(shared: float) -> None:
+    burst = [msgspec.structs.replace(item, at_s=0.0) for item in random_items(MIX, 24, 0)]
+    kinds = {item.kind for item in burst}
+    options = Options(waiting=24, slo=1e6)
+    served = Served(stages={kind: kind.steps for kind in kinds}, alone=dict.fromkeys(kinds, 1.0), options=options)
+    times = msgspec.structs.replace(TIMES, shared=shared)
+    played = play(asks_of(burst, served), [replica_of("continuous", Costs(times, 8), options)], Router())
+    found = fit_shared(msgspec.structs.replace(TIMES, shared=0.0), burst, served, float(played.delivered.max()))
+    again = play(asks_of(burst, served), [replica_of("continuous", Costs(found, 8), options)], Router())
+    assert again.delivered.max() == pytest.approx(played.delivered.max(), rel=1e-3)
+    assert found.shared == pytest.approx(shared, abs=0.1)
+
+
 def test_a_machine_of_each_way_is_what_its_name_says() -> None:
     kinds = {name: type(replica_of(name, COSTS, Options())) for name in ("continuous", "one", "static")}
     assert kinds == {"continuous": SharedReplica, "one": BatchReplica, "static": BatchReplica}
@@ -222,9 +236,6 @@ def test_a_machine_of_each_way_is_what_its_name_says() -> None:
     kind = items[0].kind
     served = Served(stages={kind: 4}, alone={kind: 1.0}, options=Options())
     assert [ask.rows for ask in asks_of(items, served)] == [1, 1, 1]
-
-
-MIX = (Share(steps=4, share=40), Share(steps=20, share=40), Share(steps=50, share=20))
 
 
 def saved(path: Path, document: object) -> Path:

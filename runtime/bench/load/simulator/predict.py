@@ -153,10 +153,10 @@ def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: 
     bare = costs.together(stages, rows_of(longest), 1) - costs.call[1]
     between = max(0.0, float(np.median(alone)) - bare) / stages
     fixed = msgspec.structs.replace(times, between_s=between)
-    return _fit_shared(fixed, burst, msgspec.structs.replace(served, options=options), float(np.median(bursts[1:])))
+    return fit_shared(fixed, burst, msgspec.structs.replace(served, options=options), float(np.median(bursts[1:])))
 
 
-def _fit_shared(times: Times, burst: Sequence[Item], served: Served, seconds: float) -> Times:
+def fit_shared(times: Times, burst: Sequence[Item], served: Served, seconds: float) -> Times:
     """Find how much the loop is delayed by what is done beside it: with that, a burst takes what it took."""
     low, high = 0.0, MOST_SHARED
     for _ in range(20):
