@@ -472,6 +472,26 @@ def test_a_refusal_is_told_at_its_field_and_a_failure_in_the_queue(page: Page) -
     expect(page.locator("#refusal")).to_be_hidden()
 
 
+def test_a_service_that_went_away_is_told_and_found_again(opened: Callable[..., Page], models: Models) -> None:
+    with served(build(models)) as first:
+        page = opened(first)
+        ready(page)
+        draw(page)
+        drawn(page, 1)
+        page.route("**/jobs**", lambda route: route.abort())
+        page.reload()
+        expect(page.locator("#connection")).to_have_attribute("data-state", "off")
+        expect(tiles(page)).to_have_count(1)  # the browser's own copies
+        draw(page)
+        expect(page.locator("#refusal")).to_be_visible()
+        page.unroute("**/jobs**")
+        ready(page)
+        draw(page)
+        drawn(page, 2)
+        expect(page.locator("#refusal")).to_be_hidden()
+        page.context.close()
+
+
 def test_a_service_with_keys_is_used_once_a_key_is_given(opened: Callable[..., Page], models: Models) -> None:
     guarded = copy.copy(models)
     guarded.options = msgspec.structs.replace(models.options, access=Access(keys=("secret-key",)))

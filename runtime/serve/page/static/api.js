@@ -41,7 +41,10 @@ export async function call(path, { method = "GET", json, body, signal } = {}) {
   const key = recall(KEY);
   if (key) headers.authorization = `Bearer ${key}`;
   if (json !== undefined) headers["content-type"] = "application/json";
-  const answer = await fetch(path, { method, headers, signal, body: json === undefined ? body : write(json) });
+  const sent = { method, headers, signal, body: json === undefined ? body : write(json) };
+  const answer = await fetch(path, sent).catch(() => {
+    throw new Refusal(0, { message: "The service does not answer. The page tries to reach it again; then ask once more." });
+  });
   if (answer.ok) return answer;
   if (answer.status === 401 && !declined) {
     asking ??= askKey().finally(() => { asking = null; });
@@ -82,9 +85,7 @@ export async function follow(listeners) {
       listeners.state("on");
       pause = 500;
       for await (const { kind, data } of events(answer.body)) listeners[kind]?.(data);
-    } catch (error) {
-      console.info("the service is not there:", error.message);
-    }
+    } catch { /* it is not there, or went away: the page says so, and tries again */ }
     listeners.state("off");
     await new Promise((resolve) => setTimeout(resolve, pause));
   }
