@@ -85,7 +85,7 @@ def until(what: Callable[[], bool]) -> None:
 
 def test_a_model_is_tested_before_it_is_served_and_the_service_is_ready(address: str) -> None:
     assert ask(address, "/readyz")[0] == 200
-    assert json.loads(ask(address, "/healthz")[1]) == {"status": "ok", "models": {"tiny": "ok"}}
+    assert json.loads(ask(address, "/healthz")[1]) == {"status": "ok", "models": ["tiny"]}
 
 
 def test_metrics_count_what_was_drawn_and_what_was_not(address: str) -> None:
@@ -224,7 +224,8 @@ def test_a_service_that_hangs_or_lost_its_device_is_to_be_started_again(
 ) -> None:
     (model,) = models.all()
     monkeypatch.setattr(type(model.batcher), "last_stage_at", time.perf_counter() - 1000)
-    assert ask(address, "/healthz")[0] == 503
+    status, text, _ = ask(address, "/healthz")
+    assert (status, json.loads(text)["error"]["code"]) == (503, "hangs")
     monkeypatch.undo()
     assert ask(address, "/healthz")[0] == 200
     monkeypatch.setattr(type(model.batcher), "lost", DeviceLostError("gone"))

@@ -59,7 +59,7 @@ def build(models: Models, connections: Connections | None = None, tracing: Traci
         },
     )
     app.state.models, app.state.jobs, app.state.metrics = models, Jobs(), metrics
-    app.state.operations = (*openai.OPERATIONS, *a1111.OPERATIONS)
+    app.state.operations = (*openai.OPERATIONS, *a1111.OPERATIONS, *operation.OPERATIONS)
     return app
 
 

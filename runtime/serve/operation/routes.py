@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Literal
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
-from latentrt.runtime.serve.models import Model, Models
+from latentrt.runtime.serve.models import Model, Models, Outcome
+from latentrt.runtime.serve.openapi import Operation
 from latentrt.runtime.serve.web_errors import WebError
+
+
+class Alive(msgspec.Struct, frozen=True, kw_only=True):
+    """The service is to be kept. models: those that are loaded"""
+
+    status: Literal["ok"] = "ok"
+    models: list[str]
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests are taken. models: those that are loaded"""
+
+    status: Literal["ready"] = "ready"
+    models: list[str]
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the bundles that are loaded."""
+
+    models: dict[str, Outcome]
+
+
+OPERATIONS = (
+    Operation(path="/healthz", method="get", summary="Is the process to be kept?", answer=Alive),
+    Operation(path="/readyz", method="get", summary="Are requests taken?", answer=Ready),
+    Operation(path="/admin/reload", method="post", summary="Load replaced bundles again", answer=Reloaded),
+)
 
 
 def routes() -> list[Route]:
@@ -25,27 +55,43 @@ def routes() -> list[Route]:
 
 
 async def alive(web: Request) -> Response:
-    """Tell whether the process is to be kept: 503 once a batcher hangs or a device is lost."""
+    """Tell whether the process is to be kept. Raises WebError, 503, once a batcher hangs or a device is lost."""
     models: Models = web.app.state.models
-    states = {model.name: state_of(model, models.options.hang_s) for model in models.all()}
-    well = set(states.values()) <= {"ok"}
-    return JSONResponse({"status": "ok" if well else "failed", "models": states}, status_code=200 if well else 503)
+    loaded = models.all()
+    for model in loaded:
+        if (state := state_of(model, models.options.hang_s)) != "ok":
+            raise WebError(
+                f"model: '{model.name}' {state}; start the service again",
+                status=503,
+                code=state.replace(" ", "_"),
+                kind="server_error",
+            )
+    return _json(Alive(models=[model.name for model in loaded]))
 
 
 def state_of(model: Model, hang_s: float) -> str:
     """Return `ok`, or what keeps a model from drawing. hang_s: seconds that a stage may take"""
     if model.batcher.lost is not None:
-        return "device lost"
-    silent = time.perf_counter() - model.batcher.last_stage_at
-    return "hangs" if silent > hang_s else "ok"
+        return "lost its device"
+    return "hangs" if time.perf_counter() - model.batcher.last_stage_at > hang_s else "ok"
 
 
 async def ready(web: Request) -> Response:
-    """Tell whether requests are taken: 503 while the service ends. What it serves was tested when it was loaded."""
+    """Tell whether requests are taken: what is served was tested when it was loaded. Raises WebError, 503."""
     models: Models = web.app.state.models
     if models.draining:
-        return JSONResponse({"status": "draining"}, status_code=503, headers={"retry-after": "5"})
-    return JSONResponse({"status": "ready", "loaded": [model.name for model in models.all()]})
+        raise WebError(
+            "this service is about to end",
+            status=503,
+            code="draining",
+            kind="server_error",
+            headers={"retry-after": "5"},
+        )
+    return _json(Ready(models=[model.name for model in models.all()]))
+
+
+def _json(answer: msgspec.Struct) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 async def metrics(web: Request) -> Response:
@@ -72,4 +118,4 @@ async def reload(web: Request) -> Response:
             kind="server_error",
             headers={"x-should-retry": "false"},
         )
-    return JSONResponse({"models": outcomes})
+    return _json(Reloaded(models=outcomes))
