@@ -16,7 +16,7 @@ from latentrt.runtime.serve.bodies import invalid, media_type, refuse_nul
 from latentrt.runtime.serve.web_errors import WebError
 
 T = TypeVar("T")
-FILES, FIELDS, FIELD_BYTES = 17, 128, 64 * 1024  # sixteen images and a mask; every field once, and lists
+FILES, FIELDS, FIELD_BYTES = 17, 64, 64 * 1024  # sixteen images and a mask; every field once, and short lists
 NAME = re.compile(r"(\w+)(\[\])?(?:\[(\w+)\])?")
 
 
