@@ -74,6 +74,20 @@ def test_the_one_that_was_asked_for_longest_ago_makes_room(three: dict[str, Path
         assert loaded(models) == ["a", "c"]
 
 
+def test_a_service_that_still_loads_is_alive_and_not_ready(three: dict[str, Path]) -> None:
+    with Models(three, ServeOptions(), CPU, load=False) as models, served(build(models)) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.get("/readyz", cast_to=object)
+        assert (refused.value.status_code, refused.value.code) == (503, "loading")
+        assert client.get("/healthz", cast_to=object) == {"status": "ok", "models": []}
+        assert drawn(asyncio.run(models.find("b"))) == 1  # whoever asks before it is ready waits
+        models.load()
+        assert client.get("/readyz", cast_to=object) == {"status": "ready", "models": ["b", "a", "c"]}
+        assert models.loads.total() == 3
+        client.close()
+
+
 def test_two_requests_for_the_same_model_load_it_once(tight: Models) -> None:
     async def both() -> list[Model]:
         return await asyncio.gather(tight.find("b"), tight.find("b"), tight.find("b"))

@@ -119,6 +119,15 @@ def test_one_line_tells_that_it_is_ready_and_one_socket_listens(sd1_bundle: Path
         assert process.end() == 0
 
 
+def test_a_service_whose_bundle_cannot_be_loaded_ends_with_one_sentence(sd1_bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd1_bundle, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "engines")
+    command = [sys.executable, "-m", "latentrt", "serve", str(tmp_path / "broken"), "--port", "0", "--backend", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "Traceback" not in result.stderr and result.stderr.splitlines()[-1].startswith("latentrt: ")
+
+
 def listeners(pid: int) -> list[tuple[str, int]]:
     """Return every address that a process listens on, over TCP and UDP."""
     inodes = set()

@@ -96,7 +96,10 @@ def serve(bundles: tuple[str, ...], embeddings: tuple[Path, ...], log_format: st
         raise NotInstalledError(f"the service needs '{error.name}'", install=INSTALL) from error
     options, named = _options(given), _by_name(bundles)
     set_up(as_json=log_format == "json")
-    with bind(given.pop("host"), given.pop("port")) as listener, Models(named, options, given, embeddings) as models:
+    with (
+        bind(given.pop("host"), given.pop("port")) as listener,
+        Models(named, options, given, embeddings, load=False) as models,
+    ):
         run(models, listener, ready=lambda: _say(address(listener), models, as_json=as_json))
 
 

@@ -68,6 +68,7 @@ class Models:
     """The models of a service, by their names and their aliases. Close it, or use `with`.
 
     bundles: paths by name; loading: further arguments of `Pipeline.load`; embeddings: learned words for every model
+    load: load them now; else whoever made it calls `load`
     With `options.memory`, those that have room are loaded at once, and the others when they are asked for: then the
     ones that were asked for longest ago make room. Raises what `Pipeline.load` raises.
     """
@@ -78,9 +79,11 @@ class Models:
         options: ServeOptions | None = None,
         loading: Mapping[str, Any] | None = None,
         embeddings: Sequence[Path] = (),
+        *,
+        load: bool = True,
     ) -> None:
         self.options = options or ServeOptions()
-        self.draining = False
+        self.opening, self.draining = True, False
         self._paths, self._loading, self._embeddings = dict(bundles), dict(loading or {}), embeddings
         for alias, name in self.options.aliases.items():
             if name not in bundles:
@@ -95,13 +98,19 @@ class Models:
         self._retiring: list[Model] = []  # that were replaced, and have pictures to draw
         self._closer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-close")
         self._watchers: list[Watcher] = []
-        try:
-            for name in self._paths:
-                if not self._models or self._room_for(self._need(name)) >= 0:
-                    self._models[name] = self._load(name)
-        except BaseException:
-            self.close()
-            raise
+        if load:
+            try:
+                self.load()
+            except BaseException:
+                self.close()
+                raise
+
+    def load(self) -> None:
+        """Load those that have room. Whoever asks for one meanwhile waits. Raises what `Pipeline.load` raises."""
+        for name in self._paths:
+            if not self.all() or self._room_for(self._need(name)) >= 0:
+                self._loading_of(name).result()
+        self.opening = False
 
     @property
     def names(self) -> list[str]:
@@ -145,12 +154,15 @@ class Models:
             self._told(Source(known, 0), Refused(reason="draining", pictures=1))
             raise DrainingError("this service is about to end and takes no further requests; ask another one")
         while (model := self._take(known)) is None:
-            with self._change:
-                loading = self._loads.get(known)
-                if loading is None:
-                    loading = self._loads[known] = self._loader.submit(self._load_in, known)
-            await asyncio.shield(asyncio.wrap_future(loading))  # others may wait for it too
+            await asyncio.shield(asyncio.wrap_future(self._loading_of(known)))  # others may wait for it too
         return model
+
+    def _loading_of(self, name: str) -> Future[None]:
+        """Return what becomes of loading a model, which begins unless it has."""
+        with self._change:
+            if name not in self._loads:
+                self._loads[name] = self._loader.submit(self._load_in, name)
+            return self._loads[name]
 
     def _take(self, name: str) -> Model | None:
         """Return a model, if it is loaded, and keep it for the request that is being answered, until that is."""
@@ -176,6 +188,8 @@ class Models:
     def _load_in(self, name: str) -> None:
         """Load a model where others may have to go for it. On the loader's thread."""
         try:
+            if name in self._models:
+                return
             self._make_room(name)
             model = self._load(name)
             with self._change:
@@ -223,7 +237,7 @@ class Models:
         """Return the bytes of the budget that a model leaves over, below 0 where it has no room."""
         if self.options.memory is None:
             return 0
-        return self.options.memory - sum(model.bytes for model in self._models.values()) - need
+        return self.options.memory - sum(model.bytes for model in self.all()) - need
 
     def _make_room(self, name: str) -> None:
         """Close those that were asked for longest ago and have nothing to do, until there is room. Raises WebError."""

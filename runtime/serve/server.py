@@ -34,13 +34,16 @@ ENDS = (signal.SIGINT, signal.SIGTERM)
 def run(models: Models, listener: socket.socket, *, ready: Callable[[], None]) -> None:
     """Serve on a socket until SIGINT or SIGTERM, and end what was accepted; a second signal ends the process at once.
 
-    ready: called when requests are answered
+    ready: called when the models are loaded, which it does itself. Raises what loading one raises
     """
-    Server(models, ready).run(sockets=[listener])
+    server = Server(models, ready)
+    server.run(sockets=[listener])
+    if server.failure is not None:
+        raise server.failure
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return the one socket of the service, which takes connections from when the service is ready.
+    """Return the one socket of the service.
 
     Raises RequestError where the address cannot be had.
     """
@@ -84,13 +87,28 @@ class Server(uvicorn.Server):
             uvicorn.Config(build(models, self._connections, _tracing()), **uvicorn_options(self._connections))
         )
         self._models, self._ready = models, ready
+        self.failure: Exception | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until it is told to end."""
+        await super().serve(sockets)
+        if self._opening is not None and not self._opening.done():
+            os._exit(0)  # what is being loaded serves nobody, and nobody is waited for
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to serve."""
+        """Begin to serve, and to load."""
         await super().startup(sockets)
         if self.started:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+
+    async def _open(self) -> None:
+        try:
+            await asyncio.to_thread(self._models.load)
             self._ready()
+        except Exception as error:
+            self.failure, self.should_exit = error, True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

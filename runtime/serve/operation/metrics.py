@@ -115,7 +115,8 @@ class Now(Collector):
             for model in models:
                 gauge.add_metric((model.name,), read(model))
             yield gauge
-        yield GaugeMetricFamily("latentrt_ready", "1 if requests are taken.", value=not self._models.draining)
+        ready = not (self._models.draining or self._models.opening)
+        yield GaugeMetricFamily("latentrt_ready", "1 if requests are taken.", value=ready)
         info = InfoMetricFamily("latentrt_engine", "What draws.", labels=("model",))
         for model in models:
             info.add_metric((model.name,), {"backend": model.pipe.backend, "version": __version__})

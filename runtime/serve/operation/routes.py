@@ -79,11 +79,11 @@ def state_of(model: Model, hang_s: float) -> str:
 async def ready(web: Request) -> Response:
     """Tell whether requests are taken: what is served was tested when it was loaded. Raises WebError, 503."""
     models: Models = web.app.state.models
-    if models.draining:
+    if models.draining or models.opening:
         raise WebError(
-            "this service is about to end",
+            "this service is about to end" if models.draining else "this service still loads its models",
             status=503,
-            code="draining",
+            code="draining" if models.draining else "loading",
             kind="server_error",
             headers={"retry-after": "5"},
         )
