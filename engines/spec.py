@@ -57,6 +57,19 @@ class EngineSpec(Document, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Mapping[str, int], ...] = ()
 
+    def arrays(self, inputs: Inputs) -> dict[str, Array]:
+        """Return contiguous arrays of the types of the inputs. Raises EngineError on other names or shapes."""
+        from latentrt.engines.errors import EngineError  # this module is at the end of every chain of imports
+
+        names = [tensor.name for tensor in self.inputs]
+        if set(inputs) != set(names):
+            raise EngineError(f"{self.component} takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
+        arrays = {tensor.name: np.ascontiguousarray(inputs[tensor.name], dtype=tensor.dtype) for tensor in self.inputs}
+        for tensor in self.inputs:
+            if not tensor.accepts(arrays[tensor.name]):
+                raise EngineError(f"{self.component} takes {tensor}, found shape {arrays[tensor.name].shape}")
+        return arrays
+
 
 class Engine(Protocol):
     """A constructed engine is ready; `with` closes it.
@@ -79,7 +92,23 @@ class Engine(Protocol):
     ) -> None: ...
 
 
-class EngineView:
+class Closing:
+    """What `with` closes."""
+
+    def close(self) -> None:
+        """Free what it holds. Closing twice is closing once."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class EngineView(Closing):
     """What engines around an engine share: the spec is the inner one's own, and closing closes it."""
 
     def __init__(self, engine: Engine) -> None:
@@ -93,14 +122,6 @@ class EngineView:
     def close(self) -> None:
         """Close the inner engine."""
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class EngineKey(Document, frozen=True, kw_only=True):

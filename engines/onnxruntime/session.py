@@ -6,17 +6,15 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
-import numpy as np
 from cachetools import LRUCache
 
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
 from latentrt.engines.onnxruntime.assignment import check_assignment, elsewhere, record_assignment
 from latentrt.engines.onnxruntime.library import PROVIDERS, Provider, load_cuda_libraries, require
-from latentrt.engines.spec import Array, DType, EngineSpec, Inputs, TensorSpec
+from latentrt.engines.spec import Array, Closing, DType, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.tensor_names import COND, HINT
 
 DTYPES: dict[str, DType] = {
@@ -198,7 +196,7 @@ def _share_memory() -> bool:
     return True
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing):
     """One graph in one session. Output buffers are reused: they hold until the next call with the same shapes."""
 
     def __init__(self, session: Any, spec: EngineSpec, *, weights: object = None) -> None:
@@ -210,7 +208,7 @@ class OnnxRuntimeEngine:
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         """Run the graph. Inputs are converted to the spec's dtypes. Raises EngineError on a wrong name or shape."""
-        arrays = self._arrays(inputs)
+        arrays = self.spec.arrays(inputs)
         shapes = tuple(array.shape for array in arrays.values())
         binding = self._open.io_binding()
         for name, array in arrays.items():
@@ -260,16 +258,6 @@ class OnnxRuntimeEngine:
             raise ClosedError(f"the engine of {self.spec.component} is closed; open the bundle again")
         return self._session
 
-    def _arrays(self, inputs: Inputs) -> dict[str, Array]:
-        names = [spec.name for spec in self.spec.inputs]
-        if set(inputs) != set(names):
-            raise EngineError(f"{self.spec.component} takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
-        arrays = {s.name: np.ascontiguousarray(inputs[s.name], dtype=s.dtype) for s in self.spec.inputs}
-        for spec in self.spec.inputs:
-            if not spec.accepts(arrays[spec.name]):
-                raise EngineError(f"{self.spec.component} takes {spec}, found shape {arrays[spec.name].shape}")
-        return arrays
-
     def with_every_output(self) -> OnnxRuntimeEngine:
         """Return an engine on the same session that gives the graph's other outputs too, where they are of our dtypes.
 
@@ -285,14 +273,6 @@ class OnnxRuntimeEngine:
         """Free the session and its buffers."""
         self._outputs.clear()
         self._session = self._weights = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def spec_of(component: str, session: Any) -> EngineSpec:

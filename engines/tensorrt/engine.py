@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
 from latentrt.engines.cuda.stream import Allocations, StagingRing
 from latentrt.engines.errors import ClosedError, EngineError
-from latentrt.engines.spec import Array, Engine, EngineView, Inputs
+from latentrt.engines.spec import Array, Closing, Engine, EngineView, Inputs
+from latentrt.engines.tensorrt.buffers import Block
 from latentrt.engines.tensorrt.execution import Execution, Executor, Program
-from latentrt.engines.tensorrt.profiles import Origin, Shape, input_shapes, nbytes
+from latentrt.engines.tensorrt.profiles import Origin, Shape, input_shapes
 
 
-class TensorRTEngine:
+class TensorRTEngine(Closing):
     """One component for callers with NumPy arrays. The arrays it returns hold until its next call.
 
     Each profile that was used keeps its context and buffers until `close`. It serves one thread at a time, together
@@ -40,23 +39,13 @@ class TensorRTEngine:
         """
         if self._program is None:
             raise ClosedError(f"the engine of {self.spec.component} is closed; open the bundle again")
-        arrays = self._arrays(inputs)
+        arrays = self.spec.arrays(inputs)
         profile = self._profile(arrays)
         with self._executor.queue.lock:
             if profile not in self._host_io:
                 self._host_io[profile] = _HostIO(self._executor, self._program, profile)
             self._host_io[profile].put(arrays)
         return self._host_io[profile].outputs()
-
-    def _arrays(self, inputs: Inputs) -> dict[str, Array]:
-        names = [tensor.name for tensor in self.spec.inputs]
-        if set(inputs) != set(names):
-            raise EngineError(f"{self.spec.component} takes {', '.join(names)}, found {', '.join(sorted(inputs))}")
-        arrays = {t.name: np.ascontiguousarray(inputs[t.name], dtype=t.dtype) for t in self.spec.inputs}
-        for tensor in self.spec.inputs:
-            if not tensor.accepts(arrays[tensor.name]):
-                raise EngineError(f"{self.spec.component} takes {tensor}, found shape {arrays[tensor.name].shape}")
-        return arrays
 
     def _profile(self, arrays: Mapping[str, Array]) -> int:
         asked = {name: array.shape for name, array in arrays.items()}
@@ -89,14 +78,6 @@ class TensorRTEngine:
             while self._host_io:
                 self._host_io.popitem()[1].close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class _HostIO:
     """One profile with its own buffers, on the device and pinned on the host."""
@@ -113,31 +94,25 @@ class _HostIO:
 
     def _set_up(self, run: Execution, program: Program) -> None:
         allocations = self._allocations
-        sides = ((program.spec.inputs, run.inputs), (program.spec.outputs, run.outputs))
-        sizes = {t.name: nbytes(t, shapes[t.name]) for tensors, shapes in sides for t in tensors}
-        self._addresses = {name: allocations.allocate(size) for name, size in sizes.items()}
-        self._stagings = {name: StagingRing(self._queue, allocations, sizes[name]) for name in run.inputs}
-        self._blocks = {name: allocations.pinned(sizes[name]) for name in run.outputs}
-        self._outputs = {
-            t.name: self._blocks[t.name].view(t.dtype).reshape(run.outputs[t.name]) for t in program.spec.outputs
-        }
+        self._inputs = Block(allocations, program.spec.inputs, run.inputs)
+        self._outputs = Block(allocations, program.spec.outputs, run.outputs)
+        self._staging = StagingRing(self._queue, allocations, self._inputs.size)
+        self._host = allocations.pinned(self._outputs.size)
         self._done = allocations.event()
-        run.bind(self._addresses)
+        run.bind(self._inputs.addresses | self._outputs.addresses)
 
     def put(self, arrays: Mapping[str, Array]) -> None:
         """Put a run in the queue, with the copies around it."""
         assert self._execution is not None
-        for name, array in arrays.items():
-            self._stagings[name].send(self._addresses[name], [(0, array)])
+        self._inputs.send(arrays, self._staging)
         self._execution.run()
-        for name, block in self._blocks.items():
-            self._queue.device.copy_out(block, self._addresses[name], self._queue.stream)
+        self._queue.device.copy_out(self._host, self._outputs.address, self._queue.stream)
         self._queue.record(self._done)
 
     def outputs(self) -> dict[str, Array]:
         """Wait for the last run and return what it gave."""
         self._queue.wait_until(self._done)
-        return dict(self._outputs)
+        return self._outputs.views(self._host)
 
     def close(self) -> None:
         self._queue.wait_idle()

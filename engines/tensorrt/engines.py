@@ -7,8 +7,8 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, Self
+from types import ModuleType
+from typing import Any
 
 import msgspec
 from cachetools import LRUCache
@@ -20,7 +20,7 @@ from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
 from latentrt.engines.errors import ClosedError, DeviceLostError, EngineError, OutOfMemoryError, WrongMachineError
 from latentrt.engines.lora.weight_changes import Adaptable, Changes
-from latentrt.engines.spec import Array, Engine
+from latentrt.engines.spec import Array, Closing, Engine
 from latentrt.engines.tensor_names import HINT, PIXELS
 from latentrt.engines.tensorrt.engine import TensorRTEngine, in_micro_batches
 from latentrt.engines.tensorrt.execution import Executor, Kernels, Plan, Program, Scratch, open_programs
@@ -75,7 +75,7 @@ def _kernels(directory: Path, record: EngineRecord, component: str) -> Kernels:
     return Kernels(*(home / file for home in homes))
 
 
-class TensorRTSession:
+class TensorRTSession(Closing):
     """Opened engines with the stream that all of them run in and the scratch memory that they share.
 
     What it hands out is closed with it. Threads may share it: work of one waits until the other's is in the queue.
@@ -196,14 +196,6 @@ class TensorRTSession:
         ends. In a forked process nothing of it can be freed.
         """
         self._end()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _keep_kernels(programs: Mapping[str, Program]) -> None:

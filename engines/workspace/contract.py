@@ -6,7 +6,7 @@ pictures' own prompts and the others their negative prompts. Programs are the co
 reads the buffers that are called as its inputs and writes those that are called as its outputs; `next_` before a name
 says what becomes of the buffer of that name once the program ran. `buffer_of` and `own_buffer` give the exceptions.
 
-    text encoder    reads `own_buffer` of its inputs, writes `encoder_hidden_states` in the rows that it is run for
+    text encoder    uses up `own_buffer` of its inputs, writes `encoder_hidden_states` in the rows that it is run for
     ControlNet      reads the state, what it follows and its scales, and adds to the residuals
     denoiser        reads the state, `control` and all that its graph takes, writes the state; uses up the residuals
     decoder         reads the state, writes `pixels` and `squares`
@@ -57,7 +57,7 @@ def own_buffer(component: str, tensor: str) -> str:
 
 def buffer_of(component: str, tensor: str) -> str:
     """Return the buffer that a tensor of a denoiser or a ControlNet is bound to."""
-    if tensor == HINT:
+    if tensor in (HINT, COND):
         return hint_of(component)
     return own_buffer(component, tensor) if tensor == SCALE else tensor
 
@@ -122,7 +122,8 @@ class Workspace(Protocol):
         """Set rows of a buffer; a number sets all of theirs. They stay so until they are written again.
 
         `guidance`, (P, M), and `picture_of_row`, (M,), are written whole, for the M rows of the stages to come;
-        `control`, (P, …), and `noise`, where it has a weight, are for the next stage alone.
+        `control`, (P, …), and `noise`, where it has a weight, are for the next stage alone, and what a text encoder
+        takes for its next run.
         """
         ...
 
@@ -160,39 +161,6 @@ class Instant:
         """Return the seconds between two of them."""
         assert isinstance(earlier, Instant)
         return self._at - earlier._at
-
-
-class Written:
-    """Which rows of which buffers hold what somebody wrote or a program computed."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, Array] = {}
-
-    def note(self, name: str, rows: slice | Array, size: int) -> None:
-        """Note rows of a buffer that has `size` of them. rows: a slice, or a bool for each"""
-        self._rows.setdefault(name, np.zeros(size, dtype=bool))[rows] = True
-
-    def require(self, name: str, rows: slice | Array) -> None:
-        """Raise EngineError if one of the rows is not there. rows: a slice, or a bool for each of the first"""
-        known = self._rows.get(name, NO_ROWS)
-        if isinstance(rows, slice):
-            there = known[rows].any() if rows == ALL else known[rows].all() and len(known) >= (rows.stop or 0)
-        else:
-            there = not (rows[: len(known)] & ~known[: len(rows)]).any() and not rows[len(known) :].any()
-        if not there:
-            raise not_written(name)
-
-    def extent(self, name: str) -> int:
-        """Return how many rows there are up to the last one that is there."""
-        return int(np.flatnonzero(self._rows.get(name, NO_ROWS)).max(initial=-1)) + 1
-
-    def forget(self, *names: str, rows: slice = ALL) -> None:
-        """Forget rows of these buffers, or of all."""
-        for name in names or tuple(self._rows):
-            self._rows.get(name, NO_ROWS)[rows] = False
-
-
-NO_ROWS = np.zeros(0, dtype=bool)
 
 
 def rows_in(name: str, slots: int) -> int | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import (
     COND,
@@ -25,24 +24,14 @@ from latentrt.engines.workspace.contract import (
     ALL,
     AT_FIRST,
     CONTROL,
-    GUIDANCE,
-    IDS,
     NOISE,
-    OWNERS,
     STATE,
-    TEXT,
-    Event,
-    Instant,
     WorkspaceShape,
-    Written,
     no_decoder,
     own_buffer,
     rows_in,
-    span,
 )
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from latentrt.engines.workspace.slot_workspace import HostBuffer, Rows, SlotWorkspace, at_once
 
 
 class StageControl(NamedTuple):
@@ -67,7 +56,7 @@ def split_control(control: Array, state_rows: int) -> StageControl:
     )
 
 
-class NumpyWorkspace:
+class NumpyWorkspace(SlotWorkspace[HostBuffer]):
     """A workspace on which every call is done when it returns. It implements `Workspace`.
 
     Only rows that have a weight are computed, and no picture's numbers reach another's.
@@ -78,7 +67,7 @@ class NumpyWorkspace:
     decoder: the one that may be run, None for none
     """
 
-    queued, local = False, True
+    local = True
 
     def __init__(
         self,
@@ -90,135 +79,77 @@ class NumpyWorkspace:
         denoiser: str,
         decoder: str | None,
     ) -> None:
+        super().__init__(shape, engines, state_rows=state_rows, denoiser=denoiser)
         if decoder is not None and decoder not in engines:
             raise no_decoder(decoder, engines)
-        self.shape, self.state_rows = shape, state_rows
-        self._engines, self._space = engines, space
-        self._denoiser, self._decoder = denoiser, decoder
+        self._space, self._decoder = space, decoder
         self._size = (space.channels, shape.height // space.factor, shape.width // space.factor)
-        self._buffers: dict[str, Array] = {STATE: np.zeros((shape.pictures, state_rows, *self._size), np.float32)}
-        self._written = Written()
-        self._rows: Rows | None = None  # of the stages to come, once they are known
+        self._keep(STATE, np.zeros((shape.pictures, state_rows, *self._size), np.float32))
+        self._mixing: Mixing | None = None
         self._residuals: dict[str, Array] = {}  # what the ControlNets since the last stage add up to
 
-    def fit(self, program: str, rows: int) -> int:
-        """Return the number itself: any will do."""
-        return rows
-
-    def write(self, name: str, array: npt.ArrayLike, rows: slice = ALL) -> None:
-        """Keep a copy of rows. Raises EngineError if they are of another shape."""
-        values, size = np.asarray(array), rows_in(name, self.shape.pictures)
-        if size is None:
-            self._buffers[name], rows, size = np.array(values), ALL, 1
-            self._rows = None if name in (GUIDANCE, OWNERS) else self._rows
-        elif name in self._buffers or values.ndim:
-            rows = span(name, values, rows, size)
-            self._put(name, values, rows, size)
-        self._written.note(name, rows, size)
-        if name == STATE:
-            self._written.forget(PREVIOUS, rows=rows)
-
-    def _put(self, name: str, values: Array, rows: slice, size: int) -> None:
-        if name not in self._buffers:
-            self._buffers[name] = np.full((size, *values.shape[1:]), AT_FIRST.get(name, 0.0), dtype=values.dtype)
-        buffer = self._buffers[name]
-        if values.ndim and values.shape[1:] != buffer.shape[1:]:
-            raise EngineError(f"{name}: found shape {values.shape}, expected {(len(values), *buffer.shape[1:])}")
-        buffer[rows] = values
-
-    def read(self, name: str, rows: slice = ALL) -> Array:
-        """Return a copy of rows of a buffer."""
-        self._written.require(name, rows)
-        return self._buffers[name][slice(self._written.extent(name)) if rows == ALL else rows].copy()
-
-    def event(self) -> Event:
-        """Note the time."""
-        return Instant()
-
-    def run(self, program: str, rows: slice = ALL) -> None:
-        """Run a program; what leaves the range of float32 is found when it is read."""
-        if program == self._denoiser:
-            with np.errstate(over="ignore", invalid="ignore"):
-                self._advance()
-        elif program == self._decoder:
-            self._decode(self._decoder, rows)
-        elif IDS in self._inputs(program):
-            self._encode(program, rows)
-        elif COND in self._inputs(program):
-            self._follow(program)
-        else:
-            raise no_decoder(program, self._engines)
-
-    def _inputs(self, program: str) -> list[str]:
-        engine = self._engines.get(program)
-        return [tensor.name for tensor in engine.spec.inputs] if engine else []
-
-    def _needed(self, name: str, rows: slice | Array = ALL) -> Array:
-        self._written.require(name, rows)
+    def _keep(self, name: str, array: Array) -> HostBuffer:
+        self._buffers[name] = HostBuffer(array)
         return self._buffers[name]
 
-    def _encode(self, program: str, rows: slice) -> None:
-        given = {name: self._needed(own_buffer(program, name)) for name in self._inputs(program)}
-        output = self._engines[program](given)["last_hidden_state"]
-        self.write(TEXT, output.reshape(-1, self.shape.tokens, output.shape[-1]), rows)
+    def _buffer(self, name: str, values: Array) -> HostBuffer | None:
+        """Return a buffer as wide as what is first written to it."""
+        if name in self._buffers or not values.ndim:
+            return self._buffers.get(name)
+        shape = (rows_in(name, self.shape.pictures) or 1, *values.shape[1:])
+        return self._keep(name, np.full(shape, AT_FIRST.get(name, 0.0), dtype=values.dtype))
+
+    def _fetch(self, name: str) -> tuple[Array, Callable[[], None]]:
+        return self._buffers[name].read(), at_once
 
     def _decode(self, program: str, rows: slice) -> None:
-        latents = self._needed(STATE, rows)[rows, 0] / np.float32(self._space.scaling_factor)
-        decoded = self._engines[program]({"latent_sample": latents})
-        for name in (PIXELS, SQUARES):
-            self.write(name, decoded[name], slice(rows.start or 0, (rows.start or 0) + len(latents)))
+        latents = self._buffers[STATE].array[rows, 0] / np.float32(self._space.scaling_factor)
+        decoded = self._programs[program]({"latent_sample": latents})
+        self._show_decoded(decoded[PIXELS], decoded[SQUARES], rows)
 
-    def _stage(self) -> tuple[Rows, StageControl]:
-        """Return what the next stage runs on, and what controls it."""
-        if self._rows is None:
-            self._rows = Rows(*(self._needed(name) for name in (GUIDANCE, OWNERS)))
-        if STATE not in self._rows.met:
-            self._written.require(STATE, self._rows.pictures)
-            self._rows.met.add(STATE)
-        return self._rows, split_control(self._needed(CONTROL), self.state_rows)
+    def _mixed(self, rows: Rows) -> tuple[Mixing, StageControl]:
+        """Return how the rows of a stage are mixed, and what controls it."""
+        if self._mixing is None or self._mixing.rows is not rows:
+            self._mixing = Mixing(rows)
+        return self._mixing, split_control(self._given[CONTROL], self.state_rows)
 
-    def _own(self, rows: Rows, control: StageControl) -> dict[str, Array]:
+    def _own(self, mixing: Mixing, control: StageControl) -> dict[str, Array]:
         """Return what every network of a stage takes, a row each."""
-        state = self._buffers[STATE]
+        state = self._buffers[STATE].array
         latents = (control.input_row[:, None] @ state.reshape(*state.shape[:2], -1)).reshape(-1, *state.shape[2:])
-        return {"sample": latents[rows.owners], "timestep": control.timesteps[rows.owners]}
+        return {"sample": latents[mixing.owners], "timestep": control.timesteps[mixing.owners]}
 
-    def _advance(self) -> None:
-        (rows, control), state = self._stage(), self._buffers[STATE]
-        guided = mix(rows, self._model(rows, control), control.rescale)
-        following = transit(control.transition, state, guided, self._buffers.pop(NOISE, None))
-        if "keep_mask" in self._buffers:
-            following[:, 0] = self._kept(following[:, 0], control.level)
-        self._buffers |= {PREVIOUS: state, STATE: following}
-        self._written.note(PREVIOUS, rows.pictures, len(state))
-        self._written.forget(CONTROL, NOISE)
+    def _advance(self, rows: Rows) -> None:
+        """Run the denoiser; what leaves the range of float32 is found when it is read."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            (mixing, control), state = self._mixed(rows), self._buffers[STATE].array
+            guided = mix(mixing, self._model(mixing, control), control.rescale)
+            following = transit(control.transition, state, guided, self._given.get(NOISE))
+            if "keep_mask" in self._buffers:
+                following[:, 0] = self._kept(following[:, 0], control.level)
+        self._keep(PREVIOUS, state)
+        self._keep(STATE, following)
         self._residuals = {}
 
-    def _model(self, rows: Rows, control: StageControl) -> Array:
-        own = self._own(rows, control)
-        added = self._residuals or self._no_residuals(self._denoiser, len(rows.owners))
+    def _model(self, mixing: Mixing, control: StageControl) -> Array:
+        own = self._own(mixing, control)
+        added = self._residuals or self._no_residuals(self._denoiser, len(mixing.owners))
         if "condition" in self._buffers:
-            own["sample"] = np.concatenate([own["sample"], self._buffers["condition"][rows.owners]], axis=1)
-        return np.asarray(self._call(self._denoiser, own | added, rows)["out_sample"], dtype=np.float32)
+            condition = self._buffers["condition"].array[mixing.owners]
+            own["sample"] = np.concatenate([own["sample"], condition], axis=1)
+        return np.asarray(self._call(self._denoiser, own | added, mixing)["out_sample"], dtype=np.float32)
 
-    def _follow(self, program: str) -> None:
+    def _follow(self, program: str, rows: Rows) -> None:
         """Run a ControlNet on what those before it added up to, for the rows that follow it."""
-        rows, control = self._stage()
-        added = self._residuals or self._no_residuals(program, len(rows.owners))
-        follows = self._used(own_buffer(program, SCALE), rows) != 0
-        own = rows if follows.all() else self._rows_that(rows, follows)
+        mixing, control = self._mixed(rows)
+        scales = self._buffers[own_buffer(program, SCALE)].array
+        added = self._residuals or self._no_residuals(program, len(mixing.owners))
+        follows = scales[mixing.used] != 0
+        own = mixing if follows.all() else Mixing(_rows_that(rows, follows))
         before = {name: array[follows] for name, array in added.items()}
-        hint = self._needed(hint_of(program), own.pictures)[own.owners]
-        scale = self._used(own_buffer(program, SCALE), own)
-        given = self._call(program, {**self._own(own, control), **before, COND: hint, SCALE: scale}, own)
+        hint = self._buffers[hint_of(program)].array[own.owners]
+        given = self._call(program, {**self._own(own, control), **before, COND: hint, SCALE: scales[own.used]}, own)
         self._residuals = {name: _put_rows(array, given[NEXT + name], follows) for name, array in added.items()}
-
-    def _rows_that(self, rows: Rows, follows: Array) -> Rows:
-        """Return some of a stage's rows. follows: (m,) bool"""
-        guidance, owners = (self._buffers[name] for name in (GUIDANCE, OWNERS))
-        weighted = rows.weighted.copy()
-        weighted[rows.weighted] = follows
-        return Rows(np.where(weighted, guidance, 0), owners)
 
     def _no_residuals(self, program: str, rows: int) -> dict[str, Array]:
         """Return zeros for what ControlNets add; nothing if a network takes no residuals."""
@@ -227,25 +158,29 @@ class NumpyWorkspace:
             tensor.name: np.zeros(
                 [axis if isinstance(axis, int) else axes[axis] for axis in tensor.shape], tensor.dtype
             )
-            for tensor in self._engines[program].spec.inputs
+            for tensor in self._programs[program].spec.inputs
             if is_residual(tensor.name)
         }
 
-    def _call(self, program: str, given: Mapping[str, Array], rows: Rows) -> dict[str, Array]:
+    def _call(self, program: str, given: Mapping[str, Array], mixing: Mixing) -> Mapping[str, Array]:
         """Run a network on what is given, and on the used rows of what was written."""
         names = [name for name in self._inputs(program) if name not in given]
-        return self._engines[program]({**given, **{name: self._used(name, rows) for name in names}})
-
-    def _used(self, name: str, rows: Rows) -> Array:
-        if name not in rows.met:
-            self._written.require(name, rows.weighted)
-            rows.met.add(name)
-        return self._buffers[name][rows.used]
+        own = {name: self._buffers[name].array[mixing.used] for name in names}
+        outputs: Mapping[str, Array] = self._programs[program]({**given, **own})
+        return outputs
 
     def _kept(self, drawn: Array, level: Array) -> Array:
-        mask, known = self._buffers["keep_mask"], self._needed("known")
+        self._written.require("known", ALL)
+        mask, known = self._buffers["keep_mask"].array, self._buffers["known"].array
         kept = np.einsum("pk,pk...->p...", level, known)
         return np.asarray(mask * drawn + (1 - mask) * kept, dtype=np.float32)
+
+
+def _rows_that(rows: Rows, follows: Array) -> Rows:
+    """Return some of a stage's rows. follows: a bool for each that has a weight"""
+    weighted = rows.weighted.copy()
+    weighted[rows.weighted] = follows
+    return Rows(np.where(weighted, rows.guidance, 0), rows.owners, slots=len(rows.pictures))
 
 
 def _put_rows(array: Array, rows: Array, where: Array) -> Array:
@@ -257,36 +192,32 @@ def _put_rows(array: Array, rows: Array, where: Array) -> Array:
     return found
 
 
-class Rows:
-    """The m of M model rows that have a weight in the stages of P slots, whose pictures take part in them."""
+class Mixing:
+    """How the outputs of the m model rows that have a weight become those of P pictures."""
 
-    def __init__(self, guidance: Array, owners: Array) -> None:
-        """Take what was written: (P, M) and (M,)."""
-        slots = len(guidance)
-        self.weighted = (guidance != 0).any(axis=0)  # (M,)
-        self.pictures = (guidance != 0).any(axis=1)  # (P,)
-        index = np.flatnonzero(self.weighted)
-        self.used = slice(0, len(index)) if self.weighted[: len(index)].all() else index
-        self.owners = owners[index]
-        self.met: set[str] = set()  # the buffers that are known to have what these rows need
+    def __init__(self, rows: Rows) -> None:
+        slots, index = len(rows.pictures), np.flatnonzero(rows.weighted)
+        self.rows = rows
+        self.used = slice(0, len(index)) if rows.weighted[: len(index)].all() else index
+        self.owners = rows.owners[index]  # (m,)
         self.parts: list[tuple[slice, Array | slice, Array]] = []  # see `mix`
-        for part in range(-(-len(owners) // slots)):  # prompts, then negative prompts: a picture has one row in each
+        for part in range(-(-rows.count // slots)):  # prompts, then negative prompts: a picture has one row in each
             start, stop = np.searchsorted(index, (part * slots, (part + 1) * slots))
             own = index[start:stop] - part * slots
-            weights = guidance[own, index[start:stop]].reshape(-1, 1, 1, 1)
+            weights = rows.guidance[own, index[start:stop]].reshape(-1, 1, 1, 1)
             self.parts.append((slice(start, stop), ALL if len(own) == slots else own, weights))
 
 
-def mix(rows: Rows, outputs: Array, rescale: Array) -> Array:
+def mix(mixing: Mixing, outputs: Array, rescale: Array) -> Array:
     """Return every picture's guided output, with its own contrast restored: (P, C, h, w), zeros where it has no row.
 
     Each is a sum over the picture's own rows, so that what is not finite stays with its picture. rescale: (P,)
     """
-    guided = np.zeros((len(rows.pictures), *outputs.shape[1:]), dtype=np.float32)
-    for some, own, weights in rows.parts:
+    guided = np.zeros((len(rescale), *outputs.shape[1:]), dtype=np.float32)
+    for some, own, weights in mixing.parts:
         guided[own] += weights * outputs[some]
     for picture in np.flatnonzero(rescale):
-        own_row = np.flatnonzero(rows.owners == picture)[0]  # the prompt's comes first
+        own_row = np.flatnonzero(mixing.owners == picture)[0]  # the prompt's comes first
         guided[picture] *= contrast_factor(outputs[own_row], guided[picture], rescale[picture])
     return guided
 
