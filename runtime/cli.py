@@ -7,16 +7,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
-from latentrt.engines.bundle.files import Bundle, disk_errors
 from latentrt.engines.cli_types import Size
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
-from latentrt.engines.spec import Array
 from latentrt.runtime.cli_options import (
     DECODING,
     LOADING,
@@ -27,15 +24,13 @@ from latentrt.runtime.cli_options import (
     TextCommand,
     options_of,
 )
-from latentrt.runtime.draw.step import Step
-from latentrt.runtime.images.write_movie import check_movie, save_movie
-from latentrt.runtime.images.write_png import save_png
-from latentrt.runtime.pipeline import Pipeline
-from latentrt.runtime.request import KeyFrame
-from latentrt.runtime.result import Result
-from latentrt.runtime.sampling.make import make_plan
-from latentrt.runtime.sampling.plan_text import format_plan, format_samplers, plan_to_json, samplers_table
-from latentrt.runtime.sampling.schedule import STABLE_DIFFUSION
+
+if TYPE_CHECKING:  # what draws is imported when something is drawn, so that --help stays instant
+    from latentrt.engines.spec import Array
+    from latentrt.runtime.draw.step import Step
+    from latentrt.runtime.pipeline import Pipeline
+    from latentrt.runtime.request import KeyFrame
+    from latentrt.runtime.result import Result
 
 
 @click.command(cls=TextCommand)
@@ -68,6 +63,8 @@ def generate(
     **request: Any,
 ) -> None:
     """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
+    from latentrt.engines.bundle.files import disk_errors
+
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
     with _load(bundle, backend, device=device, threads=threads, build=build, embeddings=embeddings) as pipe:
@@ -112,6 +109,10 @@ def animate(
     **request: Any,
 ) -> None:
     """Draw an animation from key frame to key frame, each a PROMPT@SEED, and write it as GIF, WebP or MP4."""
+    import msgspec
+
+    from latentrt.runtime.images.write_movie import check_movie, save_movie
+
     check_movie(output, fps=fps)
     keys = tuple(msgspec.structs.replace(key, negative_prompt=negative_prompt) for key in keys)
     seconds: list[float] = []
@@ -136,6 +137,8 @@ def animate(
 
 
 def _load(bundle: str, backend: str, *, embeddings: tuple[Path, ...], **options: Any) -> Pipeline:
+    from latentrt.runtime.pipeline import Pipeline
+
     pipe = Pipeline.load(bundle, backend, **options)
     for embedding in embeddings:
         pipe.add_embedding(embedding)
@@ -155,6 +158,8 @@ def _progress(*, quiet: bool) -> Iterator[Any]:
 
 
 def _save(result: Result, output: Path) -> list[Path]:
+    from latentrt.runtime.images.write_png import save_png
+
     files = []
     for image, seed, settings in zip(result.images, result.seeds, result.settings, strict=True):
         file = output if output.suffix.lower() == ".png" else _free_name(output, f"{_slug(settings.prompt)}-{seed}")
@@ -210,6 +215,11 @@ def _lines(summary: dict[str, Any]) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --plan, all that another runtime needs.")
 def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
     """List the samplers, or print the plan of one of them."""
+    from latentrt.engines.bundle.files import Bundle
+    from latentrt.runtime.sampling.make import make_plan
+    from latentrt.runtime.sampling.plan_text import format_plan, format_samplers, plan_to_json, samplers_table
+    from latentrt.runtime.sampling.schedule import STABLE_DIFFUSION
+
     if sampler is None:
         click.echo(json.dumps(samplers_table(), indent=1) if as_json else format_samplers())
         return

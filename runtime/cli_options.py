@@ -7,16 +7,19 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from latentrt.engines.cli_types import Many, on_gpu
-from latentrt.engines.lora.file import split_strength
-from latentrt.runtime.request import DECODERS, NOISES, Control, KeyFrame, Lora
-from latentrt.runtime.sampling.guidance import ALWAYS
-from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
-from latentrt.runtime.sampling.spacings import SPACINGS
+
+if TYPE_CHECKING:  # what draws is imported when something is drawn, so that --help stays instant
+    from latentrt.runtime.request import Control, KeyFrame, Lora
+
+# What may be chosen by name, as it is where it is chosen (tests/test_cli.py holds the two together).
+SPACINGS = "leading, trailing, linspace, karras, exponential, lu, beta, simple, sgm_uniform, ays, ays_sdxl"
+NOISES = ("cpu", "cuda")
+DECODERS = ("full", "tiny")
 
 
 class TextCommand(click.Command):
@@ -60,24 +63,28 @@ def _spaced(argument: str) -> bool:
     return any(sign.isspace() for sign in argument.partition("=")[0])
 
 
-class Key(click.ParamType[KeyFrame]):
+class Key(click.ParamType["KeyFrame"]):
     """A key frame: a prompt and its seed, `a red circle@7`."""
 
     name = "PROMPT@SEED"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> KeyFrame:
+        from latentrt.runtime.request import KeyFrame
+
         found = re.fullmatch(r"(.*)@(-?\d+)", str(value), flags=re.DOTALL)
         if found is None:
             self.fail(f"found '{value}', expected a prompt, @ and a seed, as in 'a red circle@7'", param, ctx)
         return KeyFrame(prompt=found[1], seed=int(found[2]))
 
 
-class Followed(click.ParamType[Control]):
+class Followed(click.ParamType["Control"]):
     """A control: `edges=edges.png`, `edges=edges.png:0.8`, `edges=edges.png:0.8:0.2:0.9`."""
 
     name = "NAME=IMAGE[:SCALE[:START:STOP]]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Control:
+        from latentrt.runtime.request import Control
+
         number = r"-?[\d.]+"
         found = re.fullmatch(rf"([^=]+)=(.+?)(?::({number})(?::({number}):({number}))?)?", str(value))
         if found is None or (":" in found[2] and not Path(found[2]).exists()):
@@ -95,12 +102,15 @@ class Followed(click.ParamType[Control]):
         return Control(name=name, image=image, **dict(zip(("scale", "start", "stop"), values, strict=False)))
 
 
-class LoraFile(click.ParamType[Lora]):
+class LoraFile(click.ParamType["Lora"]):
     """A LoRA file and its scale: `style.safetensors:0.8`, or the file alone."""
 
     name = "FILE[:SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Lora:
+        from latentrt.engines.lora.file import split_strength
+        from latentrt.runtime.request import Lora
+
         file, scale = split_strength(str(value))
         return Lora(file=file, scale=scale)
 
@@ -123,15 +133,13 @@ FILE = click.Path(path_type=Path)
 SAMPLING = (
     click.option("--steps", type=int, default=None, help="Default: 20."),
     click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
-    click.option(
-        "--spacing", default=None, help=f"How the steps are spaced: {', '.join((*TIMESTEP_SPACINGS, *SPACINGS))}."
-    ),
+    click.option("--spacing", default=None, help=f"How the steps are spaced: {SPACINGS}."),
     click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1; for ddim and tcd."),
     click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, with noise left."),
     click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="Timesteps to run."),
     click.option("--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise levels, ending in 0."),
     click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
-    click.option("--guidance-interval", type=Interval(), default=ALWAYS, help="Guide only here, e.g. 0.2-0.8."),
+    click.option("--guidance-interval", type=Interval(), default="0-1", help="Guide only here, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="How much contrast to restore after guidance, 0 to 1."),
     click.option("--refine-from", type=float, default=None, help="When the refiner takes over, e.g. 0.8."),
     click.option("--aesthetic-score", default=6.0, help="The aesthetic score that the refiner aims for."),
@@ -156,10 +164,10 @@ STARTS = (
     click.option("--strength", type=float, default=None, help="How much of --image to change, 0 to 1."),
     click.option("--variation-seed", type=int, default=None, help="Blend the noise with the noise of this seed."),
     click.option("--variation-strength", type=float, default=0.0, help="How much of that noise to use, 0 to 1."),
-    click.option("--noise", type=click.Choice(sorted(NOISES)), default="cpu", help="PyTorch generator of the seeds."),
+    click.option("--noise", type=click.Choice(NOISES), default="cpu", help="PyTorch generator of the seeds."),
 )
 DECODING = (
-    click.option("--decoder", type=click.Choice(list(DECODERS)), default="full", help="tiny: fast, less detail."),
+    click.option("--decoder", type=click.Choice(DECODERS), default="full", help="tiny: fast, less detail."),
     click.option("--tile", type=int, default=None, help="Decode in tiles of this many pixels, to save memory."),
 )
 

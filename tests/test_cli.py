@@ -8,11 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
 from latentrt.__main__ import COMMANDS
 from latentrt.engines.bundle.manifest import MANIFEST
+from latentrt.runtime import cli_options
+from latentrt.runtime.cli import generate
+from latentrt.runtime.cli_options import Interval
+from latentrt.runtime.request import DECODERS, NOISES
+from latentrt.runtime.sampling.guidance import ALWAYS
+from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
+from latentrt.runtime.sampling.spacings import SPACINGS
 
 
 def latentrt(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -38,6 +46,20 @@ def test_help_names_every_command() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(command: str) -> None:
     assert "--json" in latentrt(command, "--help").stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "animate", "samplers"])
+def test_the_help_of_a_command_that_draws_loads_nothing_that_draws(command: str) -> None:
+    code = f"import sys, latentrt.__main__ as front; front.find_command({command!r}); print('numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_what_may_be_chosen_by_name_is_said_on_the_command_line_as_it_is() -> None:
+    assert cli_options.SPACINGS.split(", ") == [*TIMESTEP_SPACINGS, *SPACINGS]
+    assert (set(cli_options.NOISES), set(cli_options.DECODERS)) == (set(NOISES), set(DECODERS))
+    defaults = {option.name: option.get_default(click.Context(generate)) for option in generate.params}
+    assert Interval().convert(defaults["guidance_interval"], None, None) == ALWAYS
 
 
 def test_generate_writes_pictures_with_their_settings(sd1_bundle: Path, tmp_path: Path) -> None:
