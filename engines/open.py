@@ -20,6 +20,7 @@ from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import BackendName, Engine, EngineKey
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
+KEPT_COUNTS = 256  # shapes of which it is kept how many slots they may have: records are read to find that
 _log = logging.getLogger(__name__)
 
 
@@ -148,9 +149,13 @@ class OpenEngines:
         shape: pictures are as many as there may be at a time: the last number has room for them, where one has
         Nothing is opened. Raises EngineError if there are no engines for pictures of this size and texts.
         """
-        if shape not in self._counts:
-            self._counts[shape] = self._find_counts(shape)
-        return self._counts[shape]
+        counts = self._counts.get(shape, ())
+        if counts == ():
+            counts = self._find_counts(shape)
+            if len(self._counts) >= KEPT_COUNTS:
+                self._counts.clear()
+            self._counts[shape] = counts
+        return counts
 
     def _find_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
         serving = serving_engines(self._bundle, self.choice.backend, device=self.choice.device)

@@ -17,7 +17,7 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.runtime.batching.observer import Event, StageDone
 from tests.conftest import Controlled, MakeControlled
 from tests.stand_in import install
-from tests.test_batcher import NEAR_DB, Watched, all_of, psnr
+from tests.test_batcher import NEAR_DB, Watched, all_of, psnr, together
 from tests.test_control_stage import REQUESTS, SIZE, canonical, request_of
 from tests.test_controlnets import hint
 
@@ -35,12 +35,14 @@ def mixed(pipe: Pipeline) -> list[Request]:
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_each_picture_follows_its_own_whoever_shares_its_stages(pipe: Pipeline, order: int) -> None:
+def test_each_picture_follows_its_own_whoever_shares_its_stages(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
     requests, told = mixed(pipe), list[Event]()
     random.Random(order).shuffle(requests)
     alone = [pipe.draw(request).pixels[0] for request in requests]
     with Batcher(pipe, BatcherOptions(slots=4), observer=told.append) as batcher:
-        found = [result.pixels[0] for result in all_of(batcher, requests)]
+        found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
     for one, other, request in zip(alone, found, requests, strict=True):
         assert psnr(one, other) >= NEAR_DB, request
     assert max(event.pictures for event in told if isinstance(event, StageDone)) == 4
@@ -55,7 +57,9 @@ def test_a_controlnet_runs_on_the_rows_that_follow_it_alone(pipe: Pipeline) -> N
     assert edges.rows == [2, 2, 2] and depth.rows == []
 
 
-def test_adapters_share_stages_with_what_follows_nothing(adapted: Callable[[str], Controlled]) -> None:
+def test_adapters_share_stages_with_what_follows_nothing(
+    adapted: Callable[[str], Controlled], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Pipeline.load(adapted("sd1").bundle, "cpu", threads=1) as pipe:
         size, told = (64, 64), list[Event]()
         ways: list[dict[str, Any]] = [
@@ -67,14 +71,14 @@ def test_adapters_share_stages_with_what_follows_nothing(adapted: Callable[[str]
         requests = [request_of(pipe, size=size, **{"seed": seed, **way}) for seed, way in enumerate(ways)]
         alone = [pipe.draw(request).pixels[0] for request in requests]
         with Batcher(pipe, observer=told.append) as batcher:
-            found = [result.pixels[0] for result in all_of(batcher, requests)]
+            found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
     for one, other in zip(alone, found, strict=True):
         assert psnr(one, other) >= NEAR_DB
     assert max(event.pictures for event in told if isinstance(event, StageDone)) > 1
 
 
 def test_where_others_would_pay_for_a_controlnet_they_take_turns(
-    controlled: MakeControlled, pipe: Pipeline, tmp_path: Path
+    controlled: MakeControlled, pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a device a pass is of all rows: those that follow the same share stages."""
     ways: list[dict[str, Any]] = [{"controls": [Control(name="edges", image=hint(seed))]} for seed in (1, 2)]
@@ -88,7 +92,7 @@ def test_where_others_would_pay_for_a_controlnet_they_take_turns(
         told: list[Event] = []
         slots = BatcherOptions(slots=2)
         with Pipeline.load(root, "tensorrt") as compiled, Batcher(compiled, slots, observer=told.append) as batcher:
-            found = [result.pixels[0] for result in all_of(batcher, requests)]
+            found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
     for one, other in zip(alone, found, strict=True):
         assert psnr(one, other) >= NEAR_DB
     assert max(event.pictures for event in told if isinstance(event, StageDone)) == 2

@@ -77,6 +77,27 @@ def all_of(batcher: Batcher, requests: list[Request], *, pause: Callable[[], Non
     return [answer(future) for future in futures]
 
 
+def together(monkeypatch: pytest.MonkeyPatch, batcher: Batcher, requests: list[Request]) -> list[Result]:
+    """Draw requests of a picture each, all of them prepared by the second stage of the first, on whatever machine."""
+    prepared, all_asked, all_prepared = itertools.count(1), threading.Event(), threading.Event()
+    prepare = drawing_loop.prepare
+
+    def counted(*given: Any) -> None:
+        prepare(*given)
+        if next(prepared) == len(requests):
+            all_prepared.set()
+
+    def hold(_: int, step: Step) -> None:
+        assert (all_asked if step.stage == 1 else all_prepared).wait(WAIT_S)
+
+    monkeypatch.setattr(drawing_loop, "prepare", counted)
+    futures = batcher.submit(requests[0], on_step=hold)
+    for request in requests[1:]:
+        futures += batcher.submit(request)
+    all_asked.set()
+    return [answer(future) for future in futures]
+
+
 def test_every_sampler_draws_among_others_what_it_draws_alone(pipe: Pipeline) -> None:
     chance = random.Random(1)
     requests = [

@@ -19,7 +19,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.runtime.batching.observer import Event, StageDone
 from tests.stand_in import install
-from tests.test_batcher import NEAR_DB, all_of, asked, psnr
+from tests.test_batcher import NEAR_DB, asked, psnr, together
 from tests.test_pipeline_images import left_half, photo
 
 SIZE = (32, 32)
@@ -51,14 +51,14 @@ def wishes() -> list[Request]:
 
 
 def test_pictures_share_the_slots_that_are_compiled(
-    compiled: tuple[Pipeline, tuple[int, ...]], sd1_bundle: Path
+    compiled: tuple[Pipeline, tuple[int, ...]], sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, counts = compiled
     told: list[Event] = []
     with Pipeline.load(sd1_bundle, "cpu", threads=1) as plain:
         alone = [plain.draw(request).pixels[0] for request in wishes()]
     with Batcher(pipe, BatcherOptions(slots=3), observer=told.append) as batcher:
-        found = [result.pixels[0] for result in all_of(batcher, wishes())]
+        found = [result.pixels[0] for result in together(monkeypatch, batcher, wishes())]
     for one, other in zip(alone, found, strict=True):
         assert psnr(one, other) >= NEAR_DB
     stages = [event for event in told if isinstance(event, StageDone)]

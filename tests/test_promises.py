@@ -5,7 +5,6 @@ Stage times are given, so that what is decided depends on no machine.
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 from collections.abc import Iterator
@@ -15,10 +14,9 @@ from typing import Any
 import pytest
 
 from latentrt import Batcher, BatcherOptions, Pipeline, Step
-from latentrt.runtime.batching import drawing_loop
 from latentrt.runtime.batching.observer import Event, StageDone, Started
 from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
-from tests.test_batcher import WAIT_S, answer, asked
+from tests.test_batcher import WAIT_S, answer, asked, together
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +32,9 @@ def measured(monkeypatch: pytest.MonkeyPatch, per_row: float) -> None:
 
 def third_stage(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, options: BatcherOptions, **asks: Any) -> int:
     """Draw five pictures, all prepared by the first one's second stage; return how many share its third."""
-    prepared, told = itertools.count(1), list[Event]()
-    all_asked, all_prepared = threading.Event(), threading.Event()
-    prepare = drawing_loop.prepare
-
-    def counted(*given: Any) -> None:
-        prepare(*given)
-        if next(prepared) == 5:
-            all_prepared.set()
-
-    def hold(_: int, step: Step) -> None:
-        assert (all_asked if step.stage == 1 else all_prepared).wait(WAIT_S)
-
-    monkeypatch.setattr(drawing_loop, "prepare", counted)
+    told: list[Event] = []
     with Batcher(pipe, options, observer=told.append) as batcher:
-        futures = batcher.submit(asked(0, steps=12, sampler="euler", **asks), on_step=hold)
-        for seed in range(1, 5):
-            futures += batcher.submit(asked(seed, steps=12, sampler="euler", **asks))
-        all_asked.set()
-        for future in futures:
-            answer(future)
+        together(monkeypatch, batcher, [asked(seed, steps=12, sampler="euler", **asks) for seed in range(5)])
     return [event.pictures for event in told if isinstance(event, StageDone)][2]
 
 

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import threading
 from collections.abc import Callable, Hashable, Sequence
 
 import msgspec
 import numpy as np
+from cachetools import LRUCache
 
 NEWEST = 0.2  # the weight of the newest measurement in the kept average
+KEPT_KINDS = 256  # of stages: sizes may be anything
 
 
 class StageTimes:
-    """Seconds of a stage by its kind and its number of model rows: a moving average of what was measured."""
+    """Seconds of a stage by its kind and its number of model rows: a moving average of what was measured.
+
+    Safe to use from many threads.
+    """
 
     def __init__(self) -> None:
-        self._seconds: defaultdict[Hashable, dict[int, float]] = defaultdict(dict)
+        self._lock = threading.Lock()
+        self._seconds: LRUCache[Hashable, dict[int, float]] = LRUCache(KEPT_KINDS)
 
     def note(self, kind: Hashable, rows: int, seconds: float) -> None:
         """Take a measurement in."""
-        known = self._seconds[kind].get(rows, seconds)
-        self._seconds[kind][rows] = known + NEWEST * (seconds - known)
+        with self._lock:
+            known = self._seconds.setdefault(kind, {})
+            before = known.get(rows, seconds)
+            known[rows] = before + NEWEST * (seconds - before)
 
     def estimate(self, kind: Hashable, rows: int) -> float | None:
         """Return the seconds of a stage, None before any was measured.
 
         What was not measured lies on the line through what was; with one measurement, it grows with the rows.
         """
-        known = self._seconds[kind]
+        with self._lock:
+            known = dict(self._seconds.get(kind, {}))
         if not known or rows in known:
             return known.get(rows)
         if len(known) == 1:
