@@ -231,6 +231,24 @@ def test_a_client_that_joined_leaves_and_the_other_gets_its_picture(
         assert staying.result()
 
 
+def test_what_is_refused_does_not_wait_for_files_to_be_written(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, many = threading.Event(), 36  # more than the event loop's own pool has threads
+    monkeypatch.setattr("latentrt.runtime.serve.openai.telling.encode", lambda *_, **__: go_on.wait(60) and b"file")
+    with ThreadPoolExecutor(many) as threads:
+        try:
+            asked = [
+                threads.submit(client.images.generate, prompt="a star", extra_body={"steps": 1}) for _ in range(many)
+            ]
+            with pytest.raises(openai.BadRequestError):
+                client.with_options(timeout=30, max_retries=0).images.generate(prompt="a star", size="17x17")
+            assert not any(one.done() for one in asked)
+        finally:
+            go_on.set()
+        assert all(one.result().data for one in asked)
+
+
 # --- streams ---
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 from starlette.requests import Request as WebRequest
@@ -67,6 +68,7 @@ class Images:
 
     def __init__(self) -> None:
         self._kept = Kept()
+        self._pool = ThreadPoolExecutor(thread_name_prefix="latentrt-answer")
 
     async def generations(self, web: WebRequest) -> Response:
         """Draw pictures of a prompt."""
@@ -82,7 +84,8 @@ class Images:
         model = await models.find(body.model)
         request = await asyncio.to_thread(request_of, body, files, model, models.options)
         call = Call(model, request, looks=looks_of(body, model))
-        telling = Telling(body, call, prefix=prefix, keep=_keep(web) if body.response_format == "url" else None)
+        keep = _keep(web) if body.response_format == "url" else None
+        telling = Telling(body, call, prefix=prefix, keep=keep, pool=self._pool)
         reader = self._kept.join(_key(web), _digest(body, files), telling.begin)
         streaming = False
         try:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -42,10 +43,11 @@ class Telling:
     """Tells what is drawn for one body.
 
     prefix: of its events; keep: where pictures are kept, None where they are sent in the answer itself
+    pool: threads that write files, of their own: what is to be taken or refused does not wait for them
     """
 
-    def __init__(self, body: Drawing, call: Call, *, prefix: Prefix, keep: Keep | None) -> None:
-        self._body, self._call, self._prefix, self._keep = body, call, prefix, keep
+    def __init__(self, body: Drawing, call: Call, *, prefix: Prefix, keep: Keep | None, pool: Executor) -> None:
+        self._body, self._call, self._prefix, self._keep, self._pool = body, call, prefix, keep, pool
         self._kind = body.output_format or "png"
         self._compression = 100 if body.output_compression is None else body.output_compression
         self._quality = quality_of(body)
@@ -58,17 +60,20 @@ class Telling:
 
     async def _whole(self) -> AsyncIterator[bytes]:
         results = await self._call.results()
-        yield await asyncio.to_thread(self._pictures, results)
+        yield await self._beside(self._pictures, results)
 
     async def _events(self) -> AsyncIterator[bytes]:
         """Give the events of a stream: partial images, and each picture when it is done. Raises what drawing raises."""
         told: dict[int, int] = {}
         async for event in self._call.events():
             if isinstance(event, Drawn):
-                yield await asyncio.to_thread(self._completed, event)
+                yield await self._beside(self._completed, event)
             elif event.look is not None:
                 index = told[event.picture] = told.get(event.picture, -1) + 1
-                yield await asyncio.to_thread(self._partial, event.picture, event.look, index)
+                yield await self._beside(self._partial, event.picture, event.look, index)
+
+    def _beside(self, write: Callable[..., bytes], *given: object) -> asyncio.Future[bytes]:
+        return asyncio.get_running_loop().run_in_executor(self._pool, write, *given)
 
     def _pictures(self, results: list[Result]) -> bytes:
         width, height = results[0].settings[0].size
