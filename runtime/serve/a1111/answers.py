@@ -12,8 +12,7 @@ from PIL import Image
 
 from latentrt.runtime.images.write_png import community_name, parameters
 from latentrt.runtime.request import Request
-from latentrt.runtime.serve.a1111.asked import blur_of
-from latentrt.runtime.serve.a1111.images import blended
+from latentrt.runtime.serve.a1111.images import blended, blur_of
 from latentrt.runtime.serve.a1111.schema import Drawing, Drawn, Img2Img
 from latentrt.runtime.serve.jobs import Job
 

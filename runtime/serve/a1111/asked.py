@@ -12,7 +12,7 @@ from PIL import Image
 from latentrt.runtime.request import Request
 from latentrt.runtime.sampling.catalogue import SAMPLERS, choose_sampler, find
 from latentrt.runtime.sampling.make import make_plan
-from latentrt.runtime.serve.a1111.images import file_of, mask_of
+from latentrt.runtime.serve.a1111.images import blur_of, file_of, mask_of
 from latentrt.runtime.serve.a1111.neutral import refuse_further, refuse_unless_neutral
 from latentrt.runtime.serve.a1111.prompts import take_loras
 from latentrt.runtime.serve.a1111.schema import DEFAULT_CFG, DEFAULT_STRENGTH, RANDOM, Drawing, Img2Img
@@ -27,7 +27,6 @@ from latentrt.runtime.serve.web_errors import WebError
 T = TypeVar("T", bound=msgspec.Struct)
 # A1111's schedulers that have another name here. Both of the first leave it to the sampler's name.
 SPACINGS: Mapping[str, str | None] = {"automatic": None, "uniform": None, "align_your_steps": "ays"}
-MOST_BLUR = 64  # pixels, as in A1111's interface
 ORIGINAL = 1  # inpainting_fill: what a mask repaints begins with the image
 
 
@@ -152,12 +151,3 @@ def _mask(body: Img2Img, mask: str, limits: Limits) -> Image.Image:
         )
     image = read_image(file_of(mask, "mask"), name="mask", most=limits.pixels)
     return mask_of(image, inverted=body.inpainting_mask_invert is True, blur=blur_of(body))
-
-
-def blur_of(body: Img2Img) -> tuple[float, float]:
-    """Return how far a mask's edge is blurred across and down, in pixels. Raises WebError."""
-    given = (body.mask_blur or 0.0, body.mask_blur or 0.0)
-    blur = given if any(given) else (body.mask_blur_x or 0.0, body.mask_blur_y or 0.0)
-    if not all(0 <= one <= MOST_BLUR for one in blur):
-        raise WebError(f"mask_blur: found {max(blur):g}, expected 0 to {MOST_BLUR}", param="mask_blur")
-    return blur

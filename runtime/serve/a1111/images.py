@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from latentrt.runtime.images.read import decode
+from latentrt.runtime.serve.a1111.schema import Img2Img
 from latentrt.runtime.serve.pictures import encode_pixels
 from latentrt.runtime.serve.web_errors import WebError
 
+MOST_BLUR = 64  # pixels, as in A1111's interface
 OPAQUE = 128  # alpha above which a mask repaints
 
 
@@ -25,6 +27,15 @@ def file_of(text: str, field: str) -> bytes:
         return base64.b64decode(rest if comma and head.startswith("data:") else text, validate=True)
     except (binascii.Error, ValueError):
         raise WebError(f"{field}: this is not base64", param=field) from None
+
+
+def blur_of(body: Img2Img) -> tuple[float, float]:
+    """Return how far a mask's edge is blurred across and down, in pixels. Raises WebError."""
+    given = (body.mask_blur or 0.0, body.mask_blur or 0.0)
+    blur = given if any(given) else (body.mask_blur_x or 0.0, body.mask_blur_y or 0.0)
+    if not all(0 <= one <= MOST_BLUR for one in blur):
+        raise WebError(f"mask_blur: found {max(blur):g}, expected 0 to {MOST_BLUR}", param="mask_blur")
+    return blur
 
 
 def mask_of(image: Image.Image, *, inverted: bool, blur: tuple[float, float]) -> Image.Image:

@@ -15,7 +15,6 @@ IGNORED = frozenset(
         *("mode", "original_prompt", "original_negative_prompt", "mask_expansion", "expanded_mask"),  # Photoshop's
         *("do_not_save_samples", "do_not_save_grid", "force_task_id", "script_args"),
         *("refiner_switch_at", "inpaint_full_res_padding", "image_cfg_scale"),  # nothing without what is refused
-        *("soft_inpainting",),
     }
 )
 HIGH_RES = "hr_"  # of the second pass, which `enable_hr` asks for
@@ -31,7 +30,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "refiner_checkpoint": ("None",),
     "sd_vae": ("Automatic", "None"),
     "sd_unet": ("Automatic", "None"),
-    "override_settings_restore_afterwards": (True,),
 }
 WHY = {
     "enable_hr": "there is no second pass in a higher resolution; send false",

@@ -12,9 +12,6 @@ import msgspec
 DEFAULT_CFG, DEFAULT_STRENGTH = 7.0, 0.75  # A1111's own
 RANDOM = -1  # as a seed
 
-Value = str | float | bool | None
-"""of an option"""
-
 
 class Drawing(msgspec.Struct, frozen=True, kw_only=True):
     """What txt2img and img2img have in common.
@@ -41,7 +38,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True):
     clip_skip: int | None = None
     disable_extra_networks: bool | None = None
     enable_hr: bool | None = None
-    override_settings: dict[str, Value] | None = None
+    override_settings: dict[str, Any] | None = None
     override_settings_restore_afterwards: bool | None = None
     send_images: bool | None = None
     save_images: bool | None = None
