@@ -33,7 +33,7 @@ WAIT_MS = 120_000
 def serving(bundle: Path) -> Iterator[str]:
     """Serve a bundle as a process of its own; give its address."""
     command = [sys.executable, "-m", "latentrt", "serve", str(bundle), "--port", "0", "--slots", "3", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
             yield json.loads(process.stdout.readline())["address"]
@@ -72,8 +72,9 @@ def main() -> None:
         expect(page.locator("#model option")).not_to_have_count(0, timeout=WAIT_MS)
         draw_some(page)
         shot = page.screenshot()
+        page.click("#cancel-all")
         browser.close()
-    small = Image.open(io.BytesIO(shot)).convert("RGB").quantize(192, dither=Image.Dither.NONE)
+    small = Image.open(io.BytesIO(shot)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(given.picture, "PNG", optimize=True)
     print(f"{given.picture}: {given.picture.stat().st_size / 1000:.0f} kB")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -34,11 +34,11 @@ class Files(StaticFiles):
         return answer
 
 
-def routes() -> list[BaseRoute]:
+def routes() -> list[Route]:
     """Return the routes of the files: `/`, and `/page/…`."""
     files = Files(directory=DIRECTORY)
 
-    async def index(web: Request) -> Response:
-        return await files.get_response("index.html", web.scope)
+    async def show(web: Request) -> Response:
+        return await files.get_response(web.path_params.get("file", "index.html"), web.scope)
 
-    return [Route("/", index, methods=["GET"]), Mount("/page", files)]
+    return [Route("/", show, methods=["GET"]), Route("/page/{file}", show, methods=["GET"])]

@@ -12,7 +12,7 @@ import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request as WebRequest
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from latentrt.runtime.images.read_parameters import parse, read_text
 from latentrt.runtime.serve.bodies import media_type, read, read_json
@@ -36,7 +36,7 @@ class AllBut(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     but: str | None = None
 
 
-def routes() -> list[BaseRoute]:
+def routes() -> list[Route]:
     """Return the routes; the app's state holds the models and the jobs."""
     return [
         Route("/jobs", submit, methods=["POST"]),
