@@ -81,6 +81,8 @@ def test_a_picture_without_text_and_what_is_no_picture() -> None:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, "PNG")
     assert read_text(file.getvalue()) is None
-    for junk in (b"", b"nothing", file.getvalue()[:20], b"GIF89a"):
+    huge = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(huge, "PNG")
+    for junk in (huge.getvalue(), b"", b"nothing", file.getvalue()[:20], b"GIF89a"):
         with pytest.raises(RequestError):
             read_text(junk)

@@ -13,6 +13,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.runtime.sampling.catalogue import find
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 8192 * 8192
 EXIF, USER_COMMENT = 0x8769, 0x9286  # where a JPEG or WebP holds what a PNG has in its chunk
 CODES = {b"UNICODE\0": "utf-16-be", b"ASCII\0\0\0": "ascii"}
 PAIR = re.compile(r'\s*([\w][\w /+.-]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
@@ -44,15 +45,18 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 def read_text(file: bytes) -> str | None:
     """Return the settings' text of a PNG, JPEG or WebP, None if it has none; no pixel is decoded.
 
-    Raises RequestError on what is no such picture.
+    Raises RequestError on what is no such picture, or says that it has more pixels than any.
     """
     try:
         with Image.open(io.BytesIO(file), formats=FORMATS) as image:
+            pixels = image.width * image.height
             text = image.info.get("parameters")
             if text is None and image.format != "PNG":
                 text = _comment(image.getexif().get_ifd(EXIF).get(USER_COMMENT))
     except Exception as error:  # Pillow raises whatever its parsers meet
         raise RequestError("image: this is not a PNG, JPEG or WebP that can be read") from error
+    if pixels > MOST_PIXELS:
+        raise RequestError(f"image: it has {pixels} pixels, and at most {MOST_PIXELS} are read")
     return str(text) if isinstance(text, str) else None  # a plain one: Pillow gives a kind of its own
 
 
