@@ -35,7 +35,9 @@ def lora(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def models(sd1_bundle: Path, lora: Path) -> Iterator[Models]:
-    options = ServeOptions(slots=4, aliases={"first": "tiny"}, limits=Limits(pixels=128 * 128), loras=lora.parent)
+    options = ServeOptions(
+        slots=4, aliases={"first": "tiny"}, limits=Limits(pixels=128 * 128, steps=1000), loras=lora.parent
+    )
     with Models({"tiny": sd1_bundle, "other": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         yield opened
 
@@ -363,7 +365,7 @@ def test_progress_is_told_and_an_interrupt_ends_the_callers_own(client: httpx.Cl
                 "/txt2img", json=SMALL | {"steps": steps, "batch_size": 2, "sampler_name": "Euler"}
             )
 
-    threads = [threading.Thread(target=draw, args=("mine", 140)), threading.Thread(target=draw, args=("yours", 60))]
+    threads = [threading.Thread(target=draw, args=("mine", 900)), threading.Thread(target=draw, args=("yours", 300))]
     for thread in threads:
         thread.start()
     mine = {"authorization": "mine"}
@@ -376,7 +378,7 @@ def test_progress_is_told_and_an_interrupt_ends_the_callers_own(client: httpx.Cl
     wait_for(seen)
     assert pixels_of(looks[-1]["current_image"]).ndim == 3
     assert 0 < looks[-1]["progress"] < 1 and looks[-1]["state"]["job_count"] == 1
-    assert looks[-1]["state"]["sampling_steps"] == 140
+    assert looks[-1]["state"]["sampling_steps"] == 900
     assert client.get("/progress").json()["state"]["job_count"] == 0  # another caller's
     assert client.post("/interrupt", headers=mine).json() == {}
     for thread in threads:
