@@ -251,6 +251,12 @@ def test_the_pipeline_itself_draws_in_between(pipe: Pipeline) -> None:
         assert answer(batcher.submit(asked(1))[0]).seeds == (1,)
 
 
+@pytest.mark.parametrize("options", [{"slots": 0}, {"waiting": 0}])
+def test_a_batcher_has_room_for_a_picture(pipe: Pipeline, options: dict[str, int]) -> None:
+    with pytest.raises(RequestError):
+        Batcher(pipe, BatcherOptions(**options))
+
+
 def test_bad_requests_are_refused_at_once(pipe: Pipeline) -> None:
     with Batcher(pipe) as batcher:
         for options in ({"sampler": "nobody"}, {"size": (13, 8)}, {"guidance": float("nan")}, {"n": 0}):

@@ -62,8 +62,15 @@ class Batcher:
     def __init__(
         self, pipe: Pipeline, options: BatcherOptions | None = None, *, observer: Observer | None = None
     ) -> None:
-        """Begin to wait for requests. observer: is told what happens, see `observer.Event`"""
+        """Begin to wait for requests. observer: is told what happens, see `observer.Event`
+
+        Raises RequestError on options that leave no room for a picture.
+        """
         self.options = options or BatcherOptions()
+        if min(self.options.slots, self.options.waiting) < 1:
+            raise RequestError(
+                f"slots, waiting: found {self.options.slots} and {self.options.waiting}, expected 1 or more of each"
+            )
         self._loaded = pipe.loaded
         self._tell = Telling(observer)
         self._loop = DrawingLoop(pipe.loaded, self._tell, slots=self.options.slots)
