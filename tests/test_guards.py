@@ -139,6 +139,7 @@ PUBLIC = {
 }
 CALLED_BY_LIBRARIES = {  # they call their own methods
     *("click.Group", "click.Command", "click.ParamType", "nn.Module", "uvicorn.Server", "MultiPartParser", "Collector"),
+    "H11Protocol",
 }
 
 
