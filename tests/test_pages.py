@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -98,9 +99,22 @@ def test_the_commands_of_a_page_run_from_top_to_bottom(page: Path, desk: Path, m
             assert command is not None
             command.make_context(words[0], words[1:])  # raises on an option or an argument that there is not
             continue
+        if words[0] == "serve":
+            serves(words)
+            continue
         prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
         done = CliRunner().invoke(cli, words, obj=prompt_sets)
         assert done.exit_code == 0, (words, done.output)
+
+
+def serves(words: list[str]) -> None:
+    """Run a service until it is ready, on any port that is free, and have it end."""
+    command = [sys.executable, "-m", "latentrt", *words, "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as service:
+        assert service.stdout is not None
+        ready = service.stdout.readline()
+        service.terminate()
+        assert (json.loads(ready)["pid"], service.wait(120)) == (service.pid, 0)
 
 
 def test_the_pages_run_commands_of_every_kind_that_can_run() -> None:
