@@ -143,8 +143,9 @@ class SharedReplica:
         """Come to a boundary: those that are done leave, those that may join."""
         at, self._delay = self.next_at, 0.0
         leaving = self._leave(at) if self._drawn else []
-        self._encode(at)
-        self._join(at)
+        if self._line:
+            self._encode(at)
+            self._join(at)
         self._boundary = at
         if self._drawn:
             self._stages = 1 if self._line else min(self._left)
