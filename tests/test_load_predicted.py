@@ -48,7 +48,7 @@ class SleepingPipeline(Pipeline):
 def test_the_simulator_predicts_what_the_batcher_and_its_rivals_give(sd1_bundle: Path) -> None:
     asked = Asked(
         mix=(Share(steps=2, share=40), Share(steps=6, share=40), Share(steps=14, share=20)),
-        requests=60,
+        requests=50,
         seeds=2,
         most=4,
         simulate=True,

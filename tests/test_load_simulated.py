@@ -24,7 +24,15 @@ from latentrt.runtime.bench.load.arrivals import Kind, Share, random_items
 from latentrt.runtime.bench.load.result import read_times
 from latentrt.runtime.bench.load.serving import Options
 from latentrt.runtime.bench.load.simulator.fleet import Router, RouterName, Store, play, ready_times
-from latentrt.runtime.bench.load.simulator.predict import Served, asks_of, fit_shared, predict, replica_of
+from latentrt.runtime.bench.load.simulator.predict import (
+    Served,
+    Stage,
+    asks_of,
+    between_stages,
+    predict,
+    replica_of,
+    shared_part,
+)
 from latentrt.runtime.bench.load.simulator.replica import Ask, BatchReplica, Costs, Replica, SharedReplica, Times
 from latentrt.runtime.bench.load.simulator.survey import Assumed, Fleet, Survey
 
@@ -215,18 +223,21 @@ def test_what_the_simulator_is_given_are_times_and_no_goodput(tmp_path: Path) ->
     assert rate(2.0) == pytest.approx(rate(1.0) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.4, 1.3])
-def test_how_much_is_shared_is_found_from_how_long_a_burst_took(shared: float) -> None:
-    burst = [msgspec.structs.replace(item, at_s=0.0) for item in random_items(MIX, 24, 0)]
-    kinds = {item.kind for item in burst}
-    options = Options(waiting=24, slo=1e6)
-    served = Served(stages={kind: kind.steps for kind in kinds}, alone=dict.fromkeys(kinds, 1.0), options=options)
-    times = msgspec.structs.replace(TIMES, shared=shared)
-    played = play(asks_of(burst, served), [replica_of("continuous", Costs(times, 8), options)], Router())
-    found = fit_shared(msgspec.structs.replace(TIMES, shared=0.0), burst, served, float(played.delivered.max()))
-    again = play(asks_of(burst, served), [replica_of("continuous", Costs(found, 8), options)], Router())
-    assert again.delivered.max() == pytest.approx(played.delivered.max(), rel=1e-3)
-    assert found.shared == pytest.approx(shared, abs=0.1)
+@given(st.floats(0, 2), st.floats(0.001, 0.05), st.integers(1, 40), st.integers(0, 10))
+def test_what_is_shared_and_what_lies_between_is_found_from_stages(
+    shared: float, between: float, full: int, fewer: int
+) -> None:
+    """Each stage is delayed by the same share: the more is done beside all of them."""
+    delay, at, stages = 0.25, 0.0, []
+    for pictures in [8] * full + [3] * fewer:
+        seconds = (0.005 * pictures) * (1 + delay)
+        at += between + seconds
+        stages.append(Stage(at, pictures, seconds))
+    delayed = sum(stage.seconds for stage in stages) * delay / (1 + delay)
+    beside = delayed / shared if shared else 1e9
+    assert shared_part(stages, 0.04, 8, beside) == pytest.approx(shared, abs=1e-6)
+    if len(stages) > 1:
+        assert between_stages(stages) == pytest.approx(between)
 
 
 def test_a_machine_of_each_way_is_what_its_name_says() -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
 
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.bench.load.arrivals import Item, Kind, at_rate
-from latentrt.runtime.bench.load.drive import drive
 from latentrt.runtime.bench.load.figures import limits_of
 from latentrt.runtime.bench.load.search import Found, find_goodput
-from latentrt.runtime.bench.load.serving import Options, continuous, request_of
+from latentrt.runtime.bench.load.serving import Options, request_of
 from latentrt.runtime.bench.load.simulator.fleet import Router, play
 from latentrt.runtime.bench.load.simulator.replica import (
     Ask,
@@ -88,6 +88,7 @@ def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served) -> Time
         raise RequestError("simulate: it takes requests that differ in steps alone; give them one size and guidance")
     most, first = served.options.most, items[0]
     counts = sorted({1, 2, most, *(2**power for power in range(most.bit_length()))} & set(range(1, most + 1)))
+    _draws(pipe, first, most, rounds=1)  # what is done for the first time takes longer
     drawn = {count: _draws(pipe, first, count) for count in counts}
     rows = rows_of(first.kind)
     alone = Times(
@@ -105,15 +106,15 @@ Drawn = Sequence[tuple["Result", float]]
 Part = Callable[["Result", float], float]
 
 
-def _draws(pipe: Pipeline, item: Item, count: int) -> Drawn:
-    """Draw a batch some times; return results with the seconds of each call. The first is not counted."""
+def _draws(pipe: Pipeline, item: Item, count: int, *, rounds: int = ROUNDS) -> Drawn:
+    """Draw a batch some times; return results with the seconds of each call."""
     one, found = msgspec.structs.replace(item, steps=STEPS), []
-    for round_ in range(ROUNDS + 1):
+    for round_ in range(rounds):
         request = request_of([one] * count, [NUMBERS + round_ * count + place for place in range(count)])
         start = time.perf_counter()
         result = pipe.draw(request)
         found.append((result, time.perf_counter() - start))
-    return found[1:]
+    return found
 
 
 def _median(drawn: Drawn, part: Part) -> float:
@@ -133,36 +134,51 @@ def _parts(result: Result) -> float:
 
 
 def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: Times) -> Times:
-    """Find what a batcher takes between stages, by one picture alone, and what is shared, by bursts."""
-    options = msgspec.structs.replace(served.options, waiting=BURST * served.options.most, slo=1e6)
-    burst = [msgspec.structs.replace(item, at_s=0.0) for item in items[: options.waiting]]
-    longest = max(served.stages, key=lambda kind: served.stages[kind])
-    one = next(item for item in items if item.kind == longest)
-    with continuous(pipe, options) as submit:
-        bursts = []
-        for _ in range(BURSTS + 1):
-            outcomes = drive(lambda n, item: submit(NUMBERS + n, item), burst, most_s=600, skips_idle=False)
-            bursts.append(max(outcome.latency_s or 0.0 for outcome in outcomes))
-        alone = []
-        for number in range(ROUNDS):
-            start = time.perf_counter()
-            submit(NUMBERS + number, one).result()
-            alone.append(time.perf_counter() - start)
-    costs = Costs(times, 1)
-    stages = served.stages[longest]
-    bare = costs.together(stages, rows_of(longest), 1) - costs.call[1]
-    between = max(0.0, float(np.median(alone)) - bare) / stages
-    fixed = msgspec.structs.replace(times, between_s=between)
-    return fit_shared(fixed, burst, msgspec.structs.replace(served, options=options), float(np.median(bursts[1:])))
+    """Find what a batcher takes between stages, and what is shared, by bursts and batches of the pipeline in turn."""
+    from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
+    from latentrt.runtime.batching.observer import Event, StageDone
+
+    options, stages = served.options, list[Stage]()
+    alone = list[tuple["Result", float]]()
+    burst = items[: BURST * options.most]
+
+    def observe(event: Event) -> None:
+        if isinstance(event, StageDone):
+            stages.append(Stage(time.perf_counter(), event.pictures, event.seconds))
+
+    for round_ in range(BURSTS + 1):
+        if round_ == 1:
+            stages.clear()
+        alone += _draws(pipe, items[0], options.most, rounds=1)
+        with Batcher(pipe, BatcherOptions(slots=options.most, waiting=len(burst)), observer=observe) as batcher:
+            first = NUMBERS + 1000 * (round_ + 1)
+            asked = [batcher.submit(request_of([item], [first + place])) for place, item in enumerate(burst)]
+            for (future,) in asked:
+                future.result()
+    beside_s = BURSTS * len(burst) * (times.encode_s[0][1] + times.decode_s[0][1])
+    shared = shared_part(stages, _median(alone[1:], _stage), options.most, beside_s)
+    return msgspec.structs.replace(times, between_s=between_stages(stages), shared=shared)
 
 
-def fit_shared(times: Times, burst: Sequence[Item], served: Served, seconds: float) -> Times:
-    """Find how much the loop is delayed by what is done beside it: with that, a burst takes what it took."""
-    low, high = 0.0, MOST_SHARED
-    for _ in range(20):
-        middle = (low + high) / 2
-        tried = msgspec.structs.replace(times, shared=middle)
-        replica = replica_of("continuous", Costs(tried, served.options.most), served.options)
-        played = play(asks_of(burst, served), [replica], Router())
-        low, high = (middle, high) if played.delivered.max() < seconds else (low, middle)
-    return msgspec.structs.replace(times, shared=(low + high) / 2)
+class Stage(NamedTuple):
+    """A stage of a batcher: when it was done, of how many pictures, and the seconds that it took."""
+
+    at: float
+    pictures: int
+    seconds: float
+
+
+def between_stages(stages: Sequence[Stage]) -> float:
+    """Return the median seconds from the end of a stage to the beginning of the next."""
+    return max(0.0, float(np.median([later.at - later.seconds - one.at for one, later in itertools.pairwise(stages)])))
+
+
+def shared_part(stages: Sequence[Stage], alone_s: float, most: int, beside_s: float) -> float:
+    """Return by how much of what is done beside it a loop is delayed.
+
+    Stages of `most` pictures took longer than `alone_s`, which one takes with nothing beside it; so did all others.
+    beside_s: what was done beside all stages, in seconds of each by itself
+    """
+    full = float(np.mean([stage.seconds for stage in stages if stage.pictures == most] or [alone_s]))
+    delayed = max(0.0, 1 - alone_s / full) * sum(stage.seconds for stage in stages)
+    return min(MOST_SHARED, delayed / beside_s)
