@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -88,8 +88,9 @@ def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served) -> Time
         raise RequestError("simulate: it takes requests that differ in steps alone; give them one size and guidance")
     most, first = served.options.most, items[0]
     counts = sorted({1, 2, most, *(2**power for power in range(most.bit_length()))} & set(range(1, most + 1)))
-    _draws(pipe, first, most, rounds=1)  # what is done for the first time takes longer
-    drawn = {count: _draws(pipe, first, count) for count in counts}
+    numbers = itertools.count(NUMBERS)  # a prompt that was read before would be remembered
+    _draws(pipe, first, most, numbers, rounds=1)  # what is done for the first time takes longer
+    drawn = {count: _draws(pipe, first, count, numbers) for count in counts}
     rows = rows_of(first.kind)
     alone = Times(
         stage_s=tuple((rows * count, _median(drawn[count], _stage)) for count in counts),
@@ -99,18 +100,18 @@ def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served) -> Time
         between_s=0.0,
         shared=0.0,
     )
-    return _time_batcher(pipe, items, served, alone)
+    return _time_batcher(pipe, items, served, alone, numbers)
 
 
 Drawn = Sequence[tuple["Result", float]]
 Part = Callable[["Result", float], float]
 
 
-def _draws(pipe: Pipeline, item: Item, count: int, *, rounds: int = ROUNDS) -> Drawn:
+def _draws(pipe: Pipeline, item: Item, count: int, numbers: Iterator[int], *, rounds: int = ROUNDS) -> Drawn:
     """Draw a batch some times; return results with the seconds of each call."""
     one, found = msgspec.structs.replace(item, steps=STEPS), []
-    for round_ in range(rounds):
-        request = request_of([one] * count, [NUMBERS + round_ * count + place for place in range(count)])
+    for _ in range(rounds):
+        request = request_of([one] * count, [next(numbers) for _ in range(count)])
         start = time.perf_counter()
         result = pipe.draw(request)
         found.append((result, time.perf_counter() - start))
@@ -133,7 +134,7 @@ def _parts(result: Result) -> float:
     return sum(result.seconds[name] for name in ("tokenize", "encode", "decode")) + sum(result.step_seconds)
 
 
-def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: Times) -> Times:
+def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: Times, numbers: Iterator[int]) -> Times:
     """Find what a batcher takes between stages, and what is shared, by bursts and batches of the pipeline in turn."""
     from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
     from latentrt.runtime.batching.observer import Event, StageDone
@@ -149,10 +150,9 @@ def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: 
     for round_ in range(BURSTS + 1):
         if round_ == 1:
             stages.clear()
-        alone += _draws(pipe, items[0], options.most, rounds=1)
+        alone += _draws(pipe, items[0], options.most, numbers, rounds=1)
         with Batcher(pipe, BatcherOptions(slots=options.most, waiting=len(burst)), observer=observe) as batcher:
-            first = NUMBERS + 1000 * (round_ + 1)
-            asked = [batcher.submit(request_of([item], [first + place])) for place, item in enumerate(burst)]
+            asked = [batcher.submit(request_of([item], [next(numbers)])) for item in burst]
             for (future,) in asked:
                 future.result()
     beside_s = BURSTS * len(burst) * (times.encode_s[0][1] + times.decode_s[0][1])
