@@ -222,3 +222,17 @@ def test_a_fleet_is_simulated_from_what_the_gpu_gave() -> None:
     assert batch_s == pytest.approx(8 / 3.14 * seconds["step"], rel=1e-3)
     assert times["decode_s"][0][1] == pytest.approx(seconds["decode"], rel=1e-3)
     assert times["encode_s"][0][1] == pytest.approx(seconds["tokenize"] + seconds["encode"], rel=1e-3)
+
+
+def test_what_gives_first_in_a_fleet_is_what_was_simulated() -> None:
+    found = result("fleet")
+    rows, assumed = {row["machines"]: row for row in found["rows"]}, found["assumed"]
+    store = assumed["store"]
+    assert f"more than {store['total_s'] / store['link_s']:.0f} machines" in PAGE
+    assert f"10,000 cold ones take {rows[10_000]['cold_s'] / 60:.0f} minutes" in PAGE
+    decided = 1 / assumed["decide_s"]
+    assert f"from {round(1000 * decided / rows[1000]['goodput']['two choices'], -1):.0f} machines on" in PAGE
+    assert f"10,000 take {rows[10_000]['routers']} of them" in PAGE
+    late, known = (rows[1000]["goodput"][name] for name in ("least loaded, 250 ms late", "two choices"))
+    assert 0.08 < late / known < 0.12
+    assert all(row["overloaded"]["8"] > row["overloaded"]["64"] for row in rows.values() if row["overloaded"])
