@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from latentrt import Batcher, BatcherOptions, Cancellation, Lora, Pipeline, Request, Result, Step
+from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import (
     BundleError,
     CancelledError,
@@ -30,6 +32,7 @@ from latentrt.engines.errors import (
     RequestError,
 )
 from latentrt.engines.spec import Array, EngineView, Inputs
+from latentrt.engines.workspace.contract import ALL, Workspace, WorkspaceShape
 from latentrt.runtime.batching import drawing_loop
 from latentrt.runtime.batching.observer import (
     Admitted,
@@ -41,6 +44,8 @@ from latentrt.runtime.batching.observer import (
     StageDone,
     Started,
 )
+from latentrt.runtime.batching.ticket import Ticket
+from latentrt.runtime.calls import Limits
 from latentrt.runtime.sampling.catalogue import sampler_names
 from tests.lora_files import every_layer, kohya
 
@@ -79,6 +84,11 @@ def all_of(batcher: Batcher, requests: list[Request], *, pause: Callable[[], Non
 
 def together(monkeypatch: pytest.MonkeyPatch, batcher: Batcher, requests: list[Request]) -> list[Result]:
     """Draw requests of a picture each, all of them prepared by the second stage of the first, on whatever machine."""
+    return [answer(future) for future in begun_together(monkeypatch, batcher, requests)]
+
+
+def begun_together(monkeypatch: pytest.MonkeyPatch, batcher: Batcher, requests: list[Request]) -> list[Future[Result]]:
+    """Have requests of a picture each drawn as `together` says."""
     prepared, all_asked, all_prepared = itertools.count(1), threading.Event(), threading.Event()
     prepare = drawing_loop.prepare
 
@@ -95,7 +105,7 @@ def together(monkeypatch: pytest.MonkeyPatch, batcher: Batcher, requests: list[R
     for request in requests[1:]:
         futures += batcher.submit(request)
     all_asked.set()
-    return [answer(future) for future in futures]
+    return futures
 
 
 def test_every_sampler_draws_among_others_what_it_draws_alone(pipe: Pipeline) -> None:
@@ -219,6 +229,9 @@ def test_a_full_line_refuses_at_once_and_takes_more_later(pipe: Pipeline) -> Non
             for seed in range(50):
                 taken += batcher.submit(asked(seed, steps=20))
         assert refused.value.retryable and refused.value.retry_after_s >= 1
+        with pytest.raises(RequestError) as never:
+            batcher.submit(asked(1, n=4))
+        assert never.value.field == "n" and not never.value.retryable
         for future in taken:
             answer(future)
         assert answer(batcher.submit(asked(1))[0]).seeds == (1,)
@@ -412,6 +425,86 @@ def test_one_picture_without_room_is_told_so(pipe: Pipeline) -> None:
         assert all(isinstance(future.exception(WAIT_S), OutOfMemoryError) for future in futures)
 
 
+@pytest.mark.parametrize(
+    "error", [OutOfMemoryError("no room for two"), EngineError("it tripped")], ids=["room", "fault"]
+)
+def test_who_is_drawn_already_is_answered_where_no_larger_workspace_can_be_made(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, error: EngineError
+) -> None:
+    real, refused = pipe.loaded.opened.workspace, list[int]()
+
+    def make(space: LatentSpec, shape: WorkspaceShape, **further: Any) -> Workspace:
+        if shape.pictures > 1:
+            refused.append(shape.pictures)
+            raise error
+        return real(space, shape, **further)
+
+    monkeypatch.setattr(pipe.loaded.opened, "workspace", make)
+    with Batcher(pipe) as batcher:
+        found = together(monkeypatch, batcher, [asked(seed, steps=6) for seed in range(3)])
+    assert [result.seeds for result in found] == [(0,), (1,), (2,)] and refused
+
+
+def test_a_device_that_is_lost_while_a_group_makes_way_for_another_leaves_nobody_without_an_answer(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pipe.loaded.opened.workspace
+
+    def make(*given: Any, **further: Any) -> Workspace:
+        workspace = real(*given, **further)
+        read = workspace.read
+
+        def lost(name: str, rows: slice = ALL) -> Array:
+            if rows.start == 1:  # the second picture's, after the first one's
+                raise DeviceLostError("it fell off the bus")
+            return read(name, rows)
+
+        monkeypatch.setattr(workspace, "read", lost)
+        return workspace
+
+    monkeypatch.setattr(pipe.loaded.opened, "workspace", make)
+    monkeypatch.setattr(drawing_loop, "LEAST_TURN_S", 1e-6)
+    width, height = pipe.manifest.default_size
+    requests = [asked(1, steps=20), asked(2, steps=20), asked(3, steps=20, size=(width + 16, height))]
+    with Batcher(pipe, BatcherOptions(slots=2)) as batcher:
+        futures = begun_together(monkeypatch, batcher, requests)
+        errors = [future.exception(WAIT_S) for future in futures]
+    assert [type(error) for error in errors] == [DeviceLostError] * 3
+
+
+class Panic(BaseException):
+    """What a library in Rust raises: it is no Exception."""
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder"])
+def test_what_is_no_exception_ends_its_picture_and_no_thread(pipe: Pipeline, component: str) -> None:
+    faults = iter([Panic("it panicked")])
+
+    def fault(_: Inputs) -> None:
+        if (error := next(faults, None)) is not None:
+            raise error
+
+    with Watched(pipe, fault, component=component), Batcher(pipe) as batcher:
+        (poor,) = batcher.submit(asked(1, prompt=f"a panic in {component}"))
+        assert isinstance(poor.exception(WAIT_S), EngineError)
+        assert answer(batcher.submit(asked(2))[0]).seeds == (2,)
+        assert batcher.drain(WAIT_S)
+
+
+def test_a_watcher_that_ends_its_thread_ends_its_own_picture(pipe: Pipeline) -> None:
+    def leave(*_: object) -> None:
+        raise SystemExit
+
+    with Batcher(pipe) as batcher:
+        (poor,) = batcher.submit(asked(1), on_step=leave)
+        assert isinstance(poor.exception(WAIT_S), EngineError)
+        with pipe.loaded.turn.hold():  # nothing is drawn meanwhile
+            (told,) = batcher.submit(asked(2))
+            told.add_done_callback(leave)
+        assert answer(told).seeds == (2,) and answer(batcher.submit(asked(3))[0]).seeds == (3,)
+        assert batcher.drain(WAIT_S)
+
+
 def test_lora_sets_and_sizes_take_turns_and_each_picture_has_its_own(
     pipe: Pipeline, sd1_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -519,9 +612,10 @@ def test_an_observer_is_told_what_becomes_of_pictures_and_of_stages(pipe: Pipeli
 
 
 def test_an_observer_is_told_when_and_why_pictures_end_early(pipe: Pipeline) -> None:
-    told, cancels = Notes(), [Cancellation() for _ in range(2)]
+    told, cancels, all_asked = Notes(), [Cancellation() for _ in range(2)], threading.Event()
 
     def end_both(_: int, step: Step) -> None:
+        assert all_asked.wait(WAIT_S)
         for cancel in cancels if step.stage == 2 else ():
             cancel.cancel()
 
@@ -530,7 +624,8 @@ def test_an_observer_is_told_when_and_why_pictures_end_early(pipe: Pipeline) -> 
         (waits,) = batcher.submit(asked(2), cancel=cancels[1])
         (late,) = batcher.submit(asked(3, steps=1000, deadline=0.05))
         with pytest.raises(QueueFullError):
-            batcher.submit(asked(4, n=4))
+            batcher.submit(asked(4, n=3))
+        all_asked.set()
         for future in (drawn, waits, late):
             assert isinstance(future.exception(WAIT_S), CancelledError | DeadlineError)
         (poor,) = batcher.submit(asked(5), on_step=lambda _, step: step.draft and None)  # there is no tiny decoder
@@ -539,7 +634,19 @@ def test_an_observer_is_told_when_and_why_pictures_end_early(pipe: Pipeline) -> 
     assert (ended[1].when, ended[2].when) == ("drawing", "waiting")
     assert [ended[number].expired for number in (1, 2, 3)] == [False, False, True]
     assert [(one.picture, one.when, type(one.error)) for one in told.of(Failed)] == [(4, "drawing", BundleError)]
-    assert [(one.reason, one.pictures) for one in told.of(Refused)] == [("full", 4)]
+    assert [(one.reason, one.pictures) for one in told.of(Refused)] == [("full", 3)]
+
+
+def test_an_observer_is_told_of_a_picture_before_anything_can_become_of_it(pipe: Pipeline) -> None:
+    owed = list[bool]()
+
+    def observe(event: Event) -> None:
+        if isinstance(event, Admitted):
+            owed.append(batcher.busy)
+
+    with Batcher(pipe, observer=observe) as batcher, pipe.loaded.turn.hold():
+        batcher.submit(asked(1, n=2))
+        assert owed == [False, False] and batcher.busy
 
 
 def test_an_observer_that_fails_costs_nobody_a_picture(pipe: Pipeline) -> None:
@@ -584,6 +691,56 @@ def test_places_in_the_line_and_seconds_are_known_before_a_picture_is_drawn(pipe
         answer(futures[1])
         assert batcher.position(futures[1]) is None
         assert batcher.drain() and batcher.last_stage_at > at
+
+
+def test_pictures_that_are_decoded_one_after_another_are_no_standstill(pipe: Pipeline) -> None:
+    last_stages, decodings, after = threading.Semaphore(0), itertools.count(1), list[float]()
+    second, go_on = threading.Event(), threading.Event()
+
+    def fault(_: Inputs) -> None:
+        if next(decodings) == 2:
+            second.set()
+            assert go_on.wait(WAIT_S)
+        else:
+            assert all(last_stages.acquire(timeout=WAIT_S) for _ in range(2))
+            after.append(time.perf_counter())
+
+    def count(_: int, step: Step) -> None:
+        if step.stage == step.stages:
+            last_stages.release()
+
+    with Watched(pipe, fault, component="vae_decoder"), Batcher(pipe) as batcher:
+        futures = batcher.submit(asked(1, n=2), on_step=count)
+        assert second.wait(WAIT_S)
+        at = batcher.last_stage_at
+        go_on.set()
+        assert at > after[0]
+        assert [answer(future).seeds for future in futures] == [(1,), (2,)]
+
+
+def test_pictures_may_leave_while_other_threads_ask_of_them(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Batcher(pipe) as batcher, pipe.loaded.turn.hold():  # the loop itself asks nothing meanwhile
+        loop, reads = batcher._loop, iter([SimpleNamespace(tickets=[]), None])
+        with monkeypatch.context() as patch:
+            patch.setattr(type(loop), "_batch", property(lambda _: next(reads)), raising=False)
+            assert loop.drawn == []
+            reads = iter([SimpleNamespace(tickets=[]), None])
+            job = _job(pipe, asked(1))
+            ticket = Ticket(number=1, job=job, tokens=pipe.loaded.tokens(job), changes={}, limits=Limits())
+            loop.line.owed += 1
+            loop._end(ticket, CancelledError("enough"))
+        assert isinstance(ticket.done.exception(WAIT_S), CancelledError)
+
+    class Leaving:
+        part, done = 0, 1
+
+        def __bool__(self) -> bool:
+            ticket.picture = None
+            return True
+
+    for ask in ("part", "stages_left", "group"):
+        ticket.picture = Leaving()  # type: ignore[assignment]
+        assert getattr(ticket, ask) is not None
 
 
 def test_a_pipeline_is_taken_away_while_nothing_is_drawn(pipe: Pipeline) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
-from latentrt.engines.errors import CancelledError, DeadlineError, LatentrtError
+from latentrt.engines.errors import CancelledError, DeadlineError, EngineError, LatentrtError
 from latentrt.runtime.batching.line import Line
 from latentrt.runtime.batching.observer import Cancelled, Delivered, Failed, Promise, Telling
 from latentrt.runtime.batching.stage_times import StageTimes
 from latentrt.runtime.batching.ticket import Ticket
 from latentrt.runtime.result import Result
+
+logger = logging.getLogger(__name__)
 
 
 class Answers:
@@ -35,7 +38,14 @@ class Answers:
             return
         promise: Promise = "none" if ticket.due is None else "met" if time.perf_counter() <= ticket.due else "missed"
         self._tell(Delivered(picture=ticket.number, promise=promise, seconds=result.seconds))
-        ticket.done.set_result(result)
+        self._hand_over(lambda: ticket.done.set_result(result))
+
+    def _hand_over(self, give: Callable[[], None]) -> None:
+        """Give an answer, and owe one less, whatever those do who are told of it."""
+        try:
+            give()
+        except BaseException:  # a future keeps to itself what is an Exception
+            logger.exception("whoever waited for a picture failed when it was handed over")
         self._owe_less()
 
     def _owe_less(self) -> None:
@@ -44,18 +54,22 @@ class Answers:
             self._line.change.notify_all()
 
     def fail(self, ticket: Ticket, error: BaseException) -> None:
-        """Answer for a picture with an error, unless it has its answer."""
+        """Answer for a picture with an error, unless it has its answer. What is no Exception is an EngineError."""
         with self._line.change:
             if ticket.ended:
                 return
             ticket.ended = True
+        if not isinstance(error, Exception):  # SystemExit, or a panic in a library: it is not to end who waits, too
+            error, cause = EngineError(f"drawing was ended by {type(error).__name__}: {error}"), error
+            error.__cause__ = cause
         if isinstance(error, CancelledError | DeadlineError):
             self._tell(Cancelled(picture=ticket.number, when=ticket.when, expired=isinstance(error, DeadlineError)))
         else:
             self._tell(Failed(picture=ticket.number, when=ticket.when, error=error))
         if ticket.done.set_running_or_notify_cancel():
-            ticket.done.set_exception(error)
-        self._owe_less()
+            self._hand_over(lambda: ticket.done.set_exception(error))
+        else:
+            self._owe_less()
 
 
 def over(ticket: Ticket) -> LatentrtError | None:

@@ -91,6 +91,8 @@ class Batcher:
         """
         limits = Limits.of(request, cancel)
         job = resolve(request, self._loaded.manifest)
+        if len(job.prompts) > self.options.waiting:
+            raise RequestError(f"n: found {len(job.prompts)} pictures, expected {self.options.waiting} at the most")
         changes = self._loaded.loras.changes(job.request.loras)
         jobs = [single(job, picture) for picture in range(len(job.prompts))]
         tokens = [self._loaded.tokens(one) for one in jobs]
@@ -102,14 +104,14 @@ class Batcher:
                 for picture, (one, length) in enumerate(zip(jobs, tokens, strict=True))
                 if refused is None
             ]
+            waiting = len(self._line.waiting) + len(tickets)
+            for ticket in tickets:  # before anything can become of them
+                self._tell(Admitted(picture=ticket.number, waiting=waiting))
             self._line.owed += len(tickets)
             self._line.add(*tickets)
-            waiting = len(self._line.waiting)
         if refused is not None:
             self._tell(Refused(reason=refused[0], pictures=len(jobs)))
             raise refused[1]
-        for ticket in tickets:
-            self._tell(Admitted(picture=ticket.number, waiting=waiting))
         return [ticket.done for ticket in tickets]
 
     def _check_engines(self, job: Job, tokens: Mapping[str, int]) -> None:
@@ -256,9 +258,10 @@ class Batcher:
 
     @property
     def last_stage_at(self) -> float:
-        """Return when the loop last finished a stage, or had nothing to do, on the clock of `time.perf_counter`.
+        """Return when a stage was last finished, or a picture encoded or decoded, or there was nothing to do.
 
-        While there is something to draw and this stays, the loop hangs, or another call of the pipeline draws.
+        On the clock of `time.perf_counter`. While there is something to draw and this stays, drawing hangs, or another
+        call of the pipeline draws.
         """
         at = self._loop.progress_at
         return time.perf_counter() if at is None else at

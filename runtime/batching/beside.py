@@ -26,13 +26,15 @@ class Beside:
 
     change: is notified when something is done
     failed: is told of the pictures for which something failed, on the thread where it did
+    ended_at: when something was done last, on the clock of time.perf_counter
     """
 
-    def __init__(self, change: threading.Condition, failed: Callable[[Ticket, Exception], None]) -> None:
+    def __init__(self, change: threading.Condition, failed: Callable[[Ticket, BaseException], None]) -> None:
         self._change, self._failed = change, failed
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-encode")
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-decode")
         self.under_way = 0
+        self.ended_at = time.perf_counter()
 
     def encode(self, work: Work, ticket: Ticket) -> None:
         """Have something done before a picture's first stage."""
@@ -50,11 +52,12 @@ class Beside:
             try:
                 if not ticket.ended:
                     work(ticket)
-            except Exception as error:
+            except BaseException as error:
                 self._failed(ticket, error)
             finally:
                 with self._change:
                     self.under_way -= 1
+                    self.ended_at = time.perf_counter()
                     self._change.notify_all()
 
         pool.submit(run)

@@ -36,14 +36,14 @@ class DrawingLoop:
     """Draws what is in its line, on a thread of its own, while it has the pipeline's turn.
 
     slots: pictures that share stages, at the most
-    lost: why the device is of no use any more; progress_at: when a stage was finished last, None while it is idle
+    lost: why the device is of no use any more
     """
 
     def __init__(self, loaded: Loaded, tell: Telling, *, slots: int) -> None:
         self.line, self.times = Line(), StageTimes()
         self.answers = Answers(partial(finish, loaded), self.line, self.times, tell)
         self.lost: DeviceLostError | None = None
-        self.progress_at: float | None = None
+        self._stage_at: float | None = None  # when a stage was finished last, None while it is idle
         self._loaded, self._tell, self._slots = loaded, tell, slots
         self._beside = Beside(self.line.change, self._end)
         self._group: Group | None = None
@@ -58,7 +58,14 @@ class DrawingLoop:
     @property
     def drawn(self) -> list[Ticket]:
         """Return the pictures that share their stages now."""
-        return list(self._batch.tickets) if self._batch else []
+        batch = self._batch  # read once: other threads ask too
+        return list(batch.tickets) if batch else []
+
+    @property
+    def progress_at(self) -> float | None:
+        """Return when a stage, or something beside the stages, was finished last; None while it is idle."""
+        at = self._stage_at
+        return None if at is None else max(at, self._beside.ended_at)
 
     @property
     def busy(self) -> bool:
@@ -77,10 +84,10 @@ class DrawingLoop:
         change = self.line.change
         while not self._closed:
             with change:
-                self.progress_at = None
+                self._stage_at = None
                 change.notify_all()  # who waits until nothing is owed
                 change.wait_for(lambda: self._closed or self.busy)
-                self.progress_at = time.perf_counter()
+                self._stage_at = time.perf_counter()
             if not self._closed:
                 with self._loaded.turn.hold():
                     self._draw_all()
@@ -93,7 +100,7 @@ class DrawingLoop:
             try:
                 if self.lost is None:
                     self._once()
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error)
             if self.lost is not None:
                 self._end_all(self.lost)
@@ -149,7 +156,7 @@ class DrawingLoop:
             for ticket in own:
                 self._end(ticket, error)
             return False
-        self._adapt_s, self.progress_at = taken or self._adapt_s, time.perf_counter()
+        self._adapt_s, self._stage_at = taken or self._adapt_s, time.perf_counter()
         if taken:
             self._tell(WeightsChanged(seconds=taken))
         return bool(own)
@@ -206,7 +213,7 @@ class DrawingLoop:
         self.line.remove(*tickets)
         try:
             batch.join(tickets)
-        except Exception as error:
+        except BaseException as error:
             self._failed(error, further=tickets)
 
     # Stages.
@@ -216,7 +223,7 @@ class DrawingLoop:
         seconds = batch.advance()
         self.times.note(kind, rows, seconds)
         self._turns.charge(seconds)
-        self.progress_at = time.perf_counter()
+        self._stage_at = time.perf_counter()
         pictures, padded = len(batch.tickets), batch.rows - rows
         capacity = 2 * min(self._slots, batch.capacity)
         self._tell(StageDone(pictures=pictures, used=rows, padded=padded, capacity=capacity, seconds=seconds))
@@ -237,7 +244,7 @@ class DrawingLoop:
         try:
             with batch.step(ticket) as step:
                 ticket.on_step(step)
-        except Exception as error:
+        except BaseException as error:
             self._end(ticket, error)
             return False
         return True
@@ -258,14 +265,15 @@ class DrawingLoop:
 
     def _end(self, ticket: Ticket, error: BaseException) -> None:
         """Take a picture from wherever it is, and answer for it."""
+        batch = self._batch  # read once: the threads beside the loop end pictures too
         if isinstance(error, DeviceLostError):
             self.lost = self.lost or error
-        elif self._batch is not None and ticket in self._batch.tickets:
-            self._batch.leave(ticket, keep=False)
+        elif batch is not None and ticket in batch.tickets:
+            batch.leave(ticket, keep=False)
         self.line.remove(ticket)
         self.answers.fail(ticket, error)
 
-    def _failed(self, error: Exception, *, further: Sequence[Ticket] = ()) -> None:
+    def _failed(self, error: BaseException, *, further: Sequence[Ticket] = ()) -> None:
         """An engine failed: who drew on it begins again, fewer at a time or one by one; one alone fails for good.
 
         Where nobody drew, it is nobody's in particular, and everybody's.
@@ -286,13 +294,13 @@ class DrawingLoop:
         """Let pictures begin again. fewer: half as many at a time; else each is tried alone, once"""
         if fewer and self._group is not None:
             self._most[self._group] = (len(tickets) + 1) // 2 if len(tickets) > 2 else 1
-            self._batch = self._shared_loop(self._group)
+            self._group, self._batch = None, None  # it is looked for a workspace for fewer when they have their turn
         for ticket in tickets:
             ticket.begin_again()
             ticket.alone = not fewer
         self.line.add(*tickets)
 
-    def _end_all(self, error: Exception) -> None:
+    def _end_all(self, error: BaseException) -> None:
         """Answer for whatever has not been drawn."""
         dropped = self._batch.drop() if self._batch else []
         for ticket in [*dropped, *self.line.tickets]:

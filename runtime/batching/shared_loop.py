@@ -46,19 +46,19 @@ class SharedLoop:
     def join(self, tickets: Sequence[Ticket]) -> None:
         """Let pictures take part from the next stage on, and fit the workspace to those that there are.
 
-        Raises EngineError.
+        Raises EngineError; then `drop` gives them all, those that are not on the workspace yet too.
         """
         slots = self._slots_for(len(self.tickets) + len(tickets))
         if self._workspace is None or not self._suits(self._workspace, slots):
             tickets = [*self.park(), *tickets]
-            self.tickets = []
-            self._workspace = self._make(slots) if tickets else None
+        self.tickets += tickets
+        if self._workspace is None and tickets:
+            self._workspace = self._make(slots)
         if self._workspace is not None and self._loop is None:
             self._loop = Loop(self._workspace, tickets[0].part.denoiser)
         # Negative prompts' rows come last: the fewer slots lie between the guided ones, the fewer rows are computed.
         for ticket in sorted(tickets, key=lambda ticket: not ticket.job.guidance.needed):
             self._place(ticket)
-            self.tickets.append(ticket)
 
     def _suits(self, workspace: Workspace, slots: int) -> bool:
         """Tell whether a workspace is one for so many pictures: empty slots cost nothing but on a device."""
@@ -119,20 +119,24 @@ class SharedLoop:
     def leave(self, ticket: Ticket, *, keep: bool) -> None:
         """Free a picture's slot. keep: its state is read first, so that it can be finished, or go on elsewhere"""
         assert self._workspace is not None and self._loop is not None and ticket.picture is not None
-        batch = batch_of(ticket)
         if keep:
-            ticket.picture.inputs[STATE] = self._workspace.read(STATE, batch.slots)
-        self._loop.leave(batch)
+            self._keep(ticket)
+        self._loop.leave(batch_of(ticket))
         ticket.picture.batch = None
         self.tickets.remove(ticket)
 
+    def _keep(self, ticket: Ticket) -> None:
+        assert self._workspace is not None and ticket.picture is not None
+        ticket.picture.inputs[STATE] = self._workspace.read(STATE, batch_of(ticket).slots)
+
     def park(self) -> list[Ticket]:
-        """Take every picture off the workspace, with the state that it has come to; return them."""
-        parked = list(self.tickets)
-        for ticket in parked:
-            self.leave(ticket, keep=True)
-        self.drop()
-        return parked
+        """Take every picture off the workspace, with the state that it has come to; return them.
+
+        Raises EngineError; then none has left.
+        """
+        for ticket in self.tickets:
+            self._keep(ticket)
+        return self.drop()
 
     def drop(self) -> list[Ticket]:
         """Forget the workspace as it is, and return the pictures that were on it: they have to begin again."""

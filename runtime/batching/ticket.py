@@ -82,12 +82,14 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     @property
     def part(self) -> DenoiserRange:
         """Return the part of the plan that it is on, or begins with."""
-        return self.job.ranges[self.picture.part if self.picture else 0]
+        picture = self.picture  # read once: whoever asks how long others take is on another thread than who draws
+        return self.job.ranges[picture.part if picture else 0]
 
     @property
     def stages_left(self) -> int:
         """Return how many stages of the whole plan are left."""
-        done = self.picture.done if self.picture else self.job.ranges[0].stages.start
+        picture = self.picture  # as above
+        done = picture.done if picture else self.job.ranges[0].stages.start
         return self.job.ranges[-1].stages.stop - done
 
     @property
@@ -99,7 +101,8 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     @property
     def group(self) -> Group:
         """Return what it shares with those that it can share stages with."""
-        number = self.picture.part if self.picture else 0
+        picture = self.picture  # as above
+        number = picture.part if picture else 0
         if number not in self._groups:
             self._groups[number] = self._group_in(self.job.ranges[number])
         return self._groups[number]
