@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from latentrt.engines.bundle.manifest import MANIFEST
-from latentrt.engines.errors import BundleError, EngineError, OutOfMemoryError
+from latentrt.engines.errors import BundleError, ClosedError, EngineError, OutOfMemoryError
 from latentrt.runtime.request import Request
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Model, Models
@@ -95,6 +95,25 @@ def test_two_requests_for_the_same_model_load_it_once(tight: Models) -> None:
     first, *others = asyncio.run(both())
     assert all(one is first for one in others)
     assert tight.loads["b", "loaded"] == 1
+
+
+def test_two_models_that_have_room_for_one_do_not_replace_each_other_before_they_are_used(
+    three: dict[str, Path], weighed: None
+) -> None:
+    async def use(name: str) -> str:
+        note = Note(request_id=name, began=0.0)
+        CURRENT.set(note)  # in this task
+        model = await models.find(name)
+        for end in note.ends:
+            end()
+        return model.name
+
+    async def both() -> list[str]:
+        return await asyncio.wait_for(asyncio.gather(use("b"), use("c")), 120)
+
+    with Models(three, ServeOptions(memory=ROOM, room_s=100), CPU) as models:
+        assert asyncio.run(both()) == ["b", "c"]
+        assert models.loads["b", "loaded"] == models.loads["c", "loaded"] == 1
 
 
 def test_a_model_that_a_request_has_in_hand_or_that_draws_is_never_closed(tight: Models) -> None:
@@ -214,6 +233,38 @@ def test_a_bundle_that_was_replaced_is_served_without_a_pause(three: dict[str, P
 
 def reload(client: openai.OpenAI) -> Any:
     return client.post("../admin/reload", cast_to=object)["models"]  # type: ignore[index]
+
+
+def test_a_replaced_model_that_cannot_be_closed_is_told_of_and_let_go(
+    three: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Models({"a": three["a"]}, ServeOptions(), CPU) as models:
+        (old,) = models.all()
+        monkeypatch.setattr(old.pipe.loaded.opened, "close", broken)
+        alter(three["a"])
+        assert models.reload() == {"a": "loaded"}
+        assert models.drain()  # of the new one and, until it is let go, the old one
+    assert [record.exc_info is not None for record in caplog.records if record.levelname == "ERROR"] == [True]
+    assert models._retiring == []
+
+
+def broken() -> None:
+    raise OSError("the driver refuses")
+
+
+def test_closing_cancels_what_a_replaced_model_still_draws(three: dict[str, Path]) -> None:
+    with Models({"a": three["a"]}, ServeOptions(slots=1, drain_s=10_000), CPU) as models:
+        token = CURRENT.set(Note(request_id="one", began=0.0))
+        model = asyncio.run(models.find("a"))  # and nobody lets it go
+        CURRENT.reset(token)
+        *_, last = model.batcher.submit(Request(prompt="a circle", steps=1000, n=20))
+        alter(three["a"])
+        assert models.reload() == {"a": "loaded"}
+        closing = threading.Thread(target=models.close, daemon=True)
+        closing.start()
+        closing.join(120)
+        assert not closing.is_alive()
+        assert isinstance(last.exception(0), ClosedError)
 
 
 def test_a_broken_bundle_leaves_the_old_one(three: dict[str, Path]) -> None:

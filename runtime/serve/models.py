@@ -8,8 +8,9 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -90,6 +91,7 @@ class Models:
                 raise RequestError(f"alias: '{alias}' stands for '{name}'; there are: {', '.join(sorted(bundles))}")
         self._models: dict[str, Model] = {}  # the one that was asked for last is the last
         self._held: Counter[Model] = Counter()  # by how many requests
+        self._awaited: Counter[str] = Counter()  # by how many that wait until it is loaded
         self._needs: dict[str, int] = {}
         self._change = threading.Condition()
         self.loads: Counter[tuple[str, str]] = Counter()  # by model and outcome
@@ -153,9 +155,22 @@ class Models:
         if self.draining:
             self._told(Source(known, 0), Refused(reason="draining", pictures=1))
             raise DrainingError("this service is about to end and takes no further requests; ask another one")
-        while (model := self._take(known)) is None:
-            await asyncio.shield(asyncio.wrap_future(self._loading_of(known)))  # others may wait for it too
+        with self._awaiting(known):
+            while (model := self._take(known)) is None:
+                await asyncio.shield(asyncio.wrap_future(self._loading_of(known)))  # others may wait for it too
         return model
+
+    @contextmanager
+    def _awaiting(self, name: str) -> Iterator[None]:
+        """Keep a model, once it is loaded, for who waits for it: else two could make room for each other for ever."""
+        with self._change:
+            self._awaited[name] += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._awaited[name] -= 1
+                self._change.notify_all()
 
     def _loading_of(self, name: str) -> Future[None]:
         """Return what becomes of loading a model, which begins unless it has."""
@@ -266,7 +281,7 @@ class Models:
                 oldest.close()
 
     def _free(self, model: Model) -> bool:
-        return not self._held[model] and model.idle
+        return not self._held[model] and not self._awaited[model.name] and model.idle
 
     def reload(self) -> dict[str, Outcome]:
         """Load every bundle that was replaced on disk beside the one that is served; return what became of each.
@@ -298,22 +313,35 @@ class Models:
         """Close a model once nobody has it in hand."""
         with self._change:
             self._change.wait_for(lambda: self.draining or not self._held[old], self.options.drain_s)
-        old.batcher.drain(self.options.drain_s)
-        old.close()
+        try:
+            old.batcher.drain(self.options.drain_s)
+            old.close()
+        except Exception:
+            logger.exception("'%s' as it was before could not be closed", old.name)
         with self._change:
             self._retiring.remove(old)
 
     def drain(self) -> bool:
         """Take no further requests, and wait `drain_s` at the most for the others; return if that was all."""
-        self.draining = True
         until = time.monotonic() + self.options.drain_s
+        self._take_no_more()
         with self._change:
             models = [*self._models.values(), *self._retiring]
         return all(model.batcher.drain(max(0.0, until - time.monotonic())) for model in models)
 
+    def _take_no_more(self) -> None:
+        with self._change:
+            self.draining = True
+            self._change.notify_all()  # who waits until nobody has a model in hand that was replaced
+
     def close(self) -> None:
         """Cancel what is not drawn yet, and close every bundle."""
+        self._take_no_more()
         self._loader.shutdown(cancel_futures=True)
+        with self._change:
+            retiring = list(self._retiring)
+        for model in retiring:
+            model.batcher.close()  # nobody waits until they have drawn everything
         for model in self._models.values():
             model.close()
         self._models.clear()
