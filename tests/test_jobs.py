@@ -7,9 +7,10 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx2 as httpx
 import pytest
@@ -18,9 +19,12 @@ from hypothesis import strategies as some
 from PIL import Image
 
 from latentrt.engines.errors import QueueFullError, RequestError
+from latentrt.runtime.calls import Cancellation
+from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
+from latentrt.runtime.result import Result
 from latentrt.runtime.serve.app import build
-from latentrt.runtime.serve.jobs import JobLimits, Jobs
+from latentrt.runtime.serve.jobs import Job, JobLimits, Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.page.choices import choices
@@ -228,6 +232,48 @@ def test_an_owner_has_so_many_jobs_at_a_time(models: Models) -> None:
             job.cancel()
         while jobs.active():
             await asyncio.sleep(0.01)
+
+    asyncio.run(ask())
+
+
+def test_a_job_is_looked_at_while_a_stage_is_taken_in(models: Models) -> None:
+    (model,) = models.all()
+    job = Job(model, Request(prompt="a circle"), "one", lambda _: None)
+
+    class Looked:
+        stages = 4
+
+        @property
+        def stage(self) -> int:
+            assert job.view().state in ("waiting", "drawing")
+            return 2
+
+        def keep(self) -> Looked:
+            return self
+
+    job._step(lambda: None, 0, cast(Step, Looked()))
+    assert (job.view().state, job.view().step, job.view().steps) == ("drawing", 2, 4)
+
+
+def test_a_job_is_cancelled_whose_client_leaves_before_it_is_taken() -> None:
+    entered, go_on, cancels = threading.Event(), threading.Event(), list[Cancellation]()
+
+    def submit(_: Request, *, cancel: Cancellation, on_step: object) -> list[Future[Result]]:
+        cancels.append(cancel)
+        entered.set()
+        assert go_on.wait(WAIT_S)
+        return [Future()]
+
+    async def ask() -> None:
+        jobs = Jobs()
+        model: Any = SimpleNamespace(name="tiny", batcher=SimpleNamespace(submit=submit))
+        asking = asyncio.create_task(jobs.submit(model, Request(prompt="a circle"), "one"))
+        assert await asyncio.to_thread(entered.wait, WAIT_S)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        go_on.set()
+        assert cancels[0].cancelled and not jobs.active()
 
     asyncio.run(ask())
 

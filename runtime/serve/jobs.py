@@ -80,7 +80,6 @@ class Job:
 
     def __init__(self, model: Model, request: Request, owner: str, changed: Callable[[Job], None]) -> None:
         self.id, self.owner = secrets.token_urlsafe(16), owner
-        self.state: State = "waiting"
         self.files: dict[int, bytes] = {}
         self.error: WebError | None = None
         self.created = time.time()
@@ -95,12 +94,18 @@ class Job:
         self._looked: dict[int, tuple[float, Step]] = {}  # picture: when, and the stage
         self._previews: dict[int, tuple[int, bytes]] = {}  # picture: the stage, and the file
         self._drawn: dict[int, DrawnPicture] = {}
+        self._end: State | None = None  # once nothing more will come of it
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> State:
+        """Return how far it has come. Stages are drawn on another thread than the one that it ends on."""
+        return self._end or ("drawing" if self._began else "waiting")
 
     @property
     def over(self) -> bool:
         """Tell whether nothing more will come of it."""
-        return self.state not in ("waiting", "drawing")
+        return self._end is not None
 
     def cancel(self) -> None:
         """End it within a stage; pictures that are done stay."""
@@ -128,23 +133,21 @@ class Job:
     def _step(self, tell: Callable[[], None], picture: int, step: Step) -> None:
         """Take a stage in, on the batcher's thread."""
         now = time.perf_counter()
+        self._began.setdefault(picture, (now, step.stage))  # first: whoever reads the stages looks for it
         self._stages[picture] = step.stage, step.stages
-        self._began.setdefault(picture, (now, step.stage))
         if picture not in self._looked or now - self._looked[picture][0] >= LOOK_S:
             self._looked[picture] = now, step.keep()
-        if self.state == "waiting":
-            self.state = "drawing"
         tell()
 
     async def _finish(self) -> None:
         """Take the pictures in as they come."""
         try:
             await asyncio.gather(*(self._take(number, one) for number, one in enumerate(self._futures)))
-            self.state = "done"
+            self._end = "done"
         except CancelledError:
-            self.state = "cancelled"
+            self._end = "cancelled"
         except Exception as error:
-            self.state, self.error = "failed", web_error(error)
+            self._end, self.error = "failed", web_error(error)
         self._cancel.cancel()  # where one has failed, the others
         self._batcher, self._futures = None, []  # nor are the pixels, beside the files
         self._looked.clear()
@@ -255,6 +258,7 @@ class Jobs:
         try:
             await job.begin(request)
         except BaseException:
+            job.cancel()  # it may have been taken though nobody waits for it any more
             del self._active[job.id]
             raise
         self._changed(job)
