@@ -10,13 +10,16 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, closing
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.routing import Route
+from uvicorn.server import ServerState
 
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
@@ -134,6 +137,31 @@ def test_half_open_connections_keep_nobody_out() -> None:
             assert number % 10 or asks(address) == 200
         assert connections.count <= limits.per_address
         assert connections.cut["room"] >= 30
+
+
+class Wire(asyncio.Transport):
+    """A connection whose end, as with real ones, is told of later than it is cut."""
+
+    cut = False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("192.0.2.1", 1) if name == "peername" else default
+
+    def abort(self) -> None:
+        self.cut = True
+
+
+def test_each_of_many_that_come_at_the_same_moment_makes_another_one_go() -> None:
+    async def come() -> None:
+        connections, wires = Connections(ConnectionLimits(connections=2, per_address=2)), [Wire() for _ in range(6)]
+        config = uvicorn.Config(build(Models({})), log_config=None)
+        for wire in wires:
+            made: Any = connections.protocol
+            made(config=config, server_state=ServerState(), app_state={}).connection_made(wire)
+        assert [wire.cut for wire in wires] == [True] * 4 + [False] * 2
+        assert connections.count == 2 and connections.cut == {"room": 4}
+
+    asyncio.run(come())
 
 
 def test_who_is_being_answered_is_not_cut_for_others() -> None:

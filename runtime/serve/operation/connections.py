@@ -172,5 +172,6 @@ class Connection(H11Protocol):
     def end(self, reason: str) -> None:
         """Cut the connection: nobody waits for it any more."""
         self._shared.cut[reason] += 1
+        self._shared.leave(self)  # now: it is told of the loss later, and until then others would find it again
         logger.debug("cut a connection of %s: %s", self.client[0] if self.client else "a client", reason)
         self.transport.abort()
