@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 
-from latentrt.engines.errors import CancelledError
+from latentrt.engines.errors import CancelledError, EngineError
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.openai import routes
 from latentrt.runtime.serve.openai.kept import Kept, Reader
 from latentrt.runtime.serve.openai.streams import frame
 from latentrt.runtime.serve.options import ConnectionLimits, ServeOptions
@@ -126,6 +127,22 @@ def make(*parts: bytes, until: asyncio.Event | None = None) -> Callable[[], Any]
     return start
 
 
+def test_what_was_sent_is_compared_where_there_is_a_key_and_beside_the_event_loop(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, loops = routes._digest, list[bool]()
+
+    def digest(*given: Any) -> bytes:
+        loops.append(asyncio._get_running_loop() is not None)
+        return real(*given)
+
+    monkeypatch.setattr(routes, "_digest", digest)
+    client.images.generate(prompt="a star", extra_body=ASKED)
+    assert loops == []
+    client.images.generate(prompt="a star", extra_body=ASKED, extra_headers={"idempotency-key": "compared"})
+    assert loops == [False]
+
+
 def test_kept_answers_are_bounded_in_count_bytes_and_age() -> None:
     async def scenario() -> None:
         kept = Kept(count=2, most_bytes=100, age_s=0.2)
@@ -171,6 +188,21 @@ def test_making_goes_on_while_one_of_several_waits_and_ends_with_the_last() -> N
             await last.whole()
         with pytest.raises(WebError):
             kept.join("other", b"else", make(b""))
+
+    asyncio.run(scenario())
+
+
+def test_who_waits_for_an_answer_is_told_of_an_end_that_is_no_exception() -> None:
+    class Panic(BaseException):
+        """What a library in Rust raises."""
+
+    async def panic() -> AsyncIterator[bytes]:
+        raise Panic
+
+    async def scenario() -> None:
+        reader = Kept().join("key", b"", panic)
+        with pytest.raises(EngineError):
+            await asyncio.wait_for(reader.taken(), 60)
 
     asyncio.run(scenario())
 

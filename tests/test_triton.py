@@ -325,6 +325,18 @@ def test_an_error_has_tritons_code_and_only_our_own_sentences(
     assert (str(error) == told.error[0]) == isinstance(error, LatentrtError)
 
 
+def test_an_answer_that_cannot_be_ended_is_over_all_the_same(beside: ThreadPoolExecutor) -> None:
+    class Gone(Told):
+        def fail(self, sentence: str, code: str) -> None:
+            raise ConnectionError(sentence)
+
+    ended = list[Answer]()
+    answer = Answer(Gone(), beside, done=ended.append)
+    with pytest.raises(ConnectionError):
+        answer.fail(RequestError("size: too large"))
+    assert ended == [answer]
+
+
 def test_importing_the_runtime_and_the_command_loads_neither_triton_nor_a_web_library() -> None:
     heavy = ("triton_python_backend_utils", "ray", "starlette", "uvicorn")
     code = (

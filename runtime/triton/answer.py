@@ -141,5 +141,7 @@ class Answer:
             if not self._open:
                 return
             self._open = False
-            ending()
-        self._done(self)
+            try:
+                ending()
+            finally:
+                self._done(self)

@@ -9,7 +9,7 @@ from functools import partial
 import msgspec
 from cachetools import TTLCache
 
-from latentrt.engines.errors import CancelledError
+from latentrt.engines.errors import CancelledError, EngineError
 from latentrt.runtime.serve.web_errors import WebError
 
 Start = Callable[[], Awaitable[AsyncIterator[bytes]]]
@@ -41,6 +41,8 @@ class Making:
             self.error = CancelledError("nobody waits for this answer any more")
         except Exception as error:
             self.error = error
+        except BaseException as error:  # a panic in a library: its readers are not to wait for ever
+            self.error = EngineError(f"drawing was ended by {type(error).__name__}: {error}")
         self.ended = True
         self._tell()
 

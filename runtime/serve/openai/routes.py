@@ -86,7 +86,10 @@ class Images:
         call = Call(model, request, looks=looks_of(body, model))
         keep = _keep(web) if body.response_format == "url" else None
         telling = Telling(body, call, prefix=prefix, keep=keep, pool=self._pool)
-        reader = self._kept.join(_key(web), _digest(body, files), telling.begin)
+        key = _key(web)
+        # Images are megabytes to read, for which the event loop has no time.
+        digest = b"" if key is None else await asyncio.to_thread(_digest, body, files)
+        reader = self._kept.join(key, digest, telling.begin)
         streaming = False
         try:
             await until_gone(web, reader.taken())
