@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ class OpenEngines:
         self._components = components or tuple(record.entries)
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
+        self._opening = threading.RLock()  # what draws, encodes and decodes may miss the same engines at the same time
         self._counts: dict[WorkspaceShape, tuple[int, ...] | None] = {}
         self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
         self.engines = self._open(directory, record).engines
@@ -60,11 +62,16 @@ class OpenEngines:
         self.load_s = time.perf_counter() - start
 
     def _open(self, directory: Path, record: EngineRecord) -> Opened:
-        if directory not in self._opened:
-            opened = self._open_components(directory, record, self._components)
-            self._opened[directory] = (record, opened)
-            opened.adapt(self._changes or NOTHING)
-        return self._opened[directory][1]
+        with self._opening:
+            if directory not in self._opened:
+                opened = self._open_components(directory, record, self._components)
+                try:
+                    opened.adapt(self._changes or NOTHING)
+                except BaseException:
+                    opened.close()
+                    raise
+                self._opened[directory] = (record, opened)
+            return self._opened[directory][1]
 
     def _open_components(self, directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
         for name, file in record.files.items():
@@ -86,17 +93,18 @@ class OpenEngines:
         What is not named is as in the base again. What drew before must be asked for again with `workspace`.
         Raises EngineError; then no weights are changed at all.
         """
-        if self._changes is not None and keys_of(changes) == keys_of(self._changes):
-            return False
-        self._changes = None  # until it is known that everything went well
-        try:
-            self._adapt_all(changes)
-        except Exception:
-            self._adapt_all(NOTHING)
-            self._changes = NOTHING
-            raise
-        self._changes = changes
-        return True
+        with self._opening:
+            if self._changes is not None and keys_of(changes) == keys_of(self._changes):
+                return False
+            self._changes = None  # until it is known that everything went well
+            try:
+                self._adapt_all(changes)
+            except Exception:
+                self._adapt_all(NOTHING)
+                self._changes = NOTHING
+                raise
+            self._changes = changes
+            return True
 
     def _adapt_all(self, changes: Mapping[str, Changes]) -> None:
         for _, opened in self._opened.values():
@@ -128,10 +136,15 @@ class OpenEngines:
         """
         opened = self._fitting(shape)
         if component not in opened.engines:
-            (found,) = ((path, record) for path, (record, one) in self._opened.items() if one is opened)
-            self._further.append(self._open_components(*found, (component,)))
-            opened.engines[component] = self._further[-1].engines[component]
+            self._open_further(component, opened)
         return opened.engines[component]
+
+    def _open_further(self, component: str, opened: Opened) -> None:
+        with self._opening:
+            if component not in opened.engines:
+                (found,) = ((path, record) for path, (record, one) in self._opened.items() if one is opened)
+                self._further.append(self._open_components(*found, (component,)))
+                opened.engines[component] = self._further[-1].engines[component]
 
     def require(self, shape: WorkspaceShape) -> None:
         """Raise EngineError if `workspace` would, for want of engines for this shape. Nothing is opened."""
@@ -141,7 +154,7 @@ class OpenEngines:
     @property
     def picks_rows(self) -> bool:
         """Tell whether a ControlNet is run on those rows of a stage alone that follow it, and costs others nothing."""
-        return all(opened.picks_rows for _, opened in self._opened.values())
+        return all(opened.picks_rows for _, opened in list(self._opened.values()))
 
     def slot_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
         """Return the numbers of slots that a workspace may have, in order; None where any number will do.
@@ -174,7 +187,8 @@ class OpenEngines:
         return tuple(count for count in fitting if count <= enough)
 
     def _open_for(self, shape: WorkspaceShape) -> Opened | None:
-        return next((opened for record, opened in self._opened.values() if fits(record, shape, self._bundle)), None)
+        known = list(self._opened.values())  # another thread may open others meanwhile
+        return next((opened for record, opened in known if fits(record, shape, self._bundle)), None)
 
     def _fitting(self, shape: WorkspaceShape) -> Opened:
         return self._open_for(shape) or self._open(*self._find(shape))

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 from latentrt.engines import build as building
-from latentrt.engines.backends import BACKENDS
+from latentrt.engines.backends import BACKENDS, Opened
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import ENGINE_RECORD
+from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.open import choose, find_engines, open_engines
-from latentrt.engines.spec import EngineKey
+from latentrt.engines.spec import Engine, EngineKey
 from latentrt.engines.verify.verify import read_golden, verify
+from latentrt.engines.workspace.contract import WorkspaceShape
 
 
 @pytest.fixture
@@ -146,6 +147,26 @@ def test_drift_is_reported_not_hidden(copy: Bundle, monkeypatch: pytest.MonkeyPa
 def test_nan_is_an_infinite_error() -> None:
     assert relative_error(np.array([np.nan, 1.0]), np.array([1.0, 1.0])) == float("inf")
     assert relative_error(np.zeros(2), np.zeros(3)) == float("inf")
+
+
+def test_two_threads_that_miss_an_engine_open_it_once(sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_engines(Bundle.open(sd1_bundle), "cpu", components=("unet",), threads=1)
+    shape = WorkspaceShape(pictures=1, tokens=77, width=32, height=32)
+    found, asked, real = list[Engine](), list[tuple[str, ...]](), opened._open_components
+    second = threading.Thread(target=lambda: found.append(opened.engine("vae_encoder", shape)))
+
+    def open_components(directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
+        asked.append(components)
+        if len(asked) == 1:
+            second.start()
+            second.join(0.5)  # one that does not wait for this one has opened it by then, or soon after
+        return real(directory, record, components)
+
+    monkeypatch.setattr(opened, "_open_components", open_components)
+    found.append(opened.engine("vae_encoder", shape))
+    second.join(60)
+    assert asked == [("vae_encoder",)] and found[0] is found[1]
+    opened.close()
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are(sd1_bundle: Path) -> None:
