@@ -743,6 +743,19 @@ def test_pictures_may_leave_while_other_threads_ask_of_them(pipe: Pipeline, monk
         assert getattr(ticket, ask) is not None
 
 
+def test_deadlines_that_keep_coming_do_not_keep_a_picture_without_one_waiting_for_ever(pipe: Pipeline) -> None:
+    job = _job(pipe, asked(1))
+
+    def urgency(number: int, began: float, deadline: float | None) -> tuple[float, int]:
+        due = None if deadline is None else began + deadline
+        limits = Limits(began=began, deadline=deadline)
+        return Ticket(number=number, job=job, tokens={}, changes={}, limits=limits, due=due).urgency
+
+    waits = urgency(1, 0.0, None)
+    assert urgency(2, 0.0, 5.0) < waits < urgency(3, 3600.0, 5.0)
+    assert waits < urgency(4, 0.0, None) < urgency(5, 1.0, None)
+
+
 def test_a_pipeline_is_taken_away_while_nothing_is_drawn(pipe: Pipeline) -> None:
     wait, begun = threading.Event(), threading.Event()
 

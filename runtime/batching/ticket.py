@@ -18,6 +18,8 @@ from latentrt.runtime.draw.job import DenoiserRange, Job
 from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
 
+PATIENCE_S = 60.0  # after which a picture without a promise comes before promises that are made now
+
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):
     """What pictures must have in common to share their stages.
@@ -126,8 +128,12 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
 
     @property
     def urgency(self) -> tuple[float, int]:
-        """Return what puts tickets in order: the earliest promise first, then the first that came."""
-        return (float("inf") if self.due is None else self.due, self.number)
+        """Return what puts tickets in order: the earliest promise first, then the first that came.
+
+        One without a promise has the place of one that was promised in `PATIENCE_S`, so that others that keep coming
+        with deadlines cannot keep it waiting for ever.
+        """
+        return (self.limits.began + PATIENCE_S if self.due is None else self.due, self.number)
 
     def begin_again(self) -> None:
         """Forget what was drawn of it."""
