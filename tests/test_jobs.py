@@ -255,6 +255,21 @@ def test_a_job_is_looked_at_while_a_stage_is_taken_in(models: Models) -> None:
     assert (job.view().state, job.view().step, job.view().steps) == ("drawing", 2, 4)
 
 
+def test_a_job_that_is_over_keeps_no_stage_that_comes_late(models: Models) -> None:
+    async def end() -> Job:
+        (model,) = models.all()
+        job = Job(model, Request(prompt="a circle"), "one", lambda _: None)
+        job._futures = [Future()]
+        job._futures[0].set_exception(RequestError("steps: enough"))
+        await job._finish()
+        return job
+
+    job = asyncio.run(end())
+    late: Any = SimpleNamespace(stage=2, stages=4, keep=lambda: "latents")
+    job._step(lambda: None, 0, late)
+    assert job.view().state == "failed" and not job._looked
+
+
 def test_a_job_is_cancelled_whose_client_leaves_before_it_is_taken() -> None:
     entered, go_on, cancels = threading.Event(), threading.Event(), list[Cancellation]()
 

@@ -137,6 +137,8 @@ class Job:
         self._stages[picture] = step.stage, step.stages
         if picture not in self._looked or now - self._looked[picture][0] >= LOOK_S:
             self._looked[picture] = now, step.keep()
+        if self.over:  # another of its pictures has failed meanwhile
+            self._looked.clear()
         tell()
 
     async def _finish(self) -> None:
@@ -171,6 +173,8 @@ class Job:
             if self._previews.get(picture, (0, b""))[0] != step.stage:
                 with suppress(BundleError):
                     self._previews[picture] = step.stage, await asyncio.to_thread(_preview, step)
+        if self.over:  # since a moment ago
+            self._previews.clear()
         return {picture: one for picture, one in self._previews.items() if picture not in self.files}
 
     def view(self) -> View:
