@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import json
 import secrets
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from PIL import Image
 
+from latentrt.engines.errors import RequestError
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
+from latentrt.runtime.serve.web_errors import WebError
 from tests.serving import served
 
 
@@ -117,6 +122,74 @@ def test_paths_lead_nowhere(service: Service, path: str) -> None:
     connection.request("GET", path)
     assert connection.getresponse().status == 404
     connection.close()
+
+
+def jpeg(**options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def endless(kind: str) -> bytes:
+    """Return a small JPEG on which a decoder spends far more than on a picture."""
+    if kind == "scans":
+        whole = jpeg(progressive=True)
+        last = whole[whole.rindex(b"\xff\xda") : -2]
+        return whole[:-2] + last * 200 + b"\xff\xd9"
+    segment = {
+        "segments": b"\xff\xe1\x00\x09Exif\0\0.",
+        "hidden": b"\xff\xf0" + b"\xff\xe1\x00\x09Exif\0\0.",
+        "junk": bytes(200),
+    }[kind]
+    return b"\xff\xd8\xff\xd9" + segment * 2000 + jpeg()[2:]
+
+
+@pytest.mark.parametrize("kind", ["scans", "segments", "hidden", "junk"])
+def test_a_file_that_keeps_a_decoder_busy_is_refused_unread(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from latentrt.runtime.images.read_parameters import read_text
+    from latentrt.runtime.serve.pictures import read_image
+
+    file, opened = endless(kind), list[object]()
+    monkeypatch.setattr(Image, "open", lambda *given, **_: opened.append(given))
+    with pytest.raises(WebError):
+        read_image(file, name="image", most=10**6)
+    with pytest.raises(RequestError):
+        read_text(file)
+    assert not opened
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True, "exif": b"Exif\0\0" + bytes(60_000)}, {"dpi": (300, 300)}]
+)
+def test_pictures_are_read_all_the_same(options: dict[str, Any]) -> None:
+    from latentrt.runtime.serve.pictures import read_image
+
+    file = jpeg(comment=b"\xff\xda" * 1000, **options) + b"\xff\xda" * 2000  # a film behind it, for one
+    assert read_image(file, name="image", most=10**6).size == (64, 64)
+
+
+def test_warnings_of_a_clients_files_are_not_kept() -> None:
+    from latentrt.runtime.serve.pictures import read_image
+
+    tags = b"".join(struct.pack("<HHLL", number + 1000, 2, 100_000 + number, 8) for number in range(50))
+    notes = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 50) + tags + bytes(4)
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", exif=notes)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        build(Models({}, ServeOptions()))
+        read_image(file.getvalue(), name="image", most=100)
+    assert not seen
+
+
+def test_no_more_images_are_decoded_than_pictures_are_asked_for(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = list[object]()
+    monkeypatch.setattr(Image, "open", lambda *given, **_: opened.append(given))
+    texts = [base64.b64encode(huge_png()).decode()] * 500
+    assert service.send_json("/sdapi/v1/img2img", {**DRAW, "init_images": texts}) == 400
+    assert not opened
 
 
 def test_a_small_file_of_a_hundred_megapixels_is_refused_by_its_header(service: Service) -> None:

@@ -10,6 +10,7 @@ import msgspec
 from PIL import Image
 
 from latentrt.engines.errors import RequestError
+from latentrt.runtime.images.jpeg_parts import is_endless
 from latentrt.runtime.sampling.catalogue import find
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -45,8 +46,10 @@ class Written(msgspec.Struct, frozen=True, kw_only=True):
 def read_text(file: bytes) -> str | None:
     """Return the settings' text of a PNG, JPEG or WebP, None if it has none; no pixel is decoded.
 
-    Raises RequestError on what is no such picture, or says that it has more pixels than any.
+    Raises RequestError on what is no such picture, or says that it has more pixels or parts than any.
     """
+    if is_endless(file):
+        raise RequestError("image: it has more segments or scans than any picture")
     try:
         with Image.open(io.BytesIO(file), formats=FORMATS) as image:
             pixels = image.width * image.height

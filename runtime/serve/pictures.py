@@ -12,6 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from latentrt.engines.spec import Array
+from latentrt.runtime.images.jpeg_parts import is_endless
+from latentrt.runtime.images.read import decode
 from latentrt.runtime.images.write_png import parameters
 from latentrt.runtime.result import Result
 from latentrt.runtime.serve.web_errors import WebError
@@ -19,6 +21,7 @@ from latentrt.runtime.serve.web_errors import WebError
 Format = Literal["png", "jpeg", "webp"]
 READ = ("PNG", "JPEG", "WEBP")  # what a client may send
 USER_COMMENT = 0x9286  # of EXIF, where tools look for a JPEG's or WebP's settings
+MOST_TEXT = 65_000  # bytes of settings in a JPEG, whose EXIF has two for its length
 
 
 def encode(result: Result, kind: Format, *, quality: int = 100) -> bytes:
@@ -29,7 +32,8 @@ def encode(result: Result, kind: Format, *, quality: int = 100) -> bytes:
 def encode_pixels(pixels: Array, kind: Format, *, quality: int = 100, text: str | None = None) -> bytes:
     """Return a picture as a file's bytes.
 
-    pixels: (height, width, 3), uint8, sRGB; text: the settings, written where the community's tools look for them
+    pixels: (height, width, 3), uint8, sRGB; text: the settings, written where the community's tools look for them;
+        left out of a JPEG that has no room for them
     """
     image, file = Image.fromarray(pixels), io.BytesIO()
     if kind == "png":
@@ -39,18 +43,21 @@ def encode_pixels(pixels: Array, kind: Format, *, quality: int = 100, text: str 
         image.save(file, "PNG", pnginfo=info, compress_level=1)
     else:
         exif = Image.Exif()
-        if text is not None:
-            exif.get_ifd(0x8769)[USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+        comment = b"" if text is None else b"UNICODE\0" + text.encode("utf-16-be")
+        if comment and (kind == "webp" or len(comment) <= MOST_TEXT):
+            exif.get_ifd(0x8769)[USER_COMMENT] = comment
         image.save(file, kind.upper(), quality=quality, exif=exif)
     return file.getvalue()
 
 
 def read_image(data: bytes, *, name: str, most: int) -> Image.Image:
-    """Return a picture that a client sent, decoded; its size is known before its pixels are.
+    """Return a picture that a client sent, decoded, upright and in 8 bits; its size is known before its pixels are.
 
     name: the field that it came in; most: pixels that it may have
     Raises WebError, 400, in our own words: a library's may tell what is none of a client's business.
     """
+    if is_endless(data):
+        raise _unreadable(name, "it has more segments or scans than any picture")
     try:
         image = Image.open(io.BytesIO(data), formats=READ)
         width, height = image.size
@@ -63,10 +70,11 @@ def read_image(data: bytes, *, name: str, most: int) -> Image.Image:
             param=name,
         )
     try:
-        image.load()
+        upright = decode(image, name=name)
     except Exception:
         raise _unreadable(name, "it is truncated or damaged") from None
-    return image
+    assert isinstance(upright, Image.Image)
+    return upright
 
 
 def _unreadable(name: str, why: str) -> WebError:
