@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 
 from latentrt import Lora, Request
 from latentrt.engines.spec import Array
+from latentrt.runtime.serve.a1111.neutral import IGNORED
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import Limits, ServeOptions
@@ -59,6 +60,9 @@ def file_of(pixels: Array) -> str:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
+
+
+SQUARE = file_of(np.full((32, 32, 3), 200, np.uint8))
 
 
 def pixels_of(image: str) -> Array:
@@ -244,6 +248,17 @@ def test_a_mask_keeps_what_is_black(client: httpx.Client, models: Models) -> Non
         ("txt2img", {"alwayson_scripts": {"ADetailer": {"args": [True]}}}, 400, "alwayson_scripts"),
         ("txt2img", {"s_churn": 0.5}, 400, "s_churn"),
         ("txt2img", {"never_heard_of": 1}, 400, "never_heard_of"),
+        ("txt2img", {"s_noise": 0}, 400, "s_noise"),
+        ("txt2img", {"override_settings": {"initial_noise_multiplier": 0}}, 400, "initial_noise_multiplier"),
+        ("txt2img", {"override_settings": {"enable_pnginfo": False}}, 400, "enable_pnginfo"),
+        ("txt2img", {"prompt": "a" * 32_001}, 400, "prompt"),
+        ("txt2img", {"negative_prompt": "a" * 32_001}, 400, "negative_prompt"),
+        ("txt2img", {"sampler_name": "a" * 1000}, 400, "sampler_name"),
+        ("txt2img", {"width": -32, "height": -32}, 400, "width"),
+        ("txt2img", {"width": 0, "height": 0}, 400, "width"),
+        ("txt2img", {"seed": "9" * 5000}, 400, "seed"),
+        ("txt2img", {"subseed_strength": "nan"}, 400, "subseed_strength"),
+        ("img2img", {"init_images": [SQUARE] * 3}, 400, "init_images"),
         ("txt2img", {"sampler_name": "nope"}, 400, "sampler_name"),
         ("txt2img", {"scheduler": "KL Optimal"}, 400, "scheduler"),
         ("txt2img", {"sampler_name": "Euler a", "eta": 0}, 400, "eta"),
@@ -322,6 +337,23 @@ def test_a_mask_is_white_or_opaque_where_it_repaints(client: httpx.Client, model
     assert same(image, drawn(models, image=start, mask=mask, strength=0.75, guidance=7.5)[0])
 
 
+def test_a_mask_is_read_as_it_is_shown(client: httpx.Client, models: Models) -> None:
+    """It may lie on its side, with a note that says so, and have 16 bits."""
+    start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:, 16:] = 255
+    soft = np.asarray(Image.fromarray(mask).filter(ImageFilter.GaussianBlur(2)))
+    turned, file, exif = np.rot90(mask).astype(np.uint16) * 257, io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    turned[turned == 0] = 300  # nearly black
+    Image.fromarray(turned).save(file, "PNG", exif=exif)
+    sent = {"init_images": [file_of(start)], "mask": base64.b64encode(file.getvalue()).decode(), "mask_blur": 2}
+    image = client.post("/img2img", json=SMALL | sent).raise_for_status().json()["images"][0]
+    alone = drawn(models, image=start, mask=soft, strength=0.75, guidance=7.5)[0]
+    share = soft[..., None] / 255
+    assert np.abs(pixels_of(image) - (share * alone + (1 - share) * start)).max() <= 3
+
+
 def test_options_hold_for_later_calls_and_a_calls_own_do_not(client: httpx.Client, models: Models) -> None:
     client.post("/txt2img", json=SMALL | {"override_settings": {"sd_model_checkpoint": "other"}}).raise_for_status()
     assert client.get("/options").json()["sd_model_checkpoint"] == "tiny"
@@ -344,6 +376,11 @@ def test_an_error_of_no_route_has_the_same_form(client: httpx.Client) -> None:
     assert set(client.get("/nope").json()) == {"error", "detail", "body", "errors"}
     assert client.get("/txt2img").status_code == 405
     assert client.post("/txt2img", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+
+
+def test_what_has_no_effect_is_named_in_the_documentation() -> None:
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text("utf-8")
+    assert [name for name in IGNORED if f"`{name}`" not in page] == []
 
 
 # --- progress and interrupt ---

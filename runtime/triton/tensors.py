@@ -13,7 +13,7 @@ from PIL import Image
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.request import Control, Lora, Request
-from latentrt.runtime.serve.openai.asked import lora_files
+from latentrt.runtime.serve.offered import lora_files
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import Format, read_image
 from latentrt.runtime.serve.web_errors import WebError

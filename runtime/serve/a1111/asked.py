@@ -19,7 +19,7 @@ from latentrt.runtime.serve.a1111.schema import DEFAULT_CFG, DEFAULT_STRENGTH, R
 from latentrt.runtime.serve.a1111.settings import Settings
 from latentrt.runtime.serve.bodies import invalid
 from latentrt.runtime.serve.models import Model
-from latentrt.runtime.serve.openai.asked import check_engines, lora_files
+from latentrt.runtime.serve.offered import check_engines, lora_files
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import read_image
 from latentrt.runtime.serve.web_errors import WebError
@@ -130,6 +130,10 @@ def _image(body: Img2Img, limits: Limits) -> dict[str, Any]:
     """Return image, mask and strength."""
     if not body.init_images:
         raise WebError("init_images: missing, expected an image", param="init_images")
+    if len(body.init_images) not in (1, _count(body, limits)):
+        raise WebError(
+            f"init_images: found {len(body.init_images)}, expected one, or one for each picture", param="init_images"
+        )
     images = [
         read_image(file_of(one, "init_images"), name="init_images", most=limits.pixels) for one in body.init_images
     ]

@@ -31,6 +31,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "sd_vae": ("Automatic", "None"),
     "sd_unet": ("Automatic", "None"),
 }
+# What changes something where it is off.
+ON = frozenset({"enable_pnginfo", "initial_noise_multiplier", "inpainting_mask_weight", "s_noise"})
 WHY = {
     "enable_hr": "there is no second pass in a higher resolution; send false",
     "restore_faces": "there is no model that restores faces; send false",
@@ -40,6 +42,7 @@ WHY = {
     "refiner_checkpoint": "a refiner is in its model's bundle, and is not chosen by name; omit it",
     "sd_vae": "a model's VAE is in its bundle; send Automatic",
     "styles": "no styles are stored here; write them into the prompt",
+    "enable_pnginfo": "every picture holds its settings; send true",
     "infotext": "send the fields themselves",
 }
 
@@ -53,7 +56,8 @@ def refuse_further(further: Mapping[str, Any]) -> None:
 
 def refuse_unless_neutral(name: str, value: Any) -> None:
     """Raise WebError where what this service does not have is given with a value that would change something."""
-    if not value or value in NEUTRAL.get(name, ()):
+    off = value is None or not (value or name in ON)
+    if off or value in NEUTRAL.get(name, ()):
         return
     why = WHY.get(name, "this service has nothing like it; omit it")
     raise WebError(f"{name}: {why}", code="unsupported_parameter", param=name)

@@ -23,7 +23,7 @@ from latentrt.runtime.serve.a1111.schema import Drawing, Drawn, Img2Img, PngInfo
 from latentrt.runtime.serve.a1111.settings import Settings
 from latentrt.runtime.serve.bodies import read_json, until_gone
 from latentrt.runtime.serve.models import Model, Models
-from latentrt.runtime.serve.openai.asked import lora_files
+from latentrt.runtime.serve.offered import lora_files
 from latentrt.runtime.serve.openapi import Operation
 
 T = TypeVar("T", bound=Drawing)

@@ -5,12 +5,14 @@ https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/api/
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 DEFAULT_CFG, DEFAULT_STRENGTH = 7.0, 0.75  # A1111's own
 RANDOM = -1  # as a seed
+Text = Annotated[str, msgspec.Meta(max_length=32_000)]
+Name = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 class Drawing(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,14 +21,14 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True):
     sampler_index: an older name of sampler_name; clip_skip: SD.Next's name of the option CLIP_stop_at_last_layers
     """
 
-    prompt: str | None = None
-    negative_prompt: str | None = None
+    prompt: Text | None = None
+    negative_prompt: Text | None = None
     seed: int | None = None
     subseed: int | None = None
     subseed_strength: float | None = None
-    sampler_name: str | None = None
-    sampler_index: str | None = None
-    scheduler: str | None = None
+    sampler_name: Name | None = None
+    sampler_index: Name | None = None
+    scheduler: Name | None = None
     batch_size: int | None = None
     n_iter: int | None = None
     steps: int | None = None

@@ -9,6 +9,7 @@ import msgspec
 
 from latentrt.runtime.request import NoiseSource
 from latentrt.runtime.serve.a1111.neutral import refuse_unless_neutral
+from latentrt.runtime.serve.a1111.schema import Name
 from latentrt.runtime.serve.bodies import invalid
 from latentrt.runtime.serve.web_errors import WebError
 
@@ -24,7 +25,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, rename={"clip_stop": "
     randn_source: whose generator seeds are for
     """
 
-    sd_model_checkpoint: str
+    sd_model_checkpoint: Name
     clip_stop: int = 1
     randn_source: Literal["CPU", "GPU", "NV"] = "CPU"
 

@@ -6,12 +6,10 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentrt.engines.errors import EngineError
-from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.runtime.request import Control, Lora, Request
+from latentrt.runtime.serve.offered import check_engines, lora_files
 from latentrt.runtime.serve.openai.schema import Drawing, Edit, SentControl
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import mask_of_alpha, read_image
@@ -104,25 +102,6 @@ def size_of(text: str | None, limits: Limits) -> tuple[int, int] | None:
     return width, height
 
 
-def check_engines(size: tuple[int, int], model: Model) -> None:
-    """Refuse a size that the model's engines were not built for, and name those there are. Raises WebError."""
-    loaded = model.pipe.loaded
-    tokens = max((tokenizer.max_length for tokenizer in loaded.manifest.tokenizers.values()), default=0)
-
-    def require(width: int, height: int) -> None:
-        shape = WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
-        loaded.opened.require(loaded.drawing.fitting(shape))
-
-    try:
-        require(*loaded.manifest.default_size)
-    except EngineError:
-        return  # other engines than those that draw an ordinary picture: only drawing tells what they take
-    try:
-        require(*size)
-    except EngineError as error:
-        raise WebError(f"size: {error}", code="size_not_served", param="size") from error
-
-
 def _loras(body: Drawing, options: ServeOptions) -> tuple[Lora, ...]:
     if not body.loras:
         return ()
@@ -132,12 +111,6 @@ def _loras(body: Drawing, options: ServeOptions) -> tuple[Lora, ...]:
             there = f"there are: {', '.join(known)}" if known else "this service has none"
             raise WebError(f"loras: there is no '{lora.name}'; {there}", code="lora_not_found", param="loras")
     return tuple(Lora(file=known[lora.name], scale=lora.scale) for lora in body.loras)
-
-
-def lora_files(options: ServeOptions) -> dict[str, Path]:
-    """Return the service's LoRA files by their names, which are all that a client can ask for."""
-    found = sorted(options.loras.glob("*.safetensors")) if options.loras is not None else []
-    return {path.stem: path for path in found}
 
 
 def _controls(body: Drawing, files: Files, limits: Limits) -> tuple[Control, ...]:

@@ -9,7 +9,7 @@ from latentrt.runtime.images.write_png import community_name
 from latentrt.runtime.request import Request
 from latentrt.runtime.sampling.catalogue import Name, own_sampler, sampler_names
 from latentrt.runtime.serve.models import Models
-from latentrt.runtime.serve.openai.asked import lora_files
+from latentrt.runtime.serve.offered import lora_files
 from latentrt.runtime.serve.options import Limits
 
 
