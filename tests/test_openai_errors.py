@@ -189,8 +189,10 @@ def send(address: str, path: str, body: bytes, *, method: str = "POST", **header
         b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
         b'{"prompt": 3}',
         b'{"n": 1}',
+        b'{"prompt": "a", "quality": "' + b"a" * 100_000 + b'"}',
+        b'{"prompt": "a", "timesteps": [' + b"1," * 200_000 + b"1]}",
     ],
-    ids=range(21),
+    ids=range(23),
 )
 def test_what_is_no_request_is_refused(address: str, body: bytes) -> None:
     status, answer, headers = send(address, "/v1/images/generations", body)
@@ -220,6 +222,14 @@ def test_what_is_no_form_is_refused(address: str, fields: list[tuple[str, str]],
     body = ("".join(parts) + "--b--\r\n").encode()
     status, answer, _ = send(address, "/v1/images/edits", body, content_type="multipart/form-data; boundary=b")
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("charset", ["unicode_escape", "punycode", "utf-7", "idna", "zlib", "x\u00e9"])
+def test_a_form_in_no_plain_charset_is_refused(address: str, charset: str) -> None:
+    body = b'--b\r\ncontent-disposition: form-data; name="prompt"\r\n\r\n\\ud800\r\n--b--\r\n'
+    kind = f"multipart/form-data; boundary=b; charset={charset}"
+    status, answer, _ = send(address, "/v1/images/edits", body, content_type=kind)
+    assert (status, answer["error"]["code"]) == (400, "invalid_form")
 
 
 def test_a_form_that_ends_in_the_middle_is_refused(address: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import mimetypes
+import os
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +19,10 @@ from PIL import Image
 
 from latentrt import Request
 from latentrt.engines.spec import Array
+from latentrt.runtime.images.read_parameters import read_text
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.openai import store
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import shown
 from tests.lora_files import kohya, make_factors, save
@@ -91,6 +96,19 @@ def test_a_mask_repaints_where_it_is_transparent_or_white(client: openai.OpenAI,
     alpha = np.dstack([np.zeros((SIDE, SIDE, 3), dtype=np.uint8), 255 - inner])
     mask = Image.fromarray(alpha if kind == "alpha" else inner)
     answer = client.images.edit(image=file_of(grey()), mask=file_of(mask), prompt="a star", extra_body=ASKED)
+    asked = Request(prompt="a star", image=grey(), mask=Image.fromarray(inner), **ASKED)
+    assert answer.data is not None
+    assert close(pixels_of(answer.data[0].b64_json), models.all()[0].pipe.draw(asked).pixels[0])
+
+
+def test_a_mask_is_turned_as_it_says(client: openai.OpenAI, models: Models) -> None:
+    inner = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    inner[:12] = 255
+    turned = np.rot90(inner)
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(np.dstack([np.zeros((SIDE, SIDE, 3), dtype=np.uint8), 255 - turned])).save(file, "PNG", exif=exif)
+    answer = client.images.edit(image=file_of(grey()), mask=file.getvalue(), prompt="a star", extra_body=ASKED)
     asked = Request(prompt="a star", image=grey(), mask=Image.fromarray(inner), **ASKED)
     assert answer.data is not None
     assert close(pixels_of(answer.data[0].b64_json), models.all()[0].pipe.draw(asked).pixels[0])
@@ -248,6 +266,42 @@ def test_a_picture_can_be_had_by_its_url(client: openai.OpenAI, address: str) ->
         assert client._client.get(f"{address}/pictures/{name}").status_code == 404
 
 
+def test_a_kept_picture_is_what_its_name_says_and_comes_whole(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mimetypes, "guess_type", lambda *_, **__: (None, None))  # a system that knows no WebP
+    monkeypatch.setattr("starlette.responses.guess_type", lambda *_, **__: (None, None))
+    answer = client.images.generate(prompt="a star", response_format="url", output_format="webp", extra_body=ASKED)
+    assert answer.data is not None
+    for span in ("bytes=x", "bytes=99999999-", "bytes=0-3"):
+        fetched = client._client.get(answer.data[0].url or "", headers={"range": span})
+        assert (fetched.status_code, fetched.headers["content-type"]) == (200, "image/webp")
+        assert fetched.headers["x-content-type-options"] == "nosniff"
+
+
+def test_kept_pictures_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MOST_BYTES", 250)
+    (tmp_path / "of-somebody-else.png").write_bytes(bytes(1000))
+    names = []
+    for number in range(4):
+        names.append(store.put(tmp_path, bytes([number]) * 100, "png"))
+        os.utime(tmp_path / names[-1], (time.time() - 100 + number,) * 2)
+    assert [store.find(tmp_path, name) for name in names] == [None, None, b"\2" * 100, b"\3" * 100]
+    os.utime(tmp_path / names[2], (0, 0))
+    assert store.find(tmp_path, names[2]) is None
+    store.put(tmp_path, b"x", "jpeg")
+    assert not (tmp_path / names[2]).exists() and (tmp_path / "of-somebody-else.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_the_longest_prompts_are_drawn_in_every_format(client: openai.OpenAI, kind: Any) -> None:
+    extra = {**ASKED, "overflow": "truncate", "negative_prompt": "\u03b2" * 32_000}
+    answer = client.images.generate(prompt="\u03b1" * 32_000, output_format=kind, extra_body=extra)
+    assert answer.data is not None
+    text = read_text(base64.b64decode(answer.data[0].b64_json or ""))
+    assert text is None if kind == "jpeg" else text is not None and text.startswith("\u03b1" * 32_000)
+
+
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
@@ -267,6 +321,7 @@ def test_a_picture_can_be_had_by_its_url(client: openai.OpenAI, address: str) ->
         ({"prompt": "x" * 32_001}, "prompt"),
         ({"prompt": "a\0b"}, "prompt"),
         ({"n": 0}, "n"),
+        ({"quality": "a" * 100_000}, "quality"),
     ],
 )
 def test_what_would_be_another_picture_is_refused_by_name(

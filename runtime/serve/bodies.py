@@ -15,7 +15,8 @@ from latentrt.runtime.serve.web_errors import WebError
 
 T = TypeVar("T")
 LONG = 256 * 1024  # bytes that take longer to parse than the event loop has
-SHORT = 64  # characters
+SHORT, SENTENCE = 64, 300  # characters of a name, and of what a schema says, that a client is told
+MOST_COMMAS = 100_000  # of texts too; the longest request has a fraction, and each value takes far more than its bytes
 
 
 async def read_json(request: Request, kind: type[T]) -> T:
@@ -42,6 +43,8 @@ async def read(request: Request) -> bytes:
 
 def parse_json(body: bytes, kind: type[T]) -> T:
     """Parse a body as JSON of a kind. Raises WebError, 400, with the field at fault."""
+    if body.count(b",") > MOST_COMMAS:
+        raise WebError("the body holds more values than any request has", code="invalid_json")
     try:
         parsed = msgspec.json.decode(body, type=kind)
         plain = json.loads(body, object_pairs_hook=_distinct)
@@ -85,12 +88,13 @@ def invalid(error: msgspec.ValidationError) -> WebError:
         name = sentence.split("`")[1]
         return WebError(f"{name}: it is missing", code="missing_required_parameter", param=name)
     param = re.split(r"[.\[]", place.strip("`").removeprefix("$").lstrip("."))[0] or None
-    return WebError(f"{param or 'the body'}: {sentence}", code="invalid_type", param=param)
+    said = shortened(sentence, SENTENCE)
+    return WebError(f"{param or 'the body'}: {said}", code="invalid_type", param=param)
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, most: int = SHORT) -> str:
     """Return what a client sent, short enough for a sentence."""
-    return text if len(text) <= SHORT else f"{text[:SHORT]}…"
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

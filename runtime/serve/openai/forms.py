@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -17,6 +18,7 @@ from latentrt.runtime.serve.web_errors import WebError
 
 T = TypeVar("T")
 FILES, FIELDS, FIELD_BYTES = 17, 64, 64 * 1024  # sixteen images and a mask; every field once, and short lists
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii")
 NAME = re.compile(r"(\w+)(\[\])?(?:\[(\w+)\])?")
 
 
@@ -58,6 +60,9 @@ async def read_form(web: Request) -> Form:
         )
     parser = _Parser(web.headers, web.stream(), max_files=FILES, max_fields=FIELDS, max_part_size=FIELD_BYTES)
     try:
+        charset = parse_options_header(web.headers["content-type"])[1].get(b"charset", CHARSETS[0])
+        if charset.lower() not in CHARSETS:  # any of Python's codecs would be taken: some make texts that are none
+            raise WebError("content-type: found another charset, expected utf-8", code="invalid_form")
         data = await parser.parse()
     except MultiPartException as error:
         raise WebError(f"the form cannot be read: {error.message}", code="invalid_form") from error

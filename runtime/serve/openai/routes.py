@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 from starlette.requests import Request as WebRequest
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from latentrt.runtime.serve.bodies import read_json, until_gone
@@ -119,10 +119,12 @@ async def show_model(web: WebRequest) -> Response:
 async def show_picture(web: WebRequest) -> Response:
     """Give a picture that was drawn for its `url`."""
     folder = web.app.state.models.options.pictures
-    path = None if folder is None else await asyncio.to_thread(find, folder, web.path_params["name"])
-    if path is None:
+    name = web.path_params["name"]
+    file = None if folder is None else await asyncio.to_thread(find, folder, name)
+    if file is None:
         raise WebError("there is no such picture, or no longer", status=404, code="picture_not_found")
-    return FileResponse(path, headers={"cache-control": "private, max-age=3600", "x-content-type-options": "nosniff"})
+    kind = f"image/{name.rpartition('.')[2]}"  # not of the system's table, which may say anything
+    return Response(file, media_type=kind, headers={"cache-control": "private, max-age=3600"})
 
 
 def _card(name: str, models: Models) -> ModelCard:

@@ -5,35 +5,49 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from latentrt.engines.bundle.files import atomic_write
 from latentrt.runtime.serve.openai.schema import Format
 
-AGE_S = 3600.0
+AGE_S, MOST_BYTES = 3600.0, 4 * 2**30
 NAME = re.compile(r"picture-[\w-]{43}\.(png|jpeg|webp)", flags=re.ASCII)
 
 
 def put(folder: Path, data: bytes, kind: Format) -> str:
-    """Write a picture; return the name that it can be fetched by. Those that are too old are removed."""
+    """Write a picture; return the name that it can be fetched by.
+
+    Those that are too old are removed, and the oldest where all of them would have more than MOST_BYTES.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        if NAME.fullmatch(path.name) and _old(path):
-            path.unlink(missing_ok=True)
+    _make_room(folder, MOST_BYTES - len(data))
     name = f"picture-{secrets.token_urlsafe(32)}.{kind}"
     with atomic_write(folder / name) as beside:
         beside.write_bytes(data)
     return name
 
 
-def find(folder: Path, name: str) -> Path | None:
+def find(folder: Path, name: str) -> bytes | None:
     """Return a picture's file; None if there is none of that name, or it is too old."""
     path = folder / name
-    return path if NAME.fullmatch(name) and path.is_file() and not _old(path) else None
+    if not NAME.fullmatch(name):
+        return None
+    with suppress(FileNotFoundError):  # there is none, or no longer
+        return path.read_bytes() if path.stat().st_mtime >= time.time() - AGE_S else None
+    return None
 
 
-def _old(path: Path) -> bool:
-    try:
-        return time.time() - path.stat().st_mtime > AGE_S
-    except FileNotFoundError:  # another request removed it
-        return True
+def _make_room(folder: Path, most: int) -> None:
+    """Remove pictures that are too old, and the oldest until the others have so many bytes at the most."""
+    kept = []
+    for path in folder.iterdir():
+        if NAME.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # another request removed it
+                kept.append((path.stat().st_mtime, path.stat().st_size, path))
+    left = sum(size for _, size, _ in kept)
+    for written, size, path in sorted(kept):
+        if written >= time.time() - AGE_S and left <= most:
+            break
+        path.unlink(missing_ok=True)
+        left -= size
