@@ -168,6 +168,44 @@ def test_what_cannot_be_drawn_is_no_job(client: httpx.Client) -> None:
     assert client.get("/jobs").json() == {"jobs": []}
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("stream", True), ("output_format", "webp"), ("output_format", "jpeg"), ("n", "x")]
+)
+def test_a_job_refuses_what_it_does_not_do(client: httpx.Client, field: str, value: object) -> None:
+    answer = client.post("/jobs", json={"prompt": "a circle", field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, field)
+
+
+def test_a_session_has_so_many_followers(address: str) -> None:
+    async def follow() -> None:
+        crowd = {"x-latentrt-session": "crowd" * 6}
+        async with httpx.AsyncClient(base_url=address, headers=crowd, timeout=WAIT_S) as client:
+            asked = client.build_request("GET", "/jobs/events")
+            open_ones = [await client.send(asked, stream=True) for _ in range(JobLimits().followers)]
+            lines = [one.aiter_lines() for one in open_ones]
+            for each in lines:  # each has begun, and goes on while it is held
+                await anext(each)
+            refused = await asyncio.wait_for(client.get("/jobs/events"), WAIT_S)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_followers")
+            assert int(refused.headers["retry-after"]) >= 1
+            for one in open_ones:
+                await one.aclose()
+
+    asyncio.run(follow())
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "-1", "٣", "0x0", "1"])
+def test_a_number_that_no_picture_has(client: httpx.Client, number: str) -> None:
+    answer = client.get(f"/jobs/none/pictures/{number}")
+    assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
+
+
+@pytest.mark.parametrize("span", ["bytes=x", "bytes=999999999-", "bytes=0-0", "lines=1"])
+def test_the_pages_files_come_whole(address: str, span: str) -> None:
+    answer = httpx.get(f"{address}/page/main.js", headers={"range": span})
+    assert (answer.status_code, answer.content) == (200, httpx.get(f"{address}/page/main.js").content)
+
+
 def test_settings_of_what_has_none(client: httpx.Client) -> None:
     plain = io.BytesIO()
     Image.new("RGB", (8, 8)).save(plain, "PNG")

@@ -19,6 +19,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
+from latentrt import Request
 from latentrt.engines.spec import Array
 from latentrt.runtime.images.read_parameters import parse, read_text
 from latentrt.runtime.serve.app import build
@@ -381,6 +382,14 @@ def pixels(file: bytes) -> Array:
 
 def share_of(told: Locator) -> int:
     return int((told.text_content() or "").split()[0])
+
+
+def test_an_empty_number_is_the_services_own(page: Page, address: str) -> None:
+    page.fill("#guidance", "")
+    draw(page)
+    drawn(page, 1)
+    (job,) = jobs(page, address)
+    assert job["asked"]["guidance"] == Request(prompt="").guidance
 
 
 def test_loras_are_chosen_by_name_and_restored(page: Page, address: str) -> None:

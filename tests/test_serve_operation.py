@@ -151,8 +151,16 @@ def test_the_log_holds_prompts_only_where_that_is_wanted(
     monkeypatch.setattr(models, "options", msgspec.structs.replace(models.options, log_prompts=True))
     with caplog.at_level(logging.INFO, "latentrt"), served(build(models)) as address:
         assert draw(address, prompt="an open wish")[0] == 200
-        until(lambda: any("prompts" in getattr(record, "fields", {}) for record in caplog.records))
-    assert ["an open wish"] in [getattr(record, "fields", {}).get("prompts") for record in caplog.records]
+        job = {"prompt": "a job's wish", "steps": 2}
+        assert ask(address, "/jobs", job, **{"x-latentrt-session": "mine" * 6})[0] == 202
+        assert ask(address, "/sdapi/v1/txt2img", {"prompt": "an old wish", "steps": 2})[0] == 200
+        until(lambda: len(wishes(caplog)) == 3)
+    assert wishes(caplog) == [["an open wish"], ["a job's wish"], ["an old wish"]]
+
+
+def wishes(caplog: pytest.LogCaptureFixture) -> list[list[str]]:
+    fields = [getattr(record, "fields", {}) for record in caplog.records]
+    return [one["prompts"] for one in fields if "prompts" in one]
 
 
 def test_the_first_look_at_a_picture_is_measured(address: str) -> None:

@@ -20,6 +20,7 @@ from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.serve.models import Model
+from latentrt.runtime.serve.operation.notes import note_prompt
 from latentrt.runtime.serve.pictures import encode, encode_pixels
 from latentrt.runtime.serve.web_errors import WebError, web_error
 
@@ -33,11 +34,13 @@ LOOK_S = 0.15  # a preview at most so often: reading the latents waits for the d
 class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What is remembered at the most.
 
-    active: jobs of one owner that are not over; over: jobs that are, of all owners, of which the oldest are forgotten
+    active: jobs of one owner that are not over; followers: connections that follow them
+    over: jobs that are over, of all owners, of which the oldest are forgotten
     bytes: of their pictures; age_s: seconds after which a job that is over is forgotten
     """
 
     active: int = 64
+    followers: int = 16
     over: int = 500
     bytes: int = 512 * 2**20
     age_s: float = 2 * 3600
@@ -119,6 +122,7 @@ class Job:
             if not loop.is_closed():  # a service that has ended follows nothing any more
                 loop.call_soon_threadsafe(self._changed, self)
 
+        note_prompt(request.prompt)
         assert self._batcher is not None
         submit = partial(self._batcher.submit, request, cancel=self._cancel)
         self._futures = await asyncio.to_thread(submit, on_step=partial(self._step, tell))
@@ -306,6 +310,10 @@ class Jobs:
         job.cancel()
         self._over.pop(job.id, None)
         self._wake(job.owner)
+
+    def crowded(self, owner: str) -> bool:
+        """Tell whether as many follow an owner's jobs as may."""
+        return len(self._followers.get(owner, ())) >= self._limits.followers
 
     @contextmanager
     def follow(self, owner: str) -> Iterator[asyncio.Event]:

@@ -39,6 +39,8 @@ def routes() -> list[Route]:
     files = Files(directory=DIRECTORY)
 
     async def show(web: Request) -> Response:
+        whole = [pair for pair in web.scope["headers"] if pair[0] != b"range"]  # parts of these files are of no use
+        web.scope["headers"] = whole
         return await files.get_response(web.path_params.get("file", "index.html"), web.scope)
 
     return [Route("/", show, methods=["GET"]), Route("/page/{file}", show, methods=["GET"])]

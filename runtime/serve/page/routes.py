@@ -47,7 +47,7 @@ def routes() -> list[Route]:
         Route("/jobs/settings", settings, methods=["POST"]),
         Route("/jobs/{job}", show, methods=["GET"]),
         Route("/jobs/{job}", forget, methods=["DELETE"]),
-        Route("/jobs/{job}/pictures/{picture:int}", picture, methods=["GET"]),
+        Route("/jobs/{job}/pictures/{picture}", picture, methods=["GET"]),
         *files.routes(),
     ]
 
@@ -61,10 +61,24 @@ async def submit(web: WebRequest) -> Response:
         body, sent = form.parse(Edit), form.files
     else:
         body, sent = await read_json(web, Generation), {}
+    _refuse_others(body)
     model = await models.find(body.model)
     request = await asyncio.to_thread(request_of, body, sent, model, models.options)
     job = await _jobs(web).submit(model, request, owner)
     return _json(job.view(), status=202)
+
+
+def _refuse_others(body: Drawing) -> None:
+    """Refuse what asks for another answer than a job's: PNGs to fetch, and events of all jobs. Raises WebError."""
+    others = {"stream": True, "response_format": "url", "output_format": ("jpeg", "webp")}
+    for name, other in others.items():
+        value = getattr(body, name)
+        if value is not None and (value in other if isinstance(other, tuple) else value == other):
+            raise WebError(
+                f"{name}: found '{value}': a job's pictures are PNGs that are fetched when they are done; omit it",
+                code="unsupported_value",
+                param=name,
+            )
 
 
 async def list_jobs(web: WebRequest) -> Response:
@@ -95,7 +109,8 @@ async def cancel(web: WebRequest) -> Response:
 
 async def picture(web: WebRequest) -> Response:
     """Give a picture's file."""
-    file = _job(web).files.get(web.path_params["picture"])
+    number = web.path_params["picture"]
+    file = _job(web).files.get(int(number)) if re.fullmatch(r"\d{1,4}", number, re.ASCII) else None
     if file is None:
         raise WebError("this job has no such picture, or has it not yet", status=404, code="picture_not_found")
     return Response(file, media_type="image/png", headers={"cache-control": "private, max-age=3600, immutable"})
@@ -116,6 +131,14 @@ async def settings(web: WebRequest) -> Response:
 
 async def follow(web: WebRequest) -> Response:
     """Follow the session's jobs: first all of them, then each that changes, and previews."""
+    if _jobs(web).crowded(_owner(web)):
+        raise WebError(
+            "as many follow this session's jobs as may; close one of them",
+            status=429,
+            code="too_many_followers",
+            kind="rate_limit_error",
+            headers={"retry-after": "5"},
+        )
     return EventSourceResponse(_events(_jobs(web), _models(web), _owner(web)), ping=HEARTBEAT_S, send_timeout=30)
 
 
@@ -134,6 +157,8 @@ async def _events(jobs: Jobs, models: Models, owner: str) -> AsyncIterator[Serve
     """
     known: dict[str, Told] = {}
     ready = False
+    if jobs.crowded(owner):  # others came between the first look and now
+        return
     with jobs.follow(owner) as changed:
         while True:
             changed.clear()

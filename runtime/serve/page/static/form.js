@@ -53,7 +53,7 @@ const loraRows = () => [...$("loras").children].map((row) => {
   const [box, scale] = row.querySelectorAll("input");
   return { box, scale };
 });
-const loras = () => loraRows().filter(({ box }) => box.checked).map(({ box, scale }) => ({ name: box.value, scale: Number(scale.value) }));
+const loras = () => loraRows().filter(({ box }) => box.checked).map(({ box, scale }) => ({ name: box.value, scale: Number(scale.value || 1) }));
 
 function ownSize() {
   const found = model();
@@ -143,8 +143,9 @@ export async function body() {
   changed();
   const asked = {
     model: $("model").value, prompt: $("prompt").value, n: whole("count"), size: `${whole("width")}x${whole("height")}`,
-    steps: whole("steps"), guidance: Number($("guidance").value), seed: $("seed").value,
+    steps: whole("steps"), seed: $("seed").value,
   };
+  if ($("guidance").value) asked.guidance = Number($("guidance").value);
   if ($("negative").value) asked.negative_prompt = $("negative").value;
   if ($("sampler").value) asked.sampler = $("sampler").value;
   const chosen = loras();
