@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -14,12 +15,17 @@ from urllib.parse import urlsplit
 import openai
 import pytest
 from click.testing import CliRunner
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.types import Message, Receive, Scope, Send
 
 from latentrt.__main__ import find_command
 from latentrt.engines.errors import BundleError, RequestError
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
+from latentrt.runtime.serve.operation.guards import LONGEST, Guards
 from latentrt.runtime.serve.options import Access, Limits, ServeOptions
+from latentrt.runtime.serve.web_errors import WebError
 from tests.serving import served
 
 MOST = 100_000
@@ -94,6 +100,9 @@ def test_only_a_site_that_is_allowed_may_read_answers(plain: str) -> None:
     assert (status, headers["access-control-allow-origin"]) == (200, "https://page.example")
     first = ask(plain, method="OPTIONS", origin="https://page.example", access_control_request_method="POST")
     assert first[0] == 200
+    ends = ask(plain, "/jobs/x", "OPTIONS", origin="https://page.example", access_control_request_method="DELETE")
+    assert ends[0] == 200
+    assert {"retry-after", "x-should-retry"} <= set(headers["access-control-expose-headers"].split(", "))
     assert "access-control-allow-origin" not in ask(plain)[2]
     assert "access-control-allow-origin" not in ask(plain, origin="https://evil.example")[2]
 
@@ -131,6 +140,7 @@ def basic(word: str) -> str:
         ("Bearer \xe9", 401),
         (basic("first-key"), 401),
         ("Basic !", 401),
+        ("Basic \xe9", 401),
     ],
 )
 def test_keys_are_bearer_tokens_or_passwords(locked: str, authorization: str, status: int) -> None:
@@ -194,3 +204,52 @@ def test_other_machines_are_served_with_a_key_or_on_purpose_only(tmp_path: Path)
     assert isinstance(serve_refuses(nowhere, "--api-key-file", str(none)), RequestError)
     assert isinstance(serve_refuses(nowhere, LATENTRT_SERVE_HOST="0.0.0.0"), RequestError)
     assert isinstance(serve_refuses(nowhere, "--api-key-file", str(keys)), BundleError)
+
+
+def test_a_service_that_is_mounted_in_another_is_the_same() -> None:
+    whole = Starlette(routes=[Mount("/draw", build(Models({}, service(keys=("first-key",)))))])
+    with served(whole) as address:
+        paths = {"/healthz": 200, "/": 200, "/page/main.js": 200, "/metrics": 401}
+        assert {path: ask(address, f"/draw{path}")[0] for path in paths} == paths
+        status, body, _ = ask(address, "/draw/sdapi/v1/options")
+        assert status == 401 and set(body) == {"error", "detail", "body", "errors"}
+
+
+def test_long_bodies_have_so_much_room_together_and_short_ones_always() -> None:
+    most, refused, taken = 2 * 2**20, list[WebError](), list[int]()
+
+    async def crowd() -> None:
+        enough = asyncio.Event()
+
+        async def app(_: Scope, receive: Receive, __: Send) -> None:
+            try:
+                taken.append(len((await receive())["body"]))
+                await enough.wait()
+            except WebError as error:
+                refused.append(error)
+
+        guards = Guards(app, access=Access(), body_bytes=most)
+
+        async def ask(size: int) -> None:
+            async def receive() -> Message:
+                return {"type": "http.request", "body": bytes(size)}
+
+            async def send(_: Message) -> None:
+                raise AssertionError
+
+            scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"host", b"localhost")]}
+            await guards(scope, receive, send)
+
+        for _ in range(2):  # the room is given back
+            enough.clear()
+            every = asyncio.gather(*(ask(most) for _ in range(LONGEST * 2 + 3)), *(ask(2**20) for _ in range(5)))
+            while len(taken) + len(refused) < LONGEST * 2 + 8:
+                await asyncio.sleep(0)
+            assert (len(refused), {error.status for error in refused}) == (3, {429})
+            assert taken.count(2**20) == 5
+            enough.set()
+            await every
+            taken.clear()
+            refused.clear()
+
+    asyncio.run(crowd())

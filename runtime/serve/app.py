@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -40,6 +41,8 @@ def build(models: Models, connections: Connections | None = None, tracing: Traci
     connections: of the server below, for the metrics; None where another server has them
     tracing: what writes spans of requests; None for no spans
     """
+    # Pillow warns of damage in what clients send, in sentences without end, and Python remembers each of them.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     options, metrics = models.options, Metrics(models, connections)
     models.watch(Journal(tracing).told)
     routes = [*openai.routes(), *a1111.routes(models), *page.routes(), *operation.routes(), openapi.route()]
@@ -71,9 +74,9 @@ def cross_origin(access: Access) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=access.origins,
-            allow_methods=("GET", "POST"),
+            allow_methods=("GET", "POST", "DELETE"),
             allow_headers=("*",),
-            expose_headers=("x-request-id",),
+            expose_headers=("x-request-id", "retry-after", "x-should-retry"),
         )
     ]
 
@@ -98,7 +101,7 @@ class Faults:
         except Exception as error:
             if started or scope["type"] != "http":
                 raise
-            await refusal(error, scope["path"])(scope, receive, send)
+            await refusal(error, scope)(scope, receive, send)
 
 
 async def refuse(web: Request, error: Exception) -> Response:
@@ -111,7 +114,7 @@ async def refuse(web: Request, error: Exception) -> Response:
             code=code,
             headers=dict(error.headers or {}),
         )
-    return refusal(error, web.url.path)
+    return refusal(error, web.scope)
 
 
 async def nobody(*_: object) -> Response:

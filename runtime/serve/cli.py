@@ -123,7 +123,8 @@ def _options(given: dict[str, Any]) -> ServeOptions:
             f"host: '{host}' is reached from other machines, and there is no API key; give --api-key-file, or say "
             "--no-key"
         )
-    access = Access(hosts=(*given.pop("allow_host"), host), origins=given.pop("allow_origin"), keys=keys)
+    origins = tuple(origin.lower().rstrip("/") for origin in given.pop("allow_origin"))  # as browsers send them
+    access = Access(hosts=(*given.pop("allow_host"), host), origins=origins, keys=keys)
     alike = ("slots", "waiting", "slo", "memory", "self_test", "log_prompts", "loras", "pictures")
     named = {name: given.pop(name) for name in alike}
     connecting = ConnectionLimits(connections=given.pop("max_connections"), per_address=given.pop("max_per_address"))

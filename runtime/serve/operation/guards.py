@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +21,7 @@ from latentrt.runtime.serve.web_errors import WebError, web_error
 OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")  # without a key: probes, and the page, which then asks for one
 OPEN_BELOW = "/page/"  # what the page is made of
 LOCAL = "localhost"
+SMALL, LONGEST = 2**20, 16  # bytes of a body that always have room; beyond them all have that of so many of the longest
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,23 +37,24 @@ SECURITY: Mapping[str, str] = {
 }
 
 
-def refusal(error: Exception, path: str) -> JSONResponse:
+def refusal(error: Exception, scope: Scope) -> JSONResponse:
     """Return an error as OpenAI's error object, and below A1111's path as its clients read it."""
     answer = web_error(error)
-    body = a1111.body_of(answer) if path.startswith(a1111.BELOW) else answer.body
+    body = a1111.body_of(answer) if own_path(scope).startswith(a1111.BELOW) else answer.body
     return JSONResponse(body, status_code=answer.status, headers=answer.headers)
 
 
 class Guards:
     """Refuses what a foreign page, or somebody without a key, asks for, and bodies that are too long.
 
-    body_bytes: what a body may have at the most, on every route
+    body_bytes: what a body may have at the most, on every route; those that are in hand have 16 times as much together
     """
 
     def __init__(self, app: ASGIApp, *, access: Access, body_bytes: int) -> None:
         self._app = app
         self._access = access
         self._body_bytes = body_bytes
+        self._held = 0  # bytes of the bodies in hand, beyond what is small
         self._digests = [_digest(key) for key in access.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,15 +73,43 @@ class Guards:
         try:
             self._check(scope)
         except WebError as error:
-            await refusal(error, scope["path"])(scope, receive, secured)
+            await refusal(error, scope)(scope, receive, secured)
             return
-        await self._app(scope, _limited(receive, self._body_bytes), secured)
+        with self._limited(receive) as limited:
+            await self._app(scope, limited, secured)
+
+    @contextmanager
+    def _limited(self, receive: Receive) -> Iterator[Receive]:
+        """Give a `receive` that raises WebError at the first bytes above a limit: 413, or 429 where it is of all."""
+        count = 0
+
+        async def counted() -> Message:
+            nonlocal count
+            message = await receive()
+            before, count = count, count + len(message.get("body", b""))
+            self._held += max(0, count - SMALL) - max(0, before - SMALL)
+            if count > self._body_bytes:
+                raise _too_long(self._body_bytes)
+            if self._held > LONGEST * self._body_bytes:
+                raise WebError(
+                    "this service has its hands full with what is sent to it; try again",
+                    status=429,
+                    code="too_much_at_a_time",
+                    kind="rate_limit_error",
+                    headers={"retry-after": "2"},
+                )
+            return message
+
+        try:
+            yield counted
+        finally:
+            self._held -= max(0, count - SMALL)
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         check_host(headers, self._access)
         check_origin(scope["method"], headers, self._access)
-        if self._digests and not _is_open(scope["path"]):
+        if self._digests and not _is_open(own_path(scope)):
             check_key(headers, self._digests)
         if _length(headers) > self._body_bytes:
             raise _too_long(self._body_bytes)
@@ -157,6 +187,12 @@ def _same(origin: str, host: str) -> bool:
     return bool(separator and port) and authority.lower() in (host.lower(), host.lower().removesuffix(port))
 
 
+def own_path(scope: Scope) -> str:
+    """Return what is asked for, without the path that the application may be mounted at in another one."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _is_open(path: str) -> bool:
     return path in OPEN or path.startswith(OPEN_BELOW)
 
@@ -168,28 +204,13 @@ def _digest(key: str) -> bytes:
 def _password(given: str) -> str:
     try:
         return base64.b64decode(given, validate=True).decode("utf-8", "surrogateescape").partition(":")[2]
-    except binascii.Error:
+    except ValueError:  # letters that are none of base64, or of ASCII
         return ""
 
 
 def _length(headers: Headers) -> int:
     text = headers.get("content-length", "")
     return int(text[:19]) if text.isascii() and text.isdigit() else 0
-
-
-def _limited(receive: Receive, most: int) -> Receive:
-    """Return a `receive` that raises WebError, 413, at the first bytes above a limit."""
-    count = 0
-
-    async def counted() -> Message:
-        nonlocal count
-        message = await receive()
-        count += len(message.get("body", b""))
-        if count > most:
-            raise _too_long(most)
-        return message
-
-    return counted
 
 
 def _too_long(most: int) -> WebError:
