@@ -1,6 +1,6 @@
 """Measure and simulate what the demo gives under load, and write both tables of docs/figures.md.
 
-python benchmarks/load.py mix demo/shapes      # 4, 20 and 50 steps: at most ten minutes on an idle machine
+python benchmarks/load.py mix demo/shapes      # 4, 20 and 50 steps: about a quarter of an hour on an idle machine
 python benchmarks/load.py twenty demo/shapes   # 20 steps alone: the same
 python benchmarks/load.py fleet                # many machines, simulated from benchmarks/results/fleet-times.json
 python benchmarks/load.py page                 # writes the tables again from the results that there are
@@ -56,7 +56,7 @@ def main() -> None:
             "--requests",
             "60",
             "--seconds",
-            "520",
+            "1000",
             "--simulate",
             "--json",
             str(RESULTS / f"{name}.json"),

@@ -45,6 +45,11 @@ class Opened(Protocol):
         """Tell whether a ControlNet is run on those rows of a stage alone that follow it."""
         ...
 
+    @property
+    def fills_cores(self) -> bool:
+        """Tell whether one engine keeps the cores of this machine busy: two at once would hinder each other."""
+        ...
+
     def adapt(self, changes: Mapping[str, Changes]) -> None:
         """Change the weights of components, from the base's; what is not named is as in the base again.
 

@@ -156,6 +156,11 @@ class OpenEngines:
         """Tell whether a ControlNet is run on those rows of a stage alone that follow it, and costs others nothing."""
         return all(opened.picks_rows for _, opened in list(self._opened.values()))
 
+    @property
+    def fills_cores(self) -> bool:
+        """Tell whether one engine keeps the cores of this machine busy: two at once would hinder each other."""
+        return any(opened.fills_cores for _, opened in self._opened.values())
+
     def slot_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
         """Return the numbers of slots that a workspace may have, in order; None where any number will do.
 

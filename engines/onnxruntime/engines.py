@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -64,6 +65,12 @@ class Sessions:
     def picks_rows(self) -> bool:
         """Tell whether a ControlNet is run on those rows of a stage alone that follow it: as in NumPy."""
         return self._provider not in onnxruntime.FUSED
+
+    @property
+    def fills_cores(self) -> bool:
+        """Tell whether one engine has a thread on more than half of this machine's cores."""
+        threads = self._options.threads
+        return self.picks_rows and (threads is None or 2 * threads > (os.cpu_count() or 1))
 
     def adapt(self, changes: Mapping[str, Changes]) -> None:
         """Change the weights of some components, and take all others as they are in the base.

@@ -300,6 +300,11 @@ class OnDevice(msgspec.Struct, frozen=True, kw_only=True):
     refits: Refits
 
     @property
+    def fills_cores(self) -> bool:
+        """Tell whether one engine keeps the cores of this machine busy: it runs on the GPU."""
+        return False
+
+    @property
     def picks_rows(self) -> bool:
         """Tell that a ControlNet runs on all rows of a stage, whoever follows it."""
         return False

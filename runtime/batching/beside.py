@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.spec import Array
@@ -21,16 +22,41 @@ from latentrt.runtime.result import Result
 Work = Callable[[Ticket], None]
 
 
+class InTurn:
+    """A lock that goes to whoever has waited for it longest, so that nobody takes it again before others had it."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._next = self._served = 0
+
+    def __enter__(self) -> None:
+        with self._change:
+            number, self._next = self._next, self._next + 1
+            self._change.wait_for(lambda: self._served == number)
+
+    def __exit__(self, *_: object) -> None:
+        with self._change:
+            self._served += 1
+            self._change.notify_all()
+
+
 class Beside:
     """Two threads beside the loop: one encodes, one decodes.
 
     change: is notified when something is done
     failed: is told of the pictures for which something failed, on the thread where it did
+    cores: is held meanwhile. Where engines fill the machine's cores it is a lock that the loop's stages hold too: two
+        networks at once have their threads wait for one another, which takes longer than one after the other
     ended_at: when something was done last, on the clock of time.perf_counter
     """
 
-    def __init__(self, change: threading.Condition, failed: Callable[[Ticket, BaseException], None]) -> None:
-        self._change, self._failed = change, failed
+    def __init__(
+        self,
+        change: threading.Condition,
+        failed: Callable[[Ticket, BaseException], None],
+        cores: AbstractContextManager[None],
+    ) -> None:
+        self._change, self._failed, self._cores = change, failed, cores
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-encode")
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-decode")
         self.under_way = 0
@@ -51,7 +77,8 @@ class Beside:
         def run() -> None:
             try:
                 if not ticket.ended:
-                    work(ticket)
+                    with self._cores:
+                        work(ticket)
             except BaseException as error:
                 self._failed(ticket, error)
             finally:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 from latentrt.engines.errors import (
@@ -17,7 +18,7 @@ from latentrt.engines.errors import (
 )
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.batching.answers import Answers, over
-from latentrt.runtime.batching.beside import Beside, explained, finish, prepare
+from latentrt.runtime.batching.beside import Beside, InTurn, explained, finish, prepare
 from latentrt.runtime.batching.joining import joining, kind_of, rows_now
 from latentrt.runtime.batching.line import Line
 from latentrt.runtime.batching.observer import StageDone, Started, Telling, WeightsChanged
@@ -45,7 +46,8 @@ class DrawingLoop:
         self.lost: DeviceLostError | None = None
         self._stage_at: float | None = None  # when a stage was finished last, None while it is idle
         self._loaded, self._tell, self._slots = loaded, tell, slots
-        self._beside = Beside(self.line.change, self._end)
+        self._cores: AbstractContextManager[None] = InTurn() if loaded.opened.fills_cores else nullcontext()
+        self._beside = Beside(self.line.change, self._end, self._cores)
         self._group: Group | None = None
         self._batch: SharedLoop | None = None
         self._most: dict[Group, int] = {}  # pictures at a time, where more had no room
@@ -220,7 +222,8 @@ class DrawingLoop:
 
     def _advance(self, batch: SharedLoop) -> None:
         kind, rows = kind_of(batch.tickets), sum(rows_now(ticket) for ticket in batch.tickets)
-        seconds = batch.advance()
+        with self._cores:
+            seconds = batch.advance()
         self.times.note(kind, rows, seconds)
         self._turns.charge(seconds)
         self._stage_at = time.perf_counter()

@@ -90,7 +90,9 @@ def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served) -> Time
     counts = sorted({1, 2, most, *(2**power for power in range(most.bit_length()))} & set(range(1, most + 1)))
     numbers = itertools.count(NUMBERS)  # a prompt that was read before would be remembered
     _draws(pipe, first, most, numbers, rounds=1)  # what is done for the first time takes longer
-    drawn = {count: _draws(pipe, first, count, numbers) for count in counts}
+    # In turn, so that what disturbs the machine for a second disturbs no count's median.
+    rounds = [{count: _draws(pipe, first, count, numbers, rounds=1) for count in counts} for _ in range(ROUNDS)]
+    drawn = {count: [draw for one in rounds for draw in one[count]] for count in counts}
     rows = rows_of(first.kind)
     alone = Times(
         stage_s=tuple((rows * count, _median(drawn[count], _stage)) for count in counts),
@@ -107,7 +109,7 @@ Drawn = Sequence[tuple["Result", float]]
 Part = Callable[["Result", float], float]
 
 
-def _draws(pipe: Pipeline, item: Item, count: int, numbers: Iterator[int], *, rounds: int = ROUNDS) -> Drawn:
+def _draws(pipe: Pipeline, item: Item, count: int, numbers: Iterator[int], *, rounds: int) -> Drawn:
     """Draw a batch some times; return results with the seconds of each call."""
     one, found = msgspec.structs.replace(item, steps=STEPS), []
     for _ in range(rounds):
