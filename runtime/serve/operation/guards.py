@@ -6,9 +6,9 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -21,6 +21,7 @@ from latentrt.runtime.serve.web_errors import WebError, web_error
 OPEN = ("/", "/healthz", "/readyz", "/favicon.ico")  # without a key: probes, and the page, which then asks for one
 OPEN_BELOW = "/page/"  # what the page is made of
 LOCAL = "localhost"
+AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^\s/?#@:\\\[\]]+))(?::\d{0,5})?", re.ASCII)
 SMALL, LONGEST = 2**20, 16  # bytes of a body that always have room; beyond them all have that of so many of the longest
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
@@ -166,10 +167,8 @@ def check_key(headers: Headers, digests: list[bytes]) -> None:
 
 def host_name(authority: str) -> str:
     """Return the host of `HOST[:PORT]`, in small letters and without the brackets of IPv6; "" where there is none."""
-    try:
-        return urlsplit(f"//{authority}").hostname or ""
-    except ValueError:
-        return ""
+    found = AUTHORITY.fullmatch(authority)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def _is_address(host: str) -> bool:
