@@ -194,6 +194,22 @@ def test_a_session_has_so_many_followers(address: str) -> None:
     asyncio.run(follow())
 
 
+def test_a_follower_who_takes_nothing_is_let_go(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("latentrt.runtime.serve.page.routes.SEND_S", 0.05)
+    headers = [(b"host", b"localhost"), (b"x-latentrt-session", b"slow" * 6)]
+    path: dict[str, Any] = {"path": "/jobs/events", "raw_path": b"/jobs/events", "root_path": "", "query_string": b""}
+    scope = {"type": "http", "http_version": "1.1", "method": "GET", "scheme": "http", "headers": headers, **path}
+
+    async def receive() -> Any:
+        await asyncio.sleep(WAIT_S)
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(WAIT_S)
+
+    asyncio.run(asyncio.wait_for(build(models)(scope, receive, send), WAIT_S / 2))
+
+
 @pytest.mark.parametrize("number", ["9" * 5000, "-1", "٣", "0x0", "1"])
 def test_a_number_that_no_picture_has(client: httpx.Client, number: str) -> None:
     answer = client.get(f"/jobs/none/pictures/{number}")

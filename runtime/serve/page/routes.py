@@ -10,9 +10,11 @@ from contextlib import suppress
 
 import msgspec
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request as WebRequest
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from latentrt.runtime.images.read_parameters import parse, read_text
 from latentrt.runtime.serve.bodies import media_type, read, read_json
@@ -26,6 +28,7 @@ from latentrt.runtime.serve.page.choices import choices
 from latentrt.runtime.serve.web_errors import WebError
 
 SESSION = "x-latentrt-session"
+SEND_S = 30.0  # for which a client may take nothing
 PACE_S, HEARTBEAT_S = 0.1, 10.0  # events at most so often; and so long may nothing be sent
 RECOUNT_S = 0.5  # places in the line change without a word, and so does whether the service ends
 
@@ -139,7 +142,16 @@ async def follow(web: WebRequest) -> Response:
             kind="rate_limit_error",
             headers={"retry-after": "5"},
         )
-    return EventSourceResponse(_events(_jobs(web), _models(web), _owner(web)), ping=HEARTBEAT_S, send_timeout=30)
+    return Following(_events(_jobs(web), _models(web), _owner(web)), ping=HEARTBEAT_S, send_timeout=SEND_S)
+
+
+class Following(EventSourceResponse):
+    """The events of a session's jobs, until its client goes, or takes nothing of them for so long."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        with suppress(SendTimeoutError):
+            await super().__call__(scope, receive, send)
 
 
 class Told(msgspec.Struct, kw_only=True):
