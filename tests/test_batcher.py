@@ -693,7 +693,10 @@ def test_places_in_the_line_and_seconds_are_known_before_a_picture_is_drawn(pipe
         assert batcher.drain() and batcher.last_stage_at > at
 
 
-def test_pictures_that_are_decoded_one_after_another_are_no_standstill(pipe: Pipeline) -> None:
+def test_pictures_that_are_decoded_one_after_another_are_no_standstill(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(pipe.loaded.opened), "fills_cores", False)  # stages go on beside a decoding that waits
     last_stages, decodings, after = threading.Semaphore(0), itertools.count(1), list[float]()
     second, go_on = threading.Event(), threading.Event()
 
@@ -754,6 +757,20 @@ def test_deadlines_that_keep_coming_do_not_keep_a_picture_without_one_waiting_fo
     waits = urgency(1, 0.0, None)
     assert urgency(2, 0.0, 5.0) < waits < urgency(3, 3600.0, 5.0)
     assert waits < urgency(4, 0.0, None) < urgency(5, 1.0, None)
+
+
+def test_while_another_call_has_the_turn_pictures_end_in_time_and_the_batcher_can_be_closed(pipe: Pipeline) -> None:
+    cancel = Cancellation()
+    with pipe.loaded.turn.hold():
+        batcher = Batcher(pipe)
+        (late,) = batcher.submit(asked(1, deadline=0.01))
+        (gone,) = batcher.submit(asked(2), cancel=cancel)
+        (last,) = batcher.submit(asked(3))
+        cancel.cancel()
+        assert isinstance(late.exception(WAIT_S), DeadlineError)
+        assert isinstance(gone.exception(WAIT_S), CancelledError)
+        batcher.close()
+        assert isinstance(last.exception(0), ClosedError)
 
 
 def test_a_pipeline_is_taken_away_while_nothing_is_drawn(pipe: Pipeline) -> None:

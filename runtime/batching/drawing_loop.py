@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
 from latentrt.engines.errors import (
     ClosedError,
+    DeadlineError,
     DeviceLostError,
     LatentrtError,
     NotFiniteError,
@@ -26,10 +27,12 @@ from latentrt.runtime.batching.shared_loop import SharedLoop
 from latentrt.runtime.batching.stage_times import StageTimes
 from latentrt.runtime.batching.ticket import Group, Ticket
 from latentrt.runtime.batching.turns import Turns
+from latentrt.runtime.calls import Limits
 from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.loaded import Loaded
 
 logger = logging.getLogger(__name__)
+LOOK_S = 0.05  # while there is nothing to draw, those whose time is over are looked for so often
 LEAST_TURN_S, TURN_OVER_CHANGE = 0.25, 5.0  # a turn lasts so long, and so many times what changing the weights takes
 
 
@@ -90,10 +93,29 @@ class DrawingLoop:
                 change.notify_all()  # who waits until nothing is owed
                 change.wait_for(lambda: self._closed or self.busy)
                 self._stage_at = time.perf_counter()
-            if not self._closed:
-                with self._loaded.turn.hold():
+            if self._take_turn():
+                try:
                     self._draw_all()
+                finally:
+                    self._loaded.turn.give_back()
         self._end_all(ClosedError("this service was closed before the picture was drawn"))
+
+    def _take_turn(self) -> bool:
+        """Wait for the pipeline's turn and take it; return False where nobody waits for a picture any more.
+
+        Another call may have it for long: whose time is over meanwhile is told so.
+        """
+        while self.busy and not self._closed:
+            self._end_those_over(self.line.tickets)
+            with suppress(DeadlineError):
+                self._loaded.turn.take(Limits(deadline=LOOK_S))
+                return True
+        return False
+
+    def _end_those_over(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            if (error := over(ticket)) is not None:
+                self._end(ticket, error)
 
     def _draw_all(self) -> None:
         """Draw until there is nothing to draw. The weights may be others' from one time to the next."""
@@ -110,9 +132,7 @@ class DrawingLoop:
 
     def _once(self) -> None:
         """Do what there is to do before a stage, and the stage."""
-        for ticket in [*self.line.tickets, *self.drawn]:
-            if (error := over(ticket)) is not None:
-                self._end(ticket, error)
+        self._end_those_over([*self.line.tickets, *self.drawn])
         chosen = self._turns.choose(self._groups())
         if chosen is not None and chosen != self._group:
             self._switch(chosen)
@@ -127,7 +147,7 @@ class DrawingLoop:
         """Wait until something is prepared or decoded, or another request comes."""
         with self.line.change:
             if self._beside.under_way and not self._closed:
-                self.line.change.wait(0.05)
+                self.line.change.wait(LOOK_S)
 
     # Weights and turns.
 
