@@ -64,6 +64,7 @@ class Service:
 def service(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("loras")
     (folder.parent / "outside.safetensors").write_bytes(b"secret")
+    (folder / "damaged.safetensors").write_bytes(b"no LoRA")
     options = ServeOptions(loras=folder, pictures=tmp_path_factory.mktemp("pictures"))
     with Models({"tiny": sd1_bundle}, options, {"backend": "cpu"}) as models, served(build(models)) as address:
         yield Service(address)
@@ -111,6 +112,22 @@ def test_names_are_never_paths(service: Service, path: str, body: Any) -> None:
     before = service.admitted()
     assert 400 <= service.send_json(path, body) < 500
     assert service.admitted() == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/images/generations", {**DRAW, "loras": [{"name": "damaged"}]}),
+        ("/sdapi/v1/txt2img", {"prompt": "a circle <lora:damaged:1>", "steps": 1}),
+    ],
+)
+def test_where_a_lora_lies_is_not_told(service: Service, path: str, body: Any) -> None:
+    connection = http.client.HTTPConnection(urlsplit(service.address).netloc, timeout=60)
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    assert answer.status == 400 and "damaged" in text and "/damaged" not in text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
+from latentrt.runtime.serve.offered import by_name
 from latentrt.runtime.serve.operation.notes import note_look, note_prompt
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ class Call:
         submit = partial(self.model.batcher.submit, self.request, on_step=watch, cancel=self._cancel)
         try:
             # Reading images and text takes milliseconds, which the event loop has not.
-            futures = await asyncio.to_thread(submit)
+            with by_name(self.request):
+                futures = await asyncio.to_thread(submit)
         except BaseException:
             self._cancel.cancel()
             raise

@@ -20,6 +20,7 @@ from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result, Settings
 from latentrt.runtime.serve.models import Model
+from latentrt.runtime.serve.offered import by_name
 from latentrt.runtime.serve.operation.notes import note_prompt
 from latentrt.runtime.serve.pictures import encode, encode_pixels
 from latentrt.runtime.serve.web_errors import WebError, web_error
@@ -125,7 +126,8 @@ class Job:
         note_prompt(request.prompt)
         assert self._batcher is not None
         submit = partial(self._batcher.submit, request, cancel=self._cancel)
-        self._futures = await asyncio.to_thread(submit, on_step=partial(self._step, tell))
+        with by_name(request):
+            self._futures = await asyncio.to_thread(submit, on_step=partial(self._step, tell))
         self._count = len(self._futures)
         self._task = asyncio.create_task(self._finish())
 

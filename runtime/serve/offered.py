@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentrt.engines.errors import EngineError
+from latentrt.engines.errors import EngineError, RequestError
 from latentrt.engines.workspace.contract import WorkspaceShape
+from latentrt.runtime.request import Request
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.web_errors import WebError
 
@@ -18,6 +21,20 @@ def lora_files(options: ServeOptions) -> dict[str, Path]:
     """Return the service's LoRA files by their names, which are all that a client can ask for."""
     found = sorted(options.loras.glob("*.safetensors")) if options.loras is not None else []
     return {path.stem: path for path in found}
+
+
+@contextmanager
+def by_name(request: Request) -> Iterator[None]:
+    """Have a block's refusals call a request's LoRAs by their names: where they lie is none of a client's business."""
+    try:
+        yield
+    except RequestError as error:
+        sentence = str(error)
+        for lora in request.loras:
+            sentence = sentence.replace(str(lora.file), f"'{Path(lora.file).stem}'")
+        if sentence == str(error):
+            raise
+        raise RequestError(sentence) from error
 
 
 def check_engines(size: tuple[int, int], model: Model) -> None:
