@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import random
 import shutil
 import signal
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from latentrt.engines.build import build_engines
-from latentrt.engines.bundle.files import Bundle, write_manifest
+from latentrt.engines.bundle.files import Bundle, atomic_write, write_manifest
 from latentrt.engines.bundle.staging import (
     LOCK,
     PARTIAL,
@@ -218,3 +219,15 @@ def test_of_two_processes_that_build_the_same_one_builds_and_the_other_takes_tha
     first, second = (json.loads(process.communicate()[0]) for process in both)
     assert first == second  # the seconds that the build took are in it
     assert names(bare.root / "engines") == [Path(next(iter(bare.engine_directories()))).name]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """So is /dev/null, for whoever is root."""
+    pipe, read = tmp_path / "pipe", list[bytes]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    with atomic_write(pipe) as content:
+        content.write_bytes(b"result")
+    reader.join(60)
+    assert read == [b"result"] and pipe.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]

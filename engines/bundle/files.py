@@ -195,6 +195,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
     A block that fails, or a process that is killed, leaves what was there. The folder is made. Two that write the same
     file at once must not: `staging.staged_file` lets them wait. Raises OSError: wrap it in `disk_errors`.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/null, a pipe: written to, and never replaced
+        import tempfile  # for those few
+
+        with tempfile.TemporaryDirectory() as folder:
+            yield (content := Path(folder) / path.name)
+            path.write_bytes(content.read_bytes())
+        return
     beside = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
