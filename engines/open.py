@@ -159,7 +159,7 @@ class OpenEngines:
     @property
     def fills_cores(self) -> bool:
         """Tell whether one engine keeps the cores of this machine busy: two at once would hinder each other."""
-        return any(opened.fills_cores for _, opened in self._opened.values())
+        return any(opened.fills_cores for _, opened in list(self._opened.values()))
 
     def slot_counts(self, shape: WorkspaceShape) -> tuple[int, ...] | None:
         """Return the numbers of slots that a workspace may have, in order; None where any number will do.
