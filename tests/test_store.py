@@ -56,7 +56,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def no_building(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return what makes every later build an error."""
 
-    def fail(*_: object) -> EngineRecord:
+    def fail(*_: object, **__: object) -> EngineRecord:
         raise AssertionError("it was built")
 
     return lambda: monkeypatch.setattr(building, "_build_into", fail)

@@ -40,9 +40,16 @@ class Store:
             self._root = str(root).rstrip("/")
 
     def holds(self, key: EngineKey) -> bool:
-        """Tell whether engines of this key are here, whole."""
+        """Tell whether engines of this key are here, whole.
+
+        Their record is read: a driver's `exists` may say no where nothing answers, and everything would be built.
+        """
         with self._errors():
-            return bool(self._files.exists(self._record(key)))
+            try:
+                self._files.cat_file(self._record(key))
+            except FileNotFoundError:
+                return False
+            return True
 
     def fetch(self, key: EngineKey, directory: Path, report: Report) -> EngineRecord:
         """Write the engines of a key and their record into an empty directory.
