@@ -18,7 +18,7 @@ from latentrt.engines.bundle.manifest import ENGINE_RECORD, SCHEMA_VERSION, Engi
 from latentrt.engines.bundle.staging import can_hold, publish, staged, sweep
 from latentrt.engines.bundle.store import Store
 from latentrt.engines.errors import BundleError, EngineError, RequestError
-from latentrt.engines.open import Choice, cannot_build, choose, choose_to_build, serves
+from latentrt.engines.find import Choice, cannot_build, choose, choose_to_build, serves
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, EngineKey, EngineSpec
 from latentrt.engines.verify.references import write_references

@@ -20,8 +20,8 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
 from latentrt.engines.cli_types import Many, Size, on_gpu
 from latentrt.engines.errors import RequestError
+from latentrt.engines.find import choose_to_build, shapes_of
 from latentrt.engines.graphs.roofline import CEILINGS, Roofline, rooflines
-from latentrt.engines.open import choose_to_build, shapes_of
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.tensor_names import STATE_ROWS
 

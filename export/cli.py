@@ -17,8 +17,8 @@ from latentrt.engines.bundle.manifest import MANIFEST, Prediction
 from latentrt.engines.cli import show_bundle, show_for_polygraphy, show_rooflines
 from latentrt.engines.cli_types import Size
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.find import choose_to_build
 from latentrt.engines.graphs.roofline import CEILINGS
-from latentrt.engines.open import choose_to_build
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export.export import Exported, export_checkpoint

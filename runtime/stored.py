@@ -6,7 +6,7 @@ import os
 
 from latentrt.engines.build import DEFAULTS, build_engines
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.open import choose_to_build, serves
+from latentrt.engines.find import choose_to_build, serves
 
 
 def fetch_missing(bundle: str | os.PathLike[str], backend: str, *, store: str, device: int = 0) -> None:

@@ -21,8 +21,9 @@ from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD
 from latentrt.engines.cuda.gpus import Gpu
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
+from latentrt.engines.find import choose, choose_to_build, find_engines, serving_engines, shapes_of
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.open import choose, choose_to_build, find_engines, open_engines, serving_engines, shapes_of
+from latentrt.engines.open import open_engines
 from latentrt.engines.spec import BackendName, EngineKey
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import library as trt_library

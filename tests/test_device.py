@@ -19,7 +19,7 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.cuda.stream import Turn
 from latentrt.engines.errors import DeviceLostError, EngineError, NotInstalledError, OutOfMemoryError, WrongMachineError
-from latentrt.engines.open import choose_to_build
+from latentrt.engines.find import choose_to_build
 from latentrt.engines.spec import Array
 from tests.stand_in import L4, bindings_of
 

@@ -18,8 +18,9 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.find import choose, find_engines
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.open import choose, find_engines, open_engines
+from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Engine, EngineKey
 from latentrt.engines.verify.verify import read_golden, verify
 from latentrt.engines.workspace.contract import WorkspaceShape

@@ -22,8 +22,8 @@ from latentrt.engines.bundle.files import Bundle, cache_folder
 from latentrt.engines.bundle.staging import PARTIAL
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.find import cannot_build, find_engines
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.open import cannot_build, find_engines
 from latentrt.engines.verify.verify import verify
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import L4, install

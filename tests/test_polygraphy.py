@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from latentrt.__main__ import cli
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError, NotInstalledError
-from latentrt.engines.open import find_engines
+from latentrt.engines.find import find_engines
 from latentrt.engines.verify.layers import NAMED, verify_layers
 from latentrt.engines.verify.polygraphy import Exchange, write_golden
 

@@ -18,8 +18,8 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.find import find_engines
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.open import find_engines
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.verify.references import distinct_sizes, read_golden, read_references, reference_file

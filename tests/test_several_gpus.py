@@ -17,8 +17,8 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.cli import build
 from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import EngineError, WrongMachineError
+from latentrt.engines.find import choose, choose_to_build, find_engines, serves
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, cuda_settings
-from latentrt.engines.open import choose, choose_to_build, find_engines, serves
 from latentrt.runtime.cli import generate
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.verify.cli import verify

@@ -32,7 +32,7 @@ from latentrt.engines.bundle.staging import (
     sweep,
 )
 from latentrt.engines.errors import BundleError
-from latentrt.engines.open import find_engines
+from latentrt.engines.find import find_engines
 from latentrt.engines.verify.verify import verify
 
 HOLD = """

@@ -22,7 +22,7 @@ from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.bundle.store import Store
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError, LatentrtError, RequestError
-from latentrt.engines.open import find_engines
+from latentrt.engines.find import find_engines
 from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
 from tests.stand_in import H200, install

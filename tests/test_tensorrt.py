@@ -28,7 +28,8 @@ from latentrt.engines.cli import build as build_command
 from latentrt.engines.cuda import gpus
 from latentrt.engines.cuda.gpus import Gpu, find_gpu
 from latentrt.engines.errors import EngineError, NotInstalledError, RequestError
-from latentrt.engines.open import choose, open_engines
+from latentrt.engines.find import choose
+from latentrt.engines.open import open_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.tensorrt import build as tensorrt
 from latentrt.engines.tensorrt import compile as tensorrt_compile

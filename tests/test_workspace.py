@@ -11,11 +11,11 @@ import pytest
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
+from latentrt.engines.find import find_engines
 from latentrt.engines.onnxruntime import assignment, session
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
-from latentrt.engines.open import find_engines
 from latentrt.engines.progress import silent
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS

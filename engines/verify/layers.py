@@ -22,11 +22,11 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.compare import largest
 from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.find import serving_engines
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime.library import Provider
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, load
-from latentrt.engines.open import serving_engines
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import Array, BackendName, EngineSpec, EngineView, Inputs
 from latentrt.engines.verify.canonical_graph import Edit, open_canonical

@@ -14,7 +14,7 @@ from latentrt.engines.bundle.files import Bundle, check_file
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
-from latentrt.engines.open import find_engines, serving_engines
+from latentrt.engines.find import find_engines, serving_engines
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Engine
 from latentrt.engines.tensor_names import PIXELS, SQUARES, level_axes

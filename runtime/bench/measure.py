@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import msgspec
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.open import choose, find_engines
+from latentrt.engines.find import choose, find_engines
 from latentrt.engines.progress import Report as Progress
 from latentrt.engines.progress import silent
 from latentrt.runtime.bench.cold import cold_starts, measured

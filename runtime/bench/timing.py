@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.open import FOR_CPUS, OpenEngines
+from latentrt.engines.find import FOR_CPUS
+from latentrt.engines.open import OpenEngines
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
 from latentrt.runtime.pipeline import Pipeline
 

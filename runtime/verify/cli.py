@@ -14,7 +14,7 @@ from rich.table import Table
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.cli_types import on_gpu
-from latentrt.engines.open import choose
+from latentrt.engines.find import choose
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.verify.layers import verify_layers
 from latentrt.engines.verify.verify import Row

@@ -19,10 +19,11 @@ from latentrt.engines.backends import BACKENDS, backend_on
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import CONTROL_ROLES, EngineRecord, LatentSpec, Manifest, Role
 from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.find import Choice, serving_engines
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.compiled import on_host
 from latentrt.engines.onnxruntime import library
-from latentrt.engines.open import Choice, OpenEngines, serving_engines
+from latentrt.engines.open import OpenEngines
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Engine
 from latentrt.engines.tensor_names import PIXELS
