@@ -10,8 +10,10 @@ from __future__ import annotations
 
 FEATURE = "adapter_feature_"
 DOWN, MID = "down_residual_", "mid_residual"
+BLOCK = "block_residual_"  # of a transformer, which has no levels
 NEXT = "next_"  # before the name of a residual, where it is an output
 COND, SCALE = "controlnet_cond", "scale"
+SKIP_LAYERS = "skip_layers"  # what switches some of a transformer's blocks off for a model row where it is above 0
 # A UNet halves its latents from level to level, rounding up. No published one has more than four levels.
 DIVISORS = (1, 2, 4, 8, 16, 32)
 
@@ -23,7 +25,7 @@ def hint_of(component: str) -> str:
 
 def is_residual(name: str) -> bool:
     """Tell whether an input is one of the residuals."""
-    return name.startswith(DOWN) or name == MID
+    return name.startswith((DOWN, BLOCK)) or name == MID
 
 
 def residual_names(downs: int) -> tuple[str, ...]:

@@ -1,0 +1,125 @@
+"""SD3Transformer2DModel, the MMDiT of SD 3 and 3.5, as a network whose inputs and outputs are plain tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.tensor_names import SKIP_LAYERS, is_residual
+
+
+class Patches(nn.Module):
+    """(rows, channels, height, width) → what its patches show and where they are, (rows, patches, width).
+
+    Positions are a crop from the middle of a table. Published tables say a patch's column in one half of the width
+    and its row in the other, over and over: then two tables with one axis hold all of it, 400 times smaller.
+    Heights and widths are multiples of the patch's side, and no more patches a side than the table has: beyond that
+    the graph has no positions and fails.
+    """
+
+    across: Tensor  # (size, half of the width), by columns
+    down: Tensor  # by rows
+    table: Tensor  # (size, size, width), where there is no such pair
+
+    def __init__(self, embed: Any) -> None:
+        super().__init__()
+        self.proj, self.size = embed.proj, int(embed.pos_embed_max_size)
+        table = embed.pos_embed.detach().reshape(self.size, self.size, -1)
+        pair = separate(table)
+        self.separable = pair is not None
+        for name, part in zip(("across", "down") if pair else ("table",), pair or (table,), strict=True):
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        patches = self.proj(sample)
+        height, width = patches.shape[2:]
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        if self.separable:
+            columns = self.across[left : left + width].unsqueeze(0).expand(height, -1, -1)
+            rows = self.down[top : top + height].unsqueeze(1).expand(-1, width, -1)
+            positions = torch.cat([columns, rows], dim=-1)
+        else:
+            positions = self.table[top : top + height, left : left + width]
+        output: Tensor = patches.flatten(2).transpose(1, 2) + positions.flatten(0, 1)
+        return output.contiguous()
+
+
+def separate(table: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return the columns' and the rows' halves of a table of positions, (size, size, width); None if it has none.
+
+    It has them where the two are the table, bit for bit.
+    """
+    half = table.shape[-1] // 2
+    across, down = table[0, :, :half].clone(), table[:, 0, half:].clone()
+    # a row at a time: the table of 3.5 medium is 0.9 GB
+    same = (
+        torch.equal(row[:, :half], across) and torch.equal(row[:, half:], end.expand_as(row[:, half:]))
+        for row, end in zip(table, down, strict=True)
+    )
+    return (across, down) if all(same) else None
+
+
+class Transformer(nn.Module):
+    """Latents, timesteps (1,) or (rows,), text and pooled text → the model's prediction; see `wrap_transformer`.
+
+    names: of the inputs, in their order
+    skip_layers: the numbers of the blocks that leave the rows alone for which the input of that name is above 0
+    """
+
+    def __init__(self, model: Any, names: Sequence[str], *, skip_layers: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.model, self.names, self.skip_layers = model, tuple(names), frozenset(skip_layers)
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = dict(zip(self.names, tensors, strict=True))
+        sample, model = given["sample"], self.model
+        hidden = model.pos_embed(sample)
+        mood = model.time_text_embed(given["timestep"].expand(sample.shape[0]), given["pooled_projections"])
+        text = model.context_embedder(given["encoder_hidden_states"])
+        hidden = self._blocks(hidden, text, mood, given)
+        return self._joined(model.proj_out(model.norm_out(hidden, mood)), sample)
+
+    def _blocks(self, hidden: Tensor, text: Tensor, mood: Tensor, given: dict[str, Tensor]) -> Tensor:
+        blocks = self.model.transformer_blocks
+        residuals = [tensor for name, tensor in given.items() if is_residual(name)]
+        for number, block in enumerate(blocks):
+            before = hidden, text
+            text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=mood)
+            if number in self.skip_layers:
+                skips = (given[SKIP_LAYERS] > 0)[:, None, None]
+                hidden = torch.where(skips, before[0], hidden)
+                text = torch.where(skips, before[1], text) if text is not None else None
+            if residuals and not block.context_pre_only:
+                hidden = hidden + residuals[int(number / (len(blocks) / len(residuals)))]
+        return hidden
+
+    def _joined(self, patches: Tensor, sample: Tensor) -> Tensor:
+        """Put patches of pixels, (rows, patches, side * side * channels), together."""
+        side, (rows, _, height, width) = self.model.config.patch_size, sample.shape
+        grid = patches.reshape(rows, height // side, width // side, side, side, self.model.out_channels)
+        return torch.einsum("nhwpqc->nchpwq", grid).reshape(rows, self.model.out_channels, height, width)
+
+
+def wrap_transformer(model: Any, takes: Sequence[str], *, skip_layers: Sequence[int] = ()) -> nn.Module:
+    """Wrap an SD3Transformer2DModel, which is changed. Raises CheckpointError if its graph could not be one of ours.
+
+    takes: the names of its inputs: `sample` (rows, channels, height, width), `timestep` (1,) or (rows,),
+        `encoder_hidden_states` (rows, tokens, joint width), `pooled_projections` (rows, pooled width); then, where
+        there are any, `skip_layers` (rows,), and residuals of ControlNets (rows, patches, width): block i takes that
+        numbered int(i / (blocks / residuals)), and a last block that ends the text takes none
+    skip_layers: which blocks the input of that name switches off for a row where it is above 0
+    """
+    blocks = len(model.transformer_blocks)
+    if model.pos_embed.pos_embed_max_size is None:
+        raise CheckpointError("the transformer's pos_embed_max_size is not set, and its positions fit one size only")
+    if len({*skip_layers}) != len(skip_layers) or not all(0 <= layer < blocks for layer in skip_layers):
+        raise CheckpointError(
+            f"--skip-layers: found {','.join(map(str, skip_layers))}, expected different blocks of the transformer, "
+            f"from 0 to {blocks - 1}"
+        )
+    model.pos_embed = Patches(model.pos_embed)
+    return Transformer(model, takes, skip_layers=skip_layers)

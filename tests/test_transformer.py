@@ -1,0 +1,164 @@
+"""The MMDiT of SD 3 and 3.5 as a graph: at other sizes than the traced ones it computes what diffusers does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import nn
+
+from latentrt.engines.compare import relative_error
+from latentrt.engines.errors import CheckpointError
+from latentrt.engines.spec import Array, TensorSpec
+from latentrt.engines.tensor_names import BLOCK, SKIP_LAYERS
+from latentrt.export.graphs.trace import trace_graph
+from latentrt.export.networks.streamed_weights import StoredWeights
+from latentrt.export.networks.transformer import wrap_transformer
+from tests.studio import session_of
+
+CONFIG: Mapping[str, Any] = {
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "caption_projection_dim": 32,
+    "pooled_projection_dim": 48,
+    "pos_embed_max_size": 24,
+}
+MEDIUM = {"num_layers": 3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}
+
+
+class Kind(NamedTuple):
+    """A tiny transformer: its config beside CONFIG, its blocks that may be skipped, and how many residuals it takes."""
+
+    config: Mapping[str, Any]
+    skip_layers: tuple[int, ...] = ()
+    residuals: int = 0
+    separable: bool = True
+
+
+KINDS = {
+    "sd 3": Kind({"num_layers": 2}),
+    "3.5 medium": Kind(MEDIUM),
+    "3.5 large": Kind({"num_layers": 2, "qk_norm": "rms_norm"}),
+    "a table that is not separable": Kind({"num_layers": 2, "qk_norm": "rms_norm"}, separable=False),
+    "skip layers": Kind(MEDIUM, skip_layers=(1, 2)),
+    "followed": Kind({"num_layers": 4}, residuals=2),
+    "followed and skipped": Kind({**MEDIUM, "num_layers": 5}, skip_layers=(1, 3), residuals=3),
+}
+TRACED = {"batch": 2, "steps": 1, "latent_height": 8, "latent_width": 12, "tokens": 93}
+CHECKED: Sequence[Mapping[str, int]] = (
+    TRACED,
+    {"batch": 3, "steps": 3, "latent_height": 4, "latent_width": 2, "tokens": 20},
+    {"batch": 1, "steps": 1, "latent_height": 48, "latent_width": 46, "tokens": 333},  # as far as the table goes
+    {"batch": 1, "steps": 1, "latent_height": 2, "latent_width": 2, "tokens": 1},
+)
+
+
+def made(kind: Kind) -> SD3Transformer2DModel:
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel(**{**CONFIG, **kind.config})
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    if not kind.separable:
+        nn.init.normal_(model.pos_embed.pos_embed)
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def inputs_of(kind: Kind) -> list[TensorSpec]:
+    rows: list[tuple[str, tuple[int | str, ...]]] = [
+        ("sample", ("batch", 16, "latent_height", "latent_width")),
+        ("timestep", ("steps",)),
+        ("encoder_hidden_states", ("batch", "tokens", 64)),
+        ("pooled_projections", ("batch", 48)),
+        *([(SKIP_LAYERS, ("batch",))] if kind.skip_layers else []),
+        *((f"{BLOCK}{number}", ("batch", "patches", 32)) for number in range(kind.residuals)),
+    ]
+    return [TensorSpec(name=name, dtype="float32", shape=shape) for name, shape in rows]
+
+
+def drawn(takes: Sequence[TensorSpec], sizes: Mapping[str, int]) -> dict[str, Array]:
+    random = np.random.default_rng(0)
+    every = {**sizes, "patches": sizes["latent_height"] * sizes["latent_width"] // 4}
+    shapes = {spec.name: [every[axis] if isinstance(axis, str) else axis for axis in spec.shape] for spec in takes}
+    arrays = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["timestep"] = np.linspace(999, 1.5, sizes["steps"] + 2, dtype=np.float32)[1:-1]
+    return arrays | ({SKIP_LAYERS: np.arange(sizes["batch"], dtype=np.float32) % 2} if SKIP_LAYERS in arrays else {})
+
+
+def diffusers_own(model: Any, kind: Kind, arrays: Mapping[str, Array]) -> Array:
+    """Run diffusers' network: on each row alone, which skips its layers or does not."""
+    rows = []
+    given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for row in range(len(arrays["sample"])):
+        one = {name: tensor[row : row + 1] if len(tensor) > 1 else tensor for name, tensor in given.items()}
+        skips = SKIP_LAYERS in one and bool(one[SKIP_LAYERS] > 0)
+        rows.append(
+            model(
+                hidden_states=one["sample"],
+                timestep=one["timestep"],
+                encoder_hidden_states=one["encoder_hidden_states"],
+                pooled_projections=one["pooled_projections"],
+                block_controlnet_hidden_states=[one[f"{BLOCK}{n}"] for n in range(kind.residuals)] or None,
+                skip_layers=list(kind.skip_layers) if skips else None,
+                return_dict=False,
+            )[0].numpy()
+        )
+    return np.concatenate(rows)
+
+
+# Tracing is what takes the time, and these three have all of the others' parts.
+QUICK = ("sd 3", "a table that is not separable", "followed and skipped")
+
+
+@pytest.mark.parametrize("name", [pytest.param(k, marks=[] if k in QUICK else [pytest.mark.slow]) for k in KINDS])
+def test_a_traced_transformer_computes_what_diffusers_does(name: str) -> None:
+    """With weights that stand in for its own while it is traced, as an export traces it."""
+    kind = KINDS[name]
+    takes = inputs_of(kind)
+    module = wrap_transformer(made(kind), [spec.name for spec in takes], skip_layers=kind.skip_layers)
+    weights = StoredWeights(module)
+    sides = {"latent_height": (4, 2), "latent_width": (4, 2)}
+    with weights.withheld() as stand_ins:
+        tensors = {name: torch.from_numpy(array) for name, array in drawn(takes, TRACED).items()}
+        gives = [TensorSpec(name="out_sample", dtype="float32", shape=takes[0].shape)]
+        graph = trace_graph(module, tensors, takes, gives, axes={**sides, "patches": None})
+        places = stand_ins.places(graph)
+    weights.fill(graph, places)
+    session, theirs = session_of(ir.to_proto(graph)), made(kind)
+    for sizes in CHECKED:
+        arrays = drawn(takes, sizes)
+        (found,) = session.run(None, arrays)
+        assert relative_error(found, diffusers_own(theirs, kind, arrays)) < 1e-5, sizes
+
+
+def test_published_tables_of_positions_shrink_to_two_of_one_axis() -> None:
+    whole, slim = (wrap_transformer(made(KINDS[name]), ()) for name in ("a table that is not separable", "sd 3"))
+    numbers = [
+        sum(buffer.numel() for name, buffer in module.named_buffers() if "pos_embed" in name)
+        for module in (whole, slim)
+    ]
+    assert numbers == [24 * 24 * 32, 2 * 24 * 16]
+
+
+@pytest.mark.parametrize("layers", [(3,), (-1,), (1, 1)])
+def test_layers_that_are_not_there_are_refused(layers: tuple[int, ...]) -> None:
+    with pytest.raises(CheckpointError):
+        wrap_transformer(made(Kind(MEDIUM)), (), skip_layers=layers)
+
+
+def test_every_weight_keeps_its_name() -> None:
+    """LoRAs find the layers by the names of the checkpoint."""
+    model = made(KINDS["skip layers"])
+    names = set(dict(model.named_parameters()))
+    module = wrap_transformer(model, (), skip_layers=(1,))
+    assert {name.removeprefix("model.") for name, _ in module.named_parameters()} == names
