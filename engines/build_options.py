@@ -88,7 +88,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises RequestError if a size does not fit the bundle's latents or a number is not positive.
         """
-        self._check(manifest.latents.factor)
+        self._check(manifest.latents.cell)
         lengths = tuple(dict.fromkeys(tokenizer.max_length for tokenizer in manifest.tokenizers.values()))
         if len(lengths) == 1 and any(tokens % lengths[0] for tokens in self.tokens):
             raise RequestError(

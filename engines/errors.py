@@ -85,7 +85,7 @@ class DeviceLostError(EngineError):
 
 
 # The field that the sentence of a RequestError begins with.
-FIELD = r"[a-z]+(?:_[a-z]+)*(?=[:,] )"
+FIELD = r"[a-z][a-z0-9]*(?:_[a-z]+)*(?=[:,] )"
 # What ONNX Runtime's arenas and its CUDA provider, CUDA, cuDNN, cuBLAS and TensorRT say when memory runs out.
 NO_ROOM = (
     r"(?i)out.?of.?memory|bad_alloc|bad allocation|failed to allocate memory|alloc_failed|could not be allocated"

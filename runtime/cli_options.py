@@ -149,6 +149,7 @@ PROMPTS = (
     click.option("--weighted", "prompt_syntax", flag_value="weighted", default="plain", help="Read (words:1.2)."),
     click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut prompts at 77 tokens."),
     click.option("--clip-skip", default=0, help="Skip this many of the text encoder's last layers."),
+    click.option("--t5/--no-t5", default=True, help="Let T5 read the prompt too, where a bundle holds it (SD 3)."),
     click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Apply a LoRA; repeatable."),
 )
 STARTS = (

@@ -23,6 +23,7 @@ FURTHER = frozenset(
         "prompt_syntax",
         "overflow",
         "clip_skip",
+        "t5",
         "spacing",
         "eta",
         "stop",
@@ -57,6 +58,7 @@ class Options(TypedDict, total=False):
     prompt_syntax: Syntax
     overflow: Overflow
     clip_skip: int
+    t5: bool
     n: int
     seed: int | Sequence[int] | None
     size: tuple[int, int] | None
@@ -100,6 +102,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_syntax: `plain` takes every sign as text, as diffusers does; `weighted` reads (words:1.2), [words], BREAK
     overflow: what happens to the tokens of a long prompt: further `chunks`, or `truncate` as in diffusers
     clip_skip: how many of the text encoder's last layers to skip for the prompt, counted as in diffusers
+    t5: whether T5 reads the prompt beside the other text encoders, where the bundle holds one (SD 3); without it zeros
+        stand for what it would give, as in diffusers without text_encoder_3
     seed: one for the first picture, from which the others count up; or one for each picture; None for a random one.
         The same seed gives the picture that diffusers gives with a generator of the same kind, see `noise`.
     size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
@@ -142,6 +146,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_syntax: Syntax = "plain"
     overflow: Overflow = "chunks"
     clip_skip: int = 0
+    t5: bool = True
     n: int = 1
     seed: int | Sequence[int] | None = None
     size: tuple[int, int] | None = None

@@ -166,7 +166,7 @@ def test_bytes_that_are_no_text_are_refused(root: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("family", "sd9", r"\$\.family: .*sd9.* sd1, sd2, sdxl"),
+        ("family", "sd9", r"\$\.family: .*sd9.* sd1, sd2, sd3, sdxl"),
         ("surprise", 1, r"\$\.surprise: "),
         ("default_size", [512], r"\$\.default_size: "),
         ("default_size", [512, True], r"\$\.default_size\[1\]: .*int"),

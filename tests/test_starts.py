@@ -188,7 +188,7 @@ def test_an_image_is_changed_as_diffusers_changes_it(
     plan = make_plan(sampler, STABLE_DIFFUSION, steps=STEPS, strength=strength)
     draw = draw_from(SEED, latent_shape(ours.space, SIZE))
     pixels = read_pictures(photo(*SIZE), factor=ours.space.factor)
-    start = start_from_image(pixels, ours.encode, draw, scaling_factor=ours.space.scaling_factor)
+    start = start_from_image(pixels, ours.encode, draw, space=ours.space)
     agrees(follow(plan, start, ours, draw), expected)
 
 
@@ -209,14 +209,13 @@ def test_any_checkpoint_inpaints_as_diffusers_does(
 
 
 def inpainting(ours: Ours, draw: Callable[[], Array], **options: Any) -> Start:
-    factor, image = ours.space.factor, photo()
+    image = photo()
     return start_inpainting(
-        read_pictures(image, factor=factor, size=SIZE),
+        read_pictures(image, factor=ours.space.factor, size=SIZE),
         read_mask(right_half(), size=SIZE, picture_size=image.size),
         ours.encode,
         draw,
-        scaling_factor=ours.space.scaling_factor,
-        factor=factor,
+        space=ours.space,
         **options,
     )
 
@@ -294,13 +293,15 @@ def test_the_kept_part_is_always_the_image_at_the_level_that_the_model_is_told(n
         assert stage == 0 or np.abs(latents[:1] - expected)[..., 2:].max() > 0.01  # the rest is drawn
 
 
-def test_latents_of_an_image_are_those_of_diffusers_distribution() -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.0609])
+def test_latents_of_an_image_are_those_of_diffusers_distribution(shift: float) -> None:
+    space = LatentSpec(channels=4, factor=8, scaling_factor=0.5, shift=shift)
     parameters = torch.randn(1, 8, 3, 5, generator=torch.Generator().manual_seed(0)) * 3
     parameters[0, 4:, 0] = torch.tensor([-99.0, 99.0, -30.0, 20.0, 0.0])  # beyond its limits
     sample = DiagonalGaussianDistribution(parameters).sample(torch.Generator().manual_seed(9))
-    found = sample_latents(parameters.numpy(), TorchCpuNoise(9).normal((1, 4, 3, 5)), scaling_factor=0.5)
+    found = sample_latents(parameters.numpy(), TorchCpuNoise(9).normal((1, 4, 3, 5)), space=space)
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, 0.5 * sample.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, 0.5 * (sample.numpy() - shift), rtol=1e-5, atol=1e-5)
 
 
 def test_the_latent_mask_is_the_one_of_diffusers() -> None:
@@ -326,11 +327,11 @@ def test_a_masked_image_is_grey_where_it_is_repainted() -> None:
 
 def test_one_image_starts_every_picture_with_its_own_seed(ours: Ours) -> None:
     pixels = read_pictures(photo(*SIZE), factor=ours.space.factor)
-    shape, scaling = latent_shape(ours.space, SIZE), ours.space.scaling_factor
+    shape = latent_shape(ours.space, SIZE)
     draws = [draw_from(seed, shape) for seed in (4, 8)]
-    both = start_from_image(pixels, ours.encode, lambda: np.concatenate([d() for d in draws]), scaling_factor=scaling)
+    both = start_from_image(pixels, ours.encode, lambda: np.concatenate([d() for d in draws]), space=ours.space)
     for i, seed in enumerate((4, 8)):
-        alone = start_from_image(pixels, ours.encode, draw_from(seed, shape), scaling_factor=scaling)
+        alone = start_from_image(pixels, ours.encode, draw_from(seed, shape), space=ours.space)
         assert both.image is not None
         np.testing.assert_array_equal(both.image[i : i + 1], alone.image)
         np.testing.assert_array_equal(both.noise[i : i + 1], alone.noise)

@@ -48,8 +48,15 @@ def _roles(manifest: Manifest) -> Iterator[str]:
 
 def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Iterator[str]:
     for text in spec.text_encoders:
-        if text.component not in manifest.of_role("text_encoder") or text.tokenizer not in manifest.tokenizers:
+        if text.component is None and text.tokenizer is None:
+            if not text.tokens or text.tokens < 1 or text.join != "length" or not spec.text_width:
+                yield "text_encoders: found one without a component, expected its tokens and a text_width"
+        elif text.component not in manifest.of_role("text_encoder") or text.tokenizer not in manifest.tokenizers:
             yield f"text_encoders: there is no text encoder {text.component} with a tokenizer {text.tokenizer}"
+        elif text.optional and not (text.tokens and text.join == "length"):
+            yield f"text_encoders: found {text.component} optional, expected its tokens beside that"
+    if spec.text_encoders and all(text.component is None or text.optional for text in spec.text_encoders):
+        yield "text_encoders: found none that is always there, expected one"
     taken = [axis for one in manifest.components[name].inputs if one.name == "time_ids" for axis in one.shape[1:]]
     if taken != ([len(spec.sizes)] if spec.sizes else []):
         yield f"sizes: found {len(spec.sizes)}, and the graph takes {taken or 'none'}"
@@ -73,7 +80,8 @@ def _files(manifest: Manifest) -> Iterator[str]:
 
 def _latents(manifest: Manifest) -> Iterator[str]:
     space = manifest.latents
-    if min(*manifest.default_size, space.channels, space.factor) < 1:
+    largest = 1 if space.largest is None else space.largest
+    if min(*manifest.default_size, space.channels, space.factor, space.multiple, largest) < 1:
         yield "$.latents or $.default_size: sizes must be positive"
     if space.preview is not None and [len(row) for row in space.preview] != [3] * (space.channels + 1):
         yield f"$.latents.preview: expected {space.channels + 1} rows of red, green and blue"

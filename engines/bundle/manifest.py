@@ -7,19 +7,20 @@ from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import msgspec
+import numpy as np
 
 from latentrt.engines.bundle.consistency import faults
 from latentrt.engines.bundle.parsing import ParseError, brief, decode, parse
 from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.errors import BundleError
-from latentrt.engines.spec import Document, EngineKey, EngineSpec, Precision, TensorSpec
+from latentrt.engines.spec import Array, Document, EngineKey, EngineSpec, Precision, TensorSpec
 
 SCHEMA_VERSION = 2
 NAMED = 4  # layers that a note names
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 
-Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner"]
+Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner", "sd3"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
 Role = Literal["text_encoder", "denoiser", "encoder", "decoder", "tiny_decoder", "controlnet", "adapter"]
@@ -107,18 +108,23 @@ class TokenizerSpec(Document, frozen=True, kw_only=True):
 class TextSpec(Document, frozen=True, kw_only=True):
     """How one text encoder is read, and how what it gives joins what the encoders before it gave.
 
+    component, tokenizer: both None where the bundle holds no such encoder: zeros stand where its states would
     skip: how many of its last layers are left out unless a request says otherwise
     pooled: the output that stands for the whole text, None if the denoiser takes none of this encoder; those of
         several encoders are concatenated
     join: `width` concatenates its states with those before it along the width, `length` along the tokens; what
         is narrower is filled up with zeros
+    tokens: how many tokens its states have whatever the prompt, None for as many chunks as that needs
+    optional: whether a request may leave it out: zeros stand for its states then, as many as `tokens`
     """
 
-    component: str
-    tokenizer: str
+    component: str | None = None
+    tokenizer: str | None = None
     skip: int = 0
     pooled: str | None = None
     join: Join = "width"
+    tokens: int | None = None
+    optional: bool = False
 
 
 class DenoiserSpec(Document, frozen=True, kw_only=True):
@@ -127,11 +133,14 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
     text_encoders: in the order in which they join
     zero_negative: zeros stand for a negative prompt that is not given; otherwise an empty one is encoded
     sizes: what the numbers of its input `time_ids` are, empty if it has none
+    text_width: of the states that it attends to, to which narrower ones are filled up with zeros; None for the
+        widest of what its encoders give
     """
 
     text_encoders: tuple[TextSpec, ...]
     zero_negative: bool = False
     sizes: tuple[SizeName, ...] = ()
+    text_width: int | None = None
 
 
 class EdmRange(Document, frozen=True, kw_only=True):
@@ -228,15 +237,35 @@ class TrainingSchedule(Document, frozen=True, kw_only=True):
 
 
 class LatentSpec(Document, frozen=True, kw_only=True):
-    """The latent space: (channels, height / factor, width / factor), multiplied by `scaling_factor`.
+    """The latent space: (channels, height / factor, width / factor), of (what the VAE has - shift) * scaling_factor.
 
     preview: what each channel adds to red, green and blue (0 to 255), and last what is there without any
+    multiple: a side of latents is a multiple of it, where the denoiser takes them in patches
+    largest: the longest side of latents that the denoiser takes, None for any
     """
 
     channels: int
     factor: int
     scaling_factor: float
     preview: tuple[tuple[float, ...], ...] | None = None
+    shift: float = 0.0
+    multiple: int = 1
+    largest: int | None = None
+
+    @property
+    def cell(self) -> int:
+        """Return what the sides of pictures are multiples of, in pixels."""
+        return self.factor * self.multiple
+
+    def scaled(self, latents: Array) -> Array:
+        """Return the VAE's latents as the denoiser sees them, of the same shape, float32."""
+        moved = latents - np.float32(self.shift) if self.shift else latents
+        return np.asarray(moved * np.float32(self.scaling_factor))
+
+    def unscaled(self, latents: Array) -> Array:
+        """Return latents that the denoiser sees as the VAE has them, of the same shape, float32."""
+        divided = latents / np.float32(self.scaling_factor)
+        return np.asarray(divided + np.float32(self.shift) if self.shift else divided)
 
 
 class Provenance(Document, frozen=True, kw_only=True):
@@ -301,7 +330,7 @@ class Manifest(Document, frozen=True, kw_only=True):
     def graphs_digest(self, *, latents: bool = False) -> str:
         """Return one SHA-256 over all canonical graphs and their weights, for engine keys.
 
-        latents: and over the latents' scale, which engines carry that begin at the sampler's state
+        latents: and over the latents' scale and shift, which engines carry that begin at the sampler's state
         """
         import hashlib  # with OpenSSL, for what opens a bundle
 
@@ -311,8 +340,8 @@ class Manifest(Document, frozen=True, kw_only=True):
             for path in component.files
         ]
         if latents:
-            space = msgspec.structs.asdict(msgspec.structs.replace(self.latents, preview=None))
-            lines += [f"latents {name} {value}" for name, value in space.items() if value is not None]
+            names = ("channels", "factor", "scaling_factor", *(["shift"] if self.latents.shift else []))
+            lines += [f"latents {name} {getattr(self.latents, name)}" for name in names]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

@@ -117,7 +117,7 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
 
     latent_sample (batch, C, latent_height, latent_width) in the graph's dtype becomes
     state (pictures, state_rows, C, latent_height, latent_width) float32, of which the first row is divided by the
-    scaling factor; the batch axis of the outputs is named `pictures` too.
+    scaling factor, and the shift added where there is one; the batch axis of the outputs is named `pictures` too.
     """
     from onnx import TensorProto, helper, numpy_helper
 
@@ -128,12 +128,15 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
     constants: dict[str, Array] = {
         "first": np.array(0, dtype=np.int64),
         "scale": np.array(latents.scaling_factor, dtype=np.float32),
+        **({"shift": np.array(latents.shift, dtype=np.float32)} if latents.shift else {}),
     }
     graph.initializer.extend(numpy_helper.from_array(value, f"head.{name}") for name, value in constants.items())
+    shifted = [helper.make_node("Add", ["head.unscaled", "head.shift"], ["head.shifted"])] if latents.shift else []
     head = [
         helper.make_node("Gather", ["state", "head.first"], ["head.latents"], axis=1),
         helper.make_node("Div", ["head.latents", "head.scale"], ["head.unscaled"]),
-        helper.make_node("Cast", ["head.unscaled"], [taken.name], to=tensor.elem_type),
+        *shifted,
+        helper.make_node("Cast", ["head.shifted" if shifted else "head.unscaled"], [taken.name], to=tensor.elem_type),
     ]
     nodes = [*head, *graph.node]
     for field in (graph.node, graph.input, graph.value_info):  # value_info: the batch axis has another name now

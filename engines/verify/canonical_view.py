@@ -72,11 +72,11 @@ class _Decoder(_FromState):
 
     def __init__(self, engine: Engine, space: LatentSpec) -> None:
         super().__init__(engine)
-        self._scale = np.float32(space.scaling_factor)
+        self._space = space
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         latents = np.asarray(inputs["latent_sample"], dtype=np.float32)
-        return self._engine({STATE: self._state_of(latents * self._scale)})
+        return self._engine({STATE: self._state_of(self._space.scaled(latents))})
 
 
 class _FromControl(_FromState):

@@ -103,7 +103,7 @@ class NumpyWorkspace(SlotWorkspace[HostBuffer]):
         return self._buffers[name].read(), at_once
 
     def _decode(self, program: str, rows: slice) -> None:
-        latents = self._buffers[STATE].array[rows, 0] / np.float32(self._space.scaling_factor)
+        latents = self._space.unscaled(self._buffers[STATE].array[rows, 0])
         decoded = self._programs[program]({"latent_sample": latents})
         self._show_decoded(decoded[PIXELS], decoded[SQUARES], rows)
 

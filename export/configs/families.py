@@ -48,7 +48,7 @@ class FamilyRow:
     @property
     def networks(self) -> tuple[str, ...]:
         """Return its text encoders by component."""
-        return tuple(text.component for text in self.text_encoders)
+        return tuple(text.component for text in self.text_encoders if text.component)
 
 
 # SDXL's denoisers read the layer before the last, whose states have had no norm.

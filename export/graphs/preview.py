@@ -81,7 +81,7 @@ def _pair(
     means = encoder(picture[None])[:, : space.channels]
     decoded = np.clip(decoder(means)[0] * 127.5 + 127.5, 0, 255)
     cells = decoded.reshape(3, SIDE, space.factor, SIDE, space.factor).mean(axis=(2, 4))
-    return (means[0] * space.scaling_factor).reshape(space.channels, -1).T, cells.reshape(3, -1).T
+    return space.scaled(means[0]).reshape(space.channels, -1).T, cells.reshape(3, -1).T
 
 
 def least_squares(inputs: Array, targets: Array) -> Array:

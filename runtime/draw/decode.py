@@ -51,11 +51,11 @@ def through_engine(engine: Engine, space: LatentSpec, *, slots: int = 1) -> Deco
     """
     from latentrt.engines.verify.canonical_view import as_canonical  # for pictures in tiles
 
-    canonical, scale = as_canonical(engine, space), np.float32(space.scaling_factor)
+    canonical = as_canonical(engine, space)
 
     def decode(latents: Array) -> Array:
         filled = np.zeros((max(slots, len(latents)), *latents.shape[1:]), dtype=np.float32)
-        filled[: len(latents)] = latents / scale
+        filled[: len(latents)] = space.unscaled(latents)
         decoded = canonical({"latent_sample": filled})
         check_sums(decoded[SQUARES][: len(latents)])
         return decoded[PIXELS][: len(latents)].copy()

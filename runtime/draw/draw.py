@@ -295,15 +295,14 @@ class Drawing:
         if job.pixels is None:
             return Start(noise=draw() if given is None else given)
         if job.mask is None:
-            start = start_from_image(job.pixels, encoder, draw, scaling_factor=space.scaling_factor)
+            start = start_from_image(job.pixels, encoder, draw, space=space)
         else:
             start = start_inpainting(
                 job.pixels,
                 job.mask,
                 encoder,
                 draw,
-                scaling_factor=space.scaling_factor,
-                factor=space.factor,
+                space=space,
                 strength=job.strength,
                 inpainting_model=repaints(self._manifest),
             )

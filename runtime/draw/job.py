@@ -66,6 +66,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
                 overflow=how.overflow,
                 clip_skip=skip,
                 given=text is not None,
+                t5=how.t5,
             )
             for text in texts
         ]
@@ -83,6 +84,8 @@ def resolve(request: Request, manifest: Manifest) -> Job:
     prompts = tuple(text for text in _texts("prompt", request.prompt) for _ in range(request.n))
     if request.noise not in NOISES:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
+    if type(request.t5) is not bool:
+        raise RequestError(f"t5: found {request.t5!r}, expected true or false")
     request = msgspec.structs.replace(request, loras=check_loras(request.loras))
     decoder = _decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
@@ -172,20 +175,20 @@ def _pictures(request: Request, manifest: Manifest) -> tuple[Array | None, Array
 
     from latentrt.runtime.images.read import decode, read_mask, read_pictures, rounded_size, size_of  # with Pillow
 
-    factor, size = manifest.latents.factor, request.size and check_size(request.size, manifest)
+    cell, size = manifest.latents.cell, request.size and check_size(request.size, manifest)
     if request.mask is None:
-        pixels = read_pictures(request.image, factor=factor, size=size)
+        pixels = read_pictures(request.image, factor=cell, size=size)
         return pixels, None, check_size((pixels.shape[2], pixels.shape[1]), manifest)
     if isinstance(request.image, list | tuple):
         raise RequestError(f"mask: found {len(request.image)} images, expected one")
     image = decode(cast(ImageSource, request.image), name="image")
-    size = check_size(size or rounded_size(size_of(image), factor), manifest)
+    size = check_size(size or rounded_size(size_of(image), cell), manifest)
     mask = read_mask(request.mask, size=size, picture_size=size_of(image))
-    return read_pictures(image, factor=factor, size=size), mask, size
+    return read_pictures(image, factor=cell, size=size), mask, size
 
 
 def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | None:
-    """Return the size of the first image to follow, cut to the VAE's factor; None if there is none."""
+    """Return the size of the first image to follow, cut to a size that can be drawn; None if there is none."""
     first = next(iter(request.controls), None) if isinstance(request.controls, list | tuple) else None
     if not isinstance(first, Control):
         return None
@@ -193,7 +196,7 @@ def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | 
     from latentrt.runtime.images.read import first_of, rounded_size, size_of  # with Pillow
 
     name = f"controls, '{first.name}'"
-    return rounded_size(size_of(first_of(first.image, name=name)), manifest.latents.factor, name=name)
+    return rounded_size(size_of(first_of(first.image, name=name)), manifest.latents.cell, name=name)
 
 
 def _strength(request: Request) -> float:
@@ -225,11 +228,17 @@ def check_size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, i
     if len(size) != 2 or any(type(side) is not int for side in size):
         raise RequestError(f"size: found {size!r}, expected (width, height) in whole pixels")
     width, height = size
-    factor = manifest.latents.factor
-    if width < factor or height < factor or width % factor or height % factor:
-        nearest = "x".join(str(max(1, round(side / factor)) * factor) for side in size)
+    space = manifest.latents
+    cell, largest = space.cell, max(size) if space.largest is None else space.largest * space.factor
+    if min(size) < cell or width % cell or height % cell:
+        nearest = "x".join(str(max(1, round(side / cell)) * cell) for side in size)
         raise RequestError(
-            f"size: found {width}x{height}, expected multiples of {factor} pixels; the nearest is {nearest}"
+            f"size: found {width}x{height}, expected multiples of {cell} pixels; the nearest is {nearest}"
+        )
+    if max(size) > largest:
+        raise RequestError(
+            f"size: found {width}x{height}, and this checkpoint draws at most {largest} pixels a side; "
+            "ask for a smaller picture"
         )
     if width * height > MAX_PIXELS:
         raise RequestError(f"size: {width}x{height} is more than {MAX_PIXELS} pixels; ask for a smaller picture")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
+from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.draw.denoise import begin
@@ -51,13 +52,13 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return written
 
 
-def start_from_image(pixels: Array, encoder: Encoder, draw: Draw, *, scaling_factor: float) -> Start:
+def start_from_image(pixels: Array, encoder: Encoder, draw: Draw, *, space: LatentSpec) -> Start:
     """Return a start from an image: the image's own draw comes before the noise's.
 
     pixels: (1 or n, height, width, 3), float32, -1 to 1
     """
     parameters = image_parameters(pixels, encoder)
-    image = sample_latents(parameters, draw(), scaling_factor=scaling_factor)
+    image = sample_latents(parameters, draw(), space=space)
     return Start(noise=draw(), image=image)
 
 
@@ -67,8 +68,7 @@ def start_inpainting(
     encoder: Encoder,
     draw: Draw,
     *,
-    scaling_factor: float,
-    factor: int,
+    space: LatentSpec,
     strength: float = 1.0,
     inpainting_model: bool = False,
 ) -> Start:
@@ -81,16 +81,16 @@ def start_inpainting(
     uses, but a sampler that draws later comes after.
     Raises RequestError if the mask is too small to reach the latents.
     """
-    cells = latent_mask(mask, factor)
+    cells = latent_mask(mask, space.factor)
     image = None
     if not inpainting_model or strength < 1:
-        image = sample_latents(image_parameters(pixels, encoder), draw(), scaling_factor=scaling_factor)
+        image = sample_latents(image_parameters(pixels, encoder), draw(), space=space)
     noise, masked_noise = draw(), draw()
     start = image if strength < 1 else None
     if not inpainting_model:
         return Start(noise=noise, image=start, kept=image, mask=cells)
     masked = image_parameters(masked_pixels(pixels, mask), encoder)
-    condition = inpainting_condition(cells, sample_latents(masked, masked_noise, scaling_factor=scaling_factor))
+    condition = inpainting_condition(cells, sample_latents(masked, masked_noise, space=space))
     return Start(noise=noise, image=start, mask=cells, condition=condition)
 
 
@@ -102,14 +102,14 @@ def image_parameters(pixels: Array, encoder: Encoder) -> Array:
     return np.array(encoder(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))), dtype=np.float32)
 
 
-def sample_latents(parameters: Array, noise: Array, *, scaling_factor: float) -> Array:
+def sample_latents(parameters: Array, noise: Array, *, space: LatentSpec) -> Array:
     """Return latents drawn from an image's distribution: (n, C, h, w), float32, as the UNet sees them.
 
     parameters: (1 or n, 2C, h, w); noise: (n, C, h, w), unit normal
     """
     means, log_variances = np.split(parameters.astype(np.float32, copy=False), 2, axis=1)
     deviations = np.exp(np.float32(0.5) * np.clip(log_variances, *LOG_VARIANCES))
-    return np.asarray(np.float32(scaling_factor) * (means + deviations * noise), dtype=np.float32)
+    return np.asarray(space.scaled(means + deviations * noise), dtype=np.float32)
 
 
 def masked_pixels(pixels: Array, mask: Array) -> Array:

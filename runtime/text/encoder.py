@@ -65,7 +65,7 @@ class TextEncoder:
         pooled: the output with the pooled text
         cache_bytes: how much is remembered; what was not used for longest is forgotten first
         """
-        self._plain = tokenizer
+        self._plain, self.component = tokenizer, spec.component
         self._rows, self._skip = RowEncoder(run, spec, pooled=pooled), skip
         self._words = _Words(tokenizer=tokenizer)
         self.weights = ""  # names those that the engine has now, if they are not the base's

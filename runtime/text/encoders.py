@@ -8,14 +8,15 @@ from functools import partial
 import numpy as np
 
 from latentrt.engines.bundle.files import Bundle, Check
-from latentrt.engines.bundle.manifest import Join, Manifest, TextSpec
+from latentrt.engines.bundle.manifest import DenoiserSpec, Join, Manifest, TextSpec
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array, Engine
-from latentrt.runtime.text.encoder import TextEncoder
+from latentrt.runtime.text.encoder import Encoding, TextEncoder
 from latentrt.runtime.text.textual_inversion import ENCODERS, LearnedWord
 from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
 
-STATES, POOLED = "encoder_hidden_states", "text_embeds"  # the UNet's names
+STATES = "encoder_hidden_states"  # a denoiser's name for it
+POOLED = ("text_embeds", "pooled_projections")  # what denoisers call the pooled text
 
 
 def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenizer]:
@@ -31,8 +32,11 @@ class PromptEncoders:
         self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, PromptTokenizer]
     ) -> None:
         self._readings = manifest.denoisers
+        self._pooled = {name: _pooled_input(manifest, name) for name in manifest.denoisers}
         self._encoders: dict[TextSpec, TextEncoder] = {}
         for text in dict.fromkeys(text for reading in self._readings.values() for text in reading.text_encoders):
+            if text.component is None or text.tokenizer is None:
+                continue
             self._encoders[text] = TextEncoder(
                 tokenizers[text.tokenizer],
                 partial(_run, engines, text.component),  # the engine may be wrapped later, by what times it
@@ -42,26 +46,32 @@ class PromptEncoders:
             )
 
     def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:
-        """Encode a batch: a UNet's inputs by name, the prompts' rows first and then the negative prompts'.
+        """Encode a batch: a denoiser's inputs by name, the prompts' rows first and then the negative prompts'.
 
         negatives: as many as there are prompts, or none; zeros replace those that were not given, if the UNet was
             trained so
         """
         rows = [*prompts, *negatives]
         reading = self._readings[denoiser]
-        batches = [self._encoders[text].batch(rows) for text in reading.text_encoders]
-        joins = [text.join for text in reading.text_encoders]
-        inputs = {STATES: join_states([batch.states for batch in batches], joins)}
-        pooled = [batch.pooled for batch in batches if batch.pooled is not None]
+        batches = [self._batch(text, rows) for text in reading.text_encoders]
+        inputs = {STATES: _joined(reading, batches, rows=len(rows))}
+        pooled = [batch.pooled for batch in batches if batch and batch.pooled is not None]
         if pooled:
-            inputs[POOLED] = np.concatenate(pooled, axis=-1)
+            inputs[self._pooled[denoiser]] = np.concatenate(pooled, axis=-1)
         absent = [len(prompts) + i for i, prompt in enumerate(negatives) if not prompt.given]
         return _zeroed(inputs, absent) if reading.zero_negative and absent else inputs
+
+    def _batch(self, text: TextSpec, rows: Sequence[Prompt]) -> Encoding | None:
+        """Return what an encoder gives, None where there is none or the request leaves it out."""
+        if text not in self._encoders or (text.optional and not all(prompt.t5 for prompt in rows)):
+            return None
+        return self._encoders[text].batch(rows)
 
     def tokens(self, prompts: Sequence[Prompt], *, denoiser: str) -> int:
         """Return how many tokens the longest prompt's encoding has. Raises RequestError on what cannot be read."""
         texts = self._readings[denoiser].text_encoders
-        return joined_length([self._encoders[text].tokens(prompts) for text in texts], [text.join for text in texts])
+        counts = [text.tokens or self._encoders[text].tokens(prompts) for text in texts]
+        return joined_length(counts, [text.join for text in texts])
 
     def length(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt itself has, as the first encoder reads it. Raises RequestError."""
@@ -74,14 +84,18 @@ class PromptEncoders:
         reading = self._readings[denoiser]
         if len(reading.text_encoders) > 1 or (reading.zero_negative and not all(prompt.given for prompt in negatives)):
             return None
-        (text,) = reading.text_encoders
-        inputs = self._encoders[text].device_inputs([*prompts, *negatives])
-        return None if inputs is None else (text.component, inputs)
+        encoder = self._encoders[reading.text_encoders[0]]
+        inputs = None if reading.text_width else encoder.device_inputs([*prompts, *negatives])
+        return None if inputs is None else (encoder.component, inputs)
 
     def adapt(self, weights: Mapping[str, str]) -> None:
         """Remember from now on what engines with other weights give, by component; the base's where none is named."""
-        for text, encoder in self._encoders.items():
-            encoder.weights = weights.get(text.component, "")
+        for encoder in self._encoders.values():
+            encoder.weights = weights.get(encoder.component, "")
+
+    @property
+    def _learning(self) -> list[TextEncoder]:
+        return [encoder for text, encoder in self._encoders.items() if text.tokens is None]
 
     @property
     def embeddings(self) -> tuple[str, ...]:
@@ -89,8 +103,12 @@ class PromptEncoders:
         return next(iter(self._encoders.values())).embeddings
 
     def add(self, word: LearnedWord) -> None:
-        """Let prompts use a learned word: every encoder learns it, or none does. Raises RequestError."""
-        components = {text.component for text in self._encoders}
+        """Let prompts use a learned word: every encoder learns it, or none does. Raises RequestError.
+
+        An encoder of a fixed length reads it as the text that it is.
+        """
+        learning = self._learning
+        components = {encoder.component for encoder in learning}
         if not word.fits(components):
             expected = " and ".join(ENCODERS) if len(components) > 1 else "a single text encoder"
             raise RequestError(
@@ -99,8 +117,8 @@ class PromptEncoders:
             )
         taught: list[TextEncoder] = []
         try:
-            for text, encoder in self._encoders.items():
-                encoder.add(word.taught(text.component))
+            for encoder in learning:
+                encoder.add(word.taught(encoder.component))
                 taught.append(encoder)
         except RequestError:
             for encoder in taught:
@@ -109,12 +127,28 @@ class PromptEncoders:
 
     def remove(self, name: str) -> None:
         """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
-        for encoder in self._encoders.values():
+        for encoder in self._learning:
             encoder.remove(name)
 
 
 def _run(engines: Mapping[str, Engine], component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
     return engines[component](inputs)
+
+
+def _pooled_input(manifest: Manifest, denoiser: str) -> str:
+    """Return what a denoiser calls the pooled text."""
+    return next((one.name for one in manifest.components[denoiser].inputs if one.name in POOLED), POOLED[0])
+
+
+def _joined(reading: DenoiserSpec, batches: Sequence[Encoding | None], *, rows: int) -> Array:
+    """Return what a denoiser attends to: (rows, tokens, width). batches: of each encoder, None for zeros"""
+    dtype, texts = next(batch.states.dtype for batch in batches if batch), reading.text_encoders
+    states = [
+        batch.states if batch else np.zeros((rows, text.tokens or 0, 1), dtype=dtype)  # made as wide as the others
+        for text, batch in zip(texts, batches, strict=True)
+    ]
+    joined = join_states(states, [text.join for text in texts])
+    return joined if reading.text_width is None else _grown(joined, reading.text_width, axis=2)
 
 
 def join_states(states: Sequence[Array], joins: Sequence[Join]) -> Array:

@@ -36,6 +36,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     clip_skip: how many of the text encoder's last layers are left out, 0 for none, counted as diffusers does; the
         community's interfaces count one more
     given: whether anyone wrote it: where no negative prompt was given, SDXL's zeros stand for it
+    t5: whether the text encoder that a checkpoint can do without, SD 3's T5, reads it too
     """
 
     text: str
@@ -43,6 +44,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     overflow: Overflow = "chunks"
     clip_skip: int = 0
     given: bool = True
+    t5: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):

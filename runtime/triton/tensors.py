@@ -53,6 +53,7 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "prompt_syntax": TEXT,
     "overflow": TEXT,
     "clip_skip": WHOLE,
+    "t5": Tensor("TYPE_BOOL"),
     "n": WHOLE,
     "seed": WHOLES,
     "size": PAIR,

@@ -59,7 +59,7 @@ def _model(name: str, manifest: Manifest) -> ModelChoice:
     return ModelChoice(
         name=name,
         size=manifest.default_size,
-        multiple=manifest.latents.factor,
+        multiple=manifest.latents.cell,
         image=manifest.find("encoder") is not None,
         sampler=community_name(str(Name(own.name, own.spacing))),
     )
