@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,11 +17,42 @@ from latentrt.engines.bundle.files import Bundle, Check, check_file
 from latentrt.engines.bundle.manifest import EngineRecord, LatentSpec
 from latentrt.engines.find import Choice, choose, find_engines, fits, serving_engines
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
-from latentrt.engines.spec import Engine, EngineKey
+from latentrt.engines.spec import Array, Closing, Engine, EngineKey, EngineSpec, Inputs
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 KEPT_COUNTS = 256  # shapes of which it is kept how many slots they may have: records are read to find that
 _log = logging.getLogger(__name__)
+
+
+class OnDemandEngine(Closing):
+    """An engine that its first call opens, and `close` frees until the next call. Safe to use from many threads.
+
+    opening: opens it; spec: what its record says that it takes and gives
+    """
+
+    def __init__(self, opening: Callable[[], Opened], spec: EngineSpec) -> None:
+        self._opening, self._spec = opening, spec
+        self._opened: Opened | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Return what it takes and gives."""
+        return self._spec
+
+    def __call__(self, inputs: Inputs) -> dict[str, Array]:
+        """Run it. The arrays hold until the next call or `close`. Raises EngineError and BundleError."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = self._opening()
+            return self._opened.engines[self._spec.component](inputs)
+
+    def close(self) -> None:
+        """Free it."""
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
 
 
 class OpenEngines:
@@ -30,6 +63,7 @@ class OpenEngines:
     key, home: of the engines that were opened first: what they are for, their directory and its record
     load_s: how long it took to find, check and open them
     found: the directory to open first; None for the one that suits best
+    on_demand: components that are opened when they are called, and freed by `rest`; nothing is drawn with them in place
     """
 
     def __init__(
@@ -42,37 +76,66 @@ class OpenEngines:
         cuda_graphs: bool | None,
         check: Check,
         found: tuple[Path, EngineRecord] | None = None,
+        on_demand: tuple[str, ...] = (),
     ) -> None:
         start = time.perf_counter()
         self.choice = choice
         self._bundle, self._check = bundle, check
         self._threads, self._cuda_graphs = threads, cuda_graphs
         self.home = directory, record = found or self._find()
-        self._components = components or tuple(record.entries)
+        self._components = tuple(name for name in components or tuple(record.entries) if name not in on_demand)
+        self._on_demand = {
+            name: OnDemandEngine(
+                partial(self._open_adapted, directory, record, (name,), check="size"), record.specs[name]
+            )
+            for name in on_demand
+        }
         self._opened: dict[Path, tuple[EngineRecord, Opened]] = {}
         self._further: list[Opened] = []
         self._opening = threading.RLock()  # what draws, encodes and decodes may miss the same engines at the same time
         self._counts: dict[WorkspaceShape, tuple[int, ...] | None] = {}
         self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
-        self.engines = self._open(directory, record).engines
+        opened = self._open(directory, record)
+        self.engines: MutableMapping[str, Engine] = opened.engines
+        if on_demand:
+            self.engines = ChainMap(opened.engines, dict[str, Engine](self._on_demand))
         self.key: EngineKey = record.key
         self.load_s = time.perf_counter() - start
 
     def _open(self, directory: Path, record: EngineRecord) -> Opened:
         with self._opening:
             if directory not in self._opened:
-                opened = self._open_components(directory, record, self._components)
-                try:
-                    opened.adapt(self._changes or NOTHING)
-                except BaseException:
-                    opened.close()
-                    raise
+                opened = self._open_adapted(directory, record, self._components, check=self._check)
                 self._opened[directory] = (record, opened)
             return self._opened[directory][1]
 
-    def _open_components(self, directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
+    def _open_adapted(
+        self, directory: Path, record: EngineRecord, components: tuple[str, ...], *, check: Check
+    ) -> Opened:
+        """Open components with the weights that all have now."""
+        opened = self._open_components(directory, record, components, check=check)
+        try:
+            opened.adapt(self._changes or NOTHING)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    @property
+    def on_demand(self) -> bool:
+        """Tell whether there are components that are opened when they are called."""
+        return bool(self._on_demand)
+
+    def rest(self) -> None:
+        """Free the components that are opened on demand, until they are called again."""
+        for engine in self._on_demand.values():
+            engine.close()
+
+    def _open_components(
+        self, directory: Path, record: EngineRecord, components: tuple[str, ...], *, check: Check
+    ) -> Opened:
         for name, file in record.files.items():
-            check_file(directory, name, file, check=self._check)
+            check_file(directory, name, file, check=check)
         _log.info("opening %s: %s (%s)", directory, ", ".join(components), self.choice.reason)
         opening = Opening(
             bundle=self._bundle,
@@ -104,6 +167,7 @@ class OpenEngines:
             return True
 
     def _adapt_all(self, changes: Mapping[str, Changes]) -> None:
+        self.rest()
         for _, opened in self._opened.values():
             opened.adapt(changes)
 
@@ -140,7 +204,7 @@ class OpenEngines:
         with self._opening:
             if component not in opened.engines:
                 (found,) = ((path, record) for path, (record, one) in self._opened.items() if one is opened)
-                self._further.append(self._open_components(*found, (component,)))
+                self._further.append(self._open_components(*found, (component,), check=self._check))
                 opened.engines[component] = self._further[-1].engines[component]
 
     def require(self, shape: WorkspaceShape) -> None:
@@ -200,6 +264,7 @@ class OpenEngines:
 
     def close(self) -> None:
         """Close every engine."""
+        self.rest()
         for _, opened in self._opened.values():
             opened.close()
         for opened in self._further:
@@ -218,6 +283,7 @@ def open_engines(
     cuda_graphs: bool | None = None,
     check: Check = "hash",
     build: bool = False,
+    on_demand: tuple[str, ...] = (),
 ) -> OpenEngines:
     """Open the engines of a bundle for this machine, all of them or the named components.
 
@@ -227,6 +293,7 @@ def open_engines(
     cuda_graphs: whether a GPU's kernels are recorded and replayed; None and True: they are
     check: what is compared before a file is opened: its SHA-256, or only its size
     build: build the engines if there are none for this machine; it is logged, and said in the choice's reason
+    on_demand: components that are opened when they are called, and freed by `OpenEngines.rest`
     Raises EngineError and BundleError.
     """
     if build:
@@ -242,4 +309,5 @@ def open_engines(
         threads=threads,
         cuda_graphs=cuda_graphs,
         check=check,
+        on_demand=on_demand,
     )

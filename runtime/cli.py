@@ -58,6 +58,7 @@ def generate(
     device: int,
     threads: int | None,
     build: bool,
+    free_text_encoders: bool,
     embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
@@ -67,7 +68,8 @@ def generate(
 
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
-    with _load(bundle, backend, device=device, threads=threads, build=build, embeddings=embeddings) as pipe:
+    loading = {"device": device, "threads": threads, "build": build, "free_text_encoders": free_text_encoders}
+    with _load(bundle, backend, embeddings=embeddings, **loading) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         with disk_errors(output):
@@ -104,6 +106,7 @@ def animate(
     device: int,
     threads: int | None,
     build: bool,
+    free_text_encoders: bool,
     embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
@@ -126,8 +129,9 @@ def animate(
             report("frames", done, frames)
             yield from result.pixels
 
+    loading = {"device": device, "threads": threads, "build": build, "free_text_encoders": free_text_encoders}
     with (
-        _load(bundle, backend, device=device, threads=threads, build=build, embeddings=embeddings) as pipe,
+        _load(bundle, backend, embeddings=embeddings, **loading) as pipe,
         terminal_report(quiet=as_json) as tell,
     ):
         save_movie(drawn(pipe, tell), output, fps=fps)

@@ -183,4 +183,5 @@ LOADING = (
     on_gpu,
     click.option("--threads", type=click.IntRange(min=1), default=None, help="CPU threads to use."),
     click.option("--build", is_flag=True, help="Build the engines first if there are none for this machine."),
+    click.option("--free-text-encoders", is_flag=True, help="Load them for new prompts alone: less memory, more time."),
 )

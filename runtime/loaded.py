@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from latentrt import __version__
@@ -70,8 +70,15 @@ class Loaded:
 
     def encode(self, job: Job, denoiser: str) -> dict[str, Array]:
         """Return a job's text as a denoiser takes it: rows by name, the prompts' first. Raises NotFiniteError."""
-        rows = self.encoders(*self.prompts(job), denoiser=denoiser)
+        rows = self.read(*self.prompts(job), denoiser=denoiser)
         return {name: finite(array, TEXT, pictures=len(job.prompts)) for name, array in rows.items()}
+
+    def read(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:
+        """Return texts as a denoiser takes them: rows by name, the prompts' first."""
+        try:
+            return self.encoders(prompts, negatives, denoiser=denoiser)
+        finally:
+            self.opened.rest()
 
     def source(self, job: Job) -> BatchSource:
         """Return what a request's own prompts and seeds give. Raises RequestError on what cannot be read."""
@@ -80,7 +87,9 @@ class Loaded:
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
             prompts, negatives = self.prompts(job)
-            in_place = self.encoders.device_inputs(prompts, negatives, denoiser=denoiser) if workspace.queued else None
+            in_place = None
+            if workspace.queued and not self.opened.on_demand:
+                in_place = self.encoders.device_inputs(prompts, negatives, denoiser=denoiser)
             if in_place is not None:
                 encode_rows(workspace, *in_place, slots, parts=2 if negatives else 1)
                 return

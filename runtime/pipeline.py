@@ -63,6 +63,7 @@ class Pipeline:
         warm_up: bool = False,
         check: Check = "hash",
         build: bool = False,
+        free_text_encoders: bool = False,
     ) -> Self:
         """Open a bundle and the engines that were built for this machine.
 
@@ -77,6 +78,8 @@ class Pipeline:
         build: where the bundle holds no engines for this machine, build them first, as `latentrt build` does: beside
             the bundle, or in the user's cache where that is read-only. Later loads find them; the log and every
             result's `reason` tell where they are
+        free_text_encoders: load them for prompts that are not remembered, and free them before anything is drawn: less
+            memory, and their loading time for each such request
         Raises BundleError (files) and EngineError (backend), each with how to fix it: NotInstalledError where a library
         is missing, WrongMachineError where no such GPU answers or the engines are another machine's, OutOfMemoryError,
         DeviceLostError where CUDA was in use before this process was forked
@@ -93,6 +96,7 @@ class Pipeline:
                 cuda_graphs=cuda_graphs,
                 check=check,
                 build=build,
+                on_demand=bundle.manifest.of_role("text_encoder") if free_text_encoders else (),
             )
         try:
             pipe = cls(bundle, opened, reading.result())
@@ -293,7 +297,7 @@ class Pipeline:
         """Draw frames that lie between key frames; give the first `count` of them."""
         start = time.perf_counter()
         prompts, negatives = job.read_keys(keys)
-        texts = {part.denoiser: self.loaded.encoders(prompts, negatives, denoiser=part.denoiser) for part in job.ranges}
+        texts = {part.denoiser: self.loaded.read(prompts, negatives, denoiser=part.denoiser) for part in job.ranges}
         parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:

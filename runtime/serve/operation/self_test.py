@@ -28,6 +28,7 @@ def self_test(pipe: Pipeline, batcher: Batcher) -> None:
                 raise EngineError(
                     f"'{pipe.bundle.root}' is not served: {component} {row.message}; see `latentrt verify`"
                 )
+    opened.rest()
     request = ordinary(pipe.manifest)
     expected = pipe.draw(request).pixels.astype(np.float64)
     (future,) = batcher.submit(request)
