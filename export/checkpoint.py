@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle.files import hash_file
-from latentrt.engines.bundle.manifest import SIZES, Family, LatentSpec, Prediction, TrainingSchedule
+from latentrt.engines.bundle.manifest import SIZES, Family, LatentSpec
+from latentrt.engines.bundle.training import Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnets import add_controlnets, per_level
 from latentrt.export.additions.loras import add_loras

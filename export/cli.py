@@ -13,7 +13,8 @@ from rich.table import Table
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
-from latentrt.engines.bundle.manifest import MANIFEST, Prediction
+from latentrt.engines.bundle.manifest import MANIFEST
+from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.cli import show_bundle, show_for_polygraphy, show_rooflines
 from latentrt.engines.cli_types import Size
 from latentrt.engines.errors import CheckpointError

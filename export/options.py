@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from latentrt.engines.bundle.manifest import Prediction
+from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.file import split_strength
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import SchedulerMixin
 
-from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.spec import Array
 from latentrt.runtime.sampling import schedule as schedules
 from latentrt.runtime.sampling.noise import TorchCpuNoise
@@ -31,7 +31,7 @@ def network(latents: Array, timesteps: Array) -> Array:
 def scheduler_of(kind: type[SchedulerMixin], schedule: TrainingSchedule, **config: Any) -> Any:
     """Return diffusers' scheduler with the configuration that a checkpoint with this schedule has."""
     source = msgspec.to_builtins(schedule) | {"clip_sample": False, "skip_prk_steps": True} | config
-    for ours in ("scheduler", "sampler", "edm"):
+    for ours in ("scheduler", "sampler", "edm", "flow"):
         source.pop(ours)
     if schedule.timestep_spacing is None:
         source.pop("timestep_spacing")  # as the config has it: each class then takes its own default
@@ -70,7 +70,7 @@ def follow(
     """Return the latents after each step of a scheduler whose timesteps are set, or after the last few of them."""
     path = []
     for t in solver.timesteps if timesteps is None else timesteps:
-        seen = solver.scale_model_input(latents, t)
+        seen = solver.scale_model_input(latents, t) if hasattr(solver, "scale_model_input") else latents
         output = torch.from_numpy(network(seen.float().numpy(), np.array([float(t)], dtype=np.float32)))
         accepted = _accepted(solver.step, options)
         latents = solver.step(output, t, latents, **accepted).prev_sample

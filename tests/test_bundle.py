@@ -25,11 +25,11 @@ from latentrt.engines.bundle.manifest import (
     Provenance,
     Role,
     TokenizerSpec,
-    TrainingSchedule,
     manifest_from_json,
     manifest_to_json,
 )
 from latentrt.engines.bundle.parsing import json_schema
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import TensorSpec
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from latentrt.engines.bundle.files import Bundle, write_manifest
-from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.workspace.contract import ALL
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from latentrt.engines.bundle.manifest import Prediction, Spacing, TrainingSchedule
+from latentrt.engines.bundle.training import Prediction, Spacing, TrainingSchedule
 from latentrt.engines.spec import Array
 from latentrt.runtime.draw.denoise import blend
 from latentrt.runtime.sampling.catalogue import SAMPLERS

@@ -13,7 +13,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import MANIFEST, LatentSpec, Prediction
+from latentrt.engines.bundle.manifest import MANIFEST, LatentSpec
+from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array

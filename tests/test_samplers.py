@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from latentrt.engines.bundle.manifest import Prediction, Spacing
+from latentrt.engines.bundle.training import Prediction, Spacing
 from latentrt.runtime.sampling.catalogue import SAMPLERS
 from latentrt.runtime.sampling.make import make_plan
 from tests.sampler_oracle import STABLE_DIFFUSION, difference, reference, replay
@@ -79,7 +79,7 @@ ORACLES = {
     "lcm": Oracle(diffusers.LCMScheduler, most=50),
     "tcd": Oracle(diffusers.TCDScheduler, most=50),
 }
-ELSEWHERE = {"dpmpp_sde", "dpmpp_2s_ancestral", "flow_euler", "flow_heun", "flow_lcm"}  # test_samplers_special.py
+ELSEWHERE = {"dpmpp_sde", "dpmpp_2s_ancestral", "flow_lcm"}  # test_samplers_special.py
 
 # NumPy's advice to diffusers about __array__, and diffusers' about algorithm_type
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

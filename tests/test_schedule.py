@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,7 +74,16 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "use_flow_sigmas": (False, True),
     "flow_shift": (1.0, 3.0),
     "use_dynamic_shifting": (False, True),
-    "time_shift_type": ("exponential",),
+    "time_shift_type": ("exponential", "linear"),
+    "shift": (1.0, 3.0),
+    "base_shift": (0.5, 0.3),
+    "max_shift": (1.15, 0.9),
+    "base_image_seq_len": (256, 128),
+    "max_image_seq_len": (4096, 2048),
+    "invert_sigmas": (False, True),
+    "stochastic_sampling": (False, True),
+    "scale_factors": (None, [0.5, 1.0]),
+    "upscale_mode": ("bicubic", "nearest"),
     "shift_terminal": (None, 0.02),
     "interpolation_type": ("linear", "log_linear"),
     "sigma_min": (None, 0.05),
@@ -149,7 +159,7 @@ def test_every_key_of_a_constructor_stands_in_the_table_with_its_default(name: s
 
 def test_a_class_that_is_not_in_the_table_is_refused_by_name() -> None:
     others = set(CLASSES) - set(SCHEDULERS)
-    assert {"FlowMatchEulerDiscreteScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler"} <= others
+    assert {"FlowMapEulerDiscreteScheduler", "IPNDMScheduler", "CMStochasticIterativeScheduler"} <= others
     for name in others:
         with pytest.raises(CheckpointError, match=name):
             training_schedule({"_class_name": name}, where="scheduler_config.json")
@@ -176,15 +186,26 @@ def configs(name: str) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({"_class_name": st.just(name)}, optional=known)
 
 
+TOKENS = 1024  # a picture of 512 by 512 pixels
+
+
+def moved_by_size(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return how far diffusers' pipelines for flows tell a scheduler to shift: the mu of a picture's size."""
+    if not config.get("use_dynamic_shifting") or "base_shift" not in config:
+        return {}
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    return {"mu": calculate_shift(TOKENS, *(config[name] for name in names))}
+
+
 def diffusers_walk(config: Mapping[str, Any], steps: int) -> list[Array]:
     """Return the latents before the first step and after each, by the scheduler of a config."""
     # without clipping: what an absent key means there is said, not drawn, see the test of notes
     solver = CLASSES[config["_class_name"]].from_config({**config, "clip_sample": False})
-    solver.set_timesteps(steps)
+    solver.set_timesteps(steps, **moved_by_size(solver.config))
     if hasattr(solver, "set_begin_index"):
         solver.set_begin_index(0)
     generator = torch.Generator("cpu").manual_seed(0)
-    latents = torch.randn(SHAPE, generator=generator) * solver.init_noise_sigma
+    latents = torch.randn(SHAPE, generator=generator) * getattr(solver, "init_noise_sigma", 1.0)
     if hasattr(solver, "sigmas"):
         solver.sigmas = solver.sigmas.double()  # its coefficients in full, as ours are
     if hasattr(solver, "noise_sampler"):
@@ -197,7 +218,7 @@ def ties(config: Mapping[str, Any], plan: SamplingPlan, steps: int) -> bool:
     if not (config.get("use_exponential_sigmas") or config.get("use_beta_sigmas")):
         return False
     solver = CLASSES[config["_class_name"]].from_config(dict(config))
-    solver.set_timesteps(steps)
+    solver.set_timesteps(steps, **moved_by_size(solver.config))
     theirs = solver.timesteps.numpy()
     return len(theirs) == plan.stages and 0 < np.abs(theirs - plan.timesteps).max() <= 1
 
@@ -218,7 +239,7 @@ def agrees(config: Mapping[str, Any], steps: int) -> bool:
     if not all(np.isfinite(latents).all() for latents in theirs):
         return True
     try:
-        plan = make_plan(None, schedule, steps=steps)
+        plan = make_plan(None, schedule, steps=steps, tokens=TOKENS)
     except RequestError as error:
         raise AssertionError(f"diffusers walks {config}") from error
     if ties(config, plan, steps):
@@ -270,6 +291,14 @@ REFUSED: Mapping[str, dict[str, Any]] = {
     "trained_betas": {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1, 0.2]},
     "beta_schedule": {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
     "sigma_min": {"_class_name": "EulerDiscreteScheduler", "sigma_min": "low"},
+    "invert_sigmas": {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
+    "scale_factors": {"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]},
+    "prediction_type": {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "epsilon"},
+    "use_beta_sigmas": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "use_karras_sigmas": True,
+        "use_beta_sigmas": True,
+    },
 }
 
 

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import load_graph

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from latentrt.engines.bundle.manifest import Prediction
 from latentrt.engines.bundle.safetensors_header import TensorFile
+from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.families import DENOISER_PREFIX, option_for
 from latentrt.export.sources.diffusers_folder import (

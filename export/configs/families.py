@@ -11,8 +11,9 @@ from typing import Any
 
 import msgspec
 
-from latentrt.engines.bundle.manifest import Family, Prediction, TextSpec
+from latentrt.engines.bundle.manifest import Family, TextSpec
 from latentrt.engines.bundle.safetensors_header import TensorFile
+from latentrt.engines.bundle.training import Prediction
 
 SUPPORTED = "Stable Diffusion 1.x, 2.x or XL"
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from latentrt.engines.bundle.manifest import Family, Prediction
+from latentrt.engines.bundle.manifest import Family
+from latentrt.engines.bundle.training import Prediction
 from latentrt.export.configs.families import FAMILIES
 
 Config = Mapping[str, Any]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import Prediction
 from latentrt.engines.bundle.safetensors_header import TensorFile, weights_format
+from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.errors import CheckpointError
 
 Config = Mapping[str, Any]

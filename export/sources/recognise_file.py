@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from latentrt.engines.bundle.manifest import Family, Prediction
+from latentrt.engines.bundle.manifest import Family
 from latentrt.engines.bundle.safetensors_header import StoredTensor, TensorFile
+from latentrt.engines.bundle.training import Prediction
 from latentrt.export.configs.families import (
     BASES,
     DENOISER_PREFIX,

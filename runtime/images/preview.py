@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import LatentSpec, TrainingSchedule
+from latentrt.engines.bundle.manifest import LatentSpec
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import SamplingPlan

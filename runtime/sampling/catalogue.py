@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from latentrt.engines.bundle.manifest import OwnSampler, TrainingSchedule
+from latentrt.engines.bundle.training import OwnSampler, TrainingSchedule
 from latentrt.engines.errors import RequestError
+from latentrt.runtime.sampling.flows import ALMOST, FLOW, even, full, matched
 from latentrt.runtime.sampling.plan import Stage
 from latentrt.runtime.sampling.schedule import ve_level
-from latentrt.runtime.sampling.sigmas import FLOW, SIGMA, discretize_flow, discretize_sigmas, even_flow, full_flow
+from latentrt.runtime.sampling.sigmas import SIGMA, discretize_sigmas
 from latentrt.runtime.sampling.solvers.dpm import multistep, singlestep
 from latentrt.runtime.sampling.solvers.multistep import deis, sa_solver, unipc
 from latentrt.runtime.sampling.solvers.sigma import (
@@ -23,8 +24,6 @@ from latentrt.runtime.sampling.solvers.sigma import (
     dpmpp_sde,
     euler,
     euler_ancestral,
-    flow_euler,
-    flow_heun,
     flow_lcm,
     heun,
     kdpm2,
@@ -43,7 +42,7 @@ from latentrt.runtime.sampling.timesteps import (
 )
 
 DIFFUSION = ("epsilon", "v_prediction", "sample")
-ANY = DIFFUSION + FLOW
+ANY = (*DIFFUSION, FLOW)
 # tests/test_parity.py::test_samplers_that_diffusers_clips_are_its_own_without_clipping has the figures
 UNCLIPPED = (
     "clips nothing; diffusers' class cuts the predicted latents to -1..1 unless the scheduler's config says "
@@ -93,13 +92,13 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True):
 
 
 CONVENTIONS = frozenset(Convention.__struct_fields__)
-_KDPM = Convention(level=ve_level, extra=False, whole=False, rounds_karras=True)
-_DPM = Convention(truncates_cosine=True, flow=even_flow)
+_KDPM = Convention(level=ve_level, extra=False, whole=False, rounds_karras=True, flow=matched)
+_DPM = Convention(truncates_cosine=True, flow=even, most=1 - ALMOST)
 _DPM_NOISE = Convention(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
-_SINGLE = Convention(fixed_spacing="linspace", flow=even_flow)
+_SINGLE = Convention(fixed_spacing="linspace", flow=even, most=1 - ALMOST)
 _SINGLE_NOISE = Convention(fixed_spacing="linspace", end="lowest")
-_UNIPC = Convention(flow=full_flow)
-_EXPONENTIAL = Convention(end="repeat", flow=even_flow)
+_UNIPC = Convention(flow=full, most=1 - ALMOST)
+_EXPONENTIAL = Convention(end="repeat", flow=even, most=1 - ALMOST)
 
 SAMPLERS: Mapping[str, Sampler] = {
     "ddim": Sampler(
@@ -133,29 +132,54 @@ SAMPLERS: Mapping[str, Sampler] = {
     "pndm": Sampler(
         title="PNDM", discretize=discretize_strided, equations=pndm, spaced=False, measured=False, timed=False
     ),
-    "lms": Sampler(title="LMS", convention=SIGMA, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")),
+    "lms": Sampler(
+        title="LMS", convention=SIGMA, predictions=ANY, equations=lms, aliases=("k_lms", "LMSDiscreteScheduler")
+    ),
     "euler": Sampler(
         title="Euler",
         convention=SIGMA,
+        predictions=ANY,
         equations=euler,
-        aliases=("k_euler", "EulerDiscreteScheduler", "edm_euler", "EDMEulerScheduler"),
+        aliases=(
+            "k_euler",
+            "EulerDiscreteScheduler",
+            "edm_euler",
+            "EDMEulerScheduler",
+            "flow_euler",
+            "FlowMatchEulerDiscreteScheduler",
+        ),
     ),
     "euler_ancestral": Sampler(
         title="Euler a",
         convention=SIGMA,
+        predictions=ANY,
         equations=euler_ancestral,
-        aliases=("euler_a", "k_euler_a", "k_euler_ancestral", "EulerAncestralDiscreteScheduler"),
+        aliases=(
+            "euler_a",
+            "k_euler_a",
+            "k_euler_ancestral",
+            "EulerAncestralDiscreteScheduler",
+            "LTXEulerAncestralRFScheduler",
+        ),
     ),
-    "heun": Sampler(title="Heun", convention=SIGMA, equations=heun, aliases=("k_heun", "HeunDiscreteScheduler")),
+    "heun": Sampler(
+        title="Heun",
+        convention=SIGMA,
+        predictions=ANY,
+        equations=heun,
+        aliases=("k_heun", "HeunDiscreteScheduler", "flow_heun", "FlowMatchHeunDiscreteScheduler"),
+    ),
     "kdpm2": Sampler(
         title="DPM2",
         convention=_KDPM,
+        predictions=ANY,
         equations=kdpm2,
         aliases=("dpm2", "dpm_2", "k_dpm_2", "KDPM2DiscreteScheduler"),
     ),
     "kdpm2_ancestral": Sampler(
         title="DPM2 a",
         convention=_KDPM,
+        predictions=ANY,
         equations=kdpm2_ancestral,
         aliases=("dpm2_a", "dpm_2_ancestral", "k_dpm_2_a", "KDPM2AncestralDiscreteScheduler"),
     ),
@@ -197,6 +221,7 @@ SAMPLERS: Mapping[str, Sampler] = {
     "dpmpp_2s_ancestral": Sampler(
         title="DPM++ 2S a",
         convention=SIGMA,
+        predictions=ANY,
         equations=dpmpp_2s_ancestral,
         aliases=("dpmpp_2s_a", "k_dpmpp_2s_a"),
     ),
@@ -210,6 +235,7 @@ SAMPLERS: Mapping[str, Sampler] = {
         title="DPM++ SDE",
         note="diffusers takes its noise from another generator (torchsde's): as good a picture, and another one",
         convention=SIGMA,
+        predictions=ANY,
         equations=dpmpp_sde,
         aliases=("k_dpmpp_sde", "DPMSolverSDEScheduler"),
     ),
@@ -265,32 +291,12 @@ SAMPLERS: Mapping[str, Sampler] = {
         measured=False,
         eta=0.3,
     ),
-    "flow_euler": Sampler(
-        title="Flow Euler",
-        discretize=discretize_flow,
-        equations=flow_euler,
-        aliases=("FlowMatchEulerDiscreteScheduler",),
-        spaced=False,
-        timed=False,
-        predictions=FLOW,
-    ),
-    "flow_heun": Sampler(
-        title="Flow Heun",
-        discretize=discretize_flow,
-        equations=flow_heun,
-        aliases=("FlowMatchHeunDiscreteScheduler",),
-        spaced=False,
-        timed=False,
-        predictions=FLOW,
-    ),
     "flow_lcm": Sampler(
         title="Flow LCM",
-        discretize=discretize_flow,
+        convention=SIGMA,
+        predictions=(FLOW,),
         equations=flow_lcm,
         aliases=("FlowMatchLCMScheduler",),
-        spaced=False,
-        timed=False,
-        predictions=FLOW,
     ),
 }
 

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.manifest import OwnSampler, Spacing, TrainingSchedule
+from latentrt.engines.bundle.training import OwnSampler, Spacing, TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.sampling.catalogue import SAMPLERS, Name, Sampler, choose_sampler
+from latentrt.runtime.sampling.flows import is_flow, shift_for
 from latentrt.runtime.sampling.plan import SamplingPlan, compile_plan
 from latentrt.runtime.sampling.schedule import CLEAN
-from latentrt.runtime.sampling.sigmas import FLOW
 from latentrt.runtime.sampling.solvers.prediction import edm_units
 from latentrt.runtime.sampling.spacings import SPACINGS
 from latentrt.runtime.sampling.timesteps import Discretization, RequestedSteps
 
 TIMESTEP_SPACINGS: tuple[Spacing, ...] = ("leading", "trailing", "linspace")
+NOT_OF_FLOWS = ("lu", "ays", "ays_sdxl")  # even in a diffusion's lambda, and published for its noise
 
 
 def make_plan(
@@ -30,6 +31,7 @@ def make_plan(
     stop: float = 1.0,
     eta: float | None = None,
     shift: float | None = None,
+    tokens: int | None = None,
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> SamplingPlan:
@@ -41,8 +43,11 @@ def make_plan(
     strength: the share of the steps to take, from the end: less than 1 keeps some of an image; 0 to 1
     stop: the share of the steps after which to stop, leaving noise for another plan to remove; 0 to 1
     eta: the share of fresh noise, where the sampler has that option; 0 to 1
-    shift: how far a flow's steps move towards the noise (3 for Stable Diffusion 3)
-    timesteps: for the model, decreasing; sigmas: noise over picture, decreasing, with the one to end at
+    shift: how far a flow's steps move towards the noise, instead of the checkpoint's own; sigmas and timesteps that are
+        given move only if it is, too
+    tokens: how many patches the picture has, for a flow whose shift depends on that
+    timesteps: for the model, decreasing; sigmas: noise over picture, or a flow's shares of noise, decreasing, with the
+        one to end at
     Raises RequestError when the name is unknown or any of this cannot be done.
     """
     chosen = choose_sampler(sampler, schedule)
@@ -50,8 +55,8 @@ def make_plan(
     name = _name(chosen, spacing)
     line = SAMPLERS[name.sampler].tuned(_solver_options(chosen))
     _check_shares(name, line, schedule, strength=strength, stop=stop, eta=eta)
-    shift = (chosen.shift or 1.0) if shift is None else shift
-    requested = _requested_steps(name, line, schedule, steps=steps, timesteps=timesteps, sigmas=sigmas, shift=shift)
+    requested = _requested_steps(name, line, schedule, steps=steps, timesteps=timesteps, sigmas=sigmas)
+    requested = msgspec.structs.replace(requested, shift=_shift(schedule, requested, shift, tokens))
     options = {} if line.eta is None else {"eta": line.eta if eta is None else eta}
     prediction = "v_prediction" if schedule.edm else schedule.prediction_type
     try:
@@ -82,8 +87,10 @@ def _scheduled(schedule: TrainingSchedule, chosen: OwnSampler, spacing: str | No
         schedule = msgspec.structs.replace(schedule, rescale_betas_zero_snr=chosen.rescale_betas_zero_snr)
     if spacing not in TIMESTEP_SPACINGS:
         return schedule
-    if schedule.edm is not None:
-        raise RequestError(f"spacing: '{spacing}' spaces training timesteps, and this checkpoint has none; use karras")
+    if schedule.edm is not None or is_flow(schedule):
+        raise RequestError(
+            f"spacing: '{spacing}' spaces training timesteps, which this checkpoint's noise has not; use karras"
+        )
     return msgspec.structs.replace(schedule, timestep_spacing=spacing)
 
 
@@ -113,12 +120,12 @@ def _check_shares(
         raise RequestError(
             f"sampler: {name} counts training timesteps, and this checkpoint has none; use euler or dpmpp_2m"
         )
-    if name.spacing is not None and str(schedule.prediction_type) in FLOW:
-        raise RequestError(f"spacing: '{name.spacing}' spaces the noise of a diffusion, not of a flow; use shift")
-    if str(schedule.prediction_type) not in line.predictions:
-        expected = " or ".join(line.predictions)
+    if name.spacing in NOT_OF_FLOWS and is_flow(schedule):
+        raise RequestError(f"spacing: '{name.spacing}' spaces the noise of a diffusion, not of a flow; use karras")
+    if schedule.prediction_type not in line.predictions:
         raise RequestError(
-            f"sampler: {name} needs a model that predicts {expected}; this one predicts {schedule.prediction_type}"
+            f"sampler: {name} does not follow a model that predicts {schedule.prediction_type}; expected one of "
+            + ", ".join(other for other, row in SAMPLERS.items() if schedule.prediction_type in row.predictions)
         )
 
 
@@ -130,11 +137,8 @@ def _requested_steps(
     steps: int | None,
     timesteps: Sequence[float] | None,
     sigmas: Sequence[float] | None,
-    shift: float,
 ) -> RequestedSteps:
     _check_given(name, line, schedule, timesteps=timesteps, sigmas=sigmas)
-    if not 0 < shift < np.inf or (shift != 1 and str(schedule.prediction_type) not in FLOW):
-        raise RequestError(f"shift: found {shift}, expected a positive number, and 1 where the model is not of a flow")
     given = len(timesteps) if timesteps is not None else len(sigmas) - 1 if sigmas is not None else steps
     if given is None:
         raise RequestError("steps: missing, expected a number of steps (or timesteps, or sigmas)")
@@ -147,8 +151,19 @@ def _requested_steps(
         spacing=name.spacing,
         timesteps=None if timesteps is None else tuple(timesteps),
         sigmas=None if sigmas is None else tuple(sigmas),
-        shift=shift,
     )
+
+
+def _shift(
+    schedule: TrainingSchedule, requested: RequestedSteps, shift: float | None, tokens: int | None
+) -> float | None:
+    """Return how far steps move towards the noise: as asked for, else as the checkpoint's own; given ones stay."""
+    if shift is None:
+        given = requested.sigmas is not None or requested.timesteps is not None
+        return None if given or not is_flow(schedule) else shift_for(schedule, tokens)
+    if not 0 < shift < np.inf or (shift != 1 and not is_flow(schedule)):
+        raise RequestError(f"shift: found {shift}, expected a positive number, and 1 where the model is not of a flow")
+    return shift
 
 
 def _check_given(
@@ -165,9 +180,10 @@ def _check_given(
     if len(asked) > 1:
         raise RequestError(f"{asked[0]}: it and `{asked[1]}` each say where to step; give only one")
     if timesteps is not None:
-        if not line.timed or schedule.edm is not None or str(schedule.prediction_type) in FLOW:
+        if not line.timed or schedule.edm is not None:
             raise RequestError(f"timesteps: {name} has its own here")
-        _check_falling("timesteps", timesteps, low=0, high=schedule.num_train_timesteps - 1)
+        most = schedule.num_train_timesteps - (not is_flow(schedule))  # a flow counts from 1, and from noise alone
+        _check_falling("timesteps", timesteps, low=0, high=most)
     if sigmas is not None:
         if not line.measured:
             raise RequestError(f"sigmas: {name} takes whole timesteps; give `timesteps`")

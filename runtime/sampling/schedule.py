@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.spec import Array
 
 # The training schedule of the published SD 1.x checkpoints, as their scheduler's config gives it.

@@ -1,30 +1,26 @@
-"""The discretizations of samplers that count in sigma, the ratio of noise to picture, or in a flow's share of noise."""
+"""The discretizations of samplers that count in sigma, the ratio of noise to picture; `flows` has those of a flow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
-from latentrt.engines.bundle.manifest import EdmRange, TrainingSchedule
+from latentrt.engines.bundle.training import EdmRange, TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.runtime.sampling.flows import discretize_flow, is_flow, matched
 from latentrt.runtime.sampling.schedule import Interval, Level, sigma_to_timestep, spaced, training_sigmas, ve_level
 from latentrt.runtime.sampling.spacings import BY_FORMULA, SPACINGS, Ends
 from latentrt.runtime.sampling.timesteps import Convention, Discretization, RequestedSteps, make_discretization
 
-FLOW = ("flow_prediction",)
-ALMOST = 1e-6  # a solver in lambda cannot start from noise alone, where lambda is infinite
-
-
-SIGMA = Convention(level=ve_level, extra=False, whole=False)
+SIGMA = Convention(level=ve_level, extra=False, whole=False, flow=matched)
 
 
 def discretize_sigmas(schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention) -> Discretization:
     """Return the steps of the samplers that count in sigma: all that came after DDIM and PNDM."""
-    if str(schedule.prediction_type) in FLOW and convention.flow is not None:
-        return discretize_flow_for_solver(schedule, requested, convention, convention.flow)
+    if is_flow(schedule):
+        return discretize_flow(schedule, requested, convention)
     unit = _unit(schedule, convention)
     timesteps, sigmas = (
         _edm_timesteps_and_sigmas(schedule.edm, requested, convention)
@@ -127,52 +123,3 @@ def _timesteps_at(
     if spacing in ("exponential", "beta") or (spacing in ("karras", "lu") and cosine):
         return np.trunc(timesteps)
     return np.round(timesteps)
-
-
-def discretize_flow(schedule: TrainingSchedule, requested: RequestedSteps, _: Convention) -> Discretization:
-    """Return rectified flow's steps: sigma falls evenly from 1, shifted towards noise as in arXiv:2403.03206, eq. 23.
-
-    As in the reference, the ends are shifted first, and what is divided between them is shifted again.
-    """
-    total = schedule.num_train_timesteps
-    high, low = _shifted(np.array([1.0, 1 / total]), requested.shift)
-    sigmas = np.append(_shifted(np.linspace(high, low, requested.steps), requested.shift), 0.0)
-    levels = _flow_levels(sigmas if requested.sigmas is None else np.array(requested.sigmas))
-    timesteps = [level.sigma * total for level in levels[:-1]]
-    return make_discretization(tuple(map(Interval, timesteps, levels, levels[1:])), schedule, requested)
-
-
-def discretize_flow_for_solver(
-    schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention, spacing: Callable[[int, int], Array]
-) -> Discretization:
-    """Return the steps of a flow for a solver that was made for diffusion: whole timesteps, and its own ends."""
-    total = schedule.num_train_timesteps
-    sigmas = _shifted(spacing(requested.steps, total), requested.shift)
-    sigmas[0] = min(sigmas[0], 1 - ALMOST)
-    sigmas = np.append(sigmas, 0.0 if convention.end == "zero" else sigmas[-1])
-    levels = _flow_levels(sigmas if requested.sigmas is None else np.array(requested.sigmas))
-    timesteps = np.trunc(sigmas[:-1] * total) if requested.sigmas is None else [level.sigma * total for level in levels]
-    return make_discretization(
-        tuple(map(Interval, (float(t) for t in timesteps), levels, levels[1:])), schedule, requested
-    )
-
-
-def even_flow(steps: int, total: int) -> Array:
-    """Return sigmas from 1 - 1 / total evenly towards 0, which is left out: (steps,), float64."""
-    # written so because the timesteps are truncated: (1 - 1 / 3) * 1000 must fall on the reference's side of 666
-    return np.flip(1 - np.linspace(1, 1 / total, steps + 1))[:-1].copy()
-
-
-def full_flow(steps: int, total: int) -> Array:
-    """Return sigmas from 1 evenly towards 1 / total, which is left out: (steps,), float64."""
-    return np.linspace(1, 1 / total, steps + 1)[:-1]
-
-
-def _shifted(sigma: Array, shift: float) -> Array:
-    return np.asarray(shift * sigma / (1 + (shift - 1) * sigma), dtype=np.float64)
-
-
-def _flow_levels(sigmas: Array) -> list[Level]:
-    if sigmas.max() > 1:
-        raise RequestError(f"sigmas: found {sigmas.max():g}, expected at most 1: those of a flow are shares of noise")
-    return [Level(1 - float(sigma), float(sigma)) for sigma in sigmas.astype(np.float32)]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.schedule import (
@@ -24,6 +25,7 @@ from latentrt.runtime.sampling.schedule import (
     sigma_to_timestep,
     spaced,
     training_sigmas,
+    ve_level,
     vp_level,
 )
 
@@ -39,7 +41,7 @@ class RequestedSteps(msgspec.Struct, frozen=True, kw_only=True):
     spacing: str | None = None
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
-    shift: float = 1.0  # of a flow's steps, towards the noise
+    shift: float | None = None  # of a flow's steps, towards the noise; None leaves what was given as it is
 
 
 class Convention(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,7 +54,8 @@ class Convention(msgspec.Struct, frozen=True, kw_only=True):
     truncates_cosine: bool = False  # truncate, not round, for Karras sigmas on a cosine schedule
     end: Literal["zero", "lowest", "repeat"] = "zero"  # repeat: with a sigma spacing, the last sigma again
     fixed_spacing: Literal["linspace"] | None = None  # this family ignores the checkpoint's timestep spacing
-    flow: Callable[[int, int], Array] | None = None  # its sigmas of a flow, of (steps, T), before they are shifted
+    flow: Callable[[int, int, float], Array] | None = None  # its sigmas of a flow before they are shifted, see `flows`
+    most: float = 1.0  # the sigma of a flow that it can start from
     sigma_min: float | None = None
     sigma_max: float | None = None
     rho: float = 7.0
@@ -85,10 +88,11 @@ class Discretization(msgspec.Struct, frozen=True, kw_only=True):
 
     intervals: tuple[Interval, ...]
     initial_scale: float  # of the first latents, in units of noise
-    table: Array  # the training sigmas, increasing: (T,), float32
     at: TrainingLevels  # the level at any training timestep
+    timestep_at: Callable[[float], float]  # what the model gets for a sigma between those of the intervals
+    level: Callable[[float], Level]  # the level at that sigma, of samplers that count in it
     stride: int  # T // steps
-    unit: float | None = None  # of the sigmas, where the model gets log(sigma) / 4 instead of a training timestep
+    flow: bool = False  # the model takes latents as they are, not of unit variance
     begin: int = 0
     end: int = 0
 
@@ -105,11 +109,9 @@ class Discretization(msgspec.Struct, frozen=True, kw_only=True):
         ahead = len(self.intervals) - k if len(self.intervals) < few else highest
         return min(highest, known, ahead)
 
-    def timestep_at(self, sigma: float) -> float:
-        """Return what the model gets for a sigma: a timestep with its fraction, or a logarithm."""
-        if self.unit is not None:
-            return math.log(sigma * self.unit) / 4
-        return float(sigma_to_timestep(np.array([sigma]), self.table)[0])
+    def seen(self, x: Array, here: Level) -> Array:
+        """Return latents of samplers that count in sigma as the model takes them."""
+        return x if self.flow else x / here.size
 
     def part(self, begin: int, end: int) -> Discretization:
         """Return the same intervals with another part of them to take; noise to start from has that level's size."""
@@ -180,13 +182,25 @@ def make_discretization(
     initial_scale: float = 1.0,
     unit: float | None = None,
 ) -> Discretization:
-    """Return a discretization that takes all of these intervals."""
+    """Return a discretization that takes all of these intervals.
+
+    unit: of the sigmas, where the model gets log(sigma) / 4 instead of a training timestep
+    """
+    timestep_at = partial(_timestep_in, training_sigmas(schedule)) if unit is None else partial(_logarithm, unit)
     return Discretization(
         intervals=intervals,
         initial_scale=initial_scale,
-        table=training_sigmas(schedule),
         at=training_levels(schedule, final_is_clean=schedule.set_alpha_to_one),
+        timestep_at=timestep_at,
+        level=ve_level,
         stride=schedule.num_train_timesteps // requested.steps,
-        unit=unit,
         end=len(intervals),
     )
+
+
+def _timestep_in(table: Array, sigma: float) -> float:
+    return float(sigma_to_timestep(np.array([sigma]), table)[0])
+
+
+def _logarithm(unit: float, sigma: float) -> float:
+    return math.log(sigma * unit) / 4

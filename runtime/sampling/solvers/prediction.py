@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.manifest import TrainingSchedule
+from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import SamplingPlan
 from latentrt.runtime.sampling.schedule import Level

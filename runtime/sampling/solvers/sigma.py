@@ -1,15 +1,20 @@
-"""Samplers of one evaluation a step that count in sigma, arXiv:2206.00364: latents = picture + sigma * noise."""
+"""Samplers of one evaluation a step that count in sigma, arXiv:2206.00364: latents = picture + sigma * noise.
+
+The same equations hold for a flow's latents, (1 - sigma) * picture + sigma * noise: along both, the latents change with
+sigma by (latents - picture) / sigma.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from latentrt.engines.spec import Array
 from latentrt.runtime.sampling.plan import Stage, basis
-from latentrt.runtime.sampling.schedule import Level, ve_level
+from latentrt.runtime.sampling.schedule import Level
 from latentrt.runtime.sampling.solvers.prediction import denoised, moment_weights
 from latentrt.runtime.sampling.timesteps import Discretization
 
@@ -26,22 +31,31 @@ def euler(grid: Discretization, prediction: str) -> Iterator[Stage]:
     for _, (timestep, here, there) in grid:
         x, m, _ = basis(1)
         step = x + (there.sigma - here.sigma) * slope(x, m, here, prediction)
-        yield Stage(timestep, here, x / here.size, (step,))
+        yield Stage(timestep, here, grid.seen(x, here), (step,))
 
 
 def euler_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield Euler steps that go below the next level and come back to it with fresh noise."""
     for _, (timestep, here, there) in grid:
         x, m, z = basis(1)
-        down, up = ancestral_split(here.sigma, there.sigma)
-        step = x + (down - here.sigma) * slope(x, m, here, prediction) + up * z
-        yield Stage(timestep, here, x / here.size, (step,), draws=True)
+        down, kept, fresh = ancestral_split(here, there, grid.level)
+        step = kept * (x + (down - here.sigma) * slope(x, m, here, prediction)) + fresh * z
+        yield Stage(timestep, here, grid.seen(x, here), (step,), draws=True)
 
 
-def ancestral_split(here: float, there: float) -> tuple[float, float]:
-    """Return (down, up) with down² + up² = there², up the deviation of arXiv:2006.11239, eq. 7."""
-    up = there * math.sqrt(max(here**2 - there**2, 0.0)) / here
-    return math.sqrt(max(there**2 - up**2, 0.0)), up
+class Split(NamedTuple):
+    """A step that goes below the next level and comes back to it: the sigma it goes to, and what then weighs what."""
+
+    down: float
+    kept: float
+    fresh: float
+
+
+def ancestral_split(here: Level, there: Level, down_level: Callable[[float], Level]) -> Split:
+    """Return how to go below a level and back to it by its picture's weight: arXiv:2006.11239, eq. 7, for any level."""
+    down = down_level(there.sigma**2 / here.sigma)
+    kept = there.alpha / down.alpha
+    return Split(down.sigma, kept, math.sqrt(max(there.sigma**2 - (kept * down.sigma) ** 2, 0.0)))
 
 
 def lms(grid: Discretization, prediction: str) -> Iterator[Stage]:
@@ -53,7 +67,7 @@ def lms(grid: Discretization, prediction: str) -> Iterator[Stage]:
         nodes = [grid.intervals[k - i].here.sigma for i in range(order)]
         weights = lagrange_integrals(nodes, there.sigma)
         step = x + np.tensordot(weights, np.stack(slopes), axes=1)
-        yield Stage(timestep, here, x / here.size, (step, slopes[0], *past[: LMS_ORDER - 2]))
+        yield Stage(timestep, here, grid.seen(x, here), (step, slopes[0], *past[: LMS_ORDER - 2]))
 
 
 def lagrange_integrals(nodes: Sequence[float], stop: float) -> Array:
@@ -69,41 +83,41 @@ def heun(grid: Discretization, prediction: str) -> Iterator[Stage]:
         width = there.sigma - here.sigma
         x, _, _, m, _ = basis(3)
         first = slope(x, m, here, prediction)
-        yield Stage(timestep, here, x / here.size, (x + width * first, x, first))
+        yield Stage(timestep, here, grid.seen(x, here), (x + width * first, x, first))
         if there.sigma == 0:
             continue
         x, saved, first, m, _ = basis(3)
         mean = (first + slope(x, m, there, prediction)) / 2
-        yield Stage(grid.intervals[k + 1].timestep, there, x / there.size, (saved + width * mean, saved, first))
+        yield Stage(grid.intervals[k + 1].timestep, there, grid.seen(x, there), (saved + width * mean, saved, first))
 
 
 def kdpm2(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield DPM-Solver-2, arXiv:2206.00927, in sigma: the slope at the middle, in log sigma, makes the step."""
     for _, (timestep, here, there) in grid:
-        middle = ve_level(math.sqrt(here.sigma * there.sigma))
+        middle = grid.level(math.sqrt(here.sigma * there.sigma))
         x, _, m, _ = basis(2)
         half = x + (middle.sigma - here.sigma) * slope(x, m, here, prediction)
-        yield Stage(timestep, here, x / here.size, (half, x))
+        yield Stage(timestep, here, grid.seen(x, here), (half, x))
         if there.sigma == 0:
             continue
         x, saved, m, _ = basis(2)
         step = saved + (there.sigma - here.sigma) * slope(x, m, middle, prediction)
-        yield Stage(grid.timestep_at(middle.sigma), middle, x / middle.size, (step, saved))
+        yield Stage(grid.timestep_at(middle.sigma), middle, grid.seen(x, middle), (step, saved))
 
 
 def kdpm2_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]:
     """Yield kdpm2 steps that go below the next level and come back to it with fresh noise."""
     for _, (timestep, here, there) in grid:
-        down, up = ancestral_split(here.sigma, there.sigma)
-        middle = ve_level(math.sqrt(here.sigma * down))
+        down, kept, fresh = ancestral_split(here, there, grid.level)
+        middle = grid.level(math.sqrt(here.sigma * down))
         x, _, m, _ = basis(2)
         half = x + (middle.sigma - here.sigma) * slope(x, m, here, prediction)
-        yield Stage(timestep, here, x / here.size, (half, x))
+        yield Stage(timestep, here, grid.seen(x, here), (half, x))
         if there.sigma == 0:
             continue
         x, saved, m, z = basis(2)
-        step = saved + (down - here.sigma) * slope(x, m, middle, prediction) + up * z
-        yield Stage(grid.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
+        step = kept * (saved + (down - here.sigma) * slope(x, m, middle, prediction)) + fresh * z
+        yield Stage(grid.timestep_at(middle.sigma), middle, grid.seen(x, middle), (step, saved), draws=True)
 
 
 def dpmpp_2s_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]:
@@ -112,16 +126,16 @@ def dpmpp_2s_ancestral(grid: Discretization, prediction: str) -> Iterator[Stage]
         x, _, m, _ = basis(2)
         picture = denoised(x, m, here, prediction)
         if there.sigma == 0:
-            yield Stage(timestep, here, x / here.size, (picture, x))
+            yield Stage(timestep, here, grid.seen(x, here), (picture, x))
             continue
-        down, up = ancestral_split(here.sigma, there.sigma)
-        middle = ve_level(math.sqrt(here.sigma * down))
+        down, kept, fresh = ancestral_split(here, there, grid.level)
+        middle = grid.level(math.sqrt(here.sigma * down))
         ratio = middle.sigma / here.sigma
-        yield Stage(timestep, here, x / here.size, (ratio * x + (1 - ratio) * picture, x))
+        yield Stage(timestep, here, grid.seen(x, here), (ratio * x + (1 - ratio) * picture, x))
         x, saved, m, z = basis(2)
         ratio = down / here.sigma
-        step = ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction) + up * z
-        yield Stage(grid.timestep_at(middle.sigma), middle, x / middle.size, (step, saved), draws=True)
+        step = kept * (ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction)) + fresh * z
+        yield Stage(grid.timestep_at(middle.sigma), middle, grid.seen(x, middle), (step, saved), draws=True)
 
 
 def dpmpp_sde(grid: Discretization, prediction: str) -> Iterator[Stage]:
@@ -133,39 +147,21 @@ def dpmpp_sde(grid: Discretization, prediction: str) -> Iterator[Stage]:
         x, _, unused, m, z = basis(3)
         picture = denoised(x, m, here, prediction)
         if there.sigma == 0:
-            yield Stage(timestep, here, x / here.size, (picture, x, unused))
+            yield Stage(timestep, here, grid.seen(x, here), (picture, x, unused))
             continue
-        middle = ve_level(math.sqrt(here.sigma * there.sigma))
-        down, up = ancestral_split(here.sigma, middle.sigma)
+        middle = grid.level(math.sqrt(here.sigma * there.sigma))
+        down, kept, fresh = ancestral_split(here, middle, grid.level)
         ratio = down / here.sigma
-        yield Stage(timestep, here, x / here.size, (ratio * x + (1 - ratio) * picture + up * z, x, z), draws=True)
+        step = kept * (ratio * x + (1 - ratio) * picture) + fresh * z
+        yield Stage(timestep, here, grid.seen(x, here), (step, x, z), draws=True)
         x, saved, earlier, m, z = basis(3)
         share = (here.sigma - middle.sigma) / (here.sigma - there.sigma)
         path = math.sqrt(share) * earlier + math.sqrt(1 - share) * z
-        down, up = ancestral_split(here.sigma, there.sigma)
+        down, kept, fresh = ancestral_split(here, there, grid.level)
         ratio = down / here.sigma
-        step = ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction) + up * path
+        step = kept * (ratio * saved + (1 - ratio) * denoised(x, m, middle, prediction)) + fresh * path
         between = grid.timestep_at(middle.sigma)
-        yield Stage(between, middle, x / middle.size, (step, saved, earlier), draws=True)
-
-
-def flow_euler(grid: Discretization, _prediction: str) -> Iterator[Stage]:
-    """Yield straight steps along the velocity."""
-    for _, (timestep, here, there) in grid:
-        x, m, _ = basis(1)
-        yield Stage(timestep, here, x, (x + (there.sigma - here.sigma) * m,))
-
-
-def flow_heun(grid: Discretization, _prediction: str) -> Iterator[Stage]:
-    """Yield steps along the mean of the velocities at both ends; the last step has one evaluation."""
-    for k, (timestep, here, there) in grid:
-        width = there.sigma - here.sigma
-        x, _, _, m, _ = basis(3)
-        yield Stage(timestep, here, x, (x + width * m, x, m))
-        if there.sigma == 0:
-            continue
-        x, saved, first, m, _ = basis(3)
-        yield Stage(grid.intervals[k + 1].timestep, there, x, (saved + width * (first + m) / 2, saved, first))
+        yield Stage(between, middle, grid.seen(x, middle), (step, saved, earlier), draws=True)
 
 
 def flow_lcm(grid: Discretization, _prediction: str) -> Iterator[Stage]:
