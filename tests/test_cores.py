@@ -16,22 +16,22 @@ from tests.test_batcher import Watched
 WAIT_S = 300
 
 
-def test_a_lock_goes_to_whoever_has_waited_longest() -> None:
-    lock, order, waiting = InTurn(), list[int](), list[threading.Thread]()
+def test_turns_are_had_one_at_a_time_in_the_order_in_which_they_were_asked_for() -> None:
+    cores, order, waiting = InTurn(), list[int](), list[threading.Thread]()
+    first, turns = cores(), [cores() for _ in range(5)]
 
     def wait(number: int) -> None:
-        with lock:
+        with turns[number]:
             order.append(number)
 
-    with lock:
-        for number in range(5):
-            waiting.append(threading.Thread(target=wait, args=(number,)))
-            waiting[-1].start()
-            while lock._next < number + 2:  # it has asked for it
-                pass
+    for number in (3, 1, 4, 0, 2):
+        waiting.append(threading.Thread(target=wait, args=(number,)))
+        waiting[-1].start()
+    with first:
+        assert order == []
     for thread in waiting:
         thread.join(WAIT_S)
-    with lock:
+    with cores():
         order.append(5)
     assert order == [0, 1, 2, 3, 4, 5]
 

@@ -15,7 +15,7 @@ import pytest
 
 from latentrt import Batcher, BatcherOptions, Pipeline, Step
 from latentrt.runtime.batching.observer import Event, StageDone, Started
-from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
+from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_share, sharing
 from tests.test_batcher import WAIT_S, answer, asked, together
 
 
@@ -102,9 +102,12 @@ class Played:
         drawn: list[int] = []
         while left:
             waiting = [i for i in left if i not in drawn and self.came[i][0] <= now]
-            waiting.sort(key=lambda i: self.due[i])
-            owed = [[Owed(stages=left[i], rows=2, due=self.due[i]) for i in some] for some in (drawn, waiting)]
-            drawn += waiting[: may_join(*owed, seconds, now=now, most=slots)]
+            running, ready = (
+                [Owed(stages=left[i], rows=2, due=self.due[i], urgency=(self.due[i], i)) for i in some]
+                for some in (drawn, waiting)
+            )
+            places = sharing(running, ready, seconds, now=now, most=slots)
+            drawn = [[*drawn, *waiting][place] for place in places]
             self.most = max(self.most, len(drawn))
             if not drawn:
                 now = min(self.came[i][0] for i in left)
@@ -124,21 +127,21 @@ class Played:
 
 
 def test_short_pictures_do_not_wait_behind_long_ones_in_a_mix() -> None:
-    """4, 20 and 50 steps, 40, 40 and 20 in a hundred, at four fifths of what one at a time could do."""
+    """4, 20 and 50 steps, 40, 40 and 20 in a hundred, at a tenth more than what one at a time could do."""
     chance, at, arrivals = random.Random(1), 0.0, list[tuple[float, int]]()
     for steps in chance.choices((4, 20, 50), (40, 40, 20), k=600):
-        at += chance.expovariate(0.8 / (19.6 * seconds(2)))
+        at += chance.expovariate(1.1 / (19.6 * seconds(2)))
         arrivals.append((at, steps))
     for k in (5, 10):
         found = Played(arrivals, slots=8, k=k)
         assert min(found.kept(steps) for steps in (4, 20, 50)) >= 0.95
-    assert Played(arrivals, slots=1, k=5).kept(4) < 0.7  # which is what is gained
+    assert Played(arrivals, slots=1, k=5).kept(50) < 0.8  # which is what is gained
 
 
 def test_fewer_share_where_promises_are_tighter() -> None:
     def share(k: float) -> int:
         waiting = [Owed(stages=20, rows=2, due=k * 20 * seconds(2))] * 8
-        return may_join([], waiting, seconds, now=0.0, most=8)
+        return may_share(waiting, seconds, now=0.0, most=8)
 
     most = [share(k) for k in (1.01, 2, 3, 4, 10)]
     assert most == sorted(set(most)) and most[0] == 1 and most[-1] == 8

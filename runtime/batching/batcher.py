@@ -248,7 +248,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Return how many pictures wait."""
+        """Return how many pictures wait to begin."""
         return len(self._line.waiting)
 
     @property
@@ -273,5 +273,5 @@ class Batcher:
 
     @property
     def drawing(self) -> int:
-        """Return how many pictures have begun."""
-        return len(self._loop.drawn) + sum(map(len, self._line.parked.values()))
+        """Return how many pictures have begun: those that share stages, and those that are paused."""
+        return len(self._loop.drawn) + self._line.paused

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 from latentrt.engines.errors import NotFiniteError
 from latentrt.engines.spec import Array
@@ -23,21 +23,31 @@ Work = Callable[[Ticket], None]
 
 
 class InTurn:
-    """A lock that goes to whoever has waited for it longest, so that nobody takes it again before others had it."""
+    """Turns that are had one at a time, in the order in which they were asked for: calling it asks for one.
+
+    Whoever asks has to have the turn, and gives it up for the next: `with turns():`.
+    """
 
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._next = self._served = 0
 
-    def __enter__(self) -> None:
+    def __call__(self) -> AbstractContextManager[None]:
+        """Ask for a turn; it begins when all that were asked for before are over."""
         with self._change:
             number, self._next = self._next, self._next + 1
-            self._change.wait_for(lambda: self._served == number)
+        return self._turn(number)
 
-    def __exit__(self, *_: object) -> None:
+    @contextmanager
+    def _turn(self, number: int) -> Iterator[None]:
         with self._change:
-            self._served += 1
-            self._change.notify_all()
+            self._change.wait_for(lambda: self._served == number)
+        try:
+            yield
+        finally:
+            with self._change:
+                self._served += 1
+                self._change.notify_all()
 
 
 class Beside:
@@ -45,8 +55,9 @@ class Beside:
 
     change: is notified when something is done
     failed: is told of the pictures for which something failed, on the thread where it did
-    cores: is held meanwhile. Where engines fill the machine's cores it is a lock that the loop's stages hold too: two
-        networks at once have their threads wait for one another, which takes longer than one after the other
+    cores: gives a turn, which is had meanwhile. Where engines fill the machine's cores the loop's stages have turns
+        too: two networks at once have their threads wait for one another, which takes longer than one after the other.
+        What comes first for its thread asks for its turn at once, and so has it before the next stage
     ended_at: when something was done last, on the clock of time.perf_counter
     """
 
@@ -54,13 +65,18 @@ class Beside:
         self,
         change: threading.Condition,
         failed: Callable[[Ticket, BaseException], None],
-        cores: AbstractContextManager[None],
+        cores: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._change, self._failed, self._cores = change, failed, cores
         self._encoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-encode")
         self._decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt-decode")
-        self.under_way = 0
+        self._works = {self._encoder: 0, self._decoder: 0}
         self.ended_at = time.perf_counter()
+
+    @property
+    def under_way(self) -> int:
+        """Return how much is being done, or to be done."""
+        return sum(self._works.values())
 
     def encode(self, work: Work, ticket: Ticket) -> None:
         """Have something done before a picture's first stage."""
@@ -72,18 +88,19 @@ class Beside:
 
     def _submit(self, pool: ThreadPoolExecutor, work: Work, ticket: Ticket) -> None:
         with self._change:
-            self.under_way += 1
+            turn = None if self._works[pool] else self._cores()
+            self._works[pool] += 1
 
         def run() -> None:
             try:
-                if not ticket.ended:
-                    with self._cores:
+                with turn or self._cores():
+                    if not ticket.ended:
                         work(ticket)
             except BaseException as error:
                 self._failed(ticket, error)
             finally:
                 with self._change:
-                    self.under_way -= 1
+                    self._works[pool] -= 1
                     self.ended_at = time.perf_counter()
                     self._change.notify_all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
@@ -20,7 +20,7 @@ from latentrt.engines.errors import (
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.batching.answers import Answers, over
 from latentrt.runtime.batching.beside import Beside, InTurn, explained, finish, prepare
-from latentrt.runtime.batching.joining import joining, kind_of, rows_now
+from latentrt.runtime.batching.joining import kind_of, next_stage, order_of, rows_now
 from latentrt.runtime.batching.line import Line
 from latentrt.runtime.batching.observer import StageDone, Started, Telling, WeightsChanged
 from latentrt.runtime.batching.shared_loop import SharedLoop
@@ -49,7 +49,7 @@ class DrawingLoop:
         self.lost: DeviceLostError | None = None
         self._stage_at: float | None = None  # when a stage was finished last, None while it is idle
         self._loaded, self._tell, self._slots = loaded, tell, slots
-        self._cores: AbstractContextManager[None] = InTurn() if loaded.opened.fills_cores else nullcontext()
+        self._cores: Callable[[], AbstractContextManager[None]] = InTurn() if loaded.opened.fills_cores else nullcontext
         self._beside = Beside(self.line.change, self._end, self._cores)
         self._group: Group | None = None
         self._batch: SharedLoop | None = None
@@ -158,14 +158,13 @@ class DrawingLoop:
 
     def _switch(self, group: Group) -> None:
         """Let another group draw, with its weights: what is under way with others ends first."""
-        if self._batch is not None and self._group is not None and (parked := self._batch.park()):
-            self.line.park(self._group, parked)
+        if self._batch is not None:
+            self.line.add(*self._batch.park())
         weights = None if self._group is None else self._group.weights
         self._group, self._batch = None, None  # nobody draws before the weights are known to be the group's
         if weights != group.weights and not self._change_weights(group):
             return
         self._group, self._batch = group, self._shared_loop(group)
-        self._take(self._batch, self.line.parked.get(group, []))
 
     def _change_weights(self, group: Group) -> bool:
         """Change the weights to a group's; where that fails, end all that need them and return False."""
@@ -210,25 +209,32 @@ class DrawingLoop:
         if self._group is None:
             return
         group = self._group
-        own = [one for one in self.line.waiting if one.group.weights == group.weights]
-        for ticket in sorted(own, key=lambda ticket: (ticket.group != group, ticket.urgency))[: 2 * self._slots]:
+        own = [one for one in self.line.tickets if not paused(one) and one.group.weights == group.weights]
+        if all(ticket.preparing for ticket in own):
+            return
+        own.sort(key=lambda ticket: (ticket.group != group, order_of(ticket, self.times)))
+        for ticket in own[: 2 * self._slots]:
             if not ticket.preparing:
                 ticket.preparing = True
                 self._beside.encode(partial(prepare, self._loaded), ticket)
 
     def _join(self) -> None:
-        """Let those join that are prepared, as far as promises allow."""
+        """Have those share the next stage that promises allow: some join, and some may have to make way for them."""
         if self._batch is None or self._group is None:
             return
-        most = min(self._most_of(self._group), self._batch.capacity)
-        ready = joining(self._batch.tickets, self.line.of(self._group), self.times, most=most)
-        now = time.perf_counter()
-        for ticket in ready:
+        most, drawn = min(self._most_of(self._group), self._batch.capacity), self.drawn
+        chosen = next_stage(drawn, self.line.of(self._group), self.times, most=most)
+        for ticket in drawn:
+            if ticket not in chosen:
+                self._batch.leave(ticket, keep=True)
+                self.line.add(ticket)
+        joining, now = [one for one in chosen if one not in drawn], time.perf_counter()
+        for ticket in joining:
             if ticket.began is None:
                 ticket.began = now
                 self._tell(Started(picture=ticket.number, wait_s=now - ticket.limits.began))
-        if ready or self._batch.loose:
-            self._take(self._batch, ready)
+        if joining or self._batch.loose:
+            self._take(self._batch, joining)
 
     def _take(self, batch: SharedLoop, tickets: Sequence[Ticket]) -> None:
         """Have pictures of the line share stages from the next one on."""
@@ -242,7 +248,7 @@ class DrawingLoop:
 
     def _advance(self, batch: SharedLoop) -> None:
         kind, rows = kind_of(batch.tickets), sum(rows_now(ticket) for ticket in batch.tickets)
-        with self._cores:
+        with self._cores():
             seconds = batch.advance()
         self.times.note(kind, rows, seconds)
         self._turns.charge(seconds)
@@ -329,6 +335,11 @@ class DrawingLoop:
         for ticket in [*dropped, *self.line.tickets]:
             self.line.remove(ticket)
             self.answers.fail(ticket, error)
+
+
+def paused(ticket: Ticket) -> bool:
+    """Tell whether a picture of the line has begun, and can go on as it is."""
+    return ticket.began is not None and ticket.picture is not None
 
 
 def _shape(group: Group, slots: int) -> WorkspaceShape:

@@ -1,11 +1,12 @@
-"""Which pictures may join those that share stages: by what stages take as measured, and what was promised."""
+"""Which pictures share the next stage: by what stages take as measured, and what was promised."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 
-from latentrt.runtime.batching.stage_times import Owed, StageTimes, may_join
+from latentrt.runtime.batching.stage_times import Owed, StageTimes, rank, sharing
 from latentrt.runtime.batching.ticket import Ticket
 
 Kind = tuple[str, tuple[int, int], int, tuple[str, ...]]
@@ -46,25 +47,35 @@ def own_seconds(ticket: Ticket, times: StageTimes) -> float | None:
 
 def owed(ticket: Ticket, times: StageTimes) -> Owed:
     """Return what is left to do for a picture."""
-    after = times.estimate("decode", 1) or 0.0
-    return Owed(stages=ticket.stages_left, rows=rows_of(ticket), after_s=after, due=ticket.due)
-
-
-def joining(drawn: Sequence[Ticket], ready: Sequence[Ticket], times: StageTimes, *, most: int) -> Sequence[Ticket]:
-    """Return those that join the ones that are drawn, of one group all.
-
-    ready: in the order in which they should; most: pictures in all
-    """
-    if not ready or any(ticket.alone for ticket in drawn):
-        return ()
-    if ready[0].alone:
-        return () if drawn else ready[:1]
-    sociable = next((place for place, ticket in enumerate(ready) if ticket.alone), len(ready))
-    count = may_join(
-        [owed(ticket, times) for ticket in drawn],
-        [owed(ticket, times) for ticket in ready[:sociable]],
-        lambda rows: seconds_of([*drawn, *ready], times, rows) or 0.0,
-        now=time.perf_counter(),
-        most=most,
+    return Owed(
+        stages=ticket.stages_left,
+        rows=rows_of(ticket),
+        after_s=times.estimate("decode", 1) or 0.0,
+        due=ticket.due,
+        urgency=ticket.urgency,
+        begun=ticket.began is not None,
+        alone=ticket.alone,
     )
-    return ready[:count]
+
+
+def order_of(ticket: Ticket, times: StageTimes) -> tuple[int, tuple[float, int]]:
+    """Return what puts those that wait in the order in which they may begin."""
+    alone_s = seconds_of([ticket], times, rows_of(ticket)) or 0.0
+    return rank(owed(ticket, times), alone_s, now=time.perf_counter())
+
+
+def next_stage(drawn: Sequence[Ticket], ready: Sequence[Ticket], times: StageTimes, *, most: int) -> list[Ticket]:
+    """Return those that share the next stage, of the ones that are drawn and the ones that are ready, of one group all.
+
+    most: pictures in all
+    """
+    if not ready:
+        return list(drawn)
+    tickets = [*drawn, *ready]
+
+    @cache
+    def seconds(rows: int) -> float:
+        return seconds_of(tickets, times, rows) or 0.0
+
+    running, waiting = ([owed(ticket, times) for ticket in some] for some in (drawn, ready))
+    return [tickets[place] for place in sharing(running, waiting, seconds, now=time.perf_counter(), most=most)]

@@ -84,7 +84,7 @@ class SharedLoop:
         """
         assert self._workspace is not None and self._loop is not None
         events = self._events
-        if not events:
+        if not events or not self._workspace.queued:  # what lies between two stages is no part of them
             events.append(self._workspace.event())
         self._loop.advance()
         events.append(self._workspace.event())

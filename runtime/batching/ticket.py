@@ -12,13 +12,12 @@ from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import STATE_ROWS
 from latentrt.runtime.batching.observer import When
+from latentrt.runtime.batching.stage_times import PATIENCE_S
 from latentrt.runtime.calls import Limits
 from latentrt.runtime.draw.denoise import Batch
 from latentrt.runtime.draw.job import DenoiserRange, Job
 from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
-
-PATIENCE_S = 60.0  # after which a picture without a promise comes before promises that are made now
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

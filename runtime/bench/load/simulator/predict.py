@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -137,7 +138,10 @@ def _parts(result: Result) -> float:
 
 
 def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: Times, numbers: Iterator[int]) -> Times:
-    """Find what a batcher takes between stages, and what is shared, by bursts and batches of the pipeline in turn."""
+    """Find what a batcher takes between stages, and what is shared, by bursts and batches of the pipeline in turn.
+
+    Where stages, encodings and decodings take turns at the cores, what is shared is known.
+    """
     from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
     from latentrt.runtime.batching.observer import Event, StageDone
 
@@ -157,6 +161,9 @@ def _time_batcher(pipe: Pipeline, items: Sequence[Item], served: Served, times: 
             asked = [batcher.submit(request_of([item], [next(numbers)])) for item in burst]
             for (future,) in asked:
                 future.result()
+    if pipe.loaded.opened.fills_cores:
+        between_s = between_stages(stages, below=times.encode_s[0][1])
+        return msgspec.structs.replace(times, between_s=between_s, shared=None)
     beside_s = BURSTS * len(burst) * (times.encode_s[0][1] + times.decode_s[0][1])
     shared = shared_part(stages, _median(alone[1:], _stage), options.most, beside_s)
     return msgspec.structs.replace(times, between_s=between_stages(stages), shared=shared)
@@ -170,9 +177,13 @@ class Stage(NamedTuple):
     seconds: float
 
 
-def between_stages(stages: Sequence[Stage]) -> float:
-    """Return the median seconds from the end of a stage to the beginning of the next."""
-    return max(0.0, float(np.median([later.at - later.seconds - one.at for one, later in itertools.pairwise(stages)])))
+def between_stages(stages: Sequence[Stage], *, below: float = math.inf) -> float:
+    """Return the median seconds from the end of a stage to the beginning of the next.
+
+    below: longer ones are left out, if there are others: something else had its turn at the cores then
+    """
+    gaps = [later.at - later.seconds - one.at for one, later in itertools.pairwise(stages)]
+    return max(0.0, float(np.median([gap for gap in gaps if gap < below] or gaps)))
 
 
 def shared_part(stages: Sequence[Stage], alone_s: float, most: int, beside_s: float) -> float:
