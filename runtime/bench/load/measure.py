@@ -27,7 +27,7 @@ from latentrt.runtime.bench.machine import Watch, describe_machine, now
 if TYPE_CHECKING:
     from latentrt.runtime.pipeline import Pipeline
 
-ALONE_DRAWS = 7  # of each kind, of which the median counts
+ALONE_DRAWS = 7  # of each kind, of which the median counts, after one that does not
 GUESS = 0.6  # of what one at a time could do: where the first search begins
 RUN_S = 120.0  # beside its own length: what is not answered by then is not in time
 WARM = 10**6  # numbers of requests that warm up begin here: their prompts are no others'
@@ -101,9 +101,12 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 def bundle_target(pipe: Pipeline, asked: Asked) -> Iterator[Target]:
     """Measure a bundle in this process, in the ways that are asked for."""
     options = Options(most=asked.most, waiting=asked.waiting, slo=asked.multiple)
-    found = {kind: alone_s(pipe, item) for kind, item in one_of_each(asked).items()}
-    alone = {kind: seconds for kind, (seconds, _) in found.items()}
-    stages = {kind: count for kind, (_, count) in found.items()}
+    stages = dict[Kind, int]()
+
+    def draw(number: int, item: Item) -> None:
+        stages[item.kind] = len(pipe.draw(request_of([item], [number])).step_seconds)
+
+    alone = alone_s(draw, one_of_each(asked))
     served = Served(stages=stages, alone=alone, options=options)
     yield Target(
         name=pipe.bundle.root.name,
@@ -119,14 +122,7 @@ def bundle_target(pipe: Pipeline, asked: Asked) -> Iterator[Target]:
 def server_target(url: str, key: str | None, asked: Asked) -> Iterator[Target]:
     """Measure a server, which others may ask too. Raises RequestError where none answers, or nothing is drawn."""
     with server(url, key) as submit:
-        alone = {}
-        for kind, item in one_of_each(asked).items():
-            seconds = []
-            for draw in range(ALONE_DRAWS + 1):
-                start = time.perf_counter()
-                submit(WARM + draw, item).result()
-                seconds.append(time.perf_counter() - start)
-            alone[kind] = float(np.median(seconds[1:]))
+        alone = alone_s(lambda number, item: submit(number, item).result(), one_of_each(asked))
     yield Target(name=url, ways={"server": partial(server, url, key)}, alone=alone, skips_idle=False)
 
 
@@ -135,14 +131,19 @@ def one_of_each(asked: Asked) -> dict[Kind, Item]:
     return {item.kind: item for item in asked.items(asked.first_seed)}
 
 
-def alone_s(pipe: Pipeline, item: Item) -> tuple[float, int]:
-    """Return the median seconds of a request that has the pipeline for itself, and its stages."""
-    seconds, stages = [], 0
-    for draw in range(ALONE_DRAWS + 1):
-        start = time.perf_counter()
-        stages = len(pipe.draw(request_of([item], [WARM + draw])).step_seconds)
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[1:])), stages
+def alone_s(draw: Callable[[int, Item], object], items: Mapping[Kind, Item]) -> dict[Kind, float]:
+    """Return the median seconds of a request of each kind that is drawn by itself. draw: one, of a number
+
+    In turn, so that what is slow at first, or for a second, is no kind's alone.
+    """
+    rounds: list[dict[Kind, float]] = []
+    for number in range(WARM, WARM + ALONE_DRAWS + 1):
+        rounds.append({})
+        for kind, item in items.items():
+            start = time.perf_counter()
+            draw(number, item)
+            rounds[-1][kind] = time.perf_counter() - start
+    return {kind: float(np.median([one[kind] for one in rounds[1:]])) for kind in items}
 
 
 def run_load(asked: Asked, target: Target, *, command: str, progress: Progress) -> Report:
