@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Checkpoint:
     dimensions: the sizes that the tables of shapes refer to by name
     normalising: what normalised latents add to the VAE's halves, by component
     refiner: the checkpoint whose UNet becomes the component `refiner`
+    texts: tokens of real prompts, by the text encoder that is shown them
     """
 
     name: str
@@ -69,6 +70,7 @@ class Checkpoint:
     dimensions: Mapping[str, int]
     normalising: Mapping[str, Affine]
     refiner: Checkpoint | None = None
+    texts: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def zero_negative(self) -> bool:

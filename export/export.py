@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -43,12 +42,9 @@ from latentrt.export.networks.components import COMPONENTS, DENOISER, REFINER, p
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
-from latentrt.export.sources.tokenizer import read_tokenizer, token_dimensions, write_tokenizer
+from latentrt.export.sources.tokenizer import Vocabulary, read_vocabulary
 from latentrt.export.work.jobs import MARKERS, ExportJob, Finished, read_marker
 from latentrt.export.work.worker import start_worker
-
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizerFast
 
 # The CPU computes in float32 whatever the weights are, so float16 would only cost accuracy there; a GPU's matrix
 # units want float16, which also halves memory.
@@ -135,7 +131,7 @@ def export_checkpoint(
     )
 
 
-def _tokenizers(checkpoint: Checkpoint) -> dict[str, CLIPTokenizerFast]:
+def _tokenizers(checkpoint: Checkpoint) -> dict[str, Vocabulary]:
     """Read every tokenizer, for a text encoder that has a vector for each of its words. Raises CheckpointError."""
     rows = {
         TOKENIZERS[name]: checkpoint.configs[name].get("vocab_size", 49408)
@@ -144,15 +140,18 @@ def _tokenizers(checkpoint: Checkpoint) -> dict[str, CLIPTokenizerFast]:
     }
     special = checkpoint.special_tokens
     return {
-        name: read_tokenizer(folder, rows=rows.get(name), special=special.get(name))
+        name: read_vocabulary(name, folder, rows=rows.get(name), special=special.get(name))
         for name, folder in checkpoint.tokenizers.items()
     }
 
 
-def _with_tokens(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast]) -> Checkpoint:
-    """Return a checkpoint whose dimensions name the tokens that a text begins and ends with."""
-    tokens = token_dimensions(next(iter(tokenizers.values())))
-    return dataclasses.replace(checkpoint, dimensions={**checkpoint.dimensions, **tokens})
+def _with_tokens(checkpoint: Checkpoint, tokenizers: Mapping[str, Vocabulary]) -> Checkpoint:
+    """Return a checkpoint whose dimensions name the tokens that a text begins and ends with, and with its texts."""
+    dimensions = dict(checkpoint.dimensions)
+    for tokenizer in reversed([*tokenizers.values()]):  # the first one's tokens are those that count
+        dimensions |= tokenizer.dimensions()
+    named = {encoder: tokenizers[name].texts() for encoder, name in TOKENIZERS.items() if name in tokenizers}
+    return dataclasses.replace(checkpoint, dimensions=dimensions, texts=named)
 
 
 def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
@@ -248,6 +247,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         scaling_factor=checkpoint.latents.scaling_factor,
         affine=checkpoint.normalising.get(component),
         shared=shared,
+        texts=checkpoint.texts.get(component, ()),
     )
 
 
@@ -265,11 +265,11 @@ def _manifest(
     provenance: Provenance,
     finished: Mapping[str, Finished],
     preview: PreviewFit,
-    tokenizers: Mapping[str, CLIPTokenizerFast],
+    tokenizers: Mapping[str, Vocabulary],
 ) -> Manifest:
     """Write the files that are not graphs, and describe the bundle."""
     with disk_errors(staged):
-        specs = {name: write_tokenizer(one, staged, f"{name}/tokenizer.json") for name, one in tokenizers.items()}
+        specs = {name: one.write(staged, f"{name}/tokenizer.json") for name, one in tokenizers.items()}
         extras = write_configs(checkpoint, tokenizers, staged / "onnx")
     files = {name: record for component in finished.values() for name, record in component.files.items()}
     others = (*(spec.file for spec in specs.values()), *(path.relative_to(staged).as_posix() for path in extras))

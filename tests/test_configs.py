@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError
@@ -20,10 +20,12 @@ from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.configs.defaults import KEYS, UNUSED, complete
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
+from latentrt.export.sources.diffusers_folder import read_config
 from latentrt.export.sources.parts import Part
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_tiny_decoder import save_tiny_vae
 from tests.tiny import save_adapter, save_controlnet, save_tiny
+from tests.tiny_t5 import save_t5
 
 CLASSES: dict[Part, Any] = {
     "unet": diffusers.UNet2DConditionModel,
@@ -41,7 +43,9 @@ def alike(value: Any) -> Any:
 
 @pytest.mark.parametrize("part", KEYS)
 def test_defaults_are_those_of_the_signatures(part: Part) -> None:
-    if part in CLASSES:
+    if part == "text_encoder_3":
+        defaults = vars(T5Config())
+    elif part in CLASSES:
         defaults = {key: row.default for key, row in inspect.signature(CLASSES[part].__init__).parameters.items()}
     else:
         defaults = vars(CLIPTextConfig())
@@ -68,12 +72,16 @@ def folders(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "controlnet": save_controlnet(root / "controlnet", family="sdxl"),
         "adapter": save_adapter(root / "adapter", family="sdxl"),
         "tiny_vae": save_tiny_vae(root / "tiny_vae"),
+        "text_encoder_3": save_t5(root / "t5"),
     }
 
 
 def use(part: Part, config: dict[str, Any]) -> None:
     """Make a network of a config with the library that owns it, and let it compute what pipelines let it compute."""
     texts = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    if part == "text_encoder_3":
+        T5EncoderModel(T5Config(**config))(torch.tensor([[1, 2, 3]]))
+        return
     if part in texts:
         known = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
         texts[part](CLIPTextConfig(**known))(torch.tensor([[1, 2, 3]]))
@@ -90,6 +98,9 @@ def use(part: Part, config: dict[str, Any]) -> None:
 
 def opened(part: Part, checkpoint: Path, network: Path) -> None:
     """Open a checkpoint with a network that is not its own, or with its own."""
+    if part == "text_encoder_3":  # the checkpoint is of a family without it
+        read_config(part, network)
+        return
     if part == "controlnet":
         options = CheckpointOptions(controlnets=(ControlNetOption(name="a", path=str(network)),))
     elif part == "adapter":

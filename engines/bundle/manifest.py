@@ -95,11 +95,15 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
 
 
 class TokenizerSpec(Document, frozen=True, kw_only=True):
-    """One text encoder's tokenizer. `max_length` counts the begin and end tokens."""
+    """One text encoder's tokenizer.
+
+    max_length: of its longest row, with the begin and end tokens
+    begin_id: None where rows have no begin
+    """
 
     file: str
     max_length: int
-    begin_id: int
+    begin_id: int | None
     end_id: int
     pad_id: int
 

@@ -82,6 +82,7 @@ _CLIP = {
     "hidden_act": Key("quick_gelu", TEXT),
     "eos_token_id": Key(49407, ID),
 }
+_T5 = {"vocab_size": Key(32128, COUNT), "d_model": Key(512, COUNT)}
 _UNET = {
     "in_channels": Key(4, COUNT),
     "block_out_channels": _LEVELS,
@@ -94,6 +95,7 @@ _UNET = {
 KEYS: Mapping[Part, Mapping[str, Key]] = {
     "text_encoder": _CLIP,
     "text_encoder_2": {**_CLIP, "projection_dim": Key(512, COUNT)},
+    "text_encoder_3": _T5,
     "unet": {
         **_UNET,
         "sample_size": _optional(SIZE),

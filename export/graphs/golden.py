@@ -30,20 +30,36 @@ def make_inputs(
     *,
     precision: Precision,
     scaling_factor: float,
+    texts: Sequence[Sequence[int]] = (),
 ) -> Arrays:
-    """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments."""
+    """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments.
+
+    texts: tokens of real prompts, each with its end, for a network that is shown those
+    """
     generator = np.random.default_rng([0, place_of(component.name), which != "traced"])
     sizes = {**dimensions, **component.sizes(which, dimensions)}
     made = {}
     for tensor in component.takes(dimensions):
         spec = tensor.spec(dimensions, precision)
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in tensor.shape)
-        values = _draw(tensor, shape, generator, dimensions, scaling_factor)
+        if tensor.values == "text":
+            values = _pad_texts(texts, shape, pad=dimensions["text_padding"])
+        else:
+            values = _draw(tensor, shape, generator, dimensions, scaling_factor)
         # Rounded to float16 in both precisions: then a float16 engine and the float32 checkpoint see the same input.
         if tensor.dtype is None:
             values = values.astype(np.float16)
         made[tensor.name] = values.astype(spec.dtype)
     return made
+
+
+def _pad_texts(texts: Sequence[Sequence[int]], shape: Sequence[int], *, pad: int) -> Array:
+    """Return rows of tokens: a text that is too long loses what stands before its end."""
+    rows = np.full(shape, pad)
+    for row, ids in zip(rows, texts, strict=False):
+        fitting = [*ids[:-1][: shape[1] - 1], ids[-1]]
+        row[: len(fitting)] = fitting
+    return rows
 
 
 def _draw(

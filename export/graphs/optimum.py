@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,10 @@ from latentrt.export.graphs.normalised_latents import Affine, normalise_graph, w
 from latentrt.export.graphs.run import open_session, run_session
 from latentrt.export.networks.components import Case, Component, input_specs, output_specs
 from latentrt.export.sources.parts import TEXT_ENCODERS
-from latentrt.export.sources.tokenizer import write_clip_files
+from latentrt.export.sources.tokenizer import UNIGRAM, Vocabulary
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
-    from transformers import CLIPTokenizerFast
 
 CASES: tuple[Case, ...] = ("traced", "checked")
 
@@ -42,10 +41,12 @@ def adopt_graph(
     precision: Precision,
     scaling_factor: float,
     affine: Affine | None = None,
+    texts: Sequence[Sequence[int]] = (),
 ) -> list[Path]:
     """Copy a graph that was exported already and record its golden pair with ONNX Runtime.
 
     affine: what normalised latents add to half a VAE, which such a graph does not hold
+    texts: as in `make_inputs`
     Returns the files, the graph first. Raises CheckpointError if names, dtypes or shapes are not those of the
     table.
     """
@@ -62,7 +63,8 @@ def adopt_graph(
     session = _open(source, graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
     traced, checked = (
-        make_inputs(component, dimensions, which, precision=precision, scaling_factor=scaling_factor) for which in CASES
+        make_inputs(component, dimensions, which, precision=precision, scaling_factor=scaling_factor, texts=texts)
+        for which in CASES
     )
     outputs = run_session(session, traced)
     run_session(session, checked)
@@ -200,7 +202,7 @@ def _skip_first_reshape(graph: GraphProto) -> None:
         graph.node.remove(node)
 
 
-def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizerFast], folder: Path) -> list[Path]:
+def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, Vocabulary], folder: Path) -> list[Path]:
     """Write what optimum's pipelines read beside the graphs. Returns the files."""
     graphs = {name: without_normalising(checkpoint.configs[name]) for name in checkpoint.normalising}
     documents = {f"{name}/config.json": dict(config) for name, config in {**checkpoint.configs, **graphs}.items()}
@@ -212,7 +214,7 @@ def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizer
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     for name, tokenizer in tokenizers.items():
         shutil.rmtree(folder / name, ignore_errors=True)
-        write_clip_files(tokenizer, folder / name)
+        tokenizer.write_files(folder / name)
     vocabularies = [path for name in tokenizers for path in sorted((folder / name).iterdir())]
     return [*(folder / name for name in documents), *vocabularies]
 
@@ -220,7 +222,8 @@ def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, CLIPTokenizer
 def _index(checkpoint: Checkpoint) -> dict[str, Any]:
     module = "optimum.onnxruntime.modeling_diffusion"
     texts = {name: [module, "ORTTextEncoder"] for name in TEXT_ENCODERS if name in checkpoint.networks}
-    vocabularies = {name: ["transformers", "CLIPTokenizer"] for name in checkpoint.tokenizers}
+    kinds = dict.fromkeys(UNIGRAM, "T5TokenizerFast")
+    vocabularies = {name: ["transformers", kinds.get(name, "CLIPTokenizer")] for name in checkpoint.tokenizers}
     return {
         "_class_name": FAMILIES[checkpoint.family].pipeline,
         "_diffusers_version": checkpoint.index.get("_diffusers_version", "0.36.0"),

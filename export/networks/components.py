@@ -21,7 +21,7 @@ from latentrt.engines.tensor_names import (
     residual_names,
 )
 
-Values = Literal["tokens", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
+Values = Literal["tokens", "text", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
 """What golden inputs of a tensor look like; see golden.py."""
 
 Case = Literal["traced", "checked", "odd"]
@@ -256,8 +256,22 @@ _NETWORKS: Mapping[str, Component] = {
 }
 
 
+# T5 reads a row of any length, and all of it: padding too.
+_T5 = Component(
+    name="text_encoder_3",
+    role="text_encoder",
+    inputs=(Tensor(name="input_ids", shape=("batch", "text_tokens"), dtype="int64", values="text"),),
+    outputs=(Tensor(name="last_hidden_state", shape=("batch", "text_tokens", "text_width_3")),),
+    traced={"batch": 2, "text_tokens": 77},
+    checked={"batch": 4, "text_tokens": 256},
+    units={},
+)
 # The last: golden inputs are drawn by a component's place, and stay what they were.
-COMPONENTS: Mapping[str, Component] = {**_NETWORKS, REFINER: replace(_NETWORKS[DENOISER], name=REFINER)}
+COMPONENTS: Mapping[str, Component] = {
+    **_NETWORKS,
+    REFINER: replace(_NETWORKS[DENOISER], name=REFINER),
+    _T5.name: _T5,
+}
 
 
 def place_of(row: str) -> int:

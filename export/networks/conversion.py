@@ -33,6 +33,7 @@ SHARD_BYTES = 1 << 28  # what is held in memory at once, and once more while it 
 STEMS: Mapping[Part, str] = {
     "text_encoder": "model",
     "text_encoder_2": "model",
+    "text_encoder_3": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model",

@@ -295,6 +295,8 @@ def load(
     from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, T2IAdapter, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    from latentrt.export.networks.t5 import T5TextEncoder, T5Weights
+
     files = find_weights(folder)
     dtype = dtype or stored_dtype(files)
     named = {"ignore_mismatched_sizes": True}  # transformers' error names none; those it reports are refused below
@@ -305,6 +307,7 @@ def load(
             partial(ProjectedTextEncoder, normed=normed),
             {"dtype": dtype, **named},
         ),
+        "text_encoder_3": (T5Weights, T5TextEncoder, {"dtype": dtype, **named}),
         "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": dtype}),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),

@@ -13,16 +13,21 @@ if TYPE_CHECKING:
 
 Source = Literal["torch", "onnx"]
 Layout = Literal["diffusers", "original"]
-Part = Literal["text_encoder", "text_encoder_2", "unet", "vae", "controlnet", "adapter", "tiny_vae"]
+Part = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae", "controlnet", "adapter", "tiny_vae"]
 # Whose weights a network has: half of a VAE is loaded from the whole.
 PARTS: Mapping[str, Part] = {
     "text_encoder": "text_encoder",
     "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
     "unet": "unet",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
 }
-TEXT_ENCODERS: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+TEXT_ENCODERS: Mapping[str, str] = {
+    "text_encoder": "tokenizer",
+    "text_encoder_2": "tokenizer_2",
+    "text_encoder_3": "tokenizer_3",
+}
 
 
 def folders(source: Source, roles: Collection[str]) -> dict[str, str]:

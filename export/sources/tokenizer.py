@@ -1,15 +1,17 @@
-"""CLIP's tokenizer as one tokenizer.json: transformers' own, as it reads a checkpoint's folder. Needs no torch."""
+"""Tokenizers of checkpoints, each as one tokenizer.json: CLIP's is transformers' own. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from latentrt.engines.bundle.manifest import TokenizerSpec
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.sources.diffusers_folder import read_json
+from latentrt.export.sources.unigram import read_unigram
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizerFast
@@ -19,6 +21,53 @@ DEFAULT_LENGTH = 77
 UNBOUNDED = 10**6  # a model_max_length above this is transformers' way to say "not given"
 # What would change the ids of every prompt, and no tokenizer of a Stable Diffusion has otherwise.
 SETTINGS: Mapping[str, Any] = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
+
+
+UNIGRAM = ("tokenizer_3",)  # read as T5's, and all others as CLIP's
+
+
+class Vocabulary(Protocol):
+    """A tokenizer that was read from a checkpoint."""
+
+    def write(self, root: Path, relative: str) -> TokenizerSpec:
+        """Write tokenizer.json at root/relative and return what the manifest says about it."""
+
+    def write_files(self, folder: Path) -> None:
+        """Write what transformers reads, for other tools that open the bundle."""
+
+    def dimensions(self) -> dict[str, int]:
+        """Name the ids that golden inputs of its text encoder are made of."""
+
+    def texts(self) -> tuple[tuple[int, ...], ...]:
+        """Return tokens of real prompts, where its text encoder is shown those."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipVocabulary:
+    """CLIP's tokenizer, as transformers reads it."""
+
+    tokenizer: CLIPTokenizerFast
+
+    def write(self, root: Path, relative: str) -> TokenizerSpec:
+        return write_tokenizer(self.tokenizer, root, relative)
+
+    def write_files(self, folder: Path) -> None:
+        write_clip_files(self.tokenizer, folder)
+
+    def dimensions(self) -> dict[str, int]:
+        return token_dimensions(self.tokenizer)
+
+    def texts(self) -> tuple[tuple[int, ...], ...]:
+        return ()
+
+
+def read_vocabulary(
+    name: str, folder: Path, *, rows: int | None = None, special: Mapping[str, str] | None = None
+) -> Vocabulary:
+    """Read a checkpoint's tokenizer of a name. Arguments and errors are those of `read_tokenizer`."""
+    if name in UNIGRAM:
+        return read_unigram(folder, rows=rows)
+    return ClipVocabulary(read_tokenizer(folder, rows=rows, special=special))
 
 
 def read_tokenizer(

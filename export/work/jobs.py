@@ -61,6 +61,7 @@ class ExportJob:
     root: the staged bundle
     shared: what must have the same weights
     affine: what normalised latents add to half a VAE
+    texts: tokens of real prompts, for a text encoder that is shown those
     """
 
     component: str
@@ -74,6 +75,7 @@ class ExportJob:
     weight_source: WeightSource | None = None
     shared: SharedEncoder | None = None
     affine: Affine | None = None
+    texts: tuple[tuple[int, ...], ...] = ()
     phase: Phase = "make"
 
     @property
@@ -181,7 +183,12 @@ def _record_pairs(job: ExportJob, module: nn.Module, weights: StoredWeights) -> 
     gives = output_specs(component, job.dimensions, "fp32")
     for which, path in zip(CASES, _pairs(job), strict=True):
         inputs = golden.make_inputs(
-            component, job.dimensions, which, precision=job.precision, scaling_factor=job.scaling_factor
+            component,
+            job.dimensions,
+            which,
+            precision=job.precision,
+            scaling_factor=job.scaling_factor,
+            texts=job.texts,
         )
         with weights.lent():
             outputs = modules.run(module, inputs, [spec.name for spec in gives])
@@ -321,6 +328,7 @@ def _adopt(job: ExportJob) -> Finished:
         precision=job.precision,
         scaling_factor=job.scaling_factor,
         affine=job.affine,
+        texts=job.texts,
     )
     finished = _finished(job, files)
     _, recorded = golden.load_golden(root / golden_path(job.component))  # without the extra outputs it does not have

@@ -56,6 +56,7 @@ class TextEncoder:
         *,
         skip: int = 0,
         pooled: str | None = None,
+        length: int | None = None,
         cache_bytes: int = 256 << 20,
     ) -> None:
         """Wrap a text encoder.
@@ -63,10 +64,11 @@ class TextEncoder:
         run, spec: the engine, or what calls it, which nothing else calls at the same time; and the engine's spec
         skip: how many of its last layers the UNet never reads; a prompt's clip_skip comes on top
         pooled: the output with the pooled text
+        length: how many tokens it reads whatever the prompt; None for as many chunks as that needs
         cache_bytes: how much is remembered; what was not used for longest is forgotten first
         """
         self._plain, self.component = tokenizer, spec.component
-        self._rows, self._skip = RowEncoder(run, spec, pooled=pooled), skip
+        self._rows, self._skip, self._length = RowEncoder(run, spec, pooled=pooled), skip, length
         self._words = _Words(tokenizer=tokenizer)
         self.weights = ""  # names those that the engine has now, if they are not the base's
         self._cache = Cache(cache_bytes)
@@ -98,7 +100,7 @@ class TextEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> list[Array]:
         """Encode each prompt by itself: (tokens, width), read-only; the same array for the same prompt.
 
-        tokens is the encoder's context, 77, times the number of chunks. Raises RequestError.
+        tokens is the encoder's context, 77, times the number of chunks, or its fixed length. Raises RequestError.
         """
         return [one.states for one in self.encodings(prompts)]
 
@@ -107,7 +109,7 @@ class TextEncoder:
 
         Weights do not change the pooled text.
         """
-        words = self._words
+        words, prompts = self._words, self._meant(prompts)
         found = self._remembered(words, prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
         if missing:
@@ -116,17 +118,25 @@ class TextEncoder:
 
     def tokens(self, prompts: Sequence[Prompt]) -> int:
         """Return how many tokens the encoding of the longest of these prompts has. Raises RequestError."""
-        words = self._words
+        words, prompts = self._words, self._meant(prompts)
         for prompt in prompts:
             self._rows.check_skip(self._skip + prompt.clip_skip)
         found = self._remembered(words, prompts)
         known = (len(encoding.states) for encoding in found.values())
-        new = (len(words.tokenizer.chunks(prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)
-        return max(*known, *(words.tokenizer.spec.max_length * chunks for chunks in new), 0)
+        new = (len(self._chunks(words, prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)
+        row = self._length or words.tokenizer.spec.max_length
+        return max(*known, *(row * chunks for chunks in new), 0)
 
     def length(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt itself has, without begin, end and padding. Raises RequestError."""
-        return sum(len(chunk.tokens) for chunk in self._words.tokenizer.chunks(prompt))
+        return sum(len(chunk.tokens) for chunk in self._chunks(self._words, prompt))
+
+    def _meant(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Leave out what is said of chunks and of CLIP's layers, where rows have a fixed length."""
+        return prompts if self._length is None else [Prompt(text=one.text, syntax=one.syntax) for one in prompts]
+
+    def _chunks(self, words: _Words, prompt: Prompt) -> tuple[Chunk, ...]:
+        return words.tokenizer.chunks(prompt, length=self._length)
 
     def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
         """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
@@ -134,17 +144,17 @@ class TextEncoder:
         So it is where no word has a weight, no layer is skipped and all have the same number of chunks. None if
         it is not, and where every prompt is remembered: there, calling this encoder is what to do.
         """
-        words = self._words
+        words, prompts = self._words, self._meant(prompts)
         if (
             self._skip
             or any(prompt.clip_skip for prompt in prompts)
             or len(self._remembered(words, prompts)) == len(set(prompts))
         ):
             return None
-        chunks = [words.tokenizer.chunks(prompt) for prompt in prompts]
+        chunks = [self._chunks(words, prompt) for prompt in prompts]
         if len(set(map(len, chunks))) > 1 or any(is_weighted(chunk) for row in chunks for chunk in row):
             return None
-        rows = words.tokenizer.rows([chunk.ids for row in chunks for chunk in row])
+        rows = words.tokenizer.rows([chunk.ids for row in chunks for chunk in row], length=self._length)
         return self._rows.inputs(rows, words.vectors)
 
     @property
@@ -187,14 +197,14 @@ class TextEncoder:
         skips = {prompt: self._skip + prompt.clip_skip for prompt in prompts}
         for skip in skips.values():
             self._rows.check_skip(skip)
-        chunks = {prompt: words.tokenizer.chunks(prompt) for prompt in prompts}
+        chunks = {prompt: self._chunks(words, prompt) for prompt in prompts}
         wanted = dict.fromkeys(ids for row in chunks.values() for chunk in row for ids in needed(chunk))
         places = {ids: place for place, ids in enumerate(wanted)}
-        rows = words.tokenizer.rows(list(wanted))
+        rows = words.tokenizer.rows(list(wanted), length=self._length)
         states = self._rows(rows, words.vectors, keep_skipped=any(skips.values()))
         encoded = {}
         for prompt, row in chunks.items():
-            array = _assemble(row, states.without(skips[prompt]), places)
+            array = _assemble(row, states.without(skips[prompt]), places, words.tokenizer.before)
             array.setflags(write=False)
             pooled = None if states.pooled is None else states.pooled[places[row[0].ids]].copy()
             encoded[prompt] = Encoding(states=array, pooled=pooled)
@@ -202,9 +212,11 @@ class TextEncoder:
         return encoded
 
 
-def _assemble(chunks: Sequence[Chunk], states: Array, places: Mapping[Ids, int]) -> Array:
+def _assemble(chunks: Sequence[Chunk], states: Array, places: Mapping[Ids, int], before: int) -> Array:
     """Weigh chunks and put them one after the other. states: (rows, context, width), by the places of their ids."""
-    return np.concatenate([weigh(chunk, lambda ids: np.asarray(states[places[ids]])) for chunk in chunks])
+    return np.concatenate(
+        [weigh(chunk, lambda ids: np.asarray(states[places[ids]]), before=before) for chunk in chunks]
+    )
 
 
 class Cache:

@@ -43,6 +43,7 @@ class PromptEncoders:
                 engines[text.component].spec,
                 skip=text.skip,
                 pooled=text.pooled,
+                length=text.tokens,
             )
 
     def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:

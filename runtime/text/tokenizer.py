@@ -111,9 +111,17 @@ class PromptTokenizer:
         self.spec = spec
 
     @property
+    def before(self) -> int:
+        """Return how many tokens stand before those of the text: the begin token, where there is one."""
+        return 0 if self.spec.begin_id is None else 1
+
+    @property
     def room(self) -> int:
         """Return how many tokens fit between begin and end."""
-        return self.spec.max_length - 2
+        return self._room(self.spec.max_length)
+
+    def _room(self, length: int) -> int:
+        return length - self.before - 1
 
     def __call__(self, texts: Sequence[str]) -> Array:
         """Return token ids: (len(texts), max_length), int64. Raises RequestError on what is not text."""
@@ -143,13 +151,19 @@ class PromptTokenizer:
         other._added = self._added | other._learned.keys()
         return other
 
-    def chunks(self, prompt: Prompt) -> tuple[Chunk, ...]:
-        """Split a prompt into chunks, at least one. Raises RequestError on what is not text or does not parse."""
+    def chunks(self, prompt: Prompt, *, length: int | None = None) -> tuple[Chunk, ...]:
+        """Split a prompt into chunks, at least one. Raises RequestError on what is not text or does not parse.
+
+        length: of the row that a text encoder of a fixed length reads, begin and end included: then all of the prompt
+            is one chunk, whatever its BREAKs and its overflow, and what does not fit is left out with a warning
+        """
         if prompt.syntax == "weighted":
             parts = parse_weighted(prompt.text)
         else:
             _hint(prompt.text)
             parts = ((Segment(text=prompt.text),),)
+        if length is not None:
+            return (self._only(parts, length),)
         chunks = tuple(chunk for part in parts for chunk in self._part(part, prompt.overflow))
         if len(chunks) > MOST_CHUNKS:
             raise RequestError(
@@ -158,21 +172,27 @@ class PromptTokenizer:
             )
         return chunks
 
-    def rows(self, chunks: Sequence[Sequence[int]]) -> Array:
-        """Put begin, end and padding around chunks' ids: (len(chunks), max_length), int64."""
+    def rows(self, chunks: Sequence[Sequence[int]], *, length: int | None = None) -> Array:
+        """Put begin, end and padding around chunks' ids: (len(chunks), length), int64.
+
+        length: None for max_length
+        """
         spec = self.spec
-        rows = np.full((len(chunks), spec.max_length), spec.pad_id, dtype=np.int64)
+        begin = () if spec.begin_id is None else (spec.begin_id,)
+        rows = np.full((len(chunks), length or spec.max_length), spec.pad_id, dtype=np.int64)
         for row, ids in zip(rows, chunks, strict=True):
-            row[: len(ids) + 2] = (spec.begin_id, *ids, spec.end_id)
+            row[: len(begin) + len(ids) + 1] = (*begin, *ids, spec.end_id)
         return rows
 
     def _part(self, part: Part, overflow: Overflow) -> Iterator[Chunk]:
-        tokens = tuple(token for number, segment in enumerate(part) for token in self._tokens(segment, number))
-        if overflow == "chunks":
-            return _split(tokens, self.room)
-        if len(tokens) > self.room:
-            logger.warning("the prompt has %d tokens; the last %d are not used", len(tokens), len(tokens) - self.room)
-        return iter((Chunk(tokens=tokens[: self.room]),))
+        tokens = self._read(part)
+        return _split(tokens, self.room) if overflow == "chunks" else iter((_cut(tokens, self.room),))
+
+    def _only(self, parts: Sequence[Part], length: int) -> Chunk:
+        return _cut(self._read([segment for part in parts for segment in part]), self._room(length))
+
+    def _read(self, segments: Sequence[Segment]) -> tuple[Token, ...]:
+        return tuple(token for number, segment in enumerate(segments) for token in self._tokens(segment, number))
 
     def _tokens(self, segment: Segment, number: int) -> Iterator[Token]:
         try:
@@ -198,6 +218,12 @@ def _hint(text: str) -> None:
         logger.warning("the prompt is plain text, '%s' included; weights need prompt_syntax 'weighted'", found[0])
     for named, where in loaded_by_name(text):
         logger.warning("the prompt is plain text, '%s' included, which loads nothing here: %s", named[0], where)
+
+
+def _cut(tokens: tuple[Token, ...], room: int) -> Chunk:
+    if len(tokens) > room:
+        logger.warning("the prompt has %d tokens; the last %d are not used", len(tokens), len(tokens) - room)
+    return Chunk(tokens=tokens[:room])
 
 
 def _split(tokens: Sequence[Token], room: int) -> Iterator[Chunk]:

@@ -39,26 +39,27 @@ def needed(chunk: Chunk) -> Iterator[Ids]:
             yield chunk.without(segment).ids
 
 
-def weigh(chunk: Chunk, encoded: Callable[[Ids], Array]) -> Array:
+def weigh(chunk: Chunk, encoded: Callable[[Ids], Array], *, before: int = 1) -> Array:
     """Return a chunk's encoding with its weights applied: (context, width), in the encoder's dtype.
 
     encoded: gives the encoding of a row, (context, width), by the tokens between its begin and its end
+    before: how many tokens stand before those of the text: one where rows have a begin token
     """
     plain = encoded(chunk.ids)
     if not is_weighted(chunk):
         return plain
     empty = encoded(()).astype(np.float32)
-    total, parts = _amplify(chunk, encoded, empty), 1.0
+    total, parts = _amplify(chunk, encoded, empty, before), 1.0
     for segment, weight in chunk.weak_segments.items():
         share = math.tan((1 - max(weight, LEAST)) * math.pi / 2)
-        total += np.float32(share) * _amplify(chunk.without(segment), encoded, empty)
+        total += np.float32(share) * _amplify(chunk.without(segment), encoded, empty, before)
         parts += share
     return (total / np.float32(parts)).astype(plain.dtype)
 
 
-def _amplify(chunk: Chunk, encoded: Callable[[Ids], Array], empty: Array) -> Array:
+def _amplify(chunk: Chunk, encoded: Callable[[Ids], Array], empty: Array, before: int) -> Array:
     amplified = encoded(chunk.ids).astype(np.float32)
-    for place, weight in enumerate(chunk.weights, start=1):  # after the begin token
+    for place, weight in enumerate(chunk.weights, start=before):
         if weight != 1:  # not even rounding changes what was not weighted
             amplified[place] = empty[place] + np.float32(weight) * (amplified[place] - empty[place])
     return amplified
