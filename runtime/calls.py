@@ -103,11 +103,21 @@ class Turn:
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._owner: int | None = None
+        self._telling = threading.local()  # whether this thread tells somebody of a picture that was drawn
 
     @property
     def mine(self) -> bool:
         """Tell whether this thread has the turn."""
         return self._owner == threading.get_ident()
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Refuse calls of this thread while the block runs: those who are told there must not wait for a turn."""
+        self._telling.now = True
+        try:
+            yield
+        finally:
+            self._telling.now = False
 
     def take(self, limits: Limits) -> None:
         """Wait for the turn and take it.
@@ -126,11 +136,11 @@ class Turn:
             self._change.notify_all()
 
     def refuse_nested(self) -> None:
-        """Raise NestedCallError if this thread has the turn."""
-        if self.mine:
+        """Raise NestedCallError if this thread has the turn, or tells somebody of a picture."""
+        if self.mine or getattr(self._telling, "now", False):
             raise NestedCallError(
-                "the pipeline was called from within one of its own calls on this thread; let on_step return "
-                "first, or finish or close the stream"
+                "the pipeline was called from within one of its own calls on this thread; let on_step, or what a "
+                "future calls when it is done, return first, or finish or close the stream"
             )
 
     def carry(self) -> None:

@@ -26,6 +26,7 @@ from latentrt.engines.errors import (
     DeviceLostError,
     DrainingError,
     EngineError,
+    NestedCallError,
     NotFiniteError,
     OutOfMemoryError,
     QueueFullError,
@@ -796,3 +797,23 @@ def test_a_pipeline_is_taken_away_while_nothing_is_drawn(pipe: Pipeline) -> None
                 batcher.submit(asked(2))
             assert pipe.draw(asked(2)).seeds == (2,)
         assert answer(batcher.submit(asked(3))[0]).seeds == (3,)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_drawing_from_what_a_future_calls_is_an_error_not_a_deadlock(pipe: Pipeline, cancelled: bool) -> None:
+    """It is called on the thread that draws or decodes, whose turn it is."""
+    found, told, cancel = list[BaseException](), threading.Event(), Cancellation()
+
+    def call(_: Future[Result]) -> None:
+        try:
+            pipe.draw(asked(1))
+        except BaseException as error:
+            found.append(error)
+        told.set()
+
+    with Batcher(pipe) as batcher:
+        (future,) = batcher.submit(asked(2), cancel=cancel, on_step=lambda *_: cancel.cancel() if cancelled else None)
+        future.add_done_callback(call)
+        assert told.wait(WAIT_S)
+    assert [type(error) for error in found] == [NestedCallError]
+    assert len(pipe.draw(asked(3)).pixels) == 1

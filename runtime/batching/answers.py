@@ -11,6 +11,7 @@ from latentrt.runtime.batching.line import Line
 from latentrt.runtime.batching.observer import Cancelled, Delivered, Failed, Promise, Telling
 from latentrt.runtime.batching.stage_times import StageTimes
 from latentrt.runtime.batching.ticket import Ticket
+from latentrt.runtime.calls import Turn
 from latentrt.runtime.result import Result
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,13 @@ logger = logging.getLogger(__name__)
 class Answers:
     """Gives each picture its one answer. Safe to use from many threads.
 
-    finish: decodes a picture
+    finish: decodes a picture; turn: the pipeline's, which nobody who is told of an answer may wait for
     """
 
-    def __init__(self, finish: Callable[[Ticket], Result], line: Line, times: StageTimes, tell: Telling) -> None:
-        self._finish, self._line, self._times, self._tell = finish, line, times, tell
+    def __init__(
+        self, finish: Callable[[Ticket], Result], line: Line, times: StageTimes, tell: Telling, turn: Turn
+    ) -> None:
+        self._finish, self._line, self._times, self._tell, self._turn = finish, line, times, tell, turn
 
     def deliver(self, ticket: Ticket) -> None:
         """Decode a picture whose stages are done, and hand it over. Raises EngineError."""
@@ -43,7 +46,8 @@ class Answers:
     def _hand_over(self, give: Callable[[], None]) -> None:
         """Give an answer, and owe one less, whatever those do who are told of it."""
         try:
-            give()
+            with self._turn.telling():
+                give()
         except BaseException:  # a future keeps to itself what is an Exception
             logger.exception("whoever waited for a picture failed when it was handed over")
         self._owe_less()

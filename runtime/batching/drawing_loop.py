@@ -45,7 +45,7 @@ class DrawingLoop:
 
     def __init__(self, loaded: Loaded, tell: Telling, *, slots: int) -> None:
         self.line, self.times = Line(), StageTimes()
-        self.answers = Answers(partial(finish, loaded), self.line, self.times, tell)
+        self.answers = Answers(partial(finish, loaded), self.line, self.times, tell, loaded.turn)
         self.lost: DeviceLostError | None = None
         self._stage_at: float | None = None  # when a stage was finished last, None while it is idle
         self._loaded, self._tell, self._slots = loaded, tell, slots
