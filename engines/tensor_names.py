@@ -40,6 +40,7 @@ def level_axes(latent_height: int, latent_width: int) -> dict[str, int]:
 
 
 PREVIOUS = "previous_state"
+FRAMES = "frame_index"  # (frames,): its length is that of a window of a denoiser whose rows are frames
 HINT = "hint"
 PIXELS = "pixels"
 SQUARES = "squares"  # what tells of a decoder's numbers whether all were finite

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle.files import hash_file
-from latentrt.engines.bundle.manifest import SIZES, Family, LatentSpec
+from latentrt.engines.bundle.manifest import SIZES, Family, FrameRange, LatentSpec
 from latentrt.engines.bundle.training import Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnets import add_controlnets, per_level
 from latentrt.export.additions.loras import add_loras
+from latentrt.export.additions.motion import add_motion, frame_range
 from latentrt.export.additions.replace import replace_unet, replace_vae
 from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
@@ -46,6 +47,8 @@ class Checkpoint:
     files: what the export reads, by name
     options: choices that changed the result
     controls: its ControlNets and adapters, by component
+    rows: as in `Parts`
+    frames: how many its denoiser sees at once, None where it draws pictures
     dimensions: the sizes that the tables of shapes refer to by name
     normalising: what normalised latents add to the VAE's halves, by component
     refiner: the checkpoint whose UNet becomes the component `refiner`
@@ -64,6 +67,8 @@ class Checkpoint:
     files: Mapping[str, Path]
     options: Mapping[str, str]
     controls: Mapping[str, ControlNetwork]
+    rows: Mapping[str, str]
+    frames: FrameRange | None
     schedule: TrainingSchedule
     latents: LatentSpec
     default_size: tuple[int, int]
@@ -100,6 +105,7 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.unet:
         parts = replace_unet(parts, options.unet, allow_pickle=options.allow_pickle, prediction=options.prediction_type)
+    parts = add_motion(parts, options)
     if options.loras:
         parts = add_loras(parts, options.loras)
     if options.controlnets:
@@ -140,6 +146,8 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         files=parts.files,
         options=parts.options,
         controls=parts.controls,
+        rows=parts.rows,
+        frames=frame_range(parts.configs),
         schedule=schedule,
         latents=latents,
         default_size=_default_size(parts.configs["unet"], family, schedule.prediction_type, factor=latents.factor),

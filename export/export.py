@@ -223,9 +223,9 @@ def _networks(checkpoint: Checkpoint) -> dict[str, Path | WeightSource]:
 
 
 def _row(checkpoint: Checkpoint, component: str) -> str:
-    """Return the component's row in the table: its name, but for what has a name of the user's."""
+    """Return the component's row in the table: its name, but for what has a name of the user's or another network."""
     controls = checkpoint.controls.get(component)
-    return controls.row if controls else component
+    return controls.row if controls else checkpoint.rows.get(component, component)
 
 
 def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> ExportJob:
@@ -298,6 +298,7 @@ def _denoisers(checkpoint: Checkpoint) -> dict[str, DenoiserSpec]:
             text_encoders=FAMILIES[one.family].text_encoders,
             zero_negative=one.zero_negative,
             sizes=SIZES.get(one.dimensions["size_numbers"], ()),
+            frames=one.frames,
         )
         for name, one in {DENOISER: checkpoint, **refiner}.items()
     }

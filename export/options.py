@@ -56,6 +56,7 @@ class CheckpointOptions:
     tiny_vae: a small VAE (diffusers' AutoencoderTiny) whose decoder is added to the bundle: a directory
     unet: a UNet to use instead of the checkpoint's, such as SDXL-Lightning's: a directory or a file
     prediction_type: what the UNet predicts, where the checkpoint does not say, or says it wrongly
+    motion_adapter: AnimateDiff's modules, which are put into the UNet: a directory or a file
     refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
     loras: LoRAs to merge into the weights; their order does not matter
     controlnets, adapters: ControlNets and T2I-Adapters that requests may use; their order does not matter
@@ -69,6 +70,7 @@ class CheckpointOptions:
     tiny_vae: str | None = None
     unet: str | None = None
     prediction_type: Prediction | None = None
+    motion_adapter: str | None = None
     refiner: str | None = None
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()

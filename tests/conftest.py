@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from tests.tiny import save_adapter, save_controlnet, save_tiny
+from tests.tiny import save_adapter, save_controlnet, save_motion, save_tiny
 
 ROOT = Path(__file__).parent.parent
 REFINED = "refined"
@@ -149,6 +149,20 @@ def made(workshop: Path) -> Make:
         return known[family, variant]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def motion(workshop: Path) -> Controlled:
+    """A tiny checkpoint of SD 1.x, a motion adapter and a ControlNet for it, and the bundle of all: it draws videos."""
+    checkpoint = _tiny(workshop / "sd1-plain-checkpoint", family="sd1")
+    adapter = _network(save_motion, workshop / "sd1-motion-adapter")
+    edges = _network(save_controlnet, workshop / "sd1-edges", family="sd1", seed=1)
+    options = CheckpointOptions(
+        motion_adapter=str(adapter), controlnets=(ControlNetOption(name="edges", path=str(edges)),)
+    )
+    export_checkpoint(str(checkpoint), workshop / "sd1-motion", precision="fp32", options=options)
+    networks = {"motion": adapter, "edges": edges}
+    return Controlled(checkpoint=checkpoint, networks=networks, bundle=workshop / "sd1-motion")
 
 
 @pytest.fixture(scope="session")

@@ -205,6 +205,32 @@ def save_adapter(directory: Path, *, family: str = "sd1", seed: int = 1, channel
     return directory
 
 
+def save_motion(directory: Path, *, seed: int = 1, places: int = 24, middle: bool = False) -> Path:
+    """Save a tiny motion adapter for a tiny SD 1 checkpoint. A new one moves nothing, and this one much.
+
+    places: the most frames that it sees at once; middle: whether it has modules in the UNet's middle, as v1-5-2 has
+    """
+    import torch
+    from diffusers import MotionAdapter
+
+    unet = _UNET["sd1"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = MotionAdapter(
+            block_out_channels=unet["block_out_channels"],
+            motion_layers_per_block=unet["layers_per_block"],
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=unet["norm_num_groups"],
+            motion_max_seq_length=places,
+            use_motion_mid_block=middle,
+        ).eval()
+        for name, weight in network.named_parameters():
+            if name.endswith("proj_out.weight"):
+                torch.nn.init.normal_(weight, std=0.3)
+    network.save_pretrained(directory)
+    return directory
+
+
 def _text_config(sizes: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Any:
     from transformers import CLIPTextConfig
 

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from latentrt.engines.tensor_names import FRAMES
+
 if TYPE_CHECKING:
     from latentrt.engines.bundle.manifest import ComponentSpec, DenoiserSpec, Manifest, Role
 
@@ -58,6 +60,9 @@ def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Itera
     if spec.text_encoders and all(text.component is None or text.optional for text in spec.text_encoders):
         yield "text_encoders: found none that is always there, expected one"
     taken = [axis for one in manifest.components[name].inputs if one.name == "time_ids" for axis in one.shape[1:]]
+    takes_frames = any(one.name == FRAMES for one in manifest.components[name].inputs)
+    if takes_frames != (spec.frames is not None) or (spec.frames and not 1 <= spec.frames.window <= spec.frames.most):
+        yield f"frames: found {spec.frames}, and the graph takes {'a' if takes_frames else 'no'} {FRAMES}"
     if taken != ([len(spec.sizes)] if spec.sizes else []):
         yield f"sizes: found {len(spec.sizes)}, and the graph takes {taken or 'none'}"
 

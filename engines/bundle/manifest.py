@@ -130,6 +130,16 @@ class TextSpec(Document, frozen=True, kw_only=True):
     optional: bool = False
 
 
+class FrameRange(Document, frozen=True, kw_only=True):
+    """How many frames of a video a denoiser sees at once.
+
+    window: as many as it was trained with; most: it has a place for no more
+    """
+
+    window: int
+    most: int
+
+
 class DenoiserSpec(Document, frozen=True, kw_only=True):
     """What one denoiser takes besides latents and timestep.
 
@@ -138,12 +148,15 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
     sizes: what the numbers of its input `time_ids` are, empty if it has none
     text_width: of the states that it attends to, to which narrower ones are filled up with zeros; None for the
         widest of what its encoders give
+    frames: of a denoiser whose model rows are frames, in windows as long as its input `frame_index`; None where each
+        row is a picture of its own
     """
 
     text_encoders: tuple[TextSpec, ...]
     zero_negative: bool = False
     sizes: tuple[SizeName, ...] = ()
     text_width: int | None = None
+    frames: FrameRange | None = None
 
 
 class LatentSpec(Document, frozen=True, kw_only=True):

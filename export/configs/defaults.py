@@ -125,6 +125,16 @@ KEYS: Mapping[Part, Mapping[str, Key]] = {
         "downscale_factor": Key(8, COUNT),
         "adapter_type": Key("full_adapter", TEXT),
     },
+    "motion_adapter": {
+        "block_out_channels": _LEVELS,
+        "motion_layers_per_block": Key(2, PER_LEVEL),
+        "motion_transformer_layers_per_block": Key(1, ANY),
+        "motion_transformer_layers_per_mid_block": Key(1, PER_LEVEL),
+        "motion_num_attention_heads": Key(8, PER_LEVEL),
+        "motion_max_seq_length": Key(32, COUNT),
+        "use_motion_mid_block": Key(True, SWITCH),
+        "conv_in_channels": _optional(COUNT),
+    },
     "tiny_vae": {
         "latent_channels": Key(4, COUNT),
         "out_channels": Key(3, COUNT),

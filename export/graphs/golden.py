@@ -78,6 +78,8 @@ def _draw(
         return np.linspace(999.0, 1.5, shape[0] + 2, dtype=np.float32)[1:-1]  # fractional, as sigma spacings give
     if tensor.values == "sizes":
         return np.broadcast_to(np.resize(SIZES, shape[1]).astype(np.float32), shape)
+    if tensor.values == "places":
+        return np.arange(shape[0], dtype=np.float32)
     if tensor.values == "unit":
         return generator.uniform(0.0, 1.0, shape)
     if tensor.values == "pixels":

@@ -34,15 +34,17 @@ def trace_graph(
     gives: Sequence[TensorSpec],
     *,
     axes: Mapping[str, tuple[int, int] | None],
+    limits: Mapping[str, tuple[int, int]] = LIMITS,
 ) -> ir.Model:
     """Return a module's graph, whose weights are the module's own memory.
 
     inputs: tensors of the traced sizes, by the names of `takes`, at least 2 on every dynamic axis but `steps`
     axes: the smallest size of an axis that the trace holds for, and what its sizes are multiples of; None if its
         size follows from the others'
+    limits: what a trace may assume of an axis besides
     """
     arguments = tuple(inputs[spec.name] for spec in takes)
-    shapes: Any = _dynamic_shapes(takes, axes)
+    shapes: Any = _dynamic_shapes(takes, axes, limits)
     if any(taken.kind is taken.VAR_POSITIONAL for taken in inspect.signature(module.forward).parameters.values()):
         shapes = (shapes,)
     with torch.no_grad():
@@ -84,16 +86,20 @@ def weights_bytes(model: ir.Model) -> int:
 
 
 def _dynamic_shapes(
-    takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int] | None]
+    takes: Sequence[TensorSpec], axes: Mapping[str, tuple[int, int] | None], known: Mapping[str, tuple[int, int]]
 ) -> tuple[dict[int, Any], ...]:
     names = {axis for spec in takes for axis in spec.shape if isinstance(axis, str)} - {"steps"}
     limits = {name: axes.get(name, (2, 1)) for name in names}
-    dims = {name: torch.export.Dim.AUTO if limit is None else _dim(name, *limit) for name, limit in limits.items()}
+    dims = {
+        name: torch.export.Dim.AUTO
+        if limit is None
+        else _dim(name, *known.get(name, (limit[0], LARGEST_SIDE)), limit[1])
+        for name, limit in limits.items()
+    }
     return tuple({n: dims[axis] for n, axis in enumerate(spec.shape) if axis in dims} for spec in takes)
 
 
-def _dim(name: str, smallest: int, multiple: int) -> Any:
-    low, high = LIMITS.get(name, (smallest, LARGEST_SIDE))
+def _dim(name: str, low: int, high: int, multiple: int) -> Any:
     if multiple == 1:
         return torch.export.Dim(name, min=low, max=high)
     return multiple * torch.export.Dim(f"_{name}", min=low // multiple, max=high // multiple)

@@ -15,13 +15,14 @@ from latentrt.engines.spec import DType, Precision, TensorSpec
 from latentrt.engines.tensor_names import (
     COND,
     FEATURE,
+    FRAMES,
     NEXT,
     SCALE,
     level_axes,
     residual_names,
 )
 
-Values = Literal["tokens", "text", "timesteps", "normal", "latents", "pixels", "unit", "sizes"]
+Values = Literal["tokens", "text", "timesteps", "normal", "latents", "pixels", "unit", "sizes", "places"]
 """What golden inputs of a tensor look like; see golden.py."""
 
 Case = Literal["traced", "checked", "odd"]
@@ -266,11 +267,21 @@ _T5 = Component(
     checked={"batch": 4, "text_tokens": 256},
     units={},
 )
+_MOTION = replace(
+    _NETWORKS[DENOISER],
+    name="motion_unet",
+    # What FRAMES holds is of no account: its length says how many rows are one window.
+    inputs=(*_NETWORKS[DENOISER].inputs, Tensor(name=FRAMES, shape=("frames",), dtype="float32", values="places")),
+    adapted="no",
+    traced={**STAGE_TRACED, "batch": 6, "frames": 3},
+    checked={**STAGE_CHECKED, "batch": 10, "frames": 5, "steps": 10},
+)
 # The last: golden inputs are drawn by a component's place, and stay what they were.
 COMPONENTS: Mapping[str, Component] = {
     **_NETWORKS,
     REFINER: replace(_NETWORKS[DENOISER], name=REFINER),
     _T5.name: _T5,
+    _MOTION.name: _MOTION,
 }
 
 

@@ -49,6 +49,7 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "unet": (DENOISER_PREFIX, ""),  # a UNet's own file has no prefix
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
     "controlnet": ("control_model.", ""),
+    "motion_adapter": ("module.", ""),
 }
 # Left by training, derived, or a mark; no network reads them.
 UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.|difference$)")
@@ -93,6 +94,11 @@ def _all_changes(weight_source: WeightSource, tensors: Tensors) -> WeightDeltas:
 
 def read_tensors(weight_source: WeightSource) -> Tensors:
     """Return a network's tensors under diffusers' names, mapped from the files. Raises CheckpointError."""
+    beside = read_tensors(weight_source.beside) if weight_source.beside else {}
+    return {**_own_tensors(weight_source), **beside}
+
+
+def _own_tensors(weight_source: WeightSource) -> Tensors:
     tensors = {key: tensor for file in weight_source.files for key, tensor in _mapped(Path(file)).items()}
     if weight_source.layout == "diffusers":
         return tensors
@@ -157,12 +163,26 @@ def _controlnet(tensors: Tensors, _: str, config: Mapping[str, Any]) -> Tensors:
     return _whole(tensors, {key: t for key, t in converted.items() if t is not None}, "ControlNet")
 
 
+PLACES = re.compile(r"\.attention_blocks\.\d+\.pos_encoder\.pe$")
+
+
+def _motion(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
+    """Name a motion adapter's tensors as diffusers does, which reads one table of places for both attentions."""
+    from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
+
+    own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    places = {PLACES.sub(".pos_embed.pe", key): tensor for key, tensor in own.items() if PLACES.search(key)}
+    placed = {key.replace(".temporal_transformer", ""): tensor for key, tensor in places.items()}
+    return {**convert_animatediff_checkpoint_to_diffusers(own), **placed}
+
+
 _CONVERT: Mapping[Part, Callable[[Tensors, str, Mapping[str, Any]], Tensors]] = {
     "text_encoder": partial(_text_encoder, projected=False),
     "text_encoder_2": partial(_text_encoder, projected=True),
     "unet": _unet,
     "vae": _vae,
     "controlnet": _controlnet,
+    "motion_adapter": _motion,
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_names import COND, DOWN, FEATURE, MID, SCALE, is_residual
 from latentrt.export.graphs.normalised_latents import Affine
+from latentrt.export.networks.motion import MotionDenoiser
 from latentrt.export.networks.streamed_weights import stored_dtype
 from latentrt.export.sources.weight_files import find_weights
 
@@ -292,7 +293,14 @@ def load(
     affine: of half a VAE whose latents are normalised, see `normalising.py`
     dtype: of the weights, None for the type that they are stored in: then they are mapped, and none is read
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, T2IAdapter, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        ControlNetModel,
+        T2IAdapter,
+        UNet2DConditionModel,
+        UNetMotionModel,
+    )
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     from latentrt.export.networks.t5 import T5TextEncoder, T5Weights
@@ -311,6 +319,7 @@ def load(
         "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": dtype}),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
+        "motion_unet": (UNetMotionModel, partial(MotionDenoiser, names=takes), {"torch_dtype": dtype}),
         "adapter": (T2IAdapter, Adapter, {"torch_dtype": dtype}),
         "vae_decoder": (AutoencoderKL, partial(Decoder, affine=affine), {"torch_dtype": dtype}),
         "vae_encoder": (AutoencoderKL, partial(Encoder, affine=affine), {"torch_dtype": dtype}),

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 
 Source = Literal["torch", "onnx"]
 Layout = Literal["diffusers", "original"]
-Part = Literal["text_encoder", "text_encoder_2", "text_encoder_3", "unet", "vae", "controlnet", "adapter", "tiny_vae"]
+Part = Literal[
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "unet",
+    "vae",
+    "controlnet",
+    "adapter",
+    "tiny_vae",
+    "motion_adapter",
+]
 # Whose weights a network has: half of a VAE is loaded from the whole.
 PARTS: Mapping[str, Part] = {
     "text_encoder": "text_encoder",
@@ -56,6 +66,7 @@ class WeightSource:
     layout: `original` for the names of the first Stable Diffusion, which single files have
     loras: what is added, in the order of the sum
     base: a network whose weights, with what changes them, are added to those of the same names
+    beside: a network whose weights stand beside these: the modules of a motion adapter
     """
 
     part: Part
@@ -64,6 +75,7 @@ class WeightSource:
     layout: Layout
     loras: tuple[LoraFusion, ...] = ()
     base: WeightSource | None = None
+    beside: WeightSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +106,7 @@ class Parts:
     files: whatever the export reads, by the name it has in the bundle's provenance
     options: choices that change the result, for the provenance
     controls: ControlNets and adapters, by component
+    rows: of the table of components, where that is not called as the component
     """
 
     root: Path
@@ -107,6 +120,7 @@ class Parts:
     special_tokens: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[str, ControlNetwork] = field(default_factory=dict)
+    rows: Mapping[str, str] = field(default_factory=dict)
 
     def controls_of(self, row: Literal["controlnet", "adapter"]) -> tuple[str, ...]:
         """Return the components of one row that control the denoiser."""
