@@ -13,7 +13,6 @@ from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 
-ROWS_PER_PICTURE = (1, 2)  # without guidance and with it
 Recipe = Literal["nhwc", "plain"]
 
 
@@ -84,7 +83,7 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     tf32: bool | None = None
 
     def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
-        """Return every combination of sizes, batches and tokens, each with guidance and without.
+        """Return every combination of sizes, batches and tokens, each with every number of groups of model rows.
 
         Raises RequestError if a size does not fit the bundle's latents or a number is not positive.
         """
@@ -95,8 +94,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"--tokens: found {', '.join(map(str, self.tokens))}, expected multiples of {lengths[0]}: a long "
                 "prompt is encoded in parts of that length"
             )
+        groups = max(map(manifest.row_groups, manifest.denoisers))
         combinations = itertools.product(
-            self.sizes or (manifest.default_size,), self.batches, ROWS_PER_PICTURE, self.tokens or lengths
+            self.sizes or (manifest.default_size,), self.batches, range(1, groups + 1), self.tokens or lengths
         )
         profiles = (
             Profile(width=width, height=height, pictures=pictures, rows=pictures * rows, tokens=tokens)

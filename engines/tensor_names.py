@@ -8,12 +8,13 @@ each block on the way down.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 FEATURE = "adapter_feature_"
 DOWN, MID = "down_residual_", "mid_residual"
 BLOCK = "block_residual_"  # of a transformer, which has no levels
 NEXT = "next_"  # before the name of a residual, where it is an output
 COND, SCALE = "controlnet_cond", "scale"
-SKIP_LAYERS = "skip_layers"  # what switches some of a transformer's blocks off for a model row where it is above 0
 # A UNet halves its latents from level to level, rounding up. No published one has more than four levels.
 DIVISORS = (1, 2, 4, 8, 16, 32)
 
@@ -37,6 +38,17 @@ def level_axes(latent_height: int, latent_width: int) -> dict[str, int]:
     """Return the sides of the levels of a UNet: `latent_height_N` is the height over N, rounded up."""
     sides = {"latent_height": latent_height, "latent_width": latent_width}
     return {f"{axis}_{n}": -(-side // n) for axis, side in sides.items() for n in DIVISORS}
+
+
+SKIP_LAYERS = "skip_layers"  # what switches some of a transformer's blocks off for a model row where it is above 0
+
+
+def row_groups(inputs: Iterable[str]) -> int:
+    """Return how many groups of model rows a denoiser may be run on. inputs: the names of all that it takes
+
+    They are the prompts, the negative prompts and, where some of its layers can be skipped, the prompts again.
+    """
+    return 3 if SKIP_LAYERS in inputs else 2
 
 
 PREVIOUS = "previous_state"

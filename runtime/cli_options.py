@@ -141,6 +141,8 @@ SAMPLING = (
     click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
     click.option("--guidance-interval", type=Interval(), default="0-1", help="Guide only here, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="How much contrast to restore after guidance, 0 to 1."),
+    click.option("--skip-layer-guidance", default=0.0, help="Scale of guidance away from skipped layers, e.g. 2.8."),
+    click.option("--skip-layer-interval", type=Interval(), default="0.01-0.2", help="Skip layers only here."),
     click.option("--refine-from", type=float, default=None, help="When the refiner takes over, e.g. 0.8."),
     click.option("--aesthetic-score", default=6.0, help="The aesthetic score that the refiner aims for."),
     click.option("--negative-aesthetic-score", default=2.5, help="The aesthetic score that the refiner avoids."),

@@ -58,14 +58,14 @@ class Loaded:
         return taken
 
     def prompts(self, job: Job) -> tuple[list[Prompt], list[Prompt]]:
-        """Return a job's prompts and negative prompts; none if no stage needs them. Raises RequestError."""
-        return job.read(job.prompts), job.read(job.negatives, negative=True) if job.guidance.needed else []
+        """Return a job's prompts, and those of the further groups of model rows. Raises RequestError."""
+        return job.read_groups(job.prompts, job.negatives)
 
     def tokens(self, job: Job) -> dict[str, int]:
         """Return the length of a job's text for each of its denoisers. Raises RequestError on what cannot be read."""
-        prompts, negatives = self.prompts(job)
+        prompts, further = self.prompts(job)
         return {
-            part.denoiser: self.encoders.tokens([*prompts, *negatives], denoiser=part.denoiser) for part in job.ranges
+            part.denoiser: self.encoders.tokens([*prompts, *further], denoiser=part.denoiser) for part in job.ranges
         }
 
     def encode(self, job: Job, denoiser: str) -> dict[str, Array]:
@@ -86,12 +86,12 @@ class Loaded:
         tokens = self.tokens(job)
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
-            prompts, negatives = self.prompts(job)
+            prompts, further = self.prompts(job)
             in_place = None
             if workspace.queued and not self.opened.on_demand:
-                in_place = self.encoders.device_inputs(prompts, negatives, denoiser=denoiser)
+                in_place = self.encoders.device_inputs(prompts, further, denoiser=denoiser)
             if in_place is not None:
-                encode_rows(workspace, *in_place, slots, parts=2 if negatives else 1)
+                encode_rows(workspace, *in_place, slots, parts=job.guidance.most)
                 return
             for name, array in self.encode(job, denoiser).items():
                 write_rows(workspace, name, array, slots)

@@ -296,9 +296,9 @@ class Pipeline:
     ) -> Stages[Result]:
         """Draw frames that lie between key frames; give the first `count` of them."""
         start = time.perf_counter()
-        prompts, negatives = job.read_keys(keys)
-        texts = {part.denoiser: self.loaded.read(prompts, negatives, denoiser=part.denoiser) for part in job.ranges}
-        parts = [slice(None, len(keys)), slice(len(keys), None)][: 2 if negatives else 1]
+        prompts, further = job.read_keys(keys)
+        texts = {part.denoiser: self.loaded.read(prompts, further, denoiser=part.denoiser) for part in job.ranges}
+        parts = [slice(start, start + len(keys)) for start in range(0, job.guidance.most * len(keys), len(keys))]
 
         def write(workspace: Workspace, denoiser: str, slots: slice) -> None:
             for name, array in texts[denoiser].items():

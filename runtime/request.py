@@ -12,7 +12,7 @@ import msgspec
 from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import Array
 from latentrt.runtime.images.sources import ImageSource
-from latentrt.runtime.sampling.guidance import ALWAYS
+from latentrt.runtime.sampling.guidance import ALWAYS, EARLY
 from latentrt.runtime.sampling.noise import TorchCpuNoise, TorchCudaNoise
 from latentrt.runtime.text.syntax import Syntax
 from latentrt.runtime.text.tokenizer import Overflow
@@ -31,6 +31,8 @@ FURTHER = frozenset(
         "sigmas",
         "guidance_interval",
         "guidance_rescale",
+        "skip_layer_guidance",
+        "skip_layer_interval",
         "strength",
         "variation_seed",
         "variation_strength",
@@ -72,6 +74,8 @@ class Options(TypedDict, total=False):
     guidance: float
     guidance_interval: tuple[float, float]
     guidance_rescale: float
+    skip_layer_guidance: float
+    skip_layer_interval: tuple[float, float]
     image: ImageSource | Sequence[ImageSource] | None
     mask: ImageSource | None
     controls: Sequence[Control]
@@ -115,6 +119,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         negative prompt is not computed and a step costs half as much
     guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half as much
     guidance_rescale: how much of the prompt's own contrast to restore, 0 to 1
+    skip_layer_guidance: the scale of guidance away from what the denoiser gives without some of its layers, those that
+        a bundle was exported with; 2.8 for Stable Diffusion 3.5 medium, 0 for none
+    skip_layer_interval: the fractions of the steps between which that is on; a step then costs half as much again
     image: what to start from: a file, its bytes, a Pillow image or an array, one for all pictures or one for each; the
         size, where none is given, is the first image's own, cut to the VAE's factor
     mask: with an image: white is repainted, black is kept
@@ -160,6 +167,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     guidance: float = 7.5
     guidance_interval: tuple[float, float] = ALWAYS
     guidance_rescale: float = 0.0
+    skip_layer_guidance: float = 0.0
+    skip_layer_interval: tuple[float, float] = EARLY
     image: ImageSource | Sequence[ImageSource] | None = None
     mask: ImageSource | None = None
     controls: Sequence[Control] = ()

@@ -185,7 +185,7 @@ def expected(studio: Studio, request: Request) -> tuple[Array, Array]:
         studio.run("text_encoder", input_ids=ids).reshape(request.shape.pictures, request.shape.tokens, -1)
         for ids in request.texts
     )
-    stages = iter(guidance.stages)
+    stages = iter(guidance.groups > 1)
 
     def follow(latents: Array, timesteps: Array) -> Array:
         return loop.guided(studio.model, text, negative if next(stages) else None, GUIDANCE)(latents, timesteps)

@@ -255,14 +255,14 @@ def test_rescaled_guidance_is_diffusers(rescale: float) -> None:
 @given(st.lists(st.floats(0, 30, width=32), min_size=1, max_size=5), st.integers(0, 3))
 def test_the_weights_of_a_pictures_rows_add_up_to_one(scales: list[float], padding: int) -> None:
     own, slots = np.array(scales, dtype=np.float32), len(scales)
-    matrix, picture_of_row = guidance_rows(own, 1 - own, 2 * slots + padding)
+    matrix, picture_of_row = guidance_rows(np.stack([own, 1 - own]), 2 * slots + padding)
     assert matrix.shape == (slots, 2 * slots + padding) and not matrix[:, 2 * slots :].any()
     np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-5)
     assert all(matrix[picture, row] == 0 or picture == picture_of_row[row] for picture, row in np.ndindex(matrix.shape))
 
 
 def test_each_picture_may_have_its_own_scale_and_slots_may_be_empty() -> None:
-    matrix, _ = guidance_rows(np.float32([1, 5, 0]), np.float32([0, -4, 0]), 5)
+    matrix, _ = guidance_rows(np.float32([[1, 5, 0], [0, -4, 0]]), 5)
     np.testing.assert_array_equal(matrix, [[1, 0, 0, 0, 0], [0, 5, 0, 0, -4], [0, 0, 0, 0, 0]])
 
 

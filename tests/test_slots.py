@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import STATE_ROWS
+from latentrt.engines.tensor_names import SKIP_LAYERS, STATE_ROWS
 from latentrt.engines.tensorrt.engines import TensorRTSession
 from latentrt.engines.workspace.contract import STATE, TEXT, Workspace
 from latentrt.runtime.draw.denoise import Batch, Loop
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.start import Start
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find, sampler_names
-from latentrt.runtime.sampling.guidance import plan_guidance
+from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
 from tests.sampler_oracle import STABLE_DIFFUSION
@@ -29,7 +29,7 @@ from tests.sketch import SIZE, TOKENS, WIDTH, bound_workspace, compiled, numpy_w
 from tests.studio import DRAWN
 
 SLOTS = 4
-COMPILED = (4, 5, 8)  # model rows: what needs 6 or 7 is filled up
+COMPILED = (4, 5, 8, 9, 12)  # model rows: what needs 6 or 7 is filled up
 RANGE = 1e-4  # of the largest latent: the same float32 sums in another order, through a whole trajectory
 
 Make = Callable[[], Workspace]
@@ -38,18 +38,18 @@ Make = Callable[[], Workspace]
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TensorRTSession]:
     directory = tmp_path_factory.mktemp("slots") / "engines" / "host"
-    with compiled(directory, STATE_ROWS, {SLOTS: COMPILED}) as opened:
+    with compiled(directory, STATE_ROWS, {SLOTS: COMPILED}, skips=True) as opened:
         yield opened[True]
 
 
 @pytest.fixture(scope="module", params=["numpy", "bound", "device"])
 def make(request: pytest.FixtureRequest, session: TensorRTSession) -> Make:
     """Make a blank workspace of each kind."""
-    bound = bound_workspace(SLOTS, STATE_ROWS)
+    bound = bound_workspace(SLOTS, STATE_ROWS, skips=True)
 
     def blank() -> Workspace:
         if request.param == "numpy":
-            return numpy_workspace(SLOTS, STATE_ROWS)
+            return numpy_workspace(SLOTS, STATE_ROWS, skips=True)
         if request.param == "device":
             return session.workspace(shape_for(SLOTS), **DRAWN)
         bound.reset(decoder="vae_decoder")
@@ -60,7 +60,10 @@ def make(request: pytest.FixtureRequest, session: TensorRTSession) -> Make:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What is drawn: some pictures of one plan. after: the stages of others before it joins, where there is room"""
+    """What is drawn: some pictures of one plan. after: the stages of others before it joins, where there is room
+
+    skip: of skip-layer guidance
+    """
 
     sampler: str
     steps: int
@@ -69,6 +72,7 @@ class Wish:
     rescale: float
     start: str
     seed: int
+    skip: float = 0.0
     pictures: int = 1
     after: int = 0
 
@@ -78,16 +82,30 @@ class Wish:
         schedule = msgspec.structs.replace(STABLE_DIFFUSION, prediction_type=prediction)  # type: ignore[arg-type]
         return make_plan(self.sampler, schedule, steps=self.steps)
 
+    def guidance(self, plan: SamplingPlan) -> Guidance:
+        return plan_guidance(
+            plan,
+            self.scale,
+            self.pictures,
+            interval=self.interval,
+            rescale=self.rescale,
+            skip=self.skip if self.scale > 1 else 0.0,
+            skip_interval=(0.1, 0.8),
+        )
+
     def join(self, loop: Loop, workspace: Workspace, slots: slice) -> Batch:
         """Write text and start to slots, and go along."""
         plan, draw = self.plan, np.random.default_rng(self.seed)
-        guidance = plan_guidance(plan, self.scale, self.pictures, interval=self.interval, rescale=self.rescale)
+        guidance = self.guidance(plan)
 
         def normal(*shape: int) -> Array:
             return draw.standard_normal((self.pictures, *shape), dtype=np.float32)
 
-        texts = [normal(TOKENS, WIDTH) for _ in range(2 if guidance.needed else 1)]
+        texts = [normal(TOKENS, WIDTH) for _ in range(guidance.most)]
         write_rows(workspace, TEXT, np.concatenate(texts), slots)
+        write_rows(
+            workspace, SKIP_LAYERS, np.float32([0, 0, 1]).repeat(self.pictures)[: len(texts) * self.pictures], slots
+        )
         image, noise = normal(*SIZE), normal(*SIZE)
         mask = (normal(1, *SIZE[1:])[:1] > 0).astype(np.float32)
         kept = {"kept": image, "mask": mask} if self.start == "mask" else {}
@@ -103,7 +121,7 @@ class Wish:
 
 def alone(wish: Wish) -> Array:
     """Return the latents of a wish that shares nothing, on NumPy's workspace, and the pixels of them."""
-    workspace = numpy_workspace(wish.pictures, wish.plan.rows)
+    workspace = numpy_workspace(wish.pictures, wish.plan.rows, skips=True)
     loop = Loop(workspace, "unet")
     batch = wish.join(loop, workspace, slice(0, wish.pictures))
     while batch.running:
@@ -145,6 +163,7 @@ WISHES = st.builds(
     scale=st.sampled_from([1.0, 1.5, 2.0]),
     interval=st.sampled_from([(0.0, 1.0), (0.0, 0.5)]),
     rescale=st.sampled_from([0.0, 0.7]),
+    skip=st.sampled_from([0.0, 1.5]),
     start=st.sampled_from(["text", "image", "mask", "lost"]),
     seed=st.integers(0, 1 << 16),
     pictures=st.sampled_from([1, 1, 2]),
@@ -174,7 +193,7 @@ def test_every_sampler_can_share_its_stages(make: Make, name: str) -> None:
     wishes = [
         Wish(steps=5, scale=2.0, start="mask", seed=1, **common),
         Wish(steps=4, scale=1.0, start="text", seed=2, after=1, **common),
-        Wish(steps=6, scale=1.5, start="image", seed=3, after=2, pictures=2, **common),
+        Wish(steps=6, scale=1.5, start="image", seed=3, after=2, pictures=2, skip=2.8, **common),
     ]
     assert_alike(together(make(), wishes), wishes)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import PREVIOUS, control_width
+from latentrt.engines.tensor_names import PREVIOUS, SKIP_LAYERS, control_width
 from latentrt.engines.tensorrt.engines import TensorRTSession
 from latentrt.engines.tensorrt.text_encoder import split_texts
 from latentrt.engines.workspace.contract import STATE, TEXT, Workspace, own_buffer
@@ -27,9 +27,19 @@ ROWS = 2  # of state
 CLOSE = 5e-4
 
 
+COMPILED = {2: {1: (1, 2), 2: (2, 4)}, 3: {1: (1, 2, 3), 2: (2, 4, 6)}}  # by the groups of model rows
+
+
+@pytest.fixture(scope="module", params=COMPILED)
+def groups(request: pytest.FixtureRequest) -> int:
+    """Return how many groups of model rows there are: three where layers can be skipped."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def sessions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, TensorRTSession]]:
-    with compiled(tmp_path_factory.mktemp("sketch") / "engines" / "host", ROWS, {1: (1, 2), 2: (2, 4)}) as opened:
+def sessions(tmp_path_factory: pytest.TempPathFactory, groups: int) -> Iterator[dict[bool, TensorRTSession]]:
+    directory = tmp_path_factory.mktemp("sketch") / "engines" / "host"
+    with compiled(directory, ROWS, COMPILED[groups], skips=groups == 3) as opened:
         yield opened
 
 
@@ -37,12 +47,13 @@ seeds = st.integers(0, 1 << 30)
 STEPS = st.one_of(
     st.tuples(st.sampled_from(["state", "text", "texts", "encode", "keep"]), seeds),
     st.tuples(st.sampled_from(["stage", "stage with noise", "guided stage", "guided stage with noise"]), seeds),
+    st.tuples(st.sampled_from(["guided skipping stage", "guided skipping stage with noise"]), seeds),
     st.tuples(st.sampled_from([f"read {name}" for name in (STATE, PREVIOUS, TEXT)] + ["decode"]), seeds),
 )
 """What is done next, and the seed of its numbers and of the slots that it is done for."""
 
 
-def take(workspace: Workspace, step: str, seed: int) -> Array | None:
+def take(workspace: Workspace, step: str, seed: int, groups: int) -> Array | None:
     """Do one thing on a workspace; return what it shows. What was handed over is spoilt at once."""
     draw, slots = np.random.default_rng(seed), workspace.shape.pictures
     first = int(draw.integers(slots)) if seed % 2 else 0
@@ -62,6 +73,11 @@ def take(workspace: Workspace, step: str, seed: int) -> Array | None:
     elif step in ("text", "texts"):
         rows = part if step == "text" else slice(slots + first, 2 * slots)
         written = {TEXT: (normal(TOKENS, WIDTH), rows)}
+    elif step == "skips":
+        written = {
+            TEXT: (normal(TOKENS, WIDTH), slice(2 * slots + first, 3 * slots)),
+            SKIP_LAYERS: ((np.arange(3 * slots) >= 2 * slots).astype(np.float32), slice(0, 3 * slots)),
+        }
     elif step == "encode":
         texts = (2 * slots - first) * TOKENS // CONTEXT
         for name, array in (("input_ids", draw.integers(-9, 9, (texts, CONTEXT))), ("shift", normal(WIDTH)[:1])):
@@ -74,20 +90,22 @@ def take(workspace: Workspace, step: str, seed: int) -> Array | None:
         workspace.run("vae_decoder")
         return workspace.read("pixels")
     else:
-        stage(workspace, step, draw)
+        stage(workspace, step, draw, groups)
     for name, (array, rows) in written.items():
         workspace.write(name, array, rows)
         array.fill(np.nan)
     return None
 
 
-def stage(workspace: Workspace, step: str, draw: np.random.Generator) -> None:
-    """Run a stage of some of the pictures, some of which are guided."""
+def stage(workspace: Workspace, step: str, draw: np.random.Generator, groups: int) -> None:
+    """Run a stage of some of the pictures, some of which are guided, and some away from skipped layers."""
     slots = workspace.shape.pictures
     own = draw.uniform(0.5, 1, slots) * (draw.integers(3, size=slots) > 0)
     negative = draw.uniform(-1, 1, slots) * (own > 0) * step.startswith("guided")
-    needed = slots + int(np.flatnonzero(negative).max(initial=-1)) + 1
-    matrix, owners = guidance_rows(own, negative, workspace.fit("unet", needed))
+    skipped = draw.uniform(-1, 0, slots) * (draw.integers(2, size=slots) > 0) * (own > 0) * ("skipping" in step)
+    weights = np.stack([own, negative, skipped][:groups])
+    needed = max(slots, int(np.flatnonzero(weights).max(initial=-1)) + 1)
+    matrix, owners = guidance_rows(weights, workspace.fit("unet", needed))
     control = draw.uniform(-0.5, 0.5, (slots, control_width(ROWS))).astype(np.float32)
     control[own == 0] = rest(ROWS)
     given = {"control": control, "guidance": matrix, "picture_of_row": owners}
@@ -109,14 +127,22 @@ def stage(workspace: Workspace, step: str, draw: np.random.Generator) -> None:
     steps=st.lists(STEPS, max_size=12),
 )
 def test_any_order_of_calls_gives_what_numpy_gives(
-    sessions: dict[bool, TensorRTSession], pictures: int, graphs: bool, begin: tuple[int, int], steps: Any
+    sessions: dict[bool, TensorRTSession],
+    groups: int,
+    pictures: int,
+    graphs: bool,
+    begin: tuple[int, int],
+    steps: Any,
 ) -> None:
     """Stages take some of the slots, guided or not, and text and state are written by rows."""
     device = sessions[graphs].workspace(shape_for(pictures), **DRAWN)
-    workspaces: list[Workspace] = [device, bound_workspace(pictures, ROWS), numpy_workspace(pictures, ROWS)]
+    skips = groups == 3
+    others = (make(pictures, ROWS, skips=skips) for make in (bound_workspace, numpy_workspace))
+    workspaces: list[Workspace] = [device, *others]
     whole = [("state", begin[0] * 2), ("text", begin[1] * 2), ("texts", begin[1] * 2)]
+    whole += [("skips", begin[1] * 2)] if skips else []
     for step, seed in [*whole, *steps, ("decode", 0), ("read state", 0)]:
-        *found, wanted = (outcome(workspace, step, seed) for workspace in workspaces)
+        *found, wanted = (outcome(workspace, step, seed, groups) for workspace in workspaces)
         for one in found:
             assert_close(one, wanted)
 
@@ -133,10 +159,10 @@ def assert_close(found: Array | None, wanted: Array | None) -> None:
 REFUSED = np.zeros(0, dtype=bool)
 
 
-def outcome(workspace: Workspace, step: str, seed: int) -> Array | None:
+def outcome(workspace: Workspace, step: str, seed: int, groups: int) -> Array | None:
     """Return what a step shows; REFUSED where it asks for what is not there yet."""
     try:
-        return take(workspace, step, seed)
+        return take(workspace, step, seed, groups)
     except EngineError:
         assert step == f"read {PREVIOUS}"
         return REFUSED

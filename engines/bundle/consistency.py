@@ -65,6 +65,9 @@ def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Itera
         yield f"frames: found {spec.frames}, and the graph takes {'a' if takes_frames else 'no'} {FRAMES}"
     if taken != ([len(spec.sizes)] if spec.sizes else []):
         yield f"sizes: found {len(spec.sizes)}, and the graph takes {taken or 'none'}"
+    skips = manifest.row_groups(name) > 2
+    if skips != bool(spec.skip_layers):
+        yield f"skip_layers: found {len(spec.skip_layers)}, and the graph takes {'some' if skips else 'none'}"
 
 
 def _control_fits(manifest: Manifest, component: ComponentSpec) -> bool:

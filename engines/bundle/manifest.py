@@ -15,6 +15,7 @@ from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array, Document, EngineKey, EngineSpec, Precision, TensorSpec
+from latentrt.engines.tensor_names import row_groups
 
 SCHEMA_VERSION = 2
 NAMED = 4  # layers that a note names
@@ -150,6 +151,7 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
         widest of what its encoders give
     frames: of a denoiser whose model rows are frames, in windows as long as its input `frame_index`; None where each
         row is a picture of its own
+    skip_layers: which of its blocks its input `skip_layers` switches off for a model row; empty if it has none
     """
 
     text_encoders: tuple[TextSpec, ...]
@@ -157,6 +159,7 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
     sizes: tuple[SizeName, ...] = ()
     text_width: int | None = None
     frames: FrameRange | None = None
+    skip_layers: tuple[int, ...] = ()
 
 
 class LatentSpec(Document, frozen=True, kw_only=True):
@@ -245,6 +248,10 @@ class Manifest(Document, frozen=True, kw_only=True):
     def refiner(self) -> str | None:
         """Return the denoiser that may take the last stages of a plan, None if there is none."""
         return next(iter(list(self.denoisers)[1:]), None)
+
+    def row_groups(self, denoiser: str) -> int:
+        """Return how many groups of model rows a denoiser may be run on, see `tensor_names.row_groups`."""
+        return row_groups(tensor.name for tensor in self.components[denoiser].inputs)
 
     def find_control(self, control: str) -> str | None:
         """Return the ControlNet or adapter with this name in requests, None if there is none."""

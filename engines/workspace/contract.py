@@ -2,9 +2,12 @@
 
 A workspace has P slots, one for a picture. What belongs to a picture lies in the row of its slot; what a denoiser
 takes by model rows has 2 P rows at most: row r belongs to the picture in slot r % P, the first P rows are the
-pictures' own prompts and the others their negative prompts. Programs are the components of a bundle, by name. Each
-reads the buffers that are called as its inputs and writes those that are called as its outputs; `next_` before a name
-says what becomes of the buffer of that name once the program ran. `buffer_of` and `own_buffer` give the exceptions.
+pictures' own prompts and the next P their negative prompts. Where the denoiser can skip layers, which its input
+`skip_layers` says for a row, there are 3 P: the last are the prompts again, for skip-layer guidance.
+
+Programs are the components of a bundle, by name. Each reads the buffers that are called as its inputs and writes those
+that are called as its outputs; `next_` before a name says what becomes of the buffer of that name once the program ran.
+`buffer_of` and `own_buffer` give the exceptions.
 
     text encoder    uses up `own_buffer` of its inputs, writes `encoder_hidden_states` in the rows that it is run for
     ControlNet      reads the state, what it follows and its scales, and adds to the residuals
@@ -163,14 +166,14 @@ class Instant:
         return self._at - earlier._at
 
 
-def rows_in(name: str, slots: int) -> int | None:
-    """Return how many rows a buffer has; None for one that is written whole."""
+def rows_in(name: str, slots: int, *, groups: int) -> int | None:
+    """Return how many rows a buffer has; None for one that is written whole. groups: of model rows"""
     tensor = name.rpartition(".")[2]
     if name in BY_SLOT or tensor == COND:
         return slots
     if name in (GUIDANCE, OWNERS) or ("." in name and tensor != SCALE):
         return None
-    return 2 * slots
+    return groups * slots
 
 
 def span(name: str, array: Array, rows: slice, size: int) -> slice:

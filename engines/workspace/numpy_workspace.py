@@ -29,7 +29,6 @@ from latentrt.engines.workspace.contract import (
     WorkspaceShape,
     no_decoder,
     own_buffer,
-    rows_in,
 )
 from latentrt.engines.workspace.slot_workspace import HostBuffer, Rows, SlotWorkspace, at_once
 
@@ -96,7 +95,7 @@ class NumpyWorkspace(SlotWorkspace[HostBuffer]):
         """Return a buffer as wide as what is first written to it."""
         if name in self._buffers or not values.ndim:
             return self._buffers.get(name)
-        shape = (rows_in(name, self.shape.pictures) or 1, *values.shape[1:])
+        shape = (self._rows_in(name) or 1, *values.shape[1:])
         return self._keep(name, np.full(shape, AT_FIRST.get(name, 0.0), dtype=values.dtype))
 
     def _fetch(self, name: str) -> tuple[Array, Callable[[], None]]:
@@ -201,7 +200,7 @@ class Mixing:
         self.used = slice(0, len(index)) if rows.weighted[: len(index)].all() else index
         self.owners = rows.owners[index]  # (m,)
         self.parts: list[tuple[slice, Array | slice, Array]] = []  # see `mix`
-        for part in range(-(-rows.count // slots)):  # prompts, then negative prompts: a picture has one row in each
+        for part in range(-(-rows.count // slots)):  # of the groups, where a picture has one row in each
             start, stop = np.searchsorted(index, (part * slots, (part + 1) * slots))
             own = index[start:stop] - part * slots
             weights = rows.guidance[own, index[start:stop]].reshape(-1, 1, 1, 1)

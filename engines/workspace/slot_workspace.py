@@ -11,7 +11,7 @@ import numpy as np
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import COND, HINT, PIXELS, PREVIOUS, SQUARES, control_width, is_residual
+from latentrt.engines.tensor_names import COND, HINT, PIXELS, PREVIOUS, SQUARES, control_width, is_residual, row_groups
 from latentrt.engines.workspace.contract import (
     ALL,
     AT_FIRST,
@@ -142,6 +142,7 @@ class SlotWorkspace(Generic[B]):
     def __init__(self, shape: WorkspaceShape, programs: Mapping[str, Any], *, state_rows: int, denoiser: str) -> None:
         self.shape, self.state_rows = shape, state_rows
         self._programs, self._denoiser = programs, denoiser
+        self._groups = row_groups(self._inputs(denoiser))
         self._decoder: str | None = None
         self._buffers: dict[str, B] = {}  # the state is one of them from the beginning on
         self._given: dict[str, Array] = {}  # what is handed over when a program runs, as it was written
@@ -179,12 +180,12 @@ class SlotWorkspace(Generic[B]):
 
     def write(self, name: str, array: npt.ArrayLike, rows: slice = ALL) -> None:
         """Set rows of a buffer, converted to its type. Raises EngineError on another name or shape."""
-        values, size = np.asarray(array), rows_in(name, self.shape.pictures)
+        values, size = np.asarray(array), self._rows_in(name)
         with self._turn():
             if size is None or name in PER_STAGE:
                 self._give(name, values)
             elif (buffer := self._buffer(name, values)) is not None:
-                rows = span(name, values, rows, size)
+                rows = span(name, values, rows, buffer.shape[0])
                 shape = (rows.stop - rows.start, *buffer.shape[1:])
                 check_shape(name, values, shape, number=True)
                 buffer.write(np.ascontiguousarray(np.broadcast_to(values, shape), dtype=buffer.dtype), rows)
@@ -224,6 +225,9 @@ class SlotWorkspace(Generic[B]):
             else:
                 raise no_decoder(program, self._programs)
 
+    def _rows_in(self, name: str) -> int | None:
+        return rows_in(name, self.shape.pictures, groups=self._groups)
+
     def _inputs(self, program: str) -> tuple[str, ...]:
         known = self._programs.get(program)
         return tuple(tensor.name for tensor in known.spec.inputs) if known else ()
@@ -249,7 +253,7 @@ class SlotWorkspace(Generic[B]):
     def _require(self, program: str, stage: Rows) -> None:
         takes = (tensor for tensor in self._inputs(program) if tensor not in MADE and not is_residual(tensor))
         for name in (STATE, *(buffer_of(program, tensor) for tensor in takes)):
-            by_slot = rows_in(name, self.shape.pictures) == self.shape.pictures
+            by_slot = self._rows_in(name) == self.shape.pictures
             self._written.require(name, stage.pictures if by_slot else stage.weighted)
 
     def read(self, name: str, rows: slice = ALL) -> Array:

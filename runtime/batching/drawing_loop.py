@@ -254,7 +254,8 @@ class DrawingLoop:
         self._turns.charge(seconds)
         self._stage_at = time.perf_counter()
         pictures, padded = len(batch.tickets), batch.rows - rows
-        capacity = 2 * min(self._slots, batch.capacity)
+        groups = self._loaded.manifest.row_groups(batch.tickets[0].group.denoiser)
+        capacity = groups * min(self._slots, batch.capacity)
         self._tell(StageDone(pictures=pictures, used=rows, padded=padded, capacity=capacity, seconds=seconds))
         for ticket in list(batch.tickets):
             ticket.step_seconds.append(seconds)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+
 from latentrt.runtime.batching.stage_times import Owed, StageTimes, rank, sharing
 from latentrt.runtime.batching.ticket import Ticket
 
@@ -29,14 +31,15 @@ def seconds_of(tickets: Sequence[Ticket], times: StageTimes, rows: int) -> float
 
 
 def rows_of(ticket: Ticket) -> int:
-    """Return how many model rows a picture has in most of its stages."""
-    return 2 if ticket.job.guidance.needed else 1
+    """Return how many model rows a picture has in most of its stages, and two at least where it is guided."""
+    guidance = ticket.job.guidance
+    return max(min(guidance.most, 2), int(np.median(guidance.groups)))
 
 
 def rows_now(ticket: Ticket) -> int:
     """Return how many model rows a picture has in its next stage."""
     assert ticket.picture is not None
-    return 2 if ticket.job.guidance.stages[ticket.picture.done] else 1
+    return int(ticket.job.guidance.groups[ticket.picture.done])
 
 
 def own_seconds(ticket: Ticket, times: StageTimes) -> float | None:

@@ -42,7 +42,8 @@ class StageDone(msgspec.Struct, frozen=True, kw_only=True):
     """A stage of the pictures that are drawn together.
 
     used: model rows with a weight; padded: rows that were computed beside them, since engines are compiled for certain
-    numbers of rows; capacity: rows if every slot had a guided picture; seconds: as measured where the engines run
+    numbers of rows; capacity: rows if every slot had a picture with all groups of them
+    seconds: as measured where the engines run
     """
 
     pictures: int

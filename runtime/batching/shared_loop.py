@@ -57,7 +57,7 @@ class SharedLoop:
         if self._workspace is not None and self._loop is None:
             self._loop = Loop(self._workspace, tickets[0].part.denoiser)
         # Negative prompts' rows come last: the fewer slots lie between the guided ones, the fewer rows are computed.
-        for ticket in sorted(tickets, key=lambda ticket: not ticket.job.guidance.needed):
+        for ticket in sorted(tickets, key=lambda ticket: -ticket.job.guidance.most):
             self._place(ticket)
 
     def _suits(self, workspace: Workspace, slots: int) -> bool:

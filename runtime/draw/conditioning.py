@@ -1,4 +1,4 @@
-"""What a denoiser takes besides latents, timestep and text: sizes in pixels, and the scale of guidance."""
+"""What a denoiser takes besides latents, timestep and text: sizes, the scale of guidance, whose layers are skipped."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 
 from latentrt.engines.bundle.manifest import DenoiserSpec, Manifest, SizeName
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import SKIP_LAYERS
+from latentrt.runtime.sampling.guidance import GROUPS
 
 if TYPE_CHECKING:
     from latentrt.runtime.draw.job import Job
@@ -17,13 +19,12 @@ if TYPE_CHECKING:
 def conditions(manifest: Manifest, job: Job, *, rows: int, denoiser: str) -> dict[str, Array]:
     """Return a denoiser's further inputs by name, a row for each model row: (rows, …), float32.
 
-    rows: the prompts' own and, where there is guidance, then the negative prompts'
+    rows: the prompts' own, and those of the further groups where there is guidance
     """
     taken, made = manifest.denoisers[denoiser], {}
     for spec in manifest.components[denoiser].inputs:
         if spec.name in CONDITIONS:
-            width = spec.shape[1]
-            assert isinstance(width, int)
+            width = spec.shape[-1] if isinstance(spec.shape[-1], int) else 1
             made[spec.name] = CONDITIONS[spec.name](job, rows, width, taken)
     return made
 
@@ -33,7 +34,7 @@ def _sizes(job: Job, rows: int, _: int, taken: DenoiserSpec) -> Array:
     pictures = len(job.prompts)
     positive, negative = (_size_numbers(job, negative=on) for on in (False, True))
     both = np.array([[one[name] for name in taken.sizes] for one in (positive, negative)], dtype=np.float32)
-    return np.repeat(both, pictures, axis=0)[:rows]
+    return np.concatenate([np.repeat(both, pictures, axis=0)] * 2)[:rows]
 
 
 def _size_numbers(job: Job, *, negative: bool) -> dict[SizeName, float]:
@@ -55,9 +56,15 @@ def _guidance(job: Job, rows: int, width: int, _: DenoiserSpec) -> Array:
     return np.tile(embed_guidance(job.request.guidance, width), (rows, 1))
 
 
+def _skips(job: Job, rows: int, _: int, __: DenoiserSpec) -> Array:
+    """Return which rows skip layers: those of the third group, (rows,)."""
+    return np.asarray(np.arange(rows) // len(job.prompts) == GROUPS - 1, dtype=np.float32)
+
+
 CONDITIONS: Mapping[str, Callable[[Job, int, int, DenoiserSpec], Array]] = {
     "time_ids": _sizes,
     "timestep_cond": _guidance,
+    SKIP_LAYERS: _skips,
 }
 
 

@@ -24,7 +24,7 @@ from latentrt.engines.workspace.contract import (
 from latentrt.runtime.draw.controls import Features, ResolvedControl, strengths_at
 from latentrt.runtime.draw.finite import LATENTS
 from latentrt.runtime.draw.slots import write_rows
-from latentrt.runtime.sampling.guidance import Guidance, guidance_rows
+from latentrt.runtime.sampling.guidance import GROUPS, Guidance, guidance_rows
 from latentrt.runtime.sampling.plan import SamplingPlan
 
 if TYPE_CHECKING:
@@ -65,22 +65,22 @@ class Batch(msgspec.Struct, kw_only=True, eq=False):
 class Course(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """What the stages of a batch take, known before the first of them.
 
-    controls: the numbers of each, see `pack_controls`; guided: whether each looks at the negative prompts
+    controls: the numbers of each, see `pack_controls`; groups: of model rows at each, see `Guidance`
     draws: whether the sampler draws at each, as diffusers does; uses: whether that has a weight
     """
 
     controls: Array
-    guided: Sequence[bool]
+    groups: Sequence[int]
     draws: Sequence[bool]
     uses: Sequence[bool]
 
 
 def course_of(batch: Batch, state_rows: int) -> Course:
     """Return the course of a batch on a workspace. Raises EngineError if its plan has more rows of state."""
-    plan, guided = batch.plan, batch.guidance.stages
+    plan, groups = batch.plan, batch.guidance.groups
     return Course(
-        controls=pack_controls(plan, state_rows, rescale=np.where(guided, batch.guidance.rescale, 0.0)),
-        guided=guided.tolist(),
+        controls=pack_controls(plan, state_rows, rescale=np.where(groups > 1, batch.guidance.rescale, 0.0)),
+        groups=groups.tolist(),
         draws=plan.draws_noise.tolist(),
         uses=plan.uses_noise.tolist(),
     )
@@ -95,7 +95,7 @@ class Loop:
         self.rows = 0  # that the last stage computed
         self._courses: dict[Batch, Course] = {}
         self._control = np.tile(rest(workspace.state_rows), (workspace.shape.pictures, 1))
-        self._shared: tuple[tuple[Batch, bool], ...] | None = None  # who took the last stage, and whether it was guided
+        self._shared: tuple[tuple[Batch, int], ...] | None = None  # who took the last stage, with how many groups
         self._rows = slice(0, 0)  # of that stage, padded ones included
         self._sums: Array | None = None  # of the squares of each picture's latents, once somebody asks
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
@@ -145,7 +145,7 @@ class Loop:
     def _write_stage(self, batches: Sequence[Batch]) -> None:
         """Write what changes from stage to stage, and who shares this one where that is not who shared the last."""
         courses = [(batch, batch.done, self._courses[batch]) for batch in batches]
-        sharing = tuple((batch, course.guided[stage]) for batch, stage, course in courses)
+        sharing = tuple((batch, course.groups[stage]) for batch, stage, course in courses)
         if sharing != self._shared:
             self._share(sharing)
         noises = list[tuple[slice, Array]]()
@@ -158,15 +158,14 @@ class Loop:
         if noises:
             self._workspace.write(NOISE, _spread(noises, self._workspace.shape.pictures))
 
-    def _share(self, sharing: tuple[tuple[Batch, bool], ...]) -> None:
+    def _share(self, sharing: tuple[tuple[Batch, int], ...]) -> None:
         """Write the weights of the model rows for those that take the next stages; the other slots rest."""
         workspace, slots = self._workspace, self._workspace.shape.pictures
-        own, negative = np.zeros(slots, dtype=np.float32), np.zeros(slots, dtype=np.float32)
-        for batch, guided in sharing:
-            own[batch.slots] = batch.guidance.scales if guided else 1
-            negative[batch.slots] = 1 - own[batch.slots]
-        rows = workspace.fit(self._denoiser, slots + int(np.flatnonzero(negative).max(initial=-1)) + 1)
-        matrix, owners = guidance_rows(own, negative, rows)
+        weights = np.zeros((GROUPS, slots), dtype=np.float32)
+        for batch, groups in sharing:
+            weights[:, batch.slots] = batch.guidance.weights(groups)
+        rows = workspace.fit(self._denoiser, max(slots, int(np.flatnonzero(weights).max(initial=-1)) + 1))
+        matrix, owners = guidance_rows(weights, rows)
         workspace.write(GUIDANCE, matrix)
         workspace.write(OWNERS, owners)
         self._control[:] = rest(workspace.state_rows)

@@ -50,8 +50,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     @property
     def rows(self) -> int:
-        """Return how many model rows a batch has: the prompts, then the negative prompts if any stage needs them."""
-        return len(self.prompts) * (2 if self.guidance.needed else 1)
+        """Return how many model rows a batch has at the stage that has most: a group after another."""
+        return len(self.prompts) * self.guidance.most
 
     def read(self, texts: Sequence[str | None], *, negative: bool = False) -> list[Prompt]:
         """Return texts with how this request reads them. Raises RequestError.
@@ -71,10 +71,17 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             for text in texts
         ]
 
+    def read_groups(self, prompts: Sequence[str], negatives: Sequence[str | None]) -> tuple[list[Prompt], list[Prompt]]:
+        """Return prompts, and what further groups of model rows are told: negative prompts, then the prompts again.
+
+        These are there as far as any stage needs them.
+        """
+        own, told = self.read(prompts), self.read(negatives, negative=True)
+        return own, [*told, *own][: len(own) * (self.guidance.most - 1)]
+
     def read_keys(self, keys: Sequence[KeyFrame]) -> tuple[list[Prompt], list[Prompt]]:
-        """Return key frames' prompts and negative prompts; no negative prompts if no stage needs them."""
-        negatives = [key.negative_prompt for key in keys] if self.guidance.needed else []
-        return self.read([key.prompt for key in keys]), self.read(negatives, negative=True)
+        """Return key frames' prompts and those of the further groups, see `read_groups`."""
+        return self.read_groups([key.prompt for key in keys], [key.negative_prompt for key in keys])
 
 
 def resolve(request: Request, manifest: Manifest) -> Job:
@@ -101,6 +108,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
                 raise RequestError(f"{name}: this checkpoint was not trained with picture sizes; omit it")
     _check_scores(request, manifest)
     plan = _plan(request, manifest)
+    ranges = _denoiser_ranges(plan, request, manifest)
     return Job(
         request=request,
         prompts=prompts,
@@ -120,8 +128,10 @@ def resolve(request: Request, manifest: Manifest) -> Job:
             len(prompts),
             interval=request.guidance_interval,
             rescale=_number("guidance_rescale", request.guidance_rescale),
+            skip=_skip(request, manifest, ranges),
+            skip_interval=request.skip_layer_interval,
         ),
-        ranges=_denoiser_ranges(plan, request, manifest),
+        ranges=ranges,
         decoder=decoder,
     )
 
@@ -152,6 +162,17 @@ def _check_scores(request: Request, manifest: Manifest) -> None:
     for name, default in SCORES.items():
         if _number(name, getattr(request, name)) != default and not scored:
             raise RequestError(f"{name}: this checkpoint was not trained with aesthetic scores; omit it")
+
+
+def _skip(request: Request, manifest: Manifest, ranges: Sequence[DenoiserRange]) -> float:
+    """Return the scale of skip-layer guidance. Raises RequestError where a denoiser has no layers to skip."""
+    skip = _number("skip_layer_guidance", request.skip_layer_guidance)
+    if skip and not all(manifest.denoisers[part.denoiser].skip_layers for part in ranges):
+        raise RequestError(
+            "skip_layer_guidance: no layers of this bundle's denoiser can be skipped; export a transformer with "
+            "--skip-layers, or omit it"
+        )
+    return skip
 
 
 def _distilled(manifest: Manifest) -> bool:

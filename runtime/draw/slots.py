@@ -1,4 +1,4 @@
-"""Where in a workspace's model rows the pictures of some slots are: their prompts, then their negative prompts."""
+"""Where in a workspace's model rows the pictures of some slots are: a group of rows after another."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from latentrt.engines.workspace.contract import IDS, Workspace, own_buffer
 def rows_of(slots: slice, parts: int, *, pictures: int) -> Iterator[tuple[slice, slice]]:
     """Give the model rows of n slots, and which of the n * parts rows of an array belong there, in as few pieces.
 
-    parts: 1 for the prompts alone, 2 with the negative prompts; pictures: how many slots there are in all
+    parts: 1 for the prompts alone, 2 with the negative prompts, 3 with the prompts again, for skip-layer guidance
+    pictures: how many slots there are in all
     """
     count = slots.stop - slots.start
     if count == pictures:
@@ -24,7 +25,7 @@ def rows_of(slots: slice, parts: int, *, pictures: int) -> Iterator[tuple[slice,
 
 
 def write_rows(workspace: Workspace, name: str, array: Array, slots: slice) -> None:
-    """Write what the pictures in some slots have by model rows: (n or 2 n, …), the prompts' rows first."""
+    """Write what the pictures in some slots have by model rows: (n, 2 n or 3 n, …), the prompts' rows first."""
     parts = len(array) // (slots.stop - slots.start)
     for rows, piece in rows_of(slots, parts, pictures=workspace.shape.pictures):
         workspace.write(name, array[piece], rows)
@@ -33,7 +34,7 @@ def write_rows(workspace: Workspace, name: str, array: Array, slots: slice) -> N
 def encode_rows(workspace: Workspace, program: str, inputs: Mapping[str, Array], slots: slice, *, parts: int) -> None:
     """Have a text encoder write the text of the pictures in some slots, where they are drawn.
 
-    inputs: its own by name, some texts for each row, the prompts' first; parts: 2 with negative prompts, else 1
+    inputs: its own by name, some texts for each row, the prompts' first; parts: the groups of these, see `rows_of`
     """
     texts = len(inputs[IDS])
     each = texts // (parts * (slots.stop - slots.start))

@@ -67,6 +67,8 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "guidance": NUMBER,
     "guidance_interval": SPAN,
     "guidance_rescale": NUMBER,
+    "skip_layer_guidance": NUMBER,
+    "skip_layer_interval": SPAN,
     "image": TEXTS,
     "mask": TEXT,
     "strength": NUMBER,

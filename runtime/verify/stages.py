@@ -41,6 +41,7 @@ from latentrt.runtime.verify.compared import ComparedWorkspace, Difference
 OUTPUTS: Mapping[Role, str] = {"text_encoder": TEXT, "denoiser": STATE, "decoder": PIXELS}
 STEPS = 5
 GUIDED = (0.0, 0.6)  # of the steps: then both a row and two rows for each picture are run
+SKIPPING = (0.1, 0.6)  # of the steps: a third row, where layers can be skipped
 GUIDANCE = 2.0  # small, or the difference of two outputs would be what is compared
 PROMPT = "a red circle on a plain blue background"
 REFINED = 0.5  # from where a refiner draws on
@@ -128,7 +129,7 @@ def short_request(manifest: Manifest, record: EngineRecord) -> Request:
     words = next(iter(manifest.tokenizers.values())).max_length - 2
     grey = np.tile(np.linspace(0, 255, width, dtype=np.uint8)[:, None], (height, 1, 3))
     controls = [one.control for one in manifest.components.values() if one.role in CONTROL_ROLES]
-    repainted = repaints(manifest)
+    repainted, skips = repaints(manifest), manifest.row_groups(manifest.denoiser) > 2
     return Request(
         prompt=PROMPT + " a" * words * (chunks - 1),
         negative_prompt="",
@@ -138,6 +139,8 @@ def short_request(manifest: Manifest, record: EngineRecord) -> Request:
         size=(width, height),
         guidance=GUIDANCE,
         guidance_interval=GUIDED,
+        skip_layer_guidance=GUIDANCE if skips else 0.0,
+        skip_layer_interval=SKIPPING,
         refine_from=REFINED if manifest.refiner else None,
         controls=tuple(Control(name=name, image=grey) for name in controls if name is not None),
         image=grey if repainted else None,

@@ -77,6 +77,8 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     guidance: Number | None = None
     guidance_interval: tuple[Share, Share] | None = None
     guidance_rescale: Share | None = None
+    skip_layer_guidance: Number | None = None
+    skip_layer_interval: tuple[Share, Share] | None = None
     strength: Share | None = None
     loras: Annotated[list[NamedLora], Meta(max_length=16)] | None = None
     controls: Annotated[list[SentControl], Meta(max_length=8)] | None = None
