@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle.files import hash_file
-from latentrt.engines.bundle.manifest import SIZES, Family, FrameRange, LatentSpec
+from latentrt.engines.bundle.manifest import Family, FrameRange, LatentSpec
 from latentrt.engines.bundle.training import Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnets import add_controlnets, per_level
@@ -19,6 +19,7 @@ from latentrt.export.additions.replace import replace_unet, replace_vae
 from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
 from latentrt.export.configs.defaults import complete, require_levels
+from latentrt.export.configs.denoisers import KINDS
 from latentrt.export.configs.families import FAMILIES
 from latentrt.export.configs.published import DEFAULT_SAMPLE_SIZE, sample_size
 from latentrt.export.configs.schedule import training_schedule
@@ -27,12 +28,16 @@ from latentrt.export.networks.components import residual_dimensions
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_vae
 from latentrt.export.sources.hub import download
-from latentrt.export.sources.parts import TEXT_ENCODERS, ControlNetwork, Parts, Source, WeightSource
+from latentrt.export.sources.parts import CLIPS, DENOISERS, ControlNetwork, Parts, Source, WeightSource
 from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 ENLARGED_BEFORE = (0, 9, 0)  # diffusers' version, see `FamilyRow.enlarges`
+OPTIONAL_TEXT = [
+    text.component for row in FAMILIES.values() for text in row.text_encoders if text.optional and text.component
+]
+OF_UNETS = {"unet": "--unet", "controlnets": "--controlnet", "adapters": "--adapter"}  # fields of the options
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -80,7 +85,12 @@ class Checkpoint:
     @property
     def zero_negative(self) -> bool:
         """Tell whether zeros replace a negative prompt that is not given, as in SDXL by default."""
-        return bool(self.dimensions["pooled_width"] and self.index.get("force_zeros_for_empty_prompt", True))
+        return FAMILIES[self.family].sized and bool(self.index.get("force_zeros_for_empty_prompt", True))
+
+    @property
+    def denoiser(self) -> str:
+        """Return the component that draws."""
+        return FAMILIES[self.family].denoiser
 
     def hashes(self) -> dict[str, str]:
         """Hash every file that the export reads."""
@@ -95,12 +105,17 @@ def open_checkpoint(name: str, *, options: CheckpointOptions | None = None) -> C
     """
     options = options or CheckpointOptions()
     path = locate(name, revision=options.revision)
-    parts = open_file(path, options) if path.is_file() else open_folder(path, allow_pickle=options.allow_pickle)
+    if path.is_file():
+        return _read(name, _adjust(open_file(path, options), options))
+    parts = open_folder(path, allow_pickle=options.allow_pickle, without=() if options.t5 else OPTIONAL_TEXT)
+    if not options.t5:
+        parts = replace(parts, options={**parts.options, "t5": "left out"})
     return _read(name, _adjust(parts, options))
 
 
 def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     """Apply the options to a checkpoint: replaced networks, LoRAs, ControlNets and adapters."""
+    _require_unet(parts, options)
     if options.vae:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.unet:
@@ -123,15 +138,25 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     return parts
 
 
+def _require_unet(parts: Parts, options: CheckpointOptions) -> None:
+    """Refuse what changes or controls a UNet beside a checkpoint that has none."""
+    found = next((option for name, option in OF_UNETS.items() if getattr(options, name)), None)
+    if found and DENOISERS[0] not in parts.networks:
+        raise CheckpointError(
+            f"{found}: it is for a UNet, and {parts.root} holds a {KINDS[parts.denoiser].label}; omit it"
+        )
+
+
 def _read(name: str, parts: Parts) -> Checkpoint:
     """Say what a checkpoint is from its documents."""
-    family, latents = _family(parts.root, parts.configs), _latents(parts)
+    denoiser, family = parts.configs[parts.denoiser], _family(parts)
+    latents = _latents(parts, family)
     check_tiny_vae(parts.configs, latents)
     schedule = training_schedule(
         parts.scheduler,
         where=f"{parts.root}: the scheduler's config",
         family=family,
-        repaints=parts.configs["unet"]["in_channels"] != latents.channels,
+        repaints=denoiser["in_channels"] != latents.channels,
     )
     return Checkpoint(
         name=name,
@@ -146,12 +171,12 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         files=parts.files,
         options=parts.options,
         controls=parts.controls,
-        rows=parts.rows,
+        rows={**FAMILIES[family].rows, **parts.rows},
         frames=frame_range(parts.configs),
         schedule=schedule,
         latents=latents,
-        default_size=_default_size(parts.configs["unet"], family, schedule.prediction_type, factor=latents.factor),
-        dimensions=_dimensions(parts.configs, latents) | _residuals(parts) | feature_dimensions(parts),
+        default_size=_default_size(denoiser, family, schedule.prediction_type, factor=latents.factor),
+        dimensions=_dimensions(parts, latents) | _residuals(parts) | feature_dimensions(parts),
         normalising=read_normalising(
             parts.configs["vae_decoder"],
             family=family,
@@ -185,9 +210,8 @@ def locate(name: str, *, revision: str | None = None) -> Path:
     )
 
 
-def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
-    unet = configs["unet"]
-    texts = {name: configs[name] for name in TEXT_ENCODERS if name in configs}
+def _family(parts: Parts) -> Family:
+    root, denoiser, texts = parts.root, parts.configs[parts.denoiser], _clips(parts)
     activations = [row.activation for row in FAMILIES.values() if row.activation]
     for name, text in texts.items():
         kinds, activation = text.get("architectures") or CLIP_MODELS, text["hidden_act"]
@@ -196,77 +220,90 @@ def _family(root: Path, configs: Mapping[str, Mapping[str, Any]]) -> Family:
                 f"{root}/{name}/config.json: found {kinds} with hidden_act '{activation}', expected "
                 f"{' or '.join(CLIP_MODELS)} with one of {', '.join(activations)}; this family is not supported"
             )
-    width = sum(text["hidden_size"] for text in texts.values())
-    if set(per_level(unet["cross_attention_dim"], 1)) != {width}:
-        raise CheckpointError(
-            f"{root}: the text {'encoder is' if len(texts) == 1 else 'encoders are'} {width} wide but the UNet's "
-            f"cross_attention_dim is {unet['cross_attention_dim']}; they are not from the same checkpoint"
-        )
-    sized = unet["addition_embed_type"] == "text_time"
-    matching = [family for family, row in FAMILIES.items() if row.sized == sized]
+    for sentence in KINDS[parts.denoiser].objections(denoiser, texts, parts.configs.get("text_encoder_3")):
+        raise CheckpointError(f"{root}: {sentence}; they are not from the same checkpoint")
+    added = denoiser.get("addition_embed_type")
+    matching = [
+        family
+        for family, row in FAMILIES.items()
+        if row.denoiser == parts.denoiser and row.sized == (added == "text_time")
+    ]
     fitting = [family for family in matching if FAMILIES[family].networks == tuple(texts)]
     if not fitting:
         expected = " or ".join(" and ".join(names) for names in dict.fromkeys(FAMILIES[f].networks for f in matching))
         raise CheckpointError(
-            f"{root}: found {' and '.join(texts) or 'no text encoder'} beside a UNet whose addition_embed_type is "
-            f"{unet['addition_embed_type']}, expected {expected}; download the whole checkpoint"
+            f"{root}: found {' and '.join(texts) or 'no text encoder'} beside a {KINDS[parts.denoiser].label} whose "
+            f"addition_embed_type is {added}, expected {expected}; download the whole checkpoint"
         )
     first = next(iter(texts.values()))["hidden_act"]
     return next(family for family in fitting if FAMILIES[family].activation in (None, first))
 
 
-def _latents(parts: Parts) -> LatentSpec:
-    vae, unet = parts.configs["vae_decoder"], parts.configs["unet"]
+def _clips(parts: Parts) -> dict[str, Mapping[str, Any]]:
+    """Return the configs of the CLIP text encoders that a checkpoint has."""
+    return {name: parts.configs[name] for name in CLIPS if name in parts.configs}
+
+
+def _latents(parts: Parts, family: Family) -> LatentSpec:
+    vae, denoiser, kind = parts.configs["vae_decoder"], parts.configs[parts.denoiser], KINDS[parts.denoiser]
     refuse_other_vae(parts.root / "vae", vae)
     require_levels(vae, where=f"{parts.root}: the VAE's config")
-    require_levels(unet, where=f"{parts.root}: the UNet's config")
-    channels, takes, gives = vae["latent_channels"], unet["in_channels"], unet["out_channels"]
+    if "block_out_channels" in denoiser:
+        require_levels(denoiser, where=f"{parts.root}: the {kind.label}'s config")
+    channels, takes = vae["latent_channels"], denoiser["in_channels"]
+    gives = denoiser["out_channels"] or takes
     if gives != channels or takes not in (channels, 2 * channels + 1):
         raise CheckpointError(
-            f"{parts.root}: the UNet takes {takes} channels and gives {gives} where the VAE has {channels} latent "
-            f"channels; expected {channels}, or {2 * channels + 1} for inpainting; "
-            "other conditioned UNets are not supported"
+            f"{parts.root}: the {kind.label} takes {takes} channels and gives {gives} where the VAE has {channels} "
+            f"latent channels; expected {channels}, or {2 * channels + 1} for inpainting; "
+            f"other conditioned {kind.label}s are not supported"
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return LatentSpec(channels=channels, factor=factor, scaling_factor=float(vae["scaling_factor"]))
+    return LatentSpec(
+        channels=channels,
+        factor=factor,
+        scaling_factor=float(vae["scaling_factor"]),
+        shift=float(vae["shift_factor"] or 0) if FAMILIES[family].shifts else 0.0,
+        multiple=kind.patch(denoiser),
+        largest=kind.largest(denoiser),
+    )
 
 
-def _default_size(unet: Mapping[str, Any], family: Family, prediction: Prediction, *, factor: int) -> tuple[int, int]:
+def _default_size(
+    denoiser: Mapping[str, Any], family: Family, prediction: Prediction, *, factor: int
+) -> tuple[int, int]:
     """Return the width and the height that diffusers' pipelines draw if they get none."""
-    given = unet["sample_size"]
+    given = denoiser["sample_size"]
     if given is None:  # they draw nothing then
         given = sample_size(family, prediction)
-    version = tuple(int(part) for part in re.findall(r"\d+", str(unet.get("_diffusers_version", "")))[:3])
+    version = tuple(int(part) for part in re.findall(r"\d+", str(denoiser.get("_diffusers_version", "")))[:3])
     if isinstance(given, int) and FAMILIES[family].enlarges and () < version < ENLARGED_BEFORE:
         given = max(given, DEFAULT_SAMPLE_SIZE)
     height, width = per_level(given, 2)
     return width * factor, height * factor
 
 
-def _dimensions(configs: Mapping[str, Mapping[str, Any]], latents: LatentSpec) -> dict[str, int]:
+def _dimensions(parts: Parts, latents: LatentSpec) -> dict[str, int]:
     """Name the sizes that the tables of shapes refer to; 0 for what a checkpoint does not have."""
-    vae, unet = configs["vae_decoder"], configs["unet"]
+    configs, denoiser, held = parts.configs, parts.configs[parts.denoiser], _clips(parts)
     first = configs.get("text_encoder") or complete("text_encoder", {}, where="")
     second = configs.get("text_encoder_2") or complete("text_encoder_2", {}, where="")
-    held = [configs[name] for name in TEXT_ENCODERS if name in configs]
-    pooled = second["projection_dim"] if unet["addition_embed_type"] else 0
     return {
+        **KINDS[parts.denoiser].dimensions(denoiser, held),
         "latent_channels": latents.channels,
         "latent_parameters": 2 * latents.channels,
-        "unet_channels": unet["in_channels"],
-        "picture_channels": vae["out_channels"],
+        "unet_channels": denoiser["in_channels"],
+        "picture_channels": configs["vae_decoder"]["out_channels"],
         "text_width": first["hidden_size"],
         "text_width_2": second["hidden_size"],
+        "text_width_3": configs["text_encoder_3"]["d_model"] if "text_encoder_3" in configs else 0,
         "skipped_layers": first["num_hidden_layers"] - 1,
         "skipped_layers_2": second["num_hidden_layers"] - 1,
-        "attention_width": sum(text["hidden_size"] for text in held),
-        "pooled_width": pooled,
-        "size_numbers": _size_numbers(unet, pooled) if pooled else 0,
-        "guidance_width": unet["time_cond_proj_dim"] or 0,
-        "context": held[0]["max_position_embeddings"],
-        "vocabulary": min(text["vocab_size"] for text in held),
+        "projection_width": first["projection_dim"] or 0,
+        "projection_width_2": second["projection_dim"],
+        "context": next(iter(held.values()))["max_position_embeddings"],
+        "vocabulary": min(text["vocab_size"] for text in held.values()),
         "factor": latents.factor,
-        "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
     }
 
 
@@ -277,20 +314,3 @@ def _residuals(parts: Parts) -> dict[str, int]:
     unet = parts.configs["unet"]
     channels = unet["block_out_channels"]
     return residual_dimensions(channels, per_level(unet["layers_per_block"], len(channels)))
-
-
-def _size_numbers(unet: Mapping[str, Any], pooled: int) -> int:
-    """Return how many numbers of sizes a UNet takes beside the pooled text. Raises CheckpointError."""
-    numbers_in, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
-    if numbers_in is None or width is None or numbers_in <= pooled or (numbers_in - pooled) % width:
-        raise CheckpointError(
-            f"the UNet's config $.projection_class_embeddings_input_dim: found {numbers_in}, expected "
-            f"the text's {pooled} and a multiple of addition_time_embed_dim, which is {width}; restore the config"
-        )
-    numbers = int((numbers_in - pooled) // width)
-    if numbers not in SIZES:
-        raise CheckpointError(
-            f"the UNet takes {numbers} numbers of sizes beside the text, expected 6 (SDXL) or 5 (its refiner); "
-            "this kind of UNet is not supported"
-        )
-    return numbers

@@ -38,7 +38,7 @@ from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.configs.families import FAMILIES
 from latentrt.export.graphs.optimum import write_configs
 from latentrt.export.graphs.preview import PreviewFit, fit_preview
-from latentrt.export.networks.components import COMPONENTS, DENOISER, REFINER, place_of
+from latentrt.export.networks.components import COMPONENTS, REFINER, place_of
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
@@ -218,7 +218,7 @@ def _components(
 
 def _networks(checkpoint: Checkpoint) -> dict[str, Path | WeightSource]:
     """Return where each network's weights are, the refiner's included."""
-    further = {REFINER: checkpoint.refiner.networks[DENOISER]} if checkpoint.refiner else {}
+    further = {REFINER: checkpoint.refiner.networks[checkpoint.refiner.denoiser]} if checkpoint.refiner else {}
     return {**checkpoint.networks, **further}
 
 
@@ -245,6 +245,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         precision=precision,
         dimensions=refiner.dimensions if refiner and component == REFINER else checkpoint.dimensions,
         scaling_factor=checkpoint.latents.scaling_factor,
+        shift=checkpoint.latents.shift,
         affine=checkpoint.normalising.get(component),
         shared=shared,
         texts=checkpoint.texts.get(component, ()),
@@ -293,15 +294,18 @@ def _manifest(
 def _denoisers(checkpoint: Checkpoint) -> dict[str, DenoiserSpec]:
     """Say what each denoiser takes, the one that draws first."""
     refiner = {REFINER: checkpoint.refiner} if checkpoint.refiner else {}
-    return {
-        name: DenoiserSpec(
-            text_encoders=FAMILIES[one.family].text_encoders,
-            zero_negative=one.zero_negative,
-            sizes=SIZES.get(one.dimensions["size_numbers"], ()),
-            frames=one.frames,
-        )
-        for name, one in {DENOISER: checkpoint, **refiner}.items()
-    }
+    return {name: _denoiser(one) for name, one in {checkpoint.denoiser: checkpoint, **refiner}.items()}
+
+
+def _denoiser(checkpoint: Checkpoint) -> DenoiserSpec:
+    texts = FAMILIES[checkpoint.family].held(checkpoint.networks)
+    return DenoiserSpec(
+        text_encoders=texts,
+        zero_negative=checkpoint.zero_negative,
+        sizes=SIZES.get(checkpoint.dimensions["size_numbers"], ()),
+        frames=checkpoint.frames,
+        text_width=checkpoint.dimensions["attention_width"] if any(text.tokens for text in texts) else None,
+    )
 
 
 def _producer() -> str:
@@ -321,7 +325,7 @@ def _component_spec(checkpoint: Checkpoint, name: str, finished: Finished) -> Co
         error=finished.error,
         float32_layers=finished.float32_layers,
         largest_activation=finished.largest_activation,
-        of=DENOISER if controls else None,
+        of=checkpoint.denoiser if controls else None,
         control=controls.control if controls else None,
     )
 

@@ -18,16 +18,17 @@ from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
 from latentrt.export.configs.families import (
     BASES,
     CONTROLNET,
+    FAMILIES,
     INPUTS,
     LABELS,
     LORA,
-    SUPPORTED,
+    SUPPORTED_FILES,
     name_pipeline,
     option_for,
 )
 from latentrt.export.sources.diffusers_folder import graph_files
 from latentrt.export.sources.hub import find_cached
-from latentrt.export.sources.parts import TEXT_ENCODERS
+from latentrt.export.sources.parts import TEXT_ENCODERS, denoiser_of
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 from latentrt.export.sources.weight_files import find_weights, has_safetensors
 
@@ -138,7 +139,7 @@ def _inspect_part(file: TensorFile) -> Inspection:
     if name == CONTROLNET:
         problem = _addition(CONTROLNET, file.path, _base_of(file))
     elif denoiser:
-        problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED}"
+        problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED_FILES}"
     elif name:
         problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
         problem += f", and this with {option_for(name)}" if option_for(name) else ""
@@ -203,7 +204,8 @@ def _inspect_folder(root: Path) -> Inspection:
     index = _json(root / "model_index.json")
     if not index:
         return _inspect_lone_folder(root)
-    onnx = (root / "unet" / "model.onnx").is_file() and not has_safetensors(root / "unet")
+    denoiser = root / denoiser_of(index)
+    onnx = (denoiser / "model.onnx").is_file() and not has_safetensors(denoiser)
     networks, faults = _folder_networks(root, index)
     try:
         checkpoint = open_checkpoint(str(root))
@@ -226,11 +228,14 @@ def _inspect_folder(root: Path) -> Inspection:
 
 
 def _additions(checkpoint: Checkpoint) -> list[str]:
-    """Name what a UNet takes beyond its family's."""
-    unet, channels = checkpoint.configs["unet"], checkpoint.latents.channels
-    takes = unet["in_channels"]
+    """Name what a denoiser takes beyond its family's, and what its checkpoint is without."""
+    dimensions, channels = checkpoint.dimensions, checkpoint.latents.channels
+    takes = dimensions["unet_channels"]
     more = [INPUTS.get(takes - channels + 4, f"with {takes} input channels")] if takes != channels else []
-    return more + (["for latent consistency"] if unet["time_cond_proj_dim"] else [])
+    absent = [text for text in FAMILIES[checkpoint.family].held(checkpoint.networks) if text.component is None]
+    return (
+        more + (["for latent consistency"] if dimensions["guidance_width"] else []) + (["without T5"] if absent else [])
+    )
 
 
 def _folder_networks(root: Path, index: Mapping[str, Any]) -> tuple[list[Network], list[str]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora.file import split_strength
 
 CONTROL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # it is part of the names of files
 
@@ -22,6 +21,8 @@ class LoraOption:
     @classmethod
     def parse(cls, text: str) -> LoraOption:
         """Read `file` or `file:0.8`. Raises CheckpointError."""
+        from latentrt.engines.lora.file import split_strength  # after a long chain of its own
+
         path, strength = split_strength(text)
         return cls(path=path, strength=strength)
 
@@ -58,6 +59,7 @@ class CheckpointOptions:
     prediction_type: what the UNet predicts, where the checkpoint does not say, or says it wrongly
     motion_adapter: AnimateDiff's modules, which are put into the UNet: a directory or a file
     refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
+    t5: whether to export the text encoder that a checkpoint can do without, SD 3's T5
     loras: LoRAs to merge into the weights; their order does not matter
     controlnets, adapters: ControlNets and T2I-Adapters that requests may use; their order does not matter
     allow_pickle: whether weights in pickles may be opened
@@ -72,6 +74,7 @@ class CheckpointOptions:
     prediction_type: Prediction | None = None
     motion_adapter: str | None = None
     refiner: str | None = None
+    t5: bool = True
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()
     adapters: tuple[ControlNetOption, ...] = ()

@@ -19,6 +19,7 @@ from hypothesis import settings
 
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
+from tests.sd3 import make_sd3
 from tests.tiny import save_adapter, save_controlnet, save_motion, save_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -135,14 +136,21 @@ def demo_half_bundle(workshop: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def made(workshop: Path) -> Make:
-    """Make a tiny checkpoint and its bundle, once for each kind; `refined` is the plain one with its refiner."""
+    """Make a tiny checkpoint and its bundle, once for each kind; `refined` is the plain one with its refiner.
+
+    The variants of sd3 are `dual` and `t5`, or both with a space between them.
+    """
     known = dict[tuple[str, str], tuple[Path, Path]]()
 
     def make(family: str, variant: str) -> tuple[Path, Path]:
         if (family, variant) not in known:
-            name = f"{family}-{variant}" if variant else f"{family}-plain"
+            name = f"{family}-{variant.replace(' ', '-')}" if variant else f"{family}-plain"
             own = "" if variant == REFINED else variant
-            checkpoint = _tiny(workshop / f"{family}-{own or 'plain'}-checkpoint", family=family, variant=own)
+            path = workshop / f"{family}-{own.replace(' ', '-') or 'plain'}-checkpoint"
+            if family == "sd3":  # with what its variant names: `dual`, `t5`
+                checkpoint = _network(make_sd3, path, **dict.fromkeys(own.split(), True))
+            else:
+                checkpoint = _tiny(path, family=family, variant=own)
             options = CheckpointOptions(refiner=str(make(family, "refiner")[0])) if variant == REFINED else None
             export_checkpoint(str(checkpoint), workshop / name, precision="fp32", options=options)
             known[family, variant] = checkpoint, workshop / name

@@ -141,7 +141,7 @@ def test_a_config_that_is_not_json_is_refused(copy: Path) -> None:
 
 
 OTHERS: list[tuple[str, Edit, str]] = [
-    ("model_index.json", lambda d: d.update(transformer=["diffusers", "SD3Transformer2DModel"]), "Stable Diffusion 3"),
+    ("model_index.json", lambda d: d.update(transformer=["diffusers", "NewModel"], unet=None), "Stable Diffusion"),
     ("model_index.json", lambda d: d.update(transformer=["diffusers", "FluxTransformer2DModel"]), "Flux"),
     ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="WuerstchenDecoderPipeline"), "Wuerstchen"),
     ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="NewPipeline"), "recognised as NewPipeline"),

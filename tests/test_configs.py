@@ -22,6 +22,7 @@ from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import read_config
 from latentrt.export.sources.parts import Part
+from tests.sd3 import make_sd3
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_tiny_decoder import save_tiny_vae
 from tests.tiny import save_adapter, save_controlnet, save_tiny
@@ -29,6 +30,7 @@ from tests.tiny_t5 import save_t5
 
 CLASSES: dict[Part, Any] = {
     "unet": diffusers.UNet2DConditionModel,
+    "transformer": diffusers.SD3Transformer2DModel,
     "vae": diffusers.AutoencoderKL,
     "controlnet": diffusers.ControlNetModel,
     "adapter": diffusers.T2IAdapter,
@@ -66,11 +68,12 @@ def sdxl_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Part, Path]:
-    """Return a folder of each kind of network that belongs to one tiny SDXL."""
+    """Return a folder of each kind of network that belongs to one tiny SDXL, and the transformer of an SD 3."""
     root, checkpoint = tmp_path_factory.mktemp("parts"), sdxl_checkpoint
     own: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "unet", "vae")
     return {
         **{part: checkpoint / part for part in own},
+        "transformer": make_sd3(root / "sd3") / "transformer",
         "controlnet": save_controlnet(root / "controlnet", family="sdxl"),
         "adapter": save_adapter(root / "adapter", family="sdxl"),
         "tiny_vae": save_tiny_vae(root / "tiny_vae"),
@@ -94,6 +97,8 @@ def use(part: Part, config: dict[str, Any]) -> None:
     if part == "unet":
         told = {"text_embeds": torch.zeros(1, 40), "time_ids": torch.zeros(1, 6)}
         model(torch.zeros(1, 4, 4, 4), 1, torch.zeros(1, 3, 80), added_cond_kwargs=told)
+    if part == "transformer":
+        model(torch.zeros(1, 16, 4, 4), torch.zeros(1, 3, 64), torch.zeros(1, 64), torch.ones(1))
     if part in ("vae", "tiny_vae"):
         model.decode(torch.zeros(1, model.config.latent_channels, 4, 4) / model.config.scaling_factor)
 
@@ -124,15 +129,21 @@ def fails(call: Callable[[], None], *errors: type[Exception]) -> bool:
 def test_null_is_refused_where_the_libraries_fail_on_it(
     folders: dict[Part, Path], part: Part, key: str, tmp_path: Path
 ) -> None:
-    checkpoint = Path(shutil.copytree(folders["unet"].parent, tmp_path / "checkpoint"))
+    home = folders["transformer" if part == "transformer" else "unet"].parent
+    checkpoint = Path(shutil.copytree(home, tmp_path / "checkpoint"))
     network = checkpoint / part
     if not network.is_dir():
         shutil.copytree(folders[part], network)
     config = json.loads((network / "config.json").read_text()) | {key: None}
     (network / "config.json").write_text(json.dumps(config))
     refused = fails(lambda: opened(part, checkpoint, network), CheckpointError)
-    if (part, key) in (("unet", "addition_embed_type"), ("controlnet", "addition_embed_type")):
-        assert refused  # a network of another family, which the libraries make all the same
+    others = (
+        ("unet", "addition_embed_type"),
+        ("controlnet", "addition_embed_type"),
+        ("transformer", "pos_embed_max_size"),
+    )
+    if (part, key) in others:
+        assert refused  # a network of another family or for one size, which the libraries make all the same
     else:
         assert refused == fails(lambda: use(part, config), Exception)
 

@@ -41,6 +41,7 @@ def _is_pair(value: Any) -> bool:
 COUNT: tuple[Fits, str] = _is_count, "a whole number above 0"
 ID: tuple[Fits, str] = _is_id, "a whole number from 0 up"
 NUMBER: tuple[Fits, str] = _is_number, "a number other than 0"
+ANY_NUMBER: tuple[Fits, str] = (lambda value: value == 0 or _is_number(value)), "a number"
 TEXT: tuple[Fits, str] = (lambda value: isinstance(value, str)), "a text"
 COUNTS: tuple[Fits, str] = _is_list_of(_is_count), "a list of whole numbers above 0"
 TEXTS: tuple[Fits, str] = _is_list_of(lambda value: isinstance(value, str)), "a list of texts"
@@ -91,6 +92,17 @@ _UNET = {
     "cross_attention_dim": Key(1280, PER_LEVEL),
     **_CONDITIONED,
 }
+_TRANSFORMER = {
+    "sample_size": Key(128, SIZE),
+    "patch_size": Key(2, COUNT),
+    "in_channels": Key(16, COUNT),
+    "num_layers": Key(18, COUNT),
+    "joint_attention_dim": Key(4096, COUNT),
+    "caption_projection_dim": Key(1152, COUNT),
+    "pooled_projection_dim": Key(2048, COUNT),
+    "out_channels": Key(16, COUNT, (None,)),
+    "pos_embed_max_size": Key(96, COUNT),
+}
 # Every key of a config that is read here. What else a config says is for the libraries alone.
 KEYS: Mapping[Part, Mapping[str, Key]] = {
     "text_encoder": _CLIP,
@@ -104,12 +116,14 @@ KEYS: Mapping[Part, Mapping[str, Key]] = {
         "projection_class_embeddings_input_dim": _optional(COUNT),
         "time_cond_proj_dim": _optional(COUNT),
     },
+    "transformer": _TRANSFORMER,
     "vae": {
         "latent_channels": Key(4, COUNT),
         "out_channels": Key(3, COUNT),
         "block_out_channels": Key((64,), COUNTS),
         "down_block_types": Key(("DownEncoderBlock2D",), TEXTS),
         "scaling_factor": Key(0.18215, NUMBER),
+        "shift_factor": _optional(ANY_NUMBER),
         "latents_mean": _optional(ANY),
         "latents_std": _optional(ANY),
     },

@@ -5,7 +5,7 @@ Names of models are what is printed; only what `engines.manifest.Family` lists c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from latentrt.engines.bundle.manifest import Family, TextSpec
 from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.bundle.training import Prediction
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x or XL"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL or 3.x"
+SUPPORTED_FILES = "Stable Diffusion 1.x, 2.x or XL"  # of single files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,39 +24,54 @@ class FamilyRow:
     """What a family's checkpoints have in common, and what diffusers' pipelines for it do.
 
     text_encoders: those that its denoiser takes, in the order in which they join
+    denoiser: the folder of it
+    rows: of the table of components, for networks whose row is not called as they are
     sized: whether its UNet is told the sizes of pictures beside the text (addition_embed_type text_time)
-    pipeline: diffusers' class, for graphs that optimum opens
+    pipeline: diffusers' class, for graphs that optimum opens; None where those have other names of tensors
     activation: of its text encoder, where that alone tells it from another family
     refines: the family whose pictures it finishes
     enlarges: whether its pipelines take a side below 64 latents for a mistake where an old version wrote it
     normalises: whether its pipelines read the mean and the deviation of latents in a VAE's config
+    shifts: whether they read the shift there
     corrections, inpainting_corrections: what its pipelines make of a scheduler's config, whatever that says
     sample_sizes: how many latents a side it draws by what its UNet predicts, where it was published with several kinds
     padding: the word that fills up a short text, by tokenizer
     """
 
     text_encoders: tuple[TextSpec, ...]
-    pipeline: str
     padding: Mapping[str, str]
+    pipeline: str | None = None
+    denoiser: str = "unet"
+    rows: Mapping[str, str] = field(default_factory=dict)
     sized: bool = False
     activation: str | None = None
     refines: Family | None = None
     enlarges: bool = False
     normalises: bool = False
+    shifts: bool = False
     corrections: Mapping[str, Any] = field(default_factory=dict)
     inpainting_corrections: Mapping[str, Any] = field(default_factory=dict)
     sample_sizes: Mapping[Prediction, int] = field(default_factory=dict)
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Return its text encoders by component."""
-        return tuple(text.component for text in self.text_encoders if text.component)
+        """Return the text encoders, by component, that none of its checkpoints is without."""
+        return tuple(text.component for text in self.text_encoders if text.component and not text.optional)
+
+    def held(self, components: Collection[str]) -> tuple[TextSpec, ...]:
+        """Return how its text encoders join where a checkpoint has these: zeros stand for what it does not have."""
+        absent: dict[str, Any] = {"component": None, "tokenizer": None, "optional": False}
+        return tuple(
+            text if text.component in components else msgspec.structs.replace(text, **absent)
+            for text in self.text_encoders
+        )
 
 
 # SDXL's denoisers read the layer before the last, whose states have had no norm.
 _CLIP = TextSpec(component="text_encoder", tokenizer="tokenizer")
 _FIRST = msgspec.structs.replace(_CLIP, skip=1)
 _SECOND = TextSpec(component="text_encoder_2", tokenizer="tokenizer_2", skip=1, pooled="text_embeds")
+_THIRD = TextSpec(component="text_encoder_3", tokenizer="tokenizer_3", join="length", tokens=256, optional=True)
 _OLD: dict[str, Any] = {
     "text_encoders": (_CLIP,),
     "pipeline": "StableDiffusionPipeline",
@@ -84,11 +100,18 @@ FAMILIES: Mapping[Family, FamilyRow] = {
         normalises=True,
         refines="sdxl",
     ),
+    "sd3": FamilyRow(
+        text_encoders=(msgspec.structs.replace(_FIRST, pooled="text_embeds"), _SECOND, _THIRD),
+        padding={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
+        denoiser="transformer",
+        rows={"text_encoder": "projected_text_encoder"},
+        shifts=True,
+    ),
 }
 # Recognised in a directory and not supported: by the class of a network, and by a key of the UNet's config.
 OTHER_NETWORKS = {
     "ChatGLMModel": "Kolors",
-    "SD3Transformer2DModel": "Stable Diffusion 3",
+    "ORTTransformer": "a transformer in graphs that optimum exported",
     "FluxTransformer2DModel": "Flux",
     "Flux2Transformer2DModel": "Flux 2",
     "PixArtTransformer2DModel": "PixArt",
@@ -96,6 +119,8 @@ OTHER_NETWORKS = {
     "StableCascadeUNet": "Stable Cascade",
     "QwenImageTransformer2DModel": "Qwen-Image",
 }
+# The classes of a denoiser that are supported, by its folder; UNets are told apart by their configs.
+DENOISER_CLASSES: Mapping[str, tuple[str, ...]] = {"transformer": ("SD3Transformer2DModel",)}
 OTHER_UNETS = (  # (key of unet/config.json, the value besides null that is supported, what any other is)
     ("addition_embed_type", "text_time", "a UNet with added embeddings"),
     ("class_embed_type", None, "a UNet with class embeddings"),
@@ -184,7 +209,10 @@ INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
     8: "an editor of pictures (InstructPix2Pix)",
     INPAINTING: "for inpainting",
 }
-LABELS: Mapping[Family, str] = {base.family: base.label for base in BASES.values() if base.family}
+LABELS: Mapping[Family, str] = {
+    **{base.family: base.label for base in BASES.values() if base.family},
+    "sd3": "Stable Diffusion 3.x",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

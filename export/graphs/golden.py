@@ -31,6 +31,7 @@ def make_inputs(
     precision: Precision,
     scaling_factor: float,
     texts: Sequence[Sequence[int]] = (),
+    shift: float = 0.0,
 ) -> Arrays:
     """Make inputs like those that the network meets, in the graph's dtypes, always the same for the same arguments.
 
@@ -45,7 +46,9 @@ def make_inputs(
         if tensor.values == "text":
             values = _pad_texts(texts, shape, pad=dimensions["text_padding"])
         else:
-            values = _draw(tensor, shape, generator, dimensions, scaling_factor)
+            values = _draw(tensor, shape, generator, dimensions)
+        if tensor.values == "latents":
+            values = values / scaling_factor + shift
         # Rounded to float16 in both precisions: then a float16 engine and the float32 checkpoint see the same input.
         if tensor.dtype is None:
             values = values.astype(np.float16)
@@ -67,7 +70,6 @@ def _draw(
     shape: tuple[int, ...],
     generator: np.random.Generator,
     dimensions: Mapping[str, int],
-    scaling_factor: float,
 ) -> Array:
     if tensor.values == "tokens":
         ids = generator.integers(0, dimensions["vocabulary"], shape)
@@ -84,7 +86,7 @@ def _draw(
         return generator.uniform(0.0, 1.0, shape)
     if tensor.values == "pixels":
         return generator.uniform(-1.0, 1.0, shape)
-    return generator.standard_normal(shape) / (scaling_factor if tensor.values == "latents" else 1.0)
+    return generator.standard_normal(shape)
 
 
 def check_graph(component: str, graph: Path, pairs: Sequence[Pair], *, precision: Precision) -> float:

@@ -40,6 +40,7 @@ def adopt_graph(
     dimensions: Mapping[str, int],
     precision: Precision,
     scaling_factor: float,
+    shift: float = 0.0,
     affine: Affine | None = None,
     texts: Sequence[Sequence[int]] = (),
 ) -> list[Path]:
@@ -63,7 +64,15 @@ def adopt_graph(
     session = _open(source, graph)
     # optimum's UNets are bound to multiples of their own factor: odd sizes are not asked of them
     traced, checked = (
-        make_inputs(component, dimensions, which, precision=precision, scaling_factor=scaling_factor, texts=texts)
+        make_inputs(
+            component,
+            dimensions,
+            which,
+            precision=precision,
+            scaling_factor=scaling_factor,
+            shift=shift,
+            texts=texts,
+        )
         for which in CASES
     )
     outputs = run_session(session, traced)
@@ -203,7 +212,9 @@ def _skip_first_reshape(graph: GraphProto) -> None:
 
 
 def write_configs(checkpoint: Checkpoint, tokenizers: Mapping[str, Vocabulary], folder: Path) -> list[Path]:
-    """Write what optimum's pipelines read beside the graphs. Returns the files."""
+    """Write what optimum's pipelines read beside the graphs, where any opens them. Returns the files."""
+    if FAMILIES[checkpoint.family].pipeline is None:
+        return []
     graphs = {name: without_normalising(checkpoint.configs[name]) for name in checkpoint.normalising}
     documents = {f"{name}/config.json": dict(config) for name, config in {**checkpoint.configs, **graphs}.items()}
     documents["scheduler/scheduler_config.json"] = dict(checkpoint.scheduler)

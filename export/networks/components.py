@@ -124,7 +124,7 @@ class Component:
         return named | dict.fromkeys(following)
 
 
-DENOISER, REFINER = "unet", "refiner"  # a checkpoint's own, and one of another checkpoint that refines
+DENOISER, REFINER = "unet", "refiner"  # a UNet of a checkpoint's own, and one of another checkpoint that refines
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
 PICTURES = ("batch", "picture_channels", "height", "width")
 # The sizes of all networks that run at each stage.
@@ -207,7 +207,7 @@ _NETWORKS: Mapping[str, Component] = {
         ),
         _text_encoder(
             "text_encoder_2",
-            Tensor(name="text_embeds", shape=("batch", "pooled_width")),
+            Tensor(name="text_embeds", shape=("batch", "projection_width_2")),
             Tensor(name="last_hidden_state", shape=("batch", "context", "text_width_2")),
             suffix="_2",
         ),
@@ -276,12 +276,36 @@ _MOTION = replace(
     traced={**STAGE_TRACED, "batch": 6, "frames": 3},
     checked={**STAGE_CHECKED, "batch": 10, "frames": 5, "steps": 10},
 )
-# The last: golden inputs are drawn by a component's place, and stay what they were.
+# SD 3's: the first text encoder projects too, and the denoiser takes latents in patches, so no odd sizes.
+_LATER = (
+    _text_encoder(
+        "projected_text_encoder",
+        Tensor(name="text_embeds", shape=("batch", "projection_width")),
+        Tensor(name="last_hidden_state", shape=("batch", "context", "text_width")),
+        suffix="",
+    ),
+    Component(
+        name="transformer",
+        role="denoiser",
+        inputs=(
+            Tensor(name="sample", shape=("batch", "unet_channels", "latent_height", "latent_width")),
+            Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+            Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+            Tensor(name="pooled_projections", shape=("batch", "pooled_width")),
+        ),
+        outputs=(Tensor(name="out_sample", shape=LATENTS),),
+        traced=STAGE_TRACED,
+        checked=STAGE_CHECKED,
+        units=STAGE_UNITS,
+    ),
+)
+# Golden inputs are drawn by a component's place, and stay what they were: what is new comes last.
 COMPONENTS: Mapping[str, Component] = {
     **_NETWORKS,
     REFINER: replace(_NETWORKS[DENOISER], name=REFINER),
     _T5.name: _T5,
     _MOTION.name: _MOTION,
+    **{component.name: component for component in _LATER},
 }
 
 

@@ -15,6 +15,7 @@ from latentrt.engines.tensor_names import COND, DOWN, FEATURE, MID, SCALE, is_re
 from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.motion import MotionDenoiser
 from latentrt.export.networks.streamed_weights import stored_dtype
+from latentrt.export.networks.transformer import wrap_transformer
 from latentrt.export.sources.weight_files import find_weights
 
 
@@ -242,18 +243,21 @@ class Decoder(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Latents, divided by the checkpoint's scaling factor, as `Decoder` takes them → pictures in -1..1.
+    """Latents, divided by the checkpoint's scaling factor and shifted, as `Decoder` takes them → pictures in -1..1.
 
-    A tiny VAE is trained on latents as the UNet sees them, and says so by a scaling factor of its own, most often 1.
+    A tiny VAE is trained on latents as the denoiser sees them, and says so by a scaling factor and a shift of its own,
+    most often 1 and 0.
     """
 
-    def __init__(self, vae: Any, *, scaling_factor: float) -> None:
+    def __init__(self, vae: Any, *, scaling_factor: float, shift: float = 0.0) -> None:
         super().__init__()
         self.decoder = vae.decoder
         self.scale = scaling_factor / vae.config.scaling_factor
+        self.shift = (vae.config.shift_factor or 0.0) - shift * self.scale if shift else 0.0
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        output: Tensor = self.decoder(latent_sample * self.scale)
+        scaled = latent_sample * self.scale
+        output: Tensor = self.decoder(scaled + self.shift if self.shift else scaled)
         return output
 
 
@@ -281,6 +285,7 @@ def load(
     takes: Sequence[str] = (),
     normed: bool = True,
     scaling_factor: float = 1.0,
+    shift: float = 0.0,
     affine: Affine | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
@@ -289,7 +294,7 @@ def load(
     row: of the table of components
     takes: the names of its inputs, for networks that ControlNets have to do with
     normed: of a text encoder, whether the states of earlier layers go through the final norm
-    scaling_factor: of the checkpoint's latents
+    scaling_factor, shift: of the checkpoint's latents
     affine: of half a VAE whose latents are normalised, see `normalising.py`
     dtype: of the weights, None for the type that they are stored in: then they are mapped, and none is read
     """
@@ -297,6 +302,7 @@ def load(
         AutoencoderKL,
         AutoencoderTiny,
         ControlNetModel,
+        SD3Transformer2DModel,
         T2IAdapter,
         UNet2DConditionModel,
         UNetMotionModel,
@@ -316,6 +322,12 @@ def load(
             {"dtype": dtype, **named},
         ),
         "text_encoder_3": (T5Weights, T5TextEncoder, {"dtype": dtype, **named}),
+        "projected_text_encoder": (
+            CLIPTextModelWithProjection,
+            partial(ProjectedTextEncoder, normed=normed),
+            {"dtype": dtype, **named},
+        ),
+        "transformer": (SD3Transformer2DModel, partial(wrap_transformer, takes=takes), {"torch_dtype": dtype}),
         "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": dtype}),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
@@ -325,7 +337,7 @@ def load(
         "vae_encoder": (AutoencoderKL, partial(Encoder, affine=affine), {"torch_dtype": dtype}),
         "tiny_decoder": (
             AutoencoderTiny,
-            partial(TinyDecoder, scaling_factor=scaling_factor),
+            partial(TinyDecoder, scaling_factor=scaling_factor, shift=shift),
             {"torch_dtype": dtype},
         ),
     }

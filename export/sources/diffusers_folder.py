@@ -10,24 +10,33 @@ from typing import Any
 from latentrt.engines.bundle.parsing import ParseError, read_document
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
-from latentrt.export.configs.families import OTHER_FORMATS, OTHER_NETWORKS, OTHER_UNETS, SUPPORTED, name_pipeline
+from latentrt.export.configs.families import (
+    DENOISER_CLASSES,
+    OTHER_FORMATS,
+    OTHER_NETWORKS,
+    OTHER_UNETS,
+    SUPPORTED,
+    name_pipeline,
+)
 from latentrt.export.graphs.external_data import data_files
-from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Part, Parts, Source, WeightSource, folders
+from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Part, Parts, Source, WeightSource, denoiser_of, folders
 from latentrt.export.sources.weight_files import find_pickles, find_weights, has_safetensors, is_pickle
 
 VAE, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
 
 
-def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
+def open_folder(root: Path, *, allow_pickle: bool = False, without: Collection[str] = ()) -> Parts:
     """Take apart a directory with a model_index.json.
 
+    without: text encoders to leave where they are
     Raises CheckpointError if it is incomplete, damaged or another model.
     """
     index = read_json(root / "model_index.json")
     _refuse_other_networks(root, index)
-    source = source_of(root, {path.name for path in root.glob("unet/*")})
+    denoiser = denoiser_of(_roles(index))
+    source = source_of(root, {path.name for path in root.glob(f"{denoiser}/*")}, folder=denoiser)
     _refuse_other_unets(root)
-    networks = folders(source, _roles(index))
+    networks = folders(source, _roles(index) - set(without))
     tokenizers = [tokenizer for name, tokenizer in TEXT_ENCODERS.items() if name in networks]
     _require_folders(root, (*dict.fromkeys(networks.values()), "scheduler", *tokenizers))
     return Parts(
@@ -45,26 +54,26 @@ def open_folder(root: Path, *, allow_pickle: bool = False) -> Parts:
     )
 
 
-def source_of(where: object, unet: Collection[str]) -> Source:
+def source_of(where: object, files: Collection[str], *, folder: str = "unet") -> Source:
     """Return what a directory is read as: graphs only where there are no weights, of which anything can be made.
 
-    unet: the names of its UNet's files
+    files: the names of its denoiser's files; folder: which these are in
     Raises CheckpointError if none of them is in a form that is read.
     """
-    if any(name.endswith(".safetensors") for name in unet):
+    if any(name.endswith(".safetensors") for name in files):
         return "torch"
-    if "model.onnx" in unet and "config.json" not in unet:
+    if "model.onnx" in files and "config.json" not in files:
         raise CheckpointError(
             f"'{where}' was recognised as graphs that diffusers exported (OnnxStableDiffusionPipeline): they come "
             "without the configs that say what they are, and their VAE encoder draws at random; "
             "give the checkpoint that they were made from, or let optimum export it"
         )
-    if "model.onnx" in unet:
+    if "model.onnx" in files:
         return "onnx"
-    other = next((name for name in OTHER_FORMATS if name in unet), None)
-    if other and not any(map(is_pickle, unet)):
+    other = next((name for name in OTHER_FORMATS if name in files), None)
+    if other and not any(map(is_pickle, files)):
         raise CheckpointError(
-            f"'{where}' was recognised as {OTHER_FORMATS[other]} (unet/{other}), which is not read; "
+            f"'{where}' was recognised as {OTHER_FORMATS[other]} ({folder}/{other}), which is not read; "
             "give the checkpoint that it was made from, with its safetensors"
         )
     return "torch"
@@ -89,7 +98,8 @@ def read_config(part: Part, folder: Path) -> dict[str, Any]:
 def _refuse_other_networks(root: Path, index: Mapping[str, Any]) -> None:
     entries = {role: entry[-1] for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
     other = next((OTHER_NETWORKS[kind] for kind in entries.values() if kind in OTHER_NETWORKS), None)
-    if other is None and "unet" not in entries:
+    denoiser = denoiser_of(entries)
+    if other is None and entries.get(denoiser) not in DENOISER_CLASSES.get(denoiser, entries.values()):
         other = name_pipeline(str(index.get("_class_name")))
     if other:
         raise CheckpointError(f"'{root}' was recognised as {other}, which is not supported yet; expected {SUPPORTED}")

@@ -16,13 +16,16 @@ from latentrt.export.sources.weight_files import STEMS, choose_variant, variant_
 FOLDERS = (
     "text_encoder",
     "text_encoder_2",
+    "text_encoder_3",
     "unet",
+    "transformer",
     "vae",
     "vae_decoder",
     "vae_encoder",
     "scheduler",
     "tokenizer",
     "tokenizer_2",
+    "tokenizer_3",
 )
 READ = (".json", ".txt", ".safetensors", ".onnx")
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too

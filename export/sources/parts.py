@@ -18,6 +18,7 @@ Part = Literal[
     "text_encoder_2",
     "text_encoder_3",
     "unet",
+    "transformer",
     "vae",
     "controlnet",
     "adapter",
@@ -30,6 +31,7 @@ PARTS: Mapping[str, Part] = {
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
     "unet": "unet",
+    "transformer": "transformer",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
 }
@@ -38,6 +40,8 @@ TEXT_ENCODERS: Mapping[str, str] = {
     "text_encoder_2": "tokenizer_2",
     "text_encoder_3": "tokenizer_3",
 }
+CLIPS = ("text_encoder", "text_encoder_2")  # of the text encoders
+DENOISERS = ("unet", "transformer")  # a checkpoint has one of them
 
 
 def folders(source: Source, roles: Collection[str]) -> dict[str, str]:
@@ -46,7 +50,13 @@ def folders(source: Source, roles: Collection[str]) -> dict[str, str]:
     roles: what the checkpoint has, by model_index.json: some families have a second text encoder, one has no first
     """
     named = PARTS if source == "torch" else {name: name for name in PARTS}
-    return {name: folder for name, folder in named.items() if name not in TEXT_ENCODERS or name in roles}
+    own = (*TEXT_ENCODERS, *DENOISERS)
+    return {name: folder for name, folder in named.items() if name not in own or name in roles}
+
+
+def denoiser_of(names: Collection[str]) -> str:
+    """Return the denoiser among a checkpoint's networks or folders: a UNet where there is none."""
+    return next((name for name in DENOISERS if name in names), DENOISERS[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +131,11 @@ class Parts:
     options: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[str, ControlNetwork] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def denoiser(self) -> str:
+        """Return the component that draws."""
+        return denoiser_of(self.networks)
 
     def controls_of(self, row: Literal["controlnet", "adapter"]) -> tuple[str, ...]:
         """Return the components of one row that control the denoiser."""

@@ -11,7 +11,7 @@ from typing import Any
 from latentrt.engines.bundle.safetensors_header import TensorFile, read_header, weights_format
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
-from latentrt.export.configs.families import FAMILIES, SUPPORTED, option_for
+from latentrt.export.configs.families import FAMILIES, SUPPORTED_FILES, option_for
 from latentrt.export.configs.published import CONFIGS, VOCABULARIES, sample_size
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import read_configs, read_json, refuse_other_unet
@@ -40,7 +40,7 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
         raise CheckpointError(_not_whole(file))
     if single.oddity:
         raise CheckpointError(
-            f"'{path}' was recognised as {single.label}, which is not supported; expected {SUPPORTED}"
+            f"'{path}' was recognised as {single.label}, which is not supported; expected {SUPPORTED_FILES}"
         )
     networks = folders("torch", single.networks())
     documents = _as_told(
@@ -94,7 +94,7 @@ def _not_whole(file: TensorFile) -> str:
     path = file.path
     name, denoiser = name_other(file)
     if denoiser:
-        return f"'{path}' was recognised as {name}, which is not supported; expected {SUPPORTED}"
+        return f"'{path}' was recognised as {name}, which is not supported; expected {SUPPORTED_FILES}"
     if name:
         option = option_for(name)
         return (

@@ -72,6 +72,7 @@ class ExportJob:
     precision: Precision
     dimensions: Mapping[str, int]
     scaling_factor: float
+    shift: float = 0.0
     weight_source: WeightSource | None = None
     shared: SharedEncoder | None = None
     affine: Affine | None = None
@@ -189,6 +190,7 @@ def _record_pairs(job: ExportJob, module: nn.Module, weights: StoredWeights) -> 
             precision=job.precision,
             scaling_factor=job.scaling_factor,
             texts=job.texts,
+            shift=job.shift,
         )
         with weights.lent():
             outputs = modules.run(module, inputs, [spec.name for spec in gives])
@@ -206,7 +208,7 @@ def _graph(
     takes, gives = (specs(component, job.dimensions, "fp32") for specs in (input_specs, output_specs))
     axes, inputs = component.axes(job.dimensions), golden.widen(golden.load_golden(_pairs(job)[0])[0])
     told = {
-        "module": [repr(module), _normed(job), job.scaling_factor, msgspec.to_builtins(job.affine)],
+        "module": [repr(module), _normed(job), job.scaling_factor, job.shift, msgspec.to_builtins(job.affine)],
         "weights": weights.structure(),
         "tensors": msgspec.to_builtins((*takes, *gives)),
         "sizes": {name: array.shape for name, array in inputs.items()},
@@ -257,6 +259,7 @@ def _loaded(job: ExportJob) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
         takes=tuple(tensor.name for tensor in COMPONENTS[job.row].takes(job.dimensions)),
         normed=_normed(job),
         scaling_factor=job.scaling_factor,
+        shift=job.shift,
         affine=job.affine,
         dtype=None,
     )
@@ -331,6 +334,7 @@ def _adopt(job: ExportJob) -> Finished:
         dimensions=job.dimensions,
         precision=job.precision,
         scaling_factor=job.scaling_factor,
+        shift=job.shift,
         affine=job.affine,
         texts=job.texts,
     )

@@ -42,7 +42,7 @@ ARGUMENTS = "latentrt.arguments"
 JSON = "--json"
 # In a sentence: what is quoted and stays, `name`, name='value', some_name.
 NAMES = re.compile(
-    r"(?<!\w)'[^']*'|`(?P<marked>[a-z_]+)`|\b(?P<set>[a-z_]+)=(?P<value>'\w+')|\b(?P<plain>[a-z]+_[a-z_]+)\b"
+    r"(?<!\w)'[^']*'|`(?P<marked>[a-z0-9_]+)`|\b(?P<set>[a-z_]+)=(?P<value>'\w+')|\b(?P<plain>[a-z]+_[a-z_]+)\b"
 )
 
 

@@ -1,0 +1,117 @@
+"""The kinds of denoisers, by their folder in a checkpoint: what their configs say, and which text they go with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from latentrt.engines.bundle.manifest import SIZES
+from latentrt.engines.errors import CheckpointError
+
+Config = Mapping[str, Any]
+Texts = Mapping[str, Config]
+"""The configs of a checkpoint's CLIP text encoders, in the order in which they join."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One kind of denoiser.
+
+    label: in sentences
+    objections: what keeps it from reading what these text encoders give, T5 the last, a sentence each
+    dimensions: the sizes that the tables of shapes refer to by name
+    patch: what a side of latents is a multiple of; largest: the longest side, None for any
+    """
+
+    label: str
+    objections: Callable[[Config, Texts, Config | None], list[str]]
+    dimensions: Callable[[Config, Texts], dict[str, int]]
+    patch: Callable[[Config], int] = lambda _: 1
+    largest: Callable[[Config], int | None] = lambda _: None
+
+
+def _unet_objections(unet: Config, texts: Texts, _: Config | None) -> list[str]:
+    width, attends = _width(texts), unet["cross_attention_dim"]
+    if set(attends if isinstance(attends, list | tuple) else [attends]) == {width}:
+        return []
+    return [
+        f"the text {'encoder is' if len(texts) == 1 else 'encoders are'} {width} wide but the UNet's "
+        f"cross_attention_dim is {attends}"
+    ]
+
+
+def _unet_dimensions(unet: Config, texts: Texts) -> dict[str, int]:
+    last = list(texts.values())[-1]
+    pooled = last["projection_dim"] if unet["addition_embed_type"] else 0
+    return {
+        "attention_width": _width(texts),
+        "pooled_width": pooled,
+        "size_numbers": _size_numbers(unet, pooled) if pooled else 0,
+        "guidance_width": unet["time_cond_proj_dim"] or 0,
+        "unet_factor": 2 ** (len(unet["block_out_channels"]) - 1),
+    }
+
+
+def _size_numbers(unet: Config, pooled: int) -> int:
+    """Return how many numbers of sizes a UNet takes beside the pooled text. Raises CheckpointError."""
+    numbers_in, width = unet["projection_class_embeddings_input_dim"], unet["addition_time_embed_dim"]
+    if numbers_in is None or width is None or numbers_in <= pooled or (numbers_in - pooled) % width:
+        raise CheckpointError(
+            f"the UNet's config $.projection_class_embeddings_input_dim: found {numbers_in}, expected "
+            f"the text's {pooled} and a multiple of addition_time_embed_dim, which is {width}; restore the config"
+        )
+    numbers = int((numbers_in - pooled) // width)
+    if numbers not in SIZES:
+        raise CheckpointError(
+            f"the UNet takes {numbers} numbers of sizes beside the text, expected 6 (SDXL) or 5 (its refiner); "
+            "this kind of UNet is not supported"
+        )
+    return numbers
+
+
+def _transformer_objections(transformer: Config, texts: Texts, t5: Config | None) -> list[str]:
+    found = []
+    width, joint = _width(texts), transformer["joint_attention_dim"]
+    if t5 is not None and t5["d_model"] != joint:
+        found.append(f"text_encoder_3 is {t5['d_model']} wide but the transformer's joint_attention_dim is {joint}")
+    if width > joint:
+        found.append(f"the text encoders are {width} wide but the transformer's joint_attention_dim is {joint}")
+    pooled = sum(text["projection_dim"] or 0 for text in texts.values())
+    if pooled != transformer["pooled_projection_dim"]:
+        found.append(
+            f"the text encoders project to {pooled} numbers but the transformer's pooled_projection_dim is "
+            f"{transformer['pooled_projection_dim']}"
+        )
+    return found
+
+
+def _transformer_dimensions(transformer: Config, _: Texts) -> dict[str, int]:
+    return {
+        "attention_width": transformer["joint_attention_dim"],
+        "pooled_width": transformer["pooled_projection_dim"],
+        "size_numbers": 0,
+        "guidance_width": 0,
+        "unet_factor": transformer["patch_size"],
+    }
+
+
+def _largest(transformer: Config) -> int | None:
+    """Return the longest side that the table of positions has room for."""
+    return int(transformer["pos_embed_max_size"]) * int(transformer["patch_size"])
+
+
+def _width(texts: Texts) -> int:
+    return sum(text["hidden_size"] for text in texts.values())
+
+
+KINDS: Mapping[str, Kind] = {
+    "unet": Kind(label="UNet", objections=_unet_objections, dimensions=_unet_dimensions),
+    "transformer": Kind(
+        label="transformer",
+        objections=_transformer_objections,
+        dimensions=_transformer_dimensions,
+        patch=lambda transformer: int(transformer["patch_size"]),
+        largest=_largest,
+    ),
+}
