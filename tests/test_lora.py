@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.lora.file import LoraFile, read_lora
+from latentrt.engines.lora.file import LoraFile, Match, read_lora
 from latentrt.engines.lora.kinds import KIND_OF, Change
 from latentrt.engines.lora.names import from_original, plain_module
 from latentrt.export.additions.loras import fuse
@@ -190,7 +190,7 @@ def test_a_convolutions_change_is_the_convolution_of_its_factors(
     file = save(tmp_path_factory.mktemp("lora") / "a.safetensors", tensors | {"lora_unet_conv_in.alpha": np.array(3.0)})
     lora = read_lora(file)
     shape = (outputs, inputs, kernel, kernel)
-    assert lora.match("unet", {"conv_in.weight": shape}) == {"conv_in.weight": ("conv_in", "weight")}
+    assert lora.match("unet", {"conv_in.weight": shape}) == {"conv_in.weight": Match(target=("conv_in", "weight"))}
     delta = torch.from_numpy(lora.change("unet", ("conv_in", "weight")).added(np.ones(shape, np.float32), strength=2.0))
     pixels = torch.randn(1, inputs, 7, 7, generator=generator)
     expected = conv2d(pixels, factors["down"])
@@ -217,7 +217,7 @@ def test_every_original_name_of_a_unet_means_its_own_weight(config: dict[str, An
             name = unet_key(key, layers=2, attended=attended).removesuffix(".weight").replace(".", "_")
             tensors[f"lora_unet_{name}.lora_down.weight"] = (1, *shape[1:])
             tensors[f"lora_unet_{name}.lora_up.weight"] = (shape[0], 1, *(1 for _ in shape[2:]))
-            expected[key] = (name, "weight")
+            expected[key] = Match(target=(name, "weight"))
     found = read_lora(save_header(tmp_path / "a.safetensors", tensors)).match("unet", shapes)
     assert found == expected
     assert len(found) > 250
@@ -323,7 +323,7 @@ REFUSED: dict[str, tuple[Tensors, str]] = {
     "only an alpha": ({f"{TO_Q}.alpha": np.zeros(())}, "lacks what '.*alpha' belongs to"),
     "two alphas": (pair(TO_Q) | {f"{TO_Q}.alpha": np.zeros(2)}, "do not fit"),
     "a second text encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "changes a text_encoder_2"),
-    "another network": (pair("lora_transformer_single_blocks_0"), "belongs to no known network"),
+    "another network": (pair("lora_transformer_single_blocks_0"), "changes a transformer"),
     "no lora": ({"x.weight": np.zeros((2, 2), np.float32)}, "'x.weight' is not a tensor of a LoRA"),
     "nothing": ({}, "holds nothing"),
     "half a loha": ({f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "lacks its hada_w1_b and its hada_w2_b and its hada_w2_a"),

@@ -18,11 +18,19 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.kinds import ALPHA, DIFFERENCES, DORA, KIND_OF, MAGNITUDES, Change, Kind, Role, Shape
 from latentrt.engines.lora.names import Parameter, from_original, plain_module, split_key
 from latentrt.engines.lora.peft_config import read_config
+from latentrt.engines.lora.transformer_names import ALL, Share, from_joint
 from latentrt.engines.lora.weight_changes import Delta
 from latentrt.engines.spec import Array
 
 Target = tuple[str, Parameter]
 """A module in the one form of its name, and which of its parameters changes."""
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True):
+    """The change of a weight: a target's, or some of its rows."""
+
+    target: Target
+    share: Share = ALL
 
 
 class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,29 +47,30 @@ class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
         """Return where the file lies."""
         return self.file.path
 
-    def match(self, part: str, shapes: Mapping[str, Shape]) -> dict[str, Target]:
+    def match(self, part: str, shapes: Mapping[str, Shape]) -> dict[str, Match]:
         """Find the weights of a network that the file changes.
 
         shapes: of every weight of the network, by the name that diffusers or transformers gives it
         Raises CheckpointError if a module fits no weight, or not its shape.
         """
         weights = {plain_module(name): name for name in shapes}
-        resnets = len({name for name in weights if re.fullmatch(r"down_blocks_0_resnets_\d+_conv1_weight", name)})
-        found: dict[str, Target] = {}
+        modules = _Modules(weights)
+        found: dict[str, Match] = {}
         strangers = []
         for module, parameter in self.modules.get(part, {}):
-            original = from_original(module, resnets=max(resnets, 1))
-            name = weights.get(f"{module}_{parameter}") or weights.get(f"{original}_{parameter}")
-            if name is None:
+            shares = modules.named(module, parameter)
+            if not shares:
                 strangers.append(module if parameter == "weight" else f"{module}.{parameter}")
-            elif name in found:
-                raise CheckpointError(f"{self.path} changes {name} twice, as {found[name][0]} and as {module}")
-            else:
-                found[name] = (module, parameter)
+            for name, share in shares.items():
+                if name in found:
+                    raise CheckpointError(
+                        f"{self.path} changes {name} twice, as {found[name].target[0]} and as {module}"
+                    )
+                found[name] = Match(target=(module, parameter), share=share)
         if strangers:
             raise CheckpointError(self._misfit(part, strangers))
-        for name, target in found.items():
-            self._check(part, target, name, shapes[name])
+        for name, match in found.items():
+            self._check(part, match, name, shapes[name])
         return found
 
     def _misfit(self, part: str, strangers: list[str]) -> str:
@@ -75,12 +84,20 @@ class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
     def _shapes(self, part: str, target: Target) -> dict[Role, Shape]:
         return {role: self.file.tensors[key].shape for role, key in self.modules[part][target].items()}
 
-    def _check(self, part: str, target: Target, name: str, shape: Shape) -> None:
+    def _check(self, part: str, match: Match, name: str, shape: Shape) -> None:
+        target, changed = match.target, match.share.shape(shape)
         shapes = self._shapes(part, target)
-        if math.prod(shapes.pop(ALPHA, ())) != 1 or not self.kind(part, target).fits(shapes, shape):
+        if math.prod(shapes.pop(ALPHA, ())) != 1 or not self.kind(part, target).fits(shapes, changed):
             raise CheckpointError(
                 f"{self.path}: {target[0]} has the shapes {' and '.join(map(str, shapes.values()))}, which do not fit "
                 f"{name} of shape {shape}; give a LoRA that was made for this checkpoint's family"
+            )
+
+        across = [role for role in set(MAGNITUDES) & set(shapes) if MAGNITUDES[role].along(shapes[role], changed)]
+        if across and not match.share.whole:
+            raise CheckpointError(
+                f"{self.path}: {target[0]} is one layer there and several in this network, and its {across[0]} belongs "
+                "to all of them together; save the LoRA with the magnitudes of its outputs"
             )
 
     def kind(self, part: str, target: Target) -> Kind:
@@ -103,11 +120,11 @@ class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
         )
         return any(len(self.file.tensors[key].shape) == 1 for key in changed)
 
-    def change(self, part: str, target: Target) -> Change:
-        """Read one change."""
+    def change(self, part: str, target: Target, share: Share = ALL) -> Change:
+        """Read one change. share: the rows of it that a weight has"""
         keys = self.modules[part][target]
         tensors = {role: self.file.read_float32(key) for role, key in keys.items() if role != ALPHA}
-        return Change(kind=self.kind(part, target), tensors=tensors, scale=self._scale(part, target))
+        return Change(kind=self.kind(part, target), tensors=tensors, scale=self._scale(part, target), share=share)
 
     def _scale(self, part: str, target: Target) -> float:
         """Return alpha / rank, 1 where the file has no alpha."""
@@ -118,19 +135,39 @@ class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
         return config.scale(target[0], rank) if config and self.kind(part, target).scaled else 1.0
 
 
+class _Modules:
+    """The weights of a network by the names that files may have for its modules. weights: by their plain names"""
+
+    def __init__(self, weights: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._resnets = self._count(r"down_blocks_0_resnets_(\d+)_conv1_weight")
+        self._blocks = self._count(r"transformer_blocks_(\d+)_attn_to_q_weight")
+
+    def _count(self, pattern: str) -> int:
+        return len({name for name in self._weights if re.fullmatch(pattern, name)})
+
+    def named(self, module: str, parameter: Parameter) -> dict[str, Share]:
+        """Return the weights that a module means, and which rows of its change each has; none if any is not there."""
+        original = from_original(module, resnets=max(self._resnets, 1))
+        for choice in ({module: ALL}, {original: ALL}, from_joint(module, blocks=self._blocks)):
+            names = [self._weights.get(f"{name}_{parameter}") for name in choice]
+            if None not in names:
+                return {str(name): share for name, share in zip(names, choice.values(), strict=True)}
+        return {}
+
+
 def find_deltas(lora: LoraFile, part: str, shapes: Mapping[str, Shape], *, strength: float) -> dict[str, Delta]:
     """Find what a file adds to each weight of a network, computed when it is asked for: float32, of the weight's shape.
 
     shapes, raises: as in `Lora.match`
     """
     return {
-        name: functools.partial(_added, lora, part, target, strength)
-        for name, target in lora.match(part, shapes).items()
+        name: functools.partial(_added, lora, part, match, strength) for name, match in lora.match(part, shapes).items()
     }
 
 
-def _added(lora: LoraFile, part: str, target: Target, strength: float, weight: Array) -> Array:
-    return lora.change(part, target).added(weight, strength=strength)
+def _added(lora: LoraFile, part: str, match: Match, strength: float, weight: Array) -> Array:
+    return lora.change(part, match.target, match.share).added(weight, strength=strength)
 
 
 def split_strength(text: str) -> tuple[str, float]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 import msgspec
 import numpy as np
 
+from latentrt.engines.lora.transformer_names import ALL, Share
 from latentrt.engines.spec import Array
 
 Role = str
@@ -193,17 +194,21 @@ MAGNITUDES: Mapping[Role, Magnitude] = {
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What happens to one weight. tensors: float32, by their roles"""
+    """What happens to one weight. tensors: float32, by their roles; share: the rows of it that the weight has"""
 
     kind: Kind
     tensors: Mapping[Role, Array]
     scale: float = 1.0
+    share: Share = ALL
 
     def added(self, weight: Array, *, strength: float) -> Array:
         """Return what is added to the base's weight, float32 and of its shape."""
         role = next((role for role in MAGNITUDES if role in self.tensors), None)
         scale = self.scale if role else strength * self.scale
-        delta = self.kind.value(self.tensors).reshape(weight.shape) * np.float32(scale)
+        delta = self.share.of(self.kind.value(self.tensors)).reshape(weight.shape) * np.float32(scale)
         if role is None:
             return np.asarray(delta)
-        return MAGNITUDES[role].added(weight, delta, self.tensors[role], strength=strength)
+        magnitudes = self.tensors[role]
+        if magnitudes.shape[0] != 1:  # of the outputs
+            magnitudes = self.share.of(magnitudes)
+        return MAGNITUDES[role].added(weight, delta, magnitudes, strength=strength)

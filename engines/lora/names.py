@@ -14,8 +14,9 @@ import msgspec
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.kinds import ALPHA, Role
+from latentrt.engines.lora.transformer_names import STARTS
 
-Part = Literal["unet", "text_encoder", "text_encoder_2"]
+Part = Literal["unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"]
 Parameter = Literal["weight", "bias"]
 
 NAME = r"(\.(?P<adapter>(?!weight$)[^.]+))?"  # PEFT's name for one of several adapters
@@ -47,16 +48,21 @@ OTHER_KINDS: tuple[tuple[str, str, str], ...] = (
 )
 PREFIXES: tuple[tuple[str, Part], ...] = (
     ("lora_unet_", "unet"),
+    ("lora_transformer_", "transformer"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
+    ("lora_te3_", "text_encoder_3"),
     ("lora_te_", "text_encoder"),
     ("lycoris_", "unet"),  # LyCORIS' own wrapper around one network
     ("unet.", "unet"),
+    ("transformer.", "transformer"),
+    ("text_encoder_3.", "text_encoder_3"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
     ("diffusion_model.", "unet"),  # ComfyUI's own, with the original's names
     ("text_encoders.clip_l.transformer.", "text_encoder"),
     ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
 )
 PEFT_PREFIX = "base_model.model."
 TEXT_MODEL = "text_model_"
@@ -105,9 +111,11 @@ def split_key(key: str, *, where: str) -> Key:
         found = re.search(f"{pattern}$", key)
         if found:
             part, module = _split_module(key[: found.start()], where=where)
-            groups = found.groupdict()
+            groups, module = found.groupdict(), _plain(module)
+            if part == "unet" and module.startswith(STARTS):  # trainers call any denoiser so
+                part = "transformer"
             role, adapter = groups.get("role") or role, groups.get("adapter")
-            return Key(part=part, module=_plain(module), parameter=parameter, role=role, adapter=adapter)
+            return Key(part=part, module=module, parameter=parameter, role=role, adapter=adapter)
     raise CheckpointError(f"{where}: '{key}' is not a tensor of a LoRA; expected names that end with {EXPECTED}")
 
 
@@ -118,7 +126,7 @@ def _split_module(name: str, *, where: str) -> tuple[Part, str]:
             return part, inner.removeprefix(prefix)
     if inner != name:
         return ("text_encoder" if "encoder.layers." in inner else "unet"), inner
-    if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")):
+    if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) or plain_module(name).startswith(STARTS):
         return "unet", name
     raise CheckpointError(
         f"{where}: '{name}' belongs to no known network; "

@@ -16,7 +16,7 @@ NAMED = frozenset(get_args(Part))  # the components whose weights can be changed
 # Which parameters the nodes read, by type: matrices as second inputs, and biases and the numbers of normalizations.
 READ: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("Conv", "Gemm", "LayerNormalization", "GroupNormalization"), ("", "weight", "bias")),
-    "MatMul": ("", "weight"),
+    **dict.fromkeys(("MatMul", "RMSNormalization"), ("", "weight")),
     "Add": ("bias", "bias"),
 }
 WRAPPED = "model."  # how `modules` names the checkpoint's own network
