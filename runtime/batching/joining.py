@@ -6,8 +6,6 @@ import time
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
 from latentrt.runtime.batching.stage_times import Owed, StageTimes, rank, sharing
 from latentrt.runtime.batching.ticket import Ticket
 
@@ -30,12 +28,6 @@ def seconds_of(tickets: Sequence[Ticket], times: StageTimes, rows: int) -> float
     return times.estimate((*plain, ()), rows) if found is None else found
 
 
-def rows_of(ticket: Ticket) -> int:
-    """Return how many model rows a picture has in most of its stages, and two at least where it is guided."""
-    guidance = ticket.job.guidance
-    return max(min(guidance.most, 2), int(np.median(guidance.groups)))
-
-
 def rows_now(ticket: Ticket) -> int:
     """Return how many model rows a picture has in its next stage."""
     assert ticket.picture is not None
@@ -44,7 +36,7 @@ def rows_now(ticket: Ticket) -> int:
 
 def own_seconds(ticket: Ticket, times: StageTimes) -> float | None:
     """Return what a picture's stages that are left and its decoding take alone; None before any was measured."""
-    stage = seconds_of([ticket], times, rows_of(ticket))
+    stage = seconds_of([ticket], times, ticket.rows)
     return None if stage is None else ticket.stages_left * stage + (times.estimate("decode", 1) or 0.0)
 
 
@@ -52,7 +44,7 @@ def owed(ticket: Ticket, times: StageTimes) -> Owed:
     """Return what is left to do for a picture."""
     return Owed(
         stages=ticket.stages_left,
-        rows=rows_of(ticket),
+        rows=ticket.rows,
         after_s=times.estimate("decode", 1) or 0.0,
         due=ticket.due,
         urgency=ticket.urgency,
@@ -63,7 +55,7 @@ def owed(ticket: Ticket, times: StageTimes) -> Owed:
 
 def order_of(ticket: Ticket, times: StageTimes) -> tuple[int, tuple[float, int]]:
     """Return what puts those that wait in the order in which they may begin."""
-    alone_s = seconds_of([ticket], times, rows_of(ticket)) or 0.0
+    alone_s = seconds_of([ticket], times, ticket.rows) or 0.0
     return rank(owed(ticket, times), alone_s, now=time.perf_counter())
 
 

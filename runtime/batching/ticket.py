@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 
 import msgspec
+import numpy as np
 
 from latentrt.engines.lora.weight_changes import Changes, keys_of
 from latentrt.engines.spec import Array
@@ -78,6 +79,7 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
     ended: bool = False
     step_seconds: list[float] = msgspec.field(default_factory=list)
     done: Future[Result] = msgspec.field(default_factory=Future)
+    _rows: int | None = None  # likewise
     _groups: dict[int, Group] = msgspec.field(default_factory=dict)  # by part: they are asked for at every stage
 
     @property
@@ -117,6 +119,14 @@ class Ticket(msgspec.Struct, kw_only=True, eq=False):
             controls=() if self.mixes else self.controls,
             state_rows=max(STATE_ROWS, self.job.plan.rows),
         )
+
+    @property
+    def rows(self) -> int:
+        """Return how many model rows it has in most of its stages, and two at least where it is guided."""
+        if self._rows is None:
+            guidance = self.job.guidance
+            self._rows = max(min(guidance.most, 2), int(np.median(guidance.groups)))
+        return self._rows
 
     @property
     def when(self) -> When:

@@ -20,7 +20,7 @@ from latentrt.runtime.bench.load.remote import server
 from latentrt.runtime.bench.load.result import SCHEMA_VERSION, Goodput, Method, Report, Serving, Spread
 from latentrt.runtime.bench.load.search import NEAR, STEP, find_goodput
 from latentrt.runtime.bench.load.serving import SERVINGS, Options, request_of
-from latentrt.runtime.bench.load.simulator.predict import Served, measure_times, predict
+from latentrt.runtime.bench.load.simulator.predict import Served, measure_times, predict, typical
 from latentrt.runtime.bench.load.simulator.replica import Times
 from latentrt.runtime.bench.machine import Watch, describe_machine, now
 
@@ -86,7 +86,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
     ways: of serving, by name; alone: seconds of a request by itself, by kind
     skips_idle: whether time in which nothing is drawn is left out; nobody else may use what is measured then
-    stages, times: of each kind, and of a bundle's parts, where the goodput is to be predicted
+    stages: of each kind
+    time_parts: times a bundle's parts with some requests, given what it found before, where the goodput is to be
+        predicted; it is called before each search, since a machine is not as quick at one moment as at another
     """
 
     name: str
@@ -94,7 +96,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     alone: Mapping[Kind, float]
     skips_idle: bool
     stages: Mapping[Kind, int] = {}
-    times: Times | None = None
+    time_parts: Callable[[Sequence[Item], Times | None], Times] | None = None
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def bundle_target(pipe: Pipeline, asked: Asked) -> Iterator[Target]:
         alone=alone,
         skips_idle=True,
         stages=stages,
-        times=measure_times(pipe, asked.items(asked.first_seed), served) if asked.simulate else None,
+        time_parts=(lambda items, known: measure_times(pipe, items, served, known)) if asked.simulate else None,
     )
 
 
@@ -150,6 +152,7 @@ def run_load(asked: Asked, target: Target, *, command: str, progress: Progress) 
     """Measure, seed by seed, the ways in random order. Raises RequestError where nothing is answered."""
     watch, start, longest = Watch(), time.monotonic(), 0.0
     found: dict[str, list[Goodput]] = {name: [] for name in target.ways}
+    times: dict[str, list[Times]] = {name: [] for name in target.ways}
     order = np.random.default_rng(asked.first_seed)
     for seed in range(asked.first_seed, asked.first_seed + asked.seeds):
         began = time.monotonic()
@@ -157,7 +160,14 @@ def run_load(asked: Asked, target: Target, *, command: str, progress: Progress) 
             break
         for name in order.permutation(list(target.ways)):
             progress(f"seed {seed}, {name}", 0, 1)
-            found[name].append(measure_seed(asked, target, str(name), seed, found[name], end=start + asked.seconds))
+            parts = None
+            if target.time_parts is not None:
+                first = next((one for each in times.values() for one in each), None)
+                parts = target.time_parts(asked.items(seed), first)
+                times[name].append(parts)
+            found[name].append(
+                measure_seed(asked, target, str(name), seed, found[name], parts, end=start + asked.seconds)
+            )
             progress(f"seed {seed}, {name}", 1, 1)
         longest = max(longest, time.monotonic() - began)
     names = kind_names(list(target.alone))
@@ -170,23 +180,23 @@ def run_load(asked: Asked, target: Target, *, command: str, progress: Progress) 
         conditions=watch.conditions(),
         method=_method(asked, target),
         alone_s={name: target.alone[kind] for kind, name in names.items()},
-        times=target.times,
+        times=typical([one for each in times.values() for one in each]),
         servings=tuple(
-            _predicted(serving_of(name, seeds, found.get("continuous", [])), asked, target)
+            _predicted(serving_of(name, seeds, found.get("continuous", [])), asked, target, times[name])
             for name, seeds in found.items()
         ),
     )
 
 
-def _predicted(serving: Serving, asked: Asked, target: Target) -> Serving:
-    """Return what one way of serving gave with what the simulator says of the same requests."""
-    if target.times is None or serving.goodput is None:
+def _predicted(serving: Serving, asked: Asked, target: Target, times: Sequence[Times]) -> Serving:
+    """Return what one way of serving gave with what the simulator says of the same requests. times: by seed"""
+    if not times or serving.goodput is None:
         return serving
     rates, parts = [], []
-    for one in serving.seeds:
+    for one, timed in zip(serving.seeds, times, strict=True):
         assert one.rate is not None
         items = asked.items(one.seed)
-        rates.append(predict(serving.name, items, asked.served(target), target.times, start=one.rate).rate)
+        rates.append(predict(serving.name, items, asked.served(target), timed, start=one.rate).rate)
         if one.bound == "found":
             parts.append(rates[-1] / one.rate)
     return msgspec.structs.replace(serving, predicted=tuple(rates), prediction=spread(parts) if parts else None)
@@ -208,9 +218,19 @@ def _method(asked: Asked, target: Target) -> Method:
 
 
 def measure_seed(
-    asked: Asked, target: Target, name: str, seed: int, before: Sequence[Goodput], *, end: float
+    asked: Asked,
+    target: Target,
+    name: str,
+    seed: int,
+    before: Sequence[Goodput],
+    times: Times | None = None,
+    *,
+    end: float,
 ) -> Goodput:
-    """Serve one seed's requests in one way, at each rate or, until `end`, at those that find its goodput."""
+    """Serve one seed's requests in one way, at each rate or, until `end`, at those that find its goodput.
+
+    before: what was found with other seeds; times: of the parts, by which the search begins near where it will end
+    """
     items = asked.items(seed)
     runs: list[Run] = []
     with target.ways[name]() as submit:
@@ -228,18 +248,18 @@ def measure_seed(
             for rate in rates:
                 share(rate)
             return Goodput(seed=seed, rate=None, bound=None, runs=tuple(runs))
-        start, step = _start(asked, target, name, items, before)
+        start, step = _start(asked, target, name, items, before, times)
         goodput = find_goodput(share, start, step=step, go_on=lambda: time.monotonic() < end)
     return Goodput(seed=seed, rate=goodput.rate, bound=goodput.bound, runs=tuple(runs))
 
 
 def _start(
-    asked: Asked, target: Target, name: str, items: Sequence[Item], before: Sequence[Goodput]
+    asked: Asked, target: Target, name: str, items: Sequence[Item], before: Sequence[Goodput], times: Times | None
 ) -> tuple[float, float]:
     """Return the rate to begin with, and the step to the next: near what is predicted or was found, or a guess."""
     guess = GUESS / float(np.mean([target.alone[item.kind] for item in items]))
-    if target.times is not None:
-        return predict(name, items, asked.served(target), target.times, start=guess).rate, NEAR
+    if times is not None:
+        return predict(name, items, asked.served(target), times, start=guess).rate, NEAR
     known = [one.rate for one in before if one.rate is not None]
     return (float(np.median(known)) if known else guess), STEP
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from latentrt.runtime.pipeline import Pipeline
     from latentrt.runtime.result import Result
 
-ROUNDS = 7  # of which the median counts
+ROUNDS = 5  # of which the median counts
 STEPS = 8  # of what is drawn to time the parts
 NUMBERS = 2 * 10**6  # of requests that time: their prompts are no others'
 BURSTS, BURST = 3, 3  # bursts that time what is done beside the loop, and requests in each, over the slots
@@ -80,10 +80,12 @@ def predict(name: str, items: Sequence[Item], served: Served, times: Times, *, s
     return find_goodput(share, start, most=20)
 
 
-def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served) -> Times:
+def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served, known: Times | None = None) -> Times:
     """Time a bundle's parts each by itself, and how much what is done beside the loop delays it.
 
-    items: what will be asked for. Raises RequestError where they differ in more than their steps.
+    items: what will be asked for
+    known: what was measured before, of which the batcher's share is taken, which takes longest
+    Raises RequestError where they differ in more than their steps.
     """
     if len({kind[1:] for kind in served.stages}) > 1:
         raise RequestError("simulate: it takes requests that differ in steps alone; give them one size and guidance")
@@ -103,7 +105,31 @@ def measure_times(pipe: Pipeline, items: Sequence[Item], served: Served) -> Time
         between_s=0.0,
         shared=0.0,
     )
+    if known is not None:
+        return msgspec.structs.replace(alone, between_s=known.between_s, shared=known.shared)
     return _time_batcher(pipe, items, served, alone, numbers)
+
+
+def typical(measured: Sequence[Times]) -> Times | None:
+    """Return the medians of several measurements of the same parts; None of none."""
+    if not measured:
+        return None
+
+    def middle(name: str) -> Points:
+        points = [getattr(one, name) for one in measured]
+        return tuple(
+            (each[0][0], float(np.median([seconds for _, seconds in each]))) for each in zip(*points, strict=True)
+        )
+
+    shared = [one.shared for one in measured if one.shared is not None]
+    return Times(
+        stage_s=middle("stage_s"),
+        encode_s=middle("encode_s"),
+        decode_s=middle("decode_s"),
+        call_s=middle("call_s"),
+        between_s=float(np.median([one.between_s for one in measured])),
+        shared=float(np.median(shared)) if shared else None,
+    )
 
 
 Drawn = Sequence[tuple["Result", float]]
