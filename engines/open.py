@@ -200,6 +200,16 @@ class OpenEngines:
             self._open_further(component, opened)
         return opened.engines[component]
 
+    def sizeless(self, component: str) -> Engine:
+        """Return the engine of a component that sees no picture's size, opened when it is first asked for.
+
+        Raises EngineError and BundleError.
+        """
+        opened = self._open(*self.home)
+        if component not in opened.engines:
+            self._open_further(component, opened)
+        return opened.engines[component]
+
     def _open_further(self, component: str, opened: Opened) -> None:
         with self._opening:
             if component not in opened.engines:

@@ -15,6 +15,9 @@ DOWN, MID = "down_residual_", "mid_residual"
 BLOCK = "block_residual_"  # of a transformer, which has no levels
 NEXT = "next_"  # before the name of a residual, where it is an output
 COND, SCALE = "controlnet_cond", "scale"
+# What IP-Adapters made of images, side by side, and how strongly each layer attends to each adapter's: (rows, tokens,
+# width) and (rows, adapters, layers).
+IMAGE_TOKENS, IMAGE_SCALE = "image_tokens", "image_scale"
 # A UNet halves its latents from level to level, rounding up. No published one has more than four levels.
 DIVISORS = (1, 2, 4, 8, 16, 32)
 

@@ -13,6 +13,7 @@ from latentrt.engines.bundle.manifest import Family, FrameRange, LatentSpec
 from latentrt.engines.bundle.training import Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnets import add_controlnets, per_level
+from latentrt.export.additions.ip_adapters import add_ip_adapters, image_dimensions
 from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.motion import add_motion, frame_range
 from latentrt.export.additions.replace import replace_unet, replace_vae
@@ -28,7 +29,15 @@ from latentrt.export.networks.components import residual_dimensions
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_vae
 from latentrt.export.sources.hub import download
-from latentrt.export.sources.parts import CLIPS, DENOISERS, ControlNetwork, Parts, Source, WeightSource
+from latentrt.export.sources.parts import (
+    CLIPS,
+    DENOISERS,
+    ControlNetwork,
+    ImageAdapter,
+    Parts,
+    Source,
+    WeightSource,
+)
 from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
@@ -54,6 +63,7 @@ class Checkpoint:
     controls: its ControlNets and adapters, by component
     rows: as in `Parts`
     frames: how many its denoiser sees at once, None where it draws pictures
+    image_adapters: its IP-Adapters
     dimensions: the sizes that the tables of shapes refer to by name
     normalising: what normalised latents add to the VAE's halves, by component
     refiner: the checkpoint whose UNet becomes the component `refiner`
@@ -79,6 +89,7 @@ class Checkpoint:
     default_size: tuple[int, int]
     dimensions: Mapping[str, int]
     normalising: Mapping[str, Affine]
+    image_adapters: tuple[ImageAdapter, ...] = ()
     refiner: Checkpoint | None = None
     texts: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
@@ -129,6 +140,8 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
         parts = add_tiny_vae(parts, options.tiny_vae)
     if options.adapters:
         parts = add_adapters(parts, options.adapters, allow_pickle=options.allow_pickle)
+    if options.ip_adapters:
+        parts = add_ip_adapters(parts, options)
     if options.prediction_type:
         parts = replace(
             parts,
@@ -173,10 +186,14 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         controls=parts.controls,
         rows={**FAMILIES[family].rows, **parts.rows},
         frames=frame_range(parts.configs),
+        image_adapters=parts.image_adapters,
         schedule=schedule,
         latents=latents,
         default_size=_default_size(denoiser, family, schedule.prediction_type, factor=latents.factor),
-        dimensions=_dimensions(parts, latents) | _residuals(parts) | feature_dimensions(parts),
+        dimensions=_dimensions(parts, latents)
+        | _residuals(parts)
+        | feature_dimensions(parts)
+        | image_dimensions(parts),
         normalising=read_normalising(
             parts.configs["vae_decoder"],
             family=family,

@@ -50,6 +50,8 @@ MIB = 1 << 20
 )
 @click.option("--controlnet", "controlnets", multiple=True, metavar="NAME=PATH", help="Add a ControlNet; repeatable.")
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME=PATH", help="Add a T2I-Adapter; repeatable.")
+@click.option("--ip-adapter", "ip_adapters", multiple=True, metavar="NAME=PATH", help="Add an IP-Adapter; repeatable.")
+@click.option("--image-encoder", default=None, metavar="DIR", help="The IP-Adapters' CLIP vision model.")
 @click.option("--allow-pickle", is_flag=True, help="Allow weights in pickle files; only tensors are read from them.")
 @click.option("--prediction-type", type=click.Choice(get_args(Prediction)), help="What the UNet predicts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress.")
@@ -64,6 +66,7 @@ def export(
     loras: tuple[str, ...],
     controlnets: tuple[str, ...],
     adapters: tuple[str, ...],
+    ip_adapters: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Turn CHECKPOINT into BUNDLE: graphs, recorded outputs, and engines for this machine.
@@ -87,6 +90,7 @@ def export(
                 loras=tuple(map(LoraOption.parse, loras)),
                 controlnets=tuple(map(ControlNetOption.parse, controlnets)),
                 adapters=tuple(ControlNetOption.parse(text, option="--adapter") for text in adapters),
+                ip_adapters=tuple(ControlNetOption.parse(text, option="--ip-adapter") for text in ip_adapters),
                 **options,
             ),
             report=report,

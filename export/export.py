@@ -33,6 +33,7 @@ from latentrt.engines.errors import BundleError, NotInstalledError
 from latentrt.engines.progress import Report, silent
 from latentrt.engines.spec import BackendName, Precision
 from latentrt.export import INSTALL
+from latentrt.export.additions.ip_adapters import IMAGE_PROJECTION, attention_layers, own_dimensions
 from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.configs.families import FAMILIES
@@ -224,6 +225,8 @@ def _networks(checkpoint: Checkpoint) -> dict[str, Path | WeightSource]:
 
 def _row(checkpoint: Checkpoint, component: str) -> str:
     """Return the component's row in the table: its name, but for what has a name of the user's or another network."""
+    if component in (adapter.spec.projection for adapter in checkpoint.image_adapters):
+        return IMAGE_PROJECTION
     controls = checkpoint.controls.get(component)
     return controls.row if controls else checkpoint.rows.get(component, component)
 
@@ -243,12 +246,16 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         weight_source=weight_source,
         root=str(staged.resolve()),
         precision=precision,
-        dimensions=refiner.dimensions if refiner and component == REFINER else checkpoint.dimensions,
+        dimensions={
+            **(refiner.dimensions if refiner and component == REFINER else checkpoint.dimensions),
+            **own_dimensions(checkpoint).get(component, {}),
+        },
         scaling_factor=checkpoint.latents.scaling_factor,
         shift=checkpoint.latents.shift,
         affine=checkpoint.normalising.get(component),
         shared=shared,
         texts=checkpoint.texts.get(component, ()),
+        image_adapters=checkpoint.image_adapters if component == checkpoint.denoiser else (),
     )
 
 
@@ -298,13 +305,15 @@ def _denoisers(checkpoint: Checkpoint) -> dict[str, DenoiserSpec]:
 
 
 def _denoiser(checkpoint: Checkpoint) -> DenoiserSpec:
-    texts = FAMILIES[checkpoint.family].held(checkpoint.networks)
+    texts, adapters = FAMILIES[checkpoint.family].held(checkpoint.networks), checkpoint.image_adapters
     return DenoiserSpec(
         text_encoders=texts,
         zero_negative=checkpoint.zero_negative,
         sizes=SIZES.get(checkpoint.dimensions["size_numbers"], ()),
         frames=checkpoint.frames,
         text_width=checkpoint.dimensions["attention_width"] if any(text.tokens for text in texts) else None,
+        image_prompts=tuple(adapter.spec for adapter in adapters),
+        image_layers=tuple(attention_layers(checkpoint.configs[checkpoint.denoiser])) if adapters else (),
     )
 
 

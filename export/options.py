@@ -62,6 +62,8 @@ class CheckpointOptions:
     t5: whether to export the text encoder that a checkpoint can do without, SD 3's T5
     loras: LoRAs to merge into the weights; their order does not matter
     controlnets, adapters: ControlNets and T2I-Adapters that requests may use; their order does not matter
+    ip_adapters: IP-Adapters, with which images are prompts; their order does not matter
+    image_encoder: the directory of the CLIP vision model that they read images with; None for one that lies beside them
     allow_pickle: whether weights in pickles may be opened
     """
 
@@ -78,4 +80,6 @@ class CheckpointOptions:
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()
     adapters: tuple[ControlNetOption, ...] = ()
+    ip_adapters: tuple[ControlNetOption, ...] = ()
+    image_encoder: str | None = None
     allow_pickle: bool = False

@@ -14,7 +14,7 @@ import click
 from latentrt.engines.cli_types import Many, on_gpu
 
 if TYPE_CHECKING:  # what draws is imported when something is drawn, so that --help stays instant
-    from latentrt.runtime.request import Control, KeyFrame, Lora
+    from latentrt.runtime.request import Control, ImagePrompt, KeyFrame, Lora
 
 # What may be chosen by name, as it is where it is chosen (tests/test_cli.py holds the two together).
 SPACINGS = "leading, trailing, linspace, karras, exponential, lu, beta, simple, sgm_uniform, ays, ays_sdxl"
@@ -102,6 +102,25 @@ class Followed(click.ParamType["Control"]):
         return Control(name=name, image=image, **dict(zip(("scale", "start", "stop"), values, strict=False)))
 
 
+class Shown(click.ParamType["ImagePrompt"]):
+    """An image prompt: `style=photo.png`, `style=photo.png:0.6`."""
+
+    name = "NAME=IMAGE[:SCALE]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ImagePrompt:
+        from latentrt.runtime.request import ImagePrompt
+
+        found = re.fullmatch(r"([^=]+)=(.+?)(?::(-?\d+(?:\.\d*)?|-?\.\d+))?", str(value))
+        if found is None or (":" in found[2] and not Path(found[2]).exists()):
+            self.fail(
+                f"found '{value}', expected an IP-Adapter's name, = and an image, then a scale, as in "
+                "style=photo.png:0.6",
+                param,
+                ctx,
+            )
+        return ImagePrompt(name=found[1], image=found[2], scale=float(found[3] or 1))
+
+
 class LoraFile(click.ParamType["Lora"]):
     """A LoRA file and its scale: `style.safetensors:0.8`, or the file alone."""
 
@@ -163,6 +182,13 @@ STARTS = (
         type=Followed(),
         multiple=True,
         help="Guide the picture with a ControlNet or T2I-Adapter and an image; repeatable.",
+    ),
+    click.option(
+        "--image-prompt",
+        "image_prompts",
+        type=Shown(),
+        multiple=True,
+        help="Say what to draw with an image and one of the bundle's IP-Adapters; repeatable.",
     ),
     click.option("--strength", type=float, default=None, help="How much of --image to change, 0 to 1."),
     click.option("--variation-seed", type=int, default=None, help="Blend the noise with the noise of this seed."),

@@ -15,10 +15,11 @@ from latentrt.engines.spec import Array
 from latentrt.engines.workspace.contract import Workspace
 from latentrt.runtime.calls import Turn
 from latentrt.runtime.draw.draw import BatchSource, Drawing, stream
-from latentrt.runtime.draw.finite import TEXT, finite
+from latentrt.runtime.draw.finite import SHOWN, TEXT, finite
 from latentrt.runtime.draw.job import Job, latent_shape
 from latentrt.runtime.draw.loras import Loras
 from latentrt.runtime.draw.slots import encode_rows, write_rows
+from latentrt.runtime.image_prompts.encode import ImagePrompts
 from latentrt.runtime.result import Settings
 from latentrt.runtime.text.encoders import PromptEncoders
 from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
@@ -32,13 +33,15 @@ logger = logging.getLogger(__name__)
 class Loaded:
     """What drawing needs of a bundle. It is not locked: its owner makes callers take turns.
 
-    opened: the engines; encoders: the text encoders; loras: what LoRA files mean here; drawing: draws jobs
+    opened: the engines; encoders: the text encoders; images: what reads image prompts; loras: what LoRA files mean
+    here; drawing: draws jobs
     """
 
     def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
         self.bundle, self.opened, self.turn = bundle, opened, Turn()
         self.encoders = PromptEncoders(bundle.manifest, opened.engines, tokenizers)
         self.loras = Loras(bundle)
+        self.images = ImagePrompts(bundle.manifest, lambda component, inputs: opened.sizeless(component)(inputs))
         self.drawing = Drawing(opened, bundle.manifest)
 
     @property
@@ -69,9 +72,16 @@ class Loaded:
         }
 
     def encode(self, job: Job, denoiser: str) -> dict[str, Array]:
-        """Return a job's text as a denoiser takes it: rows by name, the prompts' first. Raises NotFiniteError."""
+        """Return what a denoiser attends to: rows by name, the prompts' first. Raises NotFiniteError."""
         rows = self.read(*self.prompts(job), denoiser=denoiser)
-        return {name: finite(array, TEXT, pictures=len(job.prompts)) for name, array in rows.items()}
+        texts = {name: finite(array, TEXT, pictures=len(job.prompts)) for name, array in rows.items()}
+        return texts | self.encode_images(job, denoiser)
+
+    def encode_images(self, job: Job, denoiser: str) -> dict[str, Array]:
+        """Return a job's image prompts as a denoiser takes them, see `ImagePrompts`. Raises NotFiniteError."""
+        pictures = len(job.prompts)
+        rows = self.images(job.images, denoiser=denoiser, pictures=pictures, guided=job.guidance.needed)
+        return {name: finite(array, SHOWN, pictures=pictures) for name, array in rows.items()}
 
     def read(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:
         """Return texts as a denoiser takes them: rows by name, the prompts' first."""
@@ -92,8 +102,8 @@ class Loaded:
                 in_place = self.encoders.device_inputs(prompts, further, denoiser=denoiser)
             if in_place is not None:
                 encode_rows(workspace, *in_place, slots, parts=job.guidance.most)
-                return
-            for name, array in self.encode(job, denoiser).items():
+            rows = self.encode_images(job, denoiser) if in_place is not None else self.encode(job, denoiser)
+            for name, array in rows.items():
                 write_rows(workspace, name, array, slots)
 
         return BatchSource(

@@ -304,6 +304,8 @@ class Pipeline:
             for name, array in texts[denoiser].items():
                 rows = np.concatenate([frame_rows(array[part], frames) for part in parts])
                 write_rows(workspace, name, finite(rows, TEXT, pictures=len(frames)), slots)
+            for name, array in self.loaded.encode_images(job, denoiser).items():
+                write_rows(workspace, name, array, slots)
 
         shape = latent_shape(job.size, self.manifest.latents)
         draw = frame_draw([key.seed for key in keys], frames, shape, stream=NOISES[job.request.noise])

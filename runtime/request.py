@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ class Options(TypedDict, total=False):
     image: ImageSource | Sequence[ImageSource] | None
     mask: ImageSource | None
     controls: Sequence[Control]
+    image_prompts: Sequence[ImagePrompt]
     strength: float | None
     latents: Array | None
     loras: Sequence[Lora]
@@ -127,6 +129,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     mask: with an image: white is repainted, black is kept
     controls: images to follow, each with one of the bundle's ControlNets; the size, where neither it nor an image is
         given, is that of the first
+    image_prompts: images that say what to draw beside the text, each through one of the bundle's IP-Adapters
     strength: how much of the image to change, as the share of the steps to take, 0 to 1; None for 0.8, with a mask
         for 1
     latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
@@ -172,6 +175,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     image: ImageSource | Sequence[ImageSource] | None = None
     mask: ImageSource | None = None
     controls: Sequence[Control] = ()
+    image_prompts: Sequence[ImagePrompt] = ()
     strength: float | None = None
     latents: Array | None = None
     loras: Sequence[Lora] = ()
@@ -194,9 +198,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         plain, names = Request(prompt=""), (name for name in self.__struct_fields__ if name in FURTHER)
         kept = {name: value for name in names if (value := getattr(self, name)) != getattr(plain, name)}
         followed = {"controls": [str(control) for control in self.controls]} if self.controls else {}
+        shown = {"image_prompts": [str(one) for one in self.image_prompts]} if self.image_prompts else {}
         changed = {"loras": [str(lora) for lora in self.loras]} if self.loras else {}
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
-        return listed | followed | changed
+        return listed | followed | shown | changed
 
 
 class KeyFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -244,3 +249,26 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         part = f":{self.start:g}:{self.stop:g}" if (self.start, self.stop) != (0, 1) else ""
         return f"{self.name}:{self.scale:g}{part}"
+
+
+ImageScale = float | Sequence[float] | Mapping[str, Any]
+"""One scale for all layers, one for each, or one for each block by name, see `ImagePrompt`."""
+
+
+class ImagePrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that says what to draw, as one of the bundle's IP-Adapters reads it.
+
+    name: the IP-Adapter's name in the bundle
+    image: as `Request.image`, one for all pictures or one for each; the middle square of it is seen
+    scale: how strongly the denoiser's layers attend to it, 0 for not at all: one number, one for each layer, or one for
+        blocks by name and 0 for the others, as diffusers' set_ip_adapter_scale takes them, `{"up": {"block_0": [0.0,
+        1.0, 0.0]}}` for the style alone, or by the names of layers as the bundle has them, `{"up_blocks.0": 1.0}`
+    """
+
+    name: str
+    image: ImageSource | Sequence[ImageSource]
+    scale: ImageScale = 1.0
+
+    def __str__(self) -> str:
+        number = isinstance(self.scale, int | float)
+        return f"{self.name}:{self.scale:g}" if number else f"{self.name}:{json.dumps(self.scale, default=float)}"

@@ -20,7 +20,14 @@ from hypothesis import settings
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from tests.sd3 import make_sd3
-from tests.tiny import save_adapter, save_controlnet, save_motion, save_tiny
+from tests.tiny import (
+    save_adapter,
+    save_controlnet,
+    save_image_encoder,
+    save_ip_adapter,
+    save_motion,
+    save_tiny,
+)
 
 ROOT = Path(__file__).parent.parent
 REFINED = "refined"
@@ -87,6 +94,7 @@ def _tiny(path: Path, **options: str) -> Path:
 
 def _network(save: Callable[..., Path], path: Path, **options: Any) -> Path:
     if not path.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as beside:
             save(Path(beside) / path.name, **options)
             with contextlib.suppress(OSError):
@@ -192,6 +200,42 @@ def controlled(workshop: Path, made: Make) -> MakeControlled:
             export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
             known[family, variant] = Controlled(checkpoint=checkpoint, networks=networks, bundle=bundle)
         return known[family, variant]
+
+    return make
+
+
+# A family's folder in the published repository, and the tiny IP-Adapters there.
+SHOWN = {"sd1": ("models", ("plain", "plus", "full")), "sdxl": ("sdxl_models", ("plain", "plus"))}
+
+
+@pytest.fixture(scope="session")
+def shown(workshop: Path, made: Make) -> Callable[[str], Controlled]:
+    """Make a tiny checkpoint, IP-Adapters and a ControlNet for it, and the bundle of all, once for each family.
+
+    The adapters lie as in the published repository, whose image encoder is found beside them.
+    """
+    known = dict[str, Controlled]()
+
+    def make(family: str) -> Controlled:
+        if family not in known:
+            checkpoint, _ = made(family, "")
+            root = workshop / f"{family}-ip-adapters"
+            encoder = _network(save_image_encoder, root / "models" / "image_encoder")
+            folder, kinds = SHOWN[family]
+            adapters = {
+                kind: save_ip_adapter(root / folder / f"{kind}.safetensors", family=family, kind=kind, seed=seed)
+                for seed, kind in enumerate(kinds)
+            }
+            edges = _network(save_controlnet, workshop / f"{family}-edges", family=family, seed=1)
+            bundle = workshop / f"{family}-shown"
+            options = CheckpointOptions(
+                ip_adapters=tuple(ControlNetOption(name=name, path=str(path)) for name, path in adapters.items()),
+                controlnets=(ControlNetOption(name="edges", path=str(edges)),),
+            )
+            export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
+            networks = {**adapters, "image_encoder": encoder, "edges": edges}
+            known[family] = Controlled(checkpoint=checkpoint, networks=networks, bundle=bundle)
+        return known[family]
 
     return make
 

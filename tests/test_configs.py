@@ -12,7 +12,15 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError
@@ -25,7 +33,7 @@ from latentrt.export.sources.parts import Part
 from tests.sd3 import make_sd3
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_tiny_decoder import save_tiny_vae
-from tests.tiny import save_adapter, save_controlnet, save_tiny
+from tests.tiny import save_adapter, save_controlnet, save_image_encoder, save_ip_adapter, save_tiny
 from tests.tiny_t5 import save_t5
 
 CLASSES: dict[Part, Any] = {
@@ -37,6 +45,7 @@ CLASSES: dict[Part, Any] = {
     "tiny_vae": diffusers.AutoencoderTiny,
     "motion_adapter": diffusers.MotionAdapter,
 }
+CONFIGS: dict[Part, Any] = {"image_encoder": CLIPVisionConfig, "text_encoder_3": T5Config}
 # A motion adapter is not for the checkpoint of these tests, an SDXL, which refuses it whatever its config says.
 ROWS: list[tuple[Part, str]] = [(part, key) for part, keys in KEYS.items() if part != "motion_adapter" for key in keys]
 
@@ -47,8 +56,8 @@ def alike(value: Any) -> Any:
 
 @pytest.mark.parametrize("part", KEYS)
 def test_defaults_are_those_of_the_signatures(part: Part) -> None:
-    if part == "text_encoder_3":
-        defaults = vars(T5Config())
+    if part in CONFIGS:
+        defaults = vars(CONFIGS[part]())
     elif part in CLASSES:
         defaults = {key: row.default for key, row in inspect.signature(CLASSES[part].__init__).parameters.items()}
     else:
@@ -78,6 +87,7 @@ def folders(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "adapter": save_adapter(root / "adapter", family="sdxl"),
         "tiny_vae": save_tiny_vae(root / "tiny_vae"),
         "text_encoder_3": save_t5(root / "t5"),
+        "image_encoder": save_image_encoder(root / "image_encoder"),
     }
 
 
@@ -90,6 +100,10 @@ def use(part: Part, config: dict[str, Any]) -> None:
     if part in texts:
         known = {key: value for key, value in config.items() if key not in ("architectures", "transformers_version")}
         texts[part](CLIPTextConfig(**known))(torch.tensor([[1, 2, 3]]))
+        return
+    if part == "image_encoder":
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        vision(torch.zeros(1, 3, vision.config.image_size, vision.config.image_size))
         return
     model = CLASSES[part].from_config(config)
     if part == "adapter":
@@ -112,6 +126,10 @@ def opened(part: Part, checkpoint: Path, network: Path) -> None:
         options = CheckpointOptions(controlnets=(ControlNetOption(name="a", path=str(network)),))
     elif part == "adapter":
         options = CheckpointOptions(adapters=(ControlNetOption(name="a", path=str(network)),))
+    elif part == "image_encoder":
+        adapter = save_ip_adapter(network / "a.safetensors", family="sdxl", kind="plus")
+        adapters = (ControlNetOption(name="a", path=str(adapter)),)
+        options = CheckpointOptions(ip_adapters=adapters, image_encoder=str(network))
     else:
         options = CheckpointOptions(tiny_vae=str(network)) if part == "tiny_vae" else CheckpointOptions()
     open_checkpoint(str(checkpoint), options=options)

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from latentrt.runtime.result import Result
 from latentrt.runtime.sampling.catalogue import SAMPLERS
 from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
 from latentrt.runtime.sampling.spacings import SPACINGS
-from tests.conftest import MakeControlled
+from tests.conftest import Controlled, MakeControlled
 from tests.lora_files import kohya, make_factors, save
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +44,7 @@ CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 REPOSITORY_PATH = re.compile(r"(?<![\w./-])(?:export|engines|runtime|tests|benchmarks|docs|src)/[\w./*-]*[\w/]")
 EXTRA = re.compile(r"(?:latentrt|whl|\.)\[([\w-]+)\]")
-HERE = {"demo/shapes", "my-sd15"}
+HERE = {"demo/shapes", "my-sd15", "my-looks"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -59,12 +59,18 @@ def commands(page: Path, program: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def desk(demo_bundle: Path, controlled: MakeControlled, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def desk(
+    demo_bundle: Path,
+    controlled: MakeControlled,
+    shown: Callable[[str], Controlled],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """A folder with what the pages speak of: the demo's bundle, one with ControlNets, pictures, LoRAs."""
     desk = tmp_path_factory.mktemp("desk")
     shutil.copytree(demo_bundle, desk / "demo" / "shapes")
     made = controlled("sd1", "")
     (desk / "my-sd15").symlink_to(made.bundle)
+    (desk / "my-looks").symlink_to(shown("sd1").bundle)
     grey = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None], (128, 3)).reshape(128, 128, 3))
     for name in ("star", "edges", "depth"):
         grey.resize((128, 128) if name == "star" else (32, 32)).save(desk / f"{name}.png")

@@ -192,7 +192,7 @@ def test_loras_are_named_among_those_of_the_server_and_never_by_a_path(tmp_path:
 
 
 def test_every_field_of_a_request_is_an_input() -> None:
-    assert set(Request.__struct_fields__) - set(INPUTS) == {"controls", "loras"}
+    assert set(Request.__struct_fields__) - set(INPUTS) == {"controls", "image_prompts", "loras"}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,7 @@ def test_every_field_of_a_request_is_an_input() -> None:
         ({"output_compression": [101]}, "output_compression"),
         ({"partial_images": [4]}, "partial_images"),
         ({"control_name": [b"edges"]}, "controls"),
+        ({"image_prompt_name": [b"plain"]}, "image_prompts"),
         ({"seed": []}, "seed"),
         ({"image": [b"GIF89a"]}, "image"),
         ({"image": [drawn(1, 1), png(2049, 2048)]}, "image"),

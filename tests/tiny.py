@@ -231,6 +231,72 @@ def save_motion(directory: Path, *, seed: int = 1, places: int = 24, middle: boo
     return directory
 
 
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+    "projection_dim": 24,
+}
+
+
+def save_image_encoder(directory: Path, *, seed: int = 3) -> Path:
+    """Save a tiny CLIP vision model, as the published repository of IP-Adapters has one in models/image_encoder."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).eval().save_pretrained(directory)
+    return directory
+
+
+def save_ip_adapter(file: Path, *, family: str = "sd1", kind: str = "plain", seed: int = 5) -> Path:
+    """Save a tiny IP-Adapter under the names of the published files, which says much. kind: plain, plus or full"""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import save_file
+
+    unet = UNet2DConditionModel(**_UNET[family])
+    width = _UNET[family]["cross_attention_dim"]
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    shapes = {f"image_proj.{name}": shape for name, shape in _projection(kind, width).items()}
+    for number, name in enumerate(names):
+        hidden = unet.get_submodule(name.removesuffix(".processor")).inner_dim
+        shapes |= {f"ip_adapter.{2 * number + 1}.{one}.weight": (hidden, width) for one in ("to_k_ip", "to_v_ip")}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors = {name: 0.3 * tensor if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.half() for name, tensor in tensors.items()}, file)
+    return file
+
+
+def _projection(kind: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of what makes tokens of an image, under the published names."""
+    embeds, states = VISION["projection_dim"], VISION["hidden_size"]
+
+    def both(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+    if kind == "plain":
+        return both("proj", 4 * width, embeds) | both("norm", width)
+    if kind == "full":
+        return both("proj.0", states, states) | both("proj.2", width, states) | both("proj.3", width)
+    inner, head = 40, 64
+    found: dict[str, tuple[int, ...]] = {"latents": (1, 6, inner)}
+    found |= both("proj_in", inner, states) | both("proj_out", width, inner) | both("norm_out", width)
+    for layer in range(4):
+        start = f"layers.{layer}"
+        found |= both(f"{start}.0.norm1", inner) | both(f"{start}.0.norm2", inner)
+        found |= {f"{start}.0.to_q.weight": (2 * head, inner), f"{start}.0.to_kv.weight": (4 * head, inner)}
+        found |= {f"{start}.0.to_out.weight": (inner, 2 * head)} | both(f"{start}.1.0", inner)
+        found |= {f"{start}.1.1.weight": (4 * inner, inner), f"{start}.1.3.weight": (inner, 4 * inner)}
+    return found
+
+
 def _text_config(sizes: Mapping[str, Any], vocabulary: Mapping[str, int]) -> Any:
     from transformers import CLIPTextConfig
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from latentrt.engines.tensor_names import FRAMES
+from latentrt.engines.tensor_names import FRAMES, IMAGE_SCALE, IMAGE_TOKENS
 
 if TYPE_CHECKING:
     from latentrt.engines.bundle.manifest import ComponentSpec, DenoiserSpec, Manifest, Role
@@ -59,6 +59,7 @@ def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Itera
             yield f"text_encoders: found {text.component} optional, expected its tokens beside that"
     if spec.text_encoders and all(text.component is None or text.optional for text in spec.text_encoders):
         yield "text_encoders: found none that is always there, expected one"
+    yield from _image_faults(manifest, name, spec)
     taken = [axis for one in manifest.components[name].inputs if one.name == "time_ids" for axis in one.shape[1:]]
     takes_frames = any(one.name == FRAMES for one in manifest.components[name].inputs)
     if takes_frames != (spec.frames is not None) or (spec.frames and not 1 <= spec.frames.window <= spec.frames.most):
@@ -68,6 +69,28 @@ def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Itera
     skips = manifest.row_groups(name) > 2
     if skips != bool(spec.skip_layers):
         yield f"skip_layers: found {len(spec.skip_layers)}, and the graph takes {'some' if skips else 'none'}"
+
+
+def _image_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Iterator[str]:
+    """Say where image prompts are not what the graph takes, or need a component that is not there."""
+    for image in spec.image_prompts:
+        encoder, projection = (manifest.components.get(part) for part in (image.encoder, image.projection))
+        if encoder is None or encoder.role != "image_encoder":
+            yield f"image_prompts: there is no image encoder {image.encoder}"
+        elif projection is None or projection.role != "image_projection":
+            yield f"image_prompts: there is no image projection {image.projection}"
+        elif image.reads not in {tensor.name for tensor in encoder.outputs}:
+            yield f"image_prompts: {image.encoder} gives no {image.reads}"
+    adapters = len(spec.image_prompts)
+    expected = {
+        IMAGE_TOKENS: [sum(image.tokens for image in spec.image_prompts)],
+        IMAGE_SCALE: [adapters, len(spec.image_layers)],
+    }
+    shapes = {tensor.name: list(tensor.shape) for tensor in manifest.components[name].inputs}
+    for tensor, sizes in expected.items():
+        found = shapes.get(tensor, [])[1 : 1 + len(sizes)]
+        if found != (sizes if adapters else []):
+            yield f"image_prompts: found {adapters}, for which {tensor} has the sizes {sizes}, and the graph {found}"
 
 
 def _control_fits(manifest: Manifest, component: ComponentSpec) -> bool:

@@ -23,7 +23,17 @@ MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 
 Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner", "sd3"]
-Role = Literal["text_encoder", "denoiser", "encoder", "decoder", "tiny_decoder", "controlnet", "adapter"]
+Role = Literal[
+    "text_encoder",
+    "denoiser",
+    "encoder",
+    "decoder",
+    "tiny_decoder",
+    "controlnet",
+    "adapter",
+    "image_encoder",
+    "image_projection",
+]
 Join = Literal["width", "length"]
 CONTROL_ROLES: tuple[Role, ...] = ("controlnet", "adapter")  # what follows a picture, and adds to a denoiser
 
@@ -141,6 +151,24 @@ class FrameRange(Document, frozen=True, kw_only=True):
     most: int
 
 
+class ImagePromptSpec(Document, frozen=True, kw_only=True):
+    """An IP-Adapter: how an image becomes tokens that a denoiser attends to beside the text.
+
+    name: in requests
+    encoder, projection: the components that make the tokens, one after the other
+    reads: the encoder's output that the projection takes
+    tokens: how many there are for an image
+    zero_negative: for a negative prompt zeros are projected; otherwise what the encoder gives for an image of zeros
+    """
+
+    name: str
+    encoder: str
+    projection: str
+    reads: str
+    tokens: int
+    zero_negative: bool
+
+
 class DenoiserSpec(Document, frozen=True, kw_only=True):
     """What one denoiser takes besides latents and timestep.
 
@@ -152,6 +180,8 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
     frames: of a denoiser whose model rows are frames, in windows as long as its input `frame_index`; None where each
         row is a picture of its own
     skip_layers: which of its blocks its input `skip_layers` switches off for a model row; empty if it has none
+    image_prompts: in the order of its input `image_tokens`
+    image_layers: the layers that attend to images, by their names in the checkpoint, in the order of `image_scale`
     """
 
     text_encoders: tuple[TextSpec, ...]
@@ -160,6 +190,8 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
     text_width: int | None = None
     frames: FrameRange | None = None
     skip_layers: tuple[int, ...] = ()
+    image_prompts: tuple[ImagePromptSpec, ...] = ()
+    image_layers: tuple[str, ...] = ()
 
 
 class LatentSpec(Document, frozen=True, kw_only=True):

@@ -149,6 +149,12 @@ KEYS: Mapping[Part, Mapping[str, Key]] = {
         "use_motion_mid_block": Key(True, SWITCH),
         "conv_in_channels": _optional(COUNT),
     },
+    "image_encoder": {
+        "hidden_size": Key(768, COUNT),
+        "image_size": Key(224, COUNT),
+        "patch_size": Key(32, COUNT),
+        "projection_dim": Key(512, COUNT),
+    },
     "tiny_vae": {
         "latent_channels": Key(4, COUNT),
         "out_channels": Key(3, COUNT),

@@ -243,7 +243,7 @@ LORA_PARTS = (".hada_w1_a", ".lokr_w1", ".lokr_w1_a", ".dora_scale", ".lora_magn
 LORA_STARTS = ("lora_unet_", "lora_te", "lycoris_")
 PARTS: tuple[Part, ...] = (
     Part(label=LORA, option="--lora FILE", starts=LORA_STARTS, ends=(*LORA_ENDS, *LORA_PARTS), has=".lora_A."),
-    Part(label="IP-Adapter", starts=("ip_adapter.", "image_proj.")),
+    Part(label="IP-Adapter", option="--ip-adapter NAME=FILE", starts=("ip_adapter.", "image_proj.")),
     Part(label="Control-LoRA", starts=("lora_controlnet",)),
     Part(label="ControlNet-LLLite", starts=("lllite_",)),
     Part(label="ControlNet Union", starts=("task_embedding", "control_model.task_embedding", "control_add_embedding.")),

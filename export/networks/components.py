@@ -16,6 +16,8 @@ from latentrt.engines.tensor_names import (
     COND,
     FEATURE,
     FRAMES,
+    IMAGE_SCALE,
+    IMAGE_TOKENS,
     NEXT,
     SCALE,
     level_axes,
@@ -225,6 +227,9 @@ _NETWORKS: Mapping[str, Component] = {
                 Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
                 # Latent consistency models: the scale of guidance, which they were distilled with.
                 Tensor(name="timestep_cond", shape=("batch", "guidance_width")),
+                # IP-Adapters: the tokens of every adapter's image side by side, and how strongly each layer attends.
+                Tensor(name=IMAGE_TOKENS, shape=("batch", "image_tokens", "attention_width")),
+                Tensor(name=IMAGE_SCALE, shape=("batch", "image_adapters", "image_layers"), values="unit"),
             ),
             outputs=(Tensor(name="out_sample", shape=LATENTS),),
             controlled="takes",
@@ -299,13 +304,38 @@ _LATER = (
         units=STAGE_UNITS,
     ),
 )
-# Golden inputs are drawn by a component's place, and stay what they were: what is new comes last.
+# What an image encoder gives, and what an image projection takes of it: each kind takes one of them.
+IMAGE_EMBEDS = Tensor(name="image_embeds", shape=("batch", "clip_projection"))
+IMAGE_STATES = Tensor(name="penultimate_hidden_state", shape=("batch", "clip_positions", "clip_width"))
+IMAGES: tuple[Component, ...] = (
+    Component(
+        name="image_encoder",
+        role="image_encoder",
+        inputs=(Tensor(name="pixel_values", shape=("batch", 3, "clip_side", "clip_side")),),
+        outputs=(IMAGE_EMBEDS, IMAGE_STATES),
+        traced={"batch": 2},
+        checked={"batch": 3},
+        units={},
+    ),
+    Component(
+        name="image_projection",
+        role="image_projection",
+        inputs=(IMAGE_EMBEDS, IMAGE_STATES),
+        outputs=(Tensor(name=IMAGE_TOKENS, shape=("batch", "projected_tokens", "attention_width")),),
+        traced={"batch": 2},
+        checked={"batch": 3},
+        units={},
+    ),
+)
+
+# New ones come last: golden inputs are drawn by a component's place, and stay what they were.
 COMPONENTS: Mapping[str, Component] = {
     **_NETWORKS,
     REFINER: replace(_NETWORKS[DENOISER], name=REFINER),
     _T5.name: _T5,
     _MOTION.name: _MOTION,
     **{component.name: component for component in _LATER},
+    **{component.name: component for component in IMAGES},
 }
 
 

@@ -38,6 +38,8 @@ STEMS: Mapping[Part, str] = {
     "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model",
     "adapter": "diffusion_pytorch_model",
+    "image_encoder": "model",
+    "image_projection": "model",
 }
 PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "text_encoder": (
@@ -50,6 +52,8 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
     "controlnet": ("control_model.", ""),
     "motion_adapter": ("module.", ""),
+    "image_projection": ("image_proj.",),
+    "image_attention": ("ip_adapter.",),
 }
 # Left by training, derived, or a mark; no network reads them.
 UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.|difference$)")
@@ -176,6 +180,10 @@ def _motion(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
     return {**convert_animatediff_checkpoint_to_diffusers(own), **placed}
 
 
+def _part_of_adapter(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
 _CONVERT: Mapping[Part, Callable[[Tensors, str, Mapping[str, Any]], Tensors]] = {
     "text_encoder": partial(_text_encoder, projected=False),
     "text_encoder_2": partial(_text_encoder, projected=True),
@@ -183,6 +191,8 @@ _CONVERT: Mapping[Part, Callable[[Tensors, str, Mapping[str, Any]], Tensors]] = 
     "vae": _vae,
     "controlnet": _controlnet,
     "motion_adapter": _motion,
+    "image_projection": _part_of_adapter,
+    "image_attention": _part_of_adapter,
 }
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.tensor_names import COND, DOWN, FEATURE, MID, SCALE, is_residual
+from latentrt.engines.tensor_names import COND, DOWN, FEATURE, IMAGE_SCALE, IMAGE_TOKENS, MID, SCALE, is_residual
 from latentrt.export.graphs.normalised_latents import Affine
+from latentrt.export.networks.image_prompts import ImageEncoder, Projection, attend_to_images
 from latentrt.export.networks.motion import MotionDenoiser
 from latentrt.export.networks.streamed_weights import stored_dtype
 from latentrt.export.networks.transformer import wrap_transformer
+from latentrt.export.sources.parts import ImageAdapter
 from latentrt.export.sources.weight_files import find_weights
 
 
@@ -127,10 +129,10 @@ DENOISERS = {  # (takes sizes, takes the scale of guidance)
 
 
 class ControlledDenoiser(Denoiser):
-    """A UNet that ControlNets and T2I-Adapters may control.
+    """A UNet that ControlNets and T2I-Adapters may control, and that may attend to images.
 
-    After its other inputs it takes a residual for each skip connection and one for its middle, and a feature for each
-    block on the way down: what there is of these. names: of the inputs, in their order
+    After its other inputs it takes a residual for each skip connection and one for its middle, a feature for each
+    block on the way down, and images' tokens and scales: what there is of these. names: of the inputs, in their order
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -148,6 +150,7 @@ class ControlledDenoiser(Denoiser):
             down_block_additional_residuals=[t for name, t in given.items() if name.startswith(DOWN)] or None,
             mid_block_additional_residual=given.get(MID),
             down_intrablock_additional_residuals=[t for n, t in given.items() if n.startswith(FEATURE)] or None,
+            cross_attention_kwargs={n: given[n] for n in (IMAGE_TOKENS, IMAGE_SCALE) if n in given} or None,
             return_dict=False,
         )[0]
         return output
@@ -201,9 +204,11 @@ def _added(given: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     return {name: given[name] for name in ("text_embeds", "time_ids") if name in given} or None
 
 
-def wrap_denoiser(model: Any, takes: Sequence[str] = ()) -> nn.Module:
-    """Wrap a UNet with what its config says that it takes, and with residuals where `takes` names them."""
-    if any(name == MID or name.startswith(FEATURE) for name in takes):
+def wrap_denoiser(model: Any, takes: Sequence[str] = (), image_adapters: Sequence[ImageAdapter] = ()) -> nn.Module:
+    """Wrap a UNet with what its config says that it takes, and with residuals and images where `takes` names them."""
+    if image_adapters:
+        attend_to_images(model, image_adapters)
+    if any(name in (MID, IMAGE_TOKENS) or name.startswith(FEATURE) for name in takes):
         return ControlledDenoiser(model, takes)
     sized = model.config.addition_embed_type == "text_time"
     return DENOISERS[sized, model.config.time_cond_proj_dim is not None](model)
@@ -287,6 +292,7 @@ def load(
     scaling_factor: float = 1.0,
     shift: float = 0.0,
     affine: Affine | None = None,
+    image_adapters: Sequence[ImageAdapter] = (),
     dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
     """Load one network without gradients. Raises CheckpointError if the weights do not fit.
@@ -296,6 +302,7 @@ def load(
     normed: of a text encoder, whether the states of earlier layers go through the final norm
     scaling_factor, shift: of the checkpoint's latents
     affine: of half a VAE whose latents are normalised, see `normalising.py`
+    image_adapters: whose images a denoiser attends to
     dtype: of the weights, None for the type that they are stored in: then they are mapped, and none is read
     """
     from diffusers import (
@@ -307,7 +314,7 @@ def load(
         UNet2DConditionModel,
         UNetMotionModel,
     )
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
     from latentrt.export.networks.t5 import T5TextEncoder, T5Weights
 
@@ -328,7 +335,11 @@ def load(
             {"dtype": dtype, **named},
         ),
         "transformer": (SD3Transformer2DModel, partial(wrap_transformer, takes=takes), {"torch_dtype": dtype}),
-        "unet": (UNet2DConditionModel, partial(wrap_denoiser, takes=takes), {"torch_dtype": dtype}),
+        "unet": (
+            UNet2DConditionModel,
+            partial(wrap_denoiser, takes=takes, image_adapters=image_adapters),
+            {"torch_dtype": dtype},
+        ),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
         "motion_unet": (UNetMotionModel, partial(MotionDenoiser, names=takes), {"torch_dtype": dtype}),
@@ -340,6 +351,8 @@ def load(
             partial(TinyDecoder, scaling_factor=scaling_factor, shift=shift),
             {"torch_dtype": dtype},
         ),
+        "image_encoder": (CLIPVisionModelWithProjection, ImageEncoder, {"dtype": dtype, **named}),
+        "image_projection": (Projection, Projection, {}),
     }
     kind, wrap, options = rows[row]
     try:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
-
+from latentrt.engines.bundle.manifest import ImagePromptSpec
 
 Source = Literal["torch", "onnx"]
 Layout = Literal["diffusers", "original"]
@@ -24,6 +22,9 @@ Part = Literal[
     "adapter",
     "tiny_vae",
     "motion_adapter",
+    "image_encoder",
+    "image_projection",
+    "image_attention",
 ]
 # Whose weights a network has: half of a VAE is loaded from the whole.
 PARTS: Mapping[str, Part] = {
@@ -105,6 +106,20 @@ class ControlNetwork:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageAdapter:
+    """An IP-Adapter that is added to a checkpoint.
+
+    spec: what the manifest says of it
+    attention: where the weights are with which the denoiser attends to its tokens
+    dimensions: the sizes of its projection
+    """
+
+    spec: ImagePromptSpec
+    attention: WeightSource
+    dimensions: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """A checkpoint before its documents are interpreted.
 
@@ -117,6 +132,7 @@ class Parts:
     options: choices that change the result, for the provenance
     controls: ControlNets and adapters, by component
     rows: of the table of components, where that is not called as the component
+    image_adapters: IP-Adapters, in the order of their names
     """
 
     root: Path
@@ -131,6 +147,7 @@ class Parts:
     options: Mapping[str, str] = field(default_factory=dict)
     controls: Mapping[str, ControlNetwork] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
+    image_adapters: tuple[ImageAdapter, ...] = ()
 
     @property
     def denoiser(self) -> str:

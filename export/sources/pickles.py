@@ -31,6 +31,8 @@ DTYPES = {  # torch's names of what safetensors calls otherwise
     "bool": "BOOL",
 }
 
+GROUPS = {"image_proj", "ip_adapter"}  # an IP-Adapter's parts, which safetensors write as the beginnings of names
+
 
 def read_pickle_header(path: Path) -> TensorFile:
     """Return the names, types and shapes in a pickle, found out in another process. Raises CheckpointError."""
@@ -67,6 +69,8 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
     while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     tensors = found if isinstance(found, dict) else {}
+    for group in GROUPS & tensors.keys():
+        tensors = tensors | {f"{group}.{key}": value for key, value in tensors[group].items()}
     return {str(key): value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
 
 

@@ -29,7 +29,7 @@ from latentrt.engines.spec import Precision, TensorSpec
 from latentrt.export.graphs import golden
 from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.components import COMPONENTS, Case, input_specs, output_specs
-from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
+from latentrt.export.sources.parts import ImageAdapter, SharedEncoder, Source, WeightSource
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -62,6 +62,7 @@ class ExportJob:
     shared: what must have the same weights
     affine: what normalised latents add to half a VAE
     texts: tokens of real prompts, for a text encoder that is shown those
+    image_adapters: whose images the network attends to
     """
 
     component: str
@@ -77,6 +78,7 @@ class ExportJob:
     shared: SharedEncoder | None = None
     affine: Affine | None = None
     texts: tuple[tuple[int, ...], ...] = ()
+    image_adapters: tuple[ImageAdapter, ...] = ()
     phase: Phase = "make"
 
     @property
@@ -261,6 +263,7 @@ def _loaded(job: ExportJob) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
         scaling_factor=job.scaling_factor,
         shift=job.shift,
         affine=job.affine,
+        image_adapters=job.image_adapters,
         dtype=None,
     )
     if job.weight_source is None:

@@ -178,4 +178,5 @@ def single(job: Job, picture: int) -> Job:
         pixels=one(job.pixels),
         guidance=msgspec.structs.replace(job.guidance, scales=job.guidance.scales[only]),
         controls=tuple(msgspec.structs.replace(control, pixels=control.pixels[only]) for control in job.controls),
+        images=tuple(msgspec.structs.replace(image, images=image.images[only]) for image in job.images),
     )

@@ -34,8 +34,10 @@ def _large(error: NotFiniteError, job: Job) -> list[str]:
     """Name what was asked for in sizes that are rarely meant."""
     latents, guidance = job.request.latents, float(job.guidance.scales.max())
     followed = [one.component for one in job.controls if abs(one.scale) > LARGE_SCALE]
+    shown = [one.spec.name for one in job.images if float(np.abs(one.scale).max()) > LARGE_SCALE]
     causes = {
         f"a guidance of {guidance:g} is very large, take 3 to 15": guidance > LARGE_GUIDANCE and error.place != START,
+        f"the scales of {', '.join(shown)} are very large, take 0.5 to 1": bool(shown),
         f"the scales of {', '.join(followed)} are very large, take 1": bool(followed),
         "the LoRAs change the weights too much, lower their scales or omit them": bool(job.request.loras),
         "the latents that were given are very large, take unit noise": latents is not None

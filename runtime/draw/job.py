@@ -15,6 +15,7 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.draw.animation import variation_seeds
 from latentrt.runtime.draw.controls import ResolvedControl, resolve_controls
 from latentrt.runtime.draw.loras import check_loras
+from latentrt.runtime.image_prompts.resolve import ResolvedImage, resolve_images
 from latentrt.runtime.images.sources import MAX_PIXELS, ImageSource
 from latentrt.runtime.images.tiling import Tiling, plan_tiles
 from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
@@ -47,6 +48,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     strength: float = 1.0
     tiling: Tiling | None = None  # the tiles that the VAE sees, None for the whole picture
     controls: tuple[ResolvedControl, ...] = ()
+    images: tuple[ResolvedImage, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -121,6 +123,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
         strength=_strength(request),
         tiling=plan_tiles(size, request.tile, factor=manifest.latents.factor),
         controls=resolve_controls(request.controls, manifest, pictures=len(prompts), size=size, stages=plan.stages),
+        images=resolve_images(request.image_prompts, manifest, pictures=len(prompts)),
         plan=plan,
         guidance=plan_guidance(
             plan,

@@ -38,19 +38,27 @@ def read_pictures(
     is not resized, but refused.
     Raises RequestError on what cannot be decoded or has more than MAX_PIXELS.
     """
-    pictures = [decode(source, name="image") for source in _listed(sources, "image")]
+    pictures = [decode(source, name="image") for source in listed(sources, "image")]
     size = size or rounded_size(size_of(pictures[0]), factor, name="image")
     return np.stack([_signed(_fitted(picture, size, "image")) for picture in pictures])
 
 
 def read_hints(sources: ImageSource | Sequence[ImageSource], *, size: tuple[int, int], name: str) -> Array:
     """Return what ControlNets follow: (n, height, width, 3), float32, 0 to 1. Otherwise as `read_pictures`."""
-    return np.stack([_fitted(decode(source, name=name), size, name) for source in _listed(sources, name)])
+    return np.stack([_fitted(decode(source, name=name), size, name) for source in listed(sources, name)])
+
+
+def decode_opaque(source: ImageSource, *, name: str) -> Image.Image:
+    """Return a picture in RGB, before white where it is transparent; floats are rounded to 8 bits. As `decode`."""
+    picture = decode(source, name=name)
+    if not isinstance(picture, Image.Image):
+        picture = Image.fromarray(np.broadcast_to(_bytes(picture), (*picture.shape[:2], 3)).copy())
+    return _opaque(picture)
 
 
 def first_of(sources: ImageSource | Sequence[ImageSource], *, name: str) -> Image.Image | Array:
     """Return the first of some pictures, decoded. Raises RequestError."""
-    return decode(_listed(sources, name)[0], name=name)
+    return decode(listed(sources, name)[0], name=name)
 
 
 def read_mask(mask: ImageSource, *, size: tuple[int, int], picture_size: tuple[int, int]) -> Array:
@@ -107,7 +115,8 @@ def rounded_size(size: tuple[int, int], factor: int, *, name: str = "image") -> 
     return width, height
 
 
-def _listed(sources: ImageSource | Sequence[ImageSource], name: str) -> list[ImageSource]:
+def listed(sources: ImageSource | Sequence[ImageSource], name: str) -> list[ImageSource]:
+    """Return pictures one by one, of a list, an array of four axes, or one. Raises RequestError where there is none."""
     many = isinstance(sources, list | tuple) or (isinstance(sources, np.ndarray) and sources.ndim == 4)
     listed = cast("list[ImageSource]", list(sources) if many else [sources])  # type: ignore[arg-type]
     if not listed:

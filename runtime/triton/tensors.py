@@ -12,7 +12,7 @@ from PIL import Image
 
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.request import Control, Lora, Request
+from latentrt.runtime.request import Control, ImagePrompt, Lora, Request
 from latentrt.runtime.serve.offered import lora_files
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import Format, read_image
@@ -86,10 +86,13 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "tile": WHOLE,
     "deadline": NUMBER,
 }
-LISTED: Mapping[str, Tensor] = {  # one for each control, and for each LoRA
+LISTED: Mapping[str, Tensor] = {  # one for each control, for each image prompt, and for each LoRA
     "control_name": TEXTS,
     "control_image": TEXTS,
     "control_scale": NUMBERS,
+    "image_prompt_name": TEXTS,
+    "image_prompt_image": TEXTS,
+    "image_prompt_scale": NUMBERS,
     "lora_name": TEXTS,
     "lora_scale": NUMBERS,
 }
@@ -102,7 +105,7 @@ ANSWERS: Mapping[str, Tensor] = {  # how the pictures come
 INPUTS: Mapping[str, Tensor] = {**FIELDS, **LISTED, **ANSWERS}
 OUTPUTS: Mapping[str, Tensor] = {"image": TEXT, "info": TEXT}
 NEEDED = "prompt"
-FILES = ("image", "mask", "control_image")  # bytes of picture files; all other strings are UTF-8
+FILES = ("image", "mask", "control_image", "image_prompt_image")  # bytes of picture files; all other strings are UTF-8
 MOST_PARTIALS = 3
 
 
@@ -132,7 +135,12 @@ def read(array_of: Callable[[str], Array | None], options: ServeOptions) -> Aske
         pictures = [_picture(name, file, limits) for file in _listed(fields[name])]
         fields[name] = pictures if len(pictures) > 1 else pictures[0]
     asked = Asked(
-        request=Request(**fields, controls=_controls(given, limits), loras=_loras(given, options)),
+        request=Request(
+            **fields,
+            controls=_controls(given, limits),
+            image_prompts=_image_prompts(given, limits),
+            loras=_loras(given, options),
+        ),
         format=_one_of("output_format", given.get("output_format", "png"), get_args(Format)),
         quality=_between("output_compression", given.get("output_compression", 100), 0, 100),
         partials=_between("partial_images", given.get("partial_images", 0), 0, MOST_PARTIALS),
@@ -178,6 +186,14 @@ def _controls(given: Mapping[str, Any], limits: Limits) -> tuple[Control, ...]:
     rows = _rows(given, "controls", "control_name", "control_image", "control_scale")
     return tuple(
         Control(name=name, image=_picture("control_image", file, limits), scale=scale) for name, file, scale in rows
+    )
+
+
+def _image_prompts(given: Mapping[str, Any], limits: Limits) -> tuple[ImagePrompt, ...]:
+    names = ("image_prompt_name", "image_prompt_image", "image_prompt_scale")
+    return tuple(
+        ImagePrompt(name=name, image=_picture(names[1], file, limits), scale=scale)
+        for name, file, scale in _rows(given, "image_prompts", *names)
     )
 
 

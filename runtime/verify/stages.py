@@ -34,7 +34,7 @@ from latentrt.engines.workspace.contract import STATE, TEXT, Workspace, Workspac
 from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.job import repaints, resolve
 from latentrt.runtime.loaded import Loaded
-from latentrt.runtime.request import Control, Request
+from latentrt.runtime.request import Control, ImagePrompt, Request
 from latentrt.runtime.text.encoders import read_tokenizers
 from latentrt.runtime.verify.compared import ComparedWorkspace, Difference
 
@@ -143,6 +143,9 @@ def short_request(manifest: Manifest, record: EngineRecord) -> Request:
         skip_layer_interval=SKIPPING,
         refine_from=REFINED if manifest.refiner else None,
         controls=tuple(Control(name=name, image=grey) for name in controls if name is not None),
+        image_prompts=tuple(
+            ImagePrompt(name=spec.name, image=grey) for spec in manifest.denoisers[manifest.denoiser].image_prompts
+        ),
         image=grey if repainted else None,
         mask=np.full((height, width), 255, dtype=np.uint8) if repainted else None,
     )

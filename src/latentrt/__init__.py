@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from latentrt.runtime.calls import Cancellation, Stream
     from latentrt.runtime.draw.step import Step
     from latentrt.runtime.pipeline import Pipeline
-    from latentrt.runtime.request import Control, KeyFrame, Lora, Request
+    from latentrt.runtime.request import Control, ImagePrompt, KeyFrame, Lora, Request
     from latentrt.runtime.result import Result
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "BatcherOptions",
     "Cancellation",
     "Control",
+    "ImagePrompt",
     "KeyFrame",
     "Lora",
     "Pipeline",
@@ -43,6 +44,7 @@ HOMES = {
     "BatcherOptions": "latentrt.runtime.batching.batcher",
     "Cancellation": "latentrt.runtime.calls",
     "Control": "latentrt.runtime.request",
+    "ImagePrompt": "latentrt.runtime.request",
     "KeyFrame": "latentrt.runtime.request",
     "Lora": "latentrt.runtime.request",
     "Pipeline": "latentrt.runtime.pipeline",

@@ -5,25 +5,30 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from latentrt.runtime.request import Control, Lora, Request
+from latentrt.runtime.request import Control, ImagePrompt, Lora, Request
 from latentrt.runtime.serve.offered import check_engines, lora_files
-from latentrt.runtime.serve.openai.schema import Drawing, Edit, SentControl
+from latentrt.runtime.serve.openai.schema import Drawing, Edit, SentControl, SentImagePrompt
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import mask_of_alpha, read_image
 from latentrt.runtime.serve.web_errors import WebError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from latentrt.runtime.serve.models import Model
 
+Sent = TypeVar("Sent", SentControl, SentImagePrompt)
 Files = Mapping[str, list[bytes]]
-MADE = frozenset({"prompt", "n", "size", "loras", "controls", "image", "mask"})  # in both, but not alike
+MADE = frozenset(
+    {"prompt", "n", "size", "loras", "controls", "image_prompts", "image", "mask"}
+)  # in both, but not alike
 OWN = [name for name in Request.__struct_fields__ if name in Drawing.__struct_fields__ and name not in MADE]
 STEPS = {"low": 10, "high": 30, "hd": 30, "xhigh": 40, "max": 50}  # of a quality, where a request names no steps
 IMAGES, MASK = ("image", "image[]"), "mask"
-CONTROL_FILES = "controls[][image]"
+FILES_OF = {name: f"{name}[][image]" for name in ("controls", "image_prompts")}
 # What would be another picture, had it an effect: what the field is asked for, and what to do.
 OTHERS: Mapping[str, tuple[object, str]] = {
     "background": ("transparent", "pictures here are opaque; omit it"),
@@ -56,6 +61,7 @@ def request_of(body: Drawing, files: Files, model: Model, options: ServeOptions)
         size=size,
         loras=_loras(body, options),
         controls=_controls(body, files, limits),
+        image_prompts=_image_prompts(body, files, limits),
         **own,
         **(_images(files, limits) if isinstance(body, Edit) else {}),
     )
@@ -114,36 +120,41 @@ def _loras(body: Drawing, options: ServeOptions) -> tuple[Lora, ...]:
 
 
 def _controls(body: Drawing, files: Files, limits: Limits) -> tuple[Control, ...]:
-    """Return the images to follow: of a form's files, where it has some, they are in the order of the names."""
-    sent, data = body.controls or [], files.get(CONTROL_FILES)
-    if data is None:
-        data = [_decoded(control) for control in sent]
-    if len(data) != len(sent):
-        raise WebError(f"controls: found {len(data)} images for {len(sent)} names", param="controls")
     return tuple(
-        Control(
-            name=one.name,
-            image=read_image(image, name="controls", most=limits.pixels),
-            scale=one.scale,
-            start=one.start,
-            stop=one.stop,
-        )
-        for one, image in zip(sent, data, strict=True)
+        Control(name=one.name, image=image, scale=one.scale, start=one.start, stop=one.stop)
+        for one, image in _with_images("controls", body.controls or [], files, limits)
     )
 
 
-def _decoded(control: SentControl) -> bytes:
-    if control.image is None:
-        raise WebError(f"controls: '{control.name}' has no image", param="controls")
+def _image_prompts(body: Drawing, files: Files, limits: Limits) -> tuple[ImagePrompt, ...]:
+    return tuple(
+        ImagePrompt(name=one.name, image=image, scale=one.scale)
+        for one, image in _with_images("image_prompts", body.image_prompts or [], files, limits)
+    )
+
+
+def _with_images(what: str, sent: Sequence[Sent], files: Files, limits: Limits) -> list[tuple[Sent, Image.Image]]:
+    """Return what was sent with its image each: of a form's files, where it has some, they are in its order."""
+    data = files.get(FILES_OF[what])
+    if data is None:
+        data = [_decoded(what, one) for one in sent]
+    if len(data) != len(sent):
+        raise WebError(f"{what}: found {len(data)} images for {len(sent)} names", param=what)
+    return [(one, read_image(image, name=what, most=limits.pixels)) for one, image in zip(sent, data, strict=True)]
+
+
+def _decoded(what: str, one: SentControl | SentImagePrompt) -> bytes:
+    if one.image is None:
+        raise WebError(f"{what}: '{one.name}' has no image", param=what)
     try:
-        return base64.b64decode(control.image, validate=True)
+        return base64.b64decode(one.image, validate=True)
     except (binascii.Error, ValueError):
-        raise WebError(f"controls: the image of '{control.name}' is not base64", param="controls") from None
+        raise WebError(f"{what}: the image of '{one.name}' is not base64", param=what) from None
 
 
 def _images(files: Files, limits: Limits) -> dict[str, Any]:
     """Return the images and the mask of an edit."""
-    if unknown := next((name for name in files if name not in (*IMAGES, MASK, CONTROL_FILES)), None):
+    if unknown := next((name for name in files if name not in (*IMAGES, MASK, *FILES_OF.values())), None):
         raise WebError(f"{unknown}: no file of that name is read here", code="unknown_parameter", param=unknown)
     data = [one for name in IMAGES for one in files.get(name, [])]
     if not data:

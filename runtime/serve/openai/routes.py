@@ -41,7 +41,7 @@ OPERATIONS = (
         method="post",
         summary="Draw pictures of a prompt that start from an image",
         body=Edit,
-        files=("image", "image[]", "mask", "controls[][image]"),
+        files=("image", "image[]", "mask", "controls[][image]", "image_prompts[][image]"),
         answer=Pictures,
         events=(Partial, Completed),
     ),

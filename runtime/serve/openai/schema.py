@@ -40,6 +40,22 @@ class SentControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stop: Share = 1.0
 
 
+class SentImagePrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An image that says what to draw. name: of one of the model's IP-Adapters; image: a PNG, JPEG or WebP in base64.
+
+    scale: one, one for each layer, or one for each layer's or block's name. In a form the images are files,
+    `image_prompts[][image]`, in the order of the names.
+    """
+
+    name: Name
+    image: str | None = None
+    scale: (
+        Annotated[float, Meta(ge=-10, le=10)]
+        | Annotated[list[Annotated[float, Meta(ge=-10, le=10)]], Meta(max_length=1000)]
+        | Annotated[dict[Name, Annotated[float, Meta(ge=-10, le=10)]], Meta(max_length=1000)]
+    ) = 1.0
+
+
 class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a generation and an edit have in common: first OpenAI's fields, then those of a `Request`."""
 
@@ -82,6 +98,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     strength: Share | None = None
     loras: Annotated[list[NamedLora], Meta(max_length=16)] | None = None
     controls: Annotated[list[SentControl], Meta(max_length=8)] | None = None
+    image_prompts: Annotated[list[SentImagePrompt], Meta(max_length=8)] | None = None
     variation_seed: Seed | None = None
     variation_strength: Share | None = None
     original_size: tuple[Side, Side] | None = None
