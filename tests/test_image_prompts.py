@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTextModel
 
-from latentrt import Batcher, BatcherOptions, Control, ImagePrompt, Pipeline
+from latentrt import Batcher, BatcherOptions, Control, ImagePrompt, Lora, Pipeline
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
@@ -21,11 +23,15 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import IMAGE_SCALE, IMAGE_TOKENS
 from latentrt.engines.verify.verify import verify
+from latentrt.export.networks.conversion import written
+from latentrt.export.sources.diffusers_folder import to_weight_source
+from latentrt.export.sources.parts import LoraFusion
 from latentrt.runtime.batching.observer import Event, StageDone
 from latentrt.runtime.image_prompts.resolve import layer_scales
 from latentrt.runtime.images.clip import normalise, read_for_clip
 from latentrt.runtime.verify.stages import verify_stages
 from tests.conftest import Controlled, Make
+from tests.lora_files import kohya, make_factors, save
 from tests.refused import about
 from tests.stand_in import install
 from tests.test_batcher import NEAR_DB, together
@@ -320,3 +326,21 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(pipes: Callable[[str], Pi
 def test_a_bundle_without_any_says_how_to_export_one(made: Make) -> None:
     with Pipeline.load(made("sd1", "")[1], "cpu") as pipe, pytest.raises(RequestError, match="--ip-adapter"):
         ours(pipe, ImagePrompt(name="plain", image=hint()))
+
+
+def test_with_a_lora_for_one_call(shown: Shown, pipes: Callable[[str], Pipeline], tmp_path: Path) -> None:
+    made, pipe, prompt = shown("sd1"), pipes("sd1"), ImagePrompt(name="plus", image=hint(), scale=0.7)
+    file = save(tmp_path / "style.safetensors", kohya(make_factors(made.checkpoint, seed=4)))
+    merged: dict[str, Any] = {}
+    for part, kind in (("unet", diffusers.UNet2DConditionModel), ("text_encoder", CLIPTextModel)):
+        source = replace(
+            to_weight_source(part, made.checkpoint / part), loras=(LoraFusion(path=str(file), strength=0.8),)
+        )
+        with written(source, tmp_path / part) as folder:
+            merged[part] = kind.from_pretrained(folder)
+    other = reference(made, "sd1", "plus", **merged)
+    other.set_ip_adapter_scale(0.7)
+    expected = theirs(other, ip_adapter_image=hint(), guidance_scale=3.0, **SIZE)
+    lora = Lora(file=file, scale=0.8)
+    assert psnr(ours(pipe, prompt, loras=[lora]), expected) >= LEAST
+    assert psnr(ours(pipe, prompt), expected) < LEAST
