@@ -12,21 +12,27 @@ import msgspec
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
+from latentrt.engines.workspace.windows import plan_windows
 
 Recipe = Literal["nhwc", "plain"]
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """One set of shapes that engines are compiled for. Sizes are in pixels; `rows` are the UNet's batch."""
+    """One set of shapes that engines are compiled for. Sizes are in pixels; `rows` are the UNet's batch.
+
+    frames: how many of the rows it sees at once, where they are a video's
+    """
 
     width: int
     height: int
     pictures: int
     rows: int
     tokens: int
+    frames: int = 1
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height} pictures {self.pictures} rows {self.rows} tokens {self.tokens}"
+        video = f" frames {self.frames}" if self.frames > 1 else ""
+        return f"{self.width}x{self.height} pictures {self.pictures} rows {self.rows} tokens {self.tokens}{video}"
 
     def axes(self, factor: int) -> dict[str, int]:
         """Return the size of each axis that a component's graph may name."""
@@ -34,6 +40,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
             "batch": self.pictures,
             "pictures": self.pictures,
             "rows": self.rows,
+            "frames": self.frames,
             "tokens": self.tokens,
             "height": self.height,
             "width": self.width,
@@ -85,6 +92,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
     def profiles(self, manifest: Manifest) -> tuple[Profile, ...]:
         """Return every combination of sizes, batches and tokens, each with every number of groups of model rows.
 
+        Where the denoiser's rows are frames, a batch is as many pictures and a video of as many frames.
+
         Raises RequestError if a size does not fit the bundle's latents or a number is not positive.
         """
         self._check(manifest.latents.cell)
@@ -99,8 +108,9 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
             self.sizes or (manifest.default_size,), self.batches, range(1, groups + 1), self.tokens or lengths
         )
         profiles = (
-            Profile(width=width, height=height, pictures=pictures, rows=pictures * rows, tokens=tokens)
-            for (width, height), pictures, rows, tokens in combinations
+            Profile(width=width, height=height, pictures=pictures, rows=own * groups, tokens=tokens, frames=frames)
+            for (width, height), pictures, groups, tokens in combinations
+            for own, frames in _rows_and_frames(manifest, pictures)
         )
         return tuple(dict.fromkeys(profiles))
 
@@ -130,6 +140,16 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
             "state rows": self.state_rows,
         }
         return tuple(f"{name} {value}" for name, value in named.items() if value is not None and value is not False)
+
+
+def _rows_and_frames(manifest: Manifest, pictures: int) -> tuple[tuple[int, int], ...]:
+    """Return how many rows a group of them has, and of these a window: of pictures alone, and of a video of as many."""
+    found = {(pictures, 1)}
+    for spec in manifest.denoisers.values():
+        if spec.frames is not None:
+            windows = plan_windows(pictures, spec.frames.window)
+            found.add((sum(map(len, windows)), len(windows[0])))
+    return tuple(sorted(found))
 
 
 REFITTABLE = "refit True"  # as an engine's key says it

@@ -167,6 +167,7 @@ def fits(record: EngineRecord, shape: WorkspaceShape, bundle: Bundle) -> bool:
     factor = bundle.manifest.latents.factor
     axes = {
         "pictures": shape.pictures,
+        "frames": shape.frames,
         "tokens": shape.tokens,
         "width": shape.width,
         "height": shape.height,

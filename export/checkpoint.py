@@ -46,7 +46,12 @@ ENLARGED_BEFORE = (0, 9, 0)  # diffusers' version, see `FamilyRow.enlarges`
 OPTIONAL_TEXT = [
     text.component for row in FAMILIES.values() for text in row.text_encoders if text.optional and text.component
 ]
-OF_UNETS = {"unet": "--unet", "controlnets": "--controlnet", "adapters": "--adapter"}  # fields of the options
+OF_UNETS = {
+    "unet": "--unet",
+    "controlnets": "--controlnet",
+    "adapters": "--adapter",
+    "motion_adapter": "--motion-adapter",
+}  # fields of the options
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 

@@ -173,16 +173,19 @@ PROMPTS = (
     click.option("--t5/--no-t5", default=True, help="Let T5 read the prompt too, where a bundle holds it (SD 3)."),
     click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Apply a LoRA; repeatable."),
 )
+CONTROLS = click.option(
+    "--control",
+    "controls",
+    type=Followed(),
+    multiple=True,
+    help="Guide the picture with a ControlNet or T2I-Adapter and an image; repeatable.",
+)
+STRENGTH = click.option("--strength", type=float, default=None, help="How much of --image to change, 0 to 1.")
+NOISE = click.option("--noise", type=click.Choice(NOISES), default="cpu", help="PyTorch generator of the seeds.")
 STARTS = (
     click.option("--image", type=FILE, default=None, help="Start from this image."),
     click.option("--mask", type=FILE, default=None, help="A mask for --image: white is repainted, black is kept."),
-    click.option(
-        "--control",
-        "controls",
-        type=Followed(),
-        multiple=True,
-        help="Guide the picture with a ControlNet or T2I-Adapter and an image; repeatable.",
-    ),
+    CONTROLS,
     click.option(
         "--image-prompt",
         "image_prompts",
@@ -190,10 +193,10 @@ STARTS = (
         multiple=True,
         help="Say what to draw with an image and one of the bundle's IP-Adapters; repeatable.",
     ),
-    click.option("--strength", type=float, default=None, help="How much of --image to change, 0 to 1."),
+    STRENGTH,
     click.option("--variation-seed", type=int, default=None, help="Blend the noise with the noise of this seed."),
     click.option("--variation-strength", type=float, default=0.0, help="How much of that noise to use, 0 to 1."),
-    click.option("--noise", type=click.Choice(NOISES), default="cpu", help="PyTorch generator of the seeds."),
+    NOISE,
 )
 DECODING = (
     click.option("--decoder", type=click.Choice(DECODERS), default="full", help="tiny: fast, less detail."),

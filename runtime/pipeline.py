@@ -28,7 +28,7 @@ from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import OnStep, Stages
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
-from latentrt.runtime.result import Result
+from latentrt.runtime.result import Result, VideoResult
 from latentrt.runtime.text.encoders import read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding
 from latentrt.runtime.text.tokenizer import PromptTokenizer
@@ -199,9 +199,37 @@ class Pipeline:
 
     def _call(self, request: Request, limits: Limits, *, watched: bool) -> Stages[Result]:
         job = resolve(request, self.manifest)
+        return self._job(job, lambda: self.loaded.source(job), limits, watched=watched)
+
+    def _job(self, job: Job, source: Callable[[], BatchSource], limits: Limits, *, watched: bool) -> Stages[Result]:
         self._say(self.manifest.schedule.clip_note)
         changes = self.loaded.loras.changes(job.request.loras)
-        return self._alone(limits, changes, lambda: self._draw(job, self.loaded.source(job), watched=watched))
+        return self._alone(limits, changes, lambda: self._draw(job, source(), watched=watched))
+
+    def video(
+        self,
+        prompt: str | Mapping[int, str],
+        frames: int = 16,
+        *,
+        window: int | None = None,
+        overlap: int | None = None,
+        on_step: OnStep | None = None,
+        cancel: Cancellation | None = None,
+        **options: Unpack[Options],
+    ) -> VideoResult:
+        """Draw a video, where the bundle has a motion adapter: the fields of `VideoRequest`, its options by name.
+
+        A step's arrays have a row for each frame. Raises as `draw` does.
+        """
+        from latentrt.runtime.video.draw import as_video, video_source  # for bundles that can
+        from latentrt.runtime.video.request import VideoRequest, resolve_video
+
+        asked = VideoRequest(prompt=prompt, frames=frames, window=window, overlap=overlap, options=options)
+        video = resolve_video(asked, self.manifest)
+        limits = Limits.of(video.job.request, cancel)
+        watched = on_step is not None or limits.any
+        stages = self._job(video.job, lambda: video_source(self.loaded, video), limits, watched=watched)
+        return as_video(finish(stages, on_step), video)
 
     def _say(self, note: str | None) -> None:
         """Log a warning that holds for every picture, once."""

@@ -15,10 +15,14 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.configs.families import option_for
+from latentrt.export.export import export_checkpoint
 from latentrt.export.graphs.run import open_session, run_session
 from latentrt.export.networks.conversion import read_tensors, written
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
 from latentrt.export.sources.parts import WeightSource
+from latentrt.export.sources.recognise_file import name_other
+from latentrt.export.sources.single_file import read_weights_header
 from tests.conftest import Controlled
 from tests.tiny import save_motion, save_tiny
 
@@ -101,6 +105,7 @@ def test_a_file_in_the_authors_names_is_the_same_adapter(sd1_checkpoint: Path, t
     assert found.keys() == expected.keys()
     assert set(network.state_dict()) <= set(found)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert option_for(name_other(read_weights_header(file, allow_pickle=False))[0]) == "--motion-adapter FILE"
     config = open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(motion_adapter=str(file))).configs
     for key in ("use_motion_mid_block", "motion_max_seq_length", "motion_layers_per_block"):
         assert config["motion_adapter"][key] == network.config[key]
@@ -127,6 +132,17 @@ def test_a_motion_lora_is_merged(sd1_checkpoint: Path, tmp_path: Path) -> None:
     with written(plain, tmp_path / "plain") as one, written(merged, tmp_path / "merged") as other:
         before, after = (load_file(next(folder.glob("*.safetensors")))[key] for folder in (one, other))
     assert torch.allclose(after, before + 0.5 * up @ down, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_bundle_in_float16_holds_the_modules_too(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    adapter = save_motion(tmp_path / "adapter", middle=True)
+    options = CheckpointOptions(motion_adapter=str(adapter))
+    exported = export_checkpoint(str(sd1_checkpoint), tmp_path / "half", precision="fp16", backends=(), options=options)
+    error = exported.components["unet"].error
+    assert error is not None
+    assert error < 1e-2
+    assert any(spec.name == "frame_index" for spec in exported.components["unet"].inputs)
 
 
 def test_what_does_not_fit_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:

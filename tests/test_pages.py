@@ -204,7 +204,9 @@ def test_the_command_line_page_has_every_option_and_no_other(command: str) -> No
     (section,) = re.findall(rf"^## latentrt {command}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     named = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", " ".join(CODE.findall(BLOCK.sub("", section)))))
     known = options_of(command)
-    shared = options_of("generate") if command == "animate" else set()  # "most options of `generate` work here too"
+    shared = (
+        options_of("generate") if command in ("animate", "video") else set()
+    )  # "most options of `generate` work here too"
     assert named - known <= {"--help"}
     assert known - named - shared <= {"--json", "--refit", "-o"}
 

@@ -15,7 +15,7 @@ from latentrt.engines.errors import BundleError
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
-from latentrt.engines.tensor_names import STATE_ROWS, UNET_INPUTS, control_width
+from latentrt.engines.tensor_names import FRAMES, STATE_ROWS, UNET_INPUTS, control_width
 
 
 def fuse_stage(unet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
@@ -254,7 +254,8 @@ def _stage_inputs(
         own.append(make_info("condition", "float32", [pictures, extra, height, width]))
     further = [info for name, info in infos.items() if name not in ("sample", "timestep")]
     for info in further:
-        info.type.tensor_type.shape.dim[0].dim_param = "rows"
+        if info.name != FRAMES:  # the length of a window, which no row has to itself
+            info.type.tensor_type.shape.dim[0].dim_param = "rows"
     return [*own, *further]
 
 

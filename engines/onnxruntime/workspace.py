@@ -89,7 +89,8 @@ class OnnxRuntimeWorkspace(SlotWorkspace[BoundBuffer | HostBuffer]):
         height, width = shape.height // space.factor, shape.width // space.factor
         self._axes = {
             "pictures": shape.pictures,
-            "rows": self._groups * shape.pictures,
+            "rows": self._groups * shape.rows,
+            "frames": shape.frames,
             "tokens": shape.tokens,
             "latent_height": height,
             "latent_width": width,
@@ -112,7 +113,7 @@ class OnnxRuntimeWorkspace(SlotWorkspace[BoundBuffer | HostBuffer]):
         """Return a buffer, made when it is first needed. number: of its model rows where there are several, else any"""
         key = (name, number)
         if key not in self._bound:
-            shape, first = self._shape(spec, number or self._groups * self.shape.pictures), AT_FIRST.get(name, 0.0)
+            shape, first = self._shape(spec, number or self._groups * self.shape.rows), AT_FIRST.get(name, 0.0)
             self._bound[key] = BoundBuffer(shape, spec.dtype, self._place, number=first, computed=computed)
         return self._bound[key]
 

@@ -42,6 +42,7 @@ def workspace_axes(shape: WorkspaceShape, factor: int) -> dict[str, int]:
     return {
         "pictures": shape.pictures,
         "batch": shape.pictures,
+        "frames": shape.frames,
         "tokens": shape.tokens,
         "height": shape.height,
         "width": shape.width,

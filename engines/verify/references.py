@@ -17,6 +17,7 @@ from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.onnxruntime import library
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
+from latentrt.engines.tensor_names import FRAMES
 from latentrt.engines.verify.canonical_graph import open_canonical
 
 Arrays = dict[str, Array]
@@ -24,7 +25,7 @@ Pair = tuple[Arrays, Arrays]
 """Inputs and the float32 outputs that they must give, by tensor name."""
 
 Sizes = Mapping[str, int]
-"""The size of each named axis, but for those that count rows: a reference is one row."""
+"""The size of each named axis, but for those that count rows: a reference is one row, or one window of frames."""
 
 COUNTS = ("batch", "pictures", "rows", "steps")
 
@@ -115,7 +116,7 @@ def _row_sizes(profile: Sizes) -> Sizes:
 def row_shapes(bundle: Bundle, component: str, sizes: Sizes) -> dict[str, tuple[int, ...]]:
     """Return the shape of each input of a component's canonical graph for one row."""
     inputs: Sequence[TensorSpec] = bundle.manifest.components[component].inputs
-    ones = dict.fromkeys(COUNTS, 1)
+    ones = {**dict.fromkeys(COUNTS, 1), "batch": sizes.get("frames", 1)}  # a window is computed as a whole
     return {
         tensor.name: tuple(axis if isinstance(axis, int) else {**ones, **sizes}[axis] for axis in tensor.shape)
         for tensor in inputs
@@ -124,7 +125,7 @@ def row_shapes(bundle: Bundle, component: str, sizes: Sizes) -> dict[str, tuple[
 
 def _fitting_row(golden: Pair, shapes: Mapping[str, tuple[int, ...]]) -> Pair | None:
     inputs, outputs = golden
-    if any(inputs[name].shape[1:] != shape[1:] for name, shape in shapes.items()):
+    if any(inputs[name].shape[1:] != shape[1:] for name, shape in shapes.items()) or FRAMES in shapes:
         return None
     return {name: array[:1] for name, array in inputs.items()}, {name: array[:1] for name, array in outputs.items()}
 
@@ -133,9 +134,13 @@ def _draw(golden: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) ->
     seed = [size for shape in shapes.values() for size in shape]
     generator = np.random.default_rng(seed)
     return {
-        name: golden[name][:1] if golden[name].shape[1:] == shape[1:] else generator.choice(golden[name].ravel(), shape)
+        name: golden[name][: shape[0]] if _fits(golden[name], shape) else generator.choice(golden[name].ravel(), shape)
         for name, shape in shapes.items()
     }
+
+
+def _fits(golden: Array, shape: tuple[int, ...]) -> bool:
+    return golden.shape[1:] == shape[1:] and len(golden) >= shape[0]
 
 
 def _run(bundle: Bundle, component: str, inputs: Sequence[Arrays], directory: Path) -> Iterator[Arrays]:

@@ -16,8 +16,8 @@ from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.find import find_engines, serving_engines
 from latentrt.engines.progress import Report, silent
-from latentrt.engines.spec import BackendName, Engine
-from latentrt.engines.tensor_names import PIXELS, SQUARES, level_axes
+from latentrt.engines.spec import Array, BackendName, Engine
+from latentrt.engines.tensor_names import FRAMES, PIXELS, SQUARES, level_axes
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.verify.references import Pair, read_golden, read_references
 from latentrt.engines.verify.tolerances import PIXEL_LEVEL, tolerance
@@ -130,10 +130,15 @@ def compare_engine(
     for profile, pair in zip(profiles, read_references(bundle, component, directory, record), strict=True):
         pictures = profile.get("pictures", 1)
         rows = profile.get("rows", profile.get("batch", pictures))
-        inputs, expected = ({name: np.repeat(a, rows, axis=0) for name, a in side.items()} for side in pair)
+        inputs, expected = ({name: _tiled(name, array, rows) for name, array in side.items()} for side in pair)
         row = _compare(as_canonical(engine, space, pictures=pictures), (inputs, expected), limit)
         words = ", ".join(f"{axis} {size}" for axis, size in profile.items() if axis not in level_axes(1, 1))
         yield msgspec.structs.replace(row, what=component, backend=backend, profile=words)
+
+
+def _tiled(name: str, array: Array, rows: int) -> Array:
+    """Return a reference again and again, as often as it takes to have so many rows; what no row has is as it is."""
+    return array if name == FRAMES else np.concatenate([array] * (rows // len(array)))
 
 
 def _compare(engine: Engine, pair: Pair, limit: float) -> Row:

@@ -5,6 +5,9 @@ takes by model rows has 2 P rows at most: row r belongs to the picture in slot r
 pictures' own prompts and the next P their negative prompts. Where the denoiser can skip layers, which its input
 `skip_layers` says for a row, there are 3 P: the last are the prompts again, for skip-layer guidance.
 
+Where a denoiser's rows are frames, a slot holds a frame, and a group of rows is the windows of the workspace's shape
+one behind another: a frame that is in two windows has two rows in it.
+
 Programs are the components of a bundle, by name. Each reads the buffers that are called as its inputs and writes those
 that are called as its outputs; `next_` before a name says what becomes of the buffer of that name once the program ran.
 `buffer_of` and `own_buffer` give the exceptions.
@@ -27,6 +30,7 @@ import numpy as np
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import COND, HINT, SCALE, hint_of
+from latentrt.engines.workspace.windows import Windows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,12 +49,32 @@ BY_SLOT = frozenset({STATE, CONTROL, NOISE, "keep_mask", "known", "condition", "
 
 
 class WorkspaceShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What one workspace is for. pictures: its slots; width and height are in pixels; tokens: the text's length."""
+    """What one workspace is for. pictures: its slots; width and height are in pixels; tokens: the text's length.
+
+    windows: of a video's frames, see `windows.py`; where there are none, each slot is seen alone
+    """
 
     pictures: int
     tokens: int
     width: int
     height: int
+    windows: Windows = ()
+
+    @property
+    def frames(self) -> int:
+        """Return how many rows a denoiser sees at once, where its rows are frames."""
+        return len(self.windows[0]) if self.windows else 1
+
+    @property
+    def rows(self) -> int:
+        """Return how many model rows a group of them has."""
+        return sum(map(len, self.windows)) or self.pictures
+
+    @property
+    def slot_of_row(self) -> Array:
+        """Return the slot that each row of a group belongs to: (rows,) int64."""
+        own = self.windows or (range(self.pictures),)
+        return np.array([slot for window in own for slot in window], dtype=np.int64)
 
 
 def own_buffer(component: str, tensor: str) -> str:
@@ -166,14 +190,14 @@ class Instant:
         return self._at - earlier._at
 
 
-def rows_in(name: str, slots: int, *, groups: int) -> int | None:
+def rows_in(name: str, shape: WorkspaceShape, *, groups: int) -> int | None:
     """Return how many rows a buffer has; None for one that is written whole. groups: of model rows"""
     tensor = name.rpartition(".")[2]
     if name in BY_SLOT or tensor == COND:
-        return slots
+        return shape.pictures
     if name in (GUIDANCE, OWNERS) or ("." in name and tensor != SCALE):
         return None
-    return groups * slots
+    return groups * shape.rows
 
 
 def span(name: str, array: Array, rows: slice, size: int) -> slice:

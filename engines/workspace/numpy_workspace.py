@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.spec import Array, Engine
 from latentrt.engines.tensor_names import (
     COND,
+    FRAMES,
     NEXT,
     PIXELS,
     PREVIOUS,
@@ -163,10 +165,22 @@ class NumpyWorkspace(SlotWorkspace[HostBuffer]):
 
     def _call(self, program: str, given: Mapping[str, Array], mixing: Mixing) -> Mapping[str, Array]:
         """Run a network on what is given, and on the used rows of what was written."""
+        if FRAMES in self._inputs(program):
+            given = {**given, FRAMES: np.zeros(self.shape.frames, dtype=np.float32)}
         names = [name for name in self._inputs(program) if name not in given]
         own = {name: self._buffers[name].array[mixing.used] for name in names}
-        outputs: Mapping[str, Array] = self._programs[program]({**given, **own})
-        return outputs
+        return self._by_window(self._programs[program], {**given, **own}, len(mixing.owners))
+
+    def _by_window(self, network: Engine, given: Mapping[str, Array], rows: int) -> Mapping[str, Array]:
+        """Run a network on all rows at once, or on those of one window: a long video would fill the memory."""
+        each = self.shape.frames
+        if each == 1 or rows <= each:
+            return network(given)
+        parts = []
+        for first in range(0, rows, each):
+            some = {name: a if name == FRAMES else a[first : first + each] for name, a in given.items()}
+            parts.append({name: np.array(array) for name, array in network(some).items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _kept(self, drawn: Array, level: Array) -> Array:
         self._written.require("known", ALL)
@@ -177,9 +191,10 @@ class NumpyWorkspace(SlotWorkspace[HostBuffer]):
 
 def _rows_that(rows: Rows, follows: Array) -> Rows:
     """Return some of a stage's rows. follows: a bool for each that has a weight"""
-    weighted = rows.weighted.copy()
-    weighted[rows.weighted] = follows
-    return Rows(np.where(weighted, rows.guidance, 0), rows.owners, slots=len(rows.pictures))
+    some = copy.copy(rows)
+    some.weighted = rows.weighted.copy()
+    some.weighted[rows.weighted] = follows
+    return some
 
 
 def _put_rows(array: Array, rows: Array, where: Array) -> Array:
@@ -195,16 +210,31 @@ class Mixing:
     """How the outputs of the m model rows that have a weight become those of P pictures."""
 
     def __init__(self, rows: Rows) -> None:
-        slots, index = len(rows.pictures), np.flatnonzero(rows.weighted)
+        index = np.flatnonzero(rows.weighted)
         self.rows = rows
         self.used = slice(0, len(index)) if rows.weighted[: len(index)].all() else index
         self.owners = rows.owners[index]  # (m,)
-        self.parts: list[tuple[slice, Array | slice, Array]] = []  # see `mix`
-        for part in range(-(-rows.count // slots)):  # of the groups, where a picture has one row in each
-            start, stop = np.searchsorted(index, (part * slots, (part + 1) * slots))
-            own = index[start:stop] - part * slots
-            weights = rows.guidance[own, index[start:stop]].reshape(-1, 1, 1, 1)
-            self.parts.append((slice(start, stop), ALL if len(own) == slots else own, weights))
+        self.parts: list[tuple[Array | slice, Array | slice, Array]] = []  # see `mix`
+        for some in _without_repeats(self.owners):
+            own = self.owners[some]
+            weights = rows.guidance[own, index[some]].reshape(-1, 1, 1, 1)
+            everybody = np.array_equal(own, np.arange(len(rows.pictures)))
+            self.parts.append((_as_slice(some), ALL if everybody else own, weights))
+
+
+def _without_repeats(owners: Array) -> Iterator[Array]:
+    """Yield places of owners, in order, each time one of every owner that has some left."""
+    left = np.arange(len(owners))
+    while left.size:
+        first = np.unique(owners[left], return_index=True)[1]
+        yield left[np.sort(first)]
+        left = np.delete(left, first)
+
+
+def _as_slice(places: Array) -> Array | slice:
+    """Return places one behind another as a slice: what lies there is then not copied."""
+    first, last = int(places[0]), int(places[-1]) + 1
+    return slice(first, last) if last - first == len(places) else places
 
 
 def mix(mixing: Mixing, outputs: Array, rescale: Array) -> Array:

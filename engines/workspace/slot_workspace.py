@@ -11,7 +11,17 @@ import numpy as np
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
-from latentrt.engines.tensor_names import COND, HINT, PIXELS, PREVIOUS, SQUARES, control_width, is_residual, row_groups
+from latentrt.engines.tensor_names import (
+    COND,
+    FRAMES,
+    HINT,
+    PIXELS,
+    PREVIOUS,
+    SQUARES,
+    control_width,
+    is_residual,
+    row_groups,
+)
 from latentrt.engines.workspace.contract import (
     ALL,
     AT_FIRST,
@@ -38,7 +48,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 # What a network of a stage takes that nobody has to write.
-MADE = frozenset({*PER_STAGE, *AT_FIRST, "sample", "timestep"})
+MADE = frozenset({*PER_STAGE, *AT_FIRST, "sample", "timestep", FRAMES})
 NO_ROWS = np.zeros(0, dtype=bool)
 AT_ONCE = contextlib.nullcontext()
 
@@ -109,14 +119,19 @@ class Written:
 class Rows:
     """Which of the M model rows have a weight in the stages to come, and which of the P slots' pictures take part."""
 
-    def __init__(self, guidance: Array, owners: Array, *, slots: int) -> None:
-        """Take what was written. Raises EngineError if it is not (P, M) and (M,), or owners are no slots."""
+    def __init__(self, guidance: Array, owners: Array, *, slots: int, frames: int = 1) -> None:
+        """Take what was written. Raises EngineError if it is not (P, M) and (M,), or owners are no slots.
+
+        frames: of a window: a row without a weight of its own is computed with those that are seen with it
+        """
         if guidance.shape != (slots, owners.size) or owners.ndim != 1:
             raise EngineError(f"{GUIDANCE}: found shape {guidance.shape}, expected {(slots, owners.size)}")
         if owners.min() < 0 or owners.max() >= slots:  # a device would read past the end
             raise EngineError(f"{OWNERS}: found {owners.tolist()}, expected pictures below {slots}")
+        if owners.size % frames:
+            raise EngineError(f"{OWNERS}: found {owners.size} rows, expected whole windows of {frames}")
         self.guidance, self.owners = guidance, owners
-        self.weighted = (guidance != 0).any(axis=0)  # (M,) bool
+        self.weighted = (guidance != 0).any(axis=0).reshape(-1, frames).any(axis=1).repeat(frames)  # (M,) bool
         self.pictures = (guidance != 0).any(axis=1)  # (P,) bool
         self.met: set[str] = set()  # the programs that are known to have what they need for these rows
 
@@ -226,7 +241,7 @@ class SlotWorkspace(Generic[B]):
                 raise no_decoder(program, self._programs)
 
     def _rows_in(self, name: str) -> int | None:
-        return rows_in(name, self.shape.pictures, groups=self._groups)
+        return rows_in(name, self.shape, groups=self._groups)
 
     def _inputs(self, program: str) -> tuple[str, ...]:
         known = self._programs.get(program)
@@ -240,7 +255,8 @@ class SlotWorkspace(Generic[B]):
     def _stage(self, program: str, rows: slice) -> Rows:
         """Return the rows that the next stage runs on. Raises EngineError if a program of it misses anything."""
         if self._rows is None:
-            self._rows = Rows(self._handed(GUIDANCE), self._handed(OWNERS), slots=self.shape.pictures)
+            given, shape = (self._handed(GUIDANCE), self._handed(OWNERS)), self.shape
+            self._rows = Rows(*given, slots=shape.pictures, frames=shape.frames)
         stage = self._rows
         if rows.stop not in (None, stage.count) or stage.count != self.fit(self._denoiser, stage.count):
             raise EngineError(f"{GUIDANCE} is for {stage.count} model rows, expected {rows.stop}")

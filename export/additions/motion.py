@@ -60,8 +60,10 @@ def add_motion(parts: Parts, options: CheckpointOptions) -> Parts:
     where = f"--motion-adapter '{options.motion_adapter}'"
     if parts.source == "onnx":
         raise CheckpointError(f"{where} cannot be put into graphs that optimum exported; give the checkpoint itself")
-    if options.adapters:
-        raise CheckpointError(f"{where}: a UNet with motion modules takes no T2I-Adapters; omit --adapter")
+    if options.adapters or options.ip_adapters:
+        raise CheckpointError(
+            f"{where}: a UNet with motion modules takes no T2I-Adapters and no IP-Adapters; omit these options"
+        )
     path = Path(options.motion_adapter).expanduser()
     read = _from_folder if path.is_dir() else _from_file
     if not path.exists():

@@ -258,6 +258,7 @@ PARTS: tuple[Part, ...] = (
         starts=("encoder.layers.", "decoder.layers.", "taesd_", "3.conv.0."),
     ),
     Part(label="VAE", option="--vae FILE", starts=("encoder.conv_in.", "decoder.conv_in.")),
+    Part(label="motion adapter (AnimateDiff)", option="--motion-adapter FILE", has=".motion_modules."),
     Part(label="UNet without text encoder and VAE", option="--unet FILE", starts=("down_blocks.0.", "input_blocks.0.")),
     Part(label="text encoder", starts=("text_model.embeddings.", "embeddings.token_embedding.")),
 )

@@ -16,9 +16,16 @@ Decode = Callable[[Array], Array]
 """latents (n, C, h, w), float32, as the denoiser sees them -> pixels (n, height, width, 3), uint8"""
 
 
-def decode_in_place(workspace: Workspace, events: list[Event], *, decoder: str, slots: slice) -> Array:
-    """Decode what was drawn in some slots, and note when that was done; return the pixels. Raises NotFiniteError."""
-    workspace.run(decoder, slots)
+def decode_in_place(
+    workspace: Workspace, events: list[Event], *, decoder: str, slots: slice, one_by_one: bool = False
+) -> Array:
+    """Decode what was drawn in some slots, and note when that was done; return the pixels. Raises NotFiniteError.
+
+    one_by_one: where the memory is this process's own, a picture at a time: those of a video are many
+    """
+    each = 1 if one_by_one and workspace.local else slots.stop - slots.start
+    for first in range(slots.start, slots.stop, each):
+        workspace.run(decoder, slice(first, first + each))
     events.append(workspace.event())
     events[-1].wait()  # the event is after the pixels, so reading them does not wait again
     return _checked_pixels(workspace, slots)

@@ -40,6 +40,7 @@ class Batch(msgspec.Struct, kw_only=True, eq=False):
     features: what T2I-Adapters add from stage to stage
     stages: which of the plan's to take; the state is that before the first of them
     taken: how many of these are done
+    shares: what each row of a group says of its picture, of those rows that are its pictures': (rows,); None for all
     """
 
     plan: SamplingPlan
@@ -50,6 +51,7 @@ class Batch(msgspec.Struct, kw_only=True, eq=False):
     controls: Sequence[ResolvedControl] = ()
     features: Features | None = None
     taken: int = 0
+    shares: Array | None = None
 
     @property
     def done(self) -> int:
@@ -97,6 +99,7 @@ class Loop:
         self._control = np.tile(rest(workspace.state_rows), (workspace.shape.pictures, 1))
         self._shared: tuple[tuple[Batch, int], ...] | None = None  # who took the last stage, with how many groups
         self._rows = slice(0, 0)  # of that stage, padded ones included
+        self._slots = workspace.shape.slot_of_row  # of one group
         self._sums: Array | None = None  # of the squares of each picture's latents, once somebody asks
         self._scales: dict[str, Array] = {}  # of ControlNets, as they were written last
         self._blank: set[tuple[str, Batch]] = set()  # who shares stages with a ControlNet that it does not follow
@@ -136,7 +139,7 @@ class Loop:
         self._write_stage(batches)
         for component, strengths in self._strengths(batches).items():
             self._show_nothing(component, batches)
-            self._follow(component, np.resize(strengths, self._rows.stop), self._rows)
+            self._follow(component, np.resize(strengths[self._slots], self._rows.stop), self._rows)
         self._workspace.run(self._denoiser, self._rows)
         self._sums = None
         for batch in batches:
@@ -160,12 +163,16 @@ class Loop:
 
     def _share(self, sharing: tuple[tuple[Batch, int], ...]) -> None:
         """Write the weights of the model rows for those that take the next stages; the other slots rest."""
-        workspace, slots = self._workspace, self._workspace.shape.pictures
-        weights = np.zeros((GROUPS, slots), dtype=np.float32)
+        workspace, shape, slots = self._workspace, self._workspace.shape, self._slots
+        weights = np.zeros((GROUPS, shape.pictures), dtype=np.float32)
+        shares = np.ones(len(slots), dtype=np.float32)
         for batch, groups in sharing:
             weights[:, batch.slots] = batch.guidance.weights(groups)
-        rows = workspace.fit(self._denoiser, max(slots, int(np.flatnonzero(weights).max(initial=-1)) + 1))
-        matrix, owners = guidance_rows(weights, rows)
+            if batch.shares is not None:
+                shares[(slots >= batch.slots.start) & (slots < batch.slots.stop)] = batch.shares
+        windows = -(-int(np.flatnonzero(weights[:, slots]).max(initial=-1) + 1) // shape.frames)
+        rows = workspace.fit(self._denoiser, max(len(slots), windows * shape.frames))
+        matrix, owners = guidance_rows(weights, rows, slots=slots, shares=shares)
         workspace.write(GUIDANCE, matrix)
         workspace.write(OWNERS, owners)
         self._control[:] = rest(workspace.state_rows)

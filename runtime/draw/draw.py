@@ -34,6 +34,7 @@ from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
 if TYPE_CHECKING:
     from latentrt.engines.open import OpenEngines
 
+MOST = 16  # images that are encoded at once: a video's are many
 AHEAD = 1  # stages in the queue while a caller watches each: enough that a device never waits for the host
 
 
@@ -103,7 +104,8 @@ class Drawing:
         """
         tiling, factor = job.tiling, self._manifest.latents.factor
         if tiling is None:
-            return partial(decode_in_place, decoder=job.decoder, slots=slice(0, len(job.prompts)))
+            slots = slice(0, len(job.prompts))
+            return partial(decode_in_place, decoder=job.decoder, slots=slots, one_by_one=bool(job.windows))
         size = self._decoded_size(job)
         tile = on_workspace(self._workspace(job, denoiser, size, tokens=tokens, decoder=job.decoder), job.decoder)
 
@@ -150,7 +152,9 @@ class Drawing:
         self, job: Job, denoiser: str, size: tuple[int, int], *, tokens: int, decoder: str | None
     ) -> Workspace:
         width, height = size
-        shape = WorkspaceShape(pictures=len(job.prompts), tokens=tokens, width=width, height=height)
+        shape = WorkspaceShape(
+            pictures=len(job.prompts), tokens=tokens, width=width, height=height, windows=job.windows
+        )
         rows = job.plan.rows
         return self._opened.workspace(
             self._manifest.latents, shape, state_rows=rows, denoiser=denoiser, decoder=decoder
@@ -252,6 +256,7 @@ class Drawing:
             stages=part.stages,
             controls=controls,
             features=Features(controls, shapes, partial(self._run, workspace.shape)),
+            shares=job.shares,
         )
 
     @contextmanager
@@ -313,7 +318,8 @@ class Drawing:
             encoder = partial(self._encode_image, run, tiling=None)
             return encode_tiles(pixels, encoder, tiling, factor=self._manifest.latents.factor)
         (component,) = self._manifest.of_role("encoder")
-        return run(component, {"sample": pixels})["latent_parameters"]
+        some = [run(component, {"sample": pixels[first : first + MOST]}) for first in range(0, len(pixels), MOST)]
+        return np.concatenate([one["latent_parameters"] for one in some])
 
     def _run(self, near: WorkspaceShape, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a network on pictures that belong to those of a workspace, which may have another size.

@@ -12,6 +12,7 @@ import numpy as np
 from latentrt.engines.bundle.manifest import LatentSpec, Manifest
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
+from latentrt.engines.workspace.windows import Windows
 from latentrt.runtime.draw.animation import variation_seeds
 from latentrt.runtime.draw.controls import ResolvedControl, resolve_controls
 from latentrt.runtime.draw.loras import check_loras
@@ -31,6 +32,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     variations: the variation seed of each picture, empty if the noise is the seeds' own
     ranges: which denoiser takes which stages of the plan
     decoder: the component that makes the pixels
+    windows, shares: where the pictures are frames of videos, those that the denoiser sees at once, and what each row of
+        these says of its frame; none where each is a picture of its own
     """
 
     request: Request
@@ -49,6 +52,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     tiling: Tiling | None = None  # the tiles that the VAE sees, None for the whole picture
     controls: tuple[ResolvedControl, ...] = ()
     images: tuple[ResolvedImage, ...] = ()
+    windows: Windows = ()
+    shares: Array | None = None
 
     @property
     def rows(self) -> int:
@@ -305,16 +310,17 @@ def _all_seeds(request: Request, pictures: int) -> tuple[tuple[int, ...], tuple[
     """Return the seed and the variation seed of each picture; no variation seeds where there is no variation."""
     if (request.variation_seed is None) != (request.variation_strength == 0):
         raise RequestError("variation_seed: it and variation_strength belong together; give both or neither")
-    seeds = _seeds(request.seed, pictures)
+    seeds = seeds_of(request.seed, pictures)
     if request.variation_seed is None:
         return seeds, ()
     if isinstance(request.seed, Sequence):
         raise RequestError("variation_seed: it varies one seed, and seed is a list; give one seed")
     _number("variation_strength", request.variation_strength)
-    return variation_seeds(seeds[0], _seeds(request.variation_seed, 1)[0], pictures)
+    return variation_seeds(seeds[0], seeds_of(request.variation_seed, 1)[0], pictures)
 
 
-def _seeds(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
+def seeds_of(seed: int | Sequence[int] | None, pictures: int) -> tuple[int, ...]:
+    """Return the seed of each picture: one counts up, None is random. Raises RequestError."""
     if seed is None:
         seed = int.from_bytes(os.urandom(4))
     if isinstance(seed, int | np.integer) and not isinstance(seed, bool):

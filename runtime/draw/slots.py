@@ -4,30 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
+from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import EXTRA_EMBEDDINGS
-from latentrt.engines.workspace.contract import IDS, Workspace, own_buffer
+from latentrt.engines.workspace.contract import IDS, Workspace, WorkspaceShape, own_buffer
 
 
-def rows_of(slots: slice, parts: int, *, pictures: int) -> Iterator[tuple[slice, slice]]:
+def rows_of(slots: slice, parts: int, *, shape: WorkspaceShape) -> Iterator[tuple[slice, Array]]:
     """Give the model rows of n slots, and which of the n * parts rows of an array belong there, in as few pieces.
 
     parts: 1 for the prompts alone, 2 with the negative prompts, 3 with the prompts again, for skip-layer guidance
-    pictures: how many slots there are in all
+    shape: of the workspace. What is for a slot is for all its rows, which are one behind another with those of the
+        other slots of a video. Raises EngineError if one of the slots is not there.
     """
-    count = slots.stop - slots.start
-    if count == pictures:
-        yield slice(0, count * parts), slice(0, count * parts)
+    count, owners = slots.stop - slots.start, shape.slot_of_row
+    if slots.stop > shape.pictures:
+        raise EngineError(f"slots: found {slots.start} to {slots.stop}, expected some of {shape.pictures}")
+    mine = np.flatnonzero((owners >= slots.start) & (owners < slots.stop))
+    own = owners[mine] - slots.start
+    if len(mine) == shape.rows:
+        yield slice(0, len(mine) * parts), np.concatenate([part * count + own for part in range(parts)])
         return
     for part in range(parts):
-        start = part * pictures + slots.start
-        yield slice(start, start + count), slice(part * count, (part + 1) * count)
+        start = part * shape.rows + int(mine[0])
+        yield slice(start, start + len(mine)), part * count + own
 
 
 def write_rows(workspace: Workspace, name: str, array: Array, slots: slice) -> None:
     """Write what the pictures in some slots have by model rows: (n, 2 n or 3 n, …), the prompts' rows first."""
     parts = len(array) // (slots.stop - slots.start)
-    for rows, piece in rows_of(slots, parts, pictures=workspace.shape.pictures):
+    for rows, piece in rows_of(slots, parts, shape=workspace.shape):
         workspace.write(name, array[piece], rows)
 
 
@@ -38,8 +46,8 @@ def encode_rows(workspace: Workspace, program: str, inputs: Mapping[str, Array],
     """
     texts = len(inputs[IDS])
     each = texts // (parts * (slots.stop - slots.start))
-    for rows, piece in rows_of(slots, parts, pictures=workspace.shape.pictures):
-        own = slice(piece.start * each, piece.stop * each)
+    for rows, piece in rows_of(slots, parts, shape=workspace.shape):
+        own = (piece[:, None] * each + np.arange(each)).reshape(-1)
         for name, array in inputs.items():
             workspace.write(own_buffer(program, name), array if name == EXTRA_EMBEDDINGS else array[own])
         workspace.run(program, rows)

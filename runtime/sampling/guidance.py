@@ -131,16 +131,21 @@ def _between(plan: SamplingPlan, first: int, end: int) -> Array:
     return np.asarray((plan.timesteps >= inside.min()) & (plan.timesteps <= inside.max()))
 
 
-def guidance_rows(weights: Array, rows: int) -> tuple[Array, Array]:
+def guidance_rows(
+    weights: Array, rows: int, *, slots: Array | None = None, shares: Array | None = None
+) -> tuple[Array, Array]:
     """Return G of `output = G @ rows` and the slot of each row, for one stage of the pictures in P slots.
 
     weights: (groups, P), of each picture's prompt, of its negative prompt, …; 0 where it has no part
-    rows: how many there are, P at least: group after group, then ones without a weight
+    rows: how many there are, a group at least: group after group, then ones without a weight
+    slots: (N,) int64, that of each row of a group, each slot's own where None
+    shares: (N,), what each of these says of its picture, all of it where None
     returns: (P, rows) float32 and (rows,) int64
     """
-    slots, index = weights.shape[1], np.arange(rows, dtype=np.int64)
-    flat = np.zeros(max(rows, weights.size), dtype=np.float32)
-    flat[: weights.size] = weights.reshape(-1)
-    matrix = np.zeros((slots, rows), dtype=np.float32)
-    matrix[index % slots, index] = flat[:rows]
-    return matrix, index % slots
+    own = np.arange(weights.shape[1], dtype=np.int64) if slots is None else slots
+    spread = (weights[:, own] * (1 if shares is None else shares)).reshape(-1)
+    owners, flat = np.resize(own, rows), np.zeros(max(rows, spread.size), dtype=np.float32)
+    flat[: spread.size] = spread
+    matrix = np.zeros((weights.shape[1], rows), dtype=np.float32)
+    matrix[owners, np.arange(rows)] = flat[:rows]
+    return matrix, owners
