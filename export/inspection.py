@@ -207,14 +207,14 @@ def _inspect_folder(root: Path) -> Inspection:
     denoiser = root / denoiser_of(index)
     onnx = (denoiser / "model.onnx").is_file() and not has_safetensors(denoiser)
     networks, faults = _folder_networks(root, index)
+    scheduler = _json(root / "scheduler" / "scheduler_config.json")
+    prediction = scheduler.get("prediction_type", "epsilon") if scheduler else None
     try:
         checkpoint = open_checkpoint(str(root))
         problem, model = None, ", ".join([LABELS[checkpoint.family], *_additions(checkpoint)])
-        picture = checkpoint.default_size
+        picture, prediction = checkpoint.default_size, checkpoint.schedule.prediction_type
     except CheckpointError as error:
         problem, model, picture = str(error), name_pipeline(str(index.get("_class_name"))), None
-    scheduler = _json(root / "scheduler" / "scheduler_config.json")
-    prediction = scheduler.get("prediction_type", "epsilon") if scheduler else None
     return Inspection(
         path=str(root),
         layout="a directory in the layout of " + ("optimum (ONNX graphs)" if onnx else "diffusers"),

@@ -20,6 +20,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.export.cli import inspect
 from latentrt.export.inspection import Inspection, inspect_checkpoint
 from latentrt.export.sources.recognise_file import recognise
+from tests.sd3 import make_sd3
 from tests.single_files import clip_tensors, open_clip_tensors, save_header, save_single_file, unet_tensors, vae_tensors
 from tests.test_guards import FORBID
 from tests.tiny import save_tiny
@@ -232,6 +233,13 @@ def test_a_directory_is_described_as_diffusers_counts(request: pytest.FixtureReq
     for name, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
         assert networks[name].parameters == kind.from_pretrained(root / name).num_parameters()
         assert networks[name].dtypes == {"F32": 1.0}
+
+
+def test_what_a_scheduler_s_class_says_of_the_prediction_is_known(tmp_path: Path) -> None:
+    """Flow matching's schedulers have no key for it."""
+    assert inspect_checkpoint(str(make_sd3(tmp_path / "tiny"))).prediction == (
+        "flow_prediction (FlowMatchEulerDiscreteScheduler)"
+    )
 
 
 def test_the_shares_of_mixed_types_are_told(sd1_checkpoint: Path, tmp_path: Path) -> None:
