@@ -14,13 +14,15 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 from latentrt.engines.workspace.windows import plan_windows
 
+FIXED_TOKENS = "text_tokens"  # the axis of a text encoder's input whose rows are of one length, see components.py
 Recipe = Literal["nhwc", "plain"]
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """One set of shapes that engines are compiled for. Sizes are in pixels; `rows` are the UNet's batch.
+    """One set of shapes that engines are compiled for. Sizes are in pixels; `rows` are the denoiser's batch.
 
     frames: how many of the rows it sees at once, where they are a video's
+    chunks: of a prompt, each a row of a text encoder; fixed_tokens: of a text encoder whose rows are of one length
     """
 
     width: int
@@ -29,6 +31,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     tokens: int
     frames: int = 1
+    chunks: int = 1
+    fixed_tokens: int | None = None
 
     def __str__(self) -> str:
         video = f" frames {self.frames}" if self.frames > 1 else ""
@@ -42,6 +46,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
             "rows": self.rows,
             "frames": self.frames,
             "tokens": self.tokens,
+            **({FIXED_TOKENS: self.fixed_tokens} if self.fixed_tokens else {}),
             "height": self.height,
             "width": self.width,
             "latent_height": self.height // factor,
@@ -97,18 +102,30 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         Raises RequestError if a size does not fit the bundle's latents or a number is not positive.
         """
         self._check(manifest.latents.cell)
-        lengths = tuple(dict.fromkeys(tokenizer.max_length for tokenizer in manifest.tokenizers.values()))
-        if len(lengths) == 1 and any(tokens % lengths[0] for tokens in self.tokens):
+        lengths = tuple(dict.fromkeys(manifest.text_tokens(name) for name in manifest.denoisers))
+        always = manifest.text_tokens(manifest.denoiser, chunks=0)
+        part = lengths[0] - always
+        if len(lengths) == 1 and any(tokens <= always or (tokens - always) % part for tokens in self.tokens):
             raise RequestError(
-                f"--tokens: found {', '.join(map(str, self.tokens))}, expected multiples of {lengths[0]}: a long "
-                "prompt is encoded in parts of that length"
+                f"--tokens: found {', '.join(map(str, self.tokens))}, expected "
+                + (f"{always} more than " if always else "")
+                + f"multiples of {part}: a long prompt is encoded in parts of that length"
             )
         groups = max(map(manifest.row_groups, manifest.denoisers))
         combinations = itertools.product(
             self.sizes or (manifest.default_size,), self.batches, range(1, groups + 1), self.tokens or lengths
         )
         profiles = (
-            Profile(width=width, height=height, pictures=pictures, rows=own * groups, tokens=tokens, frames=frames)
+            Profile(
+                width=width,
+                height=height,
+                pictures=pictures,
+                rows=own * groups,
+                tokens=tokens,
+                frames=frames,
+                chunks=(tokens - always) // part if part else 1,
+                fixed_tokens=manifest.fixed_tokens,
+            )
             for (width, height), pictures, groups, tokens in combinations
             for own, frames in _rows_and_frames(manifest, pictures)
         )

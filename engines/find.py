@@ -183,7 +183,7 @@ def fits(record: EngineRecord, shape: WorkspaceShape, bundle: Bundle) -> bool:
 
 def _own_shape(bundle: Bundle) -> WorkspaceShape:
     width, height = bundle.manifest.default_size
-    tokens = max((tokenizer.max_length for tokenizer in bundle.manifest.tokenizers.values()), default=0)
+    tokens = bundle.manifest.text_tokens(bundle.manifest.denoiser)
     return WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensi
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
 from latentrt.export.configs.defaults import complete, require_levels
 from latentrt.export.configs.denoisers import KINDS
-from latentrt.export.configs.families import FAMILIES
+from latentrt.export.configs.families import FAMILIES, OPTIONAL_TEXT
 from latentrt.export.configs.published import DEFAULT_SAMPLE_SIZE, sample_size
 from latentrt.export.configs.schedule import training_schedule
 from latentrt.export.graphs.normalised_latents import Affine, read_normalising
@@ -43,9 +43,6 @@ from latentrt.export.sources.single_file import open_file
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 ENLARGED_BEFORE = (0, 9, 0)  # diffusers' version, see `FamilyRow.enlarges`
-OPTIONAL_TEXT = [
-    text.component for row in FAMILIES.values() for text in row.text_encoders if text.optional and text.component
-]
 OF_UNETS = {
     "unet": "--unet",
     "controlnets": "--controlnet",
@@ -120,10 +117,12 @@ def open_checkpoint(name: str, *, options: CheckpointOptions | None = None) -> C
     Raises CheckpointError.
     """
     options = options or CheckpointOptions()
-    path = locate(name, revision=options.revision)
+    without = () if options.t5 else OPTIONAL_TEXT
+    path = locate(name, revision=options.revision, without=without)
     if path.is_file():
-        return _read(name, _adjust(open_file(path, options), options))
-    parts = open_folder(path, allow_pickle=options.allow_pickle, without=() if options.t5 else OPTIONAL_TEXT)
+        parts = open_file(path, options)
+    else:
+        parts = open_folder(path, allow_pickle=options.allow_pickle, without=without)
     if not options.t5:
         parts = replace(parts, options={**parts.options, "t5": "left out"})
     return _read(name, _adjust(parts, options))
@@ -208,8 +207,11 @@ def _read(name: str, parts: Parts) -> Checkpoint:
     )
 
 
-def locate(name: str, *, revision: str | None = None) -> Path:
-    """Return a checkpoint's directory or file, downloading a hub id's files. Raises CheckpointError."""
+def locate(name: str, *, revision: str | None = None, without: Collection[str] = ()) -> Path:
+    """Return a checkpoint's directory or file, downloading a hub id's files. Raises CheckpointError.
+
+    without: text encoders that are not fetched
+    """
     if name == "demo":
         if not (DEMO / "model_index.json").is_file():
             raise CheckpointError(f"the demo checkpoint is missing at {DEMO}; install latentrt again")
@@ -225,7 +227,7 @@ def locate(name: str, *, revision: str | None = None) -> Path:
             )
         return path
     if HUB_ID.fullmatch(name) and not name.startswith("."):
-        return download(name, revision=revision)
+        return download(name, revision=revision, without=without)
     raise CheckpointError(
         f"there is no checkpoint at '{name}'; "
         "give a directory, a safetensors file, a hub id such as user/model, or 'demo'"

@@ -22,7 +22,7 @@ from latentrt.export.configs.families import (
     INPUTS,
     LABELS,
     LORA,
-    SUPPORTED_FILES,
+    SUPPORTED,
     name_pipeline,
     option_for,
 )
@@ -139,7 +139,7 @@ def _inspect_part(file: TensorFile) -> Inspection:
     if name == CONTROLNET:
         problem = _addition(CONTROLNET, file.path, _base_of(file))
     elif denoiser:
-        problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED_FILES}"
+        problem = f"{name} was recognised by its keys and is not supported; expected {SUPPORTED}"
     elif name:
         problem = f"a {name} is a part or an addition, not a checkpoint; give the checkpoint that it belongs to"
         problem += f", and this with {option_for(name)}" if option_for(name) else ""

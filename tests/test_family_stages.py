@@ -30,6 +30,8 @@ FAMILIES = [
     ("sdxl", "inpainting"),
     ("sdxl", "refiner"),
     ("sdxl", REFINED),
+    ("sd3", ""),
+    ("sd3", "dual t5"),
 ]
 STARTS: dict[str, dict[str, Any]] = {
     "text": {"size": (40, 32)},

@@ -139,8 +139,8 @@ def test_what_a_file_says_of_its_prediction_is_believed(sd1_checkpoint: Path, tm
 
 # One of diffusers' own names of models, what we call it. The keys and shapes are those by which diffusers tells them.
 OTHERS = {
-    "sd3": "Stable Diffusion 3",
-    "sd35_large": "Stable Diffusion 3",
+    "sd3": "Stable Diffusion 3's transformer alone",
+    "sd35_large": "Stable Diffusion 3's transformer alone",
     "flux": "Flux",
     "flux2": "Flux 2",
     "chroma": "Chroma",
@@ -169,7 +169,7 @@ def test_files_of_other_models_are_named(tmp_path: Path, name: str, label: str) 
     inspection = inspect_checkpoint(str(file))
     assert inspection.model == label
     assert inspection.problem == (
-        f"{label} was recognised by its keys and is not supported; expected Stable Diffusion 1.x, 2.x or XL"
+        f"{label} was recognised by its keys and is not supported; expected Stable Diffusion 1.x, 2.x, XL or 3.x"
     )
 
 

@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 
 from latentrt import Batcher, BatcherOptions, Pipeline, Request
+from latentrt.__main__ import cli
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import PIXELS
 from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.export import export_checkpoint
 from latentrt.export.graphs.preview import PICTURES as PREVIEW_PICTURES
 from latentrt.export.graphs.preview import SIDE as PREVIEW_SIDE
 from latentrt.export.graphs.preview import made_up_picture
@@ -45,15 +49,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=["", "dual"])
+@pytest.fixture(scope="module", params=["", "dual t5"])
 def kind(request: pytest.FixtureRequest, made: Make) -> tuple[Path, Path]:
-    """Return a checkpoint and its bundle: of SD 3's kind, and of 3.5 medium's."""
+    """Return a checkpoint and its bundle: of SD 3's kind, and of 3.5 medium's with T5."""
     return made("sd3", str(request.param))
 
 
 @pytest.fixture(scope="module")
 def plain(made: Make) -> tuple[Path, Path]:
     return made("sd3", "")
+
+
+@pytest.fixture(scope="module")
+def whole(made: Make) -> tuple[Path, Path]:
+    return made("sd3", "dual t5")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +106,28 @@ def test_pictures_are_those_of_diffusers(
     expected = theirs(checkpoint, **call)
     assert psnr(ours(bundle, **request_), expected) >= LEAST
     assert psnr(ours(bundle, **request_ | {"prompt": "blue"}), expected) < LEAST
+
+
+def test_a_request_can_leave_t5_out(whole: tuple[Path, Path], ours: Callable[..., Array]) -> None:
+    """Then zeros stand for what it would give, as where a checkpoint has none."""
+    checkpoint, bundle = whole
+    call: dict[str, Any] = {"prompt": LONG, "guidance_scale": 4.0, "width": 48, "height": 32}
+    request: dict[str, Any] = {"prompt": LONG, "guidance": 4.0, "size": SIZE, "overflow": "truncate"}
+    read, not_read = theirs(checkpoint, **call), theirs(checkpoint, **call, t5=False)
+    assert psnr(read, not_read) < LEAST
+    assert psnr(ours(bundle, **request), read) >= LEAST
+    assert psnr(ours(bundle, **request, t5=False), not_read) >= LEAST
+    with pytest.raises(RequestError, check=about("t5")):
+        ours(bundle, t5=None)
+
+
+def test_an_export_can_leave_t5_out(whole: tuple[Path, Path]) -> None:
+    left = open_checkpoint(str(whole[0]), options=CheckpointOptions(t5=False))
+    kept = open_checkpoint(str(whole[0]))
+    assert set(kept.networks) - set(left.networks) == {"text_encoder_3"}
+    assert set(kept.tokenizers) - set(left.tokenizers) == {"tokenizer_3"}
+    assert not any("_3/" in name for name in left.files) and left.options != kept.options
+    assert any("text_encoder_3/" in name for name in kept.files)
 
 
 @pytest.mark.parametrize("strength", [0.6, 1.0])
@@ -243,3 +274,29 @@ def test_networks_that_do_not_belong_together_are_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=told):
         open_checkpoint(str(_edited(plain[0], tmp_path / "other", part, **changes)))
+
+
+def test_the_command_line_draws_and_verifies(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, bundle = whole
+    call = ["generate", str(bundle), PROMPT, "--seed", str(SEED), "--steps", str(STEPS), "--guidance", "4"]
+    call += ["--size", "48x32", "--no-t5", "--backend", "cpu", "-o", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(cli, call, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found = np.asarray(Image.open(tmp_path / "a.png"))[None]
+    assert psnr(found, theirs(checkpoint, t5=False, guidance_scale=4.0, width=48, height=32)) >= LEAST
+    checked = CliRunner().invoke(cli, ["verify", str(bundle), "--backend", "cpu"], catch_exceptions=False)
+    assert checked.exit_code == 0, checked.output
+    refused = CliRunner().invoke(cli, [*call, "--size", "44x32", "--json"])
+    assert refused.exit_code == 2
+
+
+@pytest.mark.slow
+def test_half_precision_draws_nearly_the_same(
+    whole: tuple[Path, Path], ours: Callable[..., Array], tmp_path: Path
+) -> None:
+    """The weights and all of the transformer, T5 and both CLIPs in float16; on a CPU they compute in float32."""
+    export_checkpoint(str(whole[0]), tmp_path / "half", precision="fp16")
+    manifest = Bundle.open(tmp_path / "half").manifest
+    assert all(one.error is not None and one.error < 1e-2 for one in manifest.components.values())
+    request: dict[str, Any] = {"guidance": 4.0, "size": SIZE}
+    assert psnr(ours(tmp_path / "half", **request), ours(whole[1], **request)) >= 30

@@ -285,6 +285,20 @@ class Manifest(Document, frozen=True, kw_only=True):
         """Return how many groups of model rows a denoiser may be run on, see `tensor_names.row_groups`."""
         return row_groups(tensor.name for tensor in self.components[denoiser].inputs)
 
+    def text_tokens(self, denoiser: str, *, chunks: int = 1) -> int:
+        """Return how many tokens a denoiser attends to where a prompt has so many chunks; 0: what is always there."""
+        before, block = 0, 0
+        for text in self.denoisers[denoiser].text_encoders:
+            own = text.tokens or (chunks * self.tokenizers[text.tokenizer].max_length if text.tokenizer else 0)
+            before, block = (before + block, own) if text.join == "length" else (before, max(block, own))
+        return before + block
+
+    @property
+    def fixed_tokens(self) -> int | None:
+        """Return how long the rows of a text encoder of a fixed length are, None where there is none."""
+        texts = (text for spec in self.denoisers.values() for text in spec.text_encoders)
+        return next((text.tokens for text in texts if text.component and text.tokens), None)
+
     def find_control(self, control: str) -> str | None:
         """Return the ControlNet or adapter with this name in requests, None if there is none."""
         return next((name for name, component in self.components.items() if component.control == control), None)

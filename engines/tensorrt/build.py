@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, cast
 
-from latentrt.engines.build_options import BuildOptions, Profile
+from latentrt.engines.build_options import FIXED_TOKENS, BuildOptions, Profile
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.weight_map import GraphWeights, built_record, read_weights, write_weights
 from latentrt.engines.cuda import gpus
@@ -104,8 +104,8 @@ def spec_of(component: str, model: ModelProto, profiles: Iterable[Profile], *, f
     found: list[Mapping[str, int]] = []
     for profile in profiles:
         axes = profile.axes(factor)
-        if TOKENS in {tensor.name for tensor in inputs}:  # a long prompt is several rows of the text encoder
-            axes["batch"] = profile.rows * max(1, profile.tokens // int(inputs[0].shape[1]))
+        if TOKENS in {tensor.name for tensor in inputs}:  # a long prompt is several rows of a text encoder
+            axes["batch"] = profile.rows * (1 if FIXED_TOKENS in named else profile.chunks)
         if unknown := named - set(axes):
             raise EngineError(
                 f"the graph of {component} has axes named {', '.join(sorted(unknown))}, expected some of "

@@ -16,7 +16,6 @@ from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.bundle.training import Prediction
 
 SUPPORTED = "Stable Diffusion 1.x, 2.x, XL or 3.x"
-SUPPORTED_FILES = "Stable Diffusion 1.x, 2.x or XL"  # of single files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +107,10 @@ FAMILIES: Mapping[Family, FamilyRow] = {
         shifts=True,
     ),
 }
+# The text encoders that a checkpoint and an export may be without.
+OPTIONAL_TEXT = tuple(
+    text.component for row in FAMILIES.values() for text in row.text_encoders if text.optional and text.component
+)
 # Recognised in a directory and not supported: by the class of a network, and by a key of the UNet's config.
 OTHER_NETWORKS = {
     "ChatGLMModel": "Kolors",
@@ -162,7 +165,7 @@ PIPELINES: tuple[tuple[str, str], ...] = (
 # A file with one of these keys, with or without the prefix that a whole checkpoint gives its denoiser, is that model.
 DENOISER_PREFIX = "model.diffusion_model."
 OTHER_DENOISER_KEYS: tuple[tuple[str, str], ...] = (
-    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "Stable Diffusion 3"),
+    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "Stable Diffusion 3's transformer alone"),
     ("single_stream_modulation.lin.weight", "Flux 2"),
     ("distilled_guidance_layer.in_proj.bias", "Chroma"),
     ("double_blocks.0.img_attn.norm.key_norm.scale", "Flux"),
@@ -202,6 +205,7 @@ BASES: Mapping[int, Base] = {
     1280: Base(label="Stable Diffusion XL refiner", family="sdxl_refiner", channels=384, added=2560),
     2048: Base(label="Stable Diffusion XL", family="sdxl", channels=320, added=2816),
 }
+TRANSFORMER = Base(label="Stable Diffusion 3.x", family="sd3", channels=16)  # whose config is read from its file
 INPAINTING = 9
 INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
     5: "with a depth map",
@@ -209,10 +213,7 @@ INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
     8: "an editor of pictures (InstructPix2Pix)",
     INPAINTING: "for inpainting",
 }
-LABELS: Mapping[Family, str] = {
-    **{base.family: base.label for base in BASES.values() if base.family},
-    "sd3": "Stable Diffusion 3.x",
-}
+LABELS: Mapping[Family, str] = {base.family: base.label for base in (*BASES.values(), TRANSFORMER) if base.family}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,6 +101,31 @@ _SCHEDULER_XL: Config = {
     "timestep_spacing": "leading",
     "use_karras_sigmas": False,
 }
+# Of SD 3 and 3.5; the transformer's own is read from its weights, and these are the rest.
+_CLIP_L_3: Config = {**_CLIP_L, "architectures": ["CLIPTextModelWithProjection"]}
+_T5: Config = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-06,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu_new",
+    "is_gated_act": True,
+    "is_encoder_decoder": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": False,
+}
 CONFIGS: Mapping[Family, Mapping[str, Config]] = {
     "sd1": {
         "text_encoder": _CLIP_L,
@@ -167,13 +192,31 @@ CONFIGS: Mapping[Family, Mapping[str, Config]] = {
             "requires_aesthetics_score": True,
         },
     },
+    "sd3": {
+        "text_encoder": _CLIP_L_3,
+        "text_encoder_2": _OPEN_CLIP_G,
+        "text_encoder_3": _T5,
+        "transformer": {"_class_name": "SD3Transformer2DModel", "sample_size": 128},
+        "vae": {
+            **_VAE,
+            "latent_channels": 16,
+            "sample_size": 1024,
+            "scaling_factor": 1.5305,
+            "shift_factor": 0.0609,
+            "force_upcast": True,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+        "index": {"_class_name": "StableDiffusion3Pipeline"},
+    },
 }
 DEFAULT_SAMPLE_SIZE = 64
 
 
 def sample_size(family: Family, prediction: Prediction) -> int:
     """Return how many latents a side the pictures have that a published checkpoint draws."""
-    known = CONFIGS[family]["unet"].get("sample_size")
+    known = CONFIGS[family][FAMILIES[family].denoiser].get("sample_size")
     return known or FAMILIES[family].sample_sizes.get(prediction, DEFAULT_SAMPLE_SIZE)
 
 

@@ -35,6 +35,7 @@ STEMS: Mapping[Part, str] = {
     "text_encoder_2": "model",
     "text_encoder_3": "model",
     "unet": "diffusion_pytorch_model",
+    "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model",
     "adapter": "diffusion_pytorch_model",
@@ -46,9 +47,16 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
         "cond_stage_model.transformer.",
         "cond_stage_model.model.",
         "conditioner.embedders.0.transformer.",
+        "text_encoders.clip_l.transformer.",
     ),
-    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
+    "text_encoder_2": (
+        "conditioner.embedders.1.model.",
+        "conditioner.embedders.0.model.",
+        "text_encoders.clip_g.transformer.",
+    ),
+    "text_encoder_3": ("text_encoders.t5xxl.transformer.",),
     "unet": (DENOISER_PREFIX, ""),  # a UNet's own file has no prefix
+    "transformer": (DENOISER_PREFIX, ""),
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
     "controlnet": ("control_model.", ""),
     "motion_adapter": ("module.", ""),
@@ -122,7 +130,9 @@ def _mapped(file: Path) -> Tensors:
 def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any], *, projected: bool) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 
-    if prefix.endswith(".model."):
+    if prefix.startswith("text_encoders."):  # under the names of transformers
+        found = _renamed(tensors, prefix, config)
+    elif prefix.endswith(".model."):
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
         found = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
         if not projected:
@@ -135,6 +145,19 @@ def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any], *, p
         for key, tensor in found.items()
     }
     return {key: tensor for key, tensor in named.items() if _layer(key) < config["num_hidden_layers"]}
+
+
+def _renamed(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
+    """Return tensors that have transformers' names behind a prefix."""
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def _transformer(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+
+    named = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    converted: Tensors = convert_sd3_transformer_checkpoint_to_diffusers(named)  # takes out what it has read
+    return converted if not named else _whole(named, {}, "transformer")
 
 
 def _layer(key: str) -> int:
@@ -187,7 +210,9 @@ def _part_of_adapter(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Ten
 _CONVERT: Mapping[Part, Callable[[Tensors, str, Mapping[str, Any]], Tensors]] = {
     "text_encoder": partial(_text_encoder, projected=False),
     "text_encoder_2": partial(_text_encoder, projected=True),
+    "text_encoder_3": _renamed,
     "unet": _unet,
+    "transformer": _transformer,
     "vae": _vae,
     "controlnet": _controlnet,
     "motion_adapter": _motion,

@@ -11,6 +11,7 @@ from latentrt.engines.errors import CheckpointError, NotInstalledError
 from latentrt.export import INSTALL
 from latentrt.export.graphs.external_data import locations
 from latentrt.export.sources.diffusers_folder import source_of
+from latentrt.export.sources.parts import TEXT_ENCODERS, denoiser_of
 from latentrt.export.sources.weight_files import STEMS, choose_variant, variant_of
 
 FOLDERS = (
@@ -31,8 +32,11 @@ READ = (".json", ".txt", ".safetensors", ".onnx")
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
 
 
-def download(name: str, *, revision: str | None) -> Path:
-    """Fetch a repository of the hub into its cache and return it. Raises CheckpointError and NotInstalledError."""
+def download(name: str, *, revision: str | None, without: Collection[str] = ()) -> Path:
+    """Fetch a repository of the hub into its cache and return it. Raises CheckpointError and NotInstalledError.
+
+    without: text encoders that are not fetched
+    """
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -42,7 +46,7 @@ def download(name: str, *, revision: str | None) -> Path:
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
     try:
-        wanted = choose_files(HfApi().list_repo_files(name, revision=revision), name)
+        wanted = choose_files(HfApi().list_repo_files(name, revision=revision), name, without=without)
         root = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         if data := graph_data(root, wanted):
             snapshot_download(name, revision=revision, allow_patterns=data)
@@ -61,14 +65,18 @@ def download(name: str, *, revision: str | None) -> Path:
         raise
 
 
-def choose_files(files: Collection[str], where: str = "the repository") -> list[str]:
+def choose_files(files: Collection[str], where: str = "the repository", *, without: Collection[str] = ()) -> list[str]:
     """Pick what the export reads from a repository's list of files: configs, and one variant of the weights, or graphs.
 
-    What lies beside a graph is not known before it is read: `graph_data`. Raises CheckpointError if the UNet is in
+    without: text encoders to leave there, with their tokenizers
+    What lies beside a graph is not known before it is read: `graph_data`. Raises CheckpointError if the denoiser is in
     no form that is read.
     """
-    source = source_of(where, {PurePosixPath(file).name for file in files if file.startswith("unet/")})
-    known = [file for file in files if _is_ours(PurePosixPath(file))]
+    denoiser = denoiser_of({file.partition("/")[0] for file in files})
+    inside_it = {PurePosixPath(file).name for file in files if file.startswith(f"{denoiser}/")}
+    source = source_of(where, inside_it, folder=denoiser)
+    left = tuple(f"{folder}/" for name in without for folder in (name, TEXT_ENCODERS[name]))
+    known = [file for file in files if _is_ours(PurePosixPath(file)) and not file.startswith(left)]
     weights = [file for file in known if file.endswith(".safetensors") or ".safetensors.index" in file]
     others = [file for file in known if file not in weights and not file.endswith(".onnx")]
     chosen = []

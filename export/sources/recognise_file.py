@@ -20,35 +20,40 @@ from latentrt.export.configs.families import (
     INPUTS,
     OTHER_DENOISER_KEYS,
     PARTS,
+    TRANSFORMER,
     Base,
 )
 from latentrt.export.configs.published import CONFIGS
 from latentrt.export.sources.markers import Marker, find_markers, find_prediction, find_strangers
 from latentrt.export.sources.structure import read_structure
+from latentrt.export.sources.transformer_file import transformer_config
 
 FIRST = f"{DENOISER_PREFIX}input_blocks.0.0.weight"
 GUIDANCE_KEY = f"{DENOISER_PREFIX}time_embed.cond_proj.weight"
 ADDED = f"{DENOISER_PREFIX}label_emb.0.0.weight"
 VAE_PREFIX = "first_stage_model."
-NETWORKS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
-    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer."),
-    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model."),
-    "unet": (DENOISER_PREFIX,),
-    "vae": (VAE_PREFIX,),
-    "unet (average)": ("model_ema.",),
+TEXTS: Mapping[str, tuple[str, ...]] = {  # what the keys of a network begin with
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.transformer.", "text_encoders.clip_l."),
+    "text_encoder_2": ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.", "text_encoders.clip_g."),
+    "text_encoder_3": ("text_encoders.t5xxl.",),
 }
-PREFIXES = tuple(prefix for prefixes in NETWORKS.values() for prefix in prefixes)
+OTHERS: Mapping[str, tuple[str, ...]] = {"vae": (VAE_PREFIX,), "unet (average)": ("model_ema.",)}
+PREFIXES = (
+    DENOISER_PREFIX,
+    *(prefix for table in (TEXTS, OTHERS) for prefixes in table.values() for prefix in prefixes),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SingleFile:
     """What the header of a whole checkpoint says.
 
+    denoiser: the component that it becomes
     base: the Stable Diffusion that it is, None if its sizes are those of none
     oddity: what makes it another model than those that can be exported, None if nothing does
-    input_channels: of the UNet
+    input_channels: of the denoiser
     guidance_width: of the scale of guidance that a latent consistency model takes, None if it takes none
-    blocks: what in the UNet's config differs from its base's, None if no config can express it
+    blocks: what in the denoiser's config differs from its base's, None if no config can express it
     prediction: None if nothing tells; told: whether the file itself does
     reason: how the prediction type is known, or why it is not
     markers: what it says outside its networks; strangers: unknown keys outside them
@@ -66,6 +71,7 @@ class SingleFile:
     reason: str
     markers: tuple[Marker, ...]
     strangers: tuple[str, ...]
+    denoiser: str = "unet"
 
     @property
     def family(self) -> Family | None:
@@ -76,13 +82,15 @@ class SingleFile:
         """Return the tensors of each network that is in the file."""
         found = {
             name: [stored for key, stored in self.file.tensors.items() if key.startswith(prefixes)]
-            for name, prefixes in NETWORKS.items()
+            for name, prefixes in {**TEXTS, self.denoiser: (DENOISER_PREFIX,), **OTHERS}.items()
         }
         return {name: tensors for name, tensors in found.items() if tensors}
 
 
 def recognise(file: TensorFile) -> SingleFile | None:
     """Say which Stable Diffusion a file is, None if it is not a whole checkpoint of one."""
+    if config := transformer_config(file):
+        return _of_transformer(file, config)
     first = file.tensors.get(FIRST)
     if first is None or len(first.shape) != 4 or any(key.startswith("control_model.") for key in file.tensors):
         return None
@@ -108,6 +116,24 @@ def recognise(file: TensorFile) -> SingleFile | None:
         reason=reason,
         markers=markers,
         strangers=find_strangers(file, PREFIXES),
+    )
+
+
+def _of_transformer(file: TensorFile, config: Mapping[str, Any]) -> SingleFile:
+    return SingleFile(
+        file=file,
+        label="Stable Diffusion 3.5" if config["qk_norm"] else "Stable Diffusion 3",
+        base=TRANSFORMER,
+        oddity=None,
+        input_channels=config["in_channels"],
+        guidance_width=None,
+        blocks=config,
+        prediction="flow_prediction",
+        says_prediction=False,
+        reason="as all of its kind",
+        markers=(),
+        strangers=find_strangers(file, PREFIXES),
+        denoiser="transformer",
     )
 
 

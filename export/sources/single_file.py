@@ -11,12 +11,12 @@ from typing import Any
 from latentrt.engines.bundle.safetensors_header import TensorFile, read_header, weights_format
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.configs.defaults import complete
-from latentrt.export.configs.families import FAMILIES, SUPPORTED_FILES, option_for
+from latentrt.export.configs.families import FAMILIES, OPTIONAL_TEXT, SUPPORTED, option_for
 from latentrt.export.configs.published import CONFIGS, VOCABULARIES, sample_size
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import read_configs, read_json, refuse_other_unet
 from latentrt.export.sources.markers import read_changes
-from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Parts, WeightSource, folders
+from latentrt.export.sources.parts import CLIPS, PARTS, TEXT_ENCODERS, Parts, WeightSource, folders
 from latentrt.export.sources.pickles import read_pickle_header
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 
@@ -40,11 +40,12 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
         raise CheckpointError(_not_whole(file))
     if single.oddity:
         raise CheckpointError(
-            f"'{path}' was recognised as {single.label}, which is not supported; expected {SUPPORTED_FILES}"
+            f"'{path}' was recognised as {single.label}, which is not supported; expected {SUPPORTED}"
         )
-    networks = folders("torch", single.networks())
+    networks = folders("torch", single.networks().keys() - set(() if options.t5 else OPTIONAL_TEXT))
     documents = _as_told(
-        single, _given(options.config, networks) if options.config else _published(single, networks, options)
+        single,
+        _given(options.config, single.denoiser, networks) if options.config else _published(single, networks, options),
     )
     tokenizers = _find_tokenizers(networks, options)
     _require(single, options, tokenizers)
@@ -66,8 +67,9 @@ def _as_told(single: SingleFile, documents: Documents) -> Documents:
     """Return the configs with what the file itself says. Raises CheckpointError if that cannot be right."""
     changes = read_changes(single.file, single.markers)
     predicts = {"prediction_type": single.prediction} if single.says_prediction else {}
-    takes = {"in_channels": single.input_channels, "time_cond_proj_dim": single.guidance_width}
-    further = {"unet": takes, **dict.fromkeys(("vae_decoder", "vae_encoder"), changes.vae)}
+    takes = {"in_channels": single.input_channels}
+    guided = {"time_cond_proj_dim": single.guidance_width} if single.guidance_width else {}
+    further = {single.denoiser: takes | guided, **dict.fromkeys(("vae_decoder", "vae_encoder"), changes.vae)}
     return replace(
         documents,
         configs={name: {**config, **further.get(name, {})} for name, config in documents.configs.items()},
@@ -94,7 +96,7 @@ def _not_whole(file: TensorFile) -> str:
     path = file.path
     name, denoiser = name_other(file)
     if denoiser:
-        return f"'{path}' was recognised as {name}, which is not supported; expected {SUPPORTED_FILES}"
+        return f"'{path}' was recognised as {name}, which is not supported; expected {SUPPORTED}"
     if name:
         option = option_for(name)
         return (
@@ -104,12 +106,14 @@ def _not_whole(file: TensorFile) -> str:
     return f"'{path}' is not a checkpoint that is known here; `latentrt inspect` says what it holds"
 
 
-def _given(name: str, networks: Mapping[str, str]) -> Documents:
+def _given(name: str, denoiser: str, networks: Mapping[str, str]) -> Documents:
     root = Path(name)
-    if not (root / "unet" / "config.json").is_file():
-        raise CheckpointError(f"--config '{name}' holds no unet/config.json; give a directory in diffusers' layout")
+    if not (root / denoiser / "config.json").is_file():
+        raise CheckpointError(
+            f"--config '{name}' holds no {denoiser}/config.json; give a directory in diffusers' layout"
+        )
     configs = read_configs(root, networks)
-    refuse_other_unet(root, configs["unet"])
+    refuse_other_unet(root, configs[denoiser])
     return Documents(
         configs=configs,
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
@@ -121,14 +125,13 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
     if single.family is None or single.blocks is None:
         raise CheckpointError(
             f"'{single.file.path}' was recognised as {single.label}, which is not supported from a single file; "
-            "where its networks are those of Stable Diffusion 1.x, 2.x or XL, pass --config DIRECTORY with its configs"
+            "where its networks are those of {SUPPORTED}, pass --config DIRECTORY with its configs"
         )
     published = CONFIGS[single.family]
     prediction = options.prediction_type or single.prediction
-    unet = {**published["unet"], "sample_size": sample_size(single.family, prediction or "epsilon")} | dict(
-        single.blocks
-    )
-    configs = {name: {**published, "unet": unet}[folder] for name, folder in networks.items() if folder in published}
+    own = {"sample_size": sample_size(single.family, prediction or "epsilon"), **single.blocks}
+    known = {**published, single.denoiser: {**published[single.denoiser], **own}}
+    configs = {name: known[folder] for name, folder in networks.items() if folder in known}
     where = f"{single.label}'s published config"
     return Documents(
         configs={name: complete(PARTS[name], config, where=where) for name, config in configs.items()},
@@ -140,7 +143,7 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
 def _require(single: SingleFile, options: CheckpointOptions, tokenizers: Mapping[str, Path]) -> None:
     """Refuse what lacks something, saying all of it at once."""
     held = single.networks()
-    expected = [name for name in CONFIGS[single.family] if name in TEXT_ENCODERS] if single.family else []
+    expected = FAMILIES[single.family].networks if single.family else ()
     absent = [name for name in expected if name not in held]
     if absent or not set(held) & set(TEXT_ENCODERS):
         raise CheckpointError(
@@ -157,8 +160,11 @@ def _require(single: SingleFile, options: CheckpointOptions, tokenizers: Mapping
             f"--config DIRECTORY with all its configs, because {len(single.strangers)} of its tensors belong to no "
             f"network and are not known here ({', '.join(single.strangers[:3])}), so they may change what it draws"
         )
-    if any(tokenizer not in tokenizers for encoder, tokenizer in TEXT_ENCODERS.items() if encoder in held):
+    if any(TEXT_ENCODERS[encoder] not in tokenizers for encoder in CLIPS if encoder in held):
         needs.append("--tokenizer DIRECTORY with CLIP's vocab.json and merges.txt, because a single file holds none")
+    for encoder in OPTIONAL_TEXT if options.t5 else ():
+        if encoder in held and TEXT_ENCODERS[encoder] not in tokenizers:
+            needs.append(f"--tokenizer DIRECTORY with T5's {TEXT_ENCODERS[encoder]}/tokenizer.json, or --no-t5")
     if needs:
         raise CheckpointError(f"'{single.file.path}' ({single.label}) needs {'; and '.join(needs)}")
 
@@ -177,6 +183,9 @@ def _find_tokenizers(networks: Mapping[str, str], options: CheckpointOptions) ->
 
 
 def _find_tokenizer(name: str, options: CheckpointOptions) -> Path | None:
+    if name in (TEXT_ENCODERS[encoder] for encoder in OPTIONAL_TEXT):  # no other vocabulary serves it
+        given = [Path(root) / name for root in (options.tokenizer, options.config) if root]
+        return next((folder for folder in given if _holds_vocabulary(folder)), None)
     if options.tokenizer:
         root = Path(options.tokenizer)
         for folder in (root, root / name, root / "tokenizer", root / "onnx" / name, root / "onnx" / "tokenizer"):

@@ -40,7 +40,7 @@ def by_name(request: Request) -> Iterator[None]:
 def check_engines(size: tuple[int, int], model: Model) -> None:
     """Refuse a size that the model's engines were not built for, and name those there are. Raises WebError."""
     loaded = model.pipe.loaded
-    tokens = max((tokenizer.max_length for tokenizer in loaded.manifest.tokenizers.values()), default=0)
+    tokens = loaded.manifest.text_tokens(loaded.manifest.denoiser)
 
     def require(width: int, height: int) -> None:
         shape = WorkspaceShape(pictures=1, tokens=tokens, width=width, height=height)

@@ -160,7 +160,8 @@ def _least(manifest: Manifest, record: EngineRecord) -> tuple[int, int, int, int
         return width, height, 1, 1
     least = min(profiles, key=lambda sizes: (sizes["latent_width"] * sizes["latent_height"], sizes["tokens"]))
     pictures = min(sizes["pictures"] for sizes in profiles)
-    chunks = least["tokens"] // next(iter(manifest.tokenizers.values())).max_length
+    always = manifest.text_tokens(manifest.denoiser, chunks=0)
+    chunks = (least["tokens"] - always) // (manifest.text_tokens(manifest.denoiser) - always)
     return least["latent_width"] * factor, least["latent_height"] * factor, pictures, max(chunks, 1)
 
 

@@ -82,6 +82,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     prompt_syntax: Literal["plain", "weighted"] | None = None
     overflow: Literal["chunks", "truncate"] | None = None
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
+    t5: bool | None = None
     seed: Seed | None = None
     steps: int | None = None
     sampler: Name | None = None
