@@ -18,6 +18,7 @@ from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.motion import add_motion, frame_range
 from latentrt.export.additions.replace import replace_unet, replace_vae
 from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
+from latentrt.export.additions.text_encoders import find_text_encoders, put_text_encoders, with_their_tokenizers
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
 from latentrt.export.configs.defaults import complete, require_levels
 from latentrt.export.configs.denoisers import KINDS
@@ -120,12 +121,20 @@ def open_checkpoint(name: str, *, options: CheckpointOptions | None = None) -> C
     without = () if options.t5 else OPTIONAL_TEXT
     path = locate(name, revision=options.revision, without=without)
     if path.is_file():
-        parts = open_file(path, options)
+        parts = _open_single(path, options)
+    elif options.text_encoders:
+        raise CheckpointError(f"--text-encoder is for single files, and '{name}' is a directory; omit it")
     else:
         parts = open_folder(path, allow_pickle=options.allow_pickle, without=without)
     if not options.t5:
         parts = replace(parts, options={**parts.options, "t5": "left out"})
     return _read(name, _adjust(parts, options))
+
+
+def _open_single(path: Path, options: CheckpointOptions) -> Parts:
+    """Take apart a checkpoint in one file, with the text encoders that are given beside it."""
+    found = find_text_encoders(options)
+    return put_text_encoders(open_file(path, with_their_tokenizers(options, found), beside=found.keys()), found)
 
 
 def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:

@@ -42,6 +42,9 @@ MIB = 1 << 20
 @click.option("--unet", default=None, metavar="PATH", help="Use the UNet of another directory or file.")
 @click.option("--motion-adapter", default=None, metavar="PATH", help="Draw videos: put AnimateDiff's modules in.")
 @click.option("--refiner", default=None, metavar="CHECKPOINT", help="Add the SDXL refiner.")
+@click.option(
+    "--text-encoder", "text_encoders", multiple=True, metavar="PATH", help="One that a file of SD 3 lacks; repeatable."
+)
 @click.option("--t5/--no-t5", default=True, help="Export T5 too, where a checkpoint holds it (SD 3).")
 @click.option("--tokenizer", default=None, metavar="DIR", help="The CLIP tokenizer, which a single file lacks.")
 @click.option("--config", default=None, metavar="DIR", help="Configs of a single file with unusual sizes.")

@@ -98,3 +98,23 @@ def save_sd3_file(directory: Path, path: Path, *, texts: tuple[str, ...] = tuple
 
     save_file({key: one.contiguous().clone() for key, one in checkpoint_tensors(directory, texts=texts).items()}, path)
     return path
+
+
+def make_square_sd3(directory: Path, *, dual: bool = False) -> Path:
+    """Save a tiny SD 3 with T5, whose first text encoder projects to itself, as those from files do."""
+    from unittest import mock
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests import sd3
+
+    first, second = sd3.CLIPS
+    clips = ({**first, "projection_dim": first["hidden_size"]}, second)
+    pooled = {"pooled_projection_dim": first["hidden_size"] + second["projection_dim"]}
+    with mock.patch.multiple(sd3, CLIPS=clips, TRANSFORMER={**sd3.TRANSFORMER, **pooled}):
+        sd3.make_sd3(directory, t5=True, dual=dual)
+    file = directory / "text_encoder" / "model.safetensors"
+    tensors = load_file(file) | {"text_projection.weight": torch.eye(first["hidden_size"])}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory

@@ -73,7 +73,7 @@ def test_the_transformers_config_is_read_from_its_weights(checkpoint: Path, sing
 
 def test_a_file_without_text_encoders_says_so(checkpoint: Path, tmp_path: Path) -> None:
     bare = save_sd3_file(checkpoint, tmp_path / "bare.safetensors", texts=())
-    with pytest.raises(CheckpointError, match="no text_encoder and no text_encoder_2"):
+    with pytest.raises(CheckpointError, match=r"CLIP L.*CLIP G"):
         open_checkpoint(str(bare))
 
 

@@ -20,38 +20,38 @@ STARTS = (
     *("final_layer_", "pos_embed", "time_text_embed", "norm_out", "proj_out"),
 )
 MODULES: Mapping[str, str] = {
-    "x_embedder_proj": "pos_embed_proj",
-    "t_embedder_mlp_0": "time_text_embed_timestep_embedder_linear_1",
-    "t_embedder_mlp_2": "time_text_embed_timestep_embedder_linear_2",
-    "y_embedder_mlp_0": "time_text_embed_text_embedder_linear_1",
-    "y_embedder_mlp_2": "time_text_embed_text_embedder_linear_2",
-    "final_layer_linear": "proj_out",
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
 }
 IN_BLOCKS: Mapping[str, str] = {
-    "x_block_attn_proj": "attn_to_out_0",
-    "x_block_attn_ln_q": "attn_norm_q",
-    "x_block_attn_ln_k": "attn_norm_k",
-    "x_block_attn2_proj": "attn2_to_out_0",
-    "x_block_attn2_ln_q": "attn2_norm_q",
-    "x_block_attn2_ln_k": "attn2_norm_k",
-    "x_block_mlp_fc1": "ff_net_0_proj",
-    "x_block_mlp_fc2": "ff_net_2",
-    "x_block_adaLN_modulation_1": "norm1_linear",
-    "context_block_attn_proj": "attn_to_add_out",
-    "context_block_attn_ln_q": "attn_norm_added_q",
-    "context_block_attn_ln_k": "attn_norm_added_k",
-    "context_block_mlp_fc1": "ff_context_net_0_proj",
-    "context_block_mlp_fc2": "ff_context_net_2",
-    "context_block_adaLN_modulation_1": "norm1_context_linear",
+    "x_block.attn.proj": "attn.to_out.0",
+    "x_block.attn.ln_q": "attn.norm_q",
+    "x_block.attn.ln_k": "attn.norm_k",
+    "x_block.attn2.proj": "attn2.to_out.0",
+    "x_block.attn2.ln_q": "attn2.norm_q",
+    "x_block.attn2.ln_k": "attn2.norm_k",
+    "x_block.mlp.fc1": "ff.net.0.proj",
+    "x_block.mlp.fc2": "ff.net.2",
+    "x_block.adaLN_modulation.1": "norm1.linear",
+    "context_block.attn.proj": "attn.to_add_out",
+    "context_block.attn.ln_q": "attn.norm_added_q",
+    "context_block.attn.ln_k": "attn.norm_added_k",
+    "context_block.mlp.fc1": "ff_context.net.0.proj",
+    "context_block.mlp.fc2": "ff_context.net.2",
+    "context_block.adaLN_modulation.1": "norm1_context.linear",
 }
 FUSED: Mapping[str, tuple[str, str, str]] = {
-    "x_block_attn_qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
-    "x_block_attn2_qkv": ("attn2_to_q", "attn2_to_k", "attn2_to_v"),
-    "context_block_attn_qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
+    "x_block.attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block.attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block.attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
-BLOCK = re.compile(r"joint_blocks_(\d+)_(.+)")
-LAST = "context_block_adaLN_modulation_1"  # in the last block, and in none before it, its halves change places
-FINAL = "final_layer_adaLN_modulation_1"
+BLOCK = re.compile(r"joint_blocks\.(\d+)\.(.+)")
+LAST = "context_block.adaLN_modulation.1"  # in the last block, and in none before it, its halves change places
+FINAL = "final_layer.adaLN_modulation.1"
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,18 +81,29 @@ ALL, SWAPPED = Share(), Share(parts=2, taken=(1, 0))
 THIRDS = tuple(Share(parts=3, taken=(part,)) for part in range(3))
 
 
-def from_joint(module: str, *, blocks: int) -> dict[str, Share]:
+def split_joint(module: str, *, blocks: int) -> dict[str, Share]:
     """Return diffusers' modules that one of the first authors' is, and which of its rows each has; any other is itself.
 
     blocks: how many the transformer has
     """
     if module == FINAL:
-        return {"norm_out_linear": SWAPPED}
+        return {"norm_out.linear": SWAPPED}
     found = BLOCK.fullmatch(module)
     if found is None:
         return {MODULES.get(module, module): ALL}
-    inner, start = found[2], f"transformer_blocks_{found[1]}_"
+    inner, start = found[2], f"transformer_blocks.{found[1]}."
     if inner in FUSED:
         return {start + name: share for name, share in zip(FUSED[inner], THIRDS, strict=True)}
     share = SWAPPED if inner == LAST and int(found[1]) == blocks - 1 else ALL
     return {start + IN_BLOCKS.get(inner, inner): share}
+
+
+def from_joint(module: str, *, blocks: int) -> dict[str, Share]:
+    """Do the same for names with underscores in place of dots."""
+    found = re.fullmatch(r"joint_blocks_(\d+)_(.+)", module)
+    start, inner = (f"joint_blocks.{found[1]}.", found[2]) if found else ("", module)
+    dotted = start + DOTTED.get(inner, inner)
+    return {name.replace(".", "_"): share for name, share in split_joint(dotted, blocks=blocks).items()}
+
+
+DOTTED: Mapping[str, str] = {name.replace(".", "_"): name for name in (*MODULES, *IN_BLOCKS, *FUSED, FINAL)}

@@ -35,6 +35,7 @@ class FamilyRow:
     corrections, inpainting_corrections: what its pipelines make of a scheduler's config, whatever that says
     sample_sizes: how many latents a side it draws by what its UNet predicts, where it was published with several kinds
     padding: the word that fills up a short text, by tokenizer
+    separate: what its text encoders are called where they come in files of their own, which single files may lack
     """
 
     text_encoders: tuple[TextSpec, ...]
@@ -45,6 +46,7 @@ class FamilyRow:
     sized: bool = False
     activation: str | None = None
     refines: Family | None = None
+    separate: Mapping[str, str] = field(default_factory=dict)
     enlarges: bool = False
     normalises: bool = False
     shifts: bool = False
@@ -104,6 +106,7 @@ FAMILIES: Mapping[Family, FamilyRow] = {
         padding={"tokenizer": "<|endoftext|>", "tokenizer_2": "!"},
         denoiser="transformer",
         rows={"text_encoder": "projected_text_encoder"},
+        separate={"text_encoder": "CLIP L (clip_l.safetensors)", "text_encoder_2": "CLIP G (clip_g.safetensors)"},
         shifts=True,
     ),
 }
@@ -261,6 +264,7 @@ PARTS: tuple[Part, ...] = (
     Part(label="VAE", option="--vae FILE", starts=("encoder.conv_in.", "decoder.conv_in.")),
     Part(label="motion adapter (AnimateDiff)", option="--motion-adapter FILE", has=".motion_modules."),
     Part(label="UNet without text encoder and VAE", option="--unet FILE", starts=("down_blocks.0.", "input_blocks.0.")),
+    Part(label="T5", option="--text-encoder FILE", starts=("encoder.block.0.",)),
     Part(label="text encoder", starts=("text_model.embeddings.", "embeddings.token_embedding.")),
 )
 

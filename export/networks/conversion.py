@@ -15,12 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from latentrt.engines.bundle.safetensors_header import weights_format
 from latentrt.engines.errors import CheckpointError
+from latentrt.engines.lora.transformer_names import ALL, Share, split_joint
 from latentrt.engines.spec import Array
 from latentrt.export.additions.loras import WeightDeltas, find_weight_deltas, fuse
 from latentrt.export.configs.families import DENOISER_PREFIX
@@ -29,6 +31,8 @@ from latentrt.export.sources.parts import Part, WeightSource
 from latentrt.export.sources.pickles import load_pickle
 
 Tensors = dict[str, Tensor]
+# Types that no network is loaded in, and the one that holds their numbers exactly.
+EIGHT_BITS = {torch.float8_e4m3fn: torch.float16, torch.float8_e5m2: torch.float16}
 SHARD_BYTES = 1 << 28  # what is held in memory at once, and once more while it is written
 STEMS: Mapping[Part, str] = {
     "text_encoder": "model",
@@ -48,13 +52,15 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
         "cond_stage_model.model.",
         "conditioner.embedders.0.transformer.",
         "text_encoders.clip_l.transformer.",
+        "",  # a text encoder's own file has no prefix
     ),
     "text_encoder_2": (
         "conditioner.embedders.1.model.",
         "conditioner.embedders.0.model.",
         "text_encoders.clip_g.transformer.",
+        "",
     ),
-    "text_encoder_3": ("text_encoders.t5xxl.transformer.",),
+    "text_encoder_3": ("text_encoders.t5xxl.transformer.", ""),
     "unet": (DENOISER_PREFIX, ""),  # a UNet's own file has no prefix
     "transformer": (DENOISER_PREFIX, ""),
     "vae": ("first_stage_model.", ""),  # a VAE's own file has no prefix
@@ -63,6 +69,7 @@ PREFIXES: Mapping[Part, tuple[str, ...]] = {
     "image_projection": ("image_proj.",),
     "image_attention": ("ip_adapter.",),
 }
+ORIGINAL = ("joint_blocks.", "final_layer.", "x_embedder.", "t_embedder.", "y_embedder.")  # of SD 3's first authors
 # Left by training, derived, or a mark; no network reads them.
 UNUSED = re.compile(r"(^|\.)(loss\.|position_ids$|logit_scale$|model_ema\.|difference$)")
 
@@ -130,8 +137,11 @@ def _mapped(file: Path) -> Tensors:
 def _text_encoder(tensors: Tensors, prefix: str, config: Mapping[str, Any], *, projected: bool) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_open_clip_checkpoint
 
-    if prefix.startswith("text_encoders."):  # under the names of transformers
+    if prefix.startswith("text_encoders.") or not prefix:  # under the names of transformers
         found = _renamed(tensors, prefix, config)
+        if not projected and config["projection_dim"] == config["hidden_size"]:
+            # SD 3 reads the pooled text of CLIP L as it is, and files leave the projection out or hold CLIP's own
+            found["text_projection.weight"] = torch.eye(config["hidden_size"], dtype=_written_type(found))
     elif prefix.endswith(".model."):
         model = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
         found = convert_open_clip_checkpoint(model, tensors, prefix=prefix)
@@ -152,12 +162,31 @@ def _renamed(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
-def _transformer(tensors: Tensors, prefix: str, _: Mapping[str, Any]) -> Tensors:
-    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
+def _written_type(tensors: Tensors) -> torch.dtype:
+    dtype = next(iter(tensors.values())).dtype
+    return EIGHT_BITS.get(dtype, dtype)
 
-    named = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    converted: Tensors = convert_sd3_transformer_checkpoint_to_diffusers(named)  # takes out what it has read
-    return converted if not named else _whole(named, {}, "transformer")
+
+def _transformer(tensors: Tensors, prefix: str, config: Mapping[str, Any]) -> Tensors:
+    """Name SD 3's tensors as diffusers does. What is a part of a matrix is that part of the file: none is read here."""
+    found: Tensors = {}
+    for key, tensor in tensors.items():
+        module, _, parameter = key.removeprefix(prefix).rpartition(".")
+        names = split_joint(module, blocks=config["num_layers"]) if module else {parameter: ALL}  # the positions' table
+        found |= {f"{name}.{parameter}": _rows(tensor, share) for name, share in names.items()}
+    if strangers := sorted(name for name in found if name.startswith(ORIGINAL)):
+        raise CheckpointError(
+            f"the transformer holds {len(strangers)} tensors that its architecture does not have "
+            f"({', '.join(strangers[:3])}, …); pass --config DIRECTORY with its own configs"
+        )
+    return found
+
+
+def _rows(tensor: Tensor, share: Share) -> Tensor:
+    parts = tensor.chunk(share.parts)
+    if len(share.taken) == 1:
+        return parts[share.taken[0]]
+    return torch.cat([parts[part].to(EIGHT_BITS.get(tensor.dtype, tensor.dtype)) for part in share.taken])
 
 
 def _layer(key: str) -> int:
@@ -241,10 +270,11 @@ def _save(folder: Path, stem: str, tensors: Tensors, changes: WeightDeltas) -> N
     change some of them, or where they are of several types.
     """
     stored = windows(tensors)
-    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    types = {key: EIGHT_BITS.get(tensor.dtype, tensor.dtype) for key, tensor in tensors.items()}
+    kinds = {types[key] for key, tensor in tensors.items() if tensor.is_floating_point()}
     widened = bool(changes) or len(kinds) > 1
     wide = {key for key, tensor in tensors.items() if widened and tensor.is_floating_point()}
-    sizes = {key: 4 * tensor.numel() if key in wide else tensor.nbytes for key, tensor in tensors.items()}
+    sizes = {key: tensor.numel() * (4 if key in wide else types[key].itemsize) for key, tensor in tensors.items()}
     shards = _shards(sizes)
     places: dict[str, str] = {}
     for number, keys in enumerate(shards):
@@ -252,7 +282,7 @@ def _save(folder: Path, stem: str, tensors: Tensors, changes: WeightDeltas) -> N
         shard = {}
         for key in keys:
             tensor = fuse(stored[key].read() if key in stored else tensors[key], changes.get(key, ()))
-            shard[key] = tensor.float() if key in wide else tensor
+            shard[key] = tensor.float() if key in wide else tensor.to(types[key])
         save_file(shard, folder / name, metadata={"format": "pt"})
         places |= dict.fromkeys(keys, name)
     if len(shards) > 1:

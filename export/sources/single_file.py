@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from latentrt.export.sources.parts import CLIPS, PARTS, TEXT_ENCODERS, Parts, We
 from latentrt.export.sources.pickles import read_pickle_header
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 
+NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+SCALED = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|absmax|quant_map)$")
 Configs = Mapping[str, Mapping[str, Any]]
 
 
@@ -32,8 +35,11 @@ class Documents:
     index: Mapping[str, Any]
 
 
-def open_file(path: Path, options: CheckpointOptions) -> Parts:
-    """Take apart a checkpoint in one file. Raises CheckpointError, which names every option that is missing."""
+def open_file(path: Path, options: CheckpointOptions, *, beside: Collection[str] = ()) -> Parts:
+    """Take apart a checkpoint in one file. Raises CheckpointError, which names every option that is missing.
+
+    beside: the text encoders that are given elsewhere, and are put in later
+    """
     file = read_weights_header(path, allow_pickle=options.allow_pickle)
     single = recognise(file)
     if single is None:
@@ -42,13 +48,17 @@ def open_file(path: Path, options: CheckpointOptions) -> Parts:
         raise CheckpointError(
             f"'{path}' was recognised as {single.label}, which is not supported; expected {SUPPORTED}"
         )
-    networks = folders("torch", single.networks().keys() - set(() if options.t5 else OPTIONAL_TEXT))
+    if beside and not (single.family and FAMILIES[single.family].separate):
+        raise CheckpointError(f"--text-encoder is for Stable Diffusion 3, and '{path}' is {single.label}; omit it")
+    require_numbers(file)
+    held = single.networks().keys() | set(beside)
+    networks = folders("torch", held - set(() if options.t5 else OPTIONAL_TEXT))
     documents = _as_told(
         single,
         _given(options.config, single.denoiser, networks) if options.config else _published(single, networks, options),
     )
     tokenizers = _find_tokenizers(networks, options)
-    _require(single, options, tokenizers)
+    _require(single, options, tokenizers, held=held)
     padding = FAMILIES[single.family].padding if single.family and not options.config else {}
     return Parts(
         root=path,
@@ -90,6 +100,17 @@ def read_weights_header(path: Path, *, allow_pickle: bool) -> TensorFile:
     if kind is None:
         raise CheckpointError(f"'{path}' is not a safetensors file; give a checkpoint's file or directory")
     return read_header(path)
+
+
+def require_numbers(file: TensorFile) -> None:
+    """Raise CheckpointError where weights are no plain numbers: quantised ones with scales beside them are not read."""
+    for key, stored in file.tensors.items():
+        odd = stored.dtype not in NUMBERS and len(stored.shape) > 1 and not key.endswith("position_ids")
+        if odd or SCALED.search(key):
+            raise CheckpointError(
+                f"'{file.path}' holds quantised weights with scales of their own ('{key}', {stored.dtype}), which are "
+                "not read; give the file in fp16, bf16 or plain fp8"
+            )
 
 
 def _not_whole(file: TensorFile) -> str:
@@ -140,17 +161,19 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
     )
 
 
-def _require(single: SingleFile, options: CheckpointOptions, tokenizers: Mapping[str, Path]) -> None:
+def _require(
+    single: SingleFile, options: CheckpointOptions, tokenizers: Mapping[str, Path], *, held: Collection[str]
+) -> None:
     """Refuse what lacks something, saying all of it at once."""
-    held = single.networks()
     expected = FAMILIES[single.family].networks if single.family else ()
     absent = [name for name in expected if name not in held]
-    if absent or not set(held) & set(TEXT_ENCODERS):
+    separate = FAMILIES[single.family].separate if single.family else {}
+    if (absent and not separate) or not (separate or set(held) & set(TEXT_ENCODERS)):
         raise CheckpointError(
             f"'{single.file.path}' ({single.label}) holds no {' and no '.join(absent or ['text_encoder'])}; "
             "look for a file with the whole checkpoint"
         )
-    needs = []
+    needs = [f"--text-encoder FILE with {separate[name]}, because it holds none" for name in absent]
     if "vae" not in held and options.vae is None:
         needs.append("--vae PATH, because it holds no VAE")
     if single.prediction is None and options.prediction_type is None and options.config is None:
