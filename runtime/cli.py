@@ -227,6 +227,10 @@ def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool)
     if sampler is None:
         click.echo(json.dumps(samplers_table(), indent=1) if as_json else format_samplers())
         return
-    schedule = STABLE_DIFFUSION if bundle is None else Bundle.open(bundle).manifest.schedule
-    table = make_plan(sampler, schedule, steps=steps)
-    click.echo((plan_to_json(table) if as_json else format_plan(table)).rstrip())
+    manifest = None if bundle is None else Bundle.open(bundle).manifest
+    if manifest is None:
+        plan = make_plan(sampler, STABLE_DIFFUSION, steps=steps)
+    else:
+        tokens = manifest.latents.tokens(manifest.default_size)
+        plan = make_plan(sampler, manifest.schedule, steps=steps, tokens=tokens)
+    click.echo((plan_to_json(plan) if as_json else format_plan(plan)).rstrip())

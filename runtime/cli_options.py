@@ -154,6 +154,7 @@ SAMPLING = (
     click.option("--sampler", default=None, help="Default: the checkpoint's own; `latentrt samplers` lists them."),
     click.option("--spacing", default=None, help=f"How the steps are spaced: {SPACINGS}."),
     click.option("--eta", type=float, default=None, help="Share of fresh noise, 0 to 1; for ddim and tcd."),
+    click.option("--shift", type=float, default=None, help="How far a flow's steps move towards the noise, from 0 up."),
     click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, with noise left."),
     click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="Timesteps to run."),
     click.option("--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise levels, ending in 0."),

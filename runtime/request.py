@@ -27,6 +27,7 @@ FURTHER = frozenset(
         "t5",
         "spacing",
         "eta",
+        "shift",
         "stop",
         "timesteps",
         "sigmas",
@@ -69,6 +70,7 @@ class Options(TypedDict, total=False):
     sampler: str | None
     spacing: str | None
     eta: float | None
+    shift: float | None
     stop: float
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
@@ -116,7 +118,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     steps: None for 20, or as many as `timesteps` or `sigmas` say
     sampler: any of `latentrt.runtime.sampling.sampler_names()`, or a name that the community or diffusers has for it;
         None for the checkpoint's own scheduler
-    spacing, eta, stop, timesteps, sigmas: see `latentrt.runtime.sampling.make_plan`
+    spacing, eta, shift, stop, timesteps, sigmas: see `latentrt.runtime.sampling.make_plan`
     guidance: the scale of classifier-free guidance; at 1 and below, as in diffusers, the prompt alone is followed: the
         negative prompt is not computed and a step costs half as much
     guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half as much
@@ -164,6 +166,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampler: str | None = None
     spacing: str | None = None
     eta: float | None = None
+    shift: float | None = None
     stop: float = 1.0
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None

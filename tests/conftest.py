@@ -146,7 +146,7 @@ def demo_half_bundle(workshop: Path) -> Path:
 def made(workshop: Path) -> Make:
     """Make a tiny checkpoint and its bundle, once for each kind; `refined` is the plain one with its refiner.
 
-    The variants of sd3 are `dual` and `t5`, or both with a space between them.
+    The variants of sd3 are `dual`, `t5` and `inpainting`, or several with spaces between them.
     """
     known = dict[tuple[str, str], tuple[Path, Path]]()
 

@@ -28,6 +28,7 @@ TRANSFORMER: dict[str, Any] = {
 }
 THIRD = {"text_encoder_3": "T5EncoderModel", "tokenizer_3": "T5TokenizerFast"}
 DUAL: dict[str, Any] = {"num_layers": 3, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}  # 3.5 medium's kind
+INPAINTING = {"in_channels": 33}
 VAE: dict[str, Any] = {
     "block_out_channels": (8, 16, 16),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -43,10 +44,19 @@ VAE: dict[str, Any] = {
 }
 
 
-def make_sd3(directory: Path, *, t5: bool = False, dual: bool = False, seed: int = 0, shift: float = 3.0) -> Path:
+def make_sd3(
+    directory: Path,
+    *,
+    t5: bool = False,
+    dual: bool = False,
+    inpainting: bool = False,
+    seed: int = 0,
+    shift: float = 3.0,
+) -> Path:
     """Save a whole tiny checkpoint as a diffusers directory. Returns the directory.
 
     t5: with a third text encoder; dual: the kind of transformer that 3.5 medium has
+    inpainting: its transformer takes mask and masked image too
     """
     import torch
     from diffusers import (
@@ -63,7 +73,9 @@ def make_sd3(directory: Path, *, t5: bool = False, dual: bool = False, seed: int
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         texts = [_clip(sizes, vocabulary) for sizes in CLIPS]
-        transformer = SD3Transformer2DModel(**TRANSFORMER | (DUAL if dual else {})).eval()
+        transformer = SD3Transformer2DModel(
+            **TRANSFORMER | (DUAL if dual else {}) | (INPAINTING if inpainting else {})
+        ).eval()
         _spread(transformer)
         vae = AutoencoderKL(**VAE).eval()
     StableDiffusion3Pipeline(

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.engines.bundle.files import Bundle, write_manifest
+from latentrt.engines.bundle.training import EdmRange
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import DEMO, open_checkpoint
@@ -33,6 +34,7 @@ from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.sampling.catalogue import SAMPLERS
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
+from tests.refused import about
 from tests.sampler_oracle import SHAPE, difference, follow, replay
 from tests.test_parity import NEGATIVE, PROMPT, psnr
 from tests.test_samplers import TOLERANCES, TRAJECTORY
@@ -197,11 +199,11 @@ def moved_by_size(config: Mapping[str, Any]) -> dict[str, float]:
     return {"mu": calculate_shift(TOKENS, *(config[name] for name in names))}
 
 
-def diffusers_walk(config: Mapping[str, Any], steps: int) -> list[Array]:
+def diffusers_walk(config: Mapping[str, Any], steps: int, **told: float) -> list[Array]:
     """Return the latents before the first step and after each, by the scheduler of a config."""
     # without clipping: what an absent key means there is said, not drawn, see the test of notes
     solver = CLASSES[config["_class_name"]].from_config({**config, "clip_sample": False})
-    solver.set_timesteps(steps, **moved_by_size(solver.config))
+    solver.set_timesteps(steps, **moved_by_size(solver.config), **told)
     if hasattr(solver, "set_begin_index"):
         solver.set_begin_index(0)
     generator = torch.Generator("cpu").manual_seed(0)
@@ -275,6 +277,24 @@ def test_each_value_alone_walks_with_diffusers_or_is_refused(name: str) -> None:
             agrees({**start, key: value}, 8 if "KDPM2" not in name else 4)
 
 
+MOVED = (
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_pipeline_for_flows_tells_solvers_of_the_pictures_size(name: str) -> None:
+    config = {"_class_name": name, "use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    config |= {"use_dynamic_shifting": True, "max_shift": 1.3}
+    schedule = training_schedule(config, where="x", family="sd3")
+    assert schedule.partial_step == "taken"
+    theirs = diffusers_walk(config, 12, mu=calculate_shift(TOKENS, max_shift=1.3))
+    assert difference(replay(make_plan(None, schedule, steps=12, tokens=TOKENS)), theirs) < TRAJECTORY
+
+
 REFUSED: Mapping[str, dict[str, Any]] = {
     "thresholding": {"_class_name": "DPMSolverMultistepScheduler", "thresholding": True},
     "variance_type": {"_class_name": "DDPMScheduler", "variance_type": "learned_range"},
@@ -291,6 +311,12 @@ REFUSED: Mapping[str, dict[str, Any]] = {
     "trained_betas": {"_class_name": "EulerDiscreteScheduler", "trained_betas": [0.1, 0.2]},
     "beta_schedule": {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
     "sigma_min": {"_class_name": "EulerDiscreteScheduler", "sigma_min": "low"},
+    "shift_terminal": {"_class_name": "UniPCMultistepScheduler", "shift_terminal": 0.1},
+    "max_image_seq_len": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "use_dynamic_shifting": True,
+        "max_image_seq_len": 256,
+    },
     "invert_sigmas": {"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
     "scale_factors": {"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5, 1.0]},
     "prediction_type": {"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "epsilon"},
@@ -432,6 +458,65 @@ def test_no_sampler_means_the_checkpoints_own_with_all_its_options(
 # --- models with EDM's preconditioning take any sampler that counts in sigma ---
 
 COSXL = {"_class_name": "EDMEulerScheduler", "sigma_data": 1.0, "sigma_max": 120.0, "prediction_type": "v_prediction"}
+
+
+VIDEO = {  # as Stable Video Diffusion's scheduler_config.json has it
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "v_prediction",
+    "set_alpha_to_one": False,
+    "sigma_max": 700.0,
+    "sigma_min": 0.002,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "timestep_type": "continuous",
+    "trained_betas": None,
+    "use_karras_sigmas": True,
+}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 14, 25, 30])
+def test_stable_video_diffusions_scheduler_walks_with_diffusers(steps: int) -> None:
+    schedule = training_schedule(VIDEO, where="x")
+    assert schedule.edm == EdmRange(sigma_min=0.002, sigma_max=700.0, sigma_data=1.0)
+    plan, theirs = make_plan(None, schedule, steps=steps), diffusers_walk(VIDEO, steps)
+    assert plan.timesteps[0] == pytest.approx(math.log(700) / 4)
+    assert plan.initial_scale == pytest.approx(math.hypot(700, 1))
+    # one or two steps from 700 to 0.002 leave of float32 latents of size 700 their roundings
+    assert difference(replay(plan), theirs) < (TRAJECTORY if steps > 2 else 1e-3)
+
+
+def test_a_video_model_takes_samplers_that_count_in_sigma_and_no_others() -> None:
+    schedule = training_schedule(VIDEO, where="x")
+    assert difference_to(np.float32(0.5) * np.ones(SHAPE, np.float32), make_plan("dpmpp_2m", schedule, steps=25)) < 0.02
+    with pytest.raises(RequestError, check=about("sampler")):
+        make_plan("ddim", schedule, steps=25)
+
+
+ANIMATED = {  # as AnimateDiff's pipelines are told to have it, for motion adapters of SD 1.5
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+    "timestep_spacing": "linspace",
+}
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 4, 20, 25, 50])
+def test_animatediffs_linear_betas_walk_with_diffusers(steps: int, spacing: str) -> None:
+    config = {**ANIMATED, "timestep_spacing": spacing}
+    schedule = training_schedule(config, where="x", family="sd1")
+    assert schedule.beta_schedule == "linear"
+    assert difference(replay(make_plan(None, schedule, steps=steps)), diffusers_walk(config, steps)) < TRAJECTORY
 
 
 # noise that is extrapolated over steps as wide as these, with fresh noise on top, runs away

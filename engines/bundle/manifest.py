@@ -215,6 +215,11 @@ class LatentSpec(Document, frozen=True, kw_only=True):
         """Return what the sides of pictures are multiples of, in pixels."""
         return self.factor * self.multiple
 
+    def tokens(self, size: tuple[int, int]) -> int:
+        """Return how many patches the denoiser takes of a picture of (width, height) in pixels."""
+        width, height = size
+        return (width // self.cell) * (height // self.cell)
+
     def scaled(self, latents: Array) -> Array:
         """Return the VAE's latents as the denoiser sees them, of the same shape, float32."""
         moved = latents - np.float32(self.shift) if self.shift else latents

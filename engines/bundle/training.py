@@ -10,6 +10,7 @@ from latentrt.engines.spec import Document
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 Spacing = Literal["leading", "trailing", "linspace"]
+PartialStep = Literal["skipped", "taken"]
 
 
 class EdmRange(Document, frozen=True, kw_only=True):
@@ -103,6 +104,8 @@ class TrainingSchedule(Document, frozen=True, kw_only=True):
     scheduler: the checkpoint's own scheduler class; sampler: what it is here, None in bundles of older versions
     edm: in place of the betas, where the model has EDM's preconditioning
     flow: how a flow's steps are shifted, by whichever sampler; None where the model is not of a flow
+    partial_step: what an image to start from with a share of the steps that is not whole makes of the step that the
+        share ends in, as diffusers' pipelines of the family do: it is skipped, or taken
     clip_sample: whether diffusers' pipeline of this family would clip what the model predicts: no plan can, see `ddim`
     """
 
@@ -120,6 +123,7 @@ class TrainingSchedule(Document, frozen=True, kw_only=True):
     sampler: OwnSampler | None = None
     edm: EdmRange | None = None
     flow: FlowShift | None = None
+    partial_step: PartialStep = "skipped"
     clip_sample: bool = False
 
     @property

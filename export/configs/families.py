@@ -33,6 +33,8 @@ class FamilyRow:
     normalises: whether its pipelines read the mean and the deviation of latents in a VAE's config
     shifts: whether they read the shift there
     corrections, inpainting_corrections: what its pipelines make of a scheduler's config, whatever that says
+    flows: whether its pipelines are for flows: they tell a scheduler how far the size of a picture shifts its steps,
+        and take the step whole that a strength ends in
     sample_sizes: how many latents a side it draws by what its UNet predicts, where it was published with several kinds
     padding: the word that fills up a short text, by tokenizer
     separate: what its text encoders are called where they come in files of their own, which single files may lack
@@ -52,6 +54,7 @@ class FamilyRow:
     shifts: bool = False
     corrections: Mapping[str, Any] = field(default_factory=dict)
     inpainting_corrections: Mapping[str, Any] = field(default_factory=dict)
+    flows: bool = False
     sample_sizes: Mapping[Prediction, int] = field(default_factory=dict)
 
     @property
@@ -108,6 +111,7 @@ FAMILIES: Mapping[Family, FamilyRow] = {
         rows={"text_encoder": "projected_text_encoder"},
         separate={"text_encoder": "CLIP L (clip_l.safetensors)", "text_encoder_2": "CLIP G (clip_g.safetensors)"},
         shifts=True,
+        flows=True,
     ),
 }
 # The text encoders that a checkpoint and an export may be without.

@@ -74,14 +74,12 @@ SIGMAS: Values = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "
 _FLOW: Values = {"use_flow_sigmas": False, "flow_shift": 1.0}
 _SHIFTING: Values = {"use_dynamic_shifting": False, "time_shift_type": "exponential"}
 _MATCHING: Values = {"num_train_timesteps": 1000, "shift": 1.0}
+SIZED: Values = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 _MATCHED: Values = {
     **_MATCHING,
     **_SHIFTING,
     **SIGMAS,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
+    **SIZED,
     "invert_sigmas": False,
     "shift_terminal": None,
 }
@@ -116,7 +114,9 @@ KEYS: Mapping[str, Reading] = {  # unless a class means another thing by it
     **dict.fromkeys((*TRAINED, *_SPACED, "set_alpha_to_one", "rescale_betas_zero_snr", "clip_sample"), idle),
     **dict.fromkeys(("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"), idle),
     **dict.fromkeys(("time_shift_type", "sigma_data", "upscale_mode"), idle),
-    **dict.fromkeys(("shift", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), idle),
+    **dict.fromkeys(
+        ("shift", "shift_terminal", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"), idle
+    ),
     "thresholding": _choice(_OFF, NONLINEAR),
     "use_karras_sigmas": _flag("spacing", "karras"),
     "use_exponential_sigmas": _flag("spacing", "exponential"),
@@ -128,7 +128,6 @@ KEYS: Mapping[str, Reading] = {  # unless a class means another thing by it
     "stochastic_sampling": _flag("name", "flow_lcm"),
     "scale_factors": _choice({None: {}}, PYRAMID),
     "use_dynamic_shifting": _choice(_OFF, DYNAMIC),
-    "shift_terminal": _choice({None: {}}, DYNAMIC),
     "solver_order": _ORDERS,
     "solver_type": _choice({"midpoint": {}, "heun": {"solver_type": "heun"}, "logrho": {}, "bh1": {}, "bh2": {}}),
     "lower_order_final": _truth("lower_order_final"),
@@ -167,8 +166,7 @@ _DEVIATIONS = _choice(
     },
     LEARNED,
 )
-_UNMOVED: Mapping[str, Reading] = {"use_dynamic_shifting": idle}  # these move only where a pipeline says how far
-_SHIFTED: Mapping[str, Reading] = {"use_dynamic_shifting": idle, "shift_terminal": idle}  # see FlowShift
+SHIFTED: Mapping[str, Reading] = {"use_dynamic_shifting": idle}  # these move as a pipeline says: see FlowShift
 _OF_FLOW: Values = {"prediction_type": "flow_prediction"}
 _EDM_KEYS: Mapping[str, Reading] = {"sigma_min": idle, "sigma_max": idle}  # facts of the training, see EdmRange
 
@@ -264,7 +262,7 @@ SCHEDULERS: Mapping[str, Scheduler] = {
             "use_lu_lambdas": False,
             "rescale_betas_zero_snr": False,
         },
-        keys={**_algorithm({**_SDE, "dpmsolver": "dpm_2m", "sde-dpmsolver": "dpm_2m_sde"}), **_UNMOVED},
+        keys={**_algorithm({**_SDE, "dpmsolver": "dpm_2m", "sde-dpmsolver": "dpm_2m_sde"}), **SHIFTED},
     ),
     "DPMSolverSinglestepScheduler": Scheduler(
         sampler="dpmpp_2s",
@@ -278,7 +276,7 @@ SCHEDULERS: Mapping[str, Scheduler] = {
                     "sde-dpmsolver++": "dpmpp_2s_sde",
                 }
             ),
-            **_UNMOVED,
+            **SHIFTED,
         },
         plain={"lower_order_final": False},
     ),
@@ -288,7 +286,7 @@ SCHEDULERS: Mapping[str, Scheduler] = {
         keys={
             **_algorithm(dict.fromkeys(("deis", "dpmsolver", "dpmsolver++"), "deis")),
             "solver_type": _choice({key: {} for key in ("logrho", "midpoint", "heun", "bh1", "bh2")}),
-            **_UNMOVED,
+            **SHIFTED,
         },
     ),
     "UniPCMultistepScheduler": Scheduler(
@@ -332,13 +330,13 @@ SCHEDULERS: Mapping[str, Scheduler] = {
         keys=_algorithm({"data_prediction": "sa_solver"}),
     ),
     "FlowMatchEulerDiscreteScheduler": Scheduler(
-        sampler="euler", defaults={**_MATCHED, "stochastic_sampling": False}, keys=_SHIFTED, facts=_OF_FLOW
+        sampler="euler", defaults={**_MATCHED, "stochastic_sampling": False}, keys=SHIFTED, facts=_OF_FLOW
     ),
     "FlowMatchHeunDiscreteScheduler": Scheduler(sampler="heun", defaults=_MATCHING, facts=_OF_FLOW),
     "FlowMatchLCMScheduler": Scheduler(
         sampler="flow_lcm",
         defaults={**_MATCHED, "scale_factors": None, "upscale_mode": "bicubic"},
-        keys=_SHIFTED,
+        keys=SHIFTED,
         facts=_OF_FLOW,
     ),
     "LCMScheduler": Scheduler(sampler="lcm", defaults=_CONSISTENCY),

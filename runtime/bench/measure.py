@@ -68,7 +68,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     def variants(self, bundle: Bundle) -> tuple[Settings, ...]:
         """Return every combination, resolved. Raises RequestError on an unknown sampler or a number of steps."""
-        schedule = bundle.manifest.schedule
+        schedule, latents = bundle.manifest.schedule, bundle.manifest.latents
         found = (
             Settings(
                 backend=choose(backend, bundle, device=self.device).backend,
@@ -77,7 +77,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
                 height=height,
                 batch=batch,
                 steps=steps,
-                sampler=make_plan(sampler, schedule, steps=steps).sampler,
+                sampler=make_plan(sampler, schedule, steps=steps, tokens=latents.tokens((width, height))).sampler,
                 guidance=guidance,
             )
             for backend, threads, (width, height), batch, sampler, steps, guidance in itertools.product(

@@ -114,7 +114,7 @@ def resolve(request: Request, manifest: Manifest) -> Job:
             if getattr(request, name) != default:
                 raise RequestError(f"{name}: this checkpoint was not trained with picture sizes; omit it")
     _check_scores(request, manifest)
-    plan = _plan(request, manifest)
+    plan = _plan(request, manifest, size)
     ranges = _denoiser_ranges(plan, request, manifest)
     return Job(
         request=request,
@@ -235,7 +235,7 @@ def _strength(request: Request) -> float:
     return default if request.strength is None else _number("strength", request.strength)
 
 
-def _plan(request: Request, manifest: Manifest) -> SamplingPlan:
+def _plan(request: Request, manifest: Manifest, size: tuple[int, int]) -> SamplingPlan:
     free = request.timesteps is None and request.sigmas is None
     return make_plan(
         request.sampler,
@@ -243,6 +243,8 @@ def _plan(request: Request, manifest: Manifest) -> SamplingPlan:
         steps=20 if request.steps is None and free else request.steps,
         spacing=request.spacing,
         eta=request.eta,
+        shift=None if request.shift is None else _number("shift", request.shift),
+        tokens=manifest.latents.tokens(size),
         strength=_strength(request),
         stop=request.stop,
         timesteps=request.timesteps,

@@ -94,7 +94,9 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True):
 CONVENTIONS = frozenset(Convention.__struct_fields__)
 _KDPM = Convention(level=ve_level, extra=False, whole=False, rounds_karras=True, flow=matched)
 _DPM = Convention(truncates_cosine=True, flow=even, most=1 - ALMOST)
-_DPM_NOISE = Convention(truncates_cosine=True, end="lowest")  # noise prediction is undefined at zero noise
+_DPM_NOISE = Convention(
+    truncates_cosine=True, end="lowest", flow=even, most=1 - ALMOST
+)  # noise prediction is undefined at zero noise
 _SINGLE = Convention(fixed_spacing="linspace", flow=even, most=1 - ALMOST)
 _SINGLE_NOISE = Convention(fixed_spacing="linspace", end="lowest")
 _UNIPC = Convention(flow=full, most=1 - ALMOST)
@@ -244,11 +246,22 @@ SAMPLERS: Mapping[str, Sampler] = {
         convention=_SINGLE_NOISE,
         equations=partial(singlestep, kind="dpm", order=2),
     ),
-    "dpm_2m": Sampler(title="DPM-Solver 2M", convention=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=2)),
+    "dpm_2m": Sampler(
+        title="DPM-Solver 2M",
+        convention=_DPM_NOISE,
+        predictions=ANY,
+        equations=partial(multistep, kind="dpm", order=2),
+    ),
+    # of a flow, what extrapolates the noise from noise alone, where a step has no picture yet, runs away
     "dpm_2m_sde": Sampler(
         title="DPM-Solver 2M SDE", convention=_DPM_NOISE, equations=partial(multistep, kind="sde-dpm", order=2)
     ),
-    "dpm_3m": Sampler(title="DPM-Solver 3M", convention=_DPM_NOISE, equations=partial(multistep, kind="dpm", order=3)),
+    "dpm_3m": Sampler(
+        title="DPM-Solver 3M",
+        convention=_DPM_NOISE,
+        predictions=ANY,
+        equations=partial(multistep, kind="dpm", order=3),
+    ),
     "unipc": Sampler(
         title="UniPC",
         convention=_UNIPC,

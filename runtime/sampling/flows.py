@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -47,13 +48,18 @@ def shift_for(schedule: TrainingSchedule, tokens: int | None) -> float:
 
 
 def discretize_flow(schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention) -> Discretization:
-    """Return the steps of a flow: its sampler's own sigmas, shifted as in arXiv:2403.03206, eq. 23, or those given."""
-    total = schedule.num_train_timesteps
-    sigmas = _given(requested, total)
-    if sigmas is None:
-        sigmas = np.append(_spaced(schedule, requested, convention), 0.0)
-        if convention.end != "zero":
-            sigmas[-1] = sigmas[-2]
+    """Return the steps of a flow: its sampler's own sigmas, shifted as in arXiv:2403.03206, eq. 23, or those given.
+
+    What is given, sigmas or timesteps, is shifted only if the request says how far.
+    """
+    total, shift = schedule.num_train_timesteps, requested.shift or 1.0
+    if requested.sigmas is not None:
+        sigmas = shifted(_shares(requested.sigmas), shift)
+    else:
+        given = None if requested.timesteps is None else np.array(requested.timesteps, dtype=np.float64) / total
+        starts = _spaced(schedule, requested, convention) if given is None else shifted(given, shift)
+        lowest = shifted(np.array(1 / total), shift).item()
+        sigmas = np.append(starts, {"zero": 0.0, "lowest": lowest, "repeat": starts[-1]}[convention.end])
     sigmas[0] = min(sigmas[0], convention.most)
     timesteps = np.trunc(sigmas[:-1] * total) if convention.whole else sigmas[:-1].astype(np.float32) * total
     levels = [flow_level(float(sigma)) for sigma in sigmas.astype(np.float32)]
@@ -62,23 +68,17 @@ def discretize_flow(schedule: TrainingSchedule, requested: RequestedSteps, conve
     return msgspec.structs.replace(grid, flow=True, level=flow_level, timestep_at=lambda sigma: sigma * total)
 
 
-def _given(requested: RequestedSteps, total: int) -> Array | None:
-    """Return the sigmas that a request gives, or those of its timesteps; they are shifted only if it says how far."""
-    if requested.sigmas is not None:
-        sigmas = np.array(requested.sigmas, dtype=np.float64)
-    elif requested.timesteps is not None:
-        sigmas = np.append(np.array(requested.timesteps, dtype=np.float64) / total, 0.0)
-    else:
-        return None
+def _shares(given: Sequence[float]) -> Array:
+    sigmas = np.array(given, dtype=np.float64)
     if sigmas.max() > 1:
         raise RequestError(f"sigmas: found {sigmas.max():g}, expected at most 1: those of a flow are shares of noise")
-    return shifted(sigmas, 1.0 if requested.shift is None else requested.shift)
+    return sigmas
 
 
 def _spaced(schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention) -> Array:
     """Return the sigmas of a number of steps, the one at the end left out: (steps,), float64."""
     flow, total = schedule.flow or UNSHIFTED, schedule.num_train_timesteps
-    shift = 1.0 if requested.shift is None else requested.shift
+    shift = requested.shift or 1.0
     assert convention.flow is not None  # `make` asks only samplers that have one
     sigmas = shifted(convention.flow(requested.steps, total, 1.0 if flow.dynamic else shift), shift)
     if flow.terminal is not None:

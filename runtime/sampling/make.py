@@ -62,7 +62,9 @@ def make_plan(
     try:
         with np.errstate(divide="ignore", invalid="ignore"):  # compile_plan refuses what is not finite
             grid = _part(
-                line.discretize(schedule, requested, line.convention), requested.steps, strength=strength, stop=stop
+                line.discretize(schedule, requested, line.convention),
+                _first(schedule, requested.steps, strength),
+                stop=stop,
             )
             stages = list(line.equations(grid, prediction, **options))
     except RequestError:
@@ -197,12 +199,17 @@ def _check_falling(name: str, values: Sequence[float], *, low: float, high: floa
         raise RequestError(f"{name}: expected finite numbers that decrease, from {high:g} at most to {low:g} at least")
 
 
-def _part(grid: Discretization, steps: int, *, strength: float, stop: float) -> Discretization:
-    begin = len(grid.intervals) - min(int(steps * strength), len(grid.intervals))
+def _first(schedule: TrainingSchedule, steps: int, strength: float) -> int:
+    """Return the first step to take of an image of which a share is to change."""
+    share = min(steps * strength, steps)
+    return int(steps - share) if schedule.partial_step == "taken" else steps - int(share)
+
+
+def _part(grid: Discretization, begin: int, *, stop: float) -> Discretization:
     end = round(stop * len(grid.intervals))
     if begin >= end:
         raise RequestError(
-            f"strength: {strength:g} and a `stop` of {stop:g} leave none of {steps} steps to take; "
+            f"strength: together with a `stop` of {stop:g} it leaves none of {len(grid.intervals)} steps to take; "
             "raise one of the three"
         )
     return grid.part(begin, end)

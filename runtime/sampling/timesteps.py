@@ -109,6 +109,12 @@ class Discretization(msgspec.Struct, frozen=True, kw_only=True):
         ahead = len(self.intervals) - k if len(self.intervals) < few else highest
         return min(highest, known, ahead)
 
+    def timestep_after(self, k: int) -> float:
+        """Return what the model gets at the end of interval k, for samplers that count in sigma."""
+        if k + 1 < len(self.intervals):
+            return self.intervals[k + 1].timestep
+        return self.timestep_at(self.intervals[k].there.sigma)
+
     def seen(self, x: Array, here: Level) -> Array:
         """Return latents of samplers that count in sigma as the model takes them."""
         return x if self.flow else x / here.size

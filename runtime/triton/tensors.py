@@ -61,6 +61,7 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "sampler": TEXT,
     "spacing": TEXT,
     "eta": NUMBER,
+    "shift": NUMBER,
     "stop": NUMBER,
     "timesteps": NUMBERS,
     "sigmas": NUMBERS,

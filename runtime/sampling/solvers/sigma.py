@@ -88,7 +88,7 @@ def heun(grid: Discretization, prediction: str) -> Iterator[Stage]:
             continue
         x, saved, first, m, _ = basis(3)
         mean = (first + slope(x, m, there, prediction)) / 2
-        yield Stage(grid.intervals[k + 1].timestep, there, grid.seen(x, there), (saved + width * mean, saved, first))
+        yield Stage(grid.timestep_after(k), there, grid.seen(x, there), (saved + width * mean, saved, first))
 
 
 def kdpm2(grid: Discretization, prediction: str) -> Iterator[Stage]:

@@ -117,11 +117,12 @@ def _sampler(body: Drawing, model: Model) -> dict[str, Any]:
 
 def _eta(eta: float | None, sampler: str | None, model: Model) -> float | None:
     """Return the share of fresh noise, where the sampler has a choice; None where it has not, and eta is its share."""
-    schedule = model.pipe.manifest.schedule
+    manifest, schedule = model.pipe.manifest, model.pipe.manifest.schedule
     chosen = choose_sampler(sampler, schedule).name
     if eta is None or SAMPLERS[chosen].eta is not None:
         return eta
-    if eta == 1 or not make_plan(sampler, schedule, steps=4).uses_noise.any():
+    tokens = manifest.latents.tokens(manifest.default_size)
+    if eta == 1 or not make_plan(sampler, schedule, steps=4, tokens=tokens).uses_noise.any():
         return None
     raise WebError(f"eta: {chosen} has no choice of how much noise it adds; omit it", param="eta")
 

@@ -88,6 +88,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sampler: Name | None = None
     spacing: Name | None = None
     eta: Share | None = None
+    shift: Annotated[float, Meta(gt=0, le=1000)] | None = None
     stop: Share | None = None
     timesteps: tuple[Annotated[float, Meta(ge=0, le=1e6)], ...] | None = None
     sigmas: tuple[Annotated[float, Meta(ge=0, le=1e6)], ...] | None = None
