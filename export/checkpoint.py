@@ -17,6 +17,7 @@ from latentrt.export.additions.ip_adapters import add_ip_adapters, image_dimensi
 from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.motion import add_motion, frame_range
 from latentrt.export.additions.replace import replace_unet, replace_vae
+from latentrt.export.additions.skip_layers import add_skip_layers
 from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
 from latentrt.export.additions.text_encoders import find_text_encoders, put_text_encoders, with_their_tokenizers
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
@@ -87,6 +88,7 @@ class Checkpoint:
     controls: Mapping[str, ControlNetwork]
     rows: Mapping[str, str]
     frames: FrameRange | None
+    skip_layers: tuple[int, ...]
     schedule: TrainingSchedule
     latents: LatentSpec
     default_size: tuple[int, int]
@@ -144,7 +146,7 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.unet:
         parts = replace_unet(parts, options.unet, allow_pickle=options.allow_pickle, prediction=options.prediction_type)
-    parts = add_motion(parts, options)
+    parts = add_skip_layers(add_motion(parts, options), options.skip_layers)
     if options.loras:
         parts = add_loras(parts, options.loras)
     if options.controlnets:
@@ -200,6 +202,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         rows={**FAMILIES[family].rows, **parts.rows},
         frames=frame_range(parts.configs),
         image_adapters=parts.image_adapters,
+        skip_layers=parts.skip_layers,
         schedule=schedule,
         latents=latents,
         default_size=_default_size(denoiser, family, schedule.prediction_type, factor=latents.factor),
@@ -337,6 +340,7 @@ def _dimensions(parts: Parts, latents: LatentSpec) -> dict[str, int]:
         "context": next(iter(held.values()))["max_position_embeddings"],
         "vocabulary": min(text["vocab_size"] for text in held.values()),
         "factor": latents.factor,
+        "skip_layers": len(parts.skip_layers),
     }
 
 

@@ -16,7 +16,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.manifest import MANIFEST
 from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.cli import show_bundle, show_for_polygraphy, show_rooflines
-from latentrt.engines.cli_types import Size
+from latentrt.engines.cli_types import Many, Size
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.find import choose_to_build
 from latentrt.engines.graphs.roofline import CEILINGS
@@ -27,6 +27,15 @@ from latentrt.export.inspection import Inspection, inspect_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
 
 MIB = 1 << 20
+
+
+class Blocks(click.ParamType[tuple[int, ...]]):
+    """Blocks of a network by number: `7,8,9`, or `none`."""
+
+    name = "7,8,9"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        return () if value == "none" else Many(click.INT, self.name).convert(value, param, ctx)
 
 
 @click.command()
@@ -44,6 +53,12 @@ MIB = 1 << 20
 @click.option("--refiner", default=None, metavar="CHECKPOINT", help="Add the SDXL refiner.")
 @click.option(
     "--text-encoder", "text_encoders", multiple=True, metavar="PATH", help="One that a file of SD 3 lacks; repeatable."
+)
+@click.option(
+    "--skip-layers",
+    type=Blocks(),
+    default=None,
+    help="Blocks that pictures can be guided away from (SD 3), or none. Default: the published ones.",
 )
 @click.option("--t5/--no-t5", default=True, help="Export T5 too, where a checkpoint holds it (SD 3).")
 @click.option("--tokenizer", default=None, metavar="DIR", help="The CLIP tokenizer, which a single file lacks.")

@@ -256,6 +256,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         shared=shared,
         texts=checkpoint.texts.get(component, ()),
         image_adapters=checkpoint.image_adapters if component == checkpoint.denoiser else (),
+        skip_layers=checkpoint.skip_layers,
     )
 
 
@@ -311,6 +312,7 @@ def _denoiser(checkpoint: Checkpoint) -> DenoiserSpec:
         zero_negative=checkpoint.zero_negative,
         sizes=SIZES.get(checkpoint.dimensions["size_numbers"], ()),
         frames=checkpoint.frames,
+        skip_layers=checkpoint.skip_layers,
         text_width=checkpoint.dimensions["attention_width"] if any(text.tokens for text in texts) else None,
         image_prompts=tuple(adapter.spec for adapter in adapters),
         image_layers=tuple(attention_layers(checkpoint.configs[checkpoint.denoiser])) if adapters else (),

@@ -60,6 +60,7 @@ class CheckpointOptions:
     motion_adapter: AnimateDiff's modules, which are put into the UNet: a directory or a file
     refiner: a checkpoint whose UNet can take over the last part of a picture; it reads the text as this one does
     text_encoders: where a single file of SD 3 lacks them: files with one text encoder or several, or directories
+    skip_layers: the blocks of a transformer that a picture can be guided away from; none where it is empty
     t5: whether to export the text encoder that a checkpoint can do without, SD 3's T5
     loras: LoRAs to merge into the weights; their order does not matter
     controlnets, adapters: ControlNets and T2I-Adapters that requests may use; their order does not matter
@@ -78,6 +79,7 @@ class CheckpointOptions:
     motion_adapter: str | None = None
     refiner: str | None = None
     text_encoders: tuple[str, ...] = ()
+    skip_layers: tuple[int, ...] | None = None
     t5: bool = True
     loras: tuple[LoraOption, ...] = ()
     controlnets: tuple[ControlNetOption, ...] = ()

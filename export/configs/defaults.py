@@ -44,6 +44,10 @@ NUMBER: tuple[Fits, str] = _is_number, "a number other than 0"
 ANY_NUMBER: tuple[Fits, str] = (lambda value: value == 0 or _is_number(value)), "a number"
 TEXT: tuple[Fits, str] = (lambda value: isinstance(value, str)), "a text"
 COUNTS: tuple[Fits, str] = _is_list_of(_is_count), "a list of whole numbers above 0"
+IDS: tuple[Fits, str] = (
+    (lambda value: value in ([], ()) or _is_list_of(_is_id)(value)),
+    "a list of whole numbers from 0",
+)
 TEXTS: tuple[Fits, str] = _is_list_of(lambda value: isinstance(value, str)), "a list of texts"
 PER_LEVEL: tuple[Fits, str] = (lambda value: _is_count(value) or COUNTS[0](value)), f"{COUNT[1]}, or a list of them"
 SIZE: tuple[Fits, str] = (lambda value: _is_count(value) or _is_pair(value)), f"{COUNT[1]}, or [height, width]"
@@ -102,6 +106,7 @@ _TRANSFORMER = {
     "pooled_projection_dim": Key(2048, COUNT),
     "out_channels": Key(16, COUNT, (None,)),
     "pos_embed_max_size": Key(96, COUNT),
+    "dual_attention_layers": Key((), IDS),
 }
 # Every key of a config that is read here. What else a config says is for the libraries alone.
 KEYS: Mapping[Part, Mapping[str, Key]] = {

@@ -13,6 +13,8 @@ Config = Mapping[str, Any]
 Texts = Mapping[str, Config]
 """The configs of a checkpoint's CLIP text encoders, in the order in which they join."""
 
+MEDIUM = (7, 8, 9)  # blocks of Stable Diffusion 3.5 medium, see `_skipped`
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
@@ -22,6 +24,7 @@ class Kind:
     objections: what keeps it from reading what these text encoders give, T5 the last, a sentence each
     dimensions: the sizes that the tables of shapes refer to by name
     patch: what a side of latents is a multiple of; largest: the longest side, None for any
+    blocks: how many it has that a model row may skip; skipped: those that its publisher recommends to skip
     """
 
     label: str
@@ -29,6 +32,8 @@ class Kind:
     dimensions: Callable[[Config, Texts], dict[str, int]]
     patch: Callable[[Config], int] = lambda _: 1
     largest: Callable[[Config], int | None] = lambda _: None
+    blocks: Callable[[Config], int] = lambda _: 0
+    skipped: Callable[[Config], tuple[int, ...]] = lambda _: ()
 
 
 def _unet_objections(unet: Config, texts: Texts, _: Config | None) -> list[str]:
@@ -101,6 +106,14 @@ def _largest(transformer: Config) -> int | None:
     return int(transformer["pos_embed_max_size"]) * int(transformer["patch_size"])
 
 
+def _skipped(transformer: Config) -> tuple[int, ...]:
+    """Return the blocks that Stability AI recommends to skip for Stable Diffusion 3.5 medium, as diffusers'
+    StableDiffusion3Pipeline says; it is the only one with dual attention in some blocks (SD3Transformer2DModel).
+    """
+    medium = transformer["dual_attention_layers"] and int(transformer["num_layers"]) > max(MEDIUM)
+    return MEDIUM if medium else ()
+
+
 def _width(texts: Texts) -> int:
     return sum(text["hidden_size"] for text in texts.values())
 
@@ -113,5 +126,7 @@ KINDS: Mapping[str, Kind] = {
         dimensions=_transformer_dimensions,
         patch=lambda transformer: int(transformer["patch_size"]),
         largest=_largest,
+        blocks=lambda transformer: int(transformer["num_layers"]),
+        skipped=_skipped,
     ),
 }

@@ -82,6 +82,8 @@ def _draw(
         return np.broadcast_to(np.resize(SIZES, shape[1]).astype(np.float32), shape)
     if tensor.values == "places":
         return np.arange(shape[0], dtype=np.float32)
+    if tensor.values == "switch":
+        return np.arange(shape[0]) % 2  # off in the first row, on in the second
     if tensor.values == "unit":
         return generator.uniform(0.0, 1.0, shape)
     if tensor.values == "pixels":

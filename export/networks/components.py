@@ -20,11 +20,12 @@ from latentrt.engines.tensor_names import (
     IMAGE_TOKENS,
     NEXT,
     SCALE,
+    SKIP_LAYERS,
     level_axes,
     residual_names,
 )
 
-Values = Literal["tokens", "text", "timesteps", "normal", "latents", "pixels", "unit", "sizes", "places"]
+Values = Literal["tokens", "text", "timesteps", "normal", "latents", "pixels", "unit", "sizes", "places", "switch"]
 """What golden inputs of a tensor look like; see golden.py."""
 
 Case = Literal["traced", "checked", "odd"]
@@ -36,6 +37,7 @@ class Tensor:
     """One row: dtype None means the bundle's precision. A string with braces is an expression of other axes.
 
     extra: an output that other exporters do not give, and without which the bundle does less
+    where: a dimension, without which a checkpoint's network has no such tensor
     """
 
     name: str
@@ -43,6 +45,7 @@ class Tensor:
     dtype: DType | None = None
     values: Values = "normal"
     extra: bool = False
+    where: str | None = None
 
     def spec(self, dimensions: Mapping[str, int], precision: Precision) -> TensorSpec:
         """Return the tensor as it is in one checkpoint's graph."""
@@ -51,6 +54,10 @@ class Tensor:
             dtype=self.dtype or REAL[precision],
             shape=tuple(_axis(axis, dimensions) for axis in self.shape),
         )
+
+    def there(self, dimensions: Mapping[str, int]) -> bool:
+        """Tell whether one checkpoint's network has it: not where an axis of it is 0."""
+        return 0 not in self.spec(dimensions, "fp32").shape and bool(self.where is None or dimensions.get(self.where))
 
 
 def _axis(axis: int | str, dimensions: Mapping[str, int]) -> int | str:
@@ -91,14 +98,14 @@ class Component:
         controlled = residuals(dimensions) if self.controlled != "no" else ()
         adapted = features(dimensions) if self.adapted == "takes" else ()
         every = (*self.inputs, *controlled, *adapted)
-        return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
+        return tuple(tensor for tensor in every if tensor.there(dimensions))
 
     def gives(self, dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
         """Return every output that is not empty in a checkpoint."""
         added = residuals(dimensions) if self.controlled == "gives" else ()
         adapted = features(dimensions) if self.adapted == "gives" else ()
         every = (*self.outputs, *(replace(tensor, name=NEXT + tensor.name) for tensor in added), *adapted)
-        return tuple(tensor for tensor in every if 0 not in tensor.spec(dimensions, "fp32").shape)
+        return tuple(tensor for tensor in every if tensor.there(dimensions))
 
     def sizes(self, which: Case, dimensions: Mapping[str, int]) -> dict[str, int]:
         """Return the sizes of the dynamic axes in one of the cases."""
@@ -297,6 +304,7 @@ _LATER = (
             Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
             Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
             Tensor(name="pooled_projections", shape=("batch", "pooled_width")),
+            Tensor(name=SKIP_LAYERS, shape=("batch",), dtype="float32", values="switch", where="skip_layers"),
         ),
         outputs=(Tensor(name="out_sample", shape=LATENTS),),
         traced=STAGE_TRACED,

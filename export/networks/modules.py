@@ -293,6 +293,7 @@ def load(
     shift: float = 0.0,
     affine: Affine | None = None,
     image_adapters: Sequence[ImageAdapter] = (),
+    skip_layers: Sequence[int] = (),
     dtype: torch.dtype | None = torch.float32,
 ) -> nn.Module:
     """Load one network without gradients. Raises CheckpointError if the weights do not fit.
@@ -303,6 +304,7 @@ def load(
     scaling_factor, shift: of the checkpoint's latents
     affine: of half a VAE whose latents are normalised, see `normalising.py`
     image_adapters: whose images a denoiser attends to
+    skip_layers: of a transformer, the blocks that a model row may skip
     dtype: of the weights, None for the type that they are stored in: then they are mapped, and none is read
     """
     from diffusers import (
@@ -334,10 +336,14 @@ def load(
             partial(ProjectedTextEncoder, normed=normed),
             {"dtype": dtype, **named},
         ),
-        "transformer": (SD3Transformer2DModel, partial(wrap_transformer, takes=takes), {"torch_dtype": dtype}),
         "unet": (
             UNet2DConditionModel,
             partial(wrap_denoiser, takes=takes, image_adapters=image_adapters),
+            {"torch_dtype": dtype},
+        ),
+        "transformer": (
+            SD3Transformer2DModel,
+            partial(wrap_transformer, takes=takes, skip_layers=skip_layers),
             {"torch_dtype": dtype},
         ),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),

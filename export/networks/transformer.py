@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_names import SKIP_LAYERS, is_residual
 
 
@@ -74,6 +73,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.model, self.names, self.skip_layers = model, tuple(names), frozenset(skip_layers)
 
+    def extra_repr(self) -> str:
+        """Say what a graph depends on beside the network."""
+        return f"skip_layers={sorted(self.skip_layers)}"
+
     def forward(self, *tensors: Tensor) -> Tensor:
         given = dict(zip(self.names, tensors, strict=True))
         sample, model = given["sample"], self.model
@@ -94,7 +97,7 @@ class Transformer(nn.Module):
                 hidden = torch.where(skips, before[0], hidden)
                 text = torch.where(skips, before[1], text) if text is not None else None
             if residuals and not block.context_pre_only:
-                hidden = hidden + residuals[int(number / (len(blocks) / len(residuals)))]
+                hidden = hidden + residuals[int(number / (len(blocks) / len(residuals)))].flatten(1, 2)
         return hidden
 
     def _joined(self, patches: Tensor, sample: Tensor) -> Tensor:
@@ -105,21 +108,14 @@ class Transformer(nn.Module):
 
 
 def wrap_transformer(model: Any, takes: Sequence[str], *, skip_layers: Sequence[int] = ()) -> nn.Module:
-    """Wrap an SD3Transformer2DModel, which is changed. Raises CheckpointError if its graph could not be one of ours.
+    """Wrap an SD3Transformer2DModel, which is changed.
 
     takes: the names of its inputs: `sample` (rows, channels, height, width), `timestep` (1,) or (rows,),
         `encoder_hidden_states` (rows, tokens, joint width), `pooled_projections` (rows, pooled width); then, where
-        there are any, `skip_layers` (rows,), and residuals of ControlNets (rows, patches, width): block i takes that
-        numbered int(i / (blocks / residuals)), and a last block that ends the text takes none
+        there are any, `skip_layers` (rows,), and residuals of ControlNets (rows, height / patch, width / patch, width
+        of the network): block i takes that numbered int(i / (blocks / residuals)), and the last block, which ends the
+        text, takes none
     skip_layers: which blocks the input of that name switches off for a row where it is above 0
     """
-    blocks = len(model.transformer_blocks)
-    if model.pos_embed.pos_embed_max_size is None:
-        raise CheckpointError("the transformer's pos_embed_max_size is not set, and its positions fit one size only")
-    if len({*skip_layers}) != len(skip_layers) or not all(0 <= layer < blocks for layer in skip_layers):
-        raise CheckpointError(
-            f"--skip-layers: found {','.join(map(str, skip_layers))}, expected different blocks of the transformer, "
-            f"from 0 to {blocks - 1}"
-        )
     model.pos_embed = Patches(model.pos_embed)
     return Transformer(model, takes, skip_layers=skip_layers)

@@ -133,6 +133,7 @@ class Parts:
     controls: ControlNets and adapters, by component
     rows: of the table of components, where that is not called as the component
     image_adapters: IP-Adapters, in the order of their names
+    skip_layers: the blocks of its denoiser that a model row may skip
     """
 
     root: Path
@@ -148,6 +149,7 @@ class Parts:
     controls: Mapping[str, ControlNetwork] = field(default_factory=dict)
     rows: Mapping[str, str] = field(default_factory=dict)
     image_adapters: tuple[ImageAdapter, ...] = ()
+    skip_layers: tuple[int, ...] = ()
 
     @property
     def denoiser(self) -> str:

@@ -63,6 +63,7 @@ class ExportJob:
     affine: what normalised latents add to half a VAE
     texts: tokens of real prompts, for a text encoder that is shown those
     image_adapters: whose images the network attends to
+    skip_layers: the blocks of a transformer that a model row may skip
     """
 
     component: str
@@ -79,6 +80,7 @@ class ExportJob:
     affine: Affine | None = None
     texts: tuple[tuple[int, ...], ...] = ()
     image_adapters: tuple[ImageAdapter, ...] = ()
+    skip_layers: tuple[int, ...] = ()
     phase: Phase = "make"
 
     @property
@@ -264,6 +266,7 @@ def _loaded(job: ExportJob) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
         shift=job.shift,
         affine=job.affine,
         image_adapters=job.image_adapters,
+        skip_layers=job.skip_layers,
         dtype=None,
     )
     if job.weight_source is None:
