@@ -130,7 +130,7 @@ def test_an_export_can_leave_t5_out(whole: tuple[Path, Path]) -> None:
     assert any("text_encoder_3/" in name for name in kept.files)
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.99, 1.0])
 def test_an_image_is_changed_as_diffusers_does(
     plain: tuple[Path, Path], ours: Callable[..., Array], strength: float
 ) -> None:
@@ -148,7 +148,7 @@ def test_an_image_is_changed_as_diffusers_does(
     assert psnr(found, expected) >= LEAST
 
 
-@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("strength", [0.3, 0.6, 0.99, 1.0])
 def test_a_mask_is_repainted_as_diffusers_does(
     plain: tuple[Path, Path], ours: Callable[..., Array], strength: float
 ) -> None:
