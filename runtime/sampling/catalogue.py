@@ -16,7 +16,7 @@ from latentrt.engines.errors import RequestError
 from latentrt.runtime.sampling.flows import ALMOST, FLOW, even, full, matched
 from latentrt.runtime.sampling.plan import Stage
 from latentrt.runtime.sampling.schedule import ve_level
-from latentrt.runtime.sampling.sigmas import SIGMA, discretize_sigmas
+from latentrt.runtime.sampling.sigmas import discretize_sigmas
 from latentrt.runtime.sampling.solvers.dpm import multistep, singlestep
 from latentrt.runtime.sampling.solvers.multistep import deis, sa_solver, unipc
 from latentrt.runtime.sampling.solvers.sigma import (
@@ -92,6 +92,7 @@ class Sampler(msgspec.Struct, frozen=True, kw_only=True):
 
 
 CONVENTIONS = frozenset(Convention.__struct_fields__)
+SIGMA = Convention(level=ve_level, extra=False, whole=False, flow=matched)
 _KDPM = Convention(level=ve_level, extra=False, whole=False, rounds_karras=True, flow=matched)
 _DPM = Convention(truncates_cosine=True, flow=even, most=1 - ALMOST)
 _DPM_NOISE = Convention(

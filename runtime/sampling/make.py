@@ -10,7 +10,7 @@ import numpy as np
 from latentrt.engines.bundle.training import OwnSampler, Spacing, TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.runtime.sampling.catalogue import SAMPLERS, Name, Sampler, choose_sampler
-from latentrt.runtime.sampling.flows import is_flow, shift_for
+from latentrt.runtime.sampling.flows import discretize_flow, is_flow, shift_for
 from latentrt.runtime.sampling.plan import SamplingPlan, compile_plan
 from latentrt.runtime.sampling.schedule import CLEAN
 from latentrt.runtime.sampling.solvers.prediction import edm_units
@@ -59,10 +59,11 @@ def make_plan(
     requested = msgspec.structs.replace(requested, shift=_shift(schedule, requested, shift, tokens))
     options = {} if line.eta is None else {"eta": line.eta if eta is None else eta}
     prediction = "v_prediction" if schedule.edm else schedule.prediction_type
+    discretize = discretize_flow if is_flow(schedule) else line.discretize
     try:
         with np.errstate(divide="ignore", invalid="ignore"):  # compile_plan refuses what is not finite
             grid = _part(
-                line.discretize(schedule, requested, line.convention),
+                discretize(schedule, requested, line.convention),
                 _first(schedule, requested.steps, strength),
                 stop=stop,
             )

@@ -9,18 +9,13 @@ import numpy as np
 from latentrt.engines.bundle.training import EdmRange, TrainingSchedule
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.runtime.sampling.flows import discretize_flow, is_flow, matched
-from latentrt.runtime.sampling.schedule import Interval, Level, sigma_to_timestep, spaced, training_sigmas, ve_level
+from latentrt.runtime.sampling.schedule import Interval, Level, sigma_to_timestep, spaced, training_sigmas
 from latentrt.runtime.sampling.spacings import BY_FORMULA, SPACINGS, Ends
 from latentrt.runtime.sampling.timesteps import Convention, Discretization, RequestedSteps, make_discretization
-
-SIGMA = Convention(level=ve_level, extra=False, whole=False, flow=matched)
 
 
 def discretize_sigmas(schedule: TrainingSchedule, requested: RequestedSteps, convention: Convention) -> Discretization:
     """Return the steps of the samplers that count in sigma: all that came after DDIM and PNDM."""
-    if is_flow(schedule):
-        return discretize_flow(schedule, requested, convention)
     unit = _unit(schedule, convention)
     timesteps, sigmas = (
         _edm_timesteps_and_sigmas(schedule.edm, requested, convention)
