@@ -10,9 +10,9 @@ from typing import Literal
 import msgspec
 
 from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.bundle.windows import plan_windows
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
-from latentrt.engines.workspace.windows import plan_windows
 
 FIXED_TOKENS = "text_tokens"  # the axis of a text encoder's input whose rows are of one length, see components.py
 Recipe = Literal["nhwc", "plain"]

@@ -28,10 +28,11 @@ from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import OnStep, Stages
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
-from latentrt.runtime.result import Result, VideoResult
+from latentrt.runtime.result import Result
 from latentrt.runtime.text.encoders import read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding
 from latentrt.runtime.text.tokenizer import PromptTokenizer
+from latentrt.runtime.video.result import VideoResult
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

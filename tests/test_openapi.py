@@ -43,7 +43,7 @@ def test_bodies_are_described_with_all_their_fields() -> None:
     generation = document["components"]["schemas"]["Generation"]["properties"]
     assert set(generation) == {field.name for field in msgspec.structs.fields(Generation)}
     edit = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
-    files = {"image", "image[]", "mask", "controls[][image]"}
+    files = {"image", "image[]", "mask", "controls[][image]", "image_prompts[][image]"}
     assert set(edit["properties"]) == {field.name for field in msgspec.structs.fields(Edit)} | files
     assert set(edit["required"]) == {"prompt", "image"}
     assert set(Drawing.__struct_fields__) < set(edit["properties"])

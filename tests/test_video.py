@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 
 from latentrt import Batcher
 from latentrt.__main__ import cli
+from latentrt.engines.bundle.windows import plan_windows, repeated, shares_of
 from latentrt.engines.errors import CancelledError, DeadlineError, RequestError
 from latentrt.engines.spec import Array
-from latentrt.engines.workspace.windows import plan_windows, repeated, shares_of
 from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control, Lora, Request

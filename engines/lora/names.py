@@ -64,6 +64,7 @@ PREFIXES: tuple[tuple[str, Part], ...] = (
     ("text_encoders.clip_g.transformer.", "text_encoder_2"),
     ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
 )
+DENOISERS: tuple[Part, ...] = ("unet", "transformer")
 PEFT_PREFIX = "base_model.model."
 TEXT_MODEL = "text_model_"
 # diffusers' first way to save: processors of attention, and the same names for a text encoder's attention.
@@ -112,11 +113,15 @@ def split_key(key: str, *, where: str) -> Key:
         if found:
             part, module = _split_module(key[: found.start()], where=where)
             groups, module = found.groupdict(), _plain(module)
-            if part == "unet" and module.startswith(STARTS):  # trainers call any denoiser so
-                part = "transformer"
+            part = denoiser_of(module) if part in DENOISERS else part
             role, adapter = groups.get("role") or role, groups.get("adapter")
             return Key(part=part, module=module, parameter=parameter, role=role, adapter=adapter)
     raise CheckpointError(f"{where}: '{key}' is not a tensor of a LoRA; expected names that end with {EXPECTED}")
+
+
+def denoiser_of(module: str) -> Part:
+    """Return the kind of denoiser that has a module: trainers call any of them a UNet."""
+    return "transformer" if module.startswith(STARTS) else "unet"
 
 
 def _split_module(name: str, *, where: str) -> tuple[Part, str]:

@@ -27,10 +27,10 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 import numpy as np
 
+from latentrt.engines.bundle.windows import Windows
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import COND, HINT, SCALE, hint_of
-from latentrt.engines.workspace.windows import Windows
 
 if TYPE_CHECKING:
     import numpy.typing as npt

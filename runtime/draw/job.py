@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec, Manifest
+from latentrt.engines.bundle.windows import Windows
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
-from latentrt.engines.workspace.windows import Windows
 from latentrt.runtime.draw.animation import variation_seeds
 from latentrt.runtime.draw.controls import ResolvedControl, resolve_controls
 from latentrt.runtime.draw.loras import check_loras

@@ -17,8 +17,9 @@ from latentrt.runtime.draw.job import latent_shape
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import NOISES, NoiseSource
-from latentrt.runtime.result import Result, VideoResult
+from latentrt.runtime.result import Result
 from latentrt.runtime.video.request import VideoJob
+from latentrt.runtime.video.result import VideoResult
 
 FROM_IMAGES = 2  # draws that an image start takes before its sampler's: of the images' distribution, and the noise
 

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import FrameRange, Manifest
+from latentrt.engines.bundle.windows import Windows, plan_windows, repeated, shares_of
 from latentrt.engines.errors import RequestError
-from latentrt.engines.workspace.windows import Windows, plan_windows, repeated, shares_of
 from latentrt.runtime.draw.animation import Frame
 from latentrt.runtime.draw.job import Job, resolve, seeds_of
 from latentrt.runtime.request import Control, Options, Request
