@@ -46,25 +46,25 @@ OTHER_KINDS: tuple[tuple[str, str, str], ...] = (
     (r"\.lora_(B|up)(\..+)?\.bias$", "biases of a LoRA", "train it without lora_bias"),
     (r"^bundle_emb\.", "learned words", "save those in files of their own, and the LoRA in one without them"),
 )
-PREFIXES: tuple[tuple[str, Part], ...] = (
-    ("lora_unet_", "unet"),
+# None: trainers call any denoiser so.
+PREFIXES: tuple[tuple[str, Part | None], ...] = (
+    ("lora_unet_", None),
     ("lora_transformer_", "transformer"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
     ("lora_te3_", "text_encoder_3"),
     ("lora_te_", "text_encoder"),
-    ("lycoris_", "unet"),  # LyCORIS' own wrapper around one network
-    ("unet.", "unet"),
+    ("lycoris_", None),  # LyCORIS' own wrapper around one network
+    ("unet.", None),
     ("transformer.", "transformer"),
     ("text_encoder_3.", "text_encoder_3"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
-    ("diffusion_model.", "unet"),  # ComfyUI's own, with the original's names
+    ("diffusion_model.", None),  # ComfyUI's own, with the original's names
     ("text_encoders.clip_l.transformer.", "text_encoder"),
     ("text_encoders.clip_g.transformer.", "text_encoder_2"),
     ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
 )
-DENOISERS: tuple[Part, ...] = ("unet", "transformer")
 PEFT_PREFIX = "base_model.model."
 TEXT_MODEL = "text_model_"
 # diffusers' first way to save: processors of attention, and the same names for a text encoder's attention.
@@ -113,26 +113,27 @@ def split_key(key: str, *, where: str) -> Key:
         if found:
             part, module = _split_module(key[: found.start()], where=where)
             groups, module = found.groupdict(), _plain(module)
-            part = denoiser_of(module) if part in DENOISERS else part
+            part = part or denoiser_of(module)
             role, adapter = groups.get("role") or role, groups.get("adapter")
             return Key(part=part, module=module, parameter=parameter, role=role, adapter=adapter)
     raise CheckpointError(f"{where}: '{key}' is not a tensor of a LoRA; expected names that end with {EXPECTED}")
 
 
 def denoiser_of(module: str) -> Part:
-    """Return the kind of denoiser that has a module: trainers call any of them a UNet."""
+    """Return the kind of denoiser that has a module."""
     return "transformer" if module.startswith(STARTS) else "unet"
 
 
-def _split_module(name: str, *, where: str) -> tuple[Part, str]:
+def _split_module(name: str, *, where: str) -> tuple[Part | None, str]:
+    """Return the network that a key names, None for a denoiser of either kind, and the module in it."""
     inner = name.replace(PEFT_PREFIX, "", 1)
     for prefix, part in PREFIXES:
         if inner.startswith(prefix):
             return part, inner.removeprefix(prefix)
     if inner != name:
-        return ("text_encoder" if "encoder.layers." in inner else "unet"), inner
+        return ("text_encoder" if "encoder.layers." in inner else None), inner
     if name.startswith(("down_blocks.", "mid_block.", "up_blocks.")) or plain_module(name).startswith(STARTS):
-        return "unet", name
+        return None, name
     raise CheckpointError(
         f"{where}: '{name}' belongs to no known network; "
         f"expected names that begin with {', '.join(prefix for prefix, _ in PREFIXES)}"
