@@ -14,7 +14,7 @@ import pytest
 from latentrt.engines import build as building
 from latentrt.engines.backends import BACKENDS, Opened
 from latentrt.engines.build import build_engines
-from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
@@ -156,12 +156,12 @@ def test_two_threads_that_miss_an_engine_open_it_once(sd1_bundle: Path, monkeypa
     found, asked, real = list[Engine](), list[tuple[str, ...]](), opened._open_components
     second = threading.Thread(target=lambda: found.append(opened.engine("vae_encoder", shape)))
 
-    def open_components(directory: Path, record: EngineRecord, components: tuple[str, ...]) -> Opened:
+    def open_components(directory: Path, record: EngineRecord, components: tuple[str, ...], *, check: Check) -> Opened:
         asked.append(components)
         if len(asked) == 1:
             second.start()
             second.join(0.5)  # one that does not wait for this one has opened it by then, or soon after
-        return real(directory, record, components)
+        return real(directory, record, components, check=check)
 
     monkeypatch.setattr(opened, "_open_components", open_components)
     found.append(opened.engine("vae_encoder", shape))
