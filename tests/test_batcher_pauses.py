@@ -6,6 +6,7 @@ Stages are said to take ten seconds each, so that who is more urgent depends on 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -148,7 +149,8 @@ def test_a_picture_that_is_paused_ends_at_its_deadline(pipe: Pipeline) -> None:
         hold = Long(batcher)
         (paused,) = batcher.submit(asked(1, steps=1000, deadline=5.0), on_step=hold)
         hold.wait()
-        (drawn,) = batcher.submit(asked(2, steps=1000), cancel=cancel)
+        # Slow enough to be drawn beyond that deadline, however quick the machine is.
+        (drawn,) = batcher.submit(asked(2, steps=1000), cancel=cancel, on_step=lambda *_: time.sleep(0.01))
         hold.go_on()
         assert isinstance(paused.exception(WAIT_S), DeadlineError)
         cancel.cancel()
