@@ -22,6 +22,7 @@ from latentrt.runtime.cli_options import (
     STARTS,
     Key,
     TextCommand,
+    load,
     options_of,
 )
 
@@ -54,12 +55,6 @@ def generate(
     bundle: str,
     prompt: str,
     output: Path,
-    backend: str,
-    device: int,
-    threads: int | None,
-    build: bool,
-    free_text_encoders: bool,
-    embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
 ) -> None:
@@ -68,8 +63,7 @@ def generate(
 
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
-    loading = {"device": device, "threads": threads, "build": build, "free_text_encoders": free_text_encoders}
-    with _load(bundle, backend, embeddings=embeddings, **loading) as pipe:
+    with load(bundle, request) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         with disk_errors(output):
@@ -102,12 +96,6 @@ def animate(
     loop: bool,
     batch: int,
     negative_prompt: str | None,
-    backend: str,
-    device: int,
-    threads: int | None,
-    build: bool,
-    free_text_encoders: bool,
-    embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
 ) -> None:
@@ -129,24 +117,14 @@ def animate(
             report("frames", done, frames)
             yield from result.pixels
 
-    loading = {"device": device, "threads": threads, "build": build, "free_text_encoders": free_text_encoders}
     with (
-        _load(bundle, backend, embeddings=embeddings, **loading) as pipe,
+        load(bundle, request) as pipe,
         terminal_report(quiet=as_json) as tell,
     ):
         save_movie(drawn(pipe, tell), output, fps=fps)
     summary = {"file": str(output), "frames": frames, "fps": fps, "backend": pipe.backend, "seconds": sum(seconds)}
     line = f"{output}: {frames} frames in {summary['seconds']:.1f} s ({pipe.backend})"
     click.echo(json.dumps(summary, indent=1) if as_json else line)
-
-
-def _load(bundle: str, backend: str, *, embeddings: tuple[Path, ...], **options: Any) -> Pipeline:
-    from latentrt.runtime.pipeline import Pipeline
-
-    pipe = Pipeline.load(bundle, backend, **options)
-    for embedding in embeddings:
-        pipe.add_embedding(embedding)
-    return pipe
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import click
 from latentrt.engines.cli_types import Many, on_gpu
 
 if TYPE_CHECKING:  # what draws is imported when something is drawn, so that --help stays instant
+    from latentrt.runtime.pipeline import Pipeline
     from latentrt.runtime.request import Control, ImagePrompt, KeyFrame, Lora
 
 # What may be chosen by name, as it is where it is chosen (tests/test_cli.py holds the two together).
@@ -217,3 +218,19 @@ LOADING = (
     click.option("--build", is_flag=True, help="Build the engines first if there are none for this machine."),
     click.option("--free-text-encoders", is_flag=True, help="Load them for new prompts alone: less memory, more time."),
 )
+LOADED = ("backend", "device", "threads", "build", "free_text_encoders")
+
+
+def load(bundle: str, given: dict[str, Any]) -> Pipeline:
+    """Load a bundle as the options of `LOADING` say, and take them out of what a command was given."""
+    from latentrt.runtime.pipeline import Pipeline
+
+    embeddings, options = given.pop("embeddings"), {name: given.pop(name) for name in LOADED}
+    pipe = Pipeline.load(bundle, **options)
+    try:
+        for embedding in embeddings:
+            pipe.add_embedding(embedding)
+    except Exception:
+        pipe.close()
+        raise
+    return pipe

@@ -30,11 +30,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     further: Mapping[str, Any]
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """What was drawn.
+class CallResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What a call gives back beside what it drew.
 
-    pixels: (n, height, width, 3), uint8, sRGB
-    settings: one for each picture, as are the seeds
+    settings: one for each picture or video, as are the seeds
     seconds: by stage: adapt, tokenize, encode, denoise, decode, total; adapt is what it took to change the weights from
         those of the call before, 0 where they were the same
     step_seconds: of each stage of the plan, as measured where the engines run
@@ -42,7 +41,6 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     warnings: a sentence for each picture that is of one colour all over
     """
 
-    pixels: Array
     seeds: tuple[int, ...]
     settings: tuple[Settings, ...]
     seconds: Mapping[str, float]
@@ -50,6 +48,12 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     backend: str
     reason: str
     warnings: tuple[str, ...] = ()
+
+
+class Result(CallResult, frozen=True, kw_only=True, eq=False):
+    """Pictures that were drawn. pixels: (n, height, width, 3), uint8, sRGB; the rest is as `CallResult` says."""
+
+    pixels: Array
 
     @property
     def images(self) -> list[Image]:

@@ -21,6 +21,7 @@ from latentrt.runtime.cli_options import (
     SAMPLING,
     STRENGTH,
     TextCommand,
+    load,
     options_of,
 )
 
@@ -64,12 +65,6 @@ def video(
     loop: bool,
     images: tuple[Path, ...],
     controls: tuple[Control, ...],
-    backend: str,
-    device: int,
-    threads: int | None,
-    build: bool,
-    free_text_encoders: bool,
-    embeddings: tuple[Path, ...],
     as_json: bool,
     **request: Any,
 ) -> None:
@@ -81,25 +76,16 @@ def video(
     import msgspec
 
     from latentrt.runtime.images.write_movie import check_movie
-    from latentrt.runtime.pipeline import Pipeline
 
     check_movie(output, fps=fps)
     request["controls"] = [msgspec.structs.replace(one, image=_frames((Path(str(one.image)),))) for one in controls]
     if images:
         request["image"] = _frames(images)
-    loading: dict[str, Any] = {
-        "device": device,
-        "threads": threads,
-        "build": build,
-        "free_text_encoders": free_text_encoders,
-    }
-    with Pipeline.load(bundle, backend, **loading) as pipe, terminal_report(quiet=as_json) as report:
+    with load(bundle, request) as pipe, terminal_report(quiet=as_json) as report:
 
         def on_step(step: Step) -> None:
             report("denoise", step.stage, step.stages)
 
-        for embedding in embeddings:
-            pipe.add_embedding(embedding)
         found = pipe.video(_by_frame(prompts), frames, on_step=on_step, **request)
     found.save(output, fps=fps, loop=loop)
     summary = {
