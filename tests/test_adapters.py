@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from tests.test_controlnets import hint, ours
 from tests.test_families import LEAST, theirs
 from tests.test_family_stages import engines_of_a_gpu
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Adapted = Callable[[str], Controlled]
 SIZE: dict[str, Any] = {"width": 40, "height": 32}
 ATTENDING, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -40,14 +42,6 @@ PIPELINES = {
     "sd1": diffusers.StableDiffusionAdapterPipeline,
     "sdxl": diffusers.StableDiffusionXLAdapterPipeline,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def reference(made: Controlled, family: str, *names: str) -> Any:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from latentrt.engines.errors import RequestError
@@ -21,6 +19,8 @@ from tests.refused import about
 from tests.test_families import LEAST, PROMPT, SEED, STEPS, psnr, theirs
 from tests.test_pipeline_images import left_half, photo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE: dict[str, Any] = {"width": 40, "height": 32}
 PIPELINES = {
     ("sd1", "text"): diffusers.StableDiffusionControlNetPipeline,
@@ -30,14 +30,6 @@ PIPELINES = {
     ("sdxl", "image"): diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
     ("sdxl", "mask"): diffusers.StableDiffusionXLControlNetInpaintPipeline,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def hint(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,11 @@ from tests.conftest import Make
 from tests.refused import about
 from tests.test_pipeline_images import left_half, photo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEAST = 50.0  # dB over the range of pixels: float32 sums in another order, amplified by random weights
 PROMPT, NEGATIVE = "a red circle on blue", "square"
 SEED, STEPS = 3, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks take longer to divide among threads than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def reference(kind: Any, checkpoint: Path, scheduler: Any, **config: Any) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import torch
 from transformers import CLIPTextModel
 
 from latentrt import Batcher, BatcherOptions, Control, ImagePrompt, Lora, Pipeline
@@ -41,6 +40,8 @@ from tests.test_families import LEAST, PROMPT, SEED, STEPS, psnr, theirs
 from tests.test_family_stages import engines_of_a_gpu
 from tests.test_pipeline_images import left_half, photo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Shown = Callable[[str], Controlled]
 SIZE: dict[str, Any] = {"width": 40, "height": 32}
 PIPELINES = {"sd1": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
@@ -50,14 +51,6 @@ STYLE: Mapping[str, dict[str, Any]] = {
     "sd1": {"up": {"block_1": [0.0, 0.8]}},
     "sdxl": {"up": {"block_0": [0.9, 0.0]}, "down": {"block_1": [0.4]}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,9 @@ from latentrt.runtime.request import Lora
 from tests.conftest import Make
 from tests.lora_files import WRITERS, Factors, every_layer, kohya, make_factors, peft, save, weight_shapes
 from tests.lora_mixture import every_kind
-from tests.test_families import LEAST, one_thread, psnr, reference, theirs
+from tests.test_families import LEAST, psnr, reference, theirs
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "a red circle on blue"
 CALL: Mapping[str, Any] = {"prompt": PROMPT, "steps": 3, "seed": 3, "sampler": "euler", "guidance": 4.0}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,17 +28,11 @@ from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_pipeline_images import left_half, photo
 from tests.test_tiny_decoder import save_tiny_vae
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KNOWN: dict[str, Any] = {"latents_mean": [-0.8, 0.3, 0.5, 1.2], "latents_std": [0.6, 2.5, 1.4, 0.9]}
 XL = diffusers.StableDiffusionXLPipeline
 WIDE: dict[str, Any] = {"width": 40, "height": 32}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def with_keys(config: Path, **keys: Any) -> None:

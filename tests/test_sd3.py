@@ -35,18 +35,12 @@ from tests.sd3 import TRANSFORMER, VAE, diffusers_sd3
 from tests.test_families import LEAST, psnr
 from tests.test_pipeline_images import left_half, photo
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT, SEED, STEPS = "a red circle on blue", 3, 5
 SIZE = (48, 32)
 FACTOR, SIDE = 4, 16  # pixels a latent, and the longest side of the tiny checkpoint's in patches
 LONG = "a red circle on blue and a square, " * 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["", "dual t5"])

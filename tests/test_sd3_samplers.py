@@ -24,7 +24,10 @@ from tests.test_pipeline_images import left_half, photo
 
 PROMPT, SEED, STEPS, GUIDANCE, SIZE = "a red circle on blue", 3, 8, 4.0, (48, 32)
 CALL = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
-pytestmark = pytest.mark.filterwarnings("ignore")  # of diffusers, about options that it means to drop
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]  # of diffusers, about options that it means to drop
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 MULTI, SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
@@ -60,14 +63,6 @@ OWN: Mapping[str, dict[str, Any]] = {  # that no name of a sampler says
     "stochastic": {"shift": 3.0, "stochastic_sampling": True},
     "another shift": {"shift": 6.0, "use_beta_sigmas": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,10 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 # is told the level of its middle. We put it back at the level that the model is told.
 OTHER_MIDDLE = {"kdpm2", "kdpm2_ancestral"}
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 
 
 def psnr(found: Array, expected: Array) -> float:
@@ -97,15 +100,6 @@ class Ours:
 
     def encode(self, pixels: Array) -> Array:
         return self.engines["vae_encoder"]({"sample": pixels})["latent_parameters"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks take longer to divide among threads than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
