@@ -144,25 +144,44 @@ def do_bench(facts: Mapping[str, Any], done: Keep) -> None:
 
 def do_pictures(facts: Mapping[str, Any], done: Keep) -> None:
     """Draw every kind of request, with recorded kernels and without, and compare with the CPU's engines."""
-    from gpu_pictures import compare, draw_all, unlike
+    from gpu_pictures import compare, draw_all, requests_of, unlike
 
     from latentrt.engines.build import build_engines
     from latentrt.engines.bundle.files import Bundle
 
-    root, folder = facts["root"], Path(facts["folder"])
+    root = facts["root"]
     build_engines(Bundle.open(root), "cpu")
-    expected = draw_all(root, "cpu", folder)
-    figures: dict[str, Any] = {"a LoRA changes": unlike(expected, "text", "a LoRA")}
+    requests = requests_of(facts["model"], Path(facts["folder"]))
+    expected = draw_all(root, "cpu", requests)
+    first, *others = requests
+    figures: dict[str, Any] = {f"differs from {first} by": {name: unlike(expected, first, name) for name in others}}
     wrong = []
     for name, graphs in (("launched", False), ("recorded", True)):
-        found = draw_all(root, facts["backend"], folder, cuda_graphs=graphs)
+        found = draw_all(root, facts["backend"], requests, cuda_graphs=graphs)
         figures[name] = compare(expected, found)
-        figures[f"{name}, text again differs by"] = unlike(found, "text", "text again")
-        figures[f"{name}, a LoRA changes"] = unlike(found, "text", "a LoRA")
+        figures[f"{name}, differs from {first} by"] = {each: unlike(found, first, each) for each in others}
         done(figures)
         wrong += [f"{name}, {what}: {row}" for what, row in figures[name].items() if not row["ok"]]
     if wrong:
         sys.stderr.write("\n".join(wrong) + "\n")
+        sys.exit(1)
+
+
+def do_batcher(facts: Mapping[str, Any], done: Keep) -> None:
+    """Measure what sharing stages gives, with few slots and with many."""
+    from gpu_batcher import share_stages
+
+    figures, rehearsal = list[Mapping[str, Any]](), facts["rehearsal"]
+    for slots in (2,) if rehearsal else (4, 8, 16):
+        pictures = 4 if rehearsal else 32
+        figures.append(
+            share_stages(
+                facts["root"], facts["backend"], MODELS[facts["model"]], slots=slots, pictures=pictures, rounds=2
+            )
+        )
+        done({"shared": figures})
+    if not all(each["pictures are"]["ok"] for each in figures):
+        sys.stderr.write("; ".join(str(each["pictures are"]) for each in figures) + "\n")
         sys.exit(1)
 
 
@@ -220,6 +239,7 @@ JOBS: dict[str, Callable[[Mapping[str, Any], Keep], None]] = {
     "verify": do_verify,
     "bench": do_bench,
     "pictures": do_pictures,
+    "batcher": do_batcher,
     "profile": do_profile,
     "kernels": do_kernels,
     "torch": do_torch,

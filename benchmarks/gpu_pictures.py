@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_kinds import KINDS, Draw, picture
 
 from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import DEMO
@@ -70,17 +71,27 @@ def write_lora(path: Path) -> Path:
     return path
 
 
-def draw_all(root: str, backend: str, folder: Path, *, cuda_graphs: bool | None = None) -> dict[str, Any]:
+def requests_of(bundle: str, folder: Path) -> Mapping[str, Draw]:
+    """Return what is drawn with a bundle of that name."""
+    if bundle in KINDS:
+        return KINDS[bundle].requests()
+    return {
+        name: picture(**{"prompt": PROMPTS[0], "size": (SIDE, SIDE), **COMMON, **asked})
+        for name, asked in requests(folder).items()
+    }
+
+
+def draw_all(
+    root: str, backend: str, requests: Mapping[str, Draw], *, cuda_graphs: bool | None = None
+) -> dict[str, Any]:
     """Draw every request. Returns the pictures of each, (n, height, width, 3), or what went wrong with it, as text."""
     drawn: dict[str, Any] = {}
     with Pipeline.load(root, backend, cuda_graphs=cuda_graphs, check="size") as pipe:
-        for name, asked in requests(folder).items():
+        for name, draw in requests.items():
             try:
-                result = pipe(**{"prompt": PROMPTS[0], **COMMON, **asked})
+                drawn[name] = draw(pipe)
             except Exception as error:  # every other request is drawn all the same
                 drawn[name] = f"{type(error).__name__}: {error}"
-            else:
-                drawn[name] = np.stack([np.asarray(image) for image in result.images])
     return drawn
 
 
@@ -99,6 +110,6 @@ def _compare(expected: Any, found: Any) -> dict[str, Any]:
 
 
 def unlike(drawn: Mapping[str, Any], first: str, second: str) -> float | None:
-    """Return the mean difference of two requests' pictures; None where one was not drawn."""
-    pair = drawn[first], drawn[second]
-    return None if any(isinstance(each, str) for each in pair) else float(_compare(*pair)["mean"])
+    """Return the mean difference of two requests' pictures; None where one was not drawn or is of another size."""
+    found: float | None = _compare(drawn[first], drawn[second]).get("mean")
+    return found

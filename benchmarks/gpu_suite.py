@@ -32,7 +32,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_models import MODELS, TINY, WAYS, Model
+from gpu_kinds import KINDS
+from gpu_models import MODELS, TINY, WAYS, Model, Way
 from gpu_table import format_insides, format_table, measured_tflops
 from parts import Outcomes, Part, keep, run_parts
 
@@ -50,6 +51,7 @@ JOBS = Path(__file__).with_name("gpu_parts.py")
 CONTRACT = Path(__file__).parent.parent / "tests" / "test_cuda_contract.py"
 LIBRARIES = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13", "triton")
 LOOKED_INTO = "sd15"  # the model whose operators, kernels and ways are measured
+SHARED = ("demo", "sd15")  # the models whose pictures share stages
 HOWS = ("eager", "recorded", "compiled")
 
 
@@ -222,6 +224,8 @@ class Plan:
         ]
         for name, model in self._models.items():
             parts += [*self._ours(name, model), *self._peers(name, model)]
+        for name in KINDS:
+            parts += self._kind(name)
         late = [part for part in parts if part.name.endswith("compiled")]
         return [part for part in parts if part not in late] + late
 
@@ -244,16 +248,35 @@ class Plan:
             facts = {"root": str(root), "base": str(base), "backend": backend, "model": name, **way.facts()}
             yield from self._in_a_way(name, backend, label, facts)
             if not label and name == "demo" and backend in ("cuda", REHEARSAL):
-                more = {**facts, "folder": str(self._work / f"{name}-pictures")}
+                yield self._pictures(name, backend, facts)
+            if not label and name in SHARED and backend in ("cuda", REHEARSAL):
                 yield _part(
-                    f"{name}: pictures {backend}",
-                    "pictures",
-                    more,
-                    most_s=300 if self._rehearsal else 120,
+                    f"{name}: batcher {backend}",
+                    "batcher",
+                    {**facts, "rehearsal": self._rehearsal},
+                    most_s=240 if self._rehearsal else 90,
                     needs=(f"{name}: build {backend}",),
                 )
             if (not label or way.recipe) and looked_into and backend in ("cuda", REHEARSAL):
                 yield from self._inside(name, backend, label, facts)
+
+    def _kind(self, name: str) -> Iterator[Part]:
+        """Draw with a tiny bundle of a kind, and compare."""
+        root, packed = self._work / name, self._bundles / f"{name}.tar.gz"
+        missing = None if root.exists() or packed.is_file() else f"{packed} is not here; gpu_kinds.py makes it"
+        source = {"root": str(root), "model": name, "bundles": str(self._bundles)}
+        yield _part(f"{name}: bundle", "bundle", source, most_s=60, missing=missing)
+        for backend in self._backends:
+            facts = {"root": str(root), "base": str(root), "backend": backend, "model": name, **Way().facts()}
+            build = f"{name}: build {backend}"
+            missing = self._present[backend] or self._present["onnx"]
+            yield _part(build, "build", facts, most_s=120, needs=(f"{name}: bundle",), missing=missing)
+            yield self._pictures(name, backend, facts)
+
+    def _pictures(self, name: str, backend: str, facts: Mapping[str, Any]) -> Part:
+        more = {**facts, "folder": str(self._work / f"{name}-pictures")}
+        most_s, needs = 300 if self._rehearsal else 120, (f"{name}: build {backend}",)
+        return _part(f"{name}: pictures {backend}", "pictures", more, most_s=most_s, needs=needs)
 
     def _in_a_way(self, name: str, backend: str, label: str, facts: Mapping[str, Any]) -> Iterator[Part]:
         """Build engines unless a way opens the default's, measure and, where they were built, verify."""

@@ -354,7 +354,7 @@ def test_the_rehearsal_runs_every_kind_of_part_where_a_bare_machines_packages_ar
     assert parts["tiny: diffusers eager"]["why"] == "diffusers is not installed"
     same = parts["demo: pictures cpu"]["figures"]
     assert {row["mean"] for row in same["recorded"].values()} == {0.0}
-    assert same["a LoRA changes"] > 2 * LARGEST  # so that one that does nothing is found
+    assert same["differs from text by"]["a LoRA"] > 2 * LARGEST  # so that one that does nothing is found
     (variant,) = parts["demo: bench cpu"]["figures"]["variants"]
     assert variant["prompts"]["share"] >= 0.75
     assert parts["demo: verify cpu"]["figures"]["components"]["unet"]["ok"]
