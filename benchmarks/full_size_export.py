@@ -1,10 +1,11 @@
 """Export a full-size architecture with random weights: seconds, peak memory over weights, seconds a step.
 
-    python benchmarks/full_size_export.py [--model sd15|sdxl] [--precision fp32|fp16] [--steps 3]
+    python benchmarks/full_size_export.py [--model sd15|sdxl|sd35-medium-no-t5|…] [--precision fp32|fp16] [--steps 3]
 
---folder (a temporary one by default) needs disk for SD 1.5: 12 GiB, for SDXL: 40 GiB. Exporting takes less memory
-than the largest component's weights; a step on the CPU takes what they are in float32, mapped, and again as the
-kernels lay them out: 7 GiB and 21 GiB. --steps 0 builds no engines and makes no step.
+--folder (a temporary one by default) needs disk for the checkpoint and the export, which says how much before it
+starts; for a step, SD 1.5 takes 12 GiB and SDXL 40 GiB. Exporting takes less memory than the largest component's
+weights; a step on the CPU takes what they are in float32, mapped, and again as the kernels lay them out: 7 GiB for
+SD 1.5, 21 GiB for SDXL. --steps 0 builds no engines and makes no step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from latentrt.export.work.jobs import peak_rss_bytes
 from latentrt.runtime.bench.machine import describe
 
 GIB = 1 << 30
-MODELS = ("sd15", "sdxl")
+MODELS = ("sd15", "sdxl", "sd35-medium", "sd35-medium-no-t5", "sd35-large", "sd35-large-no-t5", "t5-xxl")
 TOKENS = 77
 
 
@@ -56,7 +57,9 @@ def main() -> None:
         f"{export['peak_rss_over_largest']:.2f} of the largest component's weights"
     )
     if "step_seconds" in result:
-        print(f"{result['step_seconds']:.2f} s a UNet call at the model's own size, one row, ONNX Runtime on the CPU")
+        print(
+            f"{result['step_seconds']:.2f} s a call of the denoiser at its own size, one row, ONNX Runtime on the CPU"
+        )
     arguments.output.mkdir(parents=True, exist_ok=True)
     model = "" if arguments.model == "sd15" else f"-{arguments.model}"
     file = arguments.output / f"full-size-export{model}-{arguments.precision}.json"
@@ -90,23 +93,30 @@ def measure_step(bundle: Path, steps: int, report: Report) -> dict[str, Any]:
 
 
 def step_seconds(bundle: Bundle, steps: int) -> float:
-    """Return the median seconds of one UNet call at the checkpoint's own size."""
-    opened = open_engines(bundle, "cpu", components=("unet",), check="size")
-    unet = opened.engines["unet"]
+    """Return the median seconds of one call of the denoiser at the checkpoint's own size."""
+    name = bundle.manifest.denoiser
+    opened = open_engines(bundle, "cpu", components=(name,), check="size")
+    denoiser = opened.engines[name]
     width, height = (side // bundle.manifest.latents.factor for side in bundle.manifest.default_size)
     generator = np.random.default_rng(0)
-    axes = {"batch": 1, "steps": 1, "tokens": TOKENS, "latent_height": height, "latent_width": width}
+    axes = {"batch": 1, "steps": 1, "tokens": tokens_of(bundle), "latent_height": height, "latent_width": width}
     inputs = {}
-    for spec in unet.spec.inputs:
+    for spec in denoiser.spec.inputs:
         shape = [axis if isinstance(axis, int) else axes[axis] for axis in spec.shape]
         inputs[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
     seconds = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        unet(inputs)
+        denoiser(inputs)
         seconds.append(time.perf_counter() - start)
     opened.close()
     return statistics.median(seconds[1:])  # the first call prepares
+
+
+def tokens_of(bundle: Bundle) -> int:
+    """Return how many tokens a denoiser attends to for a prompt of one chunk."""
+    manifest = bundle.manifest
+    return TOKENS + sum(text.tokens or 0 for text in manifest.denoisers[manifest.denoiser].text_encoders)
 
 
 if __name__ == "__main__":

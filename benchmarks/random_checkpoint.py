@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from random_sd3 import SHAPES as SD3
+from random_sd3 import save_sd3
+from random_weights import make_clip, save_network
 
 from latentrt.export.checkpoint import DEMO
 
@@ -92,7 +94,7 @@ SHAPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, *SD3])
     parser.add_argument("directory", type=Path)
     arguments = parser.parse_args()
     save_random(arguments.shape, arguments.directory)
@@ -105,21 +107,22 @@ def save_random(shape: str, directory: Path, *, half: bool = False) -> Path:
     """
     import torch
 
+    if shape in SD3:
+        return save_sd3(shape, directory, half=half)
     sizes = SHAPES[shape]
     generator = np.random.default_rng(0)
     with torch.device("meta"):
         for folder, network in zip(folders(sizes), make_networks(shape), strict=True):
-            _save_config(network, directory / folder)
-            stem = "model" if folder.startswith("text_encoder") else "diffusion_pytorch_model"
-            file = directory / folder / f"{stem}.safetensors"
-            _sow(file, {name: tuple(each.shape) for name, each in network.state_dict().items()}, generator, half=half)
+            save_network(network, directory / folder, generator, half=half)
     tokenizers = {"tokenizer_2": "tokenizer"} if sizes.second else {}
     for folder, source in {"tokenizer": "tokenizer", "scheduler": "scheduler", **tokenizers}.items():
         shutil.copytree(DEMO / source, directory / folder, dirs_exist_ok=True)
-    index = json.loads((DEMO / "model_index.json").read_text()) | (_xl_index() if sizes.second else {})
-    (directory / "model_index.json").write_text(json.dumps(index, indent=1))
+    index = json.loads((DEMO / "model_index.json").readmake_clip()) | (_xl_index() if sizes.second else {})
+    (directory / "model_index.json").writemake_clip(json.dumps(index, indent=1))
     scheduler = directory / "scheduler" / "scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": sizes.spacing}, indent=1))
+    scheduler.writemake_clip(
+        json.dumps(json.loads(scheduler.readmake_clip()) | {"timestep_spacing": sizes.spacing}, indent=1)
+    )
     return directory
 
 
@@ -132,40 +135,6 @@ def _xl_index() -> dict[str, Any]:
     }
 
 
-def _save_config(network: Any, folder: Path) -> None:
-    from transformers import PreTrainedModel
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(network, PreTrainedModel):
-        network.config.architectures = [type(network).__name__]
-        network.config.save_pretrained(folder)
-    else:
-        network.save_config(folder)
-
-
-def _sow(file: Path, shapes: Mapping[str, tuple[int, ...]], generator: np.random.Generator, *, half: bool) -> None:
-    """Write random weights as safetensors: such as keep the size of what goes through a layer, as torch draws them."""
-    kind, dtype = ("F16", np.float16) if half else ("F32", np.float32)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with file.open("wb") as data:
-        data.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
-            data.write(_draw(name, shape, generator).astype(dtype).tobytes())
-
-
-def _draw(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Draw a layer's weight within 1 over the root of its inputs; a norm's is one, a bias zero."""
-    if len(shape) < 2:
-        return np.full(shape, float(name.endswith("weight")), np.float32)
-    reach = np.float32(0.03 if "embedding" in name and "embeddings." in name else math.prod(shape[1:]) ** -0.5)
-    return (2 * generator.random(shape, np.float32) - 1) * reach
-
-
 def folders(sizes: Shape) -> tuple[str, ...]:
     """Return the folders of a shape's networks, in the order in which they are made."""
     return ("text_encoder", "unet", "vae", *(("text_encoder_2",) if sizes.second else ()))
@@ -174,29 +143,11 @@ def folders(sizes: Shape) -> tuple[str, ...]:
 def make_networks(shape: str) -> Iterator[Any]:
     """Make the text encoder, the UNet, the VAE and the second text encoder, if any, with torch's random weights."""
     sizes = SHAPES[shape]
-    yield _text(sizes.width, sizes.layers, sizes.heads, sizes.activation)
+    yield make_clip(sizes.width, sizes.layers, sizes.heads, sizes.activation)
     yield _unet(sizes)
     yield _vae(sizes)
     if sizes.second:
-        yield _text(*sizes.second, "gelu", projected=True)
-
-
-def _text(width: int, layers: int, heads: int, activation: str, *, projected: bool = False) -> Any:
-    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        projection_dim=width,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
+        yield make_clip(*sizes.second, "gelu", projected=True)
 
 
 def _unet(sizes: Shape) -> Any:

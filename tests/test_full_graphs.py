@@ -7,7 +7,7 @@ than its nodes. Nothing is computed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnx_ir as ir
@@ -55,17 +55,22 @@ WHOLE = {
 DECOMPOSED = {"Softmax", "InstanceNormalization", "ReduceMean", "Erf", "Tanh"}
 
 
-def weightless(config: dict[str, Any]) -> nn.Module:
+def weightless(config: dict[str, Any], wrap: Callable[[Any], nn.Module] = wrap_denoiser) -> nn.Module:
     """Return a UNet whose every weight is one number in another shape."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        module = wrap_denoiser(UNet2DConditionModel(**config))
+        module = wrap(UNet2DConditionModel(**config))
+    assert not list(module.buffers())
+    return without_numbers(module)
+
+
+def without_numbers(module: nn.Module) -> nn.Module:
+    """Return a network with one number in place of each weight."""
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
             one = torch.full((), 0.01).expand(weight.shape)
             part.register_parameter(name, nn.Parameter(one, requires_grad=False))
-        assert not list(part.buffers(recurse=False))
     return module.eval()
 
 
