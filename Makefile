@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow lint setup clean .cache/triton-venv .cache/old-openai
+.PHONY: demo test test-slow torture lint setup clean .cache/triton-venv .cache/old-openai
 
 setup: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ test: lint .cache/onnxruntime-gpu
 test-slow: setup
 	-$(MAKE) .cache/triton-venv .cache/old-openai
 	$(BIN)/python -m pytest -m slow
+
+# Writes that fail, kills, altered files, long use, a GPU that refuses: a few minutes; docs/reliability.md has the long runs.
+torture: setup
+	$(BIN)/python -m benchmarks.torture
 
 clean:
 	rm -rf $(VENV) $(DEMO) .cache

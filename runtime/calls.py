@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Self
 
 import msgspec
 
-from latentrt.engines.errors import CancelledError, DeadlineError, NestedCallError, RequestError
+from latentrt.engines.errors import CancelledError, ClosedError, DeadlineError, NestedCallError, RequestError
 from latentrt.runtime.draw.step import OnStep, Stages, Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
@@ -103,6 +104,7 @@ class Turn:
     def __init__(self) -> None:
         self._change = threading.Condition()
         self._owner: int | None = None
+        self._process = os.getpid()  # of the owner: a fork has the lock, and not the thread that would give it back
         self._telling = threading.local()  # whether this thread tells somebody of a picture that was drawn
 
     @property
@@ -122,14 +124,23 @@ class Turn:
     def take(self, limits: Limits) -> None:
         """Wait for the turn and take it.
 
-        Raises NestedCallError if this thread has it; CancelledError and DeadlineError if the wait must end.
+        Raises NestedCallError if this thread has it; CancelledError and DeadlineError if the wait must end; ClosedError
+        in a process that was forked while another thread had it.
         """
         self.refuse_nested()
+        self._refuse_forked()
         with self._change, limits.cancel.waking(self._wake) if limits.cancel else nullcontext():
             while self._owner is not None:
                 limits.check("while another call was drawing")
                 self._change.wait(limits.left)
-            self._owner = threading.get_ident()
+            self._owner, self._process = threading.get_ident(), os.getpid()
+
+    def _refuse_forked(self) -> None:
+        if self._owner is not None and self._process != os.getpid():
+            raise ClosedError(
+                "this process was forked while a picture was being drawn, which nobody finishes here; load the bundle "
+                "again, or fork before anything is drawn"
+            )
 
     def _wake(self) -> None:
         with self._change:

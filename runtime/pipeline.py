@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Self, Unpack
 
@@ -379,11 +380,11 @@ class Pipeline:
     def close(self) -> None:
         """Free the engines. Another thread's call ends first; a stream that this thread has not finished is closed.
 
-        Raises NestedCallError in `on_step`.
+        In a process that was forked while another thread drew, nothing is freed. Raises NestedCallError in `on_step`.
         """
         for one in list(self._streams) if self.loaded.turn.mine else ():
             one.leave()
-        with self.loaded.turn.hold():
+        with suppress(ClosedError), self.loaded.turn.hold():
             self._closed = True
             self._worker.shutdown(wait=False)
             self.loaded.opened.close()

@@ -153,7 +153,11 @@ def check_file(root: Path, relative: str, record: FileRecord, *, check: Check) -
             f"{shown} holds {size} bytes where its record says {record.bytes}: it is truncated or altered; "
             "copy the bundle again or export the checkpoint again"
         )
-    if check == "hash" and hash_file(path) != record.sha256:
+    try:
+        altered = check == "hash" and hash_file(path) != record.sha256
+    except OSError as error:
+        raise BundleError(f"{shown} could not be read: {error.strerror}; copy the bundle again") from None
+    if altered:
         raise BundleError(
             f"{shown} was altered: its SHA-256 is not the recorded one; "
             "copy the bundle again or export the checkpoint again"

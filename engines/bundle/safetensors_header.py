@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -25,9 +26,9 @@ Format = Literal["safetensors", "pickle"]
 def weights_format(path: Path) -> Format | None:
     """Return which kind of file this is by its content, and where that tells nothing by the name that was given.
 
-    Where a link leads does not matter: in the hub's cache that is a file named for its hash.
+    Where a link leads does not matter: in the hub's cache that is a file named for its hash. Raises CheckpointError.
     """
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         found = content_format(file.read(9))
     named: dict[str, Format] = {".safetensors": "safetensors", **dict.fromkeys(PICKLES, "pickle")}
     return found or named.get(path.suffix)
@@ -68,17 +69,27 @@ class TensorFile(msgspec.Struct, frozen=True, kw_only=True):
         kinds = {"F16": np.float16, "BF16": np.uint16, "F32": np.float32, "F64": np.float64}
         if stored.dtype not in kinds:
             raise CheckpointError(f"{self.path}: '{name}' is {stored.dtype}, expected one of {', '.join(kinds)}")
-        raw = np.fromfile(self.path, dtype=kinds[stored.dtype], count=stored.size, offset=stored.start)
+        with _readable(self.path):
+            raw = np.fromfile(self.path, dtype=kinds[stored.dtype], count=stored.size, offset=stored.start)
         if stored.dtype == "BF16":  # the upper half of a float32
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32, copy=False).reshape(stored.shape)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); see to the file, or name another") from None
 
 
 def read_header(path: Path) -> TensorFile:
     """Read a file's header; safetensors checks that it describes exactly this file. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         first = file.read(len(POINTER))
     if first.startswith(POINTER):
         raise CheckpointError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull`")

@@ -13,6 +13,7 @@ from cachetools import LRUCache
 
 from latentrt.engines.errors import ClosedError, EngineError, NotInstalledError, backend_error
 from latentrt.engines.onnxruntime.assignment import check_assignment, elsewhere, record_assignment
+from latentrt.engines.onnxruntime.ending import computing
 from latentrt.engines.onnxruntime.library import PROVIDERS, Provider, load_cuda_libraries, require
 from latentrt.engines.spec import Array, Closing, DType, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.tensor_names import COND, HINT
@@ -71,7 +72,8 @@ def open_session(path: Path, options: Any, provider: Provider, settings: Mapping
         load_cuda_libraries()
     providers = [(PROVIDERS[provider], dict(settings))]
     try:  # without the fallback, which prints, and opens the session on the CPU
-        session = require().InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        with computing():
+            session = require().InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises a dozen classes of its own, all straight from Exception
         if failure := CUDA_FAILURE.search(str(error)):
             raise backend_error(f"ONNX Runtime could not start on the GPU: {failure[0]}", str(error)) from error
@@ -244,7 +246,8 @@ class OnnxRuntimeEngine(Closing):
         options = require().RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
         try:
-            self._open.run_with_iobinding(binding, options)
+            with computing():
+                self._open.run_with_iobinding(binding, options)
         except Exception as error:  # with a binding a plain RuntimeError, else one of its own classes
             if type(error) is not RuntimeError and not type(error).__module__.startswith("onnxruntime"):
                 raise

@@ -151,6 +151,9 @@ class Batcher:
         waiting = len(self._line.waiting)
         if self._closed:
             return "closed", ClosedError("this service is closed")
+        if not self._loop.alive:
+            words = "this service draws in the process that this one was forked from; make a new one here"
+            return "closed", ClosedError(words)
         if self._loop.lost is not None:
             return "lost", DeviceLostError(str(self._loop.lost))
         if self._draining or self._held:

@@ -73,6 +73,11 @@ class DrawingLoop:
         return None if at is None else max(at, self._beside.ended_at)
 
     @property
+    def alive(self) -> bool:
+        """Tell whether anything will be drawn: not in a process that was forked from the one that made this."""
+        return self._thread.is_alive()
+
+    @property
     def busy(self) -> bool:
         """Tell whether a picture is owed, or something is done for one that was."""
         return bool(self.line.owed or self._beside.under_way)

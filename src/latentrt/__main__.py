@@ -5,6 +5,7 @@ It sits above the three folders because none of them may import all the others (
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
 import json
@@ -40,6 +41,18 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
 }
 PROMPT_SETS = {"demo": ("latentrt.export.demo.scoring", "held_out_prompts")}  # checkpoint: (module, attribute)
 ARGUMENTS = "latentrt.arguments"
+# What the system refuses, whoever asks: no sentence of ours foresaw the file, and it is no bug either.
+SYSTEM = (
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+)
 JSON = "--json"
 # In a sentence: what is quoted and stays, `name`, name='value', some_name.
 NAMES = re.compile(
@@ -131,6 +144,12 @@ def refused(arguments: Sequence[str]) -> Iterator[None]:
         message, field = in_options(str(error), called(arguments))
         kind, as_json = type(error).__name__, prints_json(arguments)
         raise Refusal(kind, message, field, retryable=error.retryable, as_json=as_json) from error
+    except OSError as error:
+        if error.errno not in SYSTEM:
+            raise
+        what = f"{error.filename or 'a file'} could not be read or written: {error.strerror}"
+        said = f"{what}; see to it and run the command again"
+        raise Refusal("OSError", said, None, retryable=False, as_json=prints_json(arguments)) from error
 
 
 def called(arguments: Sequence[str]) -> click.Command | None:

@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from latentrt.engines.bundle.files import atomic_write
+from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.runtime.serve.openai.schema import Format
 
 AGE_S, MOST_BYTES = 3600.0, 4 * 2**30
@@ -16,14 +16,13 @@ NAME = re.compile(r"picture-[\w-]{43}\.(png|jpeg|webp)", flags=re.ASCII)
 
 
 def put(folder: Path, data: bytes, kind: Format) -> str:
-    """Write a picture; return the name that it can be fetched by.
+    """Write a picture; return the name that it can be fetched by. Raises BundleError: a full disk.
 
     Those that are too old are removed, and the oldest where all of them would have more than MOST_BYTES.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _make_room(folder, MOST_BYTES - len(data))
     name = f"picture-{secrets.token_urlsafe(32)}.{kind}"
-    with atomic_write(folder / name) as beside:
+    with disk_errors(folder), atomic_write(folder / name) as beside:
+        _make_room(folder, MOST_BYTES - len(data))
         beside.write_bytes(data)
     return name
 

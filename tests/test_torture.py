@@ -1,0 +1,118 @@
+"""What `make torture` tries, in pieces that are quick, and what it has found: each of these failed before."""
+
+from __future__ import annotations
+
+import errno
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from benchmarks.torture.layer import compiled, layer
+from benchmarks.torture.process import try_program
+from benchmarks.torture.scenes import Sources
+from benchmarks.torture.writes import Trial, distinct, faults
+from safetensors.numpy import save_file
+
+from latentrt.__main__ import Refusal, refused
+from latentrt.engines.build import build_engines
+from latentrt.engines.bundle.files import Bundle, check_file, record_file
+from latentrt.engines.bundle.safetensors_header import read_header, weights_format
+from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.runtime.serve.openai.store import put
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    try:
+        compiled()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("scene", ["fetch", "publish"])
+def test_a_write_that_fails_leaves_the_old_state_one_sentence_and_a_rerun_that_works(
+    scene: str, sd1_bundle: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "shelf"
+    build_engines(Bundle.open(sd1_bundle), "cpu", store=str(store))
+    given = Sources(checkpoint=sd1_bundle, bundle=sd1_bundle, other=sd1_bundle, store=store)
+    with layer(tmp_path / "work", with_torch=False) as there:
+        trial = Trial(scene, given, there)
+        drawn = faults(distinct(trial.calls), random.Random(3))
+        one_of_each = {fault.kind: fault for fault in drawn}
+        assert {"create", "mkdir", "open", "rename", "sync", "write"} <= one_of_each.keys()
+        for fault in one_of_each.values():
+            (came, said), *wrong = trial.check(fault)
+            assert wrong == [], fault
+            assert came == "passed" or "latentrt: " in said
+
+
+class Unreadable:
+    """Stands for a disk that gives an I/O error: permissions do not hold for who is root."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, file: Path) -> None:
+        real = io.open
+
+        def fails(path: object, *arguments: object, **options: object) -> object:
+            if str(path) == str(file):
+                raise OSError(errno.EIO, "Input/output error", str(file))
+            return real(path, *arguments, **options)  # type: ignore[call-overload]
+
+        patch.setattr(io, "open", fails)
+
+
+def test_a_file_of_a_bundle_that_cannot_be_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("content")
+    record = record_file(tmp_path, "file")
+    Unreadable(monkeypatch, tmp_path / "file")
+    with pytest.raises(BundleError):
+        check_file(tmp_path, "file", record, check="hash")
+
+
+@pytest.mark.parametrize("read", [weights_format, read_header], ids=lambda read: read.__name__)
+def test_weights_that_cannot_be_read_are_one_sentence(
+    read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    file = tmp_path / "w.safetensors"
+    save_file({"a": np.zeros(3, np.float32)}, file)
+    read(file)
+    Unreadable(monkeypatch, file)
+    with pytest.raises(CheckpointError):
+        read(file)
+
+
+def test_a_picture_that_cannot_be_kept_for_its_address_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(BundleError):
+        put(tmp_path / "file", b"picture", "png")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EMFILE])
+def test_what_the_system_refuses_is_a_sentence_of_the_command_line(code: int) -> None:
+    with pytest.raises(Refusal) as caught, refused(()):
+        raise OSError(code, "no", "/some/file")
+    assert caught.value.exit_code == 2 and "/some/file" in caught.value.message
+
+
+def test_any_other_error_of_a_file_stays_a_bug() -> None:
+    with pytest.raises(FileNotFoundError), refused(()):
+        raise FileNotFoundError(errno.ENOENT, "no", "/some/file")
+
+
+ENDS = [
+    "ends with a batcher at work",
+    "forks while a thread draws, and the child uses that pipeline",
+    "forks with a batcher at work, and the child ends",
+]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_program_that_forks_or_ends_while_it_draws_ends_in_order(name: str, sd1_bundle: Path) -> None:
+    _, wrong, said = try_program(name, sd1_bundle)
+    assert wrong is None, said
