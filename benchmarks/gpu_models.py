@@ -13,8 +13,8 @@ HALF_TFLOPS = 788.0  # dense, measured on an H200 with random data: for floors w
 class Model:
     """One model of the suite.
 
-    tflop: of one UNet pass for one row at `size`
-    shape: its name in plain_unet.py; None for no peers
+    tflop: of one pass of the denoiser for one row at `size`
+    shape: its name in torch_networks.py; None for no peers
     ours: whether latentrt draws it; exported: whether the suite makes its bundle where --bundles has none
     """
 
@@ -42,6 +42,7 @@ MODELS = {
     "sd15": Model(shape="sd15", size=512, steps=20, guidance=7.5, sampler="euler", tflop=0.80327),
     "turbo": Model(shape="turbo", size=512, steps=1, guidance=0.0, sampler="euler", tflop=0.80426),
     "sdxl": Model(shape="sdxl", size=1024, steps=20, guidance=7.5, sampler="euler", tflop=6.76124, exported=False),
+    "sd35": Model(shape="sd35", size=1024, steps=28, guidance=4.5, sampler="euler", tflop=11.24957, exported=False),
 }
 TINY = Model(shape="tiny", size=64, steps=2, guidance=7.5, sampler="euler", tflop=None, ours=False)
 ALL_MODELS = {**MODELS, "tiny": TINY}

@@ -58,7 +58,7 @@ HOWS = ("eager", "recorded", "compiled")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundles", type=Path, default=Path(".cache/packed"))
-    parser.add_argument("--models", default=None, help="Between commas. Default: demo,sd15,turbo,sdxl; --cpu: demo.")
+    parser.add_argument("--models", default=None, help="Between commas. Default: all; --cpu: demo.")
     parser.add_argument("--parts", default=None, help="Patterns between commas: words of parts' names. Default: all.")
     parser.add_argument("--list", action="store_true", help="Print the parts' names.")
     parser.add_argument("--seconds", type=float, default=540.0, help="For everything.")

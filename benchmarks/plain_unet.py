@@ -255,17 +255,3 @@ class Gated(nn.Module):
     def forward(self, x: Any) -> Any:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * functional.gelu(gate)
-
-
-def pass_flops(shape: UNetShape, side: int, *, tokens: int = 77) -> int:
-    """Count the floating-point operations of one pass for one row, latents of side x side: two for each product.
-
-    Counted by torch on the meta device: no memory, no arithmetic.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        inputs = [torch.empty(1, 4, side, side), torch.empty(1), torch.empty(1, tokens, shape.context)]
-        pooled = torch.empty(1, shape.pooled) if shape.pooled else None
-        UNet(shape)(*inputs, pooled)
-    return int(counter.get_total_flops())

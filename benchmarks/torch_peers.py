@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from gpu_probes import kernel_times
-from plain_unet import SHAPES, UNet
+from torch_networks import make_denoiser, sizes_of
 
 from latentrt.runtime.bench.cold import measured
 from latentrt.runtime.bench.rounds import warm_up
 
-TOKENS, GUIDANCE = 77, 7.5
+GUIDANCE = 7.5
 PROMPT = "a large red circle on a striped blue background"
 
 
@@ -55,7 +55,7 @@ COMPILERS: dict[str, Callable[[Any, tuple[Any, ...]], Any]] = {
 def loop_seconds(
     shape: str, how: str, *, side: int, guided: bool, steps: int, device: str, most_seconds: float
 ) -> Iterator[dict[str, Any]]:
-    """Time a denoising loop around the plain UNet. Yields the figures so far: after warming up, and at the end.
+    """Time a denoising loop around a denoiser in torch. Yields the figures so far: after warming up, and at the end.
 
     Euler with classifier-free guidance as two rows, in float16 on a GPU and float32 on a CPU, channels last. The
     clock runs from the first step to the finished latents, with one wait at the end. The last figures have the
@@ -75,20 +75,20 @@ def loop_seconds(
 def _loop(
     shape: str, how: str, *, side: int, guided: bool, steps: int, device: str
 ) -> tuple[Callable[[], float], Callable[[], Any]]:
-    """Return what draws a picture's latents and tells the seconds, and what runs the UNet once."""
-    dtype, sizes, rows = _dtype(device), SHAPES[shape], 2 if guided else 1
+    """Return what draws a picture's latents and tells the seconds, and what runs the denoiser once."""
+    dtype, sizes, rows = _dtype(device), sizes_of(shape), 2 if guided else 1
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # the fastest of its convolutions, found while warming up
-    unet = UNet(sizes).to(dtype).eval().to(memory_format=torch.channels_last)
-    text = torch.randn(rows, TOKENS, sizes.context, dtype=dtype)
+    denoiser = make_denoiser(shape).to(dtype).eval().to(memory_format=torch.channels_last)
+    text = torch.randn(rows, sizes.tokens, sizes.width, dtype=dtype)
     pooled = torch.randn(rows, sizes.pooled, dtype=dtype) if sizes.pooled else None
     sigmas = torch.linspace(14.6, 0.0, steps + 1).tolist()
     times = torch.linspace(999, 1, steps).tolist()
-    taken = torch.randn(rows, 4, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    run = COMPILERS[how](unet, (taken, torch.full((rows,), 1.0), text, pooled))
+    taken = torch.randn(rows, sizes.channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    run = COMPILERS[how](denoiser, (taken, torch.full((rows,), 1.0), text, pooled))
 
     def draw() -> float:
-        x = torch.randn(1, 4, side, side, dtype=torch.float32) * sigmas[0]
+        x = torch.randn(1, sizes.channels, side, side, dtype=torch.float32) * sigmas[0]
         wait(device)
         start = time.perf_counter()
         for sigma, following, at in zip(sigmas[:-1], sigmas[1:], times, strict=True):

@@ -31,7 +31,8 @@ from gpu_suite import chosen  # noqa: E402
 from gpu_table import format_insides, format_table  # noqa: E402
 from packed_bundle import Hole, pack, record_goldens, sow, unpack  # noqa: E402
 from parts import Outcomes, Part, run_parts  # noqa: E402
-from plain_unet import SHAPES, UNet, UNetShape, pass_flops  # noqa: E402
+from plain_unet import SHAPES, UNet, UNetShape  # noqa: E402
+from torch_networks import make_denoiser, pass_flops, sizes_of  # noqa: E402
 
 
 def diffusers_unet(shape: UNetShape) -> torch.nn.Module:
@@ -93,9 +94,18 @@ def test_the_plain_unet_computes_what_diffusers_unet_computes(layout: str) -> No
 def test_the_floors_are_the_arithmetic_that_torch_counts(name: str) -> None:
     model = MODELS[name]
     assert model.tflop is not None and model.shape is not None
-    assert pass_flops(SHAPES[model.shape], model.size // 8) / 1e12 == pytest.approx(model.tflop, rel=1e-4)
+    assert pass_flops(model.shape, model.size // 8) / 1e12 == pytest.approx(model.tflop, rel=1e-4)
     assert model.floor_s() == pytest.approx(model.rows * model.tflop / HALF_TFLOPS)
     assert model.floor_s(394.0) == pytest.approx(2 * model.rows * model.tflop / HALF_TFLOPS)
+
+
+def test_sd3s_transformer_takes_what_the_loop_gives_it() -> None:
+    sizes = sizes_of("sd35")
+    assert (sizes.channels, sizes.tokens, sizes.width, sizes.pooled) == (16, 333, 4096, 2048)
+    with torch.device("meta"):
+        sample, text = torch.empty(2, 16, 8, 8), torch.empty(2, sizes.tokens, sizes.width)
+        found = make_denoiser("sd35")(sample, torch.empty(2), text, torch.empty(2, sizes.pooled))
+    assert found.shape == sample.shape
 
 
 def test_the_plain_unet_is_traced_whole_by_the_compiler() -> None:
