@@ -58,9 +58,9 @@ def environment(path: Path | None = None) -> dict[str, str]:
     return own if path is None else own | {"PYTHONPATH": str(path)}
 
 
-def install(folder: Path) -> None:
-    """Install the checkout's wheel into a folder."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(ROOT)]
+def install(folder: Path, tree: Path = ROOT) -> None:
+    """Install a checkout's wheel into a folder."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(tree)]
     subprocess.run(command, check=True, env=environment())
 
 

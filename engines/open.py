@@ -13,8 +13,9 @@ from pathlib import Path
 import msgspec
 
 from latentrt.engines.backends import Opened, Opening, backend_on
-from latentrt.engines.bundle.files import Bundle, Check, check_file
-from latentrt.engines.bundle.manifest import EngineRecord, LatentSpec
+from latentrt.engines.bundle.comparison import Comparison
+from latentrt.engines.bundle.files import Bundle, Check
+from latentrt.engines.bundle.manifest import EngineRecord, FileRecord, LatentSpec
 from latentrt.engines.find import Choice, choose, find_engines, fits, serving_engines
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import Array, Closing, Engine, EngineKey, EngineSpec, Inputs
@@ -134,8 +135,6 @@ class OpenEngines:
     def _open_components(
         self, directory: Path, record: EngineRecord, components: tuple[str, ...], *, check: Check
     ) -> Opened:
-        for name, file in record.files.items():
-            check_file(directory, name, file, check=check)
         _log.info("opening %s: %s (%s)", directory, ", ".join(components), self.choice.reason)
         opening = Opening(
             bundle=self._bundle,
@@ -145,7 +144,15 @@ class OpenEngines:
             threads=self._threads,
             cuda_graphs=self._cuda_graphs,
         )
-        return backend_on(self.choice.backend, self.choice.device).open(opening)
+        with Comparison(directory, _files_of(record, components), check=check) as comparison:
+            comparison.wait(weights=False)
+            opened = backend_on(self.choice.backend, self.choice.device).open(opening)
+            try:
+                comparison.wait(weights=True)
+            except BaseException:
+                opened.close()
+                raise
+        return opened
 
     def adapt(self, changes: Mapping[str, Changes]) -> bool:
         """Change the weights of components, always from the base's; tell whether there was anything to do.
@@ -281,6 +288,12 @@ class OpenEngines:
             opened.close()
         self._opened.clear()
         self._further.clear()
+
+
+def _files_of(record: EngineRecord, components: tuple[str, ...]) -> dict[str, FileRecord]:
+    """Return the files that are read for some components: all but those that are named for others."""
+    others = tuple(f"{name}." for name in record.entries if name not in components)
+    return {name: file for name, file in record.files.items() if not name.startswith(others)}
 
 
 def open_engines(

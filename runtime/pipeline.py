@@ -88,7 +88,7 @@ class Pipeline:
         """
         bundle = Bundle.open(path)
         with _one_thread() as beside:
-            reading = beside.submit(read_tokenizers, bundle, check=check)
+            reading = beside.submit(_read_text, bundle, check)
             opened = open_engines(
                 bundle,
                 backend,
@@ -401,6 +401,13 @@ def _one_thread() -> ThreadPoolExecutor:
     from concurrent.futures import ThreadPoolExecutor  # for what opens a bundle
 
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")
+
+
+def _read_text(bundle: Bundle, check: Check) -> dict[str, PromptTokenizer]:
+    """Read the tokenizers, and import what every first picture needs, while engines are opened."""
+    import numpy.random  # noqa: F401 - its noise
+
+    return read_tokenizers(bundle, check=check)
 
 
 def ordinary(manifest: Manifest) -> Request:

@@ -22,7 +22,7 @@ from latentrt.engines.bundle.manifest import ENGINE_RECORD
 from latentrt.engines.cuda.gpus import Gpu
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.find import choose, choose_to_build, find_engines, serving_engines, shapes_of
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import BackendName, EngineKey
 from latentrt.engines.tensorrt import build as tensorrt
@@ -100,7 +100,7 @@ def test_auto_takes_onnx_runtimes_cuda_engines_where_there_are_no_others(
     install(monkeypatch, tensorrt="11.4.0.106")
     cuda = replace(BACKENDS["cuda"], unavailable=lambda: None)
     monkeypatch.setitem(BACKENDS, "cuda", cuda)
-    pretend(copy, onnxruntime.key(copy, "cuda", device=0))
+    pretend(copy, keys.key(copy, "cuda", device=0))
     pretend(copy, key_of(copy, H200))  # of another GPU: not for here
     assert choose("auto", copy).backend == "cuda"
 

@@ -17,7 +17,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.graphs.controlnet_stage import fuse_control
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
@@ -93,7 +93,7 @@ def named(kind: tuple[str, str]) -> str:
 def canonical() -> Iterator[None]:
     """Let the CPU run what it always does, even where a test lets it run what a GPU does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "FUSED", frozenset({"cuda"}))
+        patch.setattr(keys, "FUSED", frozenset({"cuda"}))
         yield
 
 

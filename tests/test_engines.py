@@ -20,6 +20,7 @@ from latentrt.engines.compare import relative_error, to_pixels
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.find import choose, find_engines
 from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.open import open_engines
 from latentrt.engines.spec import Engine, EngineKey
 from latentrt.engines.verify.verify import read_golden, verify
@@ -103,7 +104,7 @@ def test_no_engines_for_this_machine_names_the_command(copy: Bundle) -> None:
 def test_engines_of_another_machine_are_refused_and_the_difference_is_named(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxruntime, "instruction_set", lambda: "x86_64 pentium")
+    monkeypatch.setattr(keys, "instruction_set", lambda: "x86_64 pentium")
     with pytest.raises(EngineError, match=r"\(device: x86_64 pentium here, .* there\); run `latentrt build"):
         open_engines(copy, "cpu")
 

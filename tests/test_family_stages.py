@@ -13,7 +13,7 @@ import pytest
 
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
@@ -48,7 +48,7 @@ Draw = Callable[..., Array]
 def engines_of_a_gpu() -> Iterator[None]:
     """Let the CPU build and run what a GPU does: the fused stage on bound buffers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "FUSED", frozenset({"cpu"}))
+        patch.setattr(keys, "FUSED", frozenset({"cpu"}))
         yield
 
 

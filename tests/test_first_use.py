@@ -23,7 +23,7 @@ from latentrt.engines.bundle.staging import PARTIAL
 from latentrt.engines.cli import build as build_command
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.find import cannot_build, find_engines
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.verify.verify import verify
 from latentrt.runtime.pipeline import Pipeline
 from tests.stand_in import L4, install
@@ -84,7 +84,7 @@ def test_engines_of_another_library_or_instruction_set_stay_beside_those_that_ar
 ) -> None:
     root = shutil.copytree(sd1_bundle, tmp_path / "bundle")
     before = set((root / "engines").iterdir())
-    monkeypatch.setattr(onnxruntime, "instruction_set", lambda: "x86_64 avx")
+    monkeypatch.setattr(keys, "instruction_set", lambda: "x86_64 avx")
     draw(root, build=True)
     assert len(set((root / "engines").iterdir()) - before) == 1 and before <= set((root / "engines").iterdir())
 

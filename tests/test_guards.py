@@ -26,6 +26,8 @@ LATER = (
     *("latentrt.engines.onnxruntime", "latentrt.engines.tensorrt", "latentrt.engines.verify"),
     *("latentrt.runtime.images.preview", "latentrt.runtime.images.read"),
 )
+# What only building and exporting need, or writing pictures to files.
+BUILDING = ("latentrt.engines.graphs", "latentrt.engines.onnxruntime.build", "tempfile", "shutil", "PIL")
 LIGHT = ("latentrt", "latentrt.runtime", "latentrt.runtime.pipeline", "latentrt.runtime.cli", "latentrt.engines.cli")
 
 # Importing any of these raises, as on a machine that does not have them.
@@ -78,6 +80,17 @@ with Pipeline.load({str(sd1_bundle)!r}, "cpu") as pipe:
 """
     result = run(code)
     assert result.stdout.strip() == "(1, 32, 32, 3)", result.stderr
+
+
+def test_drawing_imports_nothing_that_only_builds(sd1_bundle: Path) -> None:
+    code = f"""
+import sys
+from latentrt.runtime.pipeline import Pipeline
+with Pipeline.load({str(sd1_bundle)!r}, "cpu", threads=1) as pipe:
+    pipe("a red circle", steps=1, seed=0)
+print([m for m in {BUILDING!r} if m in sys.modules])
+"""
+    assert run(code).stdout.strip() == "[]"
 
 
 def test_the_wall_of_the_test_above_holds() -> None:

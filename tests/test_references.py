@@ -19,7 +19,7 @@ from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.find import find_engines
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.verify.canonical_view import as_canonical
 from latentrt.engines.verify.references import distinct_sizes, read_golden, read_references, reference_file
@@ -162,7 +162,7 @@ def test_fused_engines_that_take_any_shape_are_compared_with_the_golden_pairs(
     sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ONNX Runtime's engines for CUDA are, here on the CPU."""
-    monkeypatch.setattr(onnxruntime, "FUSED", {"cpu"})
+    monkeypatch.setattr(keys, "FUSED", {"cpu"})
     bundle = Bundle.open(shutil.copytree(sd1_bundle, tmp_path / "bundle"))
     record = build_engines(bundle, "cpu", force=True)
     assert "state" in {tensor.name for tensor in record.specs["unet"].inputs}

@@ -21,7 +21,7 @@ from latentrt.engines.cli import show_bundle
 from latentrt.engines.compare import to_pixels
 from latentrt.engines.errors import BundleError, CheckpointError, EngineError, RequestError
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime import session
+from latentrt.engines.onnxruntime import keys, session
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.open import open_engines
@@ -162,7 +162,7 @@ def decoded_on(workspace: Workspace, latents: Array, decoder: str = DECODER) -> 
 
 def test_bound_buffers_decode_with_either_decoder_and_with_none(bundle: Bundle, tiny_vae: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "FUSED", {"cpu"})
+        patch.setattr(keys, "FUSED", {"cpu"})
         built = onnxruntime.build(bundle, tmp_path, "cpu", silent)
     one = OnnxRuntimeOptions(threads=1)
     engines = {name: session.load(tmp_path / file, spec, "cpu", one) for name, (file, spec) in built.items()}

@@ -12,7 +12,7 @@ import pytest
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
 from latentrt.engines.find import find_engines
-from latentrt.engines.onnxruntime import assignment, session
+from latentrt.engines.onnxruntime import assignment, keys, session
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
@@ -45,7 +45,7 @@ def fused(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     """The engines that a GPU would have, on the CPU."""
     directory = tmp_path_factory.mktemp("fused")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime, "FUSED", {"cpu"})
+        patch.setattr(keys, "FUSED", {"cpu"})
         built = onnxruntime.build(bundle, directory, "cpu", silent)
     one = OnnxRuntimeOptions(threads=1)
     return {name: session.load(directory / file, spec, "cpu", one) for name, (file, spec) in built.items()}

@@ -9,9 +9,7 @@ from latentrt.engines.backends import Opened, Opening
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import EngineError
-from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.onnxruntime import build as builder
-from latentrt.engines.onnxruntime import library
+from latentrt.engines.onnxruntime import keys, library
 from latentrt.engines.onnxruntime.engines import Sessions
 from latentrt.engines.onnxruntime.library import Provider
 from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions
@@ -23,6 +21,8 @@ unavailable = library.unavailable
 
 def cannot_build(provider: Provider, options: BuildOptions, *, device: int) -> EngineError | None:
     """Return the error that says why building cannot be done here, or with these options; None where it can."""
+    from latentrt.engines.graphs import edits as graphs  # which what only runs never needs
+
     return _shapeless(provider, options) or library.unavailable(provider, device=device) or graphs.unavailable()
 
 
@@ -38,18 +38,20 @@ def key(provider: Provider, bundle: Bundle, options: BuildOptions, *, device: in
     """Name what would be built. Raises EngineError on options that mean nothing here."""
     if error := _shapeless(provider, options):
         raise error
-    return builder.key(bundle, provider, options, device=device)
+    return keys.key(bundle, provider, options, device=device)
 
 
 def mismatches(provider: Provider, bundle: Bundle, there: EngineKey, *, device: int) -> list[str]:
     """Name what keeps engines of a key from running here; empty where nothing does."""
-    return builder.mismatches(bundle, provider, there, device=device)
+    return keys.mismatches(bundle, provider, there, device=device)
 
 
 def build(
     provider: Provider, bundle: Bundle, directory: Path, options: BuildOptions, report: Report, *, device: int
 ) -> Mapping[str, tuple[str, EngineSpec]]:
     """Compile every component into a directory: {component: (main file, spec)}."""
+    from latentrt.engines.onnxruntime import build as builder  # which what only runs never needs
+
     return builder.build(bundle, directory, provider, report, options, device=device)
 
 
@@ -64,7 +66,7 @@ def open(provider: Provider, opening: Opening, *, device: int) -> Opened:
         options=OnnxRuntimeOptions(
             threads=opening.threads,
             cuda_graph=provider == "cuda" and opening.cuda_graphs is not False,
-            tf32=builder.tf32_of(opening.record.key),
+            tf32=keys.tf32_of(opening.record.key),
             device=device,
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,80 +9,26 @@ from typing import Any
 
 import msgspec
 
-from latentrt.engines.build_options import BuildOptions, Recipe
+from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.weight_map import BuiltWeights, GraphWeights, built_record, read_weights, write_weights
-from latentrt.engines.cuda import gpus
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.compiled import on_device, on_host
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
 from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
 from latentrt.engines.graphs.locate_weights import GraphValues, places
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
+from latentrt.engines.onnxruntime.keys import DEFAULT_RECIPE, DEFAULTS
 from latentrt.engines.onnxruntime.library import Provider, require
 from latentrt.engines.onnxruntime.session import on_gpu, open_session, session_options, spec_of
 from latentrt.engines.progress import Report
-from latentrt.engines.spec import EngineKey, EngineSpec
+from latentrt.engines.spec import EngineSpec
 
 # Weights above this lie in a file of their own, which ONNX Runtime maps into memory instead of reading it.
 EXTERNAL_BYTES = 16 << 20
 # Smaller weights stay in the graph: on CUDA what is no larger than a shape, which ONNX Runtime reads first.
 LEAST_EXTERNAL_BYTES: Mapping[Provider, int] = {"cpu": 1024, "cuda": 128}
-# Counts up when what is built of a bundle changes though the bundle does not.
-RECIPES: Mapping[Provider, int] = {"cpu": 2, "cuda": 6}
-DEFAULT_RECIPE: Recipe = "nhwc"
-DEFAULTS = BuildOptions()
-INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
-
-
-def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS, *, device: int = 0) -> EngineKey:
-    """Return the key of the engines that this machine would build for a bundle, on one of its GPUs."""
-    chosen = () if provider == "cpu" else (f"kernels {options.recipe or DEFAULT_RECIPE}",)
-    rounded = () if options.tf32 is None else (f"{TF32} {options.tf32}",)
-    common = {
-        "backend": provider,
-        "backend_version": require().__version__,
-        "graphs": bundle.manifest.graphs_digest(latents=provider in FUSED),
-        "options": (f"recipe {RECIPES[provider]}", *chosen, *rounded),
-    }
-    if provider == "cpu":
-        return EngineKey(device=instruction_set(), precision="fp32", **common)
-    gpu = gpus.find_gpu(device)
-    if gpu is None:
-        raise gpus.no_gpu("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
-    return EngineKey(
-        device=gpu.name,
-        compute_capability=gpu.compute_capability,
-        sm_count=gpu.sm_count,
-        driver_major=gpu.driver_major,
-        precision=bundle.manifest.precision,
-        **common,
-    )
-
-
-TF32 = "tf32"  # as an engine's key says it
-
-
-def tf32_of(key: EngineKey) -> bool | None:
-    """Return what engines were built with, None for what suits each component."""
-    return {f"{TF32} True": True, f"{TF32} False": False}.get(key.options[-1])
-
-
-def mismatches(bundle: Bundle, provider: Provider, there: EngineKey, *, device: int = 0) -> list[str]:
-    """Name what keeps engines of a key from running here: not what they were written for, which any machine runs."""
-    here = key(bundle, provider, device=device)
-    same = here.options[0] in there.options
-    return (msgspec.structs.replace(here, options=there.options) if same else here).differences(there)
-
-
-def instruction_set() -> str:
-    """Return the machine and its widest vector instructions, e.g. `x86_64 avx512f`: graphs are laid out for them."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        flags = set()
-    widest = next((name for name in INSTRUCTION_SETS if name in flags), "baseline")
-    return f"{platform.machine()} {widest}"
 
 
 def build(
@@ -119,7 +64,7 @@ def _build_one(
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
         role = bundle.manifest.components[component].role
-        model = on_device(model, role, bundle.manifest.latents) if provider in FUSED else on_host(model, role)
+        model = on_device(model, role, bundle.manifest.latents) if provider in keys.FUSED else on_host(model, role)
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
@@ -164,7 +109,3 @@ def _optimise(graph: Path, output: Path, component: str, provider: Provider, dev
     if provider == "cuda":
         check_assignment(session, provider, component)
     return session
-
-
-# On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
-FUSED: frozenset[Provider] = frozenset({"cuda"})

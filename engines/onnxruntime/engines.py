@@ -13,7 +13,7 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.errors import OutOfMemoryError
 from latentrt.engines.lora.weight_changes import Changes, adaptable
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.library import Provider
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, load
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
@@ -51,11 +51,20 @@ class Sessions:
         self._provider, self._space = provider, bundle.manifest.latents
         self._directory, self._record, self._options = directory, record, options
         self._adaptable = adaptable(bundle, directory, record)
-        self.engines: dict[str, Engine] = {name: self._load(name) for name in components}
+        self.engines: dict[str, Engine] = self._load_all(components)
         self._base: dict[str, Engine] = {}  # those that are not in use because a changed one is
         self._adapted: dict[str, LRUCache[str, OnnxRuntimeEngine]] = {}  # by component, then by what changes
         self._workspaces: LRUCache[tuple[Choice, WorkspaceShape, str], OnnxRuntimeWorkspace] = LRUCache(KEPT_WORKSPACES)
         self._choice: Choice = ()
+
+    def _load_all(self, components: Sequence[str]) -> dict[str, Engine]:
+        """Open sessions: on the CPU side by side, for each is read and laid out by one thread."""
+        if self._provider != "cpu" or len(components) < 2:
+            return {name: self._load(name) for name in components}
+        from concurrent.futures import ThreadPoolExecutor  # for what opens a bundle
+
+        with ThreadPoolExecutor(len(components), thread_name_prefix="latentrt-open") as threads:
+            return dict(zip(components, threads.map(self._load, components), strict=True))
 
     def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
         file = self._directory / self._record.entries[component]
@@ -64,7 +73,7 @@ class Sessions:
     @property
     def picks_rows(self) -> bool:
         """Tell whether a ControlNet is run on those rows of a stage alone that follow it: as in NumPy."""
-        return self._provider not in onnxruntime.FUSED
+        return self._provider not in keys.FUSED
 
     @property
     def fills_cores(self) -> bool:

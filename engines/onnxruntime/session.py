@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ MOST_RECORDINGS = 64  # of one session, for nothing lets go of one before the se
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
 NOT_CAPTURED = "cannot use the graph capture feature"
+SHARING = threading.Lock()
 CUDA_FAILURE = re.compile(r"CUDA failure \d+: [^;]*[^;\s]")  # in the middle of a line of C++
 # What every session on a GPU is opened with.
 CUDA_SETTINGS: Mapping[str, str] = {
@@ -181,12 +183,17 @@ def _plan_lightly(options: Any) -> None:
         options.add_session_config_entry("session.use_env_allocators", "1")
 
 
-@functools.cache
 def _share_memory() -> bool:
     """Have the process hold one store of memory for sessions on the CPU; False where somebody holds one already.
 
     It is as large as the largest need so far and lasts as long as the process, where sessions' own went with them.
     """
+    with SHARING:  # sessions are opened side by side
+        return _hold_memory()
+
+
+@functools.cache
+def _hold_memory() -> bool:
     ort = require()
     place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     names = ("arena_extend_strategy", "initial_chunk_size_bytes", "max_dead_bytes_per_chunk")

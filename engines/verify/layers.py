@@ -24,7 +24,7 @@ from latentrt.engines.compare import largest
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.find import serving_engines
 from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.onnxruntime import build as onnxruntime
+from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.library import Provider
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, OnnxRuntimeOptions, load
 from latentrt.engines.progress import Report, silent
@@ -73,7 +73,7 @@ def built(component: str, directory: Path, record: EngineRecord, provider: Provi
     entry = record.entries[component]
     data = [name for name in record.files if name.startswith(f"{entry}.")]
     files = tuple(directory / name for name in (entry, *data))
-    options = OnnxRuntimeOptions(tf32=onnxruntime.tf32_of(record.key), device=device)
+    options = OnnxRuntimeOptions(tf32=keys.tf32_of(record.key), device=device)
     return Subject(spec=record.specs[component], files=files, provider=provider, options=options)
 
 
