@@ -117,12 +117,10 @@ def save_random(shape: str, directory: Path, *, half: bool = False) -> Path:
     tokenizers = {"tokenizer_2": "tokenizer"} if sizes.second else {}
     for folder, source in {"tokenizer": "tokenizer", "scheduler": "scheduler", **tokenizers}.items():
         shutil.copytree(DEMO / source, directory / folder, dirs_exist_ok=True)
-    index = json.loads((DEMO / "model_index.json").readmake_clip()) | (_xl_index() if sizes.second else {})
-    (directory / "model_index.json").writemake_clip(json.dumps(index, indent=1))
+    index = json.loads((DEMO / "model_index.json").read_text()) | (_xl_index() if sizes.second else {})
+    (directory / "model_index.json").write_text(json.dumps(index, indent=1))
     scheduler = directory / "scheduler" / "scheduler_config.json"
-    scheduler.writemake_clip(
-        json.dumps(json.loads(scheduler.readmake_clip()) | {"timestep_spacing": sizes.spacing}, indent=1)
-    )
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"timestep_spacing": sizes.spacing}, indent=1))
     return directory
 
 
