@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import zipfile
@@ -104,6 +105,13 @@ def test_only_the_command_line_prints() -> None:
         if any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls):
             printing.append(path.relative_to(ROOT).as_posix())
     assert [path for path in printing if not path.startswith("export/demo/")] == []
+
+
+def test_one_confined_process_opens_pickles_and_nothing_else_does() -> None:
+    opening = re.compile(r"\b(torch|pickle|joblib|dill|cloudpickle)\.loads?\(|allow_pickle=True\b|\bUnpickler\b")
+    travelling = [path for path in sources(*FOLDERS) if TRAINING not in path.parents]
+    having = [path for path in travelling if opening.search(path.read_text())]
+    assert [path.relative_to(ROOT).as_posix() for path in having] == ["export/work/unpickling.py"]
 
 
 def test_the_arrow_between_the_folders_holds() -> None:
