@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow torture lint setup clean .cache/triton-venv .cache/old-openai
+.PHONY: demo test test-slow torture lint setup clean .cache/triton-venv .cache/old-openai audit licences sbom .cache/supply-venv
 
 setup: $(VENV)/.installed
 
@@ -65,9 +65,33 @@ test-slow: setup
 	-$(MAKE) .cache/triton-venv .cache/old-openai
 	$(BIN)/python -m pytest -m slow
 
+<<<<<<< HEAD
 # Writes that fail, kills, altered files, long use, a GPU that refuses: a few minutes; docs/reliability.md has the long runs.
 torture: setup
 	$(BIN)/python -m benchmarks.torture
+=======
+# --- what latentrt is made of: SECURITY.md ---
+
+.cache/supply-venv: .cache/supply-venv/.installed
+
+.cache/supply-venv/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
+
+# Known vulnerabilities of the pins, asked of PyPI. With --strict a pin of which nothing could be learned fails too.
+audit: .cache/supply-venv
+	$</bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
+licences: setup
+	$(BIN)/python -m tests.licences
+
+# A CycloneDX bill of materials of an environment, this one's or a service's: `make sbom OF=service/bin/python`.
+OF ?= $(BIN)/python
+sbom: .cache/supply-venv
+	mkdir -p dist
+	$</bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file dist/latentrt.cdx.json $(OF)
+>>>>>>> af06b7d (SECURITY.md; licences from installed metadata, held by a test; make audit and make sbom; two builds give the same wheel)
 
 clean:
 	rm -rf $(VENV) $(DEMO) .cache

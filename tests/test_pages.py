@@ -38,7 +38,7 @@ from tests.lora_files import kohya, make_factors, save
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = [ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md", ROOT / "export" / "demo" / "README.md"]
+OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "export/demo/README.md")]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -129,9 +129,12 @@ def test_the_pages_run_commands_of_every_kind_that_can_run() -> None:
 
 
 def test_other_commands_of_the_pages_exist() -> None:
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for page in PAGES:
+    targets = re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page in [*PAGES, *OTHERS]:
         assert {words[0] for words in commands(page, "make")} <= set(targets)
+        assert {words[1] for code in code_in(page) if (words := code.split())[0] == "make" and words[1:]} <= set(
+            targets
+        )
         scripts = re.findall(r"python (benchmarks/\w+\.py)", page.read_text())
         assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
@@ -175,7 +178,7 @@ def test_every_page_is_reached_from_the_readme() -> None:
 # --- what they must name ---
 
 
-def code_in(page: str) -> set[str]:
+def code_in(page: Path | str) -> set[str]:
     return set(CODE.findall((ROOT / page).read_text()))
 
 
