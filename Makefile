@@ -65,11 +65,10 @@ test-slow: setup
 	-$(MAKE) .cache/triton-venv .cache/old-openai
 	$(BIN)/python -m pytest -m slow
 
-<<<<<<< HEAD
 # Writes that fail, kills, altered files, long use, a GPU that refuses: a few minutes; docs/reliability.md has the long runs.
 torture: setup
 	$(BIN)/python -m benchmarks.torture
-=======
+
 # --- what latentrt is made of: SECURITY.md ---
 
 .cache/supply-venv: .cache/supply-venv/.installed
@@ -91,7 +90,6 @@ OF ?= $(BIN)/python
 sbom: .cache/supply-venv
 	mkdir -p dist
 	$</bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file dist/latentrt.cdx.json $(OF)
->>>>>>> af06b7d (SECURITY.md; licences from installed metadata, held by a test; make audit and make sbom; two builds give the same wheel)
 
 clean:
 	rm -rf $(VENV) $(DEMO) .cache
