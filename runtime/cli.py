@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,13 +140,16 @@ def _progress(*, quiet: bool) -> Iterator[Any]:
 
 
 def _save(result: Result, output: Path) -> list[Path]:
+    from concurrent.futures import ThreadPoolExecutor
+
     from latentrt.runtime.images.write_png import save_png
 
-    files = []
-    for image, seed, settings in zip(result.images, result.seeds, result.settings, strict=True):
-        file = output if output.suffix.lower() == ".png" else _free_name(output, f"{_slug(settings.prompt)}-{seed}")
-        save_png(image, file, settings, seed)
-        files.append(file)
+    files: list[Path] = []
+    for settings, seed in zip(result.settings, result.seeds, strict=True):
+        stem = f"{_slug(settings.prompt)}-{seed}"
+        files.append(output if output.suffix.lower() == ".png" else _free_name(output, stem, taken=files))
+    with ThreadPoolExecutor() as threads:  # Pillow works outside of Python's lock
+        list(threads.map(save_png, result.images, files, result.settings, result.seeds))
     return files
 
 
@@ -154,10 +157,10 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-") or "empty"
 
 
-def _free_name(directory: Path, stem: str) -> Path:
-    """Return a path that is not taken: the result of another call is never overwritten."""
+def _free_name(directory: Path, stem: str, *, taken: Sequence[Path]) -> Path:
+    """Return a path where nothing lies: the result of another call is never overwritten. taken: by this call"""
     path, copy = directory / f"{stem}.png", 2
-    while path.exists():
+    while path.exists() or path in taken:
         path, copy = directory / f"{stem}-{copy}.png", copy + 1
     return path
 

@@ -182,6 +182,20 @@ def test_samplers_are_as_accurate_as_was_counted(sampler: str) -> None:
     assert row(SAMPLERS[sampler], *(right[steps] for steps in (1, 2, 4, 8, 20, 50))) in PAGE.splitlines()
 
 
+def test_pngs_take_as_long_and_are_as_large_as_was_measured() -> None:
+    pictures = result("png")["pictures"]
+    for setting in next(iter(pictures.values())):
+        cells = list[str]()
+        for rows in pictures.values():
+            time = rows[setting]["time"]
+            interval = f"({time['low']:.2f} to {time['high']:.2f})"
+            cells += [f"{time['estimate']:.2f} {interval}", f"{rows[setting]['bytes_ratio']:.3f}"]
+        assert row(setting, *cells) in PAGE
+    ours = [rows["latentrt"] for rows in pictures.values()]
+    assert max(one["time"]["high"] for one in ours) < 0.5
+    assert round(100 * max(one["bytes_ratio"] for one in ours) - 100) == 11
+
+
 def test_guidance_for_part_of_the_steps_is_what_was_measured() -> None:
     for one in result("guidance")["intervals"]:
         first, last = (f"{end:g}" for end in one["interval"])

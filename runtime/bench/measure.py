@@ -31,7 +31,7 @@ from latentrt.runtime.bench.result import (
 from latentrt.runtime.bench.rounds import RULE, Warmup, take_turns, warm_up
 from latentrt.runtime.bench.samples import summarise
 from latentrt.runtime.bench.timing import TimedPipeline
-from latentrt.runtime.images.write_png import parameters
+from latentrt.runtime.images.write_png import encode_png, parameters
 from latentrt.runtime.result import Result
 from latentrt.runtime.sampling.make import make_plan
 
@@ -134,7 +134,7 @@ class Candidate:
         start = time.perf_counter()
         result = self._call(seed)
         drawn = time.perf_counter()
-        encode_png(result)
+        encode_files(result)
         end = time.perf_counter()
         used = self._meter.joules() if self._meter else None
         total = drawn - start
@@ -169,15 +169,12 @@ def _by_stage(result: Result, total: float) -> dict[str, float]:
     return {**stages, "step": stages["denoise"] / count, "total": total}
 
 
-def encode_png(result: Result) -> list[bytes]:
+def encode_files(result: Result) -> list[bytes]:
     """Return the pictures as PNG files with their settings, as `latentrt generate` writes them."""
-    from PIL.PngImagePlugin import PngInfo
-
     files = []
     for image, settings, seed in zip(result.images, result.settings, result.seeds, strict=True):
-        info, file = PngInfo(), io.BytesIO()
-        info.add_itxt("parameters", parameters(settings, seed))
-        image.save(file, format="PNG", pnginfo=info)
+        file = io.BytesIO()
+        encode_png(image, file, parameters(settings, seed))
         files.append(file.getvalue())
     return files
 

@@ -5,25 +5,34 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.runtime.sampling.catalogue import OWN, SAMPLERS, find
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from latentrt.runtime.result import Settings
 
 
-def save_png(image: Image, path: Path, settings: Settings, seed: int) -> None:
+def save_png(image: Image.Image, path: Path, settings: Settings, seed: int) -> None:
     """Write one picture with its settings, in one step: a killed run leaves no half picture. Raises BundleError."""
+    with disk_errors(path), atomic_write(path) as beside, beside.open("wb") as file:
+        encode_png(image, file, parameters(settings, seed))
+
+
+def encode_png(image: Image.Image, file: IO[bytes], text: str | None) -> None:
+    """Write a picture as PNG, with its settings as `parameters` writes them; None for none.
+
+    zlib looks for runs of one byte alone, not for what was there before: in a quarter of the time of Pillow's own
+    setting, and up to a ninth larger (docs/figures.md). Safe to use from many threads, which run side by side.
+    """
     info = PngInfo()
-    info.add_itxt("parameters", parameters(settings, seed))
-    with disk_errors(path), atomic_write(path) as beside:
-        image.save(beside, format="PNG", pnginfo=info)
+    if text is not None:
+        info.add_itxt("parameters", text)
+    image.save(file, format="PNG", pnginfo=info, compress_level=1, compress_type=Image.RLE)
 
 
 def parameters(settings: Settings, seed: int) -> str:

@@ -9,12 +9,11 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from latentrt.engines.spec import Array
 from latentrt.runtime.images.jpeg_parts import is_endless
 from latentrt.runtime.images.read import decode
-from latentrt.runtime.images.write_png import parameters
+from latentrt.runtime.images.write_png import encode_png, parameters
 from latentrt.runtime.result import Result
 from latentrt.runtime.serve.web_errors import WebError
 
@@ -37,10 +36,7 @@ def encode_pixels(pixels: Array, kind: Format, *, quality: int = 100, text: str 
     """
     image, file = Image.fromarray(pixels), io.BytesIO()
     if kind == "png":
-        info = PngInfo()
-        if text is not None:
-            info.add_itxt("parameters", text)
-        image.save(file, "PNG", pnginfo=info, compress_level=1)
+        encode_png(image, file, text)
     else:
         exif = Image.Exif()
         comment = b"" if text is None else b"UNICODE\0" + text.encode("utf-16-be")
