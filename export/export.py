@@ -45,6 +45,7 @@ from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
 from latentrt.export.sources.tokenizer import Vocabulary, read_vocabulary
 from latentrt.export.work.jobs import MARKERS, ExportJob, Finished, read_marker
+from latentrt.export.work.need import costs, need, require_room
 from latentrt.export.work.worker import start_worker
 
 # The CPU computes in float32 whatever the weights are, so float16 would only cost accuracy there; a GPU's matrix
@@ -97,8 +98,10 @@ def export_checkpoint(
     checkpoint: a directory in diffusers' or optimum's layout, a safetensors file, a hub id, or `demo`
     precision: of the graphs; None for what suits the first backend (fp32 on a CPU, fp16 on a GPU)
     backends: whose engines are built for this machine; may be empty
-    Raises CheckpointError, BundleError and EngineError: NotInstalledError where a library is missing. A killed export
-    leaves the target as it was; the same call again continues with the components that are missing.
+    report: is told first what the export takes of the disk and of memory
+    Raises CheckpointError, BundleError (before any work where the disk has no room for it) and EngineError:
+    NotInstalledError where a library is missing. A killed export leaves the target as it was; the same call again
+    continues with the components that are missing.
     """
     start = time.perf_counter()
     report("reading the checkpoint", 0, 1)
@@ -107,8 +110,10 @@ def export_checkpoint(
     _require_tools(opened.source)
     tokenizers = _tokenizers(opened)
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
-    provenance = _provenance(opened, precision)
     report("reading the checkpoint", 1, 1)
+    what = f"exporting: {_require_room(opened, target, precision, backends, overwrite=overwrite)}"
+    report(what, 0, 1)
+    provenance = _provenance(opened, precision)
     _existing(target, provenance, overwrite=overwrite)  # refused before anything is written
     with staged(target, provenance.export_key) as directory:
         if existing := _existing(target, provenance, overwrite=overwrite):
@@ -122,6 +127,7 @@ def export_checkpoint(
         write_manifest(directory, manifest)
         engines = _build(Bundle.open(directory), backends, report)
         _publish(directory, target, overwrite=overwrite)
+    report(what, 1, 1)
     return Exported(
         manifest=manifest,
         components=finished,
@@ -130,6 +136,17 @@ def export_checkpoint(
         seconds=time.perf_counter() - start,
         preview_r_squared=preview.r_squared,
     )
+
+
+def _require_room(
+    checkpoint: Checkpoint, target: Path, precision: Precision, backends: Sequence[BackendName], *, overwrite: bool
+) -> str:
+    """Say what will be taken of the disk and of memory. Raises BundleError where the disk has not that much."""
+    if (target / MANIFEST).is_file() and not overwrite:  # nothing will be exported
+        return "the bundle may be there already"
+    networks = _networks(checkpoint)
+    found = costs({name: networks[name] for name in _ordered(checkpoint)}, checkpoint.source, precision)
+    return require_room(target, need(found, backends))
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Vocabulary]:
@@ -202,7 +219,7 @@ def _components(
     checkpoint: Checkpoint, staged: Path, precision: Precision, report: Report
 ) -> tuple[dict[str, Finished], tuple[str, ...]]:
     """Export every component that no earlier run has finished. Returns all of them, and the names of those kept."""
-    names = sorted(_networks(checkpoint), key=lambda name: (place_of(_row(checkpoint, name)), name))
+    names = _ordered(checkpoint)
     found = {name: read_marker(staged, name) for name in names}
     kept = {name: finished for name, finished in found.items() if finished is not None}
     made = {}
@@ -215,6 +232,11 @@ def _components(
                     report(f"exporting {name}", 1, 1)
     every = kept | made
     return {name: every[name] for name in names}, tuple(kept)
+
+
+def _ordered(checkpoint: Checkpoint) -> list[str]:
+    """Return its components, in the order in which they are exported."""
+    return sorted(_networks(checkpoint), key=lambda name: (place_of(_row(checkpoint, name)), name))
 
 
 def _networks(checkpoint: Checkpoint) -> dict[str, Path | WeightSource]:

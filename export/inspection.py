@@ -104,7 +104,7 @@ def _inspect_file(file: TensorFile) -> Inspection:
     single = recognise(file)
     if single is None:
         return _inspect_part(file)
-    networks = {name: (name, tensors, (file.path.name,)) for name, tensors in single.networks().items()}
+    networks = {name: (name, tensors.values(), (file.path.name,)) for name, tensors in single.networks().items()}
     return Inspection(
         path=str(file.path),
         layout="a checkpoint in one safetensors file",

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ sys.meta_path.insert(0, Block())
 def graphs(sd1_bundle: Path) -> str:
     """A directory in optimum's layout: the graphs of a bundle."""
     return str(sd1_bundle / "onnx")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 600 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
 
 
 def command(*arguments: object) -> list[str]:
@@ -175,19 +188,20 @@ def test_a_full_disk_is_one_sentence(graphs: str, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_disk_that_fills_up_under_the_graphs_is_one_sentence(graphs: str, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        result = subprocess.run(command(graphs, disk / "bundle"), capture_output=True, text=True, check=False)
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_disk_that_fills_up_under_the_graphs_is_one_sentence(
+    graphs: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program takes what was free before the export."""
+    monkeypatch.setattr(exporting, "require_room", lambda *_: "")
+    with pytest.raises(BundleError, match="the disk is full"):
+        export_checkpoint(graphs, small_disk / "bundle")
+
+
+def test_a_disk_that_is_too_small_is_one_sentence(graphs: str, small_disk: Path) -> None:
+    result = subprocess.run(command(graphs, small_disk / "bundle"), capture_output=True, text=True, check=False)
+    assert list(small_disk.iterdir()) == []
     assert result.returncode == 2
-    assert "the disk is full" in result.stderr.splitlines()[-1]
+    assert "GB of that disk are free" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 

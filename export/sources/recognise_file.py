@@ -78,10 +78,10 @@ class SingleFile:
         """Return its family, None if it cannot be exported without configs from elsewhere."""
         return self.base.family if self.base and not self.oddity and self.blocks is not None else None
 
-    def networks(self) -> dict[str, list[StoredTensor]]:
-        """Return the tensors of each network that is in the file."""
+    def networks(self) -> dict[str, dict[str, StoredTensor]]:
+        """Return the tensors of each network that is in the file, by their keys there."""
         found = {
-            name: [stored for key, stored in self.file.tensors.items() if key.startswith(prefixes)]
+            name: {key: stored for key, stored in self.file.tensors.items() if key.startswith(prefixes)}
             for name, prefixes in {**TEXTS, self.denoiser: (DENOISER_PREFIX,), **OTHERS}.items()
         }
         return {name: tensors for name, tensors in found.items() if tensors}
