@@ -30,6 +30,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/user_program.py
+	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
 # ONNX Runtime for GPUs beside the CPU's, whose module has the same name: its provider is opened on stub libraries
