@@ -67,7 +67,8 @@ suite() { # SECONDS PARTS
 run() {
   nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,power.draw --format=csv,noheader 2>&1
   [ -d "$PIECES" ] && for piece in "$PIECES"/*.*; do [ -f "$piece" ] && mv "$piece" "$KEPT/"; done
-  join wheels ort rtx bundles
+  join wheels ort rtx bundles larger
+  [ -d "$KEPT/site/larger" ] && mkdir -p "$KEPT/site/bundles" && ln -f "$KEPT"/site/larger/* "$KEPT/site/bundles/"
   paths
   said "ready: $("$PYTHON" -c 'import sys, onnxruntime; print(sys.version.split()[0], onnxruntime.__version__, onnxruntime.get_available_providers())' 2>&1 | tail -1)"
   said "without LD_LIBRARY_PATH: $(found)"

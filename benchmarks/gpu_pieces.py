@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from one_architecture import keep_architecture
@@ -127,9 +128,9 @@ def fill_ort(tree: Path, _: Path) -> None:
     keep_architecture(root / "capi" / "libonnxruntime_providers_cuda.so", ARCHITECTURE)
 
 
-def fill_bundles(tree: Path, kept: Path) -> None:
-    """The packed bundles that packed_bundle.py wrote to `bundles/` beside the pieces."""
-    for packed in sorted((kept / "bundles").glob("*.tar.gz")):
+def fill_bundles(tree: Path, kept: Path, *, of: str = "bundles") -> None:
+    """The packed bundles that packed_bundle.py wrote to `bundles/`, or `larger/`, beside the pieces."""
+    for packed in sorted((kept / of).glob("*.tar.gz")):
         shutil.copyfile(packed, tree / packed.name)
 
 
@@ -153,6 +154,7 @@ def install(requirements: Iterable[str], tree: Path) -> None:
 SETS: dict[str, Callable[[Path, Path], None]] = {
     "wheels": fill_wheels,
     "bundles": fill_bundles,
+    "larger": partial(fill_bundles, of="larger"),
     "ort": fill_ort,
     "rtx": fill_rtx,
 }
