@@ -11,19 +11,34 @@ import re
 from typing import Any, ClassVar, Self
 
 
+def printable(sentence: str) -> str:
+    """Return a sentence on one line: what a file or a library says in it may hold line ends and control characters."""
+    if sentence.isprintable():
+        return sentence
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in sentence)
+
+
 class LatentrtError(Exception):
-    """One sentence: what is wrong, where, and what to do. The command line prints it and exits with 2.
+    """One sentence, on one line: what is wrong, where, and what to do. The command line prints it and exits with 2.
 
     retryable: whether the same call may succeed later without any change by the caller
     """
 
     retryable: ClassVar[bool] = False
 
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
+
     def within(self, before: str) -> Self:
         """Return the same error, of the same kind and with the same fields, with words before its sentence."""
         found = copy.copy(self)
         found.args = (f"{before}{self}",)
         return found
+
+
+def library_failed(error: BaseException) -> bool:
+    """Tell whether a library failed on what it was given: with an Exception, or a panic of Rust, which is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _travel(error: LatentrtError) -> tuple[Any, ...]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import io
+import pickle
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmarks.torture.layer import compiled, layer
 from benchmarks.torture.process import try_program
-from benchmarks.torture.scenes import Sources
-from benchmarks.torture.writes import Trial, distinct, faults
+from benchmarks.torture.reading.files import Altered
+from benchmarks.torture.reading.reads import KEPT, State, attempt, try_target
+from benchmarks.torture.reading.targets import TARGETS
+from benchmarks.torture.sources import Sources
+from benchmarks.torture.writing.layer import compiled, layer
+from benchmarks.torture.writing.writes import Trial, distinct, faults
 from safetensors.numpy import save_file
 
 from latentrt.__main__ import Refusal, refused
@@ -103,6 +108,41 @@ def test_what_the_system_refuses_is_a_sentence_of_the_command_line(code: int) ->
 def test_any_other_error_of_a_file_stays_a_bug() -> None:
     with pytest.raises(FileNotFoundError), refused(()):
         raise FileNotFoundError(errno.ENOENT, "no", "/some/file")
+
+
+KEPT_FILES = sorted(path.name for path in KEPT.iterdir())
+
+
+@pytest.mark.parametrize("name", KEPT_FILES)
+def test_what_a_reader_once_failed_on_is_read_or_refused_in_one_sentence(
+    name: str, sd1_bundle: Path, sd1_checkpoint: Path, tmp_path: Path
+) -> None:
+    given = Sources(checkpoint=sd1_checkpoint, bundle=sd1_bundle, other=sd1_bundle, store=sd1_bundle)
+    (target,) = [target for target in TARGETS if name.rpartition("-")[0] == target.replace(" ", "-")]
+    _, wrong = attempt(TARGETS[target](given, tmp_path), (KEPT / name).read_bytes())
+    assert wrong is None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_reader_reads_what_it_is_given_whole_and_refuses_much_of_what_is_changed(
+    target: str, sd1_bundle: Path, sd1_checkpoint: Path, tmp_path: Path
+) -> None:
+    given = Sources(checkpoint=sd1_checkpoint, bundle=sd1_bundle, other=sd1_bundle, store=sd1_bundle)
+    reader, state = TARGETS[target](given, tmp_path), State(seed=7)
+    assert all(attempt(reader, data) == (True, None) for data in reader.seeds)
+    try_target(target, reader, state, until=time.monotonic() + 60, most=20)
+    assert state.found == [] and state.executions
+
+
+def test_an_error_is_one_line_whatever_a_file_says() -> None:
+    error = BundleError("a key\nthat\x00ends the line")
+    assert str(error).isprintable() and str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_an_altered_file_of_a_bundle_is_refused_or_harmless(sd1_bundle: Path, tmp_path: Path) -> None:
+    altered = Altered("sd1", sd1_bundle, tmp_path / "altered")
+    assert [found for number in range(12) for found in altered.attack(number, 5)] == []
+    assert altered.counts["refused"] and altered.counts["verify_refused"]
 
 
 ENDS = [

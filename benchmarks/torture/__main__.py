@@ -16,11 +16,13 @@ import msgspec
 
 from latentrt.runtime.bench.machine import describe
 
-PARTS = {  # name: (what it does, seconds of the short form)
-    "writes": ("Every call that writes fails once.", 60.0),
-    "kills": ("kill -9 at random moments, of one and of two at once.", 30.0),
-    "devices": ("Each call to the GPU and to TensorRT fails once, on the tests' stand-in.", 25.0),
-    "process": ("Forks and ends while something is drawn.", 45.0),
+PARTS = {  # name: (module, what it does, seconds of the short form)
+    "writes": ("writing.writes", "Every call that writes fails once.", 60.0),
+    "kills": ("writing.kills", "kill -9 at random moments, of one and of two at once.", 30.0),
+    "reads": ("reading.reads", "Every reader is given what nobody should write.", 40.0),
+    "files": ("reading.files", "Every file of a bundle is altered.", 25.0),
+    "devices": ("devices", "Each call to the GPU and to TensorRT fails once, on the tests' stand-in.", 25.0),
+    "process": ("process", "Forks and ends while something is drawn.", 45.0),
 }
 LONG_S = 3600.0
 
@@ -28,7 +30,7 @@ LONG_S = 3600.0
 def run_part(name: str, work: Path, *, seed: int, seconds: float, short: bool) -> dict[str, Any]:
     """Run one part. Return its result: what it is of, what it did, and under `found` what should not have been."""
     start = time.monotonic()
-    part = importlib.import_module(f"benchmarks.torture.{name}")
+    part = importlib.import_module(f"benchmarks.torture.{PARTS[name][0]}")
     done = part.run(work, seed=seed, seconds=seconds, short=short)
     head = {
         "part": name,
@@ -55,7 +57,7 @@ def torture(
     failures = 0
     with tempfile.TemporaryDirectory(prefix="latentrt-torture-") as beside:
         for name in parts or PARTS:
-            limit = seconds if seconds is not None else LONG_S if long else PARTS[name][1]
+            limit = seconds if seconds is not None else LONG_S if long else PARTS[name][2]
             result = run_part(name, (work or Path(beside)).resolve(), seed=seed, seconds=limit, short=not long)
             click.echo(f"{name}: {summary(result)}")
             for one in result["found"][:20]:

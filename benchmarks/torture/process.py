@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import msgspec
-from benchmarks.torture.layer import ROOT
 from benchmarks.torture.sources import sources
+from benchmarks.torture.writing.layer import ROOT
 
 LONGEST_S = 120.0
 BEGIN = """

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.torture.scenes import Sources
+import msgspec
+
+
+class Sources(msgspec.Struct, frozen=True, kw_only=True):
+    """What scenes start from and never change.
+
+    checkpoint: tiny; bundle: it in float32 with engines of the CPU; other: it in float16; store: holds those engines
+    """
+
+    checkpoint: Path
+    bundle: Path
+    other: Path
+    store: Path
 
 
 def sources(folder: Path) -> Sources:

@@ -146,7 +146,7 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
     if single.family is None or single.blocks is None:
         raise CheckpointError(
             f"'{single.file.path}' was recognised as {single.label}, which is not supported from a single file; "
-            "where its networks are those of {SUPPORTED}, pass --config DIRECTORY with its configs"
+            f"where its networks are those of {SUPPORTED}, pass --config DIRECTORY with its configs"
         )
     published = CONFIGS[single.family]
     prediction = options.prediction_type or single.prediction

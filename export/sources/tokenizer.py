@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from latentrt.engines.bundle.manifest import TokenizerSpec
-from latentrt.engines.errors import CheckpointError
+from latentrt.engines.errors import CheckpointError, library_failed
 from latentrt.export.sources.diffusers_folder import read_json
 from latentrt.export.sources.unigram import read_unigram
 
@@ -88,7 +88,10 @@ def read_tokenizer(
         read_json(path)
     try:
         tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True, **(special or {}))
-    except Exception as error:  # what a damaged file leads to, in two libraries
+        tokenizer("a")  # it may be read, and fail then
+    except BaseException as error:  # what a damaged file leads to, in two libraries
+        if not library_failed(error):
+            raise
         raise CheckpointError(
             f"{folder}: transformers cannot read this tokenizer ({' '.join(str(error).split())}); "
             "download its files again"

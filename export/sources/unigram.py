@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentrt.engines.bundle.manifest import TokenizerSpec
-from latentrt.engines.errors import CheckpointError, NotInstalledError
+from latentrt.engines.errors import CheckpointError, NotInstalledError, library_failed
 from latentrt.export.sources.diffusers_folder import read_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,10 @@ def read_unigram(folder: Path, *, rows: int | None = None) -> UnigramTokenizer:
     content = _content(folder)
     try:
         tokenizer = Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises bare Exception
+        tokenizer.encode("a")  # it may be read, and fail then
+    except BaseException as error:  # the library raises bare Exception
+        if not library_failed(error):
+            raise
         raise CheckpointError(f"{folder / FILE} is not a tokenizer ({error}); download it again") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from latentrt.engines.bundle.files import atomic_write, disk_errors
-from latentrt.engines.bundle.parsing import ParseError, parse
+from latentrt.engines.bundle.parsing import ParseError, parse, read_document
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Document
 from latentrt.runtime.bench.machine import Conditions, Machine
@@ -175,11 +175,9 @@ def write_text(text: str, path: Path) -> None:
 def read_report(path: Path) -> Report:
     """Read a report strictly. Raises RequestError with the path of what is wrong in it."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read ({error.strerror}); name a file that --json wrote") from None
-    except ValueError as error:
-        raise RequestError(f"{path} is not JSON ({error}); name a file that --json wrote") from None
+        document = read_document(path, strict=True)
+    except ParseError as error:
+        raise RequestError(f"{path} {error}; name a file that --json wrote") from None
     if not isinstance(document, dict) or document.get("kind") != "latentrt bench":
         raise RequestError(f"{path} is not a result of `latentrt bench`; name a file that --json wrote")
     if document.get("schema_version") != SCHEMA_VERSION:

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import TokenizerSpec
-from latentrt.engines.errors import BundleError, RequestError
+from latentrt.engines.errors import BundleError, RequestError, library_failed
 from latentrt.engines.spec import Array
 from latentrt.runtime.text.syntax import EXPLICIT_WEIGHT, Part, Segment, Syntax, loaded_by_name, parse_weighted
 
@@ -102,7 +102,9 @@ class PromptTokenizer:
 
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception
+            if not library_failed(error):
+                raise
             raise BundleError(f"{file} is not a tokenizer ({error}); export the checkpoint again") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -199,6 +201,11 @@ class PromptTokenizer:
             encoding = self._tokenizer.encode(segment.text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):  # lone surrogates are no text
             raise RequestError(f"prompt: {segment.text!r} is not valid Unicode text") from None
+        except BaseException as error:
+            if not library_failed(error):
+                raise
+            words = f"the bundle's tokenizer {self.spec.file} fails on this prompt ({error})"
+            raise BundleError(f"{words}; export the checkpoint again") from None
         for token, piece in zip(encoding.ids, encoding.tokens, strict=True):
             ids = self._learned.get(token, range(token, token + 1))
             for id in ids:

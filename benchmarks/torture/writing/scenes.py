@@ -9,23 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from benchmarks.torture.sources import Sources
 
 from latentrt.engines.bundle.files import Bundle, check_file
 from latentrt.engines.errors import LatentrtError
 
 PROMPT = "a red circle"
-
-
-class Sources(msgspec.Struct, frozen=True, kw_only=True):
-    """What scenes start from and never change.
-
-    checkpoint: tiny; bundle: it in float32 with engines of the CPU; other: it in float16; store: holds those engines
-    """
-
-    checkpoint: Path
-    bundle: Path
-    other: Path
-    store: Path
 
 
 class Scene(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,13 +212,13 @@ SCENES = {
         state=model_state,
     ),
     "keep a graph": Scene(
-        words=("call", "benchmarks.torture.scenes:keep", "{under}/cache"),
+        words=("call", "benchmarks.torture.writing.scenes:keep", "{under}/cache"),
         prepare=_nothing,
         state=kept_state,
         partly=True,
     ),
     "keep a picture": Scene(
-        words=("call", "benchmarks.torture.scenes:store_picture", "{under}/kept"),
+        words=("call", "benchmarks.torture.writing.scenes:store_picture", "{under}/kept"),
         prepare=_nothing,
         state=picture_state,
         adds=True,

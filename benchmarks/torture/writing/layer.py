@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from benchmarks.torture.server import Ended, Run
+from benchmarks.torture.writing.server import Ended, Run
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parent.parent.parent
 BLOCK = struct.Struct("6q")  # as `struct block` in faults.c: armed, fail, error, stays, seen, failed
 
 
@@ -104,7 +104,7 @@ def layer(work: Path, *, with_torch: bool, further: dict[str, str] | None = None
         **(further or {}),
     }
     with block.open("r+b") as file, mmap.mmap(file.fileno(), BLOCK.size) as shared:
-        command = [sys.executable, "-m", "benchmarks.torture.server", "torch" if with_torch else "plain"]
+        command = [sys.executable, "-m", "benchmarks.torture.writing.server", "torch" if with_torch else "plain"]
         process = subprocess.Popen(
             command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )

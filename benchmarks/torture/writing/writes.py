@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from benchmarks.torture.layer import Call, Layer, layer
-from benchmarks.torture.scenes import SCENES, Scene, Sources
-from benchmarks.torture.sources import sources
+from benchmarks.torture.sources import Sources, sources
+from benchmarks.torture.writing.layer import Call, Layer, layer
+from benchmarks.torture.writing.scenes import SCENES, Scene
 
 ERRORS = {  # what each kind of call can meet
     "create": (errno.ENOSPC, errno.EACCES, errno.EIO),

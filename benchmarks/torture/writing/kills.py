@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-from benchmarks.torture.layer import layer
-from benchmarks.torture.scenes import SCENES
 from benchmarks.torture.sources import sources
-from benchmarks.torture.writes import Trial, names, start_anew
+from benchmarks.torture.writing.layer import layer
+from benchmarks.torture.writing.scenes import SCENES
+from benchmarks.torture.writing.writes import Trial, names, start_anew
 
 KILLED = ("build", "build --force", "publish", "export", "export --overwrite")
 SHORT = KILLED[:3]  # without PyTorch

@@ -1,0 +1,1 @@
+"""What reads what others wrote: changed documents for each reader, and altered files of whole bundles."""
