@@ -1,9 +1,9 @@
-"""What ControlNets and T2I-Adapters add to a UNet, by name.
+"""What ControlNets and T2I-Adapters add to a denoiser, by name.
 
-A ControlNet adds at every stage: a residual for each of the UNet's skip connections, and one for its middle. It is a
-component of its own, which takes the residuals so far and gives them with its own added, so that several of them form
-a chain that ends in the UNet. A T2I-Adapter, a component too, adds what it computes once a picture: a feature inside
-each block on the way down.
+A ControlNet adds at every stage: a residual for each of a UNet's skip connections, and one for its middle; or some
+behind the blocks of a transformer. It is a component of its own, which takes the residuals so far and gives them with
+its own added, so that several of them form a chain that ends in the denoiser. A T2I-Adapter, a component too, adds what
+it computes once a picture: a feature inside each block on the way down.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ DIVISORS = (1, 2, 4, 8, 16, 32)
 
 
 def hint_of(component: str) -> str:
-    """Return the name under which a workspace is given the picture that a ControlNet follows: (P, 3, height, width)."""
+    """Return the name under which a workspace is given what a ControlNet follows.
+
+    It is the pixels of a picture, (P, 3, height, width), or its latents, (P, C, height / factor, width / factor).
+    """
     return f"{component}.{COND}"
 
 

@@ -12,7 +12,7 @@ from latentrt.engines.bundle.files import hash_file
 from latentrt.engines.bundle.manifest import Family, FrameRange, LatentSpec
 from latentrt.engines.bundle.training import Prediction, TrainingSchedule
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.additions.controlnets import add_controlnets, per_level
+from latentrt.export.additions.controlnets import add_controlnets
 from latentrt.export.additions.ip_adapters import add_ip_adapters, image_dimensions
 from latentrt.export.additions.loras import add_loras
 from latentrt.export.additions.motion import add_motion, frame_range
@@ -21,13 +21,13 @@ from latentrt.export.additions.skip_layers import add_skip_layers
 from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensions
 from latentrt.export.additions.text_encoders import find_text_encoders, put_text_encoders, with_their_tokenizers
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
-from latentrt.export.configs.defaults import complete, require_levels
+from latentrt.export.configs.defaults import complete, per_level, require_levels
 from latentrt.export.configs.denoisers import KINDS
 from latentrt.export.configs.families import FAMILIES, OPTIONAL_TEXT
 from latentrt.export.configs.published import DEFAULT_SAMPLE_SIZE, sample_size
+from latentrt.export.configs.residuals import NONE
 from latentrt.export.configs.schedule import training_schedule
 from latentrt.export.graphs.normalised_latents import Affine, read_normalising
-from latentrt.export.networks.components import residual_dimensions
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_vae
 from latentrt.export.sources.hub import download
@@ -47,7 +47,6 @@ CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 ENLARGED_BEFORE = (0, 9, 0)  # diffusers' version, see `FamilyRow.enlarges`
 OF_UNETS = {
     "unet": "--unet",
-    "controlnets": "--controlnet",
     "adapters": "--adapter",
     "motion_adapter": "--motion-adapter",
 }  # fields of the options
@@ -345,9 +344,6 @@ def _dimensions(parts: Parts, latents: LatentSpec) -> dict[str, int]:
 
 
 def _residuals(parts: Parts) -> dict[str, int]:
-    """Name the sizes of what ControlNets add to the UNet; there is nothing to add if there is none."""
-    if not parts.controls_of("controlnet"):
-        return {"down_residuals": 0}
-    unet = parts.configs["unet"]
-    channels = unet["block_out_channels"]
-    return residual_dimensions(channels, per_level(unet["layers_per_block"], len(channels)))
+    """Name the sizes of what ControlNets add to the denoiser; there is nothing to add if there is none."""
+    controlnets = [parts.configs[name] for name in parts.controls_of("controlnet")]
+    return KINDS[parts.denoiser].residuals(parts.configs[parts.denoiser], controlnets) if controlnets else dict(NONE)

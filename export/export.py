@@ -255,7 +255,7 @@ def _row(checkpoint: Checkpoint, component: str) -> str:
 
 def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precision) -> ExportJob:
     folder, weight_source = _place(_networks(checkpoint)[component], staged / MARKERS / "weights")
-    refiner = checkpoint.refiner
+    refiner, controls = checkpoint.refiner, checkpoint.controls.get(component)
     shared = None
     if refiner and component in SHARED:
         other, how = _place(refiner.networks[component], staged / MARKERS / "shared")
@@ -271,6 +271,7 @@ def _job(checkpoint: Checkpoint, component: str, staged: Path, precision: Precis
         dimensions={
             **(refiner.dimensions if refiner and component == REFINER else checkpoint.dimensions),
             **own_dimensions(checkpoint).get(component, {}),
+            **(controls.dimensions if controls else {}),
         },
         scaling_factor=checkpoint.latents.scaling_factor,
         shift=checkpoint.latents.shift,

@@ -12,9 +12,10 @@ from latentrt.engines.bundle.safetensors_header import PICKLES, StoredTensor, Te
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.lora.file import read_lora
 from latentrt.export.additions.controlnet_files import DIFFERENCE
-from latentrt.export.additions.controlnets import KIND, per_level
+from latentrt.export.additions.controlnets import CLASSES
 from latentrt.export.additions.t2i_adapters import KIND as ADAPTER_KIND
 from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
+from latentrt.export.configs.defaults import per_level
 from latentrt.export.configs.families import (
     BASES,
     CONTROLNET,
@@ -23,6 +24,7 @@ from latentrt.export.configs.families import (
     LABELS,
     LORA,
     SUPPORTED,
+    TRANSFORMER,
     name_pipeline,
     option_for,
 )
@@ -288,9 +290,8 @@ def _inspect_lone_folder(root: Path) -> Inspection:
     networks = (_folder_network(kind, kind, root),) if kind and _holds_weights(root) else ()
     files = sorted(path.name for path in root.iterdir() if path.suffix == ".safetensors")
     problem = "it holds no model_index.json: give a directory in diffusers' or optimum's layout"
-    if kind == KIND:
-        base = BASES.get(max(per_level(config.get("cross_attention_dim", 1280), 1)))
-        problem = _addition(CONTROLNET, root, base.label if base else None)
+    if kind in CLASSES:
+        problem = _addition(CONTROLNET, root, _controlled(config))
     elif kind == ADAPTER_KIND:
         problem = _addition("T2I-Adapter", root, None)
     elif kind:
@@ -298,6 +299,14 @@ def _inspect_lone_folder(root: Path) -> Inspection:
     elif files:
         problem += f", or the file itself: {', '.join(files[:3])}"
     return Inspection(path=str(root), layout="a directory", model=kind, networks=networks, problem=problem)
+
+
+def _controlled(config: Mapping[str, Any]) -> str | None:
+    """Return what a ControlNet's config was made for: those of transformers attend to text in another way."""
+    if "joint_attention_dim" in config:
+        return TRANSFORMER.label
+    base = BASES.get(max(per_level(config.get("cross_attention_dim", 1280), 1)))
+    return base.label if base else None
 
 
 def _network(name: str, kind: str, tensors: Iterable[StoredTensor], files: tuple[str, ...]) -> Network:

@@ -19,7 +19,7 @@ from hypothesis import settings
 
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
-from tests.sd3 import make_sd3
+from tests.sd3 import make_sd3, save_sd3_controlnet
 from tests.tiny import (
     save_adapter,
     save_controlnet,
@@ -202,6 +202,27 @@ def controlled(workshop: Path, made: Make) -> MakeControlled:
         return known[family, variant]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def followed(workshop: Path, made: Make) -> Controlled:
+    """A tiny checkpoint of 3.5 medium's kind, ControlNets for it of each kind, and the bundle of all.
+
+    Its second block may be skipped.
+    """
+    checkpoint, _ = made("sd3", "dual t5")
+    kinds = {"edges": "pooled as zeros", "depth": "pooled as zeros", "pose": "pooled", "large": "without text"}
+    networks = {
+        name: _network(save_sd3_controlnet, workshop / f"sd3-{name}", kind=kind, seed=seed)
+        for seed, (name, kind) in enumerate(kinds.items(), start=1)
+    }
+    options = CheckpointOptions(
+        controlnets=tuple(ControlNetOption(name=name, path=str(path)) for name, path in networks.items()),
+        skip_layers=(1,),
+    )
+    bundle = workshop / "sd3-followed"
+    export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
+    return Controlled(checkpoint=checkpoint, networks=networks, bundle=bundle)
 
 
 # A family's folder in the published repository, and the tiny IP-Adapters there.

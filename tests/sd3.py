@@ -98,6 +98,35 @@ def make_sd3(
     return directory
 
 
+# Kinds of ControlNets: of SD 3 as InstantX trained them, of 3.5 medium, and of 3.5 large, which reads no text and sees
+# patches where the transformer does.
+CONTROLNETS: dict[str, dict[str, Any]] = {
+    "pooled as zeros": {"num_layers": 2},
+    "pooled": {"num_layers": 1, "force_zeros_for_pooled_projection": False, "qk_norm": "rms_norm"},
+    "without text": {
+        "num_layers": 3,
+        "force_zeros_for_pooled_projection": False,
+        "joint_attention_dim": None,
+        "use_pos_embed": False,
+        "pos_embed_type": None,
+        "pos_embed_max_size": None,
+    },
+}
+
+
+def save_sd3_controlnet(directory: Path, *, kind: str, seed: int = 1) -> Path:
+    """Save a tiny ControlNet of one of `CONTROLNETS`. A new one adds nothing, and this one much."""
+    import torch
+    from diffusers import SD3ControlNetModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = SD3ControlNetModel(**TRANSFORMER | CONTROLNETS[kind]).eval()
+        _spread(network)
+    network.save_pretrained(directory)
+    return directory
+
+
 def _clip(sizes: dict[str, Any], vocabulary: dict[str, int]) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -122,14 +151,17 @@ def _spread(transformer: Any) -> None:
             torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
 
 
-def diffusers_sd3(directory: Path, kind: str = "StableDiffusion3Pipeline", *, t5: bool = True) -> Any:
-    """Open a checkpoint with one of diffusers' pipelines. t5: with its third text encoder, where it has one"""
+def diffusers_sd3(directory: Path, kind: str = "StableDiffusion3Pipeline", *, t5: bool = True, **parts: Any) -> Any:
+    """Open a checkpoint with one of diffusers' pipelines, and with these parts.
+
+    t5: with its third text encoder, where it has one
+    """
     import diffusers
 
     names = ("feature_extractor", "image_encoder")
     absent: dict[str, Any] = dict.fromkeys(names)
     if not t5 or not (directory / "text_encoder_3").is_dir():
         absent |= {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = getattr(diffusers, kind).from_pretrained(directory, **absent)
+    pipe = getattr(diffusers, kind).from_pretrained(directory, **absent, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -30,7 +30,7 @@ from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import read_config
 from latentrt.export.sources.parts import Part
-from tests.sd3 import make_sd3
+from tests.sd3 import make_sd3, save_sd3_controlnet
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_tiny_decoder import save_tiny_vae
 from tests.tiny import save_adapter, save_controlnet, save_image_encoder, save_ip_adapter, save_tiny
@@ -41,6 +41,7 @@ CLASSES: dict[Part, Any] = {
     "transformer": diffusers.SD3Transformer2DModel,
     "vae": diffusers.AutoencoderKL,
     "controlnet": diffusers.ControlNetModel,
+    "transformer_controlnet": diffusers.SD3ControlNetModel,
     "adapter": diffusers.T2IAdapter,
     "tiny_vae": diffusers.AutoencoderTiny,
     "motion_adapter": diffusers.MotionAdapter,
@@ -84,6 +85,7 @@ def folders(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         **{part: checkpoint / part for part in own},
         "transformer": make_sd3(root / "sd3") / "transformer",
         "controlnet": save_controlnet(root / "controlnet", family="sdxl"),
+        "transformer_controlnet": save_sd3_controlnet(root / "sd3-controlnet", kind="pooled as zeros"),
         "adapter": save_adapter(root / "adapter", family="sdxl"),
         "tiny_vae": save_tiny_vae(root / "tiny_vae"),
         "text_encoder_3": save_t5(root / "t5"),
@@ -113,6 +115,9 @@ def use(part: Part, config: dict[str, Any]) -> None:
         model(torch.zeros(1, 4, 4, 4), 1, torch.zeros(1, 3, 80), added_cond_kwargs=told)
     if part == "transformer":
         model(torch.zeros(1, 16, 4, 4), torch.zeros(1, 3, 64), torch.zeros(1, 64), torch.ones(1))
+    if part == "transformer_controlnet":
+        text = None if model.config.joint_attention_dim is None else torch.zeros(1, 3, 64)
+        model(torch.zeros(1, 16, 4, 4), torch.zeros(1, 16, 4, 4), 1.0, text, torch.zeros(1, 64), torch.ones(1))
     if part in ("vae", "tiny_vae"):
         model.decode(torch.zeros(1, model.config.latent_channels, 4, 4) / model.config.scaling_factor)
 
@@ -122,7 +127,7 @@ def opened(part: Part, checkpoint: Path, network: Path) -> None:
     if part == "text_encoder_3":  # the checkpoint is of a family without it
         read_config(part, network)
         return
-    if part == "controlnet":
+    if part in ("controlnet", "transformer_controlnet"):
         options = CheckpointOptions(controlnets=(ControlNetOption(name="a", path=str(network)),))
     elif part == "adapter":
         options = CheckpointOptions(adapters=(ControlNetOption(name="a", path=str(network)),))
@@ -147,7 +152,7 @@ def fails(call: Callable[[], None], *errors: type[Exception]) -> bool:
 def test_null_is_refused_where_the_libraries_fail_on_it(
     folders: dict[Part, Path], part: Part, key: str, tmp_path: Path
 ) -> None:
-    home = folders["transformer" if part == "transformer" else "unet"].parent
+    home = folders["transformer" if part.startswith("transformer") else "unet"].parent
     checkpoint = Path(shutil.copytree(home, tmp_path / "checkpoint"))
     network = checkpoint / part
     if not network.is_dir():
@@ -159,6 +164,7 @@ def test_null_is_refused_where_the_libraries_fail_on_it(
         ("unet", "addition_embed_type"),
         ("controlnet", "addition_embed_type"),
         ("transformer", "pos_embed_max_size"),
+        ("transformer_controlnet", "pos_embed_max_size"),
     )
     if (part, key) in others:
         assert refused  # a network of another family or for one size, which the libraries make all the same

@@ -17,9 +17,10 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.engines.verify.verify import verify
 from latentrt.export.additions.controlnets import add_controlnets
 from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.configs.residuals import residual_dimensions
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.networks import conversion
-from latentrt.export.networks.components import COMPONENTS, input_specs, residual_dimensions
+from latentrt.export.networks.components import COMPONENTS, input_specs
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import open_folder
 from latentrt.export.sources.parts import WeightSource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,15 +10,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import SD3ControlNetModel, SD3Transformer2DModel
 from torch import nn
 
 from latentrt.engines.compare import relative_error
 from latentrt.engines.spec import Array, TensorSpec
-from latentrt.engines.tensor_names import BLOCK, SKIP_LAYERS, level_axes
+from latentrt.engines.tensor_names import BLOCK, COND, NEXT, SCALE, SKIP_LAYERS, level_axes
 from latentrt.export.graphs.trace import trace_graph
 from latentrt.export.networks.streamed_weights import StoredWeights
-from latentrt.export.networks.transformer import wrap_transformer
+from latentrt.export.networks.transformer import wrap_transformer, wrap_transformer_controlnet
 from tests.studio import session_of
 
 CONFIG: Mapping[str, Any] = {
@@ -161,3 +162,49 @@ def test_every_weight_keeps_its_name() -> None:
     names = set(dict(model.named_parameters()))
     module = wrap_transformer(model, (), skip_layers=(1,))
     assert {name.removeprefix("model.") for name, _ in module.named_parameters()} == names
+
+
+SHIFT = 0.25  # of latents, times their scale
+LARGE = {"joint_attention_dim": None, "pos_embed_type": None}
+CONTROLNETS: Mapping[str, tuple[dict[str, Any], str | None]] = {  # a config, and the input that its graph is without
+    "pooled as zeros": ({}, "pooled_projections"),
+    "without text, and without positions": (LARGE, "encoder_hidden_states"),
+    "everything": ({}, None),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param("everything", marks=pytest.mark.slow), *list(CONTROLNETS)[:2]])
+def test_a_traced_controlnet_computes_what_diffusers_does(name: str) -> None:
+    """Its residuals, of which each block gives two, times the scale of each row, are added to those before it."""
+    torch.manual_seed(0)
+    config, absent = CONTROLNETS[name]
+    model = SD3ControlNetModel(**CONFIG | config, num_layers=2)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.1)
+    theirs = copy.deepcopy(model).eval()
+    before = [
+        TensorSpec(name=f"{BLOCK}{n}", dtype="float32", shape=("batch", "latent_height_2", "latent_width_2", 32))
+        for n in range(4)
+    ]
+    follows = TensorSpec(name=COND, dtype="float32", shape=("batch", 16, "latent_height", "latent_width"))
+    scales = TensorSpec(name=SCALE, dtype="float32", shape=("batch",))
+    takes = [*(spec for spec in inputs_of(Kind({})) if spec.name != absent), follows, scales, *before]
+    gives = [TensorSpec(name=NEXT + spec.name, dtype="float32", shape=spec.shape) for spec in before]
+    module = wrap_transformer_controlnet(model, [spec.name for spec in takes], shift=SHIFT).eval()
+    session = traced(module.requires_grad_(False), takes, gives)
+    for sizes in CHECKED:
+        arrays = drawn(takes, sizes)
+        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        rows = len(given["sample"])
+        with torch.no_grad():
+            own = theirs(
+                hidden_states=given["sample"],
+                controlnet_cond=given[COND] + (SHIFT if absent == "pooled_projections" else 0),
+                encoder_hidden_states=given.get("encoder_hidden_states"),
+                pooled_projections=given.get("pooled_projections", torch.zeros(rows, 48)),
+                timestep=given["timestep"].expand(rows),
+                return_dict=False,
+            )[0]
+        for place, (spec, found) in enumerate(zip(before, session.run(None, arrays), strict=True)):
+            added = own[place // 2].numpy().reshape(found.shape) * arrays[SCALE][:, None, None, None]
+            assert relative_error(found, arrays[spec.name] + added) < 1e-5, sizes

@@ -15,7 +15,7 @@ from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array, Document, EngineKey, EngineSpec, Precision, TensorSpec
-from latentrt.engines.tensor_names import row_groups
+from latentrt.engines.tensor_names import COND, row_groups
 
 SCHEMA_VERSION = 2
 NAMED = 4  # layers that a note names
@@ -94,6 +94,11 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
     def graph(self) -> str:
         """Return the path of the ONNX graph, relative to the bundle."""
         return self.files[0]
+
+    @property
+    def follows_latents(self) -> bool:
+        """Tell whether a ControlNet reads the latents of the picture that it follows, in place of its pixels."""
+        return any(tensor.name == COND and "latent_height" in tensor.shape for tensor in self.inputs)
 
     def float32_note(self) -> str | None:
         """Say in one line what an fp16 graph computes in fp32, with the first names; None if that is nothing."""

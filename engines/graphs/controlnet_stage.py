@@ -18,11 +18,12 @@ from latentrt.engines.graphs.denoise_stage import (
     rows_nodes,
     state_axes,
 )
-from latentrt.engines.tensor_names import COND, NEXT, SCALE, STATE_ROWS, UNET_INPUTS, control_width, is_residual
+from latentrt.engines.tensor_names import COND, HINT, NEXT, SCALE, STATE_ROWS, control_width, is_residual
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, ValueInfoProto
-from latentrt.engines.tensor_names import HINT
+
+TAKES = ("sample", "timestep", COND, SCALE)  # whatever the kind: some see no text
 
 
 def fuse_control(controlnet: ModelProto, *, state_rows: int = STATE_ROWS) -> ModelProto:
@@ -30,11 +31,13 @@ def fuse_control(controlnet: ModelProto, *, state_rows: int = STATE_ROWS) -> Mod
 
     inputs, for P pictures, R = state_rows and M model rows:
         state, control, picture_of_row: as `stage.fuse_stage` takes them
-        hint                  (P, 3, height, width) float32: what each picture follows, 0 to 1
+        hint                  (P, 3, height, width) float32: what each picture follows, pixels from 0 to 1, or the
+                              latents of such pixels, (P, C, height, width)
         scale                 (M,) float32
         encoder_hidden_states and any further input of the ControlNet, the residuals so far among them: (M, …)
     outputs:
-        next_down_residual_0, …, next_mid_residual: (M, …), those residuals with scale times its own
+        next_down_residual_0, …, next_mid_residual: (M, …), those residuals with scale times its own; a transformer's
+            are next_block_residual_0, …
 
     Raises BundleError if the graph is not a ControlNet of this kind.
     """
@@ -59,10 +62,10 @@ def _inputs_and_outputs(model: ModelProto) -> tuple[dict[str, ValueInfoProto], l
     infos = {info.name: copy_info(info) for info in model.graph.input}
     outputs = [copy_info(info) for info in model.graph.output]
     gives = {NEXT + name for name in infos if is_residual(name)}
-    if not {*UNET_INPUTS, COND, SCALE} <= set(infos) or {info.name for info in outputs} != gives or not gives:
+    if not set(TAKES) <= set(infos) or {info.name for info in outputs} != gives or not gives:
         raise BundleError(
-            f"the ControlNet's graph takes {', '.join(infos)}, expected {', '.join((*UNET_INPUTS, COND, SCALE))} and "
-            "residuals, which it gives again; export the checkpoint again"
+            f"the ControlNet's graph takes {', '.join(infos)}, expected {', '.join(TAKES)} and residuals, which it "
+            "gives again; export the checkpoint again"
         )
     return infos, outputs
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.options import ControlNetOption
-from latentrt.export.sources.parts import ControlNetwork, Parts, WeightSource
+from latentrt.export.sources.parts import ControlKind, ControlNetwork, Parts, WeightSource
 
 Found = tuple[Mapping[str, Any], Path | WeightSource, Sequence[Path]]
 """A network's config, where its weights are, and the files that the export reads."""
+
+
+def _none(_: Mapping[str, Any]) -> dict[str, int]:
+    return {}
 
 
 def add_controls(
@@ -20,22 +24,25 @@ def add_controls(
     options: Sequence[ControlNetOption],
     read: Callable[[ControlNetOption, Parts], Found],
     *,
-    row: Literal["controlnet", "adapter"],
+    kind: ControlKind,
+    row: str,
+    dimensions: Callable[[Mapping[str, Any]], Mapping[str, int]] = _none,
 ) -> Parts:
     """Add networks to a checkpoint's, in the order of their names. Raises CheckpointError.
 
     read: opens one and checks it against the checkpoint
+    row: of the table of components; dimensions: the sizes of its own that a config names
     """
     if parts.source == "onnx":
         raise CheckpointError(
-            f"--{row} needs a UNet with inputs for it, and optimum exported this one without; "
+            f"--{kind} needs a UNet with inputs for it, and optimum exported this one without; "
             "give the checkpoint that it came from"
         )
     for option in sorted(options, key=lambda option: option.name):
         if option.name in (one.control for one in parts.controls.values()):
-            raise CheckpointError(f"--{row}: the name '{option.name}' was given twice; give each a name of its own")
+            raise CheckpointError(f"--{kind}: the name '{option.name}' was given twice; give each a name of its own")
         config, network, files = read(option, parts)
-        control = ControlNetwork(row=row, control=option.name)
+        control = ControlNetwork(kind=kind, row=row, control=option.name, dimensions=dimensions(config))
         parts = replace(
             parts,
             configs={**parts.configs, control.component: config},

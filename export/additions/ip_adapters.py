@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from latentrt.engines.bundle.manifest import ImagePromptSpec
 from latentrt.engines.bundle.safetensors_header import StoredTensor, TensorFile
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.additions.controlnets import per_level
+from latentrt.export.configs.defaults import per_level
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
 from latentrt.export.sources.parts import ImageAdapter, Parts, WeightSource

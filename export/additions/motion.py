@@ -12,8 +12,7 @@ from typing import Any
 from latentrt.engines.bundle.manifest import FrameRange
 from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.additions.controlnets import per_level
-from latentrt.export.configs.defaults import complete
+from latentrt.export.configs.defaults import complete, per_level
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config, to_weight_source
 from latentrt.export.sources.parts import Layout, Parts, WeightSource

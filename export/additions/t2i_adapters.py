@@ -21,7 +21,7 @@ Sizes = list[tuple[int, int]]
 
 def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pickle: bool) -> Parts:
     """Add T2I-Adapters to a checkpoint's networks. Raises CheckpointError if one is missing or made for another."""
-    return add_controls(parts, options, partial(_read, allow_pickle=allow_pickle), row="adapter")
+    return add_controls(parts, options, partial(_read, allow_pickle=allow_pickle), kind="adapter", row="adapter")
 
 
 def _read(option: ControlNetOption, parts: Parts, *, allow_pickle: bool) -> Found:

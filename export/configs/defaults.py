@@ -101,6 +101,8 @@ _TRANSFORMER = {
     "patch_size": Key(2, COUNT),
     "in_channels": Key(16, COUNT),
     "num_layers": Key(18, COUNT),
+    "attention_head_dim": Key(64, COUNT),
+    "num_attention_heads": Key(18, COUNT),
     "joint_attention_dim": Key(4096, COUNT),
     "caption_projection_dim": Key(1152, COUNT),
     "pooled_projection_dim": Key(2048, COUNT),
@@ -137,6 +139,20 @@ KEYS: Mapping[Part, Mapping[str, Key]] = {
         "conditioning_channels": Key(3, COUNT),
         "conditioning_embedding_out_channels": Key((16, 32, 96, 256), COUNTS),
         "global_pool_conditions": Key(False, SWITCH, (False,)),
+    },
+    "transformer_controlnet": {
+        "patch_size": Key(2, COUNT),
+        "in_channels": Key(16, COUNT),
+        "num_layers": Key(18, COUNT),
+        "attention_head_dim": Key(64, COUNT),
+        "num_attention_heads": Key(18, COUNT),
+        "joint_attention_dim": Key(4096, COUNT, (None,)),
+        "pooled_projection_dim": Key(2048, COUNT),
+        "pos_embed_max_size": Key(96, COUNT, (None,)),
+        "extra_conditioning_channels": Key(0, ID),
+        "pos_embed_type": Key("sincos", TEXT, (None,)),
+        "use_pos_embed": Key(True, SWITCH),
+        "force_zeros_for_pooled_projection": Key(True, SWITCH, (False,)),
     },
     "adapter": {
         "in_channels": Key(3, COUNT),
@@ -190,6 +206,11 @@ def require_levels(config: Mapping[str, Any], *, where: str) -> None:
             f"{where} names {blocks} down_block_types and {levels} block_out_channels, expected one of each for "
             "each level; restore the config"
         )
+
+
+def per_level(value: Any, levels: int) -> list[Any]:
+    """Return a config's value for each level of a network: one stands for all."""
+    return list(value) if isinstance(value, list | tuple) else [value] * levels
 
 
 def _value(config: Mapping[str, Any], key: str, row: Key, where: str) -> Any:

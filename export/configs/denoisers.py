@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from latentrt.engines.bundle.manifest import SIZES
 from latentrt.engines.errors import CheckpointError
+from latentrt.export.configs.residuals import transformer_residuals, unet_residuals
 
 Config = Mapping[str, Any]
 Texts = Mapping[str, Config]
@@ -23,6 +24,7 @@ class Kind:
     label: in sentences
     objections: what keeps it from reading what these text encoders give, T5 the last, a sentence each
     dimensions: the sizes that the tables of shapes refer to by name
+    residuals: of these, the sizes of what ControlNets of some configs add, of which there is at least one
     patch: what a side of latents is a multiple of; largest: the longest side, None for any
     blocks: how many it has that a model row may skip; skipped: those that its publisher recommends to skip
     """
@@ -30,6 +32,7 @@ class Kind:
     label: str
     objections: Callable[[Config, Texts, Config | None], list[str]]
     dimensions: Callable[[Config, Texts], dict[str, int]]
+    residuals: Callable[[Config, Sequence[Config]], dict[str, int]]
     patch: Callable[[Config], int] = lambda _: 1
     largest: Callable[[Config], int | None] = lambda _: None
     blocks: Callable[[Config], int] = lambda _: 0
@@ -119,11 +122,12 @@ def _width(texts: Texts) -> int:
 
 
 KINDS: Mapping[str, Kind] = {
-    "unet": Kind(label="UNet", objections=_unet_objections, dimensions=_unet_dimensions),
+    "unet": Kind(label="UNet", objections=_unet_objections, dimensions=_unet_dimensions, residuals=unet_residuals),
     "transformer": Kind(
         label="transformer",
         objections=_transformer_objections,
         dimensions=_transformer_dimensions,
+        residuals=transformer_residuals,
         patch=lambda transformer: int(transformer["patch_size"]),
         largest=_largest,
         blocks=lambda transformer: int(transformer["num_layers"]),

@@ -6,13 +6,14 @@ Names of tensors are those of optimum's exporter, so that its pipelines open the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.spec import DType, Precision, TensorSpec
 from latentrt.engines.tensor_names import (
+    BLOCK,
     COND,
     FEATURE,
     FRAMES,
@@ -307,10 +308,26 @@ _LATER = (
             Tensor(name=SKIP_LAYERS, shape=("batch",), dtype="float32", values="switch", where="skip_layers"),
         ),
         outputs=(Tensor(name="out_sample", shape=LATENTS),),
+        controlled="takes",
         traced=STAGE_TRACED,
         checked=STAGE_CHECKED,
         units=STAGE_UNITS,
     ),
+)
+# It follows latents, and reads them in patches: so no odd sizes.
+_TRANSFORMER_CONTROLNET = replace(
+    CONTROLNET,
+    name="transformer_controlnet",
+    inputs=(
+        Tensor(name="sample", shape=LATENTS),
+        Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+        Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+        Tensor(name="pooled_projections", shape=("batch", "pooled_width")),
+        Tensor(name=COND, shape=LATENTS),
+        Tensor(name=SCALE, shape=("batch",), dtype="float32", values="unit"),
+    ),
+    odd={},
+    follows=(),
 )
 # What an image encoder gives, and what an image projection takes of it: each kind takes one of them.
 IMAGE_EMBEDS = Tensor(name="image_embeds", shape=("batch", "clip_projection"))
@@ -344,6 +361,7 @@ COMPONENTS: Mapping[str, Component] = {
     _MOTION.name: _MOTION,
     **{component.name: component for component in _LATER},
     **{component.name: component for component in IMAGES},
+    _TRANSFORMER_CONTROLNET.name: _TRANSFORMER_CONTROLNET,
 }
 
 
@@ -354,8 +372,9 @@ def place_of(row: str) -> int:
 
 def residuals(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
     """Return the residuals of a checkpoint's ControlNets; none where it has no ControlNet."""
-    downs = dimensions["down_residuals"]
-    return tuple(_at_level(name, dimensions) for name in (residual_names(downs) if downs else ()))
+    downs, blocks = dimensions["down_residuals"], range(dimensions["block_residuals"])
+    levels = (_at_level(name, dimensions) for name in (residual_names(downs) if downs else ()))
+    return *levels, *(_of_patches(f"{BLOCK}{number}", dimensions) for number in blocks)
 
 
 def features(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
@@ -366,26 +385,17 @@ def features(dimensions: Mapping[str, int]) -> tuple[Tensor, ...]:
 
 def _at_level(name: str, dimensions: Mapping[str, int]) -> Tensor:
     """Return a tensor at a level of the UNet, whose dimensions are named after it."""
-    divisor = dimensions[f"{name}_divisor"]
-    sides = (f"latent_height_{divisor}", f"latent_width_{divisor}")
+    sides = _sides(dimensions[f"{name}_divisor"])
     return Tensor(name=name, shape=("batch", dimensions[f"{name}_channels"], *sides))
 
 
-def residual_dimensions(channels: Sequence[int], layers: Sequence[int]) -> dict[str, int]:
-    """Return the dimensions of a UNet's residuals: how many there are, the channels of each, and how much smaller.
+def _of_patches(name: str, dimensions: Mapping[str, int]) -> Tensor:
+    """Return a tensor of a transformer's patches."""
+    return Tensor(name=name, shape=("batch", *_sides(dimensions["patch"]), dimensions["patch_width"]))
 
-    channels, layers: of each level. After a level's layers its downsampler leaves one more, but at the last level.
-    """
-    rows = [(channels[0], 1)]
-    for level, (width, depth) in enumerate(zip(channels, layers, strict=True)):
-        rows += [(width, 2**level)] * depth
-        if level < len(channels) - 1:
-            rows.append((width, 2 ** (level + 1)))
-    every = [*rows, (channels[-1], 2 ** (len(channels) - 1))]
-    found = {"down_residuals": len(rows)}
-    for name, (width, divisor) in zip(residual_names(len(rows)), every, strict=True):
-        found |= {f"{name}_channels": width, f"{name}_divisor": divisor}
-    return found
+
+def _sides(divisor: int) -> tuple[str, str]:
+    return f"latent_height_{divisor}", f"latent_width_{divisor}"
 
 
 def input_specs(component: Component, dimensions: Mapping[str, int], precision: Precision) -> tuple[TensorSpec, ...]:

@@ -42,6 +42,7 @@ STEMS: Mapping[Part, str] = {
     "transformer": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "controlnet": "diffusion_pytorch_model",
+    "transformer_controlnet": "diffusion_pytorch_model",
     "adapter": "diffusion_pytorch_model",
     "image_encoder": "model",
     "image_projection": "model",
@@ -114,7 +115,8 @@ def _all_changes(weight_source: WeightSource, tensors: Tensors) -> WeightDeltas:
 def read_tensors(weight_source: WeightSource) -> Tensors:
     """Return a network's tensors under diffusers' names, mapped from the files. Raises CheckpointError."""
     beside = read_tensors(weight_source.beside) if weight_source.beside else {}
-    return {**_own_tensors(weight_source), **beside}
+    own = _own_tensors(weight_source)
+    return {**{key: own[key] for key in own if key.startswith(weight_source.starts)}, **beside}
 
 
 def _own_tensors(weight_source: WeightSource) -> Tensors:

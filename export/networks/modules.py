@@ -16,7 +16,7 @@ from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.image_prompts import ImageEncoder, Projection, attend_to_images
 from latentrt.export.networks.motion import MotionDenoiser
 from latentrt.export.networks.streamed_weights import stored_dtype
-from latentrt.export.networks.transformer import wrap_transformer
+from latentrt.export.networks.transformer import wrap_transformer, wrap_transformer_controlnet
 from latentrt.export.sources.parts import ImageAdapter
 from latentrt.export.sources.weight_files import find_weights
 
@@ -311,6 +311,7 @@ def load(
         AutoencoderKL,
         AutoencoderTiny,
         ControlNetModel,
+        SD3ControlNetModel,
         SD3Transformer2DModel,
         T2IAdapter,
         UNet2DConditionModel,
@@ -347,6 +348,11 @@ def load(
             {"torch_dtype": dtype},
         ),
         "controlnet": (ControlNetModel, partial(ControlNet, names=takes), {"torch_dtype": dtype}),
+        "transformer_controlnet": (
+            SD3ControlNetModel,
+            partial(wrap_transformer_controlnet, takes=takes, shift=scaling_factor * shift),
+            {"torch_dtype": dtype},
+        ),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
         "motion_unet": (UNetMotionModel, partial(MotionDenoiser, names=takes), {"torch_dtype": dtype}),
         "adapter": (T2IAdapter, Adapter, {"torch_dtype": dtype}),

@@ -1,4 +1,4 @@
-"""SD3Transformer2DModel, the MMDiT of SD 3 and 3.5, as a network whose inputs and outputs are plain tensors."""
+"""The MMDiT of SD 3 and 3.5, and ControlNets for it, as networks whose inputs and outputs are plain tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentrt.engines.tensor_names import SKIP_LAYERS, is_residual
+from latentrt.engines.tensor_names import COND, SCALE, SKIP_LAYERS, is_residual
+
+TEXT, POOLED = "encoder_hidden_states", "pooled_projections"
 
 
 class Patches(nn.Module):
@@ -81,8 +83,8 @@ class Transformer(nn.Module):
         given = dict(zip(self.names, tensors, strict=True))
         sample, model = given["sample"], self.model
         hidden = model.pos_embed(sample)
-        mood = model.time_text_embed(given["timestep"].expand(sample.shape[0]), given["pooled_projections"])
-        text = model.context_embedder(given["encoder_hidden_states"])
+        mood = model.time_text_embed(given["timestep"].expand(sample.shape[0]), given[POOLED])
+        text = model.context_embedder(given[TEXT])
         hidden = self._blocks(hidden, text, mood, given)
         return self._joined(model.proj_out(model.norm_out(hidden, mood)), sample)
 
@@ -119,3 +121,61 @@ def wrap_transformer(model: Any, takes: Sequence[str], *, skip_layers: Sequence[
     """
     model.pos_embed = Patches(model.pos_embed)
     return Transformer(model, takes, skip_layers=skip_layers)
+
+
+class TransformerControlNet(nn.Module):
+    """A transformer's inputs, latents to follow, scales (rows,) and residuals → the residuals with scale times its own.
+
+    Where there are more residuals than blocks, each block gives several that are one behind another.
+
+    names: of the inputs, in their order. Without `encoder_hidden_states`, its blocks see no text; without
+        `pooled_projections`, zeros stand for it
+    shift: what is added to the latents to follow
+    """
+
+    nothing: Tensor  # the pooled text, (1, width)
+
+    def __init__(self, model: Any, names: Sequence[str], *, shift: float) -> None:
+        super().__init__()
+        self.model, self.names, self.shift = model, tuple(names), shift
+        self.register_buffer("nothing", torch.zeros(1, model.config.pooled_projection_dim), persistent=False)
+
+    def extra_repr(self) -> str:
+        """Say what a graph depends on beside the network."""
+        return f"names={self.names}, shift={self.shift}"
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, tensors, strict=True))
+        sample, model = given["sample"], self.model
+        rows = sample.shape[0]
+        pooled = given.get(POOLED, self.nothing.expand(rows, -1))  # by rows: or it would be computed while it is traced
+        mood = model.time_text_embed(given["timestep"].expand(rows), pooled)
+        follows = given[COND] + self.shift if self.shift else given[COND]
+        hidden = model.pos_embed(sample) + model.pos_embed_input(follows)
+        own = self._blocks(hidden, given.get(TEXT), mood)
+        scale = given[SCALE].to(sample.dtype)[:, None, None, None]
+        before = [tensor for name, tensor in given.items() if is_residual(name)]
+        each = [own[place * len(own) // len(before)] for place in range(len(before))]
+        return tuple(total + scale * one.reshape(total.shape) for total, one in zip(before, each, strict=True))
+
+    def _blocks(self, hidden: Tensor, states: Tensor | None, mood: Tensor) -> list[Tensor]:
+        """Return what each block gives, (rows, patches, width)."""
+        text, found = None if states is None else self.model.context_embedder(states), []
+        for block, last in zip(self.model.transformer_blocks, self.model.controlnet_blocks, strict=True):
+            if text is None:
+                hidden = block(hidden, mood)
+            else:
+                text, hidden = block(hidden_states=hidden, encoder_hidden_states=text, temb=mood)
+            found.append(last(hidden))
+        return found
+
+
+def wrap_transformer_controlnet(model: Any, takes: Sequence[str], *, shift: float = 0.0) -> nn.Module:
+    """Wrap an SD3ControlNetModel, which is changed, with inputs of these names.
+
+    shift: of the checkpoint's latents, times their scale. Those that are trained without pooled text are trained
+        with the latents before their shift, which is added again
+    """
+    if model.pos_embed.pos_embed is not None:
+        model.pos_embed = Patches(model.pos_embed)
+    return TransformerControlNet(model, takes, shift=0.0 if POOLED in takes else shift)

@@ -19,6 +19,7 @@ Part = Literal[
     "transformer",
     "vae",
     "controlnet",
+    "transformer_controlnet",
     "adapter",
     "tiny_vae",
     "motion_adapter",
@@ -78,6 +79,7 @@ class WeightSource:
     loras: what is added, in the order of the sum
     base: a network whose weights, with what changes them, are added to those of the same names
     beside: a network whose weights stand beside these: the modules of a motion adapter
+    starts: what the names of the weights begin with that are taken of it
     """
 
     part: Part
@@ -87,6 +89,10 @@ class WeightSource:
     loras: tuple[LoraFusion, ...] = ()
     base: WeightSource | None = None
     beside: WeightSource | None = None
+    starts: str = ""
+
+
+ControlKind = Literal["controlnet", "adapter"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,15 +100,18 @@ class ControlNetwork:
     """A ControlNet or a T2I-Adapter that is added to a checkpoint.
 
     row: of the table of components; control: the name under which requests ask for it
+    dimensions: the sizes that are its own, where its denoiser's are others
     """
 
-    row: Literal["controlnet", "adapter"]
+    kind: ControlKind
+    row: str
     control: str
+    dimensions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def component(self) -> str:
         """Return the component's name, after which its files are named."""
-        return f"{self.row}_{self.control}"
+        return f"{self.kind}_{self.control}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +165,9 @@ class Parts:
         """Return the component that draws."""
         return denoiser_of(self.networks)
 
-    def controls_of(self, row: Literal["controlnet", "adapter"]) -> tuple[str, ...]:
-        """Return the components of one row that control the denoiser."""
-        return tuple(name for name, one in self.controls.items() if one.row == row)
+    def controls_of(self, kind: ControlKind) -> tuple[str, ...]:
+        """Return the components of one kind that control the denoiser."""
+        return tuple(name for name, one in self.controls.items() if one.kind == kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

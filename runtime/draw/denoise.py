@@ -180,13 +180,11 @@ class Loop:
         self._shared, self._rows = sharing, slice(0, rows)
 
     def _show_nothing(self, component: str, batches: Sequence[Batch]) -> None:
-        """Give a ControlNet a black image for the pictures that do not follow it; what it adds to them is nothing."""
-        width, height = self._workspace.shape.width, self._workspace.shape.height
+        """Give a ControlNet zeros for the pictures that do not follow it; what it adds to them is nothing."""
         for batch in batches:
             if (component, batch) in self._blank or component in [one.component for one in batch.controls]:
                 continue
-            black = np.zeros((batch.slots.stop - batch.slots.start, 3, height, width), dtype=np.float32)
-            self._workspace.write(hint_of(component), black, batch.slots)
+            self._workspace.write(hint_of(component), 0.0, batch.slots)
             self._blank.add((component, batch))
 
     def _follow(self, component: str, scales: Array, rows: slice) -> None:

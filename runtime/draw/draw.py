@@ -23,10 +23,10 @@ from latentrt.runtime.draw.conditioning import conditions
 from latentrt.runtime.draw.controls import Features, feature_shapes
 from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_engine
 from latentrt.runtime.draw.denoise import Batch, Loop, stages_of
-from latentrt.runtime.draw.finite import LATENTS, START, finite
+from latentrt.runtime.draw.finite import HINTED, LATENTS, START, finite
 from latentrt.runtime.draw.job import DenoiserRange, Job, latent_shape, repaints
 from latentrt.runtime.draw.slots import write_rows
-from latentrt.runtime.draw.start import Start, check_latents, start_from_image, start_inpainting
+from latentrt.runtime.draw.start import Start, check_latents, hint_latents, start_from_image, start_inpainting
 from latentrt.runtime.draw.step import Look, Noise, Stages, Step
 from latentrt.runtime.images.tiling import Tiling, decode_tiles, encode_tiles
 from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
@@ -194,14 +194,28 @@ class Drawing:
 
         Raises RequestError and NotFiniteError.
         """
-        start = self._start(job, draw, partial(self._run, shape))
+        run = partial(self._run, shape)
+        start = self._start(job, draw, run)
         if job.variations:
             size = latent_shape(job.size, self._manifest.latents)
             other = stream(job.request.noise, job.variations, size)()
             varied = vary(start.noise, other, job.request.variation_strength)
             start = msgspec.structs.replace(start, noise=varied)
         written = start.inputs(job.plan, state_rows=state_rows)
-        return {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
+        checked = {name: finite(array, START, pictures=len(job.prompts)) for name, array in written.items()}
+        return checked | self._hints(job, run)
+
+    def _hints(self, job: Job, run: Run) -> dict[str, Array]:
+        """Return what the ControlNets of a job follow, by buffer: pixels, or the latents that are made of them here."""
+        encoder, space = partial(self._encode_image, run, tiling=job.tiling), self._manifest.latents
+        found = {}
+        for one in job.controls:
+            if one.role == "controlnet":
+                hint = one.pixels
+                if self._manifest.components[one.component].follows_latents:
+                    hint = finite(hint_latents(hint, encoder, space=space), HINTED, pictures=len(job.prompts))
+                found[hint_of(one.component)] = hint
+        return found
 
     def _advance(
         self,
@@ -239,14 +253,13 @@ class Drawing:
 
         inputs: the state before the first stage of the range, and what goes with it
         """
+        controls = [one for one in job.controls if one.of == part.denoiser]  # it is made for that one alone
+        others = {hint_of(one.component) for one in job.controls} - {hint_of(one.component) for one in controls}
         for name, array in conditions(self._manifest, job, rows=job.rows, denoiser=part.denoiser).items():
             write_rows(workspace, name, array, slots)
         for name, array in inputs.items():
-            workspace.write(name, array, slots)
-        controls = [one for one in job.controls if one.of == part.denoiser]  # it is made for that one alone
-        for one in controls:
-            if one.role == "controlnet":
-                workspace.write(hint_of(one.component), one.pixels, slots)
+            if name not in others:
+                workspace.write(name, array, slots)
         shapes = feature_shapes(self._manifest, part.denoiser, size=job.size, rows=job.rows)
         return Batch(
             plan=job.plan,

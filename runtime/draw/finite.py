@@ -14,6 +14,7 @@ from latentrt.engines.workspace.contract import Workspace, sums_of_squares
 
 # Where numbers may have left the range of float32, as `NotFiniteError.place` says it.
 TEXT, START, FOLLOWED = "the text", "what it starts from", "what a T2I-Adapter made of its image"
+HINTED = "what the encoder made of an image to follow"
 SHOWN = "what an IP-Adapter made of its image"
 LATENTS, PIXELS = "the latents", "what the decoder made of the latents"
 _log = logging.getLogger(__name__)

@@ -102,6 +102,15 @@ def image_parameters(pixels: Array, encoder: Encoder) -> Array:
     return np.array(encoder(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))), dtype=np.float32)
 
 
+def hint_latents(pixels: Array, encoder: Encoder, *, space: LatentSpec) -> Array:
+    """Return the most likely latents of pictures to follow: (n, C, h, w), float32, as the denoiser sees latents.
+
+    pixels: (n, 3, height, width), float32, 0 to 1
+    """
+    means, _ = np.split(np.array(encoder(2 * pixels - 1), dtype=np.float32), 2, axis=1)
+    return np.asarray(space.scaled(means), dtype=np.float32)
+
+
 def sample_latents(parameters: Array, noise: Array, *, space: LatentSpec) -> Array:
     """Return latents drawn from an image's distribution: (n, C, h, w), float32, as the UNet sees them.
 
