@@ -97,13 +97,15 @@ class _Run:
 def fills(spec: EngineSpec, text: DeviceBuffer) -> bool:
     """Tell whether what a text encoder gives is what the stage takes, as it is.
 
-    It is not where the stage takes what several encoders give side by side, as SDXL's does.
+    It is not where the stage takes what several encoders give: side by side, as SDXL's does, or one after another, as
+    that of SD 3, whose T5 reads rows that the text is no multiple of.
     """
     outputs = {tensor.name: tensor for tensor in spec.outputs}
-    states = outputs.get(STATES)
+    states, lengths = outputs.get(STATES), [tensor.shape[1] for tensor in spec.inputs if tensor.name == IDS]
     return (
         states is not None
         and states.dtype == text.dtype
         and states.shape[-1] == text.shape[-1]
-        and any(tensor.name == IDS for tensor in spec.inputs)
+        and all(isinstance(length, int) and text.shape[1] % length == 0 for length in lengths)
+        and bool(lengths)
     )
