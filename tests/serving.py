@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
@@ -16,10 +16,10 @@ from latentrt.runtime.serve.server import uvicorn_options
 
 
 @contextmanager
-def served(app: ASGIApp, connections: Connections | None = None) -> Iterator[str]:
+def served(app: ASGIApp, connections: Connections | None = None, *, proxies: Sequence[str] = ()) -> Iterator[str]:
     """Serve an application as `latentrt serve` does, without its signals; give its address, `http://127.0.0.1:PORT`."""
     listener = socket.create_server(("127.0.0.1", 0))
-    options = uvicorn_options(connections if connections is not None else Connections(ConnectionLimits()))
+    options = uvicorn_options(connections if connections is not None else Connections(ConnectionLimits()), proxies)
     server = uvicorn.Server(uvicorn.Config(app, **{**options, "timeout_graceful_shutdown": 5}))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

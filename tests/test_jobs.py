@@ -18,16 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
 
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import QueueFullError, RequestError
 from latentrt.runtime.calls import Cancellation
+from latentrt.runtime.draw.job import resolve
 from latentrt.runtime.draw.step import Step
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
+from latentrt.runtime.sampling.catalogue import sampler_names
 from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.jobs import Job, JobLimits, Jobs
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.page.choices import choices
+from tests.conftest import Make
 from tests.serving import served
 
 MINE, YOURS = {"x-latentrt-session": "mine" * 6}, {"x-latentrt-session": "yours" * 6}
@@ -235,6 +239,23 @@ def test_choices_name_models_samplers_and_limits(client: httpx.Client) -> None:
     assert (model["name"], model["size"], model["image"]) == ("tiny", [32, 32], True)
     assert {"name": "dpmpp_2m_karras", "title": "DPM++ 2M Karras"} in found["samplers"]
     assert found["limits"]["steps"] == 150
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd3"])
+def test_the_samplers_of_a_model_are_those_that_draw_with_it(family: str, made: Make) -> None:
+    manifest = Bundle.open(made(family, "")[1]).manifest
+
+    def draws(name: str) -> bool:
+        try:
+            resolve(Request(prompt="", steps=4, sampler=name, seed=0), manifest)
+        except RequestError:
+            return False
+        return True
+
+    models: Any = SimpleNamespace(manifests=lambda: {"one": manifest}, options=ServeOptions())
+    (model,) = choices(models).models
+    assert set(model.samplers) == {name for name in sampler_names() if draws(name)}
+    assert 20 < len(model.samplers) < len(sampler_names())
 
 
 def test_the_page_is_served_with_its_policy_and_by_its_etag(address: str) -> None:

@@ -210,6 +210,11 @@ def test_a_reload_while_drawing_keeps_the_job_and_its_preview_and_the_history(pa
     expect(page.locator("#stage img")).to_have_attribute("alt", PROMPT)
 
 
+def test_samplers_that_do_not_work_with_the_model_are_not_offered(page: Page) -> None:
+    expect(page.locator("#sampler option[value=euler]")).to_have_count(1)
+    expect(page.locator("#sampler option[value=flow_lcm]")).to_have_count(0)
+
+
 def test_a_dropped_picture_gives_its_settings(page: Page) -> None:
     page.fill("#negative", "stars")
     page.select_option("#sampler", "euler_ancestral_karras")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import openai
 import pytest
 from click.testing import CliRunner
@@ -25,6 +26,7 @@ from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.operation.guards import LONGEST, Guards
 from latentrt.runtime.serve.options import Access, Limits, ServeOptions
+from latentrt.runtime.serve.server import Server
 from latentrt.runtime.serve.web_errors import WebError
 from tests.serving import served
 
@@ -267,3 +269,37 @@ def test_long_bodies_have_so_much_room_together_and_short_ones_always() -> None:
             refused.clear()
 
     asyncio.run(crowd())
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """Answer with who asks, and how, as an application sees it."""
+    if scope["type"] == "http":
+        body = json.dumps({"scheme": scope["scheme"], "client": scope["client"][0]}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        await send({"type": "http.response.body", "body": body})
+
+
+@pytest.mark.parametrize(
+    ("proxies", "scheme", "client"),
+    [
+        ((), "http", "127.0.0.1"),
+        (("10.0.0.0/8",), "http", "127.0.0.1"),
+        (("10.0.0.0/8", "127.0.0.1/32"), "https", "203.0.113.7"),
+    ],
+)
+def test_a_proxy_is_believed_only_where_it_is_trusted(proxies: tuple[str, ...], scheme: str, client: str) -> None:
+    told = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.7"}
+    with served(echo, proxies=proxies) as address:
+        assert httpx.get(address, headers=told).json() == {"scheme": scheme, "client": client}
+
+
+def test_the_service_trusts_the_proxies_that_it_is_told() -> None:
+    for proxies in ((), ("10.0.0.0/8",)):
+        config = Server(Models({}, service(proxies=proxies)), lambda: None).config
+        assert (config.proxy_headers, config.forwarded_allow_ips) == (bool(proxies), list(proxies))
+
+
+@pytest.mark.parametrize(("proxy", "right"), [("10.0.0.7", True), ("::1", True), ("10.0.0.7/8", False), ("*", False)])
+def test_a_proxy_is_an_address_or_a_network(proxy: str, right: bool, tmp_path: Path) -> None:
+    found = serve_refuses(str(tmp_path / "nowhere"), "--trust-proxy", proxy)
+    assert isinstance(found, BundleError if right else SystemExit)

@@ -333,13 +333,15 @@ class Name(NamedTuple):
         return f"{OWN}:{plain}" if self.own else plain
 
 
-def sampler_names() -> tuple[str, ...]:
+def sampler_names(prediction: str | None = None) -> tuple[str, ...]:
     """Return the canonical names, sorted: every sampler, and its Karras form where it has one.
 
     The other spacings make names in the same way: `dpmpp_2m_exponential`, `euler_ays`.
+
+    prediction: only those that draw with a model that predicts this
     """
-    karras = [f"{name}_karras" for name, sampler in SAMPLERS.items() if sampler.spaced]
-    return tuple(sorted([*SAMPLERS, *karras]))
+    known = {name: one for name, one in SAMPLERS.items() if prediction is None or prediction in one.predictions}
+    return tuple(sorted([*known, *(f"{name}_karras" for name, sampler in known.items() if sampler.spaced)]))
 
 
 def find(name: str) -> Name:

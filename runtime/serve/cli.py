@@ -45,6 +45,18 @@ class Bytes(click.ParamType[int]):
         return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
+class Network(click.ParamType[str]):
+    """An address or a network: `10.0.0.7`, `10.0.0.0/8`."""
+
+    name = "ADDRESS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return str(ipaddress.ip_network(str(value)))
+        except ValueError:
+            self.fail(f"found '{value}', expected an address or a network, as in 10.0.0.7 or 10.0.0.0/8", param, ctx)
+
+
 COUNT = click.IntRange(min=1)
 DRAWING = (
     click.option("--slots", type=COUNT, default=8, show_default=True, help="Pictures drawn together, at the most."),
@@ -77,6 +89,9 @@ ACCESS = (
     click.option("--port", default=8000, show_default=True, help="The port; 0 for any that is free."),
     click.option("--allow-host", multiple=True, help="A name that the service is known by; * for any."),
     click.option("--allow-origin", multiple=True, help="A site whose pages may use it: https://HOST."),
+    click.option(
+        "--trust-proxy", type=Network(), multiple=True, help="Believe this proxy who asks, and by TLS or not."
+    ),
     click.option("--api-key-file", type=FILE, default=None, help=f"A file of keys, one a line; or set {API_KEYS}."),
     click.option("--no-key", is_flag=True, help="Serve other machines without a key."),
 )
@@ -124,7 +139,8 @@ def _options(given: dict[str, Any]) -> ServeOptions:
             "--no-key"
         )
     origins = tuple(origin.lower().rstrip("/") for origin in given.pop("allow_origin"))  # as browsers send them
-    access = Access(hosts=(*given.pop("allow_host"), host), origins=origins, keys=keys)
+    hosts = (*given.pop("allow_host"), host)
+    access = Access(hosts=hosts, origins=origins, keys=keys, proxies=given.pop("trust_proxy"))
     alike = ("slots", "waiting", "slo", "memory", "self_test", "log_prompts", "loras", "pictures")
     named = {name: given.pop(name) for name in alike}
     connecting = ConnectionLimits(connections=given.pop("max_connections"), per_address=given.pop("max_per_address"))

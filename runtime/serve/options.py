@@ -26,11 +26,13 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     hosts: names that it is known by, beside localhost and IP addresses; `*` for any name, as behind a proxy that checks
     origins: of pages of other sites that may use it, as in https://draw.example
     keys: one of them must be sent with every request; none for whoever reaches the service
+    proxies: addresses and networks whose X-Forwarded-Proto and X-Forwarded-For are believed; nobody else's are
     """
 
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ()
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +63,16 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def uvicorn_options(connections: Connections) -> dict[str, Any]:
-    """Return how uvicorn is to serve: with our deadlines, and without logs of its own."""
+def uvicorn_options(connections: Connections, proxies: Sequence[str] = ()) -> dict[str, Any]:
+    """Return how uvicorn is to serve: with our deadlines, and without logs of its own. proxies: who is believed"""
     return {
         "http": connections.protocol,
         "ws": "none",
         "log_config": None,
         "access_log": False,
         "server_header": False,
-        "proxy_headers": False,  # who asks is whom the socket names
+        "proxy_headers": bool(proxies),  # otherwise who asks is whom the socket names
+        "forwarded_allow_ips": list(proxies),
         "backlog": BACKLOG,
         "timeout_keep_alive": connections.limits.idle_s,
         "timeout_graceful_shutdown": SENDING_S,
@@ -83,9 +84,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, models: Models, ready: Callable[[], None]) -> None:
         self._connections = Connections(within_files(models.options.connecting))
-        super().__init__(
-            uvicorn.Config(build(models, self._connections, _tracing()), **uvicorn_options(self._connections))
-        )
+        options = uvicorn_options(self._connections, models.options.access.proxies)
+        super().__init__(uvicorn.Config(build(models, self._connections, _tracing()), **options))
         self._models, self._ready = models, ready
         self.failure: Exception | None = None
         self._opening: asyncio.Task[None] | None = None

@@ -23,7 +23,7 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
 class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     """A model. size: its own; multiple: of which sides must be multiples; image: whether it takes an image
 
-    sampler: its own, as people read it
+    sampler: its own, as people read it; samplers: the names of those that it can be drawn with
     """
 
     name: str
@@ -31,6 +31,7 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     multiple: int
     image: bool
     sampler: str
+    samplers: tuple[str, ...]
 
 
 class Choices(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,4 +63,5 @@ def _model(name: str, manifest: Manifest) -> ModelChoice:
         multiple=manifest.latents.cell,
         image=manifest.find("encoder") is not None,
         sampler=community_name(str(Name(own.name, own.spacing))),
+        samplers=sampler_names(str(manifest.schedule.prediction_type)),
     )

@@ -15,30 +15,31 @@ export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 
 export function offer(choices) {
   const first = known === null;
   known = choices;
-  const chosen = { model: $("model").value, sampler: $("sampler").value }, left = first ? remembered() : null;
+  const chosen = $("model").value, left = first ? remembered() : null;
   $("model").replaceChildren(...choices.models.map((one) => h("option", { value: one.name }, one.name)));
   $("steps").max = choices.limits.steps;
   $("count").max = choices.limits.pictures;
   if (first) {
     $("guidance").value = choices.guidance;
     offerLoras(choices.loras);
-  } else if (choices.models.some((one) => one.name === chosen.model)) $("model").value = chosen.model;
+  } else if (choices.models.some((one) => one.name === chosen)) $("model").value = chosen;
   offerSamplers();
-  if (first) { ownSize(); recall(left); } else $("sampler").value = chosen.sampler;
+  if (first) { ownSize(); recall(left); }
   changed();
 }
 
 const model = () => known?.models.find((one) => one.name === $("model").value) ?? known?.models[0] ?? null;
 
 function offerSamplers() {
-  const own = model()?.sampler, chosen = $("sampler").value;
+  const own = model()?.sampler, chosen = $("sampler").value, works = new Set(model()?.samplers);
+  const offered = known.samplers.filter((one) => works.has(one.name));
   const groups = [["", (title) => !title.endsWith("Karras")], ["Karras", (title) => title.endsWith("Karras")]];
   $("sampler").replaceChildren(
     h("option", { value: "" }, own ? `The model's own (${own})` : "The model's own"),
     ...groups.map(([label, belongs]) => h("optgroup", { label: label ? "Karras spacing" : "Samplers" },
-      known.samplers.filter((one) => belongs(one.title)).map((one) => h("option", { value: one.name }, one.title)))),
+      offered.filter((one) => belongs(one.title)).map((one) => h("option", { value: one.name }, one.title)))),
   );
-  $("sampler").value = chosen;
+  $("sampler").value = works.has(chosen) ? chosen : "";
 }
 
 function offerLoras(names) {
