@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/user_program.py
+	$(BIN)/mypy tests/user_program.py tests/test_cuda_contract.py
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 

@@ -362,10 +362,10 @@ def test_work_is_queued_and_an_event_waits_for_all_before_it(
     device.copy_in(address, host, queue.stream)
     device.copy_out(back, address, queue.stream)
     queue.record(done)
-    assert not happened(cuda, done.event) and not back.any()
+    assert not happened(cuda, done.handle) and not back.any()
     held.let_go()
     queue.wait_until(done)
-    assert back.tolist() == [5] * 64 and happened(cuda, done.event)
+    assert back.tolist() == [5] * 64 and happened(cuda, done.handle)
 
 
 def test_other_threads_run_while_one_waits(
@@ -396,7 +396,7 @@ def test_two_streams_do_not_wait_for_one_another(
     device.copy_in(address, host, other.stream)
     other.record(second)
     other.wait_until(second)
-    assert not happened(cuda, first.event)
+    assert not happened(cuda, first.handle)
     held.let_go()
     queue.wait_until(first)
     beside.close()
@@ -432,9 +432,9 @@ def test_the_device_keeps_time_between_timed_events_alone(
     queue.record(second)
     queue.record(untimed)
     queue.drain()
-    assert device.elapsed_s(first.event, second.event) >= 0.015
+    assert device.elapsed_s(first.handle, second.handle) >= 0.015
     with pytest.raises(EngineError):
-        device.elapsed_s(first.event, untimed.event)
+        device.elapsed_s(first.handle, untimed.handle)
     pause.free()
 
 
@@ -537,11 +537,16 @@ def test_two_threads_record_in_two_streams_at_once(device: CudaDevice, queue: Wo
     other.close()
 
 
+def launch_often(device: CudaDevice, graph: int, stream: int) -> None:
+    for _ in range(2000):
+        device.launch(graph, stream)
+
+
 def test_a_graph_is_dropped_while_another_thread_launches_its_own(device: CudaDevice, queue: WorkQueue) -> None:
     other = WorkQueue(device)
     mine, theirs = (record_copies(device, one.stream, lambda: None) for one in (queue, other))
     with ThreadPoolExecutor(1) as pool:
-        launched = pool.submit(lambda: [device.launch(theirs[0], other.stream) for _ in range(2000)])
+        launched = pool.submit(launch_often, device, theirs[0], other.stream)
         replay(device, queue, mine)
         launched.result()
     other.drain()
@@ -601,7 +606,7 @@ def test_what_each_way_of_recording_allows_meanwhile(cuda: Any, device: CudaDevi
         def call() -> Any:
             return ASIDE[name](cuda, own)
 
-        answered = in_thread(call)() if aside else call()
+        answered: Any = in_thread(call)() if aside else call()
         ended, graph = cuda.cudaStreamEndCapture(stream)
         cuda.cudaGetLastError()
         if ended == codes.cudaSuccess:
@@ -649,7 +654,7 @@ def test_copies_cost(queue: WorkQueue, allocations: Allocations) -> None:
             copy()
         queue.record(end)
         queue.drain()
-        tell("copy", way=way, gb_per_s=round(8 * size / device.elapsed_s(start.event, end.event) / 1e9, 1))
+        tell("copy", way=way, gb_per_s=round(8 * size / device.elapsed_s(start.handle, end.handle) / 1e9, 1))
 
 
 def test_waits_cost(
@@ -680,7 +685,7 @@ def test_waits_cost(
                 kernels.launch(b"hold", queue.stream, pause._block.ctypes.data, pause_us * 1000)
                 queue.record(second)
                 record_and_wait()
-                late.append(time.perf_counter() - start - device.elapsed_s(first.event, second.event))
+                late.append(time.perf_counter() - start - device.elapsed_s(first.handle, second.handle))
                 cpu.append(time.thread_time() - busy)
                 pause.free()
             tell(
@@ -695,7 +700,7 @@ def test_waits_cost(
     done = allocations.event()
     queue.record(done)
     queue.drain()
-    tell("event query", us=median_us(lambda: cuda.cudaEventQuery(done.event)))
+    tell("event query", us=median_us(lambda: cuda.cudaEventQuery(done.handle)))
     tell("event wait", kind="known to be reached", us=median_us(lambda: queue.wait_until(done)))
 
 
@@ -724,7 +729,7 @@ def test_graphs_cost(device: CudaDevice, queue: WorkQueue, allocations: Allocati
             queue.record(end)
             host = (time.perf_counter() - begin) / 20
             queue.drain()
-            spent = device.elapsed_s(start.event, end.event) / 20
+            spent = device.elapsed_s(start.handle, end.handle) / 20
             tell(
                 "graph",
                 way=way,
@@ -932,7 +937,7 @@ for name, call in {
     "cudaGetDevice": lambda: runtime.cudaGetDevice(), "cudaSetDevice": lambda: runtime.cudaSetDevice(0),
     "cudaGetDeviceCount": lambda: runtime.cudaGetDeviceCount(), "cudaMalloc": lambda: runtime.cudaMalloc(8),
     "cudaMemGetInfo": lambda: runtime.cudaMemGetInfo(), "cudaFree": lambda: runtime.cudaFree(address),
-    "cudaEventDestroy": lambda: runtime.cudaEventDestroy(runtime.cudaEvent_t(done.event)),
+    "cudaEventDestroy": lambda: runtime.cudaEventDestroy(runtime.cudaEvent_t(done.handle)),
 }.items():
     answers["raw " + name] = call()[0].name
 answers["find_gpu"] = told(find_gpu)

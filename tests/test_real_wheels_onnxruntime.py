@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import CONTROL_ROLES
 from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
+from latentrt.export.export import export_checkpoint
+from latentrt.export.options import CheckpointOptions
 from tests import stub_cuda
+from tests.conftest import Controlled, Make, MakeControlled
 from tests.test_cuda_rewrites import network
 
 SITE = Path(__file__).parent.parent / ".cache" / "onnxruntime-gpu"
@@ -58,6 +64,20 @@ from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
 from latentrt.engines.spec import EngineSpec, TensorSpec
 spec = EngineSpec(component="unet", inputs=(TensorSpec(name="timestep", dtype="float16", shape=()),), outputs=())
 load(Path(sys.argv[1]), spec, "cuda", OnnxRuntimeOptions(cuda_graph=True))
+"""
+
+
+BUILT = """
+import sys
+from pathlib import Path
+from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.onnxruntime.build import build
+from latentrt.engines.onnxruntime.session import OnnxRuntimeOptions, load
+bundle, folder = Bundle.open(sys.argv[1]), Path(sys.argv[2])
+for name, (file, spec) in build(bundle, folder, "cuda", lambda *_: None).items():
+    if {tensor.name for tensor in spec.inputs} & {"timestep", "control"}:
+        load(folder / file, spec, "cuda", OnnxRuntimeOptions(cuda_graph=True))
+        print(name)
 """
 
 
@@ -135,3 +155,43 @@ def test_the_provider_takes_weights_in_the_place_of_a_graphs_own(stubs: Path, tm
     opened(half(network()), tmp_path, stubs, changed={"down.w": [16, 16, 3, 3]})
     with pytest.raises(AssertionError, match="Trying to replace non-external initializer"):
         opened(half(network()), tmp_path, stubs, changed={"first.b": [16]})
+
+
+@pytest.fixture(scope="module")
+def bundles(
+    workshop: Path,
+    made: Make,
+    controlled: MakeControlled,
+    motion: Controlled,
+    shown: Callable[[str], Controlled],
+) -> Callable[[str], Path]:
+    """Return bundles by their kinds."""
+
+    def skipping() -> Path:
+        checkpoint, _ = made("sd3", "dual t5")
+        options = CheckpointOptions(skip_layers=(0, 1))
+        export_checkpoint(str(checkpoint), workshop / "sd3-dual-t5-skipping", precision="fp32", options=options)
+        return workshop / "sd3-dual-t5-skipping"
+
+    kinds: dict[str, Callable[[], Path]] = {
+        "controlnets": lambda: controlled("sd1", "lcm").bundle,
+        "inpainting": lambda: made("sd1", "inpainting")[1],
+        "sd2": lambda: made("sd2", "")[1],
+        "refiner": lambda: made("sdxl", "refined")[1],
+        "image prompts": lambda: shown("sdxl").bundle,
+        "skipped layers": skipping,
+        "video": lambda: motion.bundle,
+    }
+    return lambda kind: kinds[kind]()
+
+
+@pytest.mark.parametrize(
+    "kind", ["controlnets", "inpainting", "sd2", "refiner", "image prompts", "skipped layers", "video"]
+)
+def test_every_kind_of_stage_can_be_recorded_as_a_cuda_graph(
+    stubs: Path, bundles: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    bundle = bundles(kind)
+    told = run(BUILT, stubs, str(bundle), str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    assert set(told.stdout.split()) >= set(Bundle.open(bundle).manifest.of_role("denoiser", *CONTROL_ROLES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from latentrt.engines.errors import EngineError
@@ -35,11 +35,11 @@ def record_assignment(options: Any) -> None:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
 
 
-def elsewhere(session: Any, provider: Provider) -> Mapping[str, str]:
-    """Return the nodes that run on another provider, shapes' arithmetic left out: {name: operator}."""
+def elsewhere(session: Any, provider: Provider, *, light: Collection[str] = LIGHT) -> Mapping[str, str]:
+    """Return the nodes that run on another provider, `light` operators left out: {name: operator}."""
     parts = session.get_provider_graph_assignment_info()
     nodes = [node for part in parts if part.ep_name != PROVIDERS[provider] for node in part.get_nodes()]
-    return {node.name: node.op_type for node in nodes if node.op_type not in LIGHT}
+    return {node.name: node.op_type for node in nodes if node.op_type not in light}
 
 
 def check_assignment(session: Any, provider: Provider, what: str) -> None:

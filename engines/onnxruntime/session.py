@@ -134,7 +134,8 @@ def _not_recordable(file: Path, settings: Mapping[str, str], component: str) -> 
     options = session_options(threads=None)
     options.graph_optimization_level = require().GraphOptimizationLevel.ORT_DISABLE_ALL
     record_assignment(options)
-    found = elsewhere(open_session(file, options, "cuda", {**settings, "enable_cuda_graph": "0"}), "cuda")
+    session = open_session(file, options, "cuda", {**settings, "enable_cuda_graph": "0"})
+    found = elsewhere(session, "cuda") or elsewhere(session, "cuda", light=frozenset())
     named = ", ".join(f"{operator} '{name}'" for name, operator in list(found.items())[:3])
     return EngineError(
         f"{component}'s kernels cannot be recorded as a CUDA graph: {len(found)} of its nodes run on the CPU "

@@ -61,19 +61,23 @@ class MotionDenoiser(nn.Module):
         rows = {
             name: tensor.reshape(-1, frames, *tensor.shape[1:]) for name, tensor in given.items() if name != "timestep"
         }
-        with index_selected():
+        with spread():
             out: Tensor = self.windows(*({**given, **rows, "timestep": given["timestep"][::frames]}.values()))
         return out.flatten(0, 1)
 
 
 @contextmanager
-def index_selected() -> Iterator[None]:
-    """Have `repeat_interleave` pick rows: traced with a number that is not known, it gives an Expand without a rank."""
+def spread() -> Iterator[None]:
+    """Have `repeat_interleave` multiply rows by ones.
+
+    Traced with a number that is not known, it gives an Expand without a rank; rows picked by numbers, which ONNX
+    Runtime computes on the CPU, could not be recorded as a CUDA graph.
+    """
 
     def repeat(tensor: Tensor, repeats: int, dim: int = 0, **_: object) -> Tensor:
         assert dim == 0
-        rows = torch.arange(tensor.shape[0] * repeats)
-        return tensor.index_select(0, torch.div(rows, repeats, rounding_mode="floor"))
+        ones = torch.ones(repeats, dtype=tensor.dtype).reshape(1, -1, *[1] * (tensor.ndim - 1))
+        return (tensor.unsqueeze(1) * ones).flatten(0, 1)
 
     with mock.patch.object(torch.Tensor, "repeat_interleave", repeat):
         yield

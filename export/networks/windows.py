@@ -15,7 +15,7 @@ import torch
 from latentrt.engines.spec import TensorSpec
 from latentrt.engines.tensor_names import FRAMES
 from latentrt.export.graphs.trace import LIMITS, trace_graph
-from latentrt.export.networks.motion import MotionDenoiser, index_selected
+from latentrt.export.networks.motion import MotionDenoiser, spread
 
 ROWS = "batch"  # the axis of the rows
 END = np.iinfo(np.int64).max
@@ -37,7 +37,7 @@ def trace_windows(
         name: tensor.reshape(-1, frames, *tensor.shape[1:]) if rows else tensor
         for name, (tensor, rows) in given.items()
     }
-    with index_selected():
+    with spread():
         model = trace_graph(
             module.windows,
             tensors,
