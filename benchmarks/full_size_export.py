@@ -28,7 +28,7 @@ from latentrt.engines.open import open_engines
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.export.cli import summarise
 from latentrt.export.export import export_checkpoint
-from latentrt.export.work.jobs import peak_rss_bytes
+from latentrt.export.work.finished import peak_rss_bytes
 from latentrt.runtime.bench.machine import describe
 
 GIB = 1 << 30

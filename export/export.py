@@ -44,7 +44,8 @@ from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import TEXT_ENCODERS as TOKENIZERS
 from latentrt.export.sources.parts import SharedEncoder, Source, WeightSource
 from latentrt.export.sources.tokenizer import Vocabulary, read_vocabulary
-from latentrt.export.work.jobs import MARKERS, ExportJob, Finished, read_marker
+from latentrt.export.work.finished import MARKERS, Finished, read_marker
+from latentrt.export.work.jobs import ExportJob
 from latentrt.export.work.need import costs, need, require_room
 from latentrt.export.work.worker import start_worker
 

@@ -25,7 +25,7 @@ from latentrt.export import export as exporting
 from latentrt.export.export import export_checkpoint
 from latentrt.export.graphs.external_data import read_graph
 from latentrt.export.sources.hub import download
-from latentrt.export.work.jobs import MARKERS
+from latentrt.export.work.finished import MARKERS
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
 from tests.refused import about

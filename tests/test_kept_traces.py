@@ -23,7 +23,7 @@ from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.export import _job, _tokenizers, _with_tokens
 from latentrt.export.graphs import kept_traces
 from latentrt.export.networks.weight_places import COUNT, Place, StandIns
-from latentrt.export.work.jobs import MARKERS, Finished, graph_path
+from latentrt.export.work.finished import MARKERS, Finished, graph_path
 from latentrt.export.work.worker import Worker, start_worker
 from tests.conftest import MakeControlled
 from tests.tiny import save_tiny

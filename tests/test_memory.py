@@ -16,7 +16,7 @@ import pytest
 
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.export import _job
-from latentrt.export.work.jobs import MARKERS
+from latentrt.export.work.finished import MARKERS
 from latentrt.export.work.worker import start_worker
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

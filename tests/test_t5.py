@@ -20,7 +20,8 @@ from latentrt.export.graphs.types import load_typed
 from latentrt.export.networks import modules
 from latentrt.export.networks.streamed_weights import StoredWeights
 from latentrt.export.sources.unigram import read_unigram
-from latentrt.export.work.jobs import ExportJob, Finished, golden_path, graph_path, run_job
+from latentrt.export.work.finished import Finished, golden_path, graph_path
+from latentrt.export.work.jobs import ExportJob, run_job
 from tests.tiny_t5 import SIZES, VOCABULARY, save_t5, save_unigram
 
 NAME = "text_encoder_3"

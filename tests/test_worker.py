@@ -17,7 +17,8 @@ import pytest
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.export import _job
 from latentrt.export.work import worker
-from latentrt.export.work.jobs import MARKERS, ExportJob
+from latentrt.export.work.finished import MARKERS
+from latentrt.export.work.jobs import ExportJob
 
 SLOW = "text_encoder"
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,16 +18,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from latentrt.engines.bundle.files import atomic_write, disk_errors, record_file
+from latentrt.engines.bundle.files import disk_errors, record_file
 from latentrt.engines.bundle.manifest import FileRecord
-from latentrt.engines.bundle.parsing import ParseError, parse, read_document
 from latentrt.engines.bundle.weight_map import GraphWeights, graph_record, read_weights, write_weights
 from latentrt.engines.errors import CheckpointError
-from latentrt.engines.spec import Precision, TensorSpec
+from latentrt.engines.spec import Precision
 from latentrt.export.graphs import golden
 from latentrt.export.graphs.normalised_latents import Affine
 from latentrt.export.networks.components import COMPONENTS, Case, input_specs, output_specs
 from latentrt.export.sources.parts import ImageAdapter, SharedEncoder, Source, WeightSource
+from latentrt.export.work.finished import (
+    MARKERS,
+    Finished,
+    golden_path,
+    graph_path,
+    parse_marker,
+    peak_rss_bytes,
+    weights_bytes,
+    write_marker,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,7 +55,6 @@ PHASES: Mapping[tuple[Source, Precision], tuple[Phase, ...]] = {
     ("onnx", "fp32"): ("adopt",),
     ("onnx", "fp16"): ("adopt",),
 }
-MARKERS = ".finished"  # in the staging directory: one file for each finished component, not part of the bundle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,55 +95,6 @@ class ExportJob:
         return PHASES[self.source, self.precision]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """What a finished component left: its files below the bundle, and figures.
-
-    error: the largest difference from torch over the output's range, None if there was no torch to compare with
-    peak_rss_bytes: the peak memory of the process that did the work, libraries included
-    float32_layers, largest_activation: as in the manifest
-    graph: whether it was traced now or kept from an earlier export, None if there was one already
-    """
-
-    component: str
-    files: Mapping[str, FileRecord]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    weights_bytes: int
-    error: float | None
-    seconds: float
-    peak_rss_bytes: int
-    float32_layers: tuple[str, ...] = ()
-    largest_activation: float | None = None
-    graph: Literal["traced", "kept"] | None = None
-
-    @property
-    def graph_files(self) -> tuple[str, ...]:
-        """Return the graph and its external data, the graph first."""
-        return tuple(sorted(name for name in self.files if name.startswith("onnx/")))
-
-    @property
-    def golden(self) -> str:
-        """Return the golden pair's path."""
-        return golden_path(self.component)
-
-    @property
-    def weights(self) -> str | None:
-        """Return the path of the record of weights, None if there is none."""
-        record = graph_record(self.component)
-        return record if record in self.files else None
-
-
-def graph_path(component: str) -> str:
-    """Return where a component's graph lies in a bundle."""
-    return f"onnx/{component}/model.onnx"
-
-
-def golden_path(component: str) -> str:
-    """Return where a component's golden pair lies in a bundle."""
-    return f"golden/{component}.safetensors"
-
-
 def run_job(job: ExportJob) -> Finished:
     """Do one phase of a component's work; the last one leaves its marker. Raises CheckpointError and BundleError."""
     start = time.perf_counter()
@@ -157,7 +114,7 @@ def run_job(job: ExportJob) -> Finished:
             peak_rss_bytes=max(finished.peak_rss_bytes, peak_rss_bytes()),
         )
         last = job.phase == job.phases[-1]
-        _write_marker(root, job.component if last else f"{job.component}.made", finished)
+        write_marker(root, job.component if last else f"{job.component}.made", finished)
     return finished
 
 
@@ -316,7 +273,7 @@ def _narrow(job: ExportJob) -> Finished:
     return dataclasses.replace(
         made,
         files=_records(job, narrowed.files),
-        weights_bytes=_weights_bytes(narrowed.files[0]),
+        weights_bytes=weights_bytes(narrowed.files[0]),
         error=narrowed.error,
         float32_layers=narrowed.float32_layers,
         largest_activation=narrowed.largest,
@@ -324,7 +281,7 @@ def _narrow(job: ExportJob) -> Finished:
 
 
 def _made(job: ExportJob) -> Finished:
-    return _parse_marker(Path(job.root) / MARKERS / f"{job.component}.made.json")
+    return parse_marker(Path(job.root) / MARKERS / f"{job.component}.made.json")
 
 
 def _adopt(job: ExportJob) -> Finished:
@@ -363,7 +320,7 @@ def _finished(job: ExportJob, files: list[Path]) -> Finished:
         files=_records(job, files),
         inputs=input_specs(component, job.dimensions, job.precision),
         outputs=output_specs(component, job.dimensions, job.precision),
-        weights_bytes=_weights_bytes(files[0]) if files else 0,
+        weights_bytes=weights_bytes(files[0]) if files else 0,
         error=None,
         seconds=0.0,
         peak_rss_bytes=0,
@@ -376,43 +333,3 @@ def _records(job: ExportJob, files: list[Path]) -> dict[str, FileRecord]:
     record = graph_record(job.component)
     others = [golden_path(job.component), *([record] if (root / record).is_file() else [])]
     return {name: record_file(root, name) for name in (*names, *others)}
-
-
-def _weights_bytes(graph: Path) -> int:
-    """Sum the weights of a written graph, external ones included."""
-    import onnx
-
-    model = onnx.load(str(graph), load_external_data=False)
-    sizes = {0: 0, 1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}  # bytes of TensorProto's element types
-    total = 0
-    for tensor in model.graph.initializer:
-        count = 1
-        for side in tensor.dims:
-            count *= side
-        total += count * sizes.get(tensor.data_type, 4)
-    return total
-
-
-def peak_rss_bytes() -> int:
-    """Return the largest resident size this process has had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _write_marker(root: Path, name: str, finished: Finished) -> None:
-    marker = root / MARKERS / f"{name}.json"
-    with atomic_write(marker) as beside:
-        beside.write_text(json.dumps(msgspec.to_builtins(finished)), encoding="utf-8")
-
-
-def _parse_marker(marker: Path) -> Finished:
-    return parse(Finished, read_document(marker, strict=False))
-
-
-def read_marker(root: Path, component: str) -> Finished | None:
-    """Return what an earlier run left of a component, if all of it is still there and whole."""
-    try:
-        finished = _parse_marker(root / MARKERS / f"{component}.json")
-        whole = all(record_file(root, name) == record for name, record in finished.files.items())
-    except (OSError, ValueError, ParseError):
-        return None
-    return finished if whole else None

@@ -30,7 +30,8 @@ import msgspec
 
 from latentrt.engines.bundle.parsing import parse
 from latentrt.engines.errors import BundleError, CheckpointError, LatentrtError
-from latentrt.export.work.jobs import ExportJob, Finished, run_job
+from latentrt.export.work.finished import Finished
+from latentrt.export.work.jobs import ExportJob, run_job
 
 ERRORS: dict[str, type[LatentrtError]] = {"CheckpointError": CheckpointError, "BundleError": BundleError}
 PRELOAD = {
