@@ -21,7 +21,14 @@ ON_A_GPU = {
     "SD-Turbo, 512x512, 1 step: latentrt, `cuda`, without the fused sums": "turbo: bench cuda graphs",
     "SD-Turbo: PyTorch, recorded": "turbo: torch recorded",
 }
-STEP_TFLOP = {"sd15": 2 * 0.80327, "turbo": 0.80426}  # at 512x512, see benchmarks/gpu_models.py
+LATER_ON_A_GPU = {
+    "SD 1.5, 512x512, guided: latentrt, `cuda`, later": "sd15: bench cuda",
+    "SD 1.5: PyTorch, recorded, later": "sd15: torch recorded",
+    "SD 1.5: PyTorch, compiled, later": "sd15: torch compiled",
+    "SDXL, 1024x1024, guided: latentrt, `cuda`": "sdxl: bench cuda",
+    "SDXL: PyTorch, recorded": "sdxl: torch recorded",
+}
+STEP_TFLOP = {"sd15": 2 * 0.80327, "turbo": 0.80426, "sdxl": 2 * 6.76124}  # see benchmarks/gpu_models.py
 MIB = 1 << 20
 PEERS = {
     "latentrt": "latentrt",
@@ -90,6 +97,43 @@ def test_a_gpu_takes_as_long_as_was_measured(way: str) -> None:
     assert row(way, *speed, "–" if picture_s is None else f"{1e3 * picture_s:.0f}") in PAGE.splitlines()
 
 
+@pytest.mark.parametrize("way", LATER_ON_A_GPU)
+def test_a_gpu_takes_as_long_as_was_measured_later(way: str) -> None:
+    parts, model = result("gpu-h200-2")["parts"], LATER_ON_A_GPU[way].partition(":")[0]
+    floor_s = STEP_TFLOP[model] / parts["ceilings"]["figures"]["tflops"]
+    step_s, picture_s = gpu_seconds(LATER_ON_A_GPU[way], "gpu-h200-2")
+    assert step_s is not None
+    ratios = []
+    for peer in ("recorded", "compiled"):
+        measured = parts.get(f"{model}: torch {peer}")
+        ratios.append(f"{measured['figures']['step_s']['p50'] / step_s:.2f}" if measured else "–")
+    picture = "–" if picture_s is None else f"{1e3 * picture_s:.0f}"
+    assert row(way, f"{1 / step_s:.1f}", *ratios, f"{floor_s / step_s:.0%}", picture) in PAGE.splitlines()
+
+
+def test_every_kind_of_model_was_the_cpus_picture_on_a_gpu() -> None:
+    parts = result("gpu-h200-2")["parts"]
+    drawn = {name: part for name, part in parts.items() if name.endswith("pictures cuda") and name.startswith("tiny")}
+    assert len(drawn) == 8 and [name for name, part in drawn.items() if part["status"] != "ok"] == [
+        "tiny-video: pictures cuda"
+    ]
+    for name, part in drawn.items():
+        for how in ("launched", "recorded"):
+            if how == "launched" or name != "tiny-video: pictures cuda":
+                assert all(each["ok"] and each["mean"] < 0.2 for each in part["figures"][how].values())
+    seam = parts["seam"]["figures"]
+    assert f"{seam['failed']} of {seam['failed'] + seam['passed']}; the other {seam['passed']} passed" in PAGE
+
+
+def test_sharing_on_a_gpu_took_as_long_as_was_measured() -> None:
+    (four,) = result("gpu-h200-2")["parts"]["sd15: batcher cuda"]["figures"]["shared"]
+    assert (four["slots"], four["pictures"]) == (4, 32) and four["pictures are"]["ok"]
+    first, second = (
+        shared / alone for alone, shared in zip(four["seconds"]["alone"], four["seconds"]["shared"], strict=True)
+    )
+    assert f"took {second:.2f} times the time" in PAGE and f"took {first:.2f} times." in PAGE
+
+
 def test_every_kind_of_request_was_the_cpus_picture_on_a_gpu() -> None:
     figures = result("gpu-h200")["parts"]["demo: pictures cuda"]["figures"]
     kinds = [kind for how in ("launched", "recorded") for kind in figures[how].values()]
@@ -110,11 +154,14 @@ def test_the_readme_says_what_a_gpu_gave() -> None:
     eager, recorded = (seconds / ours for seconds, _ in theirs if seconds and ours)
     said = f"{eager:.1f} times the steps a second of eager PyTorch, {recorded:.1f} times those of PyTorch"
     assert said in (ROOT / "README.md").read_text()
+    later = {name: gpu_seconds(name, "gpu-h200-2")[0] for name in ("sd15: bench cuda", "sd15: torch compiled")}
+    compiled = later["sd15: torch compiled"] / later["sd15: bench cuda"]  # type: ignore[operator]
+    assert f"{compiled:.2f} times those of `torch.compile`" in (ROOT / "README.md").read_text()
 
 
-def gpu_seconds(part: str) -> tuple[float | None, float | None]:
+def gpu_seconds(part: str, session: str = "gpu-h200") -> tuple[float | None, float | None]:
     """Return the median seconds of a step and of a picture, None for what was not measured."""
-    figures = result("gpu-h200")["parts"][part]["figures"]
+    figures = result(session)["parts"][part]["figures"]
     if "variants" not in figures:
         return tuple((figures.get(name) or {}).get("p50") for name in ("step_s", "picture_s"))  # type: ignore[return-value]
     (variant,) = figures["variants"]
