@@ -129,7 +129,7 @@ def show_bundle(bundle: Path, *, as_json: bool) -> None:
     _print_heading(opened, console)
     console.print(_component_table(opened))
     for name, component in opened.manifest.components.items():
-        if note := component.float32_note():
+        for note in component.notes():
             console.print(f"{name}: {note}", highlight=False, soft_wrap=True)
     console.print(_engine_table(opened))
 

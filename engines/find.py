@@ -11,9 +11,10 @@ from latentrt.engines.backends import BACKENDS, backend_on
 from latentrt.engines.build_options import REFITTABLE, BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
+from latentrt.engines.bundle.quantisation import ON_THE_CPU
 from latentrt.engines.cuda import gpus
 from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
-from latentrt.engines.spec import BackendName
+from latentrt.engines.spec import QUANTISED, BackendName
 from latentrt.engines.workspace.contract import WorkspaceShape
 
 # The fastest first. `auto` takes the first of these that a bundle has engines for here, or that can build them here.
@@ -39,10 +40,10 @@ def choose(asked: str, bundle: Bundle, *, device: int = 0) -> Choice:
     where the bundle holds no engines for it: there is no silent second choice.
     """
     if asked != "auto":
-        return _as_asked(asked, device)
+        return _told(_as_asked(asked, device), bundle)
     gpu = _gpu(device)
     if gpu is None:
-        return Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here")
+        return _told(Choice(backend=FOR_CPUS, reason="auto: no NVIDIA GPU answers here"), bundle)
     reasons: list[EngineError] = []
     for name in FOR_GPUS:
         try:
@@ -58,6 +59,14 @@ def choose(asked: str, bundle: Bundle, *, device: int = 0) -> Choice:
     )
     other = next((error for error in reasons if isinstance(error, WrongMachineError) and error.differences), None)
     raise WrongMachineError(words, differences=other.differences) if other else EngineError(words)
+
+
+def _told(choice: Choice, bundle: Bundle) -> Choice:
+    """Return a choice that says what 8 bits are on a CPU, where a bundle has some."""
+    precision = bundle.manifest.precision
+    if choice.backend != FOR_CPUS or precision not in QUANTISED:
+        return choice
+    return msgspec.structs.replace(choice, reason=f"{choice.reason}; the CPU {ON_THE_CPU}")
 
 
 def _gpu(device: int) -> gpus.Gpu | None:

@@ -16,9 +16,9 @@ from latentrt.engines.backends import Opened, Opening, backend_on
 from latentrt.engines.bundle.comparison import Comparison
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import EngineRecord, FileRecord, LatentSpec
-from latentrt.engines.find import Choice, choose, find_engines, fits, serving_engines
+from latentrt.engines.find import FOR_CPUS, Choice, choose, find_engines, fits, serving_engines
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
-from latentrt.engines.spec import Array, Closing, Engine, EngineKey, EngineSpec, Inputs
+from latentrt.engines.spec import QUANTISED, Array, Closing, Engine, EngineKey, EngineSpec, Inputs
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
 KEPT_COUNTS = 256  # shapes of which it is kept how many slots they may have: records are read to find that
@@ -325,6 +325,8 @@ def open_engines(
         choice = build_missing(bundle, backend, device=device)
     else:
         choice = choose(backend, bundle, device=device)
+    if choice.backend == FOR_CPUS and bundle.manifest.precision in QUANTISED:
+        _log.warning("'%s' is a bundle in %s: %s", bundle.root, bundle.manifest.precision, choice.reason)
     return OpenEngines(
         bundle,
         choice,

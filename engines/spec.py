@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -18,7 +18,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Inputs: TypeAlias = "Mapping[str, npt.ArrayLike]"
 
 DType = Literal["float16", "float32", "int32", "int64", "uint8", "bool"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "fp8", "int8"]
+Quantised = Literal["fp8", "int8"]
+QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 BackendName = Literal["cpu", "cuda", "tensorrt", "tensorrt-rtx"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -41,7 +42,11 @@ class Blocks(click.ParamType[tuple[int, ...]]):
 @click.command()
 @click.argument("checkpoint")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(get_args(Precision)), help="Default: fp32 for the CPU, fp16 for a GPU.")
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    help="Default: fp32 for the CPU, fp16 for a GPU. fp8 and int8: what stands it of the denoisers, the rest in fp16.",
+)
 @click.option("--backend", "backends", multiple=True, help=f"auto, {', '.join(BACKENDS)}; repeatable.")
 @click.option("--no-build", is_flag=True, help="Write the ONNX graphs only, without engines.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
@@ -73,7 +78,10 @@ class Blocks(click.ParamType[tuple[int, ...]]):
 @click.option("--allow-pickle", is_flag=True, help="Allow weights in pickle files; only tensors are read from them.")
 @click.option("--prediction-type", type=click.Choice(get_args(Prediction)), help="What the UNet predicts.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no progress.")
+@click.pass_obj
 def export(
+    given: Mapping[str, Any] | None,
+    /,
     checkpoint: str,
     bundle: Path,
     precision: str | None,
@@ -111,6 +119,7 @@ def export(
                 ip_adapters=tuple(ControlNetOption.parse(text, option="--ip-adapter") for text in ip_adapters),
                 **options,
             ),
+            draw=(given or {}).get("draw"),
             report=report,
         )
     summary = summarise(exported, bundle)
@@ -142,7 +151,7 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
                 "error": finished.error,
                 "graph": finished.graph,
                 "float32_layers": finished.float32_layers,
-                "float32_note": exported.manifest.components[name].float32_note(),
+                "notes": exported.manifest.components[name].notes(),
                 "largest_activation": finished.largest_activation,
                 "resumed": name in exported.resumed,
             }
@@ -170,7 +179,7 @@ def _table(summary: dict[str, Any]) -> str:
         f"peak memory {summary['peak_rss_bytes'] / MIB:.0f} MiB, libraries included: "
         f"{summary['peak_rss_over_largest']} of the largest component's weights"
     )
-    notes = [f"{name}: {row['float32_note']}" for name, row in summary["components"].items() if row["float32_note"]]
+    notes = [f"{name}: {note}" for name, row in summary["components"].items() for note in row["notes"]]
     return "\n".join([head, *rows, memory, *notes, *summary["notes"], last] if rows else [*summary["notes"], last])
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,10 +29,11 @@ from latentrt.engines.bundle.manifest import (
     Manifest,
     Provenance,
 )
+from latentrt.engines.bundle.quantisation import refusal
 from latentrt.engines.bundle.staging import publish, staged, sweep
-from latentrt.engines.errors import BundleError, NotInstalledError
+from latentrt.engines.errors import BundleError, CheckpointError, NotInstalledError
 from latentrt.engines.progress import Report, silent
-from latentrt.engines.spec import BackendName, Precision
+from latentrt.engines.spec import QUANTISED, BackendName, Precision
 from latentrt.export import INSTALL
 from latentrt.export.additions.ip_adapters import IMAGE_PROJECTION, attention_layers, own_dimensions
 from latentrt.export.additions.refiner import add_refiner
@@ -48,6 +50,9 @@ from latentrt.export.work.finished import MARKERS, Finished, read_marker
 from latentrt.export.work.jobs import ExportJob
 from latentrt.export.work.need import costs, need, require_room
 from latentrt.export.work.worker import start_worker
+
+if TYPE_CHECKING:
+    from latentrt.export.quantisation.quantise import Draw
 
 # The CPU computes in float32 whatever the weights are, so float16 would only cost accuracy there; a GPU's matrix
 # units want float16, which also halves memory.
@@ -92,6 +97,7 @@ def export_checkpoint(
     backends: Sequence[BackendName] = ("cpu",),
     overwrite: bool = False,
     options: CheckpointOptions | None = None,
+    draw: Draw | None = None,
     report: Report = silent,
 ) -> Exported:
     """Export a checkpoint to a bundle and build its engines.
@@ -99,6 +105,8 @@ def export_checkpoint(
     checkpoint: a directory in diffusers' or optimum's layout, a safetensors file, a hub id, or `demo`
     precision: of the graphs; None for what suits the first backend (fp32 on a CPU, fp16 on a GPU)
     backends: whose engines are built for this machine; may be empty
+    draw: draws prompts for fp8 and int8: `latentrt.runtime.verify.recorded.draw_recorded`, which no module of this
+        folder may import
     report: is told first what the export takes of the disk and of memory
     Raises CheckpointError, BundleError (before any work where the disk has no room for it) and EngineError:
     NotInstalledError where a library is missing. A killed export leaves the target as it was; the same call again
@@ -111,8 +119,10 @@ def export_checkpoint(
     _require_tools(opened.source)
     tokenizers = _tokenizers(opened)
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
+    _require_computed(precision, backends, draw)
+    wider: Precision = "fp16" if precision in QUANTISED else precision
     report("reading the checkpoint", 1, 1)
-    what = f"exporting: {_require_room(opened, target, precision, backends, overwrite=overwrite)}"
+    what = f"exporting: {_require_room(opened, target, wider, backends, overwrite=overwrite)}"
     report(what, 0, 1)
     provenance = _provenance(opened, precision)
     _existing(target, provenance, overwrite=overwrite)  # refused before anything is written
@@ -120,11 +130,15 @@ def export_checkpoint(
         if existing := _existing(target, provenance, overwrite=overwrite):
             shutil.rmtree(directory)
             return _kept(existing, backends, report, start)
-        finished, resumed = _components(_with_tokens(opened, tokenizers), directory, precision, report)
+        finished, resumed = _components(_with_tokens(opened, tokenizers), directory, wider, report)
         report("fitting the preview", 0, 1)
         preview = fit_preview(directory, opened.latents)
         report("fitting the preview", 1, 1)
         manifest = _manifest(opened, directory, precision, provenance, finished, preview, tokenizers)
+        if precision in QUANTISED and draw is not None:
+            from latentrt.export.quantisation.quantise import quantise  # with onnx_ir, for these alone
+
+            manifest = quantise(directory, manifest, precision, draw, report)
         write_manifest(directory, manifest)
         engines = _build(Bundle.open(directory), backends, report)
         _publish(directory, target, overwrite=overwrite)
@@ -171,6 +185,15 @@ def _with_tokens(checkpoint: Checkpoint, tokenizers: Mapping[str, Vocabulary]) -
         dimensions |= tokenizer.dimensions()
     named = {encoder: tokenizers[name].texts() for encoder, name in TOKENIZERS.items() if name in tokenizers}
     return dataclasses.replace(checkpoint, dimensions=dimensions, texts=named)
+
+
+def _require_computed(precision: Precision, backends: Sequence[BackendName], draw: Draw | None) -> None:
+    """Raise CheckpointError or EngineError where a precision cannot be made, or not be computed, so far as is known."""
+    if precision in QUANTISED and draw is None:
+        raise CheckpointError(f"--precision {precision} needs what draws prompts: give export_checkpoint draw=…")
+    for backend in backends:
+        if reason := refusal(precision, backend):
+            raise reason
 
 
 def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:

@@ -84,7 +84,7 @@ def test_the_schema_refuses_what_is_missing_or_unknown(report: Report) -> None:
 
 
 def test_the_written_schema_is_current() -> None:
-    assert json.loads((ROOT / "docs" / "bench.schema.json").read_text()) == json_schema(Report)
+    assert json.loads((ROOT / "docs" / "bench.schema.json").read_text()) == json.loads(json.dumps(json_schema(Report)))
 
 
 def test_every_part_of_the_schema_is_described() -> None:

@@ -190,7 +190,7 @@ def test_half_precision_graphs_keep_timesteps_in_float32(demo_half_bundle: Path)
 def test_large_weights_lie_beside_the_graph(sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnx_ir
 
-    from latentrt.export.graphs import trace as graphs
+    from latentrt.export.graphs import external_data as graphs
 
     monkeypatch.setattr(graphs, "EXTERNAL_BYTES", 0)
     bundle = Bundle.open(sd1_bundle)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from latentrt.__main__ import COMMANDS, PROMPT_SETS, cli, find_command, prompt_set
+from latentrt.__main__ import COMMANDS, cli, find_command
 from latentrt.engines import errors
 from latentrt.runtime.request import Request
 from latentrt.runtime.result import Result
@@ -126,8 +125,7 @@ def test_the_commands_of_a_page_run_from_top_to_bottom(page: Path, desk: Path, m
         if words[0] == "serve":
             serves(words)
             continue
-        prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
-        done = CliRunner().invoke(cli, words, obj=prompt_sets)
+        done = CliRunner().invoke(cli, words)
         assert done.exit_code == 0, (words, done.output)
 
 

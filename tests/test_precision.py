@@ -32,6 +32,7 @@ from latentrt.export.graphs import golden, ranges
 from latentrt.export.graphs import half_precision as precision
 from latentrt.export.graphs import run as sessions
 from latentrt.export.graphs import trace as graphs
+from latentrt.export.graphs.external_data import save_graph
 from latentrt.export.graphs.ranges import LARGEST, LIMIT, Ranges
 from latentrt.export.graphs.types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
 from latentrt.export.networks import modules
@@ -54,7 +55,7 @@ class Model:
         self.path = folder / "wide" / "model.onnx"
         self.half = folder / "half" / "model.onnx"
         model = graphs.trace_graph(module, inputs, self.takes("float32"), self.gives("float32"), axes={})
-        graphs.save_graph(model, self.path)
+        save_graph(model, self.path)
 
     def takes(self, dtype: Any = "float16") -> list[TensorSpec]:
         return [TensorSpec(name=name, dtype=dtype, shape=tuple(t.shape)) for name, t in self.inputs.items()]
@@ -71,7 +72,7 @@ class Model:
         """Put everything in float16, as `module.half()` would. Returns the error."""
         model = load_typed(self.path)
         precision.narrow(model, [], takes=self.takes(), gives=self.gives())
-        graphs.save_graph(model, self.half)
+        save_graph(model, self.half)
         return ranges.rounding_error(self.half, self.pairs, component="toy")
 
     def graph(self) -> ir.Model:
@@ -363,7 +364,7 @@ def test_matrix_work_alone_is_more_exact_and_leaves_attention_whole(
             for value in node.inputs[:3]:
                 before = list(_until_product(value))
                 assert "Cast" not in before and before[-1] == "MatMul"
-    graphs.save_graph(model, tmp_path / "model.onnx")
+    save_graph(model, tmp_path / "model.onnx")
     pair = golden.load_golden(sd1_half_bundle / half.golden)
     error = ranges.rounding_error(tmp_path / "model.onnx", [pair], component=component)
     assert half.error is not None and error < half.error

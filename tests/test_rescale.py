@@ -14,10 +14,10 @@ from torch import nn
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.export.graphs import golden
+from latentrt.export.graphs.external_data import save_graph
 from latentrt.export.graphs.ranges import LARGEST, LIMIT, Ranges, record_ranges
 from latentrt.export.graphs.rescale import Rescaled, rescale
 from latentrt.export.graphs.run import run_in_pieces
-from latentrt.export.graphs.trace import save_graph
 from latentrt.export.graphs.types import FLOAT, HALF, load_typed
 from latentrt.export.networks.modules import Decoder, Encoder
 from tests.test_precision import CLOSE, Model, tokens

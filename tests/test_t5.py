@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from latentrt.engines.compare import relative_error
 from latentrt.engines.spec import Array, Precision
 from latentrt.export.graphs import golden, half_precision, ranges, run
-from latentrt.export.graphs.trace import save_graph
+from latentrt.export.graphs.external_data import save_graph
 from latentrt.export.graphs.types import load_typed
 from latentrt.export.networks import modules
 from latentrt.export.networks.streamed_weights import StoredWeights

@@ -11,6 +11,7 @@ import numpy as np
 
 from latentrt.engines.bundle.consistency import faults
 from latentrt.engines.bundle.parsing import ParseError, brief, decode, parse
+from latentrt.engines.bundle.quantisation import Quantisation
 from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError
@@ -75,6 +76,7 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
     float32_layers: what an fp16 graph computes in fp32, by the checkpoint's own names of modules
     largest_activation: the largest magnitude that the golden inputs cause in the graph in fp32, attention's logits
         included; None in fp32 bundles, where nothing depends on it
+    quantised: what of it computes in 8 bits; None for nothing
     """
 
     role: Role
@@ -89,6 +91,7 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
     largest_activation: float | None = None
     of: str | None = None
     control: str | None = None
+    quantised: Quantisation | None = None
 
     @property
     def graph(self) -> str:
@@ -99,6 +102,11 @@ class ComponentSpec(Document, frozen=True, kw_only=True):
     def follows_latents(self) -> bool:
         """Tell whether a ControlNet reads the latents of the picture that it follows, in place of its pixels."""
         return any(tensor.name == COND and "latent_height" in tensor.shape for tensor in self.inputs)
+
+    def notes(self) -> tuple[str, ...]:
+        """Say in a line each what of an fp16 graph computes in fp32, and what in 8 bits; nothing if none does."""
+        notes = (self.float32_note(), self.quantised.note() if self.quantised else None)
+        return tuple(note for note in notes if note is not None)
 
     def float32_note(self) -> str | None:
         """Say in one line what an fp16 graph computes in fp32, with the first names; None if that is nothing."""

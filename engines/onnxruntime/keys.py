@@ -10,9 +10,10 @@ import msgspec
 
 from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.quantisation import refusal
 from latentrt.engines.cuda import gpus
 from latentrt.engines.onnxruntime.library import Provider, require
-from latentrt.engines.spec import EngineKey
+from latentrt.engines.spec import QUANTISED, EngineKey
 
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
 FUSED: frozenset[Provider] = frozenset({"cuda"})
@@ -33,8 +34,11 @@ def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS, *,
         "graphs": bundle.manifest.graphs_digest(latents=provider in FUSED),
         "options": (f"recipe {RECIPES[provider]}", *chosen, *rounded),
     }
+    precision = bundle.manifest.precision
+    if reason := refusal(precision, provider):
+        raise reason
     if provider == "cpu":
-        return EngineKey(device=instruction_set(), precision="fp32", **common)
+        return EngineKey(device=instruction_set(), precision=precision if precision in QUANTISED else "fp32", **common)
     gpu = gpus.find_gpu(device)
     if gpu is None:
         raise gpus.no_gpu("the backend 'cuda' needs an NVIDIA GPU and none answers here; use --backend cpu")
@@ -43,7 +47,7 @@ def key(bundle: Bundle, provider: Provider, options: BuildOptions = DEFAULTS, *,
         compute_capability=gpu.compute_capability,
         sm_count=gpu.sm_count,
         driver_major=gpu.driver_major,
-        precision=bundle.manifest.precision,
+        precision=precision,
         **common,
     )
 

@@ -66,6 +66,7 @@ def session_options(*, threads: int | None) -> Any:
     options = require().SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors: that a saved graph suits this machine only is what the key says
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # 8 bits between Q and DQ are run as they stand
     return options
 
 

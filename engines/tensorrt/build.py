@@ -68,7 +68,7 @@ def _build_one(
         separate_skips(graph)
     model = on_device(graph, role, latents, state_rows=options.state_rows, learned=LEARNED_TOKENS)
     # TF32 rounds as fp16 does: what an fp16 bundle keeps in float32 for its range may take it, the sampler's sums not.
-    tf32 = bundle.manifest.precision == "fp16" and role not in FUSIONS
+    tf32 = bundle.manifest.precision != "fp32" and role not in FUSIONS
     spec = spec_of(component, model, options.profiles(bundle.manifest), factor=latents.factor)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"

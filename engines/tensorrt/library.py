@@ -11,10 +11,11 @@ from typing import Literal
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.quantisation import refusal
 from latentrt.engines.cuda import gpus
 from latentrt.engines.errors import EngineError, NotInstalledError
 from latentrt.engines.graphs import edits as graphs
-from latentrt.engines.spec import EngineKey
+from latentrt.engines.spec import QUANTISED, EngineKey
 from latentrt.engines.tensorrt.compile import capabilities
 
 Flavor = Literal["tensorrt", "tensorrt-rtx"]
@@ -159,6 +160,9 @@ def _first(refusals: Mapping[str, object]) -> str:
 
 def key(bundle: Bundle, flavor: Flavor, options: BuildOptions, *, device: int = 0) -> EngineKey:
     """Return the key of the engines that these options build for a GPU. Raises EngineError."""
+    precision = bundle.manifest.precision
+    if options.refit and precision in QUANTISED:
+        raise EngineError(f"the weights of a bundle in {precision} cannot be changed later: omit --refittable")
     return _key(
         bundle,
         flavor,
@@ -202,6 +206,8 @@ def _key(
     capability = capability or (gpu.compute_capability if gpu else None)
     if capability is None:
         raise gpus.no_gpu("no NVIDIA GPU answers here; say what to build for, as in --compute-capability 8.9")
+    if reason := refusal(bundle.manifest.precision, flavor, capability):
+        raise reason
     own = gpu if flavor == "tensorrt" else None
     return EngineKey(
         backend=flavor,

@@ -49,5 +49,6 @@ def _open_plain(component: str, path: Path) -> OnnxRuntimeEngine:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are a second copy
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # 8 bits between Q and DQ are run as they stand
     opened = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return OnnxRuntimeEngine(opened, spec_of(component, opened))

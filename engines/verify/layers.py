@@ -229,16 +229,16 @@ def verify_layers(
 
 
 def _verify_layers(bundle: Bundle, backends: Sequence[Provider], device: int, report: Report) -> Iterator[Row]:
-    for component in bundle.manifest.components:
+    for component, spec in bundle.manifest.components.items():
         if bundle.manifest.precision != "fp32":
             subject = stored(bundle, component)
-            yield _compare_layers(bundle, subject, tolerance(bundle.manifest.precision), report, "as stored")
+            yield _compare_layers(bundle, subject, tolerance(spec, bundle.manifest.precision), report, "as stored")
         for name in backends:
             if backend_on(name, device).unavailable() is not None:
                 continue
             for directory, record in serving_engines(bundle, name, device=device):
                 subject = built(component, directory, record, name, device=device)
-                limit = tolerance(bundle.manifest.precision, record.key.precision)
+                limit = tolerance(spec, bundle.manifest.precision, record.key.precision)
                 yield _compare_layers(bundle, subject, limit, report, name)
 
 

@@ -13,7 +13,7 @@ from latentrt.engines.bundle.files import Bundle, disk_errors
 from latentrt.engines.compare import largest
 from latentrt.engines.errors import NotInstalledError
 from latentrt.engines.verify.references import Arrays, read_golden
-from latentrt.engines.verify.tolerances import TOLERANCES
+from latentrt.engines.verify.tolerances import tolerance
 
 RECORDED = "float32 PyTorch"  # what Polygraphy calls the outputs' maker in its log
 # Every tensor of the graph is an output of both: Polygraphy names the first one that differs.
@@ -60,8 +60,8 @@ def _write_one(bundle: Bundle, component: str, directory: Path) -> Exchange:
     results = require().RunResults()
     results.add([outputs], runner_name=RECORDED)
     results.save(str(expected))
-    graph = bundle.path(bundle.manifest.components[component].graph)
-    limit = TOLERANCES[bundle.manifest.precision]
+    spec = bundle.manifest.components[component]
+    graph, limit = bundle.path(spec.graph), tolerance(spec, bundle.manifest.precision)
     return Exchange(
         component=component,
         inputs=given,

@@ -120,12 +120,14 @@ def compare_engine(
 
     directory, record: what the engine was opened from. Raises BundleError and EngineError.
     """
-    limit = tolerance(bundle.manifest.precision, record.key.precision)
     component = engine.spec.component
+    told = bundle.manifest.components[component]
+    limit = tolerance(told, bundle.manifest.precision, record.key.precision)
     space, profiles = bundle.manifest.latents, engine.spec.profiles
     if not profiles:
         row = _compare(as_canonical(engine, space), read_golden(bundle, component), limit)
-        yield msgspec.structs.replace(row, what=component, backend=backend)
+        message = row.message if told.quantised is None else f"{row.message}; {told.quantised.note()}"
+        yield msgspec.structs.replace(row, what=component, backend=backend, message=message)
         return
     for profile, pair in zip(profiles, read_references(bundle, component, directory, record), strict=True):
         pictures = profile.get("pictures", 1)

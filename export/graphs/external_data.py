@@ -11,9 +11,29 @@ from latentrt.engines.errors import CheckpointError, NotInstalledError
 from latentrt.export import INSTALL
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 DATA_SUFFIX = "_data"  # of the file with a graph's weights, after the graph's own name, in what is written here
+# Weights above this go to a file beside the graph: backends map it into memory, and protobuf ends at 2 GiB.
+EXTERNAL_BYTES = 64 << 20
+
+
+def save_graph(model: ir.Model, path: Path) -> list[Path]:
+    """Write a graph, with its weights in a file of their own when they are large. Returns the files."""
+    import onnx_ir as ir
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = path.with_name(path.name + DATA_SUFFIX)
+    large = weights_bytes(model) > EXTERNAL_BYTES
+    ir.save(model, path, external_data=data.name if large else None)
+    return [path, data] if large else [path]
+
+
+def weights_bytes(model: ir.Model) -> int:
+    """Return the size of a graph's weights."""
+    values = (value.const_value for value in model.graph.initializers.values())
+    return sum(value.nbytes for value in values if value is not None)
 
 
 def read_graph(path: Path) -> ModelProto:

@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 
 from latentrt.engines.spec import TensorSpec
+from latentrt.export.graphs.external_data import save_graph
 from latentrt.export.graphs.golden import TOLERANCES, Pair, require_close
 from latentrt.export.graphs.ranges import LARGEST, LIMIT, Ranges, record_ranges, rounding_error, waves
 from latentrt.export.graphs.rescale import rescale
-from latentrt.export.graphs.trace import save_graph
 from latentrt.export.graphs.types import FLOAT, HALF, MOVES, allows, formal, load_typed, read_once, schema
 
 MATRIX_WORK = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"})

@@ -92,20 +92,29 @@ def _write_recording(model: ir.Model, path: Path) -> Path:
     values = [value for node in nodes if node not in angles for value in node.outputs]
     whole = [value for node in nodes if node.op_type == "Attention" for value in node.inputs[:2]]
     outputs = [value for value in dict.fromkeys(whole) if value is not None and not value.is_graph_output()]
-    for value in (value for value in values if value.dtype == FLOAT):
+    for value in outputs:
+        value.type = ir.TensorType(FLOAT)
+    model.graph.outputs.extend(outputs)
+    tell_largest(model, [value for value in values if value.dtype == FLOAT])
+    ir.save(model, path)
+    return path
+
+
+def tell_largest(model: ir.Model, values: Sequence[ir.Value]) -> None:
+    """Add outputs to a float32 graph that tell the magnitudes of values: their names begin with `MEASURED`."""
+    first = model.graph[0]
+    for value in values:
         size = ir.node("Abs", [value])
         largest = ir.node("ReduceMax", size.outputs, {"keepdims": 0})
         # right behind it: the value itself need not outlive its use
         node = value.producer()
-        assert node is not None
-        model.graph.insert_after(node, [size, largest])
-        largest.outputs[0].name = f"{MEASURED}{value.name}"
-        outputs.append(largest.outputs[0])
-    for value in outputs:
-        value.type = ir.TensorType(FLOAT)
-    model.graph.outputs.extend(outputs)
-    ir.save(model, path)
-    return path
+        if node is None:
+            model.graph.insert_before(first, [size, largest])
+        else:
+            model.graph.insert_after(node, [size, largest])
+        told = largest.outputs[0]
+        told.name, told.type = f"{MEASURED}{value.name}", ir.TensorType(FLOAT)
+        model.graph.outputs.append(told)
 
 
 def waves(model: ir.Model) -> set[ir.Node]:

@@ -130,6 +130,7 @@ def _options(*, optimise: bool = True) -> Any:
     options.graph_optimization_level = levels.ORT_ENABLE_BASIC if optimise else levels.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights are a second copy
+    options.add_session_config_entry("session.disable_quant_qdq", "1")  # Q and DQ are run as they stand
     return options
 
 

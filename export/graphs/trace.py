@@ -6,7 +6,6 @@ import ast
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -14,12 +13,9 @@ import torch
 from torch import nn
 
 from latentrt.engines.spec import TensorSpec
-from latentrt.export.graphs.external_data import DATA_SUFFIX
 
 # 23 is the first opset with Attention; GroupNormalization (21) and Gelu (20) are single nodes too.
 OPSET = 23
-# Weights above this go to a file beside the graph: backends map it into memory, and protobuf ends at 2 GiB.
-EXTERNAL_BYTES = 64 << 20
 SCOPES = "pkg.torch.onnx.name_scopes"
 # What a trace may assume of an axis. diffusers branches at 64 pictures only to make tensors contiguous: the limit
 # settles that branch, and the graph has none.
@@ -68,21 +64,6 @@ def trace_graph(
     _name_nodes(model)
     _strip(model)
     return model
-
-
-def save_graph(model: ir.Model, path: Path) -> list[Path]:
-    """Write a graph, with its weights in a file of their own when they are large. Returns the files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = path.with_name(path.name + DATA_SUFFIX)
-    large = weights_bytes(model) > EXTERNAL_BYTES
-    ir.save(model, path, external_data=data.name if large else None)
-    return [path, data] if large else [path]
-
-
-def weights_bytes(model: ir.Model) -> int:
-    """Return the size of a graph's weights."""
-    values = (value.const_value for value in model.graph.initializers.values())
-    return sum(value.nbytes for value in values if value is not None)
 
 
 def _dynamic_shapes(

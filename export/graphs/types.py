@@ -6,7 +6,7 @@ it cannot follow a shape.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape"}
     | {"Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 )
+# Of an operator that may name the type of what it gives, and does not: the type that it gives, by the standard's name.
+GIVES: Mapping[str, str] = {"DequantizeLinear": "T2"}  # its scale's
 
 
 def load_typed(path: Path) -> ir.Model:
@@ -49,7 +51,8 @@ def infer_types(model: ir.Model) -> None:
         }
         for place, value in enumerate(node.outputs):
             rule = formal(rules.outputs, place)
-            value.type = ir.TensorType(_stated(node) or bound.get(rule.type_str) or _only(rules, rule))
+            own = bound.get(rule.type_str) or bound.get(GIVES.get(node.op_type, ""))
+            value.type = ir.TensorType(_stated(node) or own or _only(rules, rule))
 
 
 def schema(node: ir.Node) -> OpSchema:

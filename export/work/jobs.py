@@ -120,7 +120,7 @@ def run_job(job: ExportJob) -> Finished:
 
 def _make(job: ExportJob) -> Finished:
     """Load the network, record both pairs, write its graph in float32: a layer's weights at a time."""
-    from latentrt.export.graphs.trace import save_graph
+    from latentrt.export.graphs.external_data import save_graph
     from latentrt.export.networks.streamed_weights import StoredWeights
     from latentrt.export.networks.weight_names import NAMED, name_weights
 

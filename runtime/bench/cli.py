@@ -78,7 +78,11 @@ def bench(
     elif pair is not None:
         _compare(ctx, *pair, tolerance=tolerance)
     else:
-        report = read_report(show) if show else _measure(str(bundle), json_file, (ctx.obj or {}), asked)
+        report = (
+            read_report(show)
+            if show
+            else _measure(str(bundle), json_file, (ctx.obj or {}).get("prompt_sets", {}), asked)
+        )
         _deliver(report, json_file, html_file, as_markdown=as_markdown)
 
 

@@ -371,4 +371,5 @@ def _facts(bundle: Bundle) -> BundleFacts:
         checkpoint=manifest.provenance.checkpoint,
         graphs=manifest.graphs_digest(),
         bytes=sum(file.bytes for file in manifest.files.values()),
+        quantised={name: spec.quantised for name, spec in manifest.components.items() if spec.quantised},
     )

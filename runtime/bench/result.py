@@ -14,6 +14,7 @@ import msgspec
 
 from latentrt.engines.bundle.files import atomic_write, disk_errors
 from latentrt.engines.bundle.parsing import ParseError, parse, read_document
+from latentrt.engines.bundle.quantisation import Quantisation
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Document
 from latentrt.runtime.bench.machine import Conditions, Machine
@@ -115,7 +116,10 @@ class ComponentError(Document, frozen=True, kw_only=True):
 
 
 class BundleFacts(Document, frozen=True, kw_only=True):
-    """What was measured. graphs is the SHA-256 over the canonical graphs and weights."""
+    """What was measured.
+
+    graphs is the SHA-256 over the canonical graphs and weights; quantised, by component, what computes in 8 bits
+    """
 
     name: str
     family: str
@@ -123,6 +127,7 @@ class BundleFacts(Document, frozen=True, kw_only=True):
     checkpoint: str
     graphs: str
     bytes: int
+    quantised: Mapping[str, Quantisation] = msgspec.field(default_factory=dict)
 
 
 class Method(Document, frozen=True, kw_only=True):

@@ -47,7 +47,7 @@ def _large(error: NotFiniteError, job: Job) -> list[str]:
 
 
 def _narrow(error: NotFiniteError, precision: Precision) -> list[str]:
-    if precision != "fp16":
+    if precision == "fp32":
         return []
     if error.place == PIXELS:
         return [FLOAT16.format(what="the decoder was") + ", or with --vae and one that was made for float16"]

@@ -16,6 +16,7 @@ from latentrt.engines.bundle.files import Bundle, hash_file
 from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, Delta
+from latentrt.engines.spec import QUANTISED
 from latentrt.runtime.request import Lora
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class Loras:
         given = [lora for lora in loras if lora.scale != 0]
         if not given:
             return NOTHING
+        if (precision := self._bundle.manifest.precision) in QUANTISED:
+            raise RequestError(
+                f"loras: the weights of a bundle in {precision} cannot be changed; export the checkpoint with this "
+                "LoRA in it (--lora), or with --precision fp16"
+            )
         with self._lock:
             try:
                 read = sorted(((self._read(Path(one.file)), float(one.scale)) for one in given), key=_order)

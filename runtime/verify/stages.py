@@ -84,17 +84,21 @@ def _verify_engines(bundle: Bundle, choice: Choice, found: tuple[Path, EngineRec
     except (EngineError, BundleError) as error:
         fault = Row(what="stages", backend=backend, ok=False, message=str(error))
     report(what, STEPS + 1, STEPS + 1)
-    limit = tolerance(bundle.manifest.precision, found[1].key.precision)
-    yield from _rows(differences, backend, limit, request)
+    precisions = bundle.manifest.precision, found[1].key.precision
+    limits = {name: tolerance(spec, *precisions) for name, spec in bundle.manifest.components.items()}
+    yield from _rows(differences, backend, limits, request)
     if fault is not None:
         yield fault
 
 
-def _rows(differences: list[Difference], backend: BackendName, limit: float, request: Request) -> Iterator[Row]:
+def _rows(
+    differences: list[Difference], backend: BackendName, limits: Mapping[str, float], request: Request
+) -> Iterator[Row]:
     assert request.size is not None
     size, stage = "x".join(map(str, request.size)), 0
     for one in differences:
         stage += one.output == STATE
+        limit = limits[one.program]
         allowed = max(limit, PIXEL_LEVEL) if one.output == PIXELS else limit
         ok = one.error <= allowed  # False for NaN too
         yield Row(

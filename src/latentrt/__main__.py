@@ -11,9 +11,8 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import IO, Any
 
 import click
@@ -60,10 +59,23 @@ NAMES = re.compile(
 )
 
 
-def prompt_set(checkpoint: str, count: int) -> Any:
-    """Return prompts with known answers and the function that scores pictures of them, for `bench --accuracy`."""
-    module, attribute = PROMPT_SETS[checkpoint]
-    return getattr(importlib.import_module(module), attribute)(count)
+DRAW = ("latentrt.runtime.verify.recorded", "draw_recorded")
+
+
+def given() -> dict[str, Any]:
+    """Return what commands are given of the folders that their own may not import, imported when it is called.
+
+    prompt_sets: by checkpoint, prompts with known answers and the function that scores pictures of them, for
+        `bench --accuracy`; draw: draws prompts and tells what the denoisers met, for `export --precision fp8`
+    """
+    return {
+        "prompt_sets": {checkpoint: _called(*place) for checkpoint, place in PROMPT_SETS.items()},
+        "draw": _called(*DRAW),
+    }
+
+
+def _called(module: str, attribute: str) -> Callable[..., Any]:
+    return lambda *positional, **named: getattr(importlib.import_module(module), attribute)(*positional, **named)
 
 
 class Refusal(click.ClickException):
@@ -205,15 +217,16 @@ def _option(param: click.Parameter, value: str | None = None) -> str:
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="latentrt")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Export a Stable Diffusion checkpoint once, then draw pictures without PyTorch."""
+    ctx.obj = given()
 
 
 def main() -> None:
     """Run the command line: bad input gives one sentence on stderr and exit code 2; warnings are logged to stderr."""
     logging.basicConfig(format="latentrt: %(message)s")
-    prompt_sets = {checkpoint: partial(prompt_set, checkpoint) for checkpoint in PROMPT_SETS}
-    cli.main(prog_name="latentrt", obj=prompt_sets)
+    cli.main(prog_name="latentrt")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def heading(report: Report) -> str:
         f"{gpu}{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB, Python {machine.python}",
         ", ".join(f"{name} {version}" for name, version in machine.versions.items()),
     ]
+    lines += [f"{name}: {one.note()}" for name, one in bundle.quantised.items()]
     return "\n".join([*lines, *warnings(report)])
 
 
