@@ -1,7 +1,7 @@
 """From `python` to the first picture: two versions of latentrt in fresh processes, in turn.
 
     git worktree add /tmp/before COMMIT
-    python benchmarks/cold_start.py /tmp/before demo/shapes [--rounds 40] [--check size] [--json R.json]
+    python benchmarks/cold_start.py /tmp/before demo/shapes [--rounds 40] [--check size] [--first]
 
 Each version's wheel is installed with its bytecode, as whoever uses it has it, and has a copy of the bundle (hard
 links) with the CPU's engines that it builds itself. In each round both start once, in an order that is drawn anew, and
@@ -37,12 +37,13 @@ PARTS = ("interpreter", "import", "load", "picture")
 CHILD = """
 import time; marks = [time.monotonic()]
 import json, sys
-root, check, steps, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
+root, check, steps, size, told = sys.argv[1], sys.argv[2], int(sys.argv[3]), *map(json.loads, sys.argv[4:])
 from latentrt import Pipeline, Request
 marks.append(time.monotonic())
-with Pipeline.load(root, "cpu", check=check) as pipe:
+first = Request(prompt="a large red circle", steps=steps, guidance=3.0, seed=1, size=size)
+with Pipeline.load(root, "cpu", check=check, **({"first": first} if told else {})) as pipe:
     marks.append(time.monotonic())
-    drawn = pipe.draw(Request(prompt="a large red circle", steps=steps, guidance=3.0, seed=1, size=size))
+    drawn = pipe.draw(first)
     marks.append(time.monotonic())
     print(json.dumps({"marks": marks, "pixels": int(drawn.pixels.sum())}), flush=True)
 """
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--check", choices=("hash", "size"), default="hash")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=lambda text: [int(part) for part in text.split("x")], help="WIDTHxHEIGHT")
+    parser.add_argument("--first", action="store_true", help="Tell this version what it will draw when it loads.")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.bundle.resolve().parent, prefix=".cold-") as folder:
@@ -87,8 +89,9 @@ def one_round(sides: dict[str, Path], arguments: argparse.Namespace) -> dict[str
             code, given, site = f"import {LIBRARIES}", [], None
         else:
             site = sides[name] / "site"
-            size = json.dumps(arguments.size)
-            code, given = CHILD, [str(sides[name] / "bundle"), arguments.check, str(arguments.steps), size]
+            told = json.dumps(arguments.first and name == "now")
+            settings = [arguments.check, str(arguments.steps), json.dumps(arguments.size), told]
+            code, given = CHILD, [str(sides[name] / "bundle"), *settings]
         found[name] = start([sys.executable, "-c", code, *given], environment(site))
     return found
 

@@ -18,12 +18,16 @@ from latentrt.engines.progress import Report
 from latentrt.engines.spec import BackendName, Engine, EngineKey, EngineSpec
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 
+OnOpen = Callable[[str, Engine], None]
+"""Is told of a component's engine, which it may run."""
+
 
 class Opening(msgspec.Struct, frozen=True, kw_only=True):
     """What is to be opened.
 
     threads: how many CPU threads a run may use, None for the backend's own choice
     cuda_graphs: whether a GPU's kernels are recorded once and replayed; None and True: they are
+    on_open: may be told of each engine as soon as it runs, on any thread, while others are still opened
     """
 
     bundle: Bundle
@@ -32,6 +36,7 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True):
     components: tuple[str, ...]
     threads: int | None = None
     cuda_graphs: bool | None = None
+    on_open: OnOpen | None = None
 
 
 class Opened(Protocol):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from latentrt.engines.backends import Opened, Opening, backend_on
+from latentrt.engines.backends import OnOpen, Opened, Opening, backend_on
 from latentrt.engines.bundle.comparison import Comparison
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import EngineRecord, FileRecord, LatentSpec
@@ -65,6 +65,7 @@ class OpenEngines:
     load_s: how long it took to find, check and open them
     found: the directory to open first; None for the one that suits best
     on_demand: components that are opened when they are called, and freed by `rest`; nothing is drawn with them in place
+    on_open: may be told of each engine of the first directory as soon as it runs
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class OpenEngines:
         check: Check,
         found: tuple[Path, EngineRecord] | None = None,
         on_demand: tuple[str, ...] = (),
+        on_open: OnOpen | None = None,
     ) -> None:
         start = time.perf_counter()
         self.choice = choice
@@ -96,25 +98,31 @@ class OpenEngines:
         self._opening = threading.RLock()  # what draws, encodes and decodes may miss the same engines at the same time
         self._counts: dict[WorkspaceShape, tuple[int, ...] | None] = {}
         self._changes: Mapping[str, Changes] | None = NOTHING  # None: some may be changed and some not
-        opened = self._open(directory, record)
+        opened = self._open(directory, record, on_open=on_open)
         self.engines: MutableMapping[str, Engine] = opened.engines
         if on_demand:
             self.engines = ChainMap(opened.engines, dict[str, Engine](self._on_demand))
         self.key: EngineKey = record.key
         self.load_s = time.perf_counter() - start
 
-    def _open(self, directory: Path, record: EngineRecord) -> Opened:
+    def _open(self, directory: Path, record: EngineRecord, *, on_open: OnOpen | None = None) -> Opened:
         with self._opening:
             if directory not in self._opened:
-                opened = self._open_adapted(directory, record, self._components, check=self._check)
+                opened = self._open_adapted(directory, record, self._components, check=self._check, on_open=on_open)
                 self._opened[directory] = (record, opened)
             return self._opened[directory][1]
 
     def _open_adapted(
-        self, directory: Path, record: EngineRecord, components: tuple[str, ...], *, check: Check
+        self,
+        directory: Path,
+        record: EngineRecord,
+        components: tuple[str, ...],
+        *,
+        check: Check,
+        on_open: OnOpen | None = None,
     ) -> Opened:
         """Open components with the weights that all have now."""
-        opened = self._open_components(directory, record, components, check=check)
+        opened = self._open_components(directory, record, components, check=check, on_open=on_open)
         try:
             opened.adapt(self._changes or NOTHING)
         except BaseException:
@@ -133,7 +141,13 @@ class OpenEngines:
             engine.close()
 
     def _open_components(
-        self, directory: Path, record: EngineRecord, components: tuple[str, ...], *, check: Check
+        self,
+        directory: Path,
+        record: EngineRecord,
+        components: tuple[str, ...],
+        *,
+        check: Check,
+        on_open: OnOpen | None = None,
     ) -> Opened:
         _log.info("opening %s: %s (%s)", directory, ", ".join(components), self.choice.reason)
         opening = Opening(
@@ -143,6 +157,7 @@ class OpenEngines:
             components=components,
             threads=self._threads,
             cuda_graphs=self._cuda_graphs,
+            on_open=on_open,
         )
         with Comparison(directory, _files_of(record, components), check=check) as comparison:
             comparison.wait(weights=False)
@@ -307,6 +322,7 @@ def open_engines(
     check: Check = "hash",
     build: bool = False,
     on_demand: tuple[str, ...] = (),
+    on_open: OnOpen | None = None,
 ) -> OpenEngines:
     """Open the engines of a bundle for this machine, all of them or the named components.
 
@@ -317,6 +333,7 @@ def open_engines(
     check: what is compared before a file is opened: its SHA-256, or only its size
     build: build the engines if there are none for this machine; it is logged, and said in the choice's reason
     on_demand: components that are opened when they are called, and freed by `OpenEngines.rest`
+    on_open: may be told of each engine as soon as it runs, on any thread, while others are still opened
     Raises EngineError and BundleError.
     """
     if build:
@@ -335,4 +352,5 @@ def open_engines(
         cuda_graphs=cuda_graphs,
         check=check,
         on_demand=on_demand,
+        on_open=on_open,
     )

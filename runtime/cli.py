@@ -63,7 +63,7 @@ def generate(
 
     if output.suffix.lower() == ".png" and request["n"] > 1:
         raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
-    with load(bundle, request) as pipe:
+    with load(bundle, request, prompt=prompt) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
         with disk_errors(output):

@@ -221,11 +221,17 @@ LOADING = (
 LOADED = ("backend", "device", "threads", "build", "free_text_encoders")
 
 
-def load(bundle: str, given: dict[str, Any]) -> Pipeline:
-    """Load a bundle as the options of `LOADING` say, and take them out of what a command was given."""
+def load(bundle: str, given: dict[str, Any], *, prompt: str | None = None) -> Pipeline:
+    """Load a bundle as the options of `LOADING` say, and take them out of what a command was given.
+
+    prompt: what is drawn first, with all that is left of `given`; None where that is something else
+    """
     from latentrt.runtime.pipeline import Pipeline
+    from latentrt.runtime.request import Request
 
     embeddings, options = given.pop("embeddings"), {name: given.pop(name) for name in LOADED}
+    if prompt is not None and not embeddings:  # whose words only the pipeline will know
+        options["first"] = Request(prompt=prompt, **given)
     pipe = Pipeline.load(bundle, **options)
     try:
         for embedding in embeddings:

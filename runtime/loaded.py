@@ -22,7 +22,7 @@ from latentrt.runtime.draw.slots import encode_rows, write_rows
 from latentrt.runtime.image_prompts.encode import ImagePrompts
 from latentrt.runtime.result import Settings
 from latentrt.runtime.text.encoders import PromptEncoders
-from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer
+from latentrt.runtime.text.tokenizer import Prompt
 
 if TYPE_CHECKING:
     from latentrt.engines.open import OpenEngines
@@ -37,9 +37,9 @@ class Loaded:
     here; drawing: draws jobs
     """
 
-    def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
+    def __init__(self, bundle: Bundle, opened: OpenEngines, encoders: PromptEncoders) -> None:
         self.bundle, self.opened, self.turn = bundle, opened, Turn()
-        self.encoders = PromptEncoders(bundle.manifest, opened.engines, tokenizers)
+        self.encoders, encoders.engines = encoders, opened.engines
         self.loras = Loras(bundle)
         self.images = ImagePrompts(bundle.manifest, lambda component, inputs: opened.sizeless(component)(inputs))
         self.drawing = Drawing(opened, bundle.manifest)

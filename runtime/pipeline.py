@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import msgspec
 import numpy as np
@@ -30,7 +30,7 @@ from latentrt.runtime.draw.step import OnStep, Stages
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
 from latentrt.runtime.result import Result
-from latentrt.runtime.text.encoders import read_tokenizers
+from latentrt.runtime.text.encoders import PromptEncoders, read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding
 from latentrt.runtime.text.tokenizer import PromptTokenizer
 from latentrt.runtime.video.result import VideoResult
@@ -38,16 +38,18 @@ from latentrt.runtime.video.result import VideoResult
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
+    from latentrt.runtime.text.early import EarlyText
+
 logger = logging.getLogger(__name__)
 
 
 class Pipeline:
     """Draws pictures from a bundle. Safe to use from many threads: calls wait for one another."""
 
-    def __init__(self, bundle: Bundle, opened: OpenEngines, tokenizers: Mapping[str, PromptTokenizer]) -> None:
+    def __init__(self, bundle: Bundle, opened: OpenEngines, encoders: PromptEncoders) -> None:
         self.bundle = bundle
         self.load_s, self.warm_up_s = opened.load_s, 0.0
-        self.loaded = Loaded(bundle, opened, tokenizers)
+        self.loaded = Loaded(bundle, opened, encoders)
         self._closed = False
         self._streams = weakref.WeakSet[Stream]()
         self._worker = _one_thread()  # starts with the first await
@@ -66,6 +68,7 @@ class Pipeline:
         check: Check = "hash",
         build: bool = False,
         free_text_encoders: bool = False,
+        first: Request | None = None,
     ) -> Self:
         """Open a bundle and the engines that were built for this machine.
 
@@ -82,26 +85,27 @@ class Pipeline:
             result's `reason` tell where they are
         free_text_encoders: load them for prompts that are not remembered, and free them before anything is drawn: less
             memory, and their loading time for each such request
+        first: what will be drawn first, where that is known: on ONNX Runtime its text is encoded while other networks
+            are still being opened
         Raises BundleError (files) and EngineError (backend), each with how to fix it: NotInstalledError where a library
         is missing, WrongMachineError where no such GPU answers or the engines are another machine's, OutOfMemoryError,
         DeviceLostError where CUDA was in use before this process was forked
         """
         bundle = Bundle.open(path)
-        with _one_thread() as beside:
-            reading = beside.submit(_read_text, bundle, check)
-            opened = open_engines(
-                bundle,
-                backend,
-                device=device,
-                components=_needed(bundle),
-                threads=threads,
-                cuda_graphs=cuda_graphs,
-                check=check,
-                build=build,
-                on_demand=bundle.manifest.of_role("text_encoder") if free_text_encoders else (),
-            )
+        opened, encoders = _open(
+            bundle,
+            first,
+            check=check,
+            backend=backend,
+            device=device,
+            components=_needed(bundle),
+            threads=threads,
+            cuda_graphs=cuda_graphs,
+            build=build,
+            on_demand=bundle.manifest.of_role("text_encoder") if free_text_encoders else (),
+        )
         try:
-            pipe = cls(bundle, opened, reading.result())
+            pipe = cls(bundle, opened, encoders)
         except Exception:
             opened.close()
             raise
@@ -403,11 +407,41 @@ def _one_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")
 
 
-def _read_text(bundle: Bundle, check: Check) -> dict[str, PromptTokenizer]:
-    """Read the tokenizers, and import what every first picture needs, while engines are opened."""
+def _open(
+    bundle: Bundle, first: Request | None, *, check: Check, on_demand: tuple[str, ...], **opening: Any
+) -> tuple[OpenEngines, PromptEncoders]:
+    """Open engines and, meanwhile, read the tokenizers and encode what is drawn first. Raises as `Pipeline.load`."""
+    early = None
+    if first is not None and not first.loras and not on_demand:
+        from latentrt.runtime.text.early import EarlyText  # for those who know what comes
+
+        job = resolve(first, bundle.manifest)
+        texts = job.read_groups(job.prompts, job.negatives)
+        early = EarlyText(bundle.manifest, *texts, [part.denoiser for part in job.ranges])
+    with _one_thread() as beside:
+        reading = beside.submit(_read_text, bundle, check, early)
+        try:
+            on_open = None if early is None else early.take
+            opened = open_engines(bundle, check=check, on_demand=on_demand, on_open=on_open, **opening)
+        finally:
+            if early is not None:
+                early.end()
+    try:
+        tokenizers, encoders = reading.result()
+        return opened, encoders or PromptEncoders(bundle.manifest, opened.engines, tokenizers)
+    except Exception:
+        opened.close()
+        raise
+
+
+def _read_text(
+    bundle: Bundle, check: Check, early: EarlyText | None
+) -> tuple[dict[str, PromptTokenizer], PromptEncoders | None]:
+    """Read the tokenizers, import what every first picture needs, and encode what is drawn first."""
     import numpy.random  # noqa: F401 - its noise
 
-    return read_tokenizers(bundle, check=check)
+    tokenizers = read_tokenizers(bundle, check=check)
+    return tokenizers, None if early is None else early.encode(tokenizers)
 
 
 def ordinary(manifest: Manifest) -> Request:

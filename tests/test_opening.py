@@ -1,25 +1,29 @@
-"""How engines are opened: only their own files are read, weights are compared meanwhile, sessions open side by side."""
+"""How bundles open: only what is opened is read, sessions open side by side, the first text is encoded early."""
 
 from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from latentrt.engines.bundle import comparison
 from latentrt.engines.bundle.comparison import Comparison
 from latentrt.engines.bundle.files import Bundle, Check, check_file, record_tree
 from latentrt.engines.bundle.manifest import FileRecord
-from latentrt.engines.errors import BundleError
+from latentrt.engines.errors import BundleError, RequestError
 from latentrt.engines.find import find_engines
+from latentrt.engines.onnxruntime import backend, session
 from latentrt.engines.onnxruntime import build as onnxruntime
-from latentrt.engines.onnxruntime import session
 from latentrt.engines.onnxruntime.engines import Sessions
+from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.open import open_engines
-from latentrt.engines.spec import Engine
+from latentrt.engines.spec import Array, Engine
 from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Request
 
 
 @pytest.fixture
@@ -95,3 +99,50 @@ def test_sessions_on_the_cpu_open_side_by_side(sd1_bundle: Path, monkeypatch: py
     engines: dict[str, Engine] = dict(opened.engines)
     assert {name: engine.spec.component for name, engine in engines.items()} == {name: name for name in names}
     opened.close()
+
+
+class Slow(Sessions):
+    """Sessions whose denoiser opens when `after` is set, or never in time."""
+
+    after = threading.Event()
+
+    def _load(self, component: str, *changed: Mapping[str, Array]) -> OnnxRuntimeEngine:
+        if component == "unet":
+            assert self.after.wait(60), "the text waits for the denoiser"
+        return super()._load(component, *changed)
+
+
+def test_the_first_text_is_encoded_while_other_networks_open(sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, real = list[str](), OnnxRuntimeEngine.run_bound
+
+    def run_bound(self: OnnxRuntimeEngine, binding: object, **named: int) -> None:
+        real(self, binding, **named)
+        ran.append(self.spec.component)
+        Slow.after.set()  # the denoiser opens once the text has been encoded
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "run_bound", run_bound)
+    monkeypatch.setattr(backend, "Sessions", Slow)
+    first = Request(prompt="a red circle", negative_prompt="blue", steps=1, guidance=2.0, seed=1)
+    with Pipeline.load(sd1_bundle, "cpu", threads=1, first=first) as pipe:
+        assert ran == ["text_encoder"]
+        early = pipe.draw(first).pixels
+        assert "text_encoder" not in ran[1:]
+    with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe:
+        assert np.array_equal(pipe.draw(first).pixels, early)
+
+
+def test_a_first_request_that_cannot_be_drawn_is_refused_and_a_failed_opening_is_told(
+    copy: Bundle,
+) -> None:
+    with pytest.raises(RequestError):
+        Pipeline.load(copy.root, "cpu", first=Request(prompt="a", steps=0))
+    directory, record = find_engines(copy, "cpu")
+    alter(directory / record.entries["unet"])
+    with pytest.raises(BundleError, match="unet"):  # and nobody waits for text encoders that never come
+        Pipeline.load(copy.root, "cpu", first=Request(prompt="a", steps=1))
+
+
+def test_text_encoders_that_are_opened_on_demand_are_not_waited_for(sd1_bundle: Path) -> None:
+    first = Request(prompt="a red circle", steps=1, seed=1)
+    with Pipeline.load(sd1_bundle, "cpu", threads=1, free_text_encoders=True, first=first) as pipe:
+        assert pipe.draw(first).pixels.shape == (1, 32, 32, 3)

@@ -69,4 +69,5 @@ def open(provider: Provider, opening: Opening, *, device: int) -> Opened:
             tf32=keys.tf32_of(opening.record.key),
             device=device,
         ),
+        on_open=opening.on_open,
     )

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from cachetools import LRUCache
 
+from latentrt.engines.backends import OnOpen
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.errors import OutOfMemoryError
@@ -47,24 +48,32 @@ class Sessions:
         provider: Provider,
         *,
         options: OnnxRuntimeOptions,
+        on_open: OnOpen | None = None,
     ) -> None:
         self._provider, self._space = provider, bundle.manifest.latents
         self._directory, self._record, self._options = directory, record, options
         self._adaptable = adaptable(bundle, directory, record)
-        self.engines: dict[str, Engine] = self._load_all(components)
+        self.engines: dict[str, Engine] = self._load_all(components, on_open)
         self._base: dict[str, Engine] = {}  # those that are not in use because a changed one is
         self._adapted: dict[str, LRUCache[str, OnnxRuntimeEngine]] = {}  # by component, then by what changes
         self._workspaces: LRUCache[tuple[Choice, WorkspaceShape, str], OnnxRuntimeWorkspace] = LRUCache(KEPT_WORKSPACES)
         self._choice: Choice = ()
 
-    def _load_all(self, components: Sequence[str]) -> dict[str, Engine]:
+    def _load_all(self, components: Sequence[str], on_open: OnOpen | None) -> dict[str, Engine]:
         """Open sessions: on the CPU side by side, for each is read and laid out by one thread."""
+
+        def load(component: str) -> OnnxRuntimeEngine:
+            engine = self._load(component)
+            if on_open is not None:
+                on_open(component, engine)
+            return engine
+
         if self._provider != "cpu" or len(components) < 2:
-            return {name: self._load(name) for name in components}
+            return {name: load(name) for name in components}
         from concurrent.futures import ThreadPoolExecutor  # for what opens a bundle
 
         with ThreadPoolExecutor(len(components), thread_name_prefix="latentrt-open") as threads:
-            return dict(zip(components, threads.map(self._load, components), strict=True))
+            return dict(zip(components, threads.map(load, components), strict=True))
 
     def _load(self, component: str, changed: Mapping[str, Array] = NOT_CHANGED) -> OnnxRuntimeEngine:
         file = self._directory / self._record.entries[component]

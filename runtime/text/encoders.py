@@ -25,12 +25,21 @@ def read_tokenizers(bundle: Bundle, *, check: Check) -> dict[str, PromptTokenize
     return {name: PromptTokenizer(bundle.path(spec.file, check=check), spec) for name, spec in specs.items()}
 
 
+def read_encoders(bundle: Bundle, engines: Mapping[str, Engine], *, check: Check) -> PromptEncoders:
+    """Read the bundle's tokenizers for text encoders that are open. Raises BundleError."""
+    return PromptEncoders(bundle.manifest, engines, read_tokenizers(bundle, check=check))
+
+
 class PromptEncoders:
-    """The encoders of a bundle, and which of them each denoiser takes, in what order. A shared one is there once."""
+    """The encoders of a bundle, and which of them each denoiser takes, in what order. A shared one is there once.
+
+    engines: by component; others may take their place
+    """
 
     def __init__(
         self, manifest: Manifest, engines: Mapping[str, Engine], tokenizers: Mapping[str, PromptTokenizer]
     ) -> None:
+        self.engines = engines
         self._readings = manifest.denoisers
         self._pooled = {name: _pooled_input(manifest, name) for name in manifest.denoisers}
         self._encoders: dict[TextSpec, TextEncoder] = {}
@@ -39,12 +48,15 @@ class PromptEncoders:
                 continue
             self._encoders[text] = TextEncoder(
                 tokenizers[text.tokenizer],
-                partial(_run, engines, text.component),  # the engine may be wrapped later, by what times it
+                partial(self._run, text.component),  # the engine may be wrapped later, by what times it
                 engines[text.component].spec,
                 skip=text.skip,
                 pooled=text.pooled,
                 length=text.tokens,
             )
+
+    def _run(self, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self.engines[component](inputs)
 
     def __call__(self, prompts: Sequence[Prompt], negatives: Sequence[Prompt], *, denoiser: str) -> dict[str, Array]:
         """Encode a batch: a denoiser's inputs by name, the prompts' rows first and then the negative prompts'.
@@ -130,10 +142,6 @@ class PromptEncoders:
         """Make a learned word plain text again. Raises RequestError on a name that is not loaded."""
         for encoder in self._learning:
             encoder.remove(name)
-
-
-def _run(engines: Mapping[str, Engine], component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-    return engines[component](inputs)
 
 
 def _pooled_input(manifest: Manifest, denoiser: str) -> str:

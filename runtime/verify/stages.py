@@ -35,7 +35,7 @@ from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.job import repaints, resolve
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import Control, ImagePrompt, Request
-from latentrt.runtime.text.encoders import read_tokenizers
+from latentrt.runtime.text.encoders import read_encoders
 from latentrt.runtime.verify.compared import ComparedWorkspace, Difference
 
 OUTPUTS: Mapping[Role, str] = {"text_encoder": TEXT, "denoiser": STATE, "decoder": PIXELS}
@@ -122,7 +122,7 @@ def _draw(
     """Draw a request on the engines of one directory. Raises EngineError and BundleError."""
     job = resolve(request, bundle.manifest)
     with contextlib.closing(ComparedEngines(bundle, choice, found, tell)) as opened:
-        loaded = Loaded(bundle, opened, read_tokenizers(bundle, check="hash"))
+        loaded = Loaded(bundle, opened, read_encoders(bundle, opened.engines, check="hash"))
         for _ in loaded.drawing(job, loaded.source(job), watched=False):
             pass
 
