@@ -76,19 +76,22 @@ SHAPES = {
     "sd35-large": Shape(transformer=LARGE, t5=24),
     "sd35-large-no-t5": Shape(transformer=LARGE),
     "t5-xxl": Shape(**SMALL, t5=24),
-    "t5-xxl-6": Shape(**SMALL, t5=6),  # six of its layers
+    "t5-xxl-2": Shape(**SMALL, t5=2),  # two of its layers
     "sd3-small": Shape(**SMALL),
 }
 
 
-def save_sd3(shape: str, directory: Path, *, half: bool) -> Path:
-    """Write a diffusers directory with random weights, seed 0; `half` saves them in float16. Returns the directory."""
+def save_sd3(shape: str, directory: Path, *, half: bool, hollow: bool = False) -> Path:
+    """Write a diffusers directory with random weights, seed 0; `half` saves them in float16. Returns the directory.
+
+    hollow: with headers of weights alone, which is enough to learn what an export would take
+    """
     import torch
 
-    sizes, generator = SHAPES[shape], np.random.default_rng(0)
+    sizes, generator = SHAPES[shape], None if hollow else np.random.default_rng(0)
     with torch.device("meta"):
         for folder, network in make_networks(sizes):
-            exact = {POSITIONS: positions(network)} if POSITIONS in network.state_dict() else None
+            exact = {POSITIONS: positions(network)} if generator and POSITIONS in network.state_dict() else None
             save_network(network, directory / folder, generator, half=half, exact=exact)
     for folder in ("tokenizer", "tokenizer_2"):
         shutil.copytree(DEMO / "tokenizer", directory / folder, dirs_exist_ok=True)

@@ -16,11 +16,17 @@ Array = np.ndarray[Any, Any]
 
 
 def save_network(
-    network: Any, folder: Path, generator: np.random.Generator, *, half: bool, exact: Mapping[str, Array] | None = None
+    network: Any,
+    folder: Path,
+    generator: np.random.Generator | None,
+    *,
+    half: bool,
+    exact: Mapping[str, Array] | None = None,
 ) -> None:
     """Write a network's config and random weights in diffusers' layout, no more in memory than its largest tensor.
 
     network: of torch, its weights may be on the meta device; exact: tensors that are written as they are
+    generator: None for a file whose header alone is there, and takes next to no disk
     """
     _save_config(network, folder)
     stem = "diffusion_pytorch_model" if hasattr(network, "save_config") else "model"
@@ -40,7 +46,7 @@ def _save_config(network: Any, folder: Path) -> None:
 def _sow(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    generator: np.random.Generator,
+    generator: np.random.Generator | None,
     *,
     half: bool,
     exact: Mapping[str, Array],
@@ -55,6 +61,9 @@ def _sow(
     text = json.dumps(header).encode()
     with file.open("wb") as data:
         data.write(len(text).to_bytes(8, "little") + text)
+        if generator is None:
+            data.truncate(8 + len(text) + end)
+            return
         for name, shape in shapes.items():
             numbers = exact[name] if name in exact else _draw(name, shape, generator)
             data.write(numbers.astype(dtype).tobytes())

@@ -58,13 +58,17 @@ LEAST = 1024  # smaller tensors are constants of the graph, and stay what they a
 
 
 class Model(NamedTuple):
-    """A denoiser at full size. takes: its inputs, whose numbers are of a type; least: gigabytes that it weighs."""
+    """A denoiser at full size.
+
+    takes: its inputs, whose numbers are of a type; least: gigabytes that it weighs; sides: see `trace_graph`
+    """
 
     make: Callable[[list[str]], nn.Module]
     takes: Callable[[Any], list[TensorSpec]]
     side: int
     least: float
     tokens: int = 77
+    sides: tuple[int, int] = (16, 1)
 
 
 def unet(model: str, names: list[str], *, images: bool = False) -> nn.Module:
@@ -119,7 +123,7 @@ MODELS = {
         for name, side, gb in (("sd15", 64, 1.7), ("sdxl", 128, 5.1))
         for images in (False, True)
     },
-    "sd35-medium": Model(make=medium, takes=medium_takes, side=128, least=4.4, tokens=77 + 256),
+    "sd35-medium": Model(make=medium, takes=medium_takes, side=128, least=4.4, tokens=77 + 256, sides=(4, 2)),
 }
 
 
@@ -132,7 +136,7 @@ def write_graph(model: Model, path: Path) -> int:
         for spec in (takes[0], narrow[0])
     }
     inputs = {s.name: torch.zeros([sizes[a] if isinstance(a, str) else a for a in s.shape]) for s in takes}
-    axes = {"latent_height": (16, 1), "latent_width": (16, 1)}
+    axes = {"latent_height": model.sides, "latent_width": model.sides}
     module = model.make([spec.name for spec in takes])
     graph = graphs.trace_graph(module, inputs, takes, out["float32"], axes=axes)
     infer_types(graph)

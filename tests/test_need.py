@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,18 @@ from latentrt.export.work import need as needs
 from latentrt.export.work.need import Cost, costs, free_bytes, need
 from tests.conftest import Make
 from tests.single_sd3 import save_sd3_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import random_sd3
+
+PAGE = Path(__file__).parent.parent / "docs" / "sd3.md"
+PUBLISHED = {
+    "SD 3.5 medium without T5": "sd35-medium-no-t5",
+    "SD 3.5 medium": "sd35-medium",
+    "SD 3.5 large without T5": "sd35-large-no-t5",
+    "SD 3.5 large": "sd35-large",
+}
 
 
 class Disk(NamedTuple):
@@ -119,3 +132,15 @@ def test_what_an_earlier_run_left_is_room(tmp_path: Path, monkeypatch: pytest.Mo
     assert needs.require_room(target, needs.Need(disk_bytes=6000, memory_bytes=1))
     with pytest.raises(BundleError):
         needs.require_room(target, needs.Need(disk_bytes=6001, memory_bytes=1))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_says_what_published_sizes_take(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = random_sd3.save_sd3(PUBLISHED[name], tmp_path / "checkpoint", half=True, hollow=True)
+    takes = need([*costs_of(open_checkpoint(str(checkpoint))).values()], ())
+    stored = sum(file.stat().st_size for file in checkpoint.glob("*/*.safetensors"))
+    cells = [name, *(f"{size / 1e9:.3g} GB" for size in (stored, takes.disk_bytes, takes.memory_bytes))]
+    assert f"| {' | '.join(cells)} |" in PAGE.read_text().splitlines()
+    room(monkeypatch, takes.disk_bytes - 1)
+    with pytest.raises(BundleError):
+        export_checkpoint(str(checkpoint), tmp_path / "bundle", precision="fp16", backends=())

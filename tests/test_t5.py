@@ -173,3 +173,32 @@ def test_the_embedding_may_be_stored_under_either_name_or_both(
     module, ids = modules.load(NAME, tmp_path), draw_ids(1, 9)
     found = modules.run(module, {"input_ids": ids}, ["last_hidden_state"])
     assert relative_error(found["last_hidden_state"], theirs(folder, ids)) < 1e-5
+
+
+def test_a_word_that_alone_reaches_beyond_float16_is_seen_where_a_real_prompt_has_it(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    """The states of one token of the third prompt leave float16 at export's own prompts, and nobody else's do."""
+    first, second, third, _ = read_unigram(tokenizer).texts()
+    word = next(token for token in third[:20] if token not in {*first, *second, 0, 1})
+    folder = save_t5(tmp_path / "t5", loudness=3e3)
+    tensors = read(folder)
+    tensors["shared.weight"][word] = 6e4 * torch.sign(tensors["shared.weight"][word])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    others = np.array([[*first[:76], 1]])
+    for ids, leaves in ((others, False), (np.array([third[:20]]), True)):
+        assert (np.abs(residual_sums(folder, ids)).max() > 65504) == leaves
+    finished = export(job(folder, tmp_path / "staged", "fp16", tokenizer))
+    assert finished.largest_activation is not None and finished.largest_activation > 65504
+    pair = ({"input_ids": np.array([third[:20]])}, {"last_hidden_state": theirs(folder, np.array([third[:20]]))})
+    assert ranges.rounding_error(tmp_path / "staged" / graph_path(NAME), [pair], component=NAME) < 5e-3
+
+
+def residual_sums(folder: Path, ids: Array) -> Array:
+    """Return the states between the layers, the embeddings first."""
+    from transformers import T5EncoderModel
+
+    model = T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        states = model(torch.from_numpy(ids), output_hidden_states=True).hidden_states[:-1]
+        return torch.stack(states).numpy()
