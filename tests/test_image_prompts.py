@@ -22,7 +22,9 @@ from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
 from latentrt.engines.tensor_names import IMAGE_SCALE, IMAGE_TOKENS
 from latentrt.engines.verify.verify import verify
+from latentrt.export.export import export_checkpoint
 from latentrt.export.networks.conversion import written
+from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import to_weight_source
 from latentrt.export.sources.parts import LoraFusion
 from latentrt.runtime.batching.observer import Event, StageDone
@@ -337,3 +339,45 @@ def test_with_a_lora_for_one_call(shown: Shown, pipes: Callable[[str], Pipeline]
     lora = Lora(file=file, scale=0.8)
     assert psnr(ours(pipe, prompt, loras=[lora]), expected) >= LEAST
     assert psnr(ours(pipe, prompt), expected) < LEAST
+
+
+VARIANTS: Mapping[str, Any] = {
+    "inpainting": diffusers.StableDiffusionInpaintPipeline,
+    "lcm": diffusers.StableDiffusionPipeline,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_unets_attend_to_images(shown: Shown, made: Make, workshop: Path, variant: str) -> None:
+    networks, (checkpoint, _) = shown("sd1").networks, made("sd1", variant)
+    bundle = workshop / f"sd1-{variant}-shown"
+    options = CheckpointOptions(ip_adapters=(ControlNetOption(name="plus", path=str(networks["plus"])),))
+    export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
+    found = Controlled(checkpoint=checkpoint, networks=networks, bundle=bundle)
+    other = reference(found, "sd1", "plus", kind=VARIANTS[variant])
+    other.set_ip_adapter_scale(0.7)
+    prompt = ImagePrompt(name="plus", image=hint(), scale=0.7)
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        if variant == "lcm":
+            other.scheduler = diffusers.LCMScheduler.from_config(other.scheduler.config)
+            expected = theirs(other, ip_adapter_image=hint(), guidance_scale=4.0, **SIZE)
+            assert psnr(ours(pipe, prompt, sampler="lcm", guidance=4.0), expected) >= LEAST
+        else:
+            images = {"image": photo(), "mask_image": left_half(), "strength": 1.0}
+            expected = theirs(other, ip_adapter_image=hint(), guidance_scale=3.0, **images, **SIZE)
+            assert psnr(ours(pipe, prompt, image=photo(), mask=left_half()), expected) >= LEAST
+
+
+@pytest.mark.slow
+def test_a_refiner_takes_over_what_an_image_prompted(shown: Shown, made: Make, workshop: Path) -> None:
+    networks, (checkpoint, _), (refiner, _) = shown("sdxl").networks, made("sdxl", ""), made("sdxl", "refiner")
+    bundle = workshop / "sdxl-refined-shown"
+    adapters = (ControlNetOption(name="plain", path=str(networks["plain"])),)
+    options = CheckpointOptions(ip_adapters=adapters, refiner=str(refiner))
+    export_checkpoint(str(checkpoint), bundle, precision="fp32", options=options)
+    prompt = ImagePrompt(name="plain", image=hint(), scale=0.7)
+    with Pipeline.load(bundle, "cpu", threads=1) as pipe:
+        refined, plain = (ours(pipe, prompt, steps=8, refine_from=share) for share in (0.5, None))
+        assert psnr(refined, plain) < LEAST  # the refiner had a part in it
+        assert psnr(refined, ours(pipe, steps=8, refine_from=0.5)) < LEAST  # and so had the image
