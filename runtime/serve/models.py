@@ -221,7 +221,7 @@ class Models:
         """Open a bundle and see whether it draws. Raises what `Pipeline.load` raises, and EngineError."""
         from latentrt.runtime.batching.batcher import Batcher, BatcherOptions  # all that draws: with the first model
         from latentrt.runtime.pipeline import Pipeline
-        from latentrt.runtime.serve.operation.self_test import self_test
+        from latentrt.runtime.serve.operation.self_test import self_test, warm_up
 
         options = BatcherOptions(slots=self.options.slots, waiting=self.options.waiting, slo=self.options.slo)
         before = resident_bytes()
@@ -232,6 +232,7 @@ class Models:
             if self.options.self_test:
                 with Batcher(pipe, options) as unwatched:
                     self_test(pipe, unwatched)
+                warm_up(pipe, options.slots)
         except BaseException:
             pipe.close()
             raise

@@ -17,7 +17,7 @@ from latentrt.engines.workspace.numpy_workspace import NumpyWorkspace
 from latentrt.runtime.draw.job import repaints, resolve
 from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import Request
-from latentrt.runtime.text.encoders import read_tokenizers
+from latentrt.runtime.text.encoders import read_encoders
 from latentrt.runtime.verify.stages import REFINED, References
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def draw_recorded(
     """
     pixels, kept = [], dict[str, list[list[Met]]]()
     with contextlib.closing(CanonicalEngines(bundle)) as opened:
-        loaded = Loaded(bundle, cast("OpenEngines", opened), read_tokenizers(bundle, check="size"))
+        loaded = Loaded(bundle, cast("OpenEngines", opened), read_encoders(bundle, opened.engines, check="size"))
         for seed, prompt in prompts.items():
             job = resolve(_request(bundle.manifest, prompt, seed=seed, steps=steps, guidance=guidance), bundle.manifest)
             drawing = loaded.drawing(job, loaded.source(job), watched=False)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from latentrt.engines.errors import EngineError
 from latentrt.engines.verify.verify import compare_engine
+from latentrt.engines.workspace.contract import WorkspaceShape
+from latentrt.runtime.batching.drawing_loop import doubling
+from latentrt.runtime.draw.job import resolve
 from latentrt.runtime.pipeline import Pipeline, ordinary
 
 if TYPE_CHECKING:
@@ -38,3 +42,22 @@ def self_test(pipe: Pipeline, batcher: Batcher) -> None:
             f"'{pipe.bundle.root}' draws other pictures in a service than by itself, {error:.1f} off in mean square; "
             "see `latentrt verify`"
         )
+
+
+def warm_up(pipe: Pipeline, slots: int) -> tuple[int, ...]:
+    """Draw with every number of slots that a batcher of so many uses. Returns them; none on the CPU.
+
+    A GPU's kernels are looked for, and recorded, when a shape is first drawn: that takes as long as several pictures,
+    and would fall to the first callers. Raises EngineError, OutOfMemoryError where so many slots have no room.
+    """
+    opened = pipe.loaded.opened
+    if opened.picks_rows:  # nothing that the first picture does is kept for the second
+        return ()
+    request = ordinary(pipe.manifest)
+    job = resolve(request, pipe.manifest)
+    (width, height), denoiser = job.size, job.ranges[0].denoiser
+    shape = WorkspaceShape(pictures=slots, tokens=pipe.loaded.tokens(job)[denoiser], width=width, height=height)
+    counts = opened.slot_counts(shape) or doubling(slots)
+    for count in counts:
+        pipe.draw(msgspec.structs.replace(request, n=count))
+    return counts
