@@ -295,3 +295,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def address(models: Any) -> Iterator[str]:
+    """The address of a service of the models that a test file has as `models`."""
+    from latentrt.runtime.serve.app import build
+    from tests.serving import served
+
+    with served(build(models)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[Any]:
+    """OpenAI's client of that service."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        yield client

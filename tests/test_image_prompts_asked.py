@@ -16,11 +16,9 @@ from PIL import Image
 from latentrt import ImagePrompt, Pipeline, Request
 from latentrt.__main__ import cli
 from latentrt.engines.spec import Array
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from tests.conftest import Controlled
-from tests.serving import served
 from tests.test_openai_pictures import close, file_of, grey, pixels_of
 from tests.test_triton import asked, drawn
 
@@ -33,12 +31,6 @@ def models(shown: Callable[[str], Controlled]) -> Iterator[Models]:
     bundle = shown("sd1").bundle
     with Models({"tiny": bundle}, ServeOptions(slots=4), {"backend": "cpu", "threads": 1}) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def client(models: Models) -> Iterator[openai.OpenAI]:
-    with served(build(models)) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        yield client
 
 
 def alone(models: Models, *images: ImagePrompt, **options: object) -> Array:

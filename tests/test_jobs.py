@@ -32,7 +32,6 @@ from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.page.choices import choices
 from tests.conftest import Make
-from tests.serving import served
 
 MINE, YOURS = {"x-latentrt-session": "mine" * 6}, {"x-latentrt-session": "yours" * 6}
 LONG = {"prompt": "a circle", "steps": 150, "n": 4}
@@ -43,12 +42,6 @@ WAIT_S = 60
 def models(sd1_bundle: Path) -> Iterator[Models]:
     with Models({"tiny": sd1_bundle}, ServeOptions(slots=2), {"backend": "cpu", "threads": 1}) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def address(models: Models) -> Iterator[str]:
-    with served(build(models)) as address:
-        yield address
 
 
 @pytest.fixture

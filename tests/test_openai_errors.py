@@ -64,12 +64,6 @@ def address(counted: Counted) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        yield client
-
-
 @pytest.fixture
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that the client would have waited before it tried again."""

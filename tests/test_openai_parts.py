@@ -15,11 +15,9 @@ from latentrt import Request
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.runtime.request import Control
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from tests.conftest import MakeControlled
-from tests.serving import served
 from tests.test_openai_pictures import close, file_of, grey, pixels_of
 from tests.test_tiny_decoder import save_tiny_vae
 
@@ -37,12 +35,6 @@ def models(controlled: MakeControlled, workshop: Path) -> Iterator[Models]:
     loading = {"backend": "cpu", "threads": 1}
     with Models({"tiny": workshop / "sd1-drafting"}, ServeOptions(slots=4), loading) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def client(models: Models) -> Iterator[openai.OpenAI]:
-    with served(build(models)) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        yield client
 
 
 def first(answer: Any) -> Any:

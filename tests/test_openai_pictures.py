@@ -20,13 +20,11 @@ from PIL import Image
 from latentrt import Request
 from latentrt.engines.spec import Array
 from latentrt.runtime.images.read_parameters import read_text
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai import store
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from latentrt.runtime.serve.pictures import shown
 from tests.lora_files import kohya, make_factors, save
-from tests.serving import served
 
 ASKED = {"seed": 3, "steps": 4}
 SIDE = 32
@@ -47,18 +45,6 @@ def models(sd1_bundle: Path, folders: Path) -> Iterator[Models]:
     )
     with Models({"tiny": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def address(models: Models) -> Iterator[str]:
-    with served(build(models)) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        yield client
 
 
 def pixels_of(text: str | None) -> Array:

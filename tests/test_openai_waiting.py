@@ -16,14 +16,12 @@ import openai
 import pytest
 
 from latentrt.engines.errors import CancelledError, EngineError
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.openai import routes
 from latentrt.runtime.serve.openai.kept import Kept, Reader
 from latentrt.runtime.serve.openai.streams import frame
 from latentrt.runtime.serve.options import ConnectionLimits, ServeOptions
 from latentrt.runtime.serve.web_errors import WebError
-from tests.serving import served
 from tests.test_openai_pictures import close, file_of, grey, pixels_of
 
 ASKED = {"steps": 4}
@@ -35,18 +33,6 @@ def models(sd1_bundle: Path) -> Iterator[Models]:
     options = ServeOptions(slots=4, connecting=ConnectionLimits(reader_s=1.0))
     with Models({"tiny": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def address(models: Models) -> Iterator[str]:
-    with served(build(models)) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        yield client
 
 
 @pytest.fixture

@@ -76,12 +76,6 @@ def models(
 
 
 @pytest.fixture(scope="module")
-def address(models: Models) -> Iterator[str]:
-    with served(build(models)) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])

@@ -14,10 +14,8 @@ import pytest
 from PIL import Image
 
 from latentrt import Request
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
-from tests.serving import served
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +23,6 @@ def models(sd1_bundle: Path) -> Iterator[Models]:
     options = ServeOptions(slots=4, aliases={"gpt-image-1": "tiny"})
     with Models({"tiny": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def client(models: Models) -> Iterator[openai.OpenAI]:
-    with served(build(models)) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
-        yield client
 
 
 def test_a_picture_is_the_one_that_the_library_draws(client: openai.OpenAI, models: Models) -> None:

@@ -19,11 +19,9 @@ from PIL import Image, ImageFilter
 from latentrt import Lora, Request
 from latentrt.engines.spec import Array
 from latentrt.runtime.serve.a1111.neutral import IGNORED
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import Limits, ServeOptions
 from tests.lora_files import every_layer, kohya, save
-from tests.serving import served
 
 SMALL = {"prompt": "a circle", "steps": 3, "width": 32, "height": 32, "cfg_scale": 7.5, "seed": 3}
 OPEN_WEBUI = {"authorization": ""}  # what it sends where no password is set
@@ -41,12 +39,6 @@ def models(sd1_bundle: Path, lora: Path) -> Iterator[Models]:
     )
     with Models({"tiny": sd1_bundle, "other": sd1_bundle}, options, {"backend": "cpu", "threads": 1}) as opened:
         yield opened
-
-
-@pytest.fixture(scope="module")
-def address(models: Models) -> Iterator[str]:
-    with served(build(models)) as address:
-        yield address
 
 
 @pytest.fixture

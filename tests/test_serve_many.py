@@ -28,10 +28,8 @@ from latentrt.runtime.batching import batcher as batching
 from latentrt.runtime.batching.observer import Cancelled, Event, StageDone
 from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.sampling.catalogue import sampler_names
-from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import Limits, ServeOptions
-from tests.serving import served
 
 LOADING = {"backend": "cpu", "threads": 1}
 A_FILE = io.BytesIO()
@@ -71,12 +69,6 @@ def models(sd1_bundle: Path, spy: Spy) -> Iterator[Models]:
         options = ServeOptions(slots=5, waiting=2000, limits=Limits(steps=1000))
         with Models({"tiny": sd1_bundle}, options, LOADING) as opened:
             yield opened
-
-
-@pytest.fixture(scope="module")
-def address(models: Models) -> Iterator[str]:
-    with served(build(models)) as address:
-        yield address
 
 
 def pixels_of(answer: httpx.Response) -> Array:
