@@ -10,7 +10,6 @@ from typing import Literal
 import msgspec
 
 from latentrt.engines.bundle.manifest import Manifest
-from latentrt.engines.bundle.windows import plan_windows
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 
@@ -105,7 +104,11 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         lengths = tuple(dict.fromkeys(manifest.text_tokens(name) for name in manifest.denoisers))
         always = manifest.text_tokens(manifest.denoiser, chunks=0)
         part = lengths[0] - always
-        if len(lengths) == 1 and any(tokens <= always or (tokens - always) % part for tokens in self.tokens):
+        if len(lengths) == 1 and not part and set(self.tokens) - {always}:
+            raise RequestError(
+                f"--tokens: found {', '.join(map(str, self.tokens))}, and this bundle reads no text; omit it"
+            )
+        if len(lengths) == 1 and part and any(tokens <= always or (tokens - always) % part for tokens in self.tokens):
             raise RequestError(
                 f"--tokens: found {', '.join(map(str, self.tokens))}, expected "
                 + (f"{always} more than " if always else "")
@@ -161,10 +164,12 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 def _rows_and_frames(manifest: Manifest, pictures: int) -> tuple[tuple[int, int], ...]:
     """Return how many rows a group of them has, and of these a window: of pictures alone, and of a video of as many."""
-    found = {(pictures, 1)}
+    found = set[tuple[int, int]]()
     for spec in manifest.denoisers.values():
+        if spec.frames is None or not spec.frames.whole:
+            found.add((pictures, 1))
         if spec.frames is not None:
-            windows = plan_windows(pictures, spec.frames.window)
+            windows = spec.frames.windows(pictures)
             found.add((sum(map(len, windows)), len(windows[0])))
     return tuple(sorted(found))
 

@@ -8,11 +8,12 @@ from latentrt.engines.spec import Array
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """Return the largest difference over the largest expected magnitude; NaN anywhere gives infinity."""
+    """Return the largest difference over the largest expected magnitude, of pixels over 255; NaN gives infinity."""
     if found.shape != expected.shape:
         return float("inf")
     wide, target = found.astype(np.float64), expected.astype(np.float64)
-    error = float(np.max(np.abs(wide - target))) / max(float(np.max(np.abs(target))), 1e-12)
+    scale = 255.0 if expected.dtype == np.uint8 else max(float(np.max(np.abs(target))), 1e-12)
+    error = float(np.max(np.abs(wide - target))) / scale
     return error if np.isfinite(error) else float("inf")
 
 

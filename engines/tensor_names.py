@@ -58,6 +58,9 @@ def row_groups(inputs: Iterable[str]) -> int:
 
 
 PREVIOUS = "previous_state"
+# What a denoiser sees after each frame's latents, of the image that moves: (rows, C, h, w), zeros in the rows of
+# negative prompts.
+IMAGE_LATENTS = "image_latents"
 FRAMES = "frame_index"  # (frames,): its length is that of a window of a denoiser whose rows are frames
 HINT = "hint"
 PIXELS = "pixels"

@@ -22,7 +22,7 @@ from latentrt.export.additions.t2i_adapters import add_adapters, feature_dimensi
 from latentrt.export.additions.text_encoders import find_text_encoders, put_text_encoders, with_their_tokenizers
 from latentrt.export.additions.tiny_vae import add_tiny_vae, check_tiny_vae
 from latentrt.export.configs.defaults import complete, per_level, require_levels
-from latentrt.export.configs.denoisers import KINDS
+from latentrt.export.configs.denoisers import Kind, kind_of
 from latentrt.export.configs.families import FAMILIES, OPTIONAL_TEXT
 from latentrt.export.configs.published import DEFAULT_SAMPLE_SIZE, sample_size
 from latentrt.export.configs.residuals import NONE
@@ -33,7 +33,7 @@ from latentrt.export.sources.diffusers_folder import open_folder, refuse_other_v
 from latentrt.export.sources.hub import download
 from latentrt.export.sources.parts import (
     CLIPS,
-    DENOISERS,
+    FURTHER,
     ControlNetwork,
     ImageAdapter,
     Parts,
@@ -45,11 +45,16 @@ from latentrt.export.sources.single_file import open_file
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
 CLIP_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection")
 ENLARGED_BEFORE = (0, 9, 0)  # diffusers' version, see `FamilyRow.enlarges`
-OF_UNETS = {
+OPTIONS = {
     "unet": "--unet",
+    "vae": "--vae",
+    "loras": "--lora",
+    "controlnets": "--controlnet",
     "adapters": "--adapter",
+    "ip_adapters": "--ip-adapter",
     "motion_adapter": "--motion-adapter",
-}  # fields of the options
+    "refiner": "--refiner",
+}  # fields of the options that are not for every denoiser
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -140,7 +145,7 @@ def _open_single(path: Path, options: CheckpointOptions) -> Parts:
 
 def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     """Apply the options to a checkpoint: replaced networks, LoRAs, ControlNets and adapters."""
-    _require_unet(parts, options)
+    _require_fitting(parts, options)
     if options.vae:
         parts = replace_vae(parts, options.vae, allow_pickle=options.allow_pickle)
     if options.unet:
@@ -165,13 +170,16 @@ def _adjust(parts: Parts, options: CheckpointOptions) -> Parts:
     return parts
 
 
-def _require_unet(parts: Parts, options: CheckpointOptions) -> None:
-    """Refuse what changes or controls a UNet beside a checkpoint that has none."""
-    found = next((option for name, option in OF_UNETS.items() if getattr(options, name)), None)
-    if found and DENOISERS[0] not in parts.networks:
-        raise CheckpointError(
-            f"{found}: it is for a UNet, and {parts.root} holds a {KINDS[parts.denoiser].label}; omit it"
-        )
+def _require_fitting(parts: Parts, options: CheckpointOptions) -> None:
+    """Refuse what changes or controls another kind of denoiser."""
+    kind = _kind(parts)
+    found = next((option for name, option in OPTIONS.items() if name in kind.refuses and getattr(options, name)), None)
+    if found:
+        raise CheckpointError(f"{found}: it is not for a {kind.label}, which {parts.root} holds; omit it")
+
+
+def _kind(parts: Parts) -> Kind:
+    return kind_of(parts.denoiser, parts.configs[parts.denoiser])
 
 
 def _read(name: str, parts: Parts) -> Checkpoint:
@@ -183,7 +191,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         parts.scheduler,
         where=f"{parts.root}: the scheduler's config",
         family=family,
-        repaints=denoiser["in_channels"] != latents.channels,
+        repaints=denoiser["in_channels"] == 2 * latents.channels + 1,
     )
     return Checkpoint(
         name=name,
@@ -199,7 +207,7 @@ def _read(name: str, parts: Parts) -> Checkpoint:
         options=parts.options,
         controls=parts.controls,
         rows={**FAMILIES[family].rows, **parts.rows},
-        frames=frame_range(parts.configs),
+        frames=frame_range(parts.configs) or _kind(parts).frames(denoiser),
         image_adapters=parts.image_adapters,
         skip_layers=parts.skip_layers,
         schedule=schedule,
@@ -255,22 +263,27 @@ def _family(parts: Parts) -> Family:
                 f"{root}/{name}/config.json: found {kinds} with hidden_act '{activation}', expected "
                 f"{' or '.join(CLIP_MODELS)} with one of {', '.join(activations)}; this family is not supported"
             )
-    for sentence in KINDS[parts.denoiser].objections(denoiser, texts, parts.configs.get("text_encoder_3")):
+    kind = _kind(parts)
+    further = FURTHER.get(str(denoiser.get("_class_name")), ())
+    last = next((parts.configs[name] for name in ("text_encoder_3", *further) if name in parts.configs), None)
+    for sentence in kind.objections(denoiser, texts, last):
         raise CheckpointError(f"{root}: {sentence}; they are not from the same checkpoint")
     added = denoiser.get("addition_embed_type")
     matching = [
         family
         for family, row in FAMILIES.items()
-        if row.denoiser == parts.denoiser and row.sized == (added == "text_time")
+        if row.denoiser == parts.denoiser
+        and row.sized == (added == "text_time")
+        and tuple(filter(None, [row.shown])) == further
     ]
     fitting = [family for family in matching if FAMILIES[family].networks == tuple(texts)]
     if not fitting:
         expected = " or ".join(" and ".join(names) for names in dict.fromkeys(FAMILIES[f].networks for f in matching))
         raise CheckpointError(
-            f"{root}: found {' and '.join(texts) or 'no text encoder'} beside a {KINDS[parts.denoiser].label} whose "
+            f"{root}: found {' and '.join(texts) or 'no text encoder'} beside a {kind.label} whose "
             f"addition_embed_type is {added}, expected {expected}; download the whole checkpoint"
         )
-    first = next(iter(texts.values()))["hidden_act"]
+    first = next((text["hidden_act"] for text in texts.values()), None)
     return next(family for family in fitting if FAMILIES[family].activation in (None, first))
 
 
@@ -280,18 +293,19 @@ def _clips(parts: Parts) -> dict[str, Mapping[str, Any]]:
 
 
 def _latents(parts: Parts, family: Family) -> LatentSpec:
-    vae, denoiser, kind = parts.configs["vae_decoder"], parts.configs[parts.denoiser], KINDS[parts.denoiser]
-    refuse_other_vae(parts.root / "vae", vae)
+    vae, denoiser, kind = parts.configs["vae_decoder"], parts.configs[parts.denoiser], _kind(parts)
+    refuse_other_vae(parts.root / "vae", vae, kind.vae)
     require_levels(vae, where=f"{parts.root}: the VAE's config")
     if "block_out_channels" in denoiser:
         require_levels(denoiser, where=f"{parts.root}: the {kind.label}'s config")
     channels, takes = vae["latent_channels"], denoiser["in_channels"]
     gives = denoiser["out_channels"] or takes
-    if gives != channels or takes not in (channels, 2 * channels + 1):
+    if gives != channels or takes not in kind.takes(channels):
+        drawing, *further = kind.takes(channels)
+        expected = f"{drawing}, or {further[0]} for inpainting" if further else str(drawing)
         raise CheckpointError(
             f"{parts.root}: the {kind.label} takes {takes} channels and gives {gives} where the VAE has {channels} "
-            f"latent channels; expected {channels}, or {2 * channels + 1} for inpainting; "
-            f"other conditioned {kind.label}s are not supported"
+            f"latent channels; expected {expected}; other conditioned {kind.label}s are not supported"
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     return LatentSpec(
@@ -315,6 +329,8 @@ def _default_size(
     if isinstance(given, int) and FAMILIES[family].enlarges and () < version < ENLARGED_BEFORE:
         given = max(given, DEFAULT_SAMPLE_SIZE)
     height, width = per_level(given, 2)
+    if FAMILIES[family].wide and height == width:
+        height, width = height * 3 // 4, width * 4 // 3
     return width * factor, height * factor
 
 
@@ -324,7 +340,6 @@ def _dimensions(parts: Parts, latents: LatentSpec) -> dict[str, int]:
     first = configs.get("text_encoder") or complete("text_encoder", {}, where="")
     second = configs.get("text_encoder_2") or complete("text_encoder_2", {}, where="")
     return {
-        **KINDS[parts.denoiser].dimensions(denoiser, held),
         "latent_channels": latents.channels,
         "latent_parameters": 2 * latents.channels,
         "unet_channels": denoiser["in_channels"],
@@ -336,14 +351,15 @@ def _dimensions(parts: Parts, latents: LatentSpec) -> dict[str, int]:
         "skipped_layers_2": second["num_hidden_layers"] - 1,
         "projection_width": first["projection_dim"] or 0,
         "projection_width_2": second["projection_dim"],
-        "context": next(iter(held.values()))["max_position_embeddings"],
-        "vocabulary": min(text["vocab_size"] for text in held.values()),
+        "context": next(iter(held.values()), first)["max_position_embeddings"],
+        "vocabulary": min(text["vocab_size"] for text in (*held.values(), *([] if held else [first]))),
         "factor": latents.factor,
         "skip_layers": len(parts.skip_layers),
+        **_kind(parts).dimensions(denoiser, held),
     }
 
 
 def _residuals(parts: Parts) -> dict[str, int]:
     """Name the sizes of what ControlNets add to the denoiser; there is nothing to add if there is none."""
     controlnets = [parts.configs[name] for name in parts.controls_of("controlnet")]
-    return KINDS[parts.denoiser].residuals(parts.configs[parts.denoiser], controlnets) if controlnets else dict(NONE)
+    return _kind(parts).residuals(parts.configs[parts.denoiser], controlnets) if controlnets else dict(NONE)

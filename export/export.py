@@ -359,6 +359,7 @@ def _denoiser(checkpoint: Checkpoint) -> DenoiserSpec:
         zero_negative=checkpoint.zero_negative,
         sizes=SIZES.get(checkpoint.dimensions["size_numbers"], ()),
         frames=checkpoint.frames,
+        shown=FAMILIES[checkpoint.family].shown,
         skip_layers=checkpoint.skip_layers,
         text_width=checkpoint.dimensions["attention_width"] if any(text.tokens for text in texts) else None,
         image_prompts=tuple(adapter.spec for adapter in adapters),

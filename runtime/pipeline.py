@@ -28,7 +28,7 @@ from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import OnStep, Stages
 from latentrt.runtime.loaded import Loaded
-from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request
+from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request, VideoOptions
 from latentrt.runtime.result import Result
 from latentrt.runtime.text.encoders import PromptEncoders, read_tokenizers
 from latentrt.runtime.text.textual_inversion import load_embedding
@@ -214,24 +214,23 @@ class Pipeline:
 
     def video(
         self,
-        prompt: str | Mapping[int, str],
-        frames: int = 16,
+        prompt: str | Mapping[int, str] | None = None,
+        frames: int | None = None,
         *,
-        window: int | None = None,
-        overlap: int | None = None,
         on_step: OnStep | None = None,
         cancel: Cancellation | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[VideoOptions],
     ) -> VideoResult:
-        """Draw a video, where the bundle has a motion adapter: the fields of `VideoRequest`, its options by name.
+        """Draw a video, where the bundle has a motion adapter or makes videos of an image.
 
-        A step's arrays have a row for each frame. Raises as `draw` does.
+        The options are the fields of `VideoRequest`, and those of `Request` that it says, by name. A step's arrays have
+        a row for each frame. Raises as `draw` does.
         """
-        from latentrt.runtime.video.draw import as_video, video_source  # for bundles that can
-        from latentrt.runtime.video.request import VideoRequest, resolve_video
+        from latentrt.runtime.video.draw import as_video  # for bundles that can
+        from latentrt.runtime.video.request import VideoRequest
+        from latentrt.runtime.video.resolve import resolve_video, video_source
 
-        asked = VideoRequest(prompt=prompt, frames=frames, window=window, overlap=overlap, options=options)
-        video = resolve_video(asked, self.manifest)
+        video = resolve_video(VideoRequest.of(prompt, frames, options), self.manifest)
         limits = Limits.of(video.job.request, cancel)
         watched = on_step is not None or limits.any
         stages = self._job(video.job, lambda: video_source(self.loaded, video), limits, watched=watched)

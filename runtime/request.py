@@ -100,6 +100,18 @@ class Options(TypedDict, total=False):
     deadline: float | None
 
 
+class VideoOptions(Options, total=False):
+    """The fields of a `VideoRequest` besides its prompt and frames, and those of a `Request`, as keywords of a call."""
+
+    window: int | None
+    overlap: int | None
+    fps: float | None
+    first_guidance: float | None
+    motion_bucket: float | None
+    noise_augmentation: float | None
+    decode_chunk: int | None
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What to draw. Only the prompt is needed.
 

@@ -20,6 +20,7 @@ from hypothesis import settings
 from latentrt.export.export import export_checkpoint
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from tests.sd3 import make_sd3, save_sd3_controlnet
+from tests.svd import make_svd
 from tests.tiny import (
     save_adapter,
     save_controlnet,
@@ -179,6 +180,14 @@ def motion(workshop: Path) -> Controlled:
     export_checkpoint(str(checkpoint), workshop / "sd1-motion", precision="fp32", options=options)
     networks = {"motion": adapter, "edges": edges}
     return Controlled(checkpoint=checkpoint, networks=networks, bundle=workshop / "sd1-motion")
+
+
+@pytest.fixture(scope="session")
+def svd(workshop: Path) -> tuple[Path, Path]:
+    """A tiny checkpoint of Stable Video Diffusion, and its bundle: it makes videos of an image."""
+    checkpoint = _network(make_svd, workshop / "svd-checkpoint")
+    export_checkpoint(str(checkpoint), workshop / "svd", precision="fp32")
+    return checkpoint, workshop / "svd"
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import read_config
 from latentrt.export.sources.parts import Part
 from tests.sd3 import make_sd3, save_sd3_controlnet
+from tests.svd import make_svd
 from tests.test_families import LEAST, ours, psnr, reference, theirs
 from tests.test_tiny_decoder import save_tiny_vae
 from tests.tiny import save_adapter, save_controlnet, save_image_encoder, save_ip_adapter, save_tiny
@@ -45,6 +46,8 @@ CLASSES: dict[Part, Any] = {
     "adapter": diffusers.T2IAdapter,
     "tiny_vae": diffusers.AutoencoderTiny,
     "motion_adapter": diffusers.MotionAdapter,
+    "video_unet": diffusers.UNetSpatioTemporalConditionModel,
+    "video_vae": diffusers.AutoencoderKLTemporalDecoder,
 }
 CONFIGS: dict[Part, Any] = {"image_encoder": CLIPVisionConfig, "text_encoder_3": T5Config}
 # A motion adapter is not for the checkpoint of these tests, an SDXL, which refuses it whatever its config says.
@@ -81,7 +84,10 @@ def folders(sdxl_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """Return a folder of each kind of network that belongs to one tiny SDXL, and the transformer of an SD 3."""
     root, checkpoint = tmp_path_factory.mktemp("parts"), sdxl_checkpoint
     own: tuple[Part, ...] = ("text_encoder", "text_encoder_2", "unet", "vae")
+    svd = make_svd(root / "svd")
     return {
+        "video_unet": svd / "unet",
+        "video_vae": svd / "vae",
         **{part: checkpoint / part for part in own},
         "transformer": make_sd3(root / "sd3") / "transformer",
         "controlnet": save_controlnet(root / "controlnet", family="sdxl"),
@@ -110,6 +116,10 @@ def use(part: Part, config: dict[str, Any]) -> None:
     model = CLASSES[part].from_config(config)
     if part == "adapter":
         model(torch.zeros(1, model.config.in_channels, 64, 64))
+    if part == "video_unet":
+        model(torch.zeros(1, 2, 8, 4, 4), 1, torch.zeros(1, 1, 24), torch.zeros(1, 3))
+    if part == "video_vae":
+        model.decode(torch.zeros(1, model.config.latent_channels, 4, 4) / model.config.scaling_factor, num_frames=1)
     if part == "unet":
         told = {"text_embeds": torch.zeros(1, 40), "time_ids": torch.zeros(1, 6)}
         model(torch.zeros(1, 4, 4, 4), 1, torch.zeros(1, 3, 80), added_cond_kwargs=told)
@@ -124,7 +134,7 @@ def use(part: Part, config: dict[str, Any]) -> None:
 
 def opened(part: Part, checkpoint: Path, network: Path) -> None:
     """Open a checkpoint with a network that is not its own, or with its own."""
-    if part == "text_encoder_3":  # the checkpoint is of a family without it
+    if part in ("text_encoder_3", "video_unet", "video_vae"):  # the checkpoint is of a family without it
         read_config(part, network)
         return
     if part in ("controlnet", "transformer_controlnet"):
@@ -165,9 +175,10 @@ def test_null_is_refused_where_the_libraries_fail_on_it(
         ("controlnet", "addition_embed_type"),
         ("transformer", "pos_embed_max_size"),
         ("transformer_controlnet", "pos_embed_max_size"),
+        ("video_unet", "num_frames"),
     )
     if (part, key) in others:
-        assert refused  # a network of another family or for one size, which the libraries make all the same
+        assert refused  # of another family, or for one size or length, which the libraries make all the same
     else:
         assert refused == fails(lambda: use(part, config), Exception)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from latentrt.engines.tensor_names import FRAMES, IMAGE_SCALE, IMAGE_TOKENS
+from latentrt.engines.tensor_names import FRAMES, IMAGE_LATENTS, IMAGE_SCALE, IMAGE_TOKENS
 
 if TYPE_CHECKING:
     from latentrt.engines.bundle.manifest import ComponentSpec, DenoiserSpec, Manifest, Role
@@ -60,8 +60,14 @@ def _denoiser_faults(manifest: Manifest, name: str, spec: DenoiserSpec) -> Itera
     if spec.text_encoders and all(text.component is None or text.optional for text in spec.text_encoders):
         yield "text_encoders: found none that is always there, expected one"
     yield from _image_faults(manifest, name, spec)
+    names = {one.name for one in manifest.components[name].inputs}
+    if (IMAGE_LATENTS in names) != (spec.shown is not None) or (spec.shown and spec.text_encoders):
+        takes = "some" if IMAGE_LATENTS in names else "no"
+        yield f"shown: found {spec.shown}, and the graph takes {takes} {IMAGE_LATENTS}"
+    if spec.shown is not None and spec.shown not in manifest.of_role("image_encoder"):
+        yield f"shown: there is no image encoder {spec.shown}"
     taken = [axis for one in manifest.components[name].inputs if one.name == "time_ids" for axis in one.shape[1:]]
-    takes_frames = any(one.name == FRAMES for one in manifest.components[name].inputs)
+    takes_frames = FRAMES in names
     if takes_frames != (spec.frames is not None) or (spec.frames and not 1 <= spec.frames.window <= spec.frames.most):
         yield f"frames: found {spec.frames}, and the graph takes {'a' if takes_frames else 'no'} {FRAMES}"
     if taken != ([len(spec.sizes)] if spec.sizes else []):

@@ -14,6 +14,7 @@ from latentrt.engines.bundle.parsing import ParseError, brief, decode, parse
 from latentrt.engines.bundle.quantisation import Quantisation
 from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.bundle.training import TrainingSchedule
+from latentrt.engines.bundle.windows import Windows, plan_windows
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array, Document, EngineKey, EngineSpec, Precision, TensorSpec
 from latentrt.engines.tensor_names import COND, row_groups
@@ -23,7 +24,7 @@ NAMED = 4  # layers that a note names
 MANIFEST = "manifest.json"
 ENGINE_RECORD = "engine.json"
 
-Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner", "sd3"]
+Family = Literal["sd1", "sd2", "sdxl", "sdxl_refiner", "sd3", "svd"]
 Role = Literal[
     "text_encoder",
     "denoiser",
@@ -46,12 +47,17 @@ SizeName = Literal[
     "target_height",
     "target_width",
     "aesthetic_score",
+    "fps",
+    "motion",
+    "augmentation",
 ]
 _SHARED: tuple[SizeName, ...] = ("original_height", "original_width", "crop_top", "crop_left")
-# What the numbers of `time_ids` are, by how many there are: SDXL takes six, and its refiner five.
+# What the numbers of `time_ids` are, by how many there are: SDXL takes six, its refiner five, and videos of an image
+# three.
 SIZES: Mapping[int, tuple[SizeName, ...]] = {
     6: (*_SHARED, "target_height", "target_width"),
     5: (*_SHARED, "aesthetic_score"),
+    3: ("fps", "motion", "augmentation"),
 }
 
 
@@ -158,10 +164,19 @@ class FrameRange(Document, frozen=True, kw_only=True):
     """How many frames of a video a denoiser sees at once.
 
     window: as many as it was trained with; most: it has a place for no more
+    whole: whether it sees a video as a whole, of whatever length: then there are no windows
+    guidance: the scales for the first frame and for the last where nothing is asked for; None for those of pictures
     """
 
     window: int
     most: int
+    whole: bool = False
+    guidance: tuple[float, float] | None = None
+
+    def windows(self, frames: int, window: int | None = None, overlap: int | None = None) -> Windows:
+        """Return which of a video's frames are seen at once, see `plan_windows`. window: None for as trained"""
+        seen = frames if self.whole else min(self.window, self.most) if window is None else window
+        return plan_windows(frames, seen, overlap)
 
 
 class ImagePromptSpec(Document, frozen=True, kw_only=True):
@@ -192,6 +207,8 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
         widest of what its encoders give
     frames: of a denoiser whose model rows are frames, in windows as long as its input `frame_index`; None where each
         row is a picture of its own
+    shown: the image encoder whose `image_embeds`, of the image that moves, are the one token that it attends to; None
+        where it attends to text
     skip_layers: which of its blocks its input `skip_layers` switches off for a model row; empty if it has none
     image_prompts: in the order of its input `image_tokens`
     image_layers: the layers that attend to images, by their names in the checkpoint, in the order of `image_scale`
@@ -202,6 +219,7 @@ class DenoiserSpec(Document, frozen=True, kw_only=True):
     sizes: tuple[SizeName, ...] = ()
     text_width: int | None = None
     frames: FrameRange | None = None
+    shown: str | None = None
     skip_layers: tuple[int, ...] = ()
     image_prompts: tuple[ImagePromptSpec, ...] = ()
     image_layers: tuple[str, ...] = ()
@@ -305,6 +323,8 @@ class Manifest(Document, frozen=True, kw_only=True):
 
     def text_tokens(self, denoiser: str, *, chunks: int = 1) -> int:
         """Return how many tokens a denoiser attends to where a prompt has so many chunks; 0: what is always there."""
+        if self.denoisers[denoiser].shown is not None:
+            return 1
         before, block = 0, 0
         for text in self.denoisers[denoiser].text_encoders:
             own = text.tokens or (chunks * self.tokenizers[text.tokenizer].max_length if text.tokenizer else 0)

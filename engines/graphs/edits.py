@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
@@ -18,15 +19,12 @@ from latentrt.engines.errors import BundleError, EngineError, NotInstalledError
 from latentrt.engines.spec import Array
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
     from latentrt.engines.bundle.manifest import LatentSpec
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
-from latentrt.engines.tensor_names import EXTRA_EMBEDDINGS, PIXELS, SQUARES
+from latentrt.engines.tensor_names import EXTRA_EMBEDDINGS, FRAMES, PIXELS, SQUARES
 
 ALIGNMENT = 64  # bytes of a cache line
 LEAST_EXTERNAL = 1024  # bytes; smaller weights stay in the graph
@@ -74,7 +72,7 @@ def append_pixel_tail(model: ModelProto) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    (latents,), (output,) = graph.input, graph.output
+    latents, (output,) = _latents(graph), graph.output
     batch, _, height, width = (axis.dim_param or axis.dim_value for axis in output.type.tensor_type.shape.dim)
     constants = {"half_range": 127.5, "lowest": 0.0, "highest": 255.0}
     for name, value in constants.items():
@@ -101,6 +99,13 @@ def append_pixel_tail(model: ModelProto) -> None:
     graph.output.append(helper.make_tensor_value_info(SQUARES, TensorProto.FLOAT, [batch, 2]))
 
 
+def _latents(graph: GraphProto) -> ValueInfoProto:
+    """Return a decoder's one input; beside it there may be how many frames it sees at once."""
+    found: list[ValueInfoProto] = [info for info in graph.input if info.name != FRAMES]
+    (latents,) = found
+    return latents
+
+
 def _square_sums(values: str, sums: str) -> list[NodeProto]:
     """Return what sums each picture's squares: by operators that take the same inputs in every opset from 13 on."""
     from onnx import helper
@@ -122,7 +127,7 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    (taken,) = graph.input
+    taken, further = _latents(graph), [copy.deepcopy(info) for info in graph.input if info.name == FRAMES]
     tensor = taken.type.tensor_type
     batch, *axes = (axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
     constants: dict[str, Array] = {
@@ -143,7 +148,7 @@ def prepend_state_head(model: ModelProto, state_rows: int, latents: LatentSpec) 
         del field[:]
     graph.node.extend(nodes)
     state = ["pictures", state_rows, *axes]
-    graph.input.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, state))
+    graph.input.extend([helper.make_tensor_value_info("state", TensorProto.FLOAT, state), *further])
     for output in graph.output:
         for axis in output.type.tensor_type.shape.dim:
             if axis.dim_param == batch:

@@ -12,7 +12,7 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.onnxruntime.library import require
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.spec import Array, TensorSpec
-from latentrt.engines.tensor_names import HINT, NEXT, PIXELS, PREVIOUS, SCALE, SQUARES, is_residual, level_axes
+from latentrt.engines.tensor_names import FRAMES, HINT, NEXT, PIXELS, PREVIOUS, SCALE, SQUARES, is_residual, level_axes
 from latentrt.engines.workspace.contract import ALL, AT_FIRST, PER_STAGE, STATE, WorkspaceShape, buffer_of
 from latentrt.engines.workspace.slot_workspace import HostBuffer, Rows, SlotWorkspace, at_once
 
@@ -198,6 +198,9 @@ class OnnxRuntimeWorkspace(SlotWorkspace[BoundBuffer | HostBuffer]):
         engine, state = self._engines[program], self._buffers[STATE]
         binding = engine.new_binding()
         binding.bind_input(STATE, *self._where(state, self._specs[STATE], 0))
+        for spec in engine.spec.inputs:
+            if spec.name == FRAMES:
+                binding.bind_input(FRAMES, *self._where(self._buffer(FRAMES, NO_VALUES), spec, 0))
         for output in (PIXELS, SQUARES):
             binding.bind_output(output, "cpu")
         engine.run_bound(binding)

@@ -11,7 +11,7 @@ import numpy as np
 from latentrt.engines.cuda.stream import Allocations, StagingRing, align
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, EngineSpec, TensorSpec
-from latentrt.engines.tensor_names import PIXELS, SQUARES, level_axes
+from latentrt.engines.tensor_names import FRAMES, PIXELS, SQUARES, level_axes
 from latentrt.engines.tensorrt.execution import Execution, Executor, Program
 from latentrt.engines.tensorrt.profiles import REBUILD, Origin, Shape, nbytes, profiles_for
 from latentrt.engines.workspace.contract import NOISE, PER_STAGE, STATE, WorkspaceShape
@@ -159,14 +159,16 @@ class Decoded:
         self.host = allocations.pinned(self.block.size)
         self.arrays = self.block.views(self.host)  # as the last copy left them, not to be kept
 
-    def run_of(self, context: WorkspaceContext, program: Program, state: DeviceBuffer) -> Execution:
+    def run_of(self, context: WorkspaceContext, program: Program, buffers: Mapping[str, DeviceBuffer]) -> Execution:
         """Return a decoder's execution, from the state to this. Raises EngineError where it is no such decoder."""
         run = Execution(context.executor, program, next(iter(context.profiles(program.spec).values())))
-        if run.inputs != {STATE: state.shape} or run.outputs != self.block.shapes:
+        state = buffers[STATE]
+        taken = {name: buffers[name] for name in (STATE, FRAMES) if name in run.inputs and name in buffers}
+        if run.inputs != {name: buffer.shape for name, buffer in taken.items()} or run.outputs != self.block.shapes:
             given = ", ".join(f"{name} {shape}" for name, shape in self.block.shapes.items())
             raise EngineError(
                 f"{program.spec.component} takes {run.inputs} and gives {run.outputs}, expected {STATE} {state.shape} "
                 f"and {given}; {REBUILD}"
             )
-        run.bind({STATE: state.address, **self.block.addresses})
+        run.bind({**{name: buffer.address for name, buffer in taken.items()}, **self.block.addresses})
         return run

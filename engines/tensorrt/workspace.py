@@ -201,7 +201,7 @@ class TensorRTWorkspace(SlotWorkspace[DeviceBuffer]):
 
     def _decoder_run(self, name: str) -> Execution:
         if name not in self._decoders:
-            run = self._decoded.run_of(self._context, self._mine[name], self._buffers[STATE])
+            run = self._decoded.run_of(self._context, self._mine[name], self._buffers)
             self._decoders[name] = run
             self._executions.append(run)
         return self._decoders[name]

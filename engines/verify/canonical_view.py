@@ -13,7 +13,7 @@ import numpy as np
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array, Engine, EngineView, Inputs
-from latentrt.engines.tensor_names import COND, EXTRA_EMBEDDINGS, HINT, control_width
+from latentrt.engines.tensor_names import COND, EXTRA_EMBEDDINGS, FRAMES, HINT, control_width
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,11 +25,12 @@ NEUTRAL = {"keep_mask": 1.0}
 HEAD = 4
 
 
-def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = None) -> Engine:
+def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = None, slots: int | None = None) -> Engine:
     """Return an engine with the inputs and outputs of the checkpoint's own network; most are that already.
 
     pictures: of a UNet, how many pictures its model rows belong to, None for one each; row r belongs to picture
         r % pictures, and its sample must be that of row r % pictures
+    slots: the pictures that it is compiled for, None for as many; those that no row belongs to are blank
     """
     names = {tensor.name for tensor in engine.spec.inputs}
     if EXTRA_EMBEDDINGS in names:
@@ -37,9 +38,9 @@ def as_canonical(engine: Engine, space: LatentSpec, *, pictures: int | None = No
     if STATE not in names:
         return engine
     if HINT in names:
-        return _ControlNet(engine, pictures)
+        return _ControlNet(engine, pictures, slots)
     if CONTROL in names:
-        return _Unet(engine, pictures)
+        return _Unet(engine, pictures, slots)
     return _Decoder(engine, space)
 
 
@@ -76,15 +77,16 @@ class _Decoder(_FromState):
 
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         latents = np.asarray(inputs["latent_sample"], dtype=np.float32)
-        return self._engine({STATE: self._state_of(self._space.scaled(latents))})
+        beside = {name: array for name, array in inputs.items() if name == FRAMES}
+        return self._engine({STATE: self._state_of(self._space.scaled(latents)), **beside})
 
 
 class _FromControl(_FromState):
     """A view of an engine that reads the stage's control too: model rows in, of which row r is picture r % pictures."""
 
-    def __init__(self, engine: Engine, pictures: int | None) -> None:
+    def __init__(self, engine: Engine, pictures: int | None, slots: int | None) -> None:
         super().__init__(engine)
-        self._pictures = pictures
+        self._pictures, self._slots = pictures, slots
 
     def _rows(self, inputs: Inputs) -> tuple[Array, int]:
         """Return the sample of each picture, and how many model rows there are. Raises EngineError."""
@@ -94,6 +96,11 @@ class _FromControl(_FromState):
             component = self.spec.component
             raise EngineError(f"{component}: expected {rows} rows of which row r is that of picture r % {pictures}")
         return sample[:pictures], rows
+
+    def _blank(self, array: Array) -> Array:
+        """Return an array with a row for each picture, with zeros for the pictures that no row belongs to."""
+        missing = max(0, (self._slots or 0) - len(array))
+        return np.concatenate([array, np.zeros((missing, *array.shape[1:]), dtype=array.dtype)])
 
     def _control(self, timesteps: Array) -> Array:
         """Return control that reads the state's first row and writes the model's output over it."""
@@ -112,10 +119,10 @@ class _ControlNet(_FromControl):
     def __call__(self, inputs: Inputs) -> dict[str, Array]:
         sample, rows = self._rows(inputs)
         made: Inputs = {
-            STATE: self._state_of(sample),
-            "control": self._control(np.resize(inputs["timestep"], len(sample))),
+            STATE: self._blank(self._state_of(sample)),
+            "control": self._blank(self._control(np.resize(inputs["timestep"], len(sample)))),
             "picture_of_row": np.arange(rows) % len(sample),
-            HINT: np.asarray(inputs[COND], dtype=np.float32)[: len(sample)],
+            HINT: self._blank(np.asarray(inputs[COND], dtype=np.float32)[: len(sample)]),
         }
         return self._engine({tensor.name: {**inputs, **made}[tensor.name] for tensor in self.spec.inputs})
 
@@ -129,8 +136,8 @@ class _Unet(_FromControl):
         pictures, turns = len(sample), []
         feeds = self._feeds(inputs, sample, rows)
         for first in range(0, rows, pictures):
-            guidance = np.eye(pictures, rows, k=first, dtype=np.float32)
-            turns.append(self._engine({**feeds, "guidance": guidance})["next_state"][:, 0].copy())
+            guidance = self._blank(np.eye(pictures, rows, k=first, dtype=np.float32))
+            turns.append(self._engine({**feeds, "guidance": guidance})["next_state"][:pictures, 0].copy())
         return {"out_sample": np.concatenate(turns)}
 
     def _feeds(self, inputs: Inputs, sample: Array, rows: int) -> dict[str, npt.ArrayLike]:
@@ -138,12 +145,17 @@ class _Unet(_FromControl):
         pictures, _, height, width = sample.shape
         channels = int(self._state.shape[2])
         made: Inputs = {
-            STATE: self._state_of(sample[:, :channels]),
-            "control": self._control(np.resize(inputs["timestep"], pictures)),
+            STATE: self._blank(self._state_of(sample[:, :channels])),
+            "control": self._blank(self._control(np.resize(inputs["timestep"], pictures))),
             "picture_of_row": np.arange(rows) % pictures,
-            "condition": sample[:, channels:],
+            "condition": self._blank(sample[:, channels:]),
         }
-        sizes = {"pictures": pictures, "rows": rows, "latent_height": height, "latent_width": width}
+        sizes = {
+            "pictures": max(pictures, self._slots or 0),
+            "rows": rows,
+            "latent_height": height,
+            "latent_width": width,
+        }
         feeds = {}
         for tensor in self._engine.spec.inputs:
             if tensor.name in made:

@@ -130,10 +130,11 @@ def compare_engine(
         yield msgspec.structs.replace(row, what=component, backend=backend, message=message)
         return
     for profile, pair in zip(profiles, read_references(bundle, component, directory, record), strict=True):
-        pictures = profile.get("pictures", 1)
-        rows = profile.get("rows", profile.get("batch", pictures))
+        slots, frames = profile.get("pictures", 1), profile.get("frames", 1)
+        rows = profile.get("rows", profile.get("batch", slots))
+        pictures = frames if rows % slots or slots % frames else slots  # a window is the reference, again and again
         inputs, expected = ({name: _tiled(name, array, rows) for name, array in side.items()} for side in pair)
-        row = _compare(as_canonical(engine, space, pictures=pictures), (inputs, expected), limit)
+        row = _compare(as_canonical(engine, space, pictures=pictures, slots=slots), (inputs, expected), limit)
         words = ", ".join(f"{axis} {size}" for axis, size in profile.items() if axis not in level_axes(1, 1))
         yield msgspec.structs.replace(row, what=component, backend=backend, profile=words)
 

@@ -105,7 +105,9 @@ class NumpyWorkspace(SlotWorkspace[HostBuffer]):
 
     def _decode(self, program: str, rows: slice) -> None:
         latents = self._space.unscaled(self._buffers[STATE].array[rows, 0])
-        decoded = self._programs[program]({"latent_sample": latents})
+        seen = np.zeros(min(len(latents), self.shape.frames), np.float32)
+        beside = {FRAMES: seen} if FRAMES in self._inputs(program) else {}
+        decoded = self._programs[program]({"latent_sample": latents, **beside})
         self._show_decoded(decoded[PIXELS], decoded[SQUARES], rows)
 
     def _mixed(self, rows: Rows) -> tuple[Mixing, StageControl]:

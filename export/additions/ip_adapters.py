@@ -292,7 +292,7 @@ def image_dimensions(parts: Parts) -> dict[str, int]:
 
 def own_dimensions(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     """Name the sizes that are those of one component alone, by component."""
-    if not checkpoint.image_adapters:
+    if IMAGE_ENCODER not in checkpoint.configs:
         return {}
     encoder = {IMAGE_ENCODER: encoder_dimensions(checkpoint.configs[IMAGE_ENCODER])}
     return encoder | {adapter.spec.projection: dict(adapter.dimensions) for adapter in checkpoint.image_adapters}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.configs.denoisers import KINDS
+from latentrt.export.configs.denoisers import kind_of
 from latentrt.export.sources.parts import Parts
 
 
@@ -14,7 +14,7 @@ def add_skip_layers(parts: Parts, chosen: tuple[int, ...] | None) -> Parts:
 
     chosen: their numbers from 0; None for those that were published with this kind of checkpoint, if any were
     """
-    kind, config = KINDS[parts.denoiser], parts.configs[parts.denoiser]
+    kind, config = kind_of(parts.denoiser, parts.configs[parts.denoiser]), parts.configs[parts.denoiser]
     layers, blocks = kind.skipped(config) if chosen is None else chosen, kind.blocks(config)
     if not layers:
         return parts

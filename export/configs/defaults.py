@@ -110,6 +110,13 @@ _TRANSFORMER = {
     "pos_embed_max_size": Key(96, COUNT),
     "dual_attention_layers": Key((), IDS),
 }
+_VAE = {
+    "latent_channels": Key(4, COUNT),
+    "out_channels": Key(3, COUNT),
+    "block_out_channels": Key((64,), COUNTS),
+    "down_block_types": Key(("DownEncoderBlock2D",), TEXTS),
+    "scaling_factor": Key(0.18215, NUMBER),
+}
 # Every key of a config that is read here. What else a config says is for the libraries alone.
 KEYS: Mapping[Part, Mapping[str, Key]] = {
     "text_encoder": _CLIP,
@@ -124,12 +131,23 @@ KEYS: Mapping[Part, Mapping[str, Key]] = {
         "time_cond_proj_dim": _optional(COUNT),
     },
     "transformer": _TRANSFORMER,
+    "video_unet": {
+        "in_channels": Key(8, COUNT),
+        "out_channels": Key(4, COUNT),
+        "sample_size": _optional(SIZE),
+        "block_out_channels": _LEVELS,
+        "down_block_types": Key(
+            ("CrossAttnDownBlockSpatioTemporal",) * 3 + ("DownBlockSpatioTemporal",),
+            TEXTS,
+        ),
+        "cross_attention_dim": Key(1024, PER_LEVEL),
+        "addition_time_embed_dim": Key(256, COUNT),
+        "projection_class_embeddings_input_dim": Key(768, COUNT),
+        "num_frames": Key(25, COUNT),
+    },
+    "video_vae": _VAE,
     "vae": {
-        "latent_channels": Key(4, COUNT),
-        "out_channels": Key(3, COUNT),
-        "block_out_channels": Key((64,), COUNTS),
-        "down_block_types": Key(("DownEncoderBlock2D",), TEXTS),
-        "scaling_factor": Key(0.18215, NUMBER),
+        **_VAE,
         "shift_factor": _optional(ANY_NUMBER),
         "latents_mean": _optional(ANY),
         "latents_std": _optional(ANY),

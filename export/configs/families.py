@@ -15,7 +15,7 @@ from latentrt.engines.bundle.manifest import Family, TextSpec
 from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.bundle.training import Prediction
 
-SUPPORTED = "Stable Diffusion 1.x, 2.x, XL or 3.x"
+SUPPORTED = "Stable Diffusion 1.x, 2.x, XL, 3.x or Stable Video Diffusion"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,8 @@ class FamilyRow:
     normalises: whether its pipelines read the mean and the deviation of latents in a VAE's config
     shifts: whether they read the shift there
     corrections, inpainting_corrections: what its pipelines make of a scheduler's config, whatever that says
+    wide: whether its pipelines draw 16:9, with as many pixels as a square of its sample size has
+    shown: the image encoder whose embedding stands for a text: that of its kind of denoiser
     flows: whether its pipelines are for flows: they tell a scheduler how far the size of a picture shifts its steps,
         and take the step whole that a strength ends in
     sample_sizes: how many latents a side it draws by what its UNet predicts, where it was published with several kinds
@@ -54,6 +56,8 @@ class FamilyRow:
     shifts: bool = False
     corrections: Mapping[str, Any] = field(default_factory=dict)
     inpainting_corrections: Mapping[str, Any] = field(default_factory=dict)
+    wide: bool = False
+    shown: str | None = None
     flows: bool = False
     sample_sizes: Mapping[Prediction, int] = field(default_factory=dict)
 
@@ -113,6 +117,14 @@ FAMILIES: Mapping[Family, FamilyRow] = {
         shifts=True,
         flows=True,
     ),
+    "svd": FamilyRow(
+        text_encoders=(),
+        padding={},
+        rows={"unet": "video_unet", "vae_decoder": "video_decoder", "vae_encoder": "video_encoder"},
+        wide=True,
+        sample_sizes={"v_prediction": 96},
+        shown="image_encoder",
+    ),
 }
 # The text encoders that a checkpoint and an export may be without.
 OPTIONAL_TEXT = tuple(
@@ -171,7 +183,10 @@ PIPELINES: tuple[tuple[str, str], ...] = (
 )
 # A file with one of these keys, with or without the prefix that a whole checkpoint gives its denoiser, is that model.
 DENOISER_PREFIX = "model.diffusion_model."
+# What of Stable Video Diffusion's UNet no other has: its tensors lie among names of Stable Diffusion's.
+VIDEO_KEY = "middle_block.1.time_stack.0.attn1.to_q.weight"
 OTHER_DENOISER_KEYS: tuple[tuple[str, str], ...] = (
+    (VIDEO_KEY, "Stable Video Diffusion in one file (give a directory in diffusers' layout, which is exported)"),
     ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "Stable Diffusion 3's transformer alone"),
     ("single_stream_modulation.lin.weight", "Flux 2"),
     ("distilled_guidance_layer.in_proj.bias", "Chroma"),
@@ -220,7 +235,10 @@ INPUTS: Mapping[int, str] = {  # channels that a UNet takes, where it draws four
     8: "an editor of pictures (InstructPix2Pix)",
     INPAINTING: "for inpainting",
 }
-LABELS: Mapping[Family, str] = {base.family: base.label for base in (*BASES.values(), TRANSFORMER) if base.family}
+VIDEOS = Base(label="Stable Video Diffusion", family="svd", channels=320, added=768)
+LABELS: Mapping[Family, str] = {
+    base.family: base.label for base in (*BASES.values(), TRANSFORMER, VIDEOS) if base.family
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

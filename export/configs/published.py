@@ -216,7 +216,7 @@ DEFAULT_SAMPLE_SIZE = 64
 
 def sample_size(family: Family, prediction: Prediction) -> int:
     """Return how many latents a side the pictures have that a published checkpoint draws."""
-    known = CONFIGS[family][FAMILIES[family].denoiser].get("sample_size")
+    known = CONFIGS.get(family, {}).get(FAMILIES[family].denoiser, {}).get("sample_size")
     return known or FAMILIES[family].sample_sizes.get(prediction, DEFAULT_SAMPLE_SIZE)
 
 

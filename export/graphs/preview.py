@@ -15,6 +15,7 @@ import numpy as np
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array
+from latentrt.engines.tensor_names import FRAMES
 from latentrt.export.graphs.run import open_session, run_session
 
 SIDE = 8  # latents a side of each picture
@@ -62,13 +63,15 @@ def fit_preview(staged: Path, latents: LatentSpec) -> PreviewFit:
 
 
 def _network(graph: Path) -> Callable[[Array], Array]:
-    """Return a graph of one input and one output as a function of float32 arrays."""
+    """Return a graph of one input and one output as a function of float32 arrays; a picture is a video of one frame."""
     session = open_session(graph)
-    (taken,) = session.get_inputs()  # type: ignore[attr-defined]
+    taken, *further = session.get_inputs()  # type: ignore[attr-defined]
+    beside = {one.name: np.zeros(1, np.float32) for one in further}
+    assert beside.keys() <= {FRAMES}
     dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[taken.type]
 
     def run(array: Array) -> Array:
-        (output,) = run_session(session, {taken.name: array.astype(dtype)}).values()
+        (output,) = run_session(session, {taken.name: array.astype(dtype), **beside}).values()
         return output.astype(np.float32)
 
     return run

@@ -17,6 +17,7 @@ from latentrt.engines.tensor_names import (
     COND,
     FEATURE,
     FRAMES,
+    IMAGE_LATENTS,
     IMAGE_SCALE,
     IMAGE_TOKENS,
     NEXT,
@@ -280,11 +281,12 @@ _T5 = Component(
     checked={"batch": 4, "text_tokens": 256},
     units={},
 )
+# What it holds is of no account: its length says how many rows are one window.
+_PLACES = Tensor(name=FRAMES, shape=("frames",), dtype="float32", values="places")
 _MOTION = replace(
     _NETWORKS[DENOISER],
     name="motion_unet",
-    # What FRAMES holds is of no account: its length says how many rows are one window.
-    inputs=(*_NETWORKS[DENOISER].inputs, Tensor(name=FRAMES, shape=("frames",), dtype="float32", values="places")),
+    inputs=(*_NETWORKS[DENOISER].inputs, _PLACES),
     adapted="no",
     traced={**STAGE_TRACED, "batch": 6, "frames": 3},
     checked={**STAGE_CHECKED, "batch": 10, "frames": 5, "steps": 10},
@@ -353,6 +355,31 @@ IMAGES: tuple[Component, ...] = (
     ),
 )
 
+# Stable Video Diffusion's: the image's embedding stands for the text, and its latents are seen beside each frame's.
+VIDEOS: tuple[Component, ...] = (
+    replace(
+        _MOTION,
+        name="video_unet",
+        inputs=(
+            Tensor(name="sample", shape=LATENTS),
+            Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
+            Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+            Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
+            Tensor(name=IMAGE_LATENTS, shape=LATENTS),
+            _PLACES,
+        ),
+        controlled="no",
+    ),
+    replace(
+        VAE_DECODER,
+        name="video_decoder",
+        inputs=(*VAE_DECODER.inputs, _PLACES),
+        traced={**VAE_DECODER.traced, "batch": 6, "frames": 3},
+        checked={**VAE_DECODER.checked, "batch": 10, "frames": 5},
+    ),
+    replace(_NETWORKS["vae_encoder"], name="video_encoder"),
+)
+
 # New ones come last: golden inputs are drawn by a component's place, and stay what they were.
 COMPONENTS: Mapping[str, Component] = {
     **_NETWORKS,
@@ -362,6 +389,7 @@ COMPONENTS: Mapping[str, Component] = {
     **{component.name: component for component in _LATER},
     **{component.name: component for component in IMAGES},
     _TRANSFORMER_CONTROLNET.name: _TRANSFORMER_CONTROLNET,
+    **{component.name: component for component in VIDEOS},
 }
 
 

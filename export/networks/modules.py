@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_names import COND, DOWN, FEATURE, IMAGE_SCALE, IMAGE_TOKENS, MID, SCALE, is_residual
 from latentrt.export.graphs.normalised_latents import Affine
+from latentrt.export.networks.frames import wrap_decoder, wrap_motion, wrap_video
 from latentrt.export.networks.image_prompts import ImageEncoder, Projection, attend_to_images
-from latentrt.export.networks.motion import MotionDenoiser
 from latentrt.export.networks.streamed_weights import stored_dtype
 from latentrt.export.networks.transformer import wrap_transformer, wrap_transformer_controlnet
 from latentrt.export.sources.parts import ImageAdapter
@@ -309,6 +309,7 @@ def load(
     """
     from diffusers import (
         AutoencoderKL,
+        AutoencoderKLTemporalDecoder,
         AutoencoderTiny,
         ControlNetModel,
         SD3ControlNetModel,
@@ -316,6 +317,7 @@ def load(
         T2IAdapter,
         UNet2DConditionModel,
         UNetMotionModel,
+        UNetSpatioTemporalConditionModel,
     )
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
@@ -354,7 +356,10 @@ def load(
             {"torch_dtype": dtype},
         ),
         "refiner": (UNet2DConditionModel, wrap_denoiser, {"torch_dtype": dtype}),
-        "motion_unet": (UNetMotionModel, partial(MotionDenoiser, names=takes), {"torch_dtype": dtype}),
+        "motion_unet": (UNetMotionModel, partial(wrap_motion, takes=takes), {"torch_dtype": dtype}),
+        "video_unet": (UNetSpatioTemporalConditionModel, partial(wrap_video, takes=takes), {"torch_dtype": dtype}),
+        "video_decoder": (AutoencoderKLTemporalDecoder, partial(wrap_decoder, takes=takes), {"torch_dtype": dtype}),
+        "video_encoder": (AutoencoderKLTemporalDecoder, Encoder, {"torch_dtype": dtype}),
         "adapter": (T2IAdapter, Adapter, {"torch_dtype": dtype}),
         "vae_decoder": (AutoencoderKL, partial(Decoder, affine=affine), {"torch_dtype": dtype}),
         "vae_encoder": (AutoencoderKL, partial(Encoder, affine=affine), {"torch_dtype": dtype}),

@@ -15,14 +15,14 @@ import torch
 from latentrt.engines.spec import TensorSpec
 from latentrt.engines.tensor_names import FRAMES
 from latentrt.export.graphs.trace import LIMITS, trace_graph
-from latentrt.export.networks.motion import MotionDenoiser, spread
+from latentrt.export.networks.frames import Framed, spread
 
 ROWS = "batch"  # the axis of the rows
 END = np.iinfo(np.int64).max
 
 
 def trace_windows(
-    module: MotionDenoiser,
+    module: Framed,
     inputs: Mapping[str, torch.Tensor],
     takes: Sequence[TensorSpec],
     gives: Sequence[TensorSpec],

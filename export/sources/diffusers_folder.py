@@ -19,7 +19,19 @@ from latentrt.export.configs.families import (
     name_pipeline,
 )
 from latentrt.export.graphs.external_data import data_files
-from latentrt.export.sources.parts import PARTS, TEXT_ENCODERS, Part, Parts, Source, WeightSource, denoiser_of, folders
+from latentrt.export.sources.parts import (
+    CLASSES,
+    FURTHER,
+    PARTS,
+    TEXT_ENCODERS,
+    Part,
+    Parts,
+    Source,
+    WeightSource,
+    denoiser_of,
+    folders,
+    further_networks,
+)
 from latentrt.export.sources.weight_files import find_pickles, find_weights, has_safetensors, is_pickle
 
 VAE, TINY = "AutoencoderKL", "AutoencoderTiny"  # diffusers' classes
@@ -36,18 +48,20 @@ def open_folder(root: Path, *, allow_pickle: bool = False, without: Collection[s
     denoiser = denoiser_of(_roles(index))
     source = source_of(root, {path.name for path in root.glob(f"{denoiser}/*")}, folder=denoiser)
     _refuse_other_unets(root)
-    networks = folders(source, _roles(index) - set(without))
+    further = set(FURTHER.get(_class_of(index, denoiser), ()))
+    networks = folders(source, (_roles(index) - set(further_networks()) | further) - set(without))
     tokenizers = [tokenizer for name, tokenizer in TEXT_ENCODERS.items() if name in networks]
     _require_folders(root, (*dict.fromkeys(networks.values()), "scheduler", *tokenizers))
+    parts = {name: CLASSES.get(_class_of(index, folder), PARTS[name]) for name, folder in networks.items()}
     return Parts(
         root=root,
         source=source,
         index=index,
         scheduler=read_json(root / "scheduler" / "scheduler_config.json"),
-        configs=read_configs(root, networks),
+        configs={component: read_config(part, root / networks[component]) for component, part in parts.items()},
         networks={
-            component: open_network(PARTS[component], root / folder, allow_pickle=allow_pickle)
-            for component, folder in networks.items()
+            component: open_network(part, root / networks[component], allow_pickle=allow_pickle)
+            for component, part in parts.items()
         },
         tokenizers={name: root / name for name in tokenizers},
         files=_files(root, source, (networks.values(), tokenizers), allow_pickle=allow_pickle),
@@ -82,6 +96,12 @@ def source_of(where: object, files: Collection[str], *, folder: str = "unet") ->
 def _roles(index: Mapping[str, Any]) -> set[str]:
     """Return what a checkpoint has, by its model_index.json: an absent part stands there as a pair of nulls."""
     return {role for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
+
+
+def _class_of(index: Mapping[str, Any], role: str) -> str:
+    """Return the class of a network, by model_index.json; empty where that does not name it."""
+    entry = index.get(role)
+    return str(entry[-1]) if isinstance(entry, list) and entry else ""
 
 
 def read_configs(root: Path, networks: Mapping[str, str]) -> dict[str, Mapping[str, Any]]:
@@ -164,16 +184,16 @@ def to_weight_source(part: Part, network: Path | WeightSource) -> WeightSource:
     )
 
 
-def refuse_other_vae(where: Path, vae: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a VAE's config is that of another class. where: its file or folder"""
-    kind = vae.get("_class_name", VAE)
+def refuse_other_vae(where: Path, vae: Mapping[str, Any], expected: str = VAE) -> None:
+    """Raise CheckpointError if a VAE's config is that of another class than is expected. where: its file or folder"""
+    kind = vae.get("_class_name", expected)
     if kind == TINY:
         raise CheckpointError(
             f"'{where}' is a tiny VAE ({TINY}), which is used next to a full-size VAE, not instead of it; "
             "give that with --vae and this one with --tiny-vae DIRECTORY"
         )
-    if kind != VAE:
-        raise CheckpointError(f"'{where}' was recognised as {kind}, which is not supported; expected {VAE}")
+    if kind != expected:
+        raise CheckpointError(f"'{where}' was recognised as {kind}, which is not supported; expected {expected}")
 
 
 def network_files(folder: Path, *, allow_pickle: bool) -> list[Path]:

@@ -11,7 +11,7 @@ from latentrt.engines.errors import CheckpointError, NotInstalledError
 from latentrt.export import INSTALL
 from latentrt.export.graphs.external_data import locations
 from latentrt.export.sources.diffusers_folder import source_of
-from latentrt.export.sources.parts import TEXT_ENCODERS, denoiser_of
+from latentrt.export.sources.parts import TEXT_ENCODERS, denoiser_of, further_networks
 from latentrt.export.sources.weight_files import STEMS, choose_variant, variant_of
 
 FOLDERS = (
@@ -76,11 +76,13 @@ def choose_files(files: Collection[str], where: str = "the repository", *, witho
     inside_it = {PurePosixPath(file).name for file in files if file.startswith(f"{denoiser}/")}
     source = source_of(where, inside_it, folder=denoiser)
     left = tuple(f"{folder}/" for name in without for folder in (name, TEXT_ENCODERS[name]))
-    known = [file for file in files if _is_ours(PurePosixPath(file)) and not file.startswith(left)]
+    reads = any(file.startswith(tuple(f"{name}/" for name in TEXT_ENCODERS)) for file in files)
+    folders = FOLDERS if reads else (*FOLDERS, *further_networks())  # what reads no text reads an image
+    known = [file for file in files if _is_ours(PurePosixPath(file), folders) and not file.startswith(left)]
     weights = [file for file in known if file.endswith(".safetensors") or ".safetensors.index" in file]
     others = [file for file in known if file not in weights and not file.endswith(".onnx")]
     chosen = []
-    for folder in FOLDERS:
+    for folder in folders:
         inside = {file: variant_of(file.split("/")[1]) for file in weights if _holds_network(file, folder)}
         wanted = choose_variant(inside.values(), where=f"{folder}/ of the repository") if inside else None
         chosen += [file for file, variant in inside.items() if variant == wanted]
@@ -98,10 +100,10 @@ def _holds_network(file: str, folder: str) -> bool:
     return file.startswith(tuple(f"{folder}/{stem}{end}" for stem in STEMS for end in ".-"))
 
 
-def _is_ours(path: PurePosixPath) -> bool:
+def _is_ours(path: PurePosixPath, folders: Collection[str]) -> bool:
     if len(path.parts) == 1:
         return path.name == "model_index.json"
-    return len(path.parts) == 2 and path.parts[0] in FOLDERS and path.suffix in READ
+    return len(path.parts) == 2 and path.parts[0] in folders and path.suffix in READ
 
 
 def find_cached(name: str, *, revision: str | None) -> Path | None:

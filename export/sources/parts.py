@@ -23,6 +23,8 @@ Part = Literal[
     "adapter",
     "tiny_vae",
     "motion_adapter",
+    "video_unet",
+    "video_vae",
     "image_encoder",
     "image_projection",
     "image_attention",
@@ -36,6 +38,14 @@ PARTS: Mapping[str, Part] = {
     "transformer": "transformer",
     "vae_decoder": "vae",
     "vae_encoder": "vae",
+    "image_encoder": "image_encoder",
+}
+# What a denoiser of a class reads beside text encoders and a VAE; other checkpoints may hold it for nothing.
+FURTHER: Mapping[str, tuple[str, ...]] = {"UNetSpatioTemporalConditionModel": ("image_encoder",)}
+# Networks whose class says what they are, whatever folder they are in.
+CLASSES: Mapping[str, Part] = {
+    "UNetSpatioTemporalConditionModel": "video_unet",
+    "AutoencoderKLTemporalDecoder": "video_vae",
 }
 TEXT_ENCODERS: Mapping[str, str] = {
     "text_encoder": "tokenizer",
@@ -52,8 +62,13 @@ def folders(source: Source, roles: Collection[str]) -> dict[str, str]:
     roles: what the checkpoint has, by model_index.json: some families have a second text encoder, one has no first
     """
     named = PARTS if source == "torch" else {name: name for name in PARTS}
-    own = (*TEXT_ENCODERS, *DENOISERS)
+    own = (*TEXT_ENCODERS, *DENOISERS, *further_networks())
     return {name: folder for name, folder in named.items() if name not in own or name in roles}
+
+
+def further_networks() -> tuple[str, ...]:
+    """Return all networks that a denoiser of some class reads beside text encoders and a VAE."""
+    return tuple(name for names in FURTHER.values() for name in names)
 
 
 def denoiser_of(names: Collection[str]) -> str:

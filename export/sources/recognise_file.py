@@ -21,6 +21,7 @@ from latentrt.export.configs.families import (
     OTHER_DENOISER_KEYS,
     PARTS,
     TRANSFORMER,
+    VIDEO_KEY,
     Base,
 )
 from latentrt.export.configs.published import CONFIGS
@@ -91,7 +92,7 @@ def recognise(file: TensorFile) -> SingleFile | None:
     """Say which Stable Diffusion a file is, None if it is not a whole checkpoint of one."""
     if config := transformer_config(file):
         return _of_transformer(file, config)
-    first = file.tensors.get(FIRST)
+    first = None if f"{DENOISER_PREFIX}{VIDEO_KEY}" in file.tensors else file.tensors.get(FIRST)
     if first is None or len(first.shape) != 4 or any(key.startswith("control_model.") for key in file.tensors):
         return None
     base = BASES.get(_text_width(file))

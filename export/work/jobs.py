@@ -180,11 +180,11 @@ def _graph(
         import torch
 
         from latentrt.export.graphs.trace import trace_graph
-        from latentrt.export.networks.motion import MotionDenoiser
+        from latentrt.export.networks.frames import Framed
         from latentrt.export.networks.windows import trace_windows
 
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        if isinstance(module, MotionDenoiser):
+        if isinstance(module, Framed):
             return trace_windows(module, tensors, takes, gives, axes=axes)
         return trace_graph(module, tensors, takes, gives, axes=axes)
 

@@ -49,6 +49,7 @@ def _size_numbers(job: Job, *, negative: bool) -> dict[SizeName, float]:
         "target_height": target[1],
         "target_width": target[0],
         "aesthetic_score": request.negative_aesthetic_score if negative else request.aesthetic_score,
+        **job.numbers,
     }
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from latentrt.engines.bundle.manifest import LatentSpec
-from latentrt.engines.spec import Array, Engine
-from latentrt.engines.tensor_names import PIXELS, SQUARES
+from latentrt.engines.spec import Array, Engine, TensorSpec
+from latentrt.engines.tensor_names import FRAMES, PIXELS, SQUARES
 from latentrt.engines.workspace.contract import STATE, Event, Workspace
 from latentrt.runtime.draw.finite import check_decoded, check_sums
 
@@ -17,18 +17,23 @@ Decode = Callable[[Array], Array]
 
 
 def decode_in_place(
-    workspace: Workspace, events: list[Event], *, decoder: str, slots: slice, one_by_one: bool = False
+    workspace: Workspace, events: list[Event], *, decoder: str, slots: slice, some: int | None = None
 ) -> Array:
     """Decode what was drawn in some slots, and note when that was done; return the pixels. Raises NotFiniteError.
 
-    one_by_one: where the memory is this process's own, a picture at a time: those of a video are many
+    some: where the memory is this process's own, how many pictures at a time, None for all: those of a video are many
     """
-    each = 1 if one_by_one and workspace.local else slots.stop - slots.start
+    each = some if some and workspace.local else slots.stop - slots.start
     for first in range(slots.start, slots.stop, each):
         workspace.run(decoder, slice(first, first + each))
     events.append(workspace.event())
     events[-1].wait()  # the event is after the pixels, so reading them does not wait again
     return _checked_pixels(workspace, slots)
+
+
+def takes_frames(inputs: Iterable[TensorSpec]) -> bool:
+    """Tell whether a network sees several frames at once. inputs: what it takes"""
+    return any(tensor.name == FRAMES for tensor in inputs)
 
 
 def _checked_pixels(workspace: Workspace, slots: slice) -> Array:
@@ -55,15 +60,17 @@ def through_engine(engine: Engine, space: LatentSpec, *, slots: int = 1) -> Deco
     """Return what decodes latents with a decoder's engine, whatever that begins with.
 
     slots: the pictures that it takes at the least; where there are fewer, it is given grey ones beside them
+    A decoder that sees several frames at once sees all that it is given.
     """
     from latentrt.engines.verify.canonical_view import as_canonical  # for pictures in tiles
 
-    canonical = as_canonical(engine, space)
+    canonical, together = as_canonical(engine, space), takes_frames(engine.spec.inputs)
 
     def decode(latents: Array) -> Array:
         filled = np.zeros((max(slots, len(latents)), *latents.shape[1:]), dtype=np.float32)
         filled[: len(latents)] = space.unscaled(latents)
-        decoded = canonical({"latent_sample": filled})
+        seen = {FRAMES: np.zeros(len(filled), np.float32)} if together else {}
+        decoded = canonical({"latent_sample": filled, **seen})
         check_sums(decoded[SQUARES][: len(latents)])
         return decoded[PIXELS][: len(latents)].copy()
 

@@ -21,7 +21,7 @@ from latentrt.runtime.draw.advice import explain
 from latentrt.runtime.draw.animation import vary
 from latentrt.runtime.draw.conditioning import conditions
 from latentrt.runtime.draw.controls import Features, feature_shapes
-from latentrt.runtime.draw.decode import decode_in_place, on_workspace, through_engine
+from latentrt.runtime.draw.decode import decode_in_place, on_workspace, takes_frames, through_engine
 from latentrt.runtime.draw.denoise import Batch, Loop, stages_of
 from latentrt.runtime.draw.finite import HINTED, LATENTS, START, finite
 from latentrt.runtime.draw.job import DenoiserRange, Job, latent_shape, repaints
@@ -103,9 +103,12 @@ class Drawing:
         The tiles' workspace is asked for before anything is drawn: where no engine fits it, the error comes early.
         """
         tiling, factor = job.tiling, self._manifest.latents.factor
+        if job.chunk is not None:
+            return partial(self._in_chunks, job, tokens=tokens)
         if tiling is None:
             slots = slice(0, len(job.prompts))
-            return partial(decode_in_place, decoder=job.decoder, slots=slots, one_by_one=bool(job.windows))
+            some = (self._together(job, job.decoder) or 1) if job.windows else None
+            return partial(decode_in_place, decoder=job.decoder, slots=slots, some=some)
         size = self._decoded_size(job)
         tile = on_workspace(self._workspace(job, denoiser, size, tokens=tokens, decoder=job.decoder), job.decoder)
 
@@ -115,6 +118,21 @@ class Drawing:
             return pixels
 
         return decode
+
+    def _in_chunks(self, job: Job, workspace: Workspace, events: list[Event], *, tokens: int) -> Array:
+        """Decode some frames of a video at a time, and note when that was done; return the pixels."""
+        assert job.chunk is not None
+        latents, frames = _latents_of(job, workspace.read(STATE), job.plan.stages), len(job.windows[0])
+        videos = np.split(latents[: len(job.prompts)], len(job.prompts) // frames)
+        parts = [part for one in videos for part in np.split(one, list(range(0, frames, job.chunk))[1:])]
+        pixels = [self.decode(job, job.decoder, part, tokens=tokens) for part in parts]
+        events.append(workspace.event())
+        return np.concatenate(pixels)
+
+    def _together(self, job: Job, decoder: str) -> int | None:
+        """Return how many frames of a video a decoder sees at once; None for one that sees each alone."""
+        temporal = takes_frames(self._manifest.components[decoder].inputs)
+        return len(job.windows[0]) if temporal and job.windows else None
 
     def _decoded_size(self, job: Job) -> tuple[int, int]:
         """Return the (width, height) in pixels that a decoder is given at once: the picture's, or a tile's."""
@@ -134,7 +152,10 @@ class Drawing:
         Raises NotFiniteError.
         """
         space, (width, height) = self._manifest.latents, self._decoded_size(job)
-        shape = self.fitting(WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height))
+        asked = WorkspaceShape(pictures=len(latents), tokens=tokens, width=width, height=height, windows=job.windows)
+        if job.windows and len(latents) != len(job.prompts):  # a part of a video
+            asked = msgspec.structs.replace(asked, windows=(tuple(range(len(latents))),))
+        shape = self.fitting(asked)
         with self._decoding:
             decode = through_engine(self._opened.engine(decoder, shape), space, slots=shape.pictures)
             tiling = job.tiling
@@ -333,6 +354,10 @@ class Drawing:
         (component,) = self._manifest.of_role("encoder")
         some = [run(component, {"sample": pixels[first : first + MOST]}) for first in range(0, len(pixels), MOST)]
         return np.concatenate([one["latent_parameters"] for one in some])
+
+    def encode(self, job: Job, near: WorkspaceShape, pixels: Array) -> Array:
+        """Return the distributions of the latents of images, see `start.Encoder`. near: of the workspace beside it"""
+        return self._encode_image(partial(self._run, near), pixels, tiling=job.tiling)
 
     def _run(self, near: WorkspaceShape, component: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a network on pictures that belong to those of a workspace, which may have another size.

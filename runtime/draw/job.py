@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.manifest import LatentSpec, Manifest
+from latentrt.engines.bundle.manifest import LatentSpec, Manifest, SizeName
 from latentrt.engines.bundle.windows import Windows
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
@@ -34,6 +34,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     decoder: the component that makes the pixels
     windows, shares: where the pictures are frames of videos, those that the denoiser sees at once, and what each row of
         these says of its frame; none where each is a picture of its own
+    numbers: what else than a request's fields the denoiser is told of, see `DenoiserSpec.sizes`
+    chunk: how many frames are decoded at once, None for all of a video
     """
 
     request: Request
@@ -54,6 +56,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     images: tuple[ResolvedImage, ...] = ()
     windows: Windows = ()
     shares: Array | None = None
+    numbers: Mapping[SizeName, float] = msgspec.field(default_factory=dict)
+    chunk: int | None = None
 
     @property
     def rows(self) -> int:
@@ -93,6 +97,21 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 def resolve(request: Request, manifest: Manifest) -> Job:
     """Check a request against a bundle. Raises RequestError, with one sentence, on what cannot be drawn."""
+    require_pictures(manifest)
+    return resolve_any(request, manifest)
+
+
+def require_pictures(manifest: Manifest) -> None:
+    """Raise RequestError where a bundle draws no pictures."""
+    if manifest.denoisers[manifest.denoiser].shown is not None:
+        raise RequestError(
+            "this bundle makes videos of an image, not pictures; use `latentrt video BUNDLE --image FILE`, or "
+            "pipe.video(image=…)"
+        )
+
+
+def resolve_any(request: Request, manifest: Manifest) -> Job:
+    """Check a request as `resolve` does, whose pictures may be the frames of a video."""
     if type(request.n) is not int or request.n < 1:
         raise RequestError(f"n: found {request.n!r}, expected a whole number of pictures from 1 up")
     prompts = tuple(text for text in _texts("prompt", request.prompt) for _ in range(request.n))

@@ -63,7 +63,8 @@ def plan_guidance(
 ) -> Guidance:
     """Return the guidance of a batch.
 
-    scale: one for all pictures, or (n,). As in diffusers, 1 and below means that the prompt alone is followed.
+    scale: one for all pictures, or (n,). As in diffusers, a largest one of 1 and below means that the prompt alone is
+        followed.
     interval: the fractions of the plan between which it is guided, see `guided_stages`
     skip: the scale of skip-layer guidance, 0 for none; skip_interval: where it is on, see `skipping_stages`: where the
         plan is guided at all, as in diffusers
@@ -79,8 +80,9 @@ def plan_guidance(
     if skip < 0:
         raise RequestError(f"skip_layer_guidance: found {skip:g}, expected a number from 0 up")
     inside = guided_stages(plan, *interval)
-    scales = np.maximum(np.broadcast_to(scales, (pictures,)), np.float32(1))
-    guided = inside & bool((scales != 1).any())
+    on = bool((scales > 1).any())
+    scales = np.broadcast_to(scales, (pictures,)) if on else np.ones(pictures, dtype=np.float32)
+    guided = inside & on
     skipping = guided & skipping_stages(plan, *skip_interval) & (skip > 0)
     if skip and not skipping.any():
         raise RequestError(

@@ -13,6 +13,7 @@ from latentrt.engines.bundle.files import Bundle, check_file, disk_errors, insid
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, MANIFEST
 from latentrt.engines.bundle.staging import publish, staged
 from latentrt.engines.errors import RequestError
+from latentrt.runtime.draw.job import require_pictures
 from latentrt.runtime.triton.tensors import INPUTS, NEEDED, OUTPUTS, Tensor
 
 CONFIG, CODE, BUNDLE = "config.pbtxt", "model.py", "bundle"
@@ -59,6 +60,7 @@ def write_model(
     Raises RequestError and BundleError.
     """
     opened = Bundle.open(bundle)
+    require_pictures(opened.manifest)
     target = repository / _checked(name or opened.name)
     with staged(target, "triton") as directory:
         _refuse(target, opened, version, options, force=force)

@@ -37,6 +37,7 @@ from latentrt.runtime.loaded import Loaded
 from latentrt.runtime.request import Control, ImagePrompt, Request
 from latentrt.runtime.text.encoders import read_encoders
 from latentrt.runtime.verify.compared import ComparedWorkspace, Difference
+from latentrt.runtime.video.request import VideoRequest
 
 OUTPUTS: Mapping[Role, str] = {"text_encoder": TEXT, "denoiser": STATE, "decoder": PIXELS}
 STEPS = 5
@@ -44,6 +45,7 @@ GUIDED = (0.0, 0.6)  # of the steps: then both a row and two rows for each pictu
 SKIPPING = (0.1, 0.6)  # of the steps: a third row, where layers can be skipped
 GUIDANCE = 2.0  # small, or the difference of two outputs would be what is compared
 PROMPT = "a red circle on a plain blue background"
+FRAMES = 3  # of a video, where any number will do
 REFINED = 0.5  # from where a refiner draws on
 
 
@@ -92,10 +94,14 @@ def _verify_engines(bundle: Bundle, choice: Choice, found: tuple[Path, EngineRec
 
 
 def _rows(
-    differences: list[Difference], backend: BackendName, limits: Mapping[str, float], request: Request
+    differences: list[Difference],
+    backend: BackendName,
+    limits: Mapping[str, float],
+    request: Request | VideoRequest,
 ) -> Iterator[Row]:
-    assert request.size is not None
-    size, stage = "x".join(map(str, request.size)), 0
+    sides: tuple[int, int] | None = request.options["size"] if isinstance(request, VideoRequest) else request.size
+    assert sides is not None
+    size, stage = "x".join(map(str, sides)), 0
     for one in differences:
         stage += one.output == STATE
         limit = limits[one.program]
@@ -116,22 +122,32 @@ def _draw(
     bundle: Bundle,
     choice: Choice,
     found: tuple[Path, EngineRecord],
-    request: Request,
+    request: Request | VideoRequest,
     tell: Callable[[Difference], None],
 ) -> None:
     """Draw a request on the engines of one directory. Raises EngineError and BundleError."""
-    job = resolve(request, bundle.manifest)
     with contextlib.closing(ComparedEngines(bundle, choice, found, tell)) as opened:
         loaded = Loaded(bundle, opened, read_encoders(bundle, opened.engines, check="hash"))
-        for _ in loaded.drawing(job, loaded.source(job), watched=False):
+        if isinstance(request, VideoRequest):
+            from latentrt.runtime.video.resolve import resolve_video, video_source  # for bundles that can
+
+            video = resolve_video(request, bundle.manifest)
+            job, source = video.job, video_source(loaded, video)
+        else:
+            job = resolve(request, bundle.manifest)
+            source = loaded.source(job)
+        for _ in loaded.drawing(job, source, watched=False):
             pass
 
 
-def short_request(manifest: Manifest, record: EngineRecord) -> Request:
+def short_request(manifest: Manifest, record: EngineRecord) -> Request | VideoRequest:
     """Return a request that makes each denoiser and ControlNet of a bundle run, at sizes that its engines take."""
     width, height, pictures, chunks = _least(manifest, record)
-    words = next(iter(manifest.tokenizers.values())).max_length - 2
     grey = np.tile(np.linspace(0, 255, width, dtype=np.uint8)[:, None], (height, 1, 3))
+    if manifest.denoisers[manifest.denoiser].shown is not None:
+        size, guided = (width, height), {"guidance": GUIDANCE, "guidance_interval": GUIDED}
+        return VideoRequest(frames=pictures, options={"image": grey, "seed": 0, "steps": STEPS, "size": size, **guided})
+    words = next(iter(manifest.tokenizers.values())).max_length - 2
     controls = [one.control for one in manifest.components.values() if one.role in CONTROL_ROLES]
     repainted, skips = repaints(manifest), manifest.row_groups(manifest.denoiser) > 2
     return Request(
@@ -161,11 +177,11 @@ def _least(manifest: Manifest, record: EngineRecord) -> tuple[int, int, int, int
     if not profiles:
         grid = 8 * factor  # a UNet halves its latents up to three times
         width, height = (max(side // 2 // grid, 1) * grid for side in manifest.default_size)
-        return width, height, 1, 1
+        return width, height, FRAMES if manifest.denoisers[manifest.denoiser].shown else 1, 1
     least = min(profiles, key=lambda sizes: (sizes["latent_width"] * sizes["latent_height"], sizes["tokens"]))
     pictures = min(sizes["pictures"] for sizes in profiles)
     always = manifest.text_tokens(manifest.denoiser, chunks=0)
-    chunks = (least["tokens"] - always) // (manifest.text_tokens(manifest.denoiser) - always)
+    chunks = (least["tokens"] - always) // max(manifest.text_tokens(manifest.denoiser) - always, 1)
     return least["latent_width"] * factor, least["latent_height"] * factor, pictures, max(chunks, 1)
 
 

@@ -2,42 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, Self
 
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.manifest import FrameRange, Manifest
-from latentrt.engines.bundle.windows import Windows, plan_windows, repeated, shares_of
 from latentrt.engines.errors import RequestError
+from latentrt.engines.spec import Array
 from latentrt.runtime.draw.animation import Frame
-from latentrt.runtime.draw.job import Job, resolve, seeds_of
-from latentrt.runtime.request import Control, Options, Request
+from latentrt.runtime.draw.job import Job, seeds_of
+from latentrt.runtime.request import Control, Options
 
 MOST_FRAMES = 10_000  # of a video, all of which are in memory
-# What belongs to pictures that are drawn from a seed each.
-NOT_HERE = ("mask", "variation_seed", "latents", "refine_from")
 
 
 class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A video, or several. Only the prompt is needed.
+    """A video, or several. Only the prompt is needed or, where the bundle makes videos of an image, that image alone.
 
     prompt: a text, or texts by the number of the frame that each is for: between two of them the text is mixed on a
-        line, before the first and after the last it stays
-    frames: how many; each more than the bundle's window costs a share of a window
+        line, before the first and after the last it stays; None where an image is what is read
+    frames: how many, None for as many as the denoiser was trained with; each more than the bundle's window costs a
+        share of a window
     window: how many frames the denoiser sees at once; None for as many as it was trained with. A longer video is drawn
         in windows that overlap, whose outputs are mixed
     overlap: how many frames of a window are in the one before too; None for a quarter of them
+    fps: frames a second, None for 8 or, of an image, 7: what a file plays, and what a denoiser of an image is told
+    first_guidance: the scale for the first frame, from which it goes on a line to `guidance` for the last; None for
+        that of all or, of an image, 1 (to 3)
+    motion_bucket, noise_augmentation: of an image: how much moves, 0 to 255, None for 127; and how much noise is added
+        to it, from 0 up, None for 0.02, which lets the video leave it
+    decode_chunk: how many frames are decoded at once, None for all: fewer take less memory
     options: the fields of `Request` beside its prompt, of every frame; here `n` and `seed` count videos, and `image`
-        and those of `controls` are one for all frames or one for each
+        and those of `controls` are one for all frames or one for each; where the bundle makes videos of an image,
+        `image` is one for all videos or one for each
     """
 
-    prompt: str | Mapping[int, str]
-    frames: int = 16
+    prompt: str | Mapping[int, str] | None = None
+    frames: int | None = None
     window: int | None = None
     overlap: int | None = None
+    fps: float | None = None
+    first_guidance: float | None = None
+    motion_bucket: float | None = None
+    noise_augmentation: float | None = None
+    decode_chunk: int | None = None
     options: Mapping[str, Any] = msgspec.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, prompt: str | Mapping[int, str] | None, frames: int | None, options: Mapping[str, Any]) -> Self:
+        """Return what a call asks for by keywords. Raises RequestError on one that there is not."""
+        own = {name: value for name, value in options.items() if name in cls.__struct_fields__}
+        rest = {name: value for name, value in options.items() if name not in own}
+        return cls(prompt=prompt, frames=frames, **own, options=rest)
+
+
+class MovingImage(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """An image that moves: one for each video, or one for all.
+
+    pixels: (1 or n, height, width, 3), float32, -1 to 1, as the VAE encodes them once noise was added
+    seen: (1 or n, 3, side, side), float32, as the image encoder takes them
+    noise: how much is added
+    """
+
+    pixels: Array
+    seen: Array
+    noise: float
 
 
 class VideoJob(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -45,13 +76,16 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     job: whose pictures are the frames, of one video behind another's; keys: the prompts that the text is mixed of
     mixed: where between them each frame of a video lies
+    fps: frames a second; image: what moves, where that is read in place of a prompt
     """
 
     job: Job
     videos: int
     frames: int
-    keys: tuple[str, ...]
-    mixed: tuple[Frame, ...]
+    fps: float
+    keys: tuple[str, ...] = ()
+    mixed: tuple[Frame, ...] = ()
+    image: MovingImage | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -64,65 +98,25 @@ class VideoJob(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return self.job.pixels is not None
 
 
-def resolve_video(asked: VideoRequest, manifest: Manifest) -> VideoJob:
-    """Check what is asked against a bundle. Raises RequestError, with one sentence, on what cannot be drawn."""
-    known = manifest.denoisers[manifest.denoiser].frames
-    if known is None:
+def number(name: str, value: object, *, least: float, most: float = math.inf, open_end: bool = False) -> float:
+    """Return a finite number of a request. open_end: whether the least is itself too little. Raises RequestError."""
+    fits = isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
+    if not fits or not least <= value <= most or (open_end and value == least):  # type: ignore[operator]
+        until = f" to {most:g}" if most < math.inf else "" if open_end else " up"
         raise RequestError(
-            "this bundle draws pictures, not videos; export its checkpoint with --motion-adapter PATH, or draw the way "
-            "from picture to picture with animate()"
+            f"{name}: found {value!r}, expected a number {'above' if open_end else 'from'} {least:g}{until}"
         )
-    frames = _whole("frames", asked.frames, 1, MOST_FRAMES)
-    options = dict(asked.options)
-    for name in NOT_HERE:
-        if options.get(name) is not None:
-            raise RequestError(f"{name}: videos have none; omit it")
-    videos, windows = _whole("n", options.pop("n", 1), 1, MOST_FRAMES), _windows(asked, known, frames)
-    if len(windows) > 1 and options.get("guidance_rescale"):
-        raise RequestError("guidance_rescale: a video of several windows has none; omit it, or ask for fewer frames")
-    keys, mixed = _keys(asked.prompt, frames)
-    nearest = [keys[one.second if one.weight > 0.5 else one.first] for one in mixed]
-    job = resolve(Request(prompt=nearest * videos, **_of_frames(options, videos, frames)), manifest)
-    return VideoJob(
-        job=msgspec.structs.replace(
-            job, windows=repeated(windows, videos, frames), shares=np.tile(shares_of(windows), videos)
-        ),
-        videos=videos,
-        frames=frames,
-        keys=keys,
-        mixed=mixed,
-    )
+    return float(value)  # type: ignore[arg-type]
 
 
-def _whole(name: str, value: object, least: int, most: int) -> int:
+def whole_number(name: str, value: object, least: int, most: int) -> int:
+    """Return a whole number of a request. Raises RequestError."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise RequestError(f"{name}: found {value!r}, expected a whole number from {least} to {most}")
     return value
 
 
-def _windows(asked: VideoRequest, known: FrameRange, frames: int) -> Windows:
-    window = min(known.window, known.most) if asked.window is None else _whole("window", asked.window, 1, known.most)
-    overlap = None if asked.overlap is None else _whole("overlap", asked.overlap, 0, window - 1)
-    return plan_windows(frames, window, overlap)
-
-
-def _keys(prompt: str | Mapping[int, str], frames: int) -> tuple[tuple[str, ...], tuple[Frame, ...]]:
-    """Return the prompts, and between which of them each frame's text lies."""
-    places = {0: prompt} if isinstance(prompt, str) else prompt
-    if not isinstance(places, Mapping) or not places or not all(isinstance(text, str) for text in places.values()):
-        raise RequestError(f"prompt: found {prompt!r}, expected a text, or texts by the number of a frame")
-    at = sorted(_whole("prompt, the number of a frame", place, 0, frames - 1) for place in places)
-    return tuple(places[place] for place in at), tuple(_between(at, frame) for frame in range(frames))
-
-
-def _between(at: Sequence[int], frame: int) -> Frame:
-    after = next((number for number, place in enumerate(at) if place >= frame), len(at) - 1)
-    before = max(0, after - 1) if at[after] > frame else after
-    span = at[after] - at[before]
-    return Frame(first=before, second=after, weight=(frame - at[before]) / span if span else 0.0)
-
-
-def _of_frames(options: Mapping[str, Any], videos: int, frames: int) -> Options:
+def options_of_frames(options: Mapping[str, Any], videos: int, frames: int) -> Options:
     """Return the options of all frames as pictures: a video's seed is that of each, its images are one for each."""
     seeds = seeds_of(options.get("seed"), videos)
     found: dict[str, Any] = {**options, "seed": [seed for seed in seeds for _ in range(frames)]}

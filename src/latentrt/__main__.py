@@ -25,7 +25,7 @@ COMMANDS = {  # name: (module, attribute, one line for --help)
     "build": ("latentrt.engines.cli", "build", "Build a bundle's engines for this machine."),
     "generate": ("latentrt.runtime.cli", "generate", "Draw pictures from a prompt."),
     "animate": ("latentrt.runtime.cli", "animate", "Draw an animation between prompts and seeds."),
-    "video": ("latentrt.runtime.video.cli", "video", "Draw a video, from a bundle with a motion adapter."),
+    "video": ("latentrt.runtime.video.cli", "video", "Draw a video of a text, or of an image."),
     "serve": ("latentrt.runtime.serve.cli", "serve", "Serve bundles over HTTP, as OpenAI's Images API and more."),
     "export-triton": (
         "latentrt.runtime.triton.cli",
