@@ -7,8 +7,10 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Self
 
 import msgspec
@@ -99,10 +101,11 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Turn:
-    """A lock whose owner is known, so that a call from within a call is refused instead of waiting for itself."""
+    """A lock that is given in the order of asking. Its owner is known: a call from within a call is refused."""
 
     def __init__(self) -> None:
-        self._change = threading.Condition()
+        self._lock = threading.RLock()  # a signal handler may cancel what its own thread waits for
+        self._line = deque[threading.Condition]()
         self._owner: int | None = None
         self._process = os.getpid()  # of the owner: a fork has the lock, and not the thread that would give it back
         self._telling = threading.local()  # whether this thread tells somebody of a picture that was drawn
@@ -129,11 +132,18 @@ class Turn:
         """
         self.refuse_nested()
         self._refuse_forked()
-        with self._change, limits.cancel.waking(self._wake) if limits.cancel else nullcontext():
-            while self._owner is not None:
-                limits.check("while another call was drawing")
-                self._change.wait(limits.left)
-            self._owner, self._process = threading.get_ident(), os.getpid()
+        mine = threading.Condition(self._lock)
+        wake = partial(self._wake, mine)
+        with self._lock, limits.cancel.waking(wake) if limits.cancel else nullcontext():
+            self._line.append(mine)
+            try:
+                while self._owner is not None or self._line[0] is not mine:
+                    limits.check("while another call was drawing")
+                    mine.wait(limits.left)
+                self._owner, self._process = threading.get_ident(), os.getpid()
+            finally:
+                self._line.remove(mine)
+                self._wake_first()
 
     def _refuse_forked(self) -> None:
         if self._owner is not None and self._process != os.getpid():
@@ -142,9 +152,13 @@ class Turn:
                 "again, or fork before anything is drawn"
             )
 
-    def _wake(self) -> None:
-        with self._change:
-            self._change.notify_all()
+    def _wake(self, waiting: threading.Condition) -> None:
+        with self._lock:
+            waiting.notify_all()
+
+    def _wake_first(self) -> None:
+        if self._owner is None and self._line:
+            self._line[0].notify_all()
 
     def refuse_nested(self) -> None:
         """Raise NestedCallError if this thread has the turn, or tells somebody of a picture."""
@@ -160,9 +174,9 @@ class Turn:
 
     def give_back(self) -> None:
         """Give up the turn."""
-        with self._change:
+        with self._lock:
             self._owner = None
-            self._change.notify()
+            self._wake_first()
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -6,15 +6,21 @@ import errno
 import io
 import pickle
 import random
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from benchmarks.torture.__main__ import PARTS
+from benchmarks.torture.devices import WAYS, Machine, Row, trial
+from benchmarks.torture.page import PAGE, reports, with_table
 from benchmarks.torture.process import try_program
 from benchmarks.torture.reading.files import Altered
 from benchmarks.torture.reading.reads import KEPT, State, attempt, try_target
 from benchmarks.torture.reading.targets import TARGETS
+from benchmarks.torture.soak import slope
 from benchmarks.torture.sources import Sources
 from benchmarks.torture.writing.layer import compiled, layer
 from benchmarks.torture.writing.writes import Trial, distinct, faults
@@ -25,6 +31,7 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle, check_file, record_file
 from latentrt.engines.bundle.safetensors_header import read_header, weights_format
 from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.runtime.calls import Turn
 from latentrt.runtime.serve.openai.store import put
 
 
@@ -82,8 +89,6 @@ def test_a_file_of_a_bundle_that_cannot_be_read_is_one_sentence(
 def test_weights_that_cannot_be_read_are_one_sentence(
     read: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import numpy as np
-
     file = tmp_path / "w.safetensors"
     save_file({"a": np.zeros(3, np.float32)}, file)
     read(file)
@@ -143,6 +148,51 @@ def test_an_altered_file_of_a_bundle_is_refused_or_harmless(sd1_bundle: Path, tm
     altered = Altered("sd1", sd1_bundle, tmp_path / "altered")
     assert [found for number in range(12) for found in altered.attack(number, 5)] == []
     assert altered.counts["refused"] and altered.counts["verify_refused"]
+
+
+def test_a_call_to_a_gpu_that_fails_is_told_and_the_next_one_works_or_is_told_why_not(
+    sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, chance = Machine(monkeypatch, tmp_path, sd1_bundle), random.Random(2)
+    for way in (*WAYS, "refused", "silent"):
+        row, calls = Row(way=way), machine.tensorrt_calls if way in ("refused", "silent") else machine.cuda_calls
+        for number in chance.sample(range(1, len(calls) + 1), 3):
+            assert list(trial(machine, number, way, row)) == [], (way, number, calls[number - 1])
+        assert row.failed == 3 and (row.restart if way in ("sticky", "forked") else row.next_works) == 3
+
+
+def test_a_slope_tells_growth_from_swinging() -> None:
+    seconds = [float(second) for second in range(100)]
+    noise = np.random.default_rng(1).normal(0, 1, 100)
+    still, grows = (
+        slope(seconds, noise.tolist()),
+        slope(seconds, [0.2 * x + y for x, y in zip(seconds, noise, strict=True)]),
+    )
+    assert abs(still.drift) < still.spread and grows.drift > 2 * grows.spread
+
+
+def test_the_table_of_the_page_is_that_of_the_results() -> None:
+    assert with_table(PAGE.read_text()) == PAGE.read_text()
+    assert {report["part"] for report in reports()} <= set(PARTS)
+
+
+def test_the_turn_goes_to_who_has_waited_longest_and_not_to_who_had_it_last() -> None:
+    turn, order, threads = Turn(), list[int](), list[threading.Thread]()
+
+    def wait(number: int) -> None:
+        with turn.hold():
+            order.append(number)
+
+    with turn.hold():
+        for number in range(20):
+            threads.append(threading.Thread(target=wait, args=(number,)))
+            threads[-1].start()
+            while len(turn._line) <= number:
+                time.sleep(0.001)
+    wait(20)
+    for thread in threads:
+        thread.join()
+    assert order == [*range(21)]
 
 
 ENDS = [

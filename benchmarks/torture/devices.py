@@ -150,11 +150,11 @@ class Nth:
 class Machine:
     """A bundle, engines for the stand-in, and what they draw when nothing fails."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, work: Path) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, work: Path, bundle: Path) -> None:
         self._patch = patch
         self.root = work / "device-bundle"
         shutil.rmtree(self.root, ignore_errors=True)
-        shutil.copytree(sources(work / "sources").bundle, self.root)
+        shutil.copytree(bundle, self.root)
         install(patch, tensorrt="11.4.0.106")
         build_engines(Bundle.open(self.root), "tensorrt", options=OPTIONS)
         self.device, self.nth = FailingDevice(), Nth(0)
@@ -162,7 +162,7 @@ class Machine:
         with Pipeline.load(self.root, "tensorrt") as pipe:
             self.expected = self.draw(pipe)
             assert np.array_equal(self.draw(pipe), self.expected)
-        self.cuda_calls, self.tensorrt_calls = list(self.device.seen), list(self.nth.seen)
+            self.cuda_calls, self.tensorrt_calls = list(self.device.seen), list(self.nth.seen)
 
     def start(self, device: FailingDevice, nth: Nth, *, silent: bool = False) -> None:
         """Let this be the device, and this decide what TensorRT refuses, from now on."""
@@ -241,7 +241,7 @@ def run(work: Path, *, seed: int, seconds: float, short: bool) -> Result:
     del short  # the time alone decides
     chance, end, found = random.Random(seed), time.monotonic() + seconds, list[Found]()
     with pytest.MonkeyPatch.context() as patch:
-        machine = Machine(patch, work)
+        machine = Machine(patch, work, sources(work / "sources").bundle)
         calls = [(machine.cuda_calls, way) for way in WAYS]
         calls += [(machine.tensorrt_calls, way) for way in ("refused", "silent")]
         tries = [(number, way, names) for names, way in calls for number in range(1, len(names) + 1)]

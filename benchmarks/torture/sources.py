@@ -42,3 +42,19 @@ def sources(folder: Path) -> Sources:
         export_checkpoint(str(made.checkpoint), made.other, precision="fp16")
     build_engines(Bundle.open(made.bundle), "cpu", store=str(made.store))
     return made
+
+
+def controlled(folder: Path) -> Path:
+    """Return a bundle of the same checkpoint with a ControlNet, `edges`."""
+    from tests.tiny import save_controlnet
+
+    from latentrt.export.export import export_checkpoint
+    from latentrt.export.options import CheckpointOptions, ControlNetOption
+
+    network, bundle = folder / "edges", folder / "tiny-controlled"
+    if not network.exists():
+        save_controlnet(network)
+    if not bundle.exists():
+        options = CheckpointOptions(controlnets=(ControlNetOption(name="edges", path=str(network)),))
+        export_checkpoint(str(folder / "checkpoint"), bundle, precision="fp32", options=options)
+    return bundle

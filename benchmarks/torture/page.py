@@ -1,0 +1,57 @@
+"""`python -m benchmarks.torture.page`: the table of docs/reliability.md, from benchmarks/results/torture-*.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+HEAD = "| part | what was done | found | run |\n|---|---|---|---|\n"
+
+
+def done(result: Mapping[str, Any]) -> str:
+    """Return what a part did, in figures."""
+    counts = result["counts"]
+    words = {
+        "writes": "{tried:,} of {distinct:,} calls failed once: {refused:,} refusals, {passed:,} that did their work",
+        "kills": "{killed:,} commands killed alone, {killed_of_two:,} of two at once; {finished:,} runs after them",
+        "reads": "{executions:,} inputs to {readers} readers, {read:,} of them read",
+        "files": "{tried:,} alterations of {families}: {refused:,} refused, {harmless:,} harmless",
+        "devices": "{tried:,} of {ways:,} failures of {calls:,} calls",
+        "process": "{tried:,} of {programs:,} programs",
+        "soak": "{right:,} pictures, each the right one, in {modes}; {others:,} refused, cancelled or over their time",
+    }[result["part"]]
+    further = {
+        "readers": len(result.get("targets", ())),
+        "families": ", ".join(result.get("families", ())),
+        "modes": ", ".join(f"{mode['mode']} ({mode['threads']})" for mode in result.get("modes", ())),
+        "others": sum(counts.values()) - counts.get("right", 0),
+    }
+    return words.format(**counts, **further)
+
+
+def row(result: Mapping[str, Any]) -> str:
+    """Return a result's row."""
+    run = f"{result['date']}, seed {result['seed']}, {result['form']}, {result['seconds']:.0f} s"
+    found = len(result["found"]) or "nothing"
+    return f"| `{result['part']}` | {done(result)} | {found} | {run} |\n"
+
+
+def reports() -> list[dict[str, Any]]:
+    """Return the results that are there, by the name of the part."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("torture-*.json"))]
+
+
+def with_table(page: str) -> str:
+    """Return the page with the table of the results that are there."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + BEGIN + HEAD + "".join(map(row, reports())) + END + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
