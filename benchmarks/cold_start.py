@@ -26,12 +26,15 @@ from typing import Any
 
 import msgspec
 from import_time import environment, install
+from load import place
 from paired import paired_ratio
 
 from latentrt.runtime.bench.machine import describe, now
 
 HERE = Path(__file__).parent.parent
 LIBRARIES = "numpy, onnxruntime"
+RESULTS = HERE / "benchmarks" / "results"
+PLACE = "cold starts"  # of the table in docs/figures.md
 PARTS = ("interpreter", "import", "load", "picture")
 # The clock counts from the machine's start, for all processes.
 CHILD = """
@@ -58,7 +61,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--size", type=lambda text: [int(part) for part in text.split("x")], help="WIDTHxHEIGHT")
     parser.add_argument("--first", action="store_true", help="Tell this version what it will draw when it loads.")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="A new benchmarks/results/cold-start-NAME.json.")
+    parser.add_argument("--page", type=Path, help="docs/figures.md: write the table of all those results into it.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.bundle.resolve().parent, prefix=".cold-") as folder:
         sides = {
@@ -70,6 +74,8 @@ def main() -> None:
     show(found)
     if arguments.json:
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+    if arguments.page:
+        arguments.page.write_text(place(arguments.page.read_text(), PLACE, cold_table()))
 
 
 def prepare(tree: Path, bundle: Path, folder: Path) -> Path:
@@ -144,6 +150,26 @@ def show(found: dict[str, Any]) -> None:
         parts = ", ".join(f"{part} {1e3 * seconds[part]:.0f}" for part in PARTS if part in seconds)
         print(f"{name}: {1e3 * seconds['total']:.0f} ms ({parts}); {1e3 * seconds['processor']:.0f} ms of processors")
     print(f"the same pictures: {found['same']} of {found['rounds']}")
+
+
+def cold_table() -> str:
+    """Return a row for each result: the seconds of either version by part, and their ratio."""
+    head = [
+        "bundle",
+        *(f"{side}: {what}, ms" for side in ("before", "now") for what in (*PARTS, "all")),
+        "now / before",
+    ]
+    rows = [head, ["---"] * len(head), *(row(path) for path in sorted(RESULTS.glob("cold-start-*.json")))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def row(result: Path) -> list[str]:
+    """Return the cells of a result."""
+    found = json.loads(result.read_text())
+    medians, ratio = found["medians"], found["ratios"]["total"]
+    times = [f"{1e3 * medians[side][part]:.0f}" for side in ("before", "now") for part in (*PARTS, "total")]
+    interval = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio["low"] is not None else ""
+    return [result.stem.removeprefix("cold-start-"), *times, f"{ratio['estimate']:.2f}{interval}"]
 
 
 if __name__ == "__main__":

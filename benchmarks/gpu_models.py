@@ -1,4 +1,4 @@
-"""What the GPU suite measures: the models, and the ways in which ONNX Runtime can be told to run them."""
+"""What the GPU suite measures: the models, and the ways in which backends can be told to build and run them."""
 
 from __future__ import annotations
 
@@ -48,33 +48,41 @@ TINY = Model(shape="tiny", size=64, steps=2, guidance=7.5, sampler="euler", tflo
 ALL_MODELS = {**MODELS, "tiny": TINY}
 
 
+COMPILERS = ("tensorrt", "tensorrt-rtx")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to build and open engines of ONNX Runtime on a GPU.
+    """One way to build and open engines on a GPU.
 
     cuda_graphs: whether kernels are recorded and replayed; None, as by default, they are
     settings: of the CUDA provider, by ONNX Runtime's own names
-    recipe: of `latentrt build`; None for the default one, whose engines the other ways open too
+    options: of `latentrt build`; without any, the default's engines are opened
+    backends: it is for these
     """
 
     cuda_graphs: bool | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
-    recipe: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    backends: tuple[str, ...] = ("cuda",)
 
     def facts(self) -> dict[str, Any]:
         """Return it as plain data."""
-        return {"cuda_graphs": self.cuda_graphs, "settings": dict(self.settings), "recipe": self.recipe}
+        return {"cuda_graphs": self.cuda_graphs, "settings": dict(self.settings), "options": dict(self.options)}
 
 
 # The first is what the product does when nothing is said. sdpa_kernel has a bit for each attention kernel.
 WAYS: dict[str, Way] = {
     "": Way(),
     "launched": Way(cuda_graphs=False),
-    "plain": Way(recipe="plain"),
+    "plain": Way(options={"recipe": "plain"}),
     "fused-bias": Way(settings={"fuse_conv_bias": "1"}),
     "flash": Way(settings={"sdpa_kernel": "1"}),
     "cudnn-attention": Way(settings={"sdpa_kernel": "8"}),
     "tf32-off": Way(settings={"use_tf32": "0"}),
     "heuristic": Way(settings={"cudnn_conv_algo_search": "HEURISTIC"}),
     "efficient": Way(settings={"sdpa_kernel": "2"}),
+    "level-5": Way(options={"optimization_level": 5}, backends=COMPILERS),
+    "separate-skips": Way(options={"separate_skips": True}, backends=COMPILERS),
+    "aux-streams": Way(options={"aux_streams": 2}, backends=COMPILERS),
 }

@@ -89,10 +89,8 @@ def do_build(facts: Mapping[str, Any], done: Keep) -> None:
     from latentrt.engines.bundle.files import Bundle
     from latentrt.engines.progress import terminal_report
 
-    root, options = Path(facts["root"]), BuildOptions()
-    if facts["recipe"] is not None:
-        options = BuildOptions(recipe=facts["recipe"])
-    if not root.exists():  # a bundle of its own for another recipe, so that each opens its own engines
+    root, options = Path(facts["root"]), BuildOptions(**facts["options"])
+    if not root.exists():  # a bundle of its own for other options, so that each opens its own engines
         shutil.copytree(facts["base"], root, ignore=shutil.ignore_patterns("engines"), copy_function=os.link)
     with terminal_report() as report:
         record = build_engines(Bundle.open(root), facts["backend"], options=options, report=report)

@@ -241,10 +241,10 @@ class Plan:
         looked_into = name == LOOKED_INTO or self._rehearsal
         for label, way in WAYS.items():
             launched = label == "launched" and backend in ("cuda", REHEARSAL)
-            if label and not launched and not (looked_into and backend == "cuda"):
+            if label and not launched and not (looked_into and backend in way.backends):
                 continue
             base = self._work / name
-            root = base.with_name(f"{name}-{way.recipe}") if way.recipe else base
+            root = base.with_name(f"{name}-{label}") if way.options else base
             facts = {"root": str(root), "base": str(base), "backend": backend, "model": name, **way.facts()}
             yield from self._in_a_way(name, backend, label, facts)
             if not label and name == "demo" and backend in ("cuda", REHEARSAL):
@@ -257,7 +257,7 @@ class Plan:
                     most_s=240 if self._rehearsal else 90,
                     needs=(f"{name}: build {backend}",),
                 )
-            if (not label or way.recipe) and looked_into and backend in ("cuda", REHEARSAL):
+            if (not label or way.options) and looked_into and backend in ("cuda", REHEARSAL):
                 yield from self._inside(name, backend, label, facts)
 
     def _kind(self, name: str) -> Iterator[Part]:
@@ -280,7 +280,7 @@ class Plan:
 
     def _in_a_way(self, name: str, backend: str, label: str, facts: Mapping[str, Any]) -> Iterator[Part]:
         """Build engines unless a way opens the default's, measure and, where they were built, verify."""
-        built = not label or facts["recipe"] is not None
+        built = not label or bool(facts["options"])
         build = f"{name}: build {backend} {label if built else ''}".strip()
         if built:
             missing = self._present[backend] or self._present["onnx"]

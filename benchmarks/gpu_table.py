@@ -7,6 +7,7 @@ from typing import Any
 
 from gpu_models import HALF_TFLOPS, Model
 from parts import Outcomes
+from roofline import missed
 
 HEAD = (
     "model",
@@ -56,6 +57,14 @@ def _insides(outcomes: Outcomes) -> Iterator[str]:
                     head = [", ".join(filter(None, (name, what, kind))), "count", "ms"]
                     cells = [[_label(row), str(row["count"]), f"{row['ms']:.3f}"] for row in rows]
                     yield "\n" + _markdown([head, ["---"] * len(head), *cells])
+        if "kernels_ms" in figures and (text := _missed(name, figures, outcomes)):
+            yield f"\n{text}\n"
+
+
+def _missed(name: str, figures: Mapping[str, Any], outcomes: Outcomes) -> str | None:
+    """Return what a model's kernels took beside what they had to; None where that is not known."""
+    rate = outcomes.figures("ceilings").get("bytes_per_s")
+    return None if rate is None else missed(name.partition(":")[0], rate, figures)
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -100,17 +100,18 @@ def main() -> None:
     save_random(arguments.shape, arguments.directory)
 
 
-def save_random(shape: str, directory: Path, *, half: bool = False) -> Path:
+def save_random(shape: str, directory: Path, *, half: bool = False, hollow: bool = False) -> Path:
     """Write a diffusers directory with random weights, seed 0; `half` saves them in float16. Returns the directory.
 
     One tensor at a time: it takes no more memory than the largest.
+    hollow: as in `save_sd3`
     """
     import torch
 
     if shape in SD3:
-        return save_sd3(shape, directory, half=half)
+        return save_sd3(shape, directory, half=half, hollow=hollow)
     sizes = SHAPES[shape]
-    generator = np.random.default_rng(0)
+    generator = None if hollow else np.random.default_rng(0)
     with torch.device("meta"):
         for folder, network in zip(folders(sizes), make_networks(shape), strict=True):
             save_network(network, directory / folder, generator, half=half)

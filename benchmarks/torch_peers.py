@@ -184,6 +184,8 @@ def diffusers_seconds(
 def ceilings(device: str, *, size: int = 8192, copy_bytes: int = 4 << 30) -> Iterator[dict[str, float]]:
     """Measure what the device reaches: products of random matrices by kind of number, and copies. Yields what is known.
 
+    In 8 bits where torch has them for the device, with sums in float32 or int32.
+
     Copies count the bytes that are read and those that are written.
     """
     found: dict[str, float] = {}
@@ -196,7 +198,27 @@ def ceilings(device: str, *, size: int = 8192, copy_bytes: int = 4 << 30) -> Ite
             yield found
         source = torch.zeros(copy_bytes, dtype=torch.uint8)
         target = torch.empty_like(source)
-        yield {**found, "bytes_per_s": 2 * copy_bytes / _best(lambda: target.copy_(source), device)}
+        found["bytes_per_s"] = 2 * copy_bytes / _best(lambda: target.copy_(source), device)
+        yield found
+        for name, product in _eight_bit(size).items():
+            try:
+                found[name] = 2 * size**3 / _best(product, device) / 1e12
+            except (RuntimeError, NotImplementedError) as error:  # a device without such numbers
+                found[f"{name}_missing"] = str(error).splitlines()[0]
+            yield found
+
+
+def _eight_bit(size: int) -> dict[str, Callable[[], Any]]:
+    """Return products of random matrices in 8 bits, by what is measured."""
+    a, b = (torch.randn(size, size) for _ in range(2))
+    small = [matrix.to(torch.float8_e4m3fn) for matrix in (a, b)]
+    whole = [(32 * matrix).clamp(-127, 127).to(torch.int8) for matrix in (a, b)]
+    one = torch.ones(())
+
+    def fp8() -> Any:
+        return torch._scaled_mm(small[0], small[1].t(), scale_a=one, scale_b=one, out_dtype=torch.float16)
+
+    return {"fp8_tflops": fp8, "int8_tops": lambda: torch._int_mm(whole[0], whole[1].t())}
 
 
 def _best(work: Callable[[], Any], device: str) -> float:

@@ -134,11 +134,11 @@ def show_bundle(bundle: Path, *, as_json: bool) -> None:
     console.print(_engine_table(opened))
 
 
-def show_rooflines(bundle: Path, *, gpu: str, size: tuple[int, int] | None, as_json: bool) -> None:
+def show_rooflines(bundle: Path, *, gpu: str, size: tuple[int, int] | None, eight_bit: bool, as_json: bool) -> None:
     """Print the least time of a pass of each component on a GPU. export/cli.py has the command."""
     if gpu not in CEILINGS:
         raise RequestError(f"--roofline: found {gpu}, expected one of {', '.join(CEILINGS)}")
-    found = rooflines(Bundle.open(bundle), CEILINGS[gpu], size=size)
+    found = rooflines(Bundle.open(bundle), CEILINGS[gpu], size=size, eight_bit=eight_bit)
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(found), indent=1))
         return

@@ -201,6 +201,7 @@ MB = 1e6
 )
 @click.option("--roofline", metavar="GPU", help=f"Of a bundle: the least time of a pass on {' or '.join(CEILINGS)}.")
 @click.option("--size", type=Size(), help="Of the picture, for --roofline; the bundle's own by default.")
+@click.option("--eight-bit", is_flag=True, help="For --roofline: layers with weights compute in fp8 or int8.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect(
     path: str,
@@ -208,6 +209,7 @@ def inspect(
     polygraphy: Path | None,
     roofline: str | None,
     size: tuple[int, int] | None,
+    eight_bit: bool,
     as_json: bool,
 ) -> None:
     """Show what PATH is: a bundle with its engines, or a checkpoint and whether it can be exported.
@@ -217,7 +219,7 @@ def inspect(
     if polygraphy is not None:
         show_for_polygraphy(Path(path), polygraphy, as_json=as_json)
     elif roofline is not None:
-        show_rooflines(Path(path), gpu=roofline, size=size, as_json=as_json)
+        show_rooflines(Path(path), gpu=roofline, size=size, eight_bit=eight_bit, as_json=as_json)
     elif (Path(path) / MANIFEST).is_file():
         show_bundle(Path(path), as_json=as_json)
     else:

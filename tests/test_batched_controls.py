@@ -14,10 +14,10 @@ from latentrt import Batcher, BatcherOptions, Control, Pipeline, Request
 from latentrt.engines.build import build_engines
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
-from latentrt.runtime.batching.observer import Event, StageDone
+from latentrt.engines.spec import Array
 from tests.conftest import Controlled, MakeControlled
 from tests.stand_in import install
-from tests.test_batcher import NEAR_DB, Watched, all_of, psnr, together
+from tests.test_batcher import Watched, all_of, shared
 from tests.test_control_stage import REQUESTS, SIZE, canonical, request_of
 from tests.test_controlnets import hint
 
@@ -34,18 +34,17 @@ def mixed(pipe: Pipeline) -> list[Request]:
     return [request_of(pipe, **{"steps": 4 + i % 3, "seed": i, **options}) for i, options in enumerate(wishes)]
 
 
+def drawn_alone(pipe: Pipeline, requests: list[Request]) -> list[Array]:
+    return [pipe.draw(request).pixels[0] for request in requests]
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_each_picture_follows_its_own_whoever_shares_its_stages(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, order: int
 ) -> None:
-    requests, told = mixed(pipe), list[Event]()
+    requests = mixed(pipe)
     random.Random(order).shuffle(requests)
-    alone = [pipe.draw(request).pixels[0] for request in requests]
-    with Batcher(pipe, BatcherOptions(slots=4), observer=told.append) as batcher:
-        found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
-    for one, other, request in zip(alone, found, requests, strict=True):
-        assert psnr(one, other) >= NEAR_DB, request
-    assert max(event.pictures for event in told if isinstance(event, StageDone)) == 4
+    assert shared(pipe, requests, drawn_alone(pipe, requests), monkeypatch, slots=4) == 4
 
 
 def test_a_controlnet_runs_on_the_rows_that_follow_it_alone(pipe: Pipeline) -> None:
@@ -61,7 +60,7 @@ def test_adapters_share_stages_with_what_follows_nothing(
     adapted: Callable[[str], Controlled], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Pipeline.load(adapted("sd1").bundle, "cpu", threads=1) as pipe:
-        size, told = (64, 64), list[Event]()
+        size = (64, 64)
         ways: list[dict[str, Any]] = [
             {"controls": [Control(name="sketch", image=hint(1, size), scale=0.8)]},
             {},
@@ -69,12 +68,7 @@ def test_adapters_share_stages_with_what_follows_nothing(
             {"controls": [Control(name="edges", image=hint(3, size)), Control(name="sketch", image=hint(4, size))]},
         ]
         requests = [request_of(pipe, size=size, **{"seed": seed, **way}) for seed, way in enumerate(ways)]
-        alone = [pipe.draw(request).pixels[0] for request in requests]
-        with Batcher(pipe, observer=told.append) as batcher:
-            found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
-    for one, other in zip(alone, found, strict=True):
-        assert psnr(one, other) >= NEAR_DB
-    assert max(event.pictures for event in told if isinstance(event, StageDone)) > 1
+        assert shared(pipe, requests, drawn_alone(pipe, requests), monkeypatch) > 1
 
 
 def test_where_others_would_pay_for_a_controlnet_they_take_turns(
@@ -83,16 +77,11 @@ def test_where_others_would_pay_for_a_controlnet_they_take_turns(
     """On a device a pass is of all rows: those that follow the same share stages."""
     ways: list[dict[str, Any]] = [{"controls": [Control(name="edges", image=hint(seed))]} for seed in (1, 2)]
     requests = [request_of(pipe, **{"seed": seed, **way}) for seed, way in enumerate([*ways, {}, {}])]
-    alone = [pipe.draw(request).pixels[0] for request in requests]
+    alone = drawn_alone(pipe, requests)
     root = shutil.copytree(controlled("sd1", "").bundle, tmp_path / "bundle")
     with pytest.MonkeyPatch.context() as patch:
         install(patch, tensorrt="11.4.0.106")
         options = BuildOptions(sizes=(SIZE,), batches=(1, 2), tokens=(77,), references=False)
         build_engines(Bundle.open(root), "tensorrt", options=options)
-        told: list[Event] = []
-        slots = BatcherOptions(slots=2)
-        with Pipeline.load(root, "tensorrt") as compiled, Batcher(compiled, slots, observer=told.append) as batcher:
-            found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
-    for one, other in zip(alone, found, strict=True):
-        assert psnr(one, other) >= NEAR_DB
-    assert max(event.pictures for event in told if isinstance(event, StageDone)) == 2
+        with Pipeline.load(root, "tensorrt") as compiled:
+            assert shared(compiled, requests, alone, monkeypatch, slots=2) == 2

@@ -88,6 +88,18 @@ def together(monkeypatch: pytest.MonkeyPatch, batcher: Batcher, requests: list[R
     return [answer(future) for future in begun_together(monkeypatch, batcher, requests)]
 
 
+def shared(
+    batched: Pipeline, requests: list[Request], alone: list[Array], monkeypatch: pytest.MonkeyPatch, *, slots: int = 8
+) -> int:
+    """Draw requests together, each of which must give its picture of `alone`; return how many shared a stage."""
+    told = list[Event]()
+    with Batcher(batched, BatcherOptions(slots=slots), observer=told.append) as batcher:
+        found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
+    for one, other, request in zip(alone, found, requests, strict=True):
+        assert psnr(one, other) >= NEAR_DB, request
+    return max(event.pictures for event in told if isinstance(event, StageDone))
+
+
 def begun_together(monkeypatch: pytest.MonkeyPatch, batcher: Batcher, requests: list[Request]) -> list[Future[Result]]:
     """Have requests of a picture each drawn as `together` says."""
     prepared, all_asked, all_prepared = itertools.count(1), threading.Event(), threading.Event()

@@ -181,7 +181,7 @@ def test_what_cannot_be_followed_is_refused_in_a_sentence(controlled: MakeContro
 
 
 def test_a_bundle_without_any_says_how_to_export_one(made: Make) -> None:
-    with Pipeline.load(made("sd1", "")[1], "cpu") as pipe, pytest.raises(RequestError, match="--controlnet"):
+    with Pipeline.load(made("sd1", "")[1], "cpu") as pipe, pytest.raises(RequestError, check=about("controls")):
         pipe(PROMPT, controls=[Control(name="edges", image=hint())])
 
 

@@ -176,13 +176,13 @@ def test_words_for_other_text_encoders_are_refused(made: Make, tmp_path: Path) -
         with Pipeline.load(made(*made_of)[1], "cpu", threads=1) as pipe:
             for keys in files:
                 save_file({key: rows[key] for key in keys}, tmp_path / "word.safetensors")
-                with pytest.raises(RequestError, match=r"'(word|<cat>)' was learned for .*, expected"):
+                with pytest.raises(RequestError, check=about("embeddings")):
                     pipe.add_embedding(tmp_path / "word.safetensors")
             assert pipe.embeddings == ()
     narrow = tmp_path / "narrow.safetensors"
     save_file({"clip_l": np.zeros((1, 32), dtype=np.float32), "clip_g": np.zeros((1, 7), dtype=np.float32)}, narrow)
     with Pipeline.load(made("sdxl", "")[1], "cpu", threads=1) as pipe:
-        with pytest.raises(RequestError, match="found vectors of width 7, expected 48"):
+        with pytest.raises(RequestError, check=about("embeddings")):
             pipe.add_embedding(narrow)
         assert pipe.embeddings == ()  # the first encoder has forgotten it again
 

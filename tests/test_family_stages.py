@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
 from latentrt.engines.spec import Array
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import REFINED, Make
+from tests.stand_in import install
 from tests.test_pipeline_images import left_half, photo
 
 LEVELS = 2  # of 255: the same float32 sums in another order, through a whole trajectory
@@ -50,6 +52,25 @@ def engines_of_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keys, "FUSED", frozenset({"cpu"}))
         yield
+
+
+def on_other_workspaces(
+    bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, *, size: tuple[int, int]
+) -> Iterator[Pipeline]:
+    """Open copies of a bundle where a GPU would draw: bound to ONNX Runtime's buffers, and compiled for TensorRT.
+
+    size: (width, height), and one or two pictures, for which they are compiled, in the folder's `compiled`
+    """
+    with engines_of_a_gpu():
+        bound = shutil.copytree(bundle, folder / "bound")
+        build_engines(Bundle.open(bound), "cpu", force=True)
+        with Pipeline.load(bound, "cpu", threads=1) as pipe:
+            yield pipe
+    install(monkeypatch, tensorrt="11.4.0.106")
+    compiled = shutil.copytree(bundle, folder / "compiled")
+    build_engines(Bundle.open(compiled), "tensorrt", options=BuildOptions(sizes=(size,), batches=(1, 2)))
+    with Pipeline.load(compiled) as pipe:
+        yield pipe
 
 
 @pytest.fixture(scope="module")

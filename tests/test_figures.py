@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from cold_start import PLACE, cold_table  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "figures.md").read_text()
 ON_A_GPU = {
@@ -241,6 +246,13 @@ def test_pngs_take_as_long_and_are_as_large_as_was_measured() -> None:
     ours = [rows["latentrt"] for rows in pictures.values()]
     assert max(one["time"]["high"] for one in ours) < 0.5
     assert round(100 * max(one["bytes_ratio"] for one in ours) - 100) == 11
+
+
+def test_cold_starts_take_as_long_as_was_measured() -> None:
+    from benchmarks.load import place
+
+    if any(RESULTS.glob("cold-start-*.json")):
+        assert place(PAGE, PLACE, cold_table()) == PAGE
 
 
 def test_guidance_for_part_of_the_steps_is_what_was_measured() -> None:

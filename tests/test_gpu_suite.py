@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from latentrt.engines.build import build_engines
+from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.errors import BundleError
@@ -27,7 +29,7 @@ from gpu_models import HALF_TFLOPS, MODELS  # noqa: E402
 from gpu_pictures import LARGEST, compare  # noqa: E402
 from gpu_pieces import cut  # noqa: E402
 from gpu_probes import operators, run_tests  # noqa: E402
-from gpu_suite import chosen  # noqa: E402
+from gpu_suite import BACKEND_NAMES, Plan, chosen  # noqa: E402
 from gpu_table import format_insides, format_table  # noqa: E402
 from packed_bundle import Hole, pack, record_goldens, sow, unpack  # noqa: E402
 from parts import Outcomes, Part, run_parts  # noqa: E402
@@ -233,6 +235,40 @@ def test_chosen_parts_come_in_the_order_asked_for_after_what_they_need() -> None
     ]
     with pytest.raises(SystemExit, match="nothing"):
         chosen(parts, ["sd15", "nothing"])
+
+
+def test_build_options_are_compared_in_one_run_each_with_engines_of_its_own(tmp_path: Path) -> None:
+    present = dict.fromkeys((*BACKEND_NAMES, "torch", "diffusers", "onnx", "pynvml", "pytest"))
+    plan = Plan({"sd15": MODELS["sd15"]}, BACKEND_NAMES, present, tmp_path, tmp_path, rehearsal=False)
+    parts = {part.name: json.loads(part.command[2]) for part in plan.parts()}
+    for backend, ways in {"cuda": ["plain"], "tensorrt": ["level-5", "separate-skips", "aux-streams"]}.items():
+        roots = [parts[f"sd15: build {backend} {way}".strip()]["root"] for way in ("", *ways)]
+        assert len(set(roots)) == len(roots)
+        for way, root in zip(ways, roots[1:], strict=True):
+            built = parts[f"sd15: build {backend} {way}"]
+            assert built["options"] and BuildOptions(**built["options"]) != BuildOptions()
+            assert parts[f"sd15: bench {backend} {way}"]["root"] == root
+    assert "sd15: build cuda level-5" not in parts and "sd15: bench tensorrt plain" not in parts
+
+
+def test_kernels_stand_beside_the_least_that_their_operators_take() -> None:
+    kernels = [
+        {"kernel": "sm90_xmma_fprop_implicit_gemm_f16", "count": 30, "ms": 6.0},
+        {"kernel": "cuApplyLayerNorm<__half>", "count": 144, "ms": 3.0},
+        {"kernel": "something_new", "count": 3, "ms": 1.5},
+    ]
+    found = outcome(steps=3, kernels_ms=12.0, launches=180, kernels=kernels)
+    outcomes = Outcomes(parts={"ceilings": outcome(bytes_per_s=4.2e12), "sd15: kernels cuda": found})  # type: ignore[arg-type]
+    lines = format_insides(outcomes).split("sd15 on h200: what")[1].splitlines()
+    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:] if line}
+    convolutions = next(cost for cost in _unet_on("h200")["costs"] if cost["operator"] == "Conv")["seconds"]
+    assert cells["convolutions"] == ["10", "2.00", f"{1e3 * convolutions:.2f}", f"{1e3 * convolutions / 2:.0%}"]
+    assert cells["all else"][:2] == ["1", "0.50"] and cells["shorter kernels, not listed"][1] == "0.50"
+    assert cells["a step"][:3] == ["60", "4.00", f"{1e3 * _unet_on('h200')['fused_s']:.2f}"]
+
+
+def _unet_on(gpu: str) -> Any:
+    return json.loads((BENCHMARKS / "results/roofline.json").read_text())["models"]["sd15"]["unet"][gpu]["fp16"]
 
 
 def event(name: str, ms: float, operator: str) -> dict[str, object]:

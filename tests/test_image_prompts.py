@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,7 @@ import numpy as np
 import pytest
 from transformers import CLIPTextModel
 
-from latentrt import Batcher, BatcherOptions, Control, ImagePrompt, Lora, Pipeline
-from latentrt.engines.build import build_engines
-from latentrt.engines.build_options import BuildOptions
+from latentrt import Control, ImagePrompt, Lora, Pipeline
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import RequestError
 from latentrt.engines.spec import Array
@@ -27,19 +24,17 @@ from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import to_weight_source
 from latentrt.export.sources.parts import LoraFusion
-from latentrt.runtime.batching.observer import Event, StageDone
 from latentrt.runtime.image_prompts.resolve import layer_scales
 from latentrt.runtime.images.clip import normalise, read_for_clip
 from latentrt.runtime.verify.stages import verify_stages
 from tests.conftest import Controlled, Make
 from tests.lora_files import kohya, make_factors, save
 from tests.refused import about
-from tests.stand_in import install
-from tests.test_batcher import NEAR_DB, together
+from tests.test_batcher import shared
 from tests.test_control_stage import LEVELS, canonical, request_of
 from tests.test_controlnets import hint
 from tests.test_families import LEAST, PROMPT, SEED, STEPS, psnr, theirs
-from tests.test_family_stages import engines_of_a_gpu
+from tests.test_family_stages import on_other_workspaces
 from tests.test_pipeline_images import left_half, photo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -213,40 +208,24 @@ def test_every_workspace_draws_what_numpy_draws(
     bundle = shown(family).bundle
     expected = {name: draw(pipes(family), name) for name in REQUESTS}
     assert len({picture.tobytes() for picture in expected.values()}) == len(REQUESTS)
-    with engines_of_a_gpu():
-        bound = shutil.copytree(bundle, tmp_path / "bound")
-        build_engines(Bundle.open(bound), "cpu", force=True)
-        with Pipeline.load(bound, "cpu", threads=1) as pipe:
-            assert_all_close(pipe, expected)
-    install(monkeypatch, tensorrt="11.4.0.106")
-    compiled = shutil.copytree(bundle, tmp_path / "compiled")
-    build_engines(Bundle.open(compiled), "tensorrt", options=BuildOptions(sizes=((40, 32),), batches=(1, 2)))
-    with Pipeline.load(compiled) as pipe:
-        assert_all_close(pipe, expected)
-    opened = Bundle.open(compiled)
+    for pipe in on_other_workspaces(bundle, tmp_path, monkeypatch, size=(40, 32)):
+        for name, wanted in expected.items():
+            assert np.abs(draw(pipe, name).astype(int) - wanted.astype(int)).max() <= LEVELS, name
+    opened = Bundle.open(tmp_path / "compiled")
     assert all(row.ok for row in verify(opened, backend="tensorrt"))
     assert all(row.ok for row in verify_stages(opened, backend="tensorrt"))
-
-
-def assert_all_close(pipe: Pipeline, expected: dict[str, Array]) -> None:
-    for name, wanted in expected.items():
-        assert np.abs(draw(pipe, name).astype(int) - wanted.astype(int)).max() <= LEVELS, name
 
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_pictures_with_images_share_stages_with_those_without(
     pipes: Callable[[str], Pipeline], monkeypatch: pytest.MonkeyPatch, order: int
 ) -> None:
-    pipe, told = pipes("sd1"), list[Event]()
+    pipe = pipes("sd1")
     wishes = [options for options in REQUESTS.values() if options.get("n", 1) == 1]
     requests = [request_of(pipe, **{"steps": 4 + i % 3, "seed": i, **wish}) for i, wish in enumerate(wishes)]
     random.Random(order).shuffle(requests)
     alone = [pipe.draw(request).pixels[0] for request in requests]
-    with Batcher(pipe, BatcherOptions(slots=4), observer=told.append) as batcher:
-        found = [result.pixels[0] for result in together(monkeypatch, batcher, requests)]
-    for one, other, request in zip(alone, found, requests, strict=True):
-        assert psnr(one, other) >= NEAR_DB, request
-    assert max(event.pictures for event in told if isinstance(event, StageDone)) == 4
+    assert shared(pipe, requests, alone, monkeypatch, slots=4) == 4
 
 
 def test_an_image_is_encoded_once(shown: Shown) -> None:
@@ -319,7 +298,7 @@ def test_what_cannot_be_shown_is_refused_in_a_sentence(pipes: Callable[[str], Pi
 
 
 def test_a_bundle_without_any_says_how_to_export_one(made: Make) -> None:
-    with Pipeline.load(made("sd1", "")[1], "cpu") as pipe, pytest.raises(RequestError, match="--ip-adapter"):
+    with Pipeline.load(made("sd1", "")[1], "cpu") as pipe, pytest.raises(RequestError, check=about("image_prompts")):
         ours(pipe, ImagePrompt(name="plain", image=hint()))
 
 

@@ -165,5 +165,5 @@ def test_what_are_no_frames_is_refused(pictures: list[Array], field: str, tmp_pa
 
 def test_odd_sides_are_refused_where_the_format_has_none(tmp_path: Path) -> None:
     needs_av(".mp4")
-    with pytest.raises(RequestError, match=r"found 63x48, expected even sides for \.mp4"):
+    with pytest.raises(RequestError, check=about("frames")):
         save_movie(frames(width=63), tmp_path / "movie.mp4")

@@ -75,7 +75,7 @@ def small_graph(path: Path) -> Path:
 
 def test_a_node_takes_the_longer_of_its_arithmetic_and_its_bytes(tmp_path: Path) -> None:
     path = small_graph(tmp_path / "model.onnx")
-    slow = Ceilings(bytes_per_s=1.0, operations_per_s=2.0)
+    slow = Ceilings(bytes_per_s=1.0, operations_per_s=2.0, eight_bit_per_s=4.0)
     found = roofline(path, {"rows": 3}, slow)
     costs = {cost.operator: cost for cost in found.costs}
     assert set(costs) == {"MatMul", "Add", "Softmax"}  # a view moves nothing
@@ -86,8 +86,22 @@ def test_a_node_takes_the_longer_of_its_arithmetic_and_its_bytes(tmp_path: Path)
     assert (product.fused, added.fused, soft.fused) == (False, True, False)
     assert found.seconds == product.seconds + added.seconds + soft.seconds
     assert found.fused_s == found.seconds - added.seconds
-    busy = roofline(path, {"rows": 3}, Ceilings(bytes_per_s=1e9, operations_per_s=2.0))
+    busy = roofline(path, {"rows": 3}, Ceilings(bytes_per_s=1e9, operations_per_s=2.0, eight_bit_per_s=4.0))
     assert next(cost.seconds for cost in busy.costs if cost.operator == "MatMul") == product.operations / 2
+
+
+def test_in_8_bits_layers_with_weights_move_half_of_what_they_multiply_and_compute_faster(tmp_path: Path) -> None:
+    path = small_graph(tmp_path / "model.onnx")
+    slow = Ceilings(bytes_per_s=1.0, operations_per_s=1e9, eight_bit_per_s=1e9)
+    half, small = (
+        {cost.operator: cost for cost in roofline(path, {"rows": 3}, slow, eight_bit=eight_bit).costs}
+        for eight_bit in (False, True)
+    )
+    assert small["MatMul"].seconds == small["MatMul"].bytes == (3 * 8 + 8 * 4) + 2 * (3 * 4)
+    assert (small["Add"], small["Softmax"]) == (half["Add"], half["Softmax"])
+    fast = Ceilings(bytes_per_s=1e9, operations_per_s=2.0, eight_bit_per_s=4.0)
+    found = {cost.operator: cost for cost in roofline(path, {"rows": 3}, fast, eight_bit=True).costs}
+    assert found["MatMul"].seconds == found["MatMul"].operations / 4
 
 
 def test_the_time_grows_with_the_picture(sd1_bundle: Path) -> None:
@@ -112,6 +126,10 @@ def test_the_command_prints_what_the_function_returns(sd1_bundle: Path) -> None:
     assert {name: row["seconds"] for name, row in document.items()} == {
         name: pass_.seconds for name, pass_ in found.items()
     }
+    eight = CliRunner().invoke(inspect, [str(sd1_bundle), "--roofline", "h100", "--eight-bit", "--json"])
+    assert eight.exit_code == 0 and all(
+        0 < row["seconds"] < document[name]["seconds"] for name, row in json.loads(eight.output).items()
+    )
     shown = CliRunner().invoke(inspect, [str(sd1_bundle), "--roofline", "h100"])
     assert shown.exit_code == 0 and "unet on h100" in shown.output
 

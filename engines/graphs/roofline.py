@@ -27,18 +27,21 @@ if TYPE_CHECKING:
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a GPU reaches: bytes copied in a second, and operations of float16 matrix products."""
+    """What a GPU reaches: bytes copied in a second, and operations of matrix products in float16, and in 8 bits."""
 
     bytes_per_s: float
     operations_per_s: float
+    eight_bit_per_s: float
 
 
-# Measured on rented machines, dense, with random data (benchmarks/torch_peers.py measures them again).
+# Measured on rented machines, dense, with random data (benchmarks/torch_peers.py measures them again). Products in 8
+# bits were not: NVIDIA's data sheets give fp8 and int8 twice the rate of float16, and so they are taken to have here.
 CEILINGS: Mapping[str, Ceilings] = {
-    "h100": Ceilings(bytes_per_s=3.0e12, operations_per_s=798e12),
-    "h200": Ceilings(bytes_per_s=4.3e12, operations_per_s=788e12),
+    "h100": Ceilings(bytes_per_s=3.0e12, operations_per_s=798e12, eight_bit_per_s=1596e12),
+    "h200": Ceilings(bytes_per_s=4.3e12, operations_per_s=788e12, eight_bit_per_s=1576e12),
 }
 HALF_BYTES = 2  # of a number, whatever the graph's own type: the ceilings are float16's
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})  # these compute in 8 bits where they have weights
 FLOATS = (1, 10)  # of TensorProto's types, those that are counted
 AXES = 4  # most numbers that say how a shape is scaled
 VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Shape", "Squeeze", "Unsqueeze"})
@@ -57,7 +60,7 @@ class Cost(Document, frozen=True, kw_only=True):
     """What the nodes of one operator do in a pass.
 
     operations: of multiplication and addition, in matrix products and convolutions alone
-    bytes: read and written, in float16
+    bytes: read and written, in float16 or, where layers compute in it, 8 bits
     seconds: at the ceilings, one node after another
     fused: whether compilers do it inside other nodes
     """
@@ -82,19 +85,30 @@ class Roofline(Document, frozen=True, kw_only=True):
     fused_s: float
 
 
-def roofline(graph: Path, sizes: Mapping[str, int], ceilings: Ceilings) -> Roofline:
+def roofline(graph: Path, sizes: Mapping[str, int], ceilings: Ceilings, *, eight_bit: bool = False) -> Roofline:
     """Return the costs of a pass, the operator that takes longest first.
 
     graph: a canonical one, of whose weights only integers are read
     sizes: of each dynamic axis of its inputs. Raises BundleError where one is missing, or a shape does not follow.
+    eight_bit: layers with weights read these and what goes in as fp8 or int8, and compute in it; all else is float16
     """
-    model = load_graph(graph)
-    shapes = find_shapes(model, graph.parent, sizes)
-    found: dict[str, list[tuple[int, int]]] = {}
+    return roofline_of(load_graph(graph), graph.parent, sizes, ceilings, eight_bit=eight_bit)
+
+
+def roofline_of(
+    model: ModelProto, folder: Path, sizes: Mapping[str, int], ceilings: Ceilings, *, eight_bit: bool = False
+) -> Roofline:
+    """Return the costs of a pass of a graph that lies in a folder, as `roofline` does."""
+    shapes = find_shapes(model, folder, sizes)
+    weights = {each.name for each in model.graph.initializer} if eight_bit else set[str]()
+    found: dict[str, list[tuple[int, int, float]]] = {}
     for node in model.graph.node:
         if any(name in shapes for name in node.output) and node.op_type not in VIEWS:
-            found.setdefault(node.op_type, []).append((operations(node, shapes), moved_bytes(node, shapes)))
-    costs = [_cost(operator, each, ceilings) for operator, each in found.items()]
+            small = node.op_type in LAYERS and node.input[1] in weights
+            work, moved = operations(node, shapes), moved_bytes(node, shapes, eight_bit=small)
+            rate = ceilings.eight_bit_per_s if small else ceilings.operations_per_s
+            found.setdefault(node.op_type, []).append((work, moved, max(work / rate, moved / ceilings.bytes_per_s)))
+    costs = [_cost(operator, each) for operator, each in found.items()]
     costs.sort(key=lambda cost: -cost.seconds)
     return Roofline(
         costs=tuple(costs),
@@ -103,13 +117,13 @@ def roofline(graph: Path, sizes: Mapping[str, int], ceilings: Ceilings) -> Roofl
     )
 
 
-def _cost(operator: str, nodes: Sequence[tuple[int, int]], ceilings: Ceilings) -> Cost:
+def _cost(operator: str, nodes: Sequence[tuple[int, int, float]]) -> Cost:
     return Cost(
         operator=operator,
         nodes=len(nodes),
-        operations=sum(work for work, _ in nodes),
-        bytes=sum(moved for _, moved in nodes),
-        seconds=sum(max(work / ceilings.operations_per_s, moved / ceilings.bytes_per_s) for work, moved in nodes),
+        operations=sum(work for work, _, _ in nodes),
+        bytes=sum(moved for _, moved, _ in nodes),
+        seconds=sum(seconds for _, _, seconds in nodes),
         fused=operator not in STANDING,
     )
 
@@ -174,12 +188,17 @@ def _shape(found: TypeProto) -> tuple[int, ...]:
     return tuple(axis.dim_value for axis in found.tensor_type.shape.dim)
 
 
-def moved_bytes(node: NodeProto, shapes: Shapes) -> int:
-    """Return the bytes that a node reads and writes: once each, whatever fits in a cache."""
+def moved_bytes(node: NodeProto, shapes: Shapes, *, eight_bit: bool = False) -> int:
+    """Return the bytes that a node reads and writes: once each, whatever fits in a cache.
+
+    eight_bit: what it multiplies has one byte a number
+    """
     names: Iterable[str] = dict.fromkeys((*node.input, *node.output))
     if node.op_type == "Gather":  # of a table, the rows that it gives
         names = [*node.output, *node.output]
-    return HALF_BYTES * sum(math.prod(shapes[name]) for name in names if name in shapes)
+    half = set(names) - set(node.input[:2]) if eight_bit else set(names)
+    sizes = ((math.prod(shapes[name]), HALF_BYTES if name in half else 1) for name in names if name in shapes)
+    return sum(count * size for count, size in sizes)
 
 
 def operations(node: NodeProto, shapes: Shapes) -> int:
@@ -199,10 +218,12 @@ def operations(node: NodeProto, shapes: Shapes) -> int:
     return 0
 
 
-def rooflines(bundle: Bundle, ceilings: Ceilings, *, size: tuple[int, int] | None = None) -> dict[str, Roofline]:
+def rooflines(
+    bundle: Bundle, ceilings: Ceilings, *, size: tuple[int, int] | None = None, eight_bit: bool = False
+) -> dict[str, Roofline]:
     """Return each component's costs for one picture with guidance.
 
-    size: (width, height) in pixels, the bundle's own by default
+    size: (width, height) in pixels, the bundle's own by default; eight_bit: as in `roofline`
     Raises RequestError where the size does not fit the bundle's latents, BundleError as `roofline` does.
     """
     options = BuildOptions(sizes=() if size is None else (size,))
@@ -211,5 +232,5 @@ def rooflines(bundle: Bundle, ceilings: Ceilings, *, size: tuple[int, int] | Non
     for name, spec in bundle.manifest.components.items():
         rows = profile.rows if spec.role in GUIDED else profile.pictures
         sizes = {**profile.axes(bundle.manifest.latents.factor), "batch": rows, "steps": 1}
-        found[name] = roofline(bundle.path(spec.graph), sizes, ceilings)
+        found[name] = roofline(bundle.path(spec.graph), sizes, ceilings, eight_bit=eight_bit)
     return found
