@@ -111,6 +111,24 @@ def test_a_scale_that_is_named_is_the_factor() -> None:
     assert scale_of(model) == float(np.float16(0.3))
 
 
+def test_queries_in_8_bits_take_the_factor_into_their_scale() -> None:
+    model, expected = attention(40), attention(40)
+    constants = [
+        helper.make_tensor("scale", TensorProto.FLOAT16, [], [0.03125]),
+        helper.make_tensor("zero", TensorProto.INT8, [], [0]),
+    ]
+    for one in (model, expected):
+        one.graph.initializer.extend(constants)
+        one.graph.node.insert(3, helper.make_node("QuantizeLinear", ["queries", "scale", "zero"], ["eight"]))
+        one.graph.node.insert(4, helper.make_node("DequantizeLinear", ["eight", "scale", "zero"], ["rounded"]))
+        one.graph.node[5].input[0] = "rounded"
+    scale_queries(model)
+    assert [node.op_type for node in model.graph.node] == [node.op_type for node in expected.graph.node]
+    assert next(a.f for a in model.graph.node[-1].attribute if a.name == "scale") == 1.0
+    x = np.random.default_rng(0).standard_normal((1, 2, 6, 40)).astype(np.float16)
+    np.testing.assert_allclose(run(model, x)[0], run(expected, x)[0], atol=5e-3)
+
+
 def test_what_is_computed_in_float32_stays_as_it_is() -> None:
     model = attention(40, kind=TensorProto.FLOAT)
     before = model.SerializeToString()
