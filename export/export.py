@@ -120,9 +120,8 @@ def export_checkpoint(
     tokenizers = _tokenizers(opened)
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     _require_computed(precision, backends, draw)
-    wider: Precision = "fp16" if precision in QUANTISED else precision
     report("reading the checkpoint", 1, 1)
-    what = f"exporting: {_require_room(opened, target, wider, backends, overwrite=overwrite)}"
+    what = f"exporting: {_require_room(opened, target, precision, backends, overwrite=overwrite)}"
     report(what, 0, 1)
     provenance = _provenance(opened, precision)
     _existing(target, provenance, overwrite=overwrite)  # refused before anything is written
@@ -130,7 +129,7 @@ def export_checkpoint(
         if existing := _existing(target, provenance, overwrite=overwrite):
             shutil.rmtree(directory)
             return _kept(existing, backends, report, start)
-        finished, resumed = _components(_with_tokens(opened, tokenizers), directory, wider, report)
+        finished, resumed = _components(_with_tokens(opened, tokenizers), directory, _exported_in(precision), report)
         report("fitting the preview", 0, 1)
         preview = fit_preview(directory, opened.latents)
         report("fitting the preview", 1, 1)
@@ -160,8 +159,9 @@ def _require_room(
     if (target / MANIFEST).is_file() and not overwrite:  # nothing will be exported
         return "the bundle may be there already"
     networks = _networks(checkpoint)
-    found = costs({name: networks[name] for name in _ordered(checkpoint)}, checkpoint.source, precision)
-    return require_room(target, need(found, backends))
+    ordered = {name: networks[name] for name in _ordered(checkpoint)}
+    found = costs(ordered, checkpoint.source, _exported_in(precision))
+    return require_room(target, need(found, backends, drawn=precision in QUANTISED))
 
 
 def _tokenizers(checkpoint: Checkpoint) -> dict[str, Vocabulary]:
@@ -185,6 +185,11 @@ def _with_tokens(checkpoint: Checkpoint, tokenizers: Mapping[str, Vocabulary]) -
         dimensions |= tokenizer.dimensions()
     named = {encoder: tokenizers[name].texts() for encoder, name in TOKENIZERS.items() if name in tokenizers}
     return dataclasses.replace(checkpoint, dimensions=dimensions, texts=named)
+
+
+def _exported_in(precision: Precision) -> Precision:
+    """Return what components are exported in, before any of them goes into 8 bits."""
+    return "fp16" if precision in QUANTISED else precision
 
 
 def _require_computed(precision: Precision, backends: Sequence[BackendName], draw: Draw | None) -> None:

@@ -144,3 +144,11 @@ def test_the_page_says_what_published_sizes_take(name: str, tmp_path: Path, monk
     room(monkeypatch, takes.disk_bytes - 1)
     with pytest.raises(BundleError):
         export_checkpoint(str(checkpoint), tmp_path / "bundle", precision="fp16", backends=())
+
+
+def test_drawing_for_8_bits_takes_all_networks_in_float32_and_two_of_the_largest_on_the_disk() -> None:
+    each = [Cost(most=60, left=20, numbers=10), Cost(most=6000, left=2000, numbers=1000, largest=100)]
+    plain, drawn = need(each, ()), need(each, (), drawn=True)
+    assert drawn.disk_bytes - plain.disk_bytes == 2 * 4 * 1000
+    each = [Cost(most=6, left=2, numbers=10**9, largest=10)]
+    assert need(each, (), drawn=True).memory_bytes - need(each, ()).memory_bytes == 4 * 10**9 - 7 * 4 * 10

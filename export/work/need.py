@@ -91,8 +91,11 @@ def _tensors(network: Path | WeightSource) -> dict[str, StoredTensor]:
     return found
 
 
-def need(each: Sequence[Cost], backends: Iterable[BackendName]) -> Need:
-    """Return what an export takes with the engines of some backends: one component after the other."""
+def need(each: Sequence[Cost], backends: Iterable[BackendName], *, drawn: bool = False) -> Need:
+    """Return what an export takes with the engines of some backends: one component after the other.
+
+    drawn: whether prompts are drawn for 8 bits, by all networks in float32, and the denoiser is tried in it
+    """
     held = most = 0
     for cost in each:
         most, held = max(most, held + cost.most), held + cost.left
@@ -102,7 +105,11 @@ def need(each: Sequence[Cost], backends: Iterable[BackendName]) -> Need:
             beside = engine if backend == "cpu" and cost.left < engine else 0
             most, held = max(most, held + engine + beside), held + engine
     largest = max((cost.largest for cost in each), default=0)
-    return Need(disk_bytes=max(most, held), memory_bytes=LIBRARIES_BYTES + COPIES * largest * WIDE)
+    memory = LIBRARIES_BYTES + COPIES * largest * WIDE
+    if drawn:
+        most += 2 * WIDE * max((cost.numbers for cost in each), default=0)
+        memory = max(memory, LIBRARIES_BYTES + WIDE * sum(cost.numbers for cost in each))
+    return Need(disk_bytes=max(most, held), memory_bytes=memory)
 
 
 def require_room(target: Path, needed: Need) -> str:
