@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from latentrt.engines.bundle.manifest import Manifest
+from latentrt.engines.bundle.text_lengths import MOST_FIXED, split_length
 from latentrt.engines.errors import RequestError
 from latentrt.engines.tensor_names import STATE_ROWS, level_axes
 
@@ -102,17 +103,17 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
         """
         self._check(manifest.latents.cell)
         lengths = tuple(dict.fromkeys(manifest.text_tokens(name) for name in manifest.denoisers))
-        always = manifest.text_tokens(manifest.denoiser, chunks=0)
-        part = lengths[0] - always
-        if len(lengths) == 1 and not part and set(self.tokens) - {always}:
-            raise RequestError(
-                f"--tokens: found {', '.join(map(str, self.tokens))}, and this bundle reads no text; omit it"
-            )
-        if len(lengths) == 1 and part and any(tokens <= always or (tokens - always) % part for tokens in self.tokens):
+        texts = {tokens: split_length(tokens, manifest, manifest.denoiser) for tokens in (*lengths, *self.tokens)}
+        if len(lengths) == 1 and not all(texts[tokens] for tokens in self.tokens):
+            always = manifest.text_tokens(manifest.denoiser, chunks=0)
+            if lengths == (always,):
+                raise RequestError(
+                    f"--tokens: found {', '.join(map(str, self.tokens))}, and this bundle reads no text; omit it"
+                )
             raise RequestError(
                 f"--tokens: found {', '.join(map(str, self.tokens))}, expected "
-                + (f"{always} more than " if always else "")
-                + f"multiples of {part}: a long prompt is encoded in parts of that length"
+                + (f"1 to {MOST_FIXED} more than " if always else "")
+                + f"multiples of {lengths[0] - always}: a long prompt is encoded in parts of that length"
             )
         groups = max(map(manifest.row_groups, manifest.denoisers))
         combinations = itertools.product(
@@ -126,8 +127,8 @@ class BuildOptions(msgspec.Struct, frozen=True, kw_only=True):
                 rows=own * groups,
                 tokens=tokens,
                 frames=frames,
-                chunks=(tokens - always) // part if part else 1,
-                fixed_tokens=manifest.fixed_tokens,
+                chunks=text.chunks if (text := texts[tokens]) else 1,
+                fixed_tokens=text.fixed if text and manifest.fixed_tokens else None,
             )
             for (width, height), pictures, groups, tokens in combinations
             for own, frames in _rows_and_frames(manifest, pictures)

@@ -348,6 +348,7 @@ def _manifest(
         default_size=checkpoint.default_size,
         files=dict(sorted(files.items())),
         denoisers=_denoisers(checkpoint),
+        defaults=FAMILIES[checkpoint.family].defaults,
     )
 
 

@@ -159,7 +159,7 @@ SAMPLING = (
     click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, with noise left."),
     click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="Timesteps to run."),
     click.option("--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise levels, ending in 0."),
-    click.option("--guidance", default=7.5, show_default=True, help="Scale of classifier-free guidance."),
+    click.option("--guidance", type=float, default=None, help="Scale of guidance. Default: the bundle's own."),
     click.option("--guidance-interval", type=Interval(), default="0-1", help="Guide only here, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="How much contrast to restore after guidance, 0 to 1."),
     click.option("--skip-layer-guidance", default=0.0, help="Scale of guidance away from skipped layers, e.g. 2.8."),
@@ -173,6 +173,7 @@ PROMPTS = (
     click.option("--truncate", "overflow", flag_value="truncate", default="chunks", help="Cut prompts at 77 tokens."),
     click.option("--clip-skip", default=0, help="Skip this many of the text encoder's last layers."),
     click.option("--t5/--no-t5", default=True, help="Let T5 read the prompt too, where a bundle holds it (SD 3)."),
+    click.option("--t5-tokens", type=int, default=None, help="How many tokens T5 reads, 1 to 512. Default: 256."),
     click.option("--lora", "loras", type=LoraFile(), multiple=True, help="Apply a LoRA; repeatable."),
 )
 CONTROLS = click.option(

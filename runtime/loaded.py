@@ -119,7 +119,7 @@ class Loaded:
             prompt=job.prompts[picture],
             negative_prompt=job.negatives[picture],
             steps=job.plan.steps,
-            guidance=float(job.request.guidance),
+            guidance=job.scale,
             sampler=job.plan.sampler,
             size=job.size,
             model=self.bundle.name,

@@ -25,6 +25,7 @@ FURTHER = frozenset(
         "overflow",
         "clip_skip",
         "t5",
+        "t5_tokens",
         "spacing",
         "eta",
         "shift",
@@ -50,7 +51,6 @@ FURTHER = frozenset(
     }
 )
 SCORES = {"aesthetic_score": 6.0, "negative_aesthetic_score": 2.5}  # where none are given: diffusers' own
-CHANGES = 0.8  # the strength where none is given: diffusers' own
 NoiseSource = Literal["cpu", "cuda"]
 NOISES = {"cpu": TorchCpuNoise, "cuda": TorchCudaNoise}
 
@@ -63,6 +63,7 @@ class Options(TypedDict, total=False):
     overflow: Overflow
     clip_skip: int
     t5: bool
+    t5_tokens: int | None
     n: int
     seed: int | Sequence[int] | None
     size: tuple[int, int] | None
@@ -74,7 +75,7 @@ class Options(TypedDict, total=False):
     stop: float
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
-    guidance: float
+    guidance: float | None
     guidance_interval: tuple[float, float]
     guidance_rescale: float
     skip_layer_guidance: float
@@ -124,6 +125,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     clip_skip: how many of the text encoder's last layers to skip for the prompt, counted as in diffusers
     t5: whether T5 reads the prompt beside the other text encoders, where the bundle holds one (SD 3); without it zeros
         stand for what it would give, as in diffusers without text_encoder_3
+    t5_tokens: how many tokens of the prompt it reads, from 1 to 512: diffusers' max_sequence_length; None for 256
     seed: one for the first picture, from which the others count up; or one for each picture; None for a random one.
         The same seed gives the picture that diffusers gives with a generator of the same kind, see `noise`.
     size: (width, height) in pixels, multiples of the VAE's factor; None for the checkpoint's own
@@ -131,8 +133,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampler: any of `latentrt.runtime.sampling.sampler_names()`, or a name that the community or diffusers has for it;
         None for the checkpoint's own scheduler
     spacing, eta, shift, stop, timesteps, sigmas: see `latentrt.runtime.sampling.make_plan`
-    guidance: the scale of classifier-free guidance; at 1 and below, as in diffusers, the prompt alone is followed: the
-        negative prompt is not computed and a step costs half as much
+    guidance: the scale of classifier-free guidance; None for the bundle's own: 7.5, and 7 for SD 3. At 1 and below, as
+        in diffusers, the prompt alone is followed: the negative prompt is not computed and a step costs half as much
     guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half as much
     guidance_rescale: how much of the prompt's own contrast to restore, 0 to 1
     skip_layer_guidance: the scale of guidance away from what the denoiser gives without some of its layers, those that
@@ -144,8 +146,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     controls: images to follow, each with one of the bundle's ControlNets; the size, where neither it nor an image is
         given, is that of the first
     image_prompts: images that say what to draw beside the text, each through one of the bundle's IP-Adapters
-    strength: how much of the image to change, as the share of the steps to take, 0 to 1; None for 0.8, with a mask
-        for 1
+    strength: how much of the image to change, as the share of the steps to take, 0 to 1; None for the bundle's own:
+        0.8, with a mask 1, and 0.6 for SD 3
     latents: unit noise to start from instead of the seed's, (n, C, h, w) or one for all; with an image, what is
         added to it
     loras: LoRAs to apply to the weights for this call; their order does not matter
@@ -171,6 +173,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     overflow: Overflow = "chunks"
     clip_skip: int = 0
     t5: bool = True
+    t5_tokens: int | None = None
     n: int = 1
     seed: int | Sequence[int] | None = None
     size: tuple[int, int] | None = None
@@ -182,7 +185,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stop: float = 1.0
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
-    guidance: float = 7.5
+    guidance: float | None = None
     guidance_interval: tuple[float, float] = ALWAYS
     guidance_rescale: float = 0.0
     skip_layer_guidance: float = 0.0

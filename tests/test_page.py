@@ -384,6 +384,8 @@ def share_of(told: Locator) -> int:
 
 
 def test_an_empty_number_is_the_services_own(page: Page, address: str) -> None:
+    expect(page.locator("#guidance")).to_have_value("7.5")  # the model's own
+    expect(page.locator("#strength")).to_have_value("0.8")
     page.fill("#guidance", "")
     draw(page)
     drawn(page, 1)

@@ -26,7 +26,7 @@ def faults(manifest: Manifest) -> Iterator[str]:
         if not _control_fits(manifest, component):
             found = f"found it to control {component.of} as {component.control}"
             yield f"$.components.{name}: {found}, which does not fit the role {component.role}; {AGAIN}"
-    yield from (f"{fault}; {AGAIN}" for fault in (*_files(manifest), *_latents(manifest)))
+    yield from (f"{fault}; {AGAIN}" for fault in (*_files(manifest), *_latents(manifest), *_defaults(manifest)))
 
 
 def _names(manifest: Manifest) -> Iterator[str]:
@@ -104,6 +104,12 @@ def _control_fits(manifest: Manifest, component: ComponentSpec) -> bool:
     if component.role in ("controlnet", "adapter"):
         return component.control is not None and component.of in manifest.denoisers
     return component.control is None and component.of is None
+
+
+def _defaults(manifest: Manifest) -> Iterator[str]:
+    found = manifest.defaults
+    if not all(0 <= strength <= 1 for strength in (found.strength, found.masked_strength)):
+        yield f"$.defaults: found the strengths {found.strength:g} and {found.masked_strength:g}, expected 0 to 1"
 
 
 def _files(manifest: Manifest) -> Iterator[str]:

@@ -262,6 +262,18 @@ class LatentSpec(Document, frozen=True, kw_only=True):
         return np.asarray(divided + np.float32(self.shift) if self.shift else divided)
 
 
+class Defaults(Document, frozen=True, kw_only=True):
+    """What a request means that does not say it.
+
+    guidance: its scale
+    strength: how much of an image is changed; masked_strength: the same where there is a mask
+    """
+
+    guidance: float = 7.5
+    strength: float = 0.8
+    masked_strength: float = 1.0
+
+
 class Provenance(Document, frozen=True, kw_only=True):
     """Where the weights came from.
 
@@ -298,6 +310,7 @@ class Manifest(Document, frozen=True, kw_only=True):
     default_size: tuple[int, int]
     files: Mapping[str, FileRecord]
     denoisers: Mapping[str, DenoiserSpec]
+    defaults: Defaults = Defaults()
 
     def of_role(self, *roles: Role) -> tuple[str, ...]:
         """Return the components of these roles, in the manifest's order; none where the bundle has none."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from latentrt.engines.bundle.manifest import Family, TextSpec
+from latentrt.engines.bundle.manifest import Defaults, Family, TextSpec
 from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.bundle.training import Prediction
 
@@ -39,6 +39,7 @@ class FamilyRow:
         and take the step whole that a strength ends in
     sample_sizes: how many latents a side it draws by what its UNet predicts, where it was published with several kinds
     padding: the word that fills up a short text, by tokenizer
+    defaults: what its pipelines take where a call says nothing
     separate: what its text encoders are called where they come in files of their own, which single files may lack
     """
 
@@ -60,6 +61,7 @@ class FamilyRow:
     shown: str | None = None
     flows: bool = False
     sample_sizes: Mapping[Prediction, int] = field(default_factory=dict)
+    defaults: Defaults = field(default_factory=Defaults)
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -116,6 +118,7 @@ FAMILIES: Mapping[Family, FamilyRow] = {
         separate={"text_encoder": "CLIP L (clip_l.safetensors)", "text_encoder_2": "CLIP G (clip_g.safetensors)"},
         shifts=True,
         flows=True,
+        defaults=Defaults(guidance=7.0, strength=0.6, masked_strength=0.6),
     ),
     "svd": FamilyRow(
         text_encoders=(),

@@ -54,7 +54,7 @@ def _size_numbers(job: Job, *, negative: bool) -> dict[SizeName, float]:
 
 
 def _guidance(job: Job, rows: int, width: int, _: DenoiserSpec) -> Array:
-    return np.tile(embed_guidance(job.request.guidance, width), (rows, 1))
+    return np.tile(embed_guidance(job.scale, width), (rows, 1))
 
 
 def _skips(job: Job, rows: int, _: int, __: DenoiserSpec) -> Array:

@@ -19,7 +19,7 @@ from latentrt.runtime.draw.loras import check_loras
 from latentrt.runtime.image_prompts.resolve import ResolvedImage, resolve_images
 from latentrt.runtime.images.sources import MAX_PIXELS, ImageSource
 from latentrt.runtime.images.tiling import Tiling, plan_tiles
-from latentrt.runtime.request import CHANGES, DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
+from latentrt.runtime.request import DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
@@ -30,6 +30,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A request that can be drawn: one prompt, negative prompt and seed for each picture, and its plan.
 
     variations: the variation seed of each picture, empty if the noise is the seeds' own
+    scale: of guidance, as it was asked for; what that is at each stage, `guidance` says
     ranges: which denoiser takes which stages of the plan
     decoder: the component that makes the pixels
     windows, shares: where the pictures are frames of videos, those that the denoiser sees at once, and what each row of
@@ -45,6 +46,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     variations: tuple[int, ...]
     size: tuple[int, int]
     plan: SamplingPlan
+    scale: float
     guidance: Guidance
     ranges: tuple[DenoiserRange, ...]
     decoder: str
@@ -78,6 +80,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, eq=False):
                 clip_skip=skip,
                 given=text is not None,
                 t5=how.t5,
+                t5_tokens=how.t5_tokens,
             )
             for text in texts
         ]
@@ -119,6 +122,10 @@ def resolve_any(request: Request, manifest: Manifest) -> Job:
         raise RequestError(f"noise: found {request.noise!r}, expected one of {', '.join(NOISES)}")
     if type(request.t5) is not bool:
         raise RequestError(f"t5: found {request.t5!r}, expected true or false")
+    if request.t5_tokens is not None and not any(
+        text.tokens for spec in manifest.denoisers.values() for text in spec.text_encoders
+    ):
+        raise RequestError("t5_tokens: this checkpoint's denoiser reads no text of T5; omit it")
     request = msgspec.structs.replace(request, loras=check_loras(request.loras))
     decoder = _decoder(request, manifest)
     pixels, mask, size = _pictures(request, manifest)
@@ -127,7 +134,7 @@ def resolve_any(request: Request, manifest: Manifest) -> Job:
     if pixels is not None and len(pixels) not in (1, len(prompts)):
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one for each")
     seeds, variations = _all_seeds(request, len(prompts))
-    guidance = _number("guidance", request.guidance)
+    scale = manifest.defaults.guidance if request.guidance is None else _number("guidance", request.guidance)
     if not any(spec.sizes for spec in manifest.denoisers.values()):
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
@@ -144,14 +151,15 @@ def resolve_any(request: Request, manifest: Manifest) -> Job:
         size=size,
         pixels=pixels,
         mask=mask,
-        strength=_strength(request),
+        strength=_strength(request, manifest),
         tiling=plan_tiles(size, request.tile, factor=manifest.latents.factor),
         controls=resolve_controls(request.controls, manifest, pictures=len(prompts), size=size, stages=plan.stages),
         images=resolve_images(request.image_prompts, manifest, pictures=len(prompts)),
         plan=plan,
+        scale=scale,
         guidance=plan_guidance(
             plan,
-            1.0 if _distilled(manifest) else guidance,
+            1.0 if _distilled(manifest) else scale,
             len(prompts),
             interval=request.guidance_interval,
             rescale=_number("guidance_rescale", request.guidance_rescale),
@@ -247,10 +255,10 @@ def _controlled_size(request: Request, manifest: Manifest) -> tuple[int, int] | 
     return rounded_size(size_of(first_of(first.image, name=name)), manifest.latents.cell, name=name)
 
 
-def _strength(request: Request) -> float:
+def _strength(request: Request, manifest: Manifest) -> float:
     if request.image is None:
         return 1.0
-    default = CHANGES if request.mask is None else 1.0
+    default = manifest.defaults.strength if request.mask is None else manifest.defaults.masked_strength
     return default if request.strength is None else _number("strength", request.strength)
 
 
@@ -264,7 +272,7 @@ def _plan(request: Request, manifest: Manifest, size: tuple[int, int]) -> Sampli
         eta=request.eta,
         shift=None if request.shift is None else _number("shift", request.shift),
         tokens=manifest.latents.tokens(size),
-        strength=_strength(request),
+        strength=_strength(request, manifest),
         stop=request.stop,
         timesteps=request.timesteps,
         sigmas=request.sigmas,

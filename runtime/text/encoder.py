@@ -64,7 +64,8 @@ class TextEncoder:
         run, spec: the engine, or what calls it, which nothing else calls at the same time; and the engine's spec
         skip: how many of its last layers the UNet never reads; a prompt's clip_skip comes on top
         pooled: the output with the pooled text
-        length: how many tokens it reads whatever the prompt; None for as many chunks as that needs
+        length: how many tokens it reads whatever the prompt, unless the prompt says so itself; None for as many chunks
+            as that needs
         cache_bytes: how much is remembered; what was not used for longest is forgotten first
         """
         self._plain, self.component = tokenizer, spec.component
@@ -112,8 +113,8 @@ class TextEncoder:
         words, prompts = self._words, self._meant(prompts)
         found = self._remembered(words, prompts)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
-        if missing:
-            found |= self._encode(words, missing)
+        for length in dict.fromkeys(map(self._row, missing)):
+            found |= self._encode(words, [prompt for prompt in missing if self._row(prompt) == length], length)
         return [found[prompt] for prompt in prompts]
 
     def tokens(self, prompts: Sequence[Prompt]) -> int:
@@ -123,9 +124,12 @@ class TextEncoder:
             self._rows.check_skip(self._skip + prompt.clip_skip)
         found = self._remembered(words, prompts)
         known = (len(encoding.states) for encoding in found.values())
-        new = (len(self._chunks(words, prompt)) for prompt in dict.fromkeys(prompts) if prompt not in found)
-        row = self._length or words.tokenizer.spec.max_length
-        return max(*known, *(row * chunks for chunks in new), 0)
+        rows = (
+            len(self._chunks(words, prompt)) * (self._row(prompt) or words.tokenizer.spec.max_length)
+            for prompt in dict.fromkeys(prompts)
+            if prompt not in found
+        )
+        return max(*known, *rows, 0)
 
     def length(self, prompt: Prompt) -> int:
         """Return how many tokens a prompt itself has, without begin, end and padding. Raises RequestError."""
@@ -133,10 +137,16 @@ class TextEncoder:
 
     def _meant(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         """Leave out what is said of chunks and of CLIP's layers, where rows have a fixed length."""
-        return prompts if self._length is None else [Prompt(text=one.text, syntax=one.syntax) for one in prompts]
+        if self._length is None:
+            return prompts
+        return [Prompt(text=one.text, syntax=one.syntax, t5_tokens=one.t5_tokens) for one in prompts]
+
+    def _row(self, prompt: Prompt) -> int | None:
+        """Return how many tokens a row has that is read whatever the prompt, None where there are chunks."""
+        return self._length and (prompt.t5_tokens or self._length)
 
     def _chunks(self, words: _Words, prompt: Prompt) -> tuple[Chunk, ...]:
-        return words.tokenizer.chunks(prompt, length=self._length)
+        return words.tokenizer.chunks(prompt, length=self._row(prompt))
 
     def device_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Array] | None:
         """Return the engine's inputs if its own output is the encoding of the whole batch, prompt after prompt.
@@ -152,9 +162,10 @@ class TextEncoder:
         ):
             return None
         chunks = [self._chunks(words, prompt) for prompt in prompts]
-        if len(set(map(len, chunks))) > 1 or any(is_weighted(chunk) for row in chunks for chunk in row):
+        (length, *others) = dict.fromkeys(map(self._row, prompts))
+        if others or len(set(map(len, chunks))) > 1 or any(is_weighted(chunk) for row in chunks for chunk in row):
             return None
-        rows = words.tokenizer.rows([chunk.ids for row in chunks for chunk in row], length=self._length)
+        rows = words.tokenizer.rows([chunk.ids for row in chunks for chunk in row], length=length)
         return self._rows.inputs(rows, words.vectors)
 
     @property
@@ -193,14 +204,15 @@ class TextEncoder:
         found = {prompt: self._cache.get((words.number, self.weights, prompt)) for prompt in prompts}
         return {prompt: encoding for prompt, encoding in found.items() if encoding is not None}
 
-    def _encode(self, words: _Words, prompts: Sequence[Prompt]) -> dict[Prompt, Encoding]:
+    def _encode(self, words: _Words, prompts: Sequence[Prompt], length: int | None) -> dict[Prompt, Encoding]:
+        """Encode prompts whose rows are of one length."""
         skips = {prompt: self._skip + prompt.clip_skip for prompt in prompts}
         for skip in skips.values():
             self._rows.check_skip(skip)
         chunks = {prompt: self._chunks(words, prompt) for prompt in prompts}
         wanted = dict.fromkeys(ids for row in chunks.values() for chunk in row for ids in needed(chunk))
         places = {ids: place for place, ids in enumerate(wanted)}
-        rows = words.tokenizer.rows(list(wanted), length=self._length)
+        rows = words.tokenizer.rows(list(wanted), length=length)
         states = self._rows(rows, words.vectors, keep_skipped=any(skips.values()))
         encoded = {}
         for prompt, row in chunks.items():

@@ -67,7 +67,7 @@ class PromptEncoders:
         rows = [*prompts, *negatives]
         reading = self._readings[denoiser]
         batches = [self._batch(text, rows) for text in reading.text_encoders]
-        inputs = {STATES: _joined(reading, batches, rows=len(rows))}
+        inputs = {STATES: _joined(reading, batches, rows)}
         pooled = [batch.pooled for batch in batches if batch and batch.pooled is not None]
         if pooled:
             inputs[self._pooled[denoiser]] = np.concatenate(pooled, axis=-1)
@@ -83,7 +83,7 @@ class PromptEncoders:
     def tokens(self, prompts: Sequence[Prompt], *, denoiser: str) -> int:
         """Return how many tokens the longest prompt's encoding has. Raises RequestError on what cannot be read."""
         texts = self._readings[denoiser].text_encoders
-        counts = [text.tokens or self._encoders[text].tokens(prompts) for text in texts]
+        counts = [_fixed(text, prompts) or self._encoders[text].tokens(prompts) for text in texts]
         return joined_length(counts, [text.join for text in texts])
 
     def length(self, prompt: Prompt) -> int:
@@ -149,11 +149,17 @@ def _pooled_input(manifest: Manifest, denoiser: str) -> str:
     return next((one.name for one in manifest.components[denoiser].inputs if one.name in POOLED), POOLED[0])
 
 
-def _joined(reading: DenoiserSpec, batches: Sequence[Encoding | None], *, rows: int) -> Array:
+def _fixed(text: TextSpec, prompts: Sequence[Prompt]) -> int:
+    """Return how many tokens a row has that is read whatever the prompt; 0 where there are chunks."""
+    return (text.tokens and max(prompt.t5_tokens or text.tokens for prompt in prompts)) or 0
+
+
+def _joined(reading: DenoiserSpec, batches: Sequence[Encoding | None], prompts: Sequence[Prompt]) -> Array:
     """Return what a denoiser attends to: (rows, tokens, width). batches: of each encoder, None for zeros"""
     dtype, texts = next(batch.states.dtype for batch in batches if batch), reading.text_encoders
     states = [
-        batch.states if batch else np.zeros((rows, text.tokens or 0, 1), dtype=dtype)  # made as wide as the others
+        # made as wide as the others
+        batch.states if batch else np.zeros((len(prompts), _fixed(text, prompts), 1), dtype=dtype)
         for text, batch in zip(texts, batches, strict=True)
     ]
     joined = join_states(states, [text.join for text in texts])

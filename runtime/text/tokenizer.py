@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from latentrt.engines.bundle.manifest import TokenizerSpec
+from latentrt.engines.bundle.text_lengths import MOST_FIXED
 from latentrt.engines.errors import BundleError, RequestError, library_failed
 from latentrt.engines.spec import Array
 from latentrt.runtime.text.syntax import EXPLICIT_WEIGHT, Part, Segment, Syntax, loaded_by_name, parse_weighted
@@ -37,6 +38,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
         community's interfaces count one more
     given: whether anyone wrote it: where no negative prompt was given, SDXL's zeros stand for it
     t5: whether the text encoder that a checkpoint can do without, SD 3's T5, reads it too
+    t5_tokens: how many tokens of it that encoder reads, None for the bundle's own number
     """
 
     text: str
@@ -45,6 +47,7 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
     clip_skip: int = 0
     given: bool = True
     t5: bool = True
+    t5_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -57,6 +60,8 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
                 raise RequestError(f"{name}: found {value!r}, expected one of {', '.join(known)}")
         if type(self.clip_skip) is not int or self.clip_skip < 0:
             raise RequestError(f"clip_skip: found {self.clip_skip!r}, expected a number of layers from 0 up")
+        if self.t5_tokens is not None and not (type(self.t5_tokens) is int and 1 <= self.t5_tokens <= MOST_FIXED):
+            raise RequestError(f"t5_tokens: found {self.t5_tokens!r}, expected a number from 1 to {MOST_FIXED}")
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):

@@ -54,6 +54,7 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "overflow": TEXT,
     "clip_skip": WHOLE,
     "t5": Tensor("TYPE_BOOL"),
+    "t5_tokens": WHOLE,
     "n": WHOLE,
     "seed": WHOLES,
     "size": PAIR,

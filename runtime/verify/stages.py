@@ -18,6 +18,7 @@ import numpy as np
 from latentrt.engines.backends import BACKENDS, backend_on
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import CONTROL_ROLES, EngineRecord, LatentSpec, Manifest, Role
+from latentrt.engines.bundle.text_lengths import TextLength, split_length
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.find import Choice, serving_engines
 from latentrt.engines.graphs import edits as graphs
@@ -142,7 +143,8 @@ def _draw(
 
 def short_request(manifest: Manifest, record: EngineRecord) -> Request | VideoRequest:
     """Return a request that makes each denoiser and ControlNet of a bundle run, at sizes that its engines take."""
-    width, height, pictures, chunks = _least(manifest, record)
+    width, height, pictures, text = _least(manifest, record)
+    chunks, fixed = (text.chunks, text.fixed) if text else (1, 0)
     grey = np.tile(np.linspace(0, 255, width, dtype=np.uint8)[:, None], (height, 1, 3))
     if manifest.denoisers[manifest.denoiser].shown is not None:
         size, guided = (width, height), {"guidance": GUIDANCE, "guidance_interval": GUIDED}
@@ -153,6 +155,7 @@ def short_request(manifest: Manifest, record: EngineRecord) -> Request | VideoRe
     return Request(
         prompt=PROMPT + " a" * words * (chunks - 1),
         negative_prompt="",
+        t5_tokens=fixed or None,
         n=pictures,
         seed=0,
         steps=STEPS,
@@ -171,18 +174,17 @@ def short_request(manifest: Manifest, record: EngineRecord) -> Request | VideoRe
     )
 
 
-def _least(manifest: Manifest, record: EngineRecord) -> tuple[int, int, int, int]:
-    """Return the width and height in pixels, the pictures and the chunks of text to draw with."""
+def _least(manifest: Manifest, record: EngineRecord) -> tuple[int, int, int, TextLength | None]:
+    """Return the width and height in pixels, the pictures and the length of the text to draw with, None for any."""
     factor, profiles = manifest.latents.factor, record.specs[manifest.denoiser].profiles
     if not profiles:
         grid = 8 * factor  # a UNet halves its latents up to three times
         width, height = (max(side // 2 // grid, 1) * grid for side in manifest.default_size)
-        return width, height, FRAMES if manifest.denoisers[manifest.denoiser].shown else 1, 1
+        return width, height, FRAMES if manifest.denoisers[manifest.denoiser].shown else 1, None
     least = min(profiles, key=lambda sizes: (sizes["latent_width"] * sizes["latent_height"], sizes["tokens"]))
     pictures = min(sizes["pictures"] for sizes in profiles)
-    always = manifest.text_tokens(manifest.denoiser, chunks=0)
-    chunks = (least["tokens"] - always) // max(manifest.text_tokens(manifest.denoiser) - always, 1)
-    return least["latent_width"] * factor, least["latent_height"] * factor, pictures, max(chunks, 1)
+    text = split_length(least["tokens"], manifest, manifest.denoiser)
+    return least["latent_width"] * factor, least["latent_height"] * factor, pictures, text
 
 
 class ComparedEngines(OpenEngines):

@@ -72,7 +72,7 @@ def _guidance(asked: VideoRequest, video: VideoJob, known: FrameRange) -> Guidan
     first = default if asked.first_guidance is None else number("first_guidance", asked.first_guidance, least=0)
     if first is None:
         return job.guidance
-    scales = np.linspace(first, number("guidance", job.request.guidance, least=0), video.frames, dtype=np.float32)
+    scales = np.linspace(first, number("guidance", job.scale, least=0), video.frames, dtype=np.float32)
     return plan_guidance(
         job.plan,
         np.tile(scales, video.videos),

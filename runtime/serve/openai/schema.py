@@ -83,6 +83,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     overflow: Literal["chunks", "truncate"] | None = None
     clip_skip: Annotated[int, Meta(ge=0, le=100)] | None = None
     t5: bool | None = None
+    t5_tokens: Annotated[int, Meta(ge=1, le=512)] | None = None
     seed: Seed | None = None
     steps: int | None = None
     sampler: Name | None = None

@@ -6,7 +6,6 @@ import msgspec
 
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.runtime.images.write_png import community_name
-from latentrt.runtime.request import Request
 from latentrt.runtime.sampling.catalogue import Name, own_sampler, sampler_names
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.offered import lora_files
@@ -24,6 +23,7 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     """A model. size: its own; multiple: of which sides must be multiples; image: whether it takes an image
 
     sampler: its own, as people read it; samplers: the names of those that it can be drawn with
+    guidance, strength: where none is given
     """
 
     name: str
@@ -32,16 +32,17 @@ class ModelChoice(msgspec.Struct, frozen=True, kw_only=True):
     image: bool
     sampler: str
     samplers: tuple[str, ...]
+    guidance: float
+    strength: float
 
 
 class Choices(msgspec.Struct, frozen=True, kw_only=True):
-    """What there is to choose. guidance: where none is given"""
+    """What there is to choose."""
 
     models: tuple[ModelChoice, ...]
     samplers: tuple[Choice, ...]
     loras: tuple[str, ...]
     limits: Limits
-    guidance: float
 
 
 def choices(models: Models) -> Choices:
@@ -51,7 +52,6 @@ def choices(models: Models) -> Choices:
         samplers=tuple(Choice(name=name, title=community_name(name)) for name in sampler_names()),
         loras=tuple(lora_files(models.options)),
         limits=models.options.limits,
-        guidance=Request(prompt="").guidance,
     )
 
 
@@ -64,4 +64,6 @@ def _model(name: str, manifest: Manifest) -> ModelChoice:
         image=manifest.find("encoder") is not None,
         sampler=community_name(str(Name(own.name, own.spacing))),
         samplers=sampler_names(str(manifest.schedule.prediction_type)),
+        guidance=manifest.defaults.guidance,
+        strength=manifest.defaults.strength,
     )

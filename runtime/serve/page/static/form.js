@@ -19,12 +19,10 @@ export function offer(choices) {
   $("model").replaceChildren(...choices.models.map((one) => h("option", { value: one.name }, one.name)));
   $("steps").max = choices.limits.steps;
   $("count").max = choices.limits.pictures;
-  if (first) {
-    $("guidance").value = choices.guidance;
-    offerLoras(choices.loras);
-  } else if (choices.models.some((one) => one.name === chosen)) $("model").value = chosen;
+  if (first) offerLoras(choices.loras);
+  else if (choices.models.some((one) => one.name === chosen)) $("model").value = chosen;
   offerSamplers();
-  if (first) { ownSize(); recall(left); }
+  if (first) { ownDefaults(); recall(left); }
   changed();
 }
 
@@ -56,9 +54,12 @@ const loraRows = () => [...$("loras").children].map((row) => {
 });
 const loras = () => loraRows().filter(({ box }) => box.checked).map(({ box, scale }) => ({ name: box.value, scale: Number(scale.value || 1) }));
 
-function ownSize() {
+function ownDefaults() {
   const found = model();
-  if (found) setSize(...found.size);
+  if (!found) return;
+  Object.assign($("guidance"), { value: found.guidance });
+  Object.assign($("strength"), { value: found.strength });
+  setSize(...found.size);
 }
 
 export function setSize(width, height) {
@@ -207,7 +208,7 @@ export function begin({ draw, seedShown }) {
     draw();
   });
   $("form").addEventListener("input", changed);
-  $("model").addEventListener("change", () => { offerSamplers(); ownSize(); });
+  $("model").addEventListener("change", () => { offerSamplers(); ownDefaults(); });
   $("seed").addEventListener("input", () => setLock($("seed").value !== ""));
   $("swap").addEventListener("click", () => setSize($("height").value, $("width").value));
   $("lock").addEventListener("click", () => { setLock(!locked()); changed(); });
