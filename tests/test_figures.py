@@ -17,6 +17,7 @@ from cold_start import PLACE, cold_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "figures.md").read_text()
+SD3 = (ROOT / "docs" / "sd3.md").read_text()
 ON_A_GPU = {
     "SD 1.5, 512x512, guided, 20 steps: latentrt, `cuda`": "sd15: bench cuda fused",
     "the same, built with `--recipe plain`": "sd15: bench cuda plain",
@@ -199,6 +200,15 @@ def test_exports_and_builds_are_as_large_as_was_measured() -> None:
     build = result("full-size-build-sd15")
     assert f"{build['engine_bytes'] / 1e9:.2f} GB" in line_with("SD 1.5's UNet as the fused stage")
     assert f"{build['peak_bytes'] / 1e9:.1f} GB" in line_with("the same: peak memory of building")
+
+
+def test_sd3_is_exported_as_was_measured() -> None:
+    export = result("full-size-export-sd35-medium-no-t5-fp16")["export"]
+    line, error = line_with("SD 3.5 medium at full size"), max(one["error"] for one in export["components"].values())
+    assert f"{export['components']['transformer']['weights_bytes'] / 1e9:.2f} GB" in line
+    assert f"{export['peak_rss_over_largest']:.2f} times" in line
+    assert f"{error:.1e}".replace("e-0", "e-") in line_with("its largest error")
+    assert f"{export['seconds']:.0f} s" in SD3 and f"{export['peak_rss_bytes'] / 1e9:.2f} GB" in SD3
 
 
 @pytest.mark.parametrize("peer", PEERS)

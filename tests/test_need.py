@@ -60,7 +60,7 @@ def test_what_stays_is_what_a_bundle_holds(made: Make) -> None:
 
 def test_half_of_a_graph_stands_beside_the_whole(made: Make) -> None:
     """The largest comes second: the first one's half is there too."""
-    each = [Cost(most=600, left=200, numbers=100), Cost(most=6000, left=2000, numbers=1000, largest=10)]
+    each = [Cost(most=600, left=200, numbers=100), Cost(most=6000, left=2000, numbers=1000, memory=10)]
     assert need(each, ()).disk_bytes == 200 + 6000
     assert need(each, ("tensorrt",)).disk_bytes == 200 + 6000
     # 2200 of graphs, 400 of the first engine, 4000 of the second and as many beside it
@@ -147,8 +147,8 @@ def test_the_page_says_what_published_sizes_take(name: str, tmp_path: Path, monk
 
 
 def test_drawing_for_8_bits_takes_all_networks_in_float32_and_two_of_the_largest_on_the_disk() -> None:
-    each = [Cost(most=60, left=20, numbers=10), Cost(most=6000, left=2000, numbers=1000, largest=100)]
+    each = [Cost(most=60, left=20, numbers=10), Cost(most=6000, left=2000, numbers=1000, memory=100)]
     plain, drawn = need(each, ()), need(each, (), drawn=True)
     assert drawn.disk_bytes - plain.disk_bytes == 2 * 4 * 1000
-    each = [Cost(most=6, left=2, numbers=10**9, largest=10)]
-    assert need(each, (), drawn=True).memory_bytes - need(each, ()).memory_bytes == 4 * 10**9 - 7 * 4 * 10
+    each = [Cost(most=6, left=2, numbers=10**9, memory=10)]
+    assert need(each, (), drawn=True).memory_bytes - need(each, ()).memory_bytes == 4 * 10**9 - 10

@@ -18,24 +18,27 @@ from latentrt.export.sources.recognise_file import recognise
 from latentrt.export.sources.weight_files import find_weights
 
 GB = 1e9
-# Measured (benchmarks/full_size_export.py): the libraries, and what reads, compares and writes the largest weight.
+# Measured (benchmarks/full_size_export.py): the libraries, and how often the largest weight is held in float32 where it
+# is read, compared and written.
 LIBRARIES_BYTES, COPIES = 600_000_000, 7
 # Bytes of a number: in the graph that the half of it is made of, and in what the CPU computes with; in the half.
 WIDE, NARROW = 4, 2
-TABLE = "pos_embed"  # how the name of a table of positions ends, of which a graph holds next to nothing
+# How the name of a table of positions ends. A graph holds next to nothing of it, but diffusers makes it anew, in
+# float64 and from parts, before it reads the stored one: 4.0 GB for that of 3.5 medium.
+TABLE, TABLE_BYTES = "pos_embed", 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Bytes that a component takes of the disk: at most while it is exported, and afterwards.
 
-    numbers: its weights' number; largest: that of its largest tensor
+    numbers: its weights' number; memory: bytes that its largest tensors take beside the libraries
     """
 
     most: int
     left: int
     numbers: int
-    largest: int = 0
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,8 @@ def _cost(network: Path | WeightSource, source: Source, precision: Precision, *,
     if isinstance(network, Path) and source == "onnx":
         size = sum(path.stat().st_size for path in graph_files(network))
         return Cost(most=size, left=size, numbers=size // width)
-    tensors = [tensor for key, tensor in _tensors(network).items() if not key.endswith(TABLE)]
+    found = _tensors(network)
+    tensors = [tensor for key, tensor in found.items() if not key.endswith(TABLE)]
     numbers = sum(tensor.size for tensor in tensors) // share
     written = sum(tensor.end - tensor.start for tensor in tensors) if isinstance(network, WeightSource) else 0
     wide, left = numbers * WIDE, numbers * width
@@ -75,7 +79,10 @@ def _cost(network: Path | WeightSource, source: Source, precision: Precision, *,
         most=wide + max(written, left if left < wide else 0),
         left=left,
         numbers=numbers,
-        largest=max((tensor.size for tensor in tensors), default=0),
+        memory=max(
+            (tensor.size * (TABLE_BYTES if key.endswith(TABLE) else COPIES * WIDE) for key, tensor in found.items()),
+            default=0,
+        ),
     )
 
 
@@ -104,8 +111,7 @@ def need(each: Sequence[Cost], backends: Iterable[BackendName], *, drawn: bool =
             engine = cost.numbers * WIDE if backend == "cpu" else cost.left
             beside = engine if backend == "cpu" and cost.left < engine else 0
             most, held = max(most, held + engine + beside), held + engine
-    largest = max((cost.largest for cost in each), default=0)
-    memory = LIBRARIES_BYTES + COPIES * largest * WIDE
+    memory = LIBRARIES_BYTES + max((cost.memory for cost in each), default=0)
     if drawn:
         most += 2 * WIDE * max((cost.numbers for cost in each), default=0)
         memory = max(memory, LIBRARIES_BYTES + WIDE * sum(cost.numbers for cost in each))
