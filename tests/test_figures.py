@@ -211,6 +211,14 @@ def test_sd3_is_exported_as_was_measured() -> None:
     assert f"{export['seconds']:.0f} s" in SD3 and f"{export['peak_rss_bytes'] / 1e9:.2f} GB" in SD3
 
 
+def test_text_encoders_on_demand_take_what_was_measured() -> None:
+    from benchmarks.text_encoders import table
+
+    found = result("text-encoders")
+    assert table(found) in SD3
+    assert f"{found['weights_bytes']['text_encoder_3'] / 1e9:.2f} GB" in SD3
+
+
 @pytest.mark.parametrize("peer", PEERS)
 def test_other_libraries_take_as_long_as_was_measured(peer: str) -> None:
     tables = [table_of(f"peers-{run}").get(PEERS[peer].removesuffix(" (steps alone)")) for run in RUNS]
