@@ -16,7 +16,7 @@ from latentrt.engines.bundle.files import Bundle, Check, check_file, record_tree
 from latentrt.engines.bundle.manifest import FileRecord
 from latentrt.engines.errors import BundleError, RequestError
 from latentrt.engines.find import find_engines
-from latentrt.engines.onnxruntime import backend, session
+from latentrt.engines.onnxruntime import backend, engines, session
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime.engines import Sessions
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
@@ -86,7 +86,7 @@ def test_sizes_are_compared_before_anything_is_read(tmp_path: Path) -> None:
         Comparison(tmp_path, files, check="hash")
 
 
-def test_sessions_on_the_cpu_open_side_by_side(sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sessions_on_the_cpu_open_side_by_side(sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("text_encoder", "unet", "vae_decoder")
     meet, real = threading.Barrier(len(names)), session.open_session
 
@@ -95,9 +95,10 @@ def test_sessions_on_the_cpu_open_side_by_side(sd1_bundle: Path, monkeypatch: py
         return real(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(session, "open_session", open_session)
+    monkeypatch.setattr(engines, "LARGE_BYTES", 0)
     opened = open_engines(Bundle.open(sd1_bundle), "cpu", components=names, threads=1)
-    engines: dict[str, Engine] = dict(opened.engines)
-    assert {name: engine.spec.component for name, engine in engines.items()} == {name: name for name in names}
+    running: dict[str, Engine] = dict(opened.engines)
+    assert {name: engine.spec.component for name, engine in running.items()} == {name: name for name in names}
     opened.close()
 
 
@@ -112,8 +113,13 @@ class Slow(Sessions):
         return super()._load(component, *changed)
 
 
-def test_the_first_text_is_encoded_while_other_networks_open(sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [0, 1 << 40], ids=["side by side", "one after another"])
+def test_the_first_text_is_encoded_while_other_networks_open(
+    large: int, sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ran, real = list[str](), OnnxRuntimeEngine.run_bound
+    monkeypatch.setattr(Slow, "after", threading.Event())
+    monkeypatch.setattr(engines, "LARGE_BYTES", large)
 
     def run_bound(self: OnnxRuntimeEngine, binding: object, **named: int) -> None:
         real(self, binding, **named)
