@@ -180,11 +180,12 @@ def run_wide(path: Path, inputs: dict[str, Array]) -> dict[str, Array]:
     import onnxruntime
 
     from latentrt.engines.graphs import edits as graphs
+    from latentrt.engines.graphs.widen import widen
 
     model = graphs.load_graph(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / "wide.onnx"
-        if graphs.widen(model, path.parent, file.with_name("wide.data")):
+        if widen(model, path.parent, file.with_name("wide.data")):
             onnx.save(model, str(file))
         else:
             file = path

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import Self, Unpack
 
 import msgspec
 import numpy as np
@@ -18,27 +18,22 @@ from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import Manifest
 from latentrt.engines.errors import ClosedError, EngineError
 from latentrt.engines.lora.weight_changes import Changes
-from latentrt.engines.open import OpenEngines, open_engines
+from latentrt.engines.open import OpenEngines
 from latentrt.engines.workspace.contract import Workspace, WorkspaceShape
 from latentrt.runtime.calls import Cancellation, Limits, Stream, finish, limited, tell
 from latentrt.runtime.draw.animation import Frame, batches, between, check_keys, frame_draw, frame_rows, frames_between
 from latentrt.runtime.draw.draw import BatchSource
 from latentrt.runtime.draw.finite import TEXT, finite, one_coloured
-from latentrt.runtime.draw.job import Job, latent_shape, repaints, resolve
+from latentrt.runtime.draw.job import Job, latent_shape, ordinary, resolve
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import OnStep, Stages
 from latentrt.runtime.loaded import Loaded
-from latentrt.runtime.request import DECODERS, NOISES, KeyFrame, Options, Request, VideoOptions
+from latentrt.runtime.opening import needed, one_thread, open_bundle
+from latentrt.runtime.request import NOISES, KeyFrame, Options, Request, VideoOptions
 from latentrt.runtime.result import Result
-from latentrt.runtime.text.encoders import PromptEncoders, read_tokenizers
+from latentrt.runtime.text.encoders import PromptEncoders
 from latentrt.runtime.text.textual_inversion import load_embedding
-from latentrt.runtime.text.tokenizer import PromptTokenizer
 from latentrt.runtime.video.result import VideoResult
-
-if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from latentrt.runtime.text.early import EarlyText
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +47,7 @@ class Pipeline:
         self.loaded = Loaded(bundle, opened, encoders)
         self._closed = False
         self._streams = weakref.WeakSet[Stream]()
-        self._worker = _one_thread()  # starts with the first await
+        self._worker = one_thread()  # starts with the first await
         self._said: set[str] = set()
 
     @classmethod
@@ -92,13 +87,13 @@ class Pipeline:
         DeviceLostError where CUDA was in use before this process was forked
         """
         bundle = Bundle.open(path)
-        opened, encoders = _open(
+        opened, encoders = open_bundle(
             bundle,
             first,
             check=check,
             backend=backend,
             device=device,
-            components=_needed(bundle),
+            components=needed(bundle),
             threads=threads,
             cuda_graphs=cuda_graphs,
             build=build,
@@ -397,61 +392,3 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _one_thread() -> ThreadPoolExecutor:
-    """Return what runs work in a thread of its own, which starts with the first."""
-    from concurrent.futures import ThreadPoolExecutor  # for what opens a bundle
-
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="latentrt")
-
-
-def _open(
-    bundle: Bundle, first: Request | None, *, check: Check, on_demand: tuple[str, ...], **opening: Any
-) -> tuple[OpenEngines, PromptEncoders]:
-    """Open engines and, meanwhile, read the tokenizers and encode what is drawn first. Raises as `Pipeline.load`."""
-    early = None
-    if first is not None and not first.loras and not on_demand:
-        from latentrt.runtime.text.early import EarlyText  # for those who know what comes
-
-        job = resolve(first, bundle.manifest)
-        texts = job.read_groups(job.prompts, job.negatives)
-        early = EarlyText(bundle.manifest, *texts, [part.denoiser for part in job.ranges])
-    with _one_thread() as beside:
-        reading = beside.submit(_read_text, bundle, check, early)
-        try:
-            on_open = None if early is None else early.take
-            opened = open_engines(bundle, check=check, on_demand=on_demand, on_open=on_open, **opening)
-        finally:
-            if early is not None:
-                early.end()
-    try:
-        tokenizers, encoders = reading.result()
-        return opened, encoders or PromptEncoders(bundle.manifest, opened.engines, tokenizers)
-    except Exception:
-        opened.close()
-        raise
-
-
-def _read_text(
-    bundle: Bundle, check: Check, early: EarlyText | None
-) -> tuple[dict[str, PromptTokenizer], PromptEncoders | None]:
-    """Read the tokenizers, import what every first picture needs, and encode what is drawn first."""
-    import numpy.random  # noqa: F401 - its noise
-
-    tokenizers = read_tokenizers(bundle, check=check)
-    return tokenizers, None if early is None else early.encode(tokenizers)
-
-
-def ordinary(manifest: Manifest) -> Request:
-    """Return a request like those that come: a few steps, guided, of the bundle's own size."""
-    if not repaints(manifest):
-        return Request(prompt="", steps=3, seed=0)
-    width, height = manifest.default_size
-    grey = np.full((height, width, 3), 127, dtype=np.uint8)
-    return Request(prompt="", steps=3, seed=0, image=grey, mask=np.full((height, width), 255, dtype=np.uint8))
-
-
-def _needed(bundle: Bundle) -> tuple[str, ...]:
-    """Return the components that drawing from text takes; an image's encoder is loaded when the first image comes."""
-    return bundle.manifest.of_role("text_encoder", "denoiser", "controlnet", *DECODERS.values())

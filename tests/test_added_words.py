@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.export import export_checkpoint
-from latentrt.export.networks.modules import load
+from latentrt.export.networks.loading import load
 from latentrt.export.sources.tokenizer import read_tokenizer, write_clip_files, write_tokenizer
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.text.tokenizer import Prompt, PromptTokenizer

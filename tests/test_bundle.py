@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latentrt.engines.bundle import files as bundles
-from latentrt.engines.bundle.files import Bundle, disk_errors, inside, record_file, write_manifest
+from latentrt.engines.bundle.files import (
+    Bundle,
+    disk_errors,
+    inside,
+    manifest_from_json,
+    manifest_to_json,
+    record_file,
+    write_manifest,
+)
 from latentrt.engines.bundle.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -25,8 +33,6 @@ from latentrt.engines.bundle.manifest import (
     Provenance,
     Role,
     TokenizerSpec,
-    manifest_from_json,
-    manifest_to_json,
 )
 from latentrt.engines.bundle.parsing import json_schema
 from latentrt.engines.bundle.training import TrainingSchedule

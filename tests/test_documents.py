@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latentrt.__main__ import main
-from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import MANIFEST, engine_record_from_json, manifest_from_json
+from latentrt.engines.bundle.files import Bundle, engine_record_from_json, manifest_from_json
+from latentrt.engines.bundle.manifest import MANIFEST
 from latentrt.engines.bundle.parsing import ParseError, decode
 from latentrt.engines.bundle.safetensors_header import read_header
 from latentrt.engines.bundle.weight_map import GraphWeights, read_weights

@@ -226,7 +226,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
 
     from safetensors.numpy import save_file
 
-    from latentrt.export.networks import modules
+    from latentrt.export.networks import loading
 
     shutil.copytree(sd1_checkpoint / folder, tmp_path / folder)
     weights = next((tmp_path / folder).glob("*.safetensors"))
@@ -234,7 +234,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(
     arrays.pop(sorted(arrays)[0])
     save_file(arrays, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"weights are missing|do not fit the config"):
-        modules.load(component, tmp_path / folder)
+        loading.load(component, tmp_path / folder)
 
 
 def test_the_folder_of_graphs_is_one_that_optimum_reads(bundle: Bundle) -> None:

@@ -17,7 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.errors import BundleError, CheckpointError
-from latentrt.engines.graphs.edits import load_graph, widen
+from latentrt.engines.graphs.edits import load_graph
+from latentrt.engines.graphs.widen import widen
 from latentrt.engines.verify.verify import verify
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.export import export_checkpoint

@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import manifest_from_json, manifest_to_json
+from latentrt.engines.bundle.files import Bundle, manifest_from_json, manifest_to_json
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.export.additions.ip_adapters import attention_layers
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint

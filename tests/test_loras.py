@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from latentrt.__main__ import cli
 from latentrt.engines.build import build_engines
-from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
-from latentrt.engines.bundle.manifest import EngineRecord, manifest_from_json
+from latentrt.engines.bundle.files import Bundle, manifest_from_json, record_file, write_manifest
+from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.bundle.weight_map import (
     COLUMN,
     LAYOUTS,
@@ -41,7 +41,7 @@ from latentrt.engines.bundle.weight_map import (
     write_weights,
 )
 from latentrt.engines.errors import BundleError, EngineError, OutOfMemoryError, RequestError
-from latentrt.engines.graphs.edits import LEAST_EXTERNAL
+from latentrt.engines.graphs.widen import LEAST_EXTERNAL
 from latentrt.engines.lora.weight_changes import Adaptable
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime import engines

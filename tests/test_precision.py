@@ -35,7 +35,7 @@ from latentrt.export.graphs import trace as graphs
 from latentrt.export.graphs.external_data import save_graph
 from latentrt.export.graphs.ranges import LARGEST, LIMIT, Ranges
 from latentrt.export.graphs.types import FLOAT, HALF, allows, formal, infer_types, load_typed, schema
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 
 # Over the output's range: a handful of layers, each rounded to 11 bits.
 CLOSE = 1e-2
@@ -288,7 +288,7 @@ def test_the_largest_logit_is_that_of_the_whole_product(
 def test_a_graph_in_range_is_what_torch_exports_in_half(sd1_checkpoint: Path, sd1_half_bundle: Path) -> None:
     bundle = Bundle.open(sd1_half_bundle)
     spec = bundle.manifest.components["unet"]
-    module = modules.load("unet", sd1_checkpoint / "unet").half()
+    module = loading.load("unet", sd1_checkpoint / "unet").half()
     arrays, _ = golden.load_golden(bundle.root / spec.golden)
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     axes = {"latent_height": (4, 1), "latent_width": (4, 1)}

@@ -34,10 +34,10 @@ Encode = Callable[[str], Array]
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
     """The demo's text encoder, run by torch."""
-    from latentrt.export.networks import modules
+    from latentrt.export.networks import loading, modules
 
     folder = tmp_path_factory.mktemp("demo")
-    module = modules.load("text_encoder", DEMO / "text_encoder")
+    module = loading.load("text_encoder", DEMO / "text_encoder")
     spec = write_tokenizer(read_tokenizer(DEMO / "tokenizer"), folder, "tokenizer.json")
     names = ["last_hidden_state", "pooler_output", "skipped_hidden_states"]
     tokenizer = PromptTokenizer(folder / spec.file, spec)

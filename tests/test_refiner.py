@@ -21,7 +21,7 @@ from latentrt.engines.spec import Array
 from latentrt.engines.verify.verify import verify
 from latentrt.export.cli import inspect
 from latentrt.export.export import export_checkpoint
-from latentrt.export.networks.modules import load
+from latentrt.export.networks.loading import load
 from latentrt.export.networks.shared_encoder import require_same
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import SharedEncoder

@@ -19,7 +19,7 @@ from latentrt.engines.graphs.roofline import CEILINGS, Ceilings, roofline, roofl
 from latentrt.engines.spec import Array
 from latentrt.export.cli import inspect
 from latentrt.export.graphs import golden
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 
 H200 = CEILINGS["h200"]
 
@@ -27,7 +27,7 @@ H200 = CEILINGS["h200"]
 def torch_operations(component: str, checkpoint: Path, inputs: Mapping[str, Array]) -> int:
     """Return what torch counts for a component of a checkpoint."""
     folder = checkpoint / {"vae_decoder": "vae", "vae_encoder": "vae"}.get(component, component)
-    module = modules.load(component, folder)
+    module = loading.load(component, folder)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         module(*(torch.from_numpy(array) for array in inputs.values()))
     return int(counter.get_total_flops())

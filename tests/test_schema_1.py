@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import MANIFEST, manifest_from_json
+from latentrt.engines.bundle.files import Bundle, manifest_from_json
+from latentrt.engines.bundle.manifest import MANIFEST
 from latentrt.engines.errors import BundleError
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import REFINED, Make

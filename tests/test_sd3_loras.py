@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from latentrt import Lora, Pipeline
 from latentrt.engines.spec import Array
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, LoraOption
 from latentrt.export.sources.parts import WeightSource
@@ -103,9 +103,9 @@ def test_an_export_adds_it_to_the_weights(
         source = opened.networks[part]
         assert isinstance(source, WeightSource)
         row = opened.rows.get(part, part)
-        base = modules.load(row, plain[0] / part).state_dict()
+        base = loading.load(row, plain[0] / part).state_dict()
         with written(source, tmp_path / part) as folder:
-            found = modules.load(row, folder).state_dict()
+            found = loading.load(row, folder).state_dict()
         moved = {f"model.{name}": delta for name, delta in added.items()}
         for key, tensor in found.items():
             delta = moved.get(key, moved.get(key.replace("model.", "model.text_model.", 1)))

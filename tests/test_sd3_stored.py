@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from latentrt.engines.bundle.files import Bundle
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.export import export_checkpoint
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 from latentrt.export.networks.components import COMPONENTS
 from latentrt.export.sources.weight_files import find_weights
 from tests.conftest import Make
@@ -92,7 +92,7 @@ def test_every_network_is_loaded_with_the_same_numbers(exact: Path, tmp_path: Pa
         assert (found.variant or "") == form.variant and len(found.shards) == (SHARDS if form.sharded else 1)
         row = one.rows.get(component, component)
         takes = tuple(tensor.name for tensor in COMPONENTS[row].takes(one.dimensions))
-        expected, mine = (modules.load(row, place, takes=takes).state_dict() for place in (folder, stored))
+        expected, mine = (loading.load(row, place, takes=takes).state_dict() for place in (folder, stored))
         assert mine.keys() == expected.keys()
         assert all(torch.equal(mine[key], tensor) for key, tensor in expected.items()), component
 

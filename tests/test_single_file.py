@@ -22,7 +22,7 @@ from latentrt.engines.errors import CheckpointError, LatentrtError
 from latentrt.export.checkpoint import DEMO, open_checkpoint
 from latentrt.export.cli import export
 from latentrt.export.configs.published import CONFIGS
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 from latentrt.export.networks.conversion import read_tensors, written
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import WeightSource
@@ -164,9 +164,9 @@ CASES = [
 
 def weights(network: Path | WeightSource, component: str, folder: Path) -> dict[str, Any]:
     if isinstance(network, Path):
-        return modules.load(component, network).state_dict()
+        return loading.load(component, network).state_dict()
     with written(network, folder):
-        found = modules.load(component, folder).state_dict()
+        found = loading.load(component, folder).state_dict()
     assert not folder.exists()
     return found
 
@@ -303,7 +303,7 @@ def other_vae(sd1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def check_vae(checkpoint: Path, given: Path, expected: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(str(checkpoint), options=CheckpointOptions(vae=str(given)))
     assert not any(name.startswith("vae/") and path.parent == checkpoint / "vae" for name, path in opened.files.items())
-    theirs = modules.load("vae_decoder", expected).state_dict()
+    theirs = loading.load("vae_decoder", expected).state_dict()
     for key, tensor in weights(opened.networks["vae_decoder"], "vae_decoder", tmp_path / "written").items():
         np.testing.assert_array_equal(tensor.numpy(), theirs[key].numpy())
     assert opened.networks["vae_encoder"] == opened.networks["vae_decoder"]

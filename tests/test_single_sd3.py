@@ -18,7 +18,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.configs.published import CONFIGS
 from latentrt.export.inspection import inspect_checkpoint
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import WeightSource
@@ -41,9 +41,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state(network: Path | WeightSource, row: str, folder: Path) -> dict[str, Any]:
     takes = ("sample", "timestep", "encoder_hidden_states", "pooled_projections")
     if isinstance(network, Path):
-        return modules.load(row, network, takes=takes).state_dict()
+        return loading.load(row, network, takes=takes).state_dict()
     with written(network, folder):
-        return modules.load(row, folder, takes=takes).state_dict()
+        return loading.load(row, folder, takes=takes).state_dict()
 
 
 ROWS = {

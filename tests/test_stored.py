@@ -16,7 +16,7 @@ from latentrt.engines.spec import TensorSpec
 from latentrt.export.graphs import golden
 from latentrt.export.graphs import run as sessions
 from latentrt.export.graphs import trace as graphs
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading, modules
 from latentrt.export.networks.streamed_weights import LARGE, StoredWeights, stored_dtype, windows
 from latentrt.export.sources.weight_files import find_weights
 
@@ -62,8 +62,8 @@ def test_a_network_computes_the_same_with_its_weights_in_their_files(
     recorded, _ = golden.load_golden(sd1_bundle / spec.golden)
     inputs = {each.name: recorded[each.name] for each in spec.inputs}
     names = [output.name for output in spec.outputs]
-    expected = modules.run(modules.load(component, folder), inputs, names)
-    module = modules.load(component, folder, dtype=None)
+    expected = modules.run(loading.load(component, folder), inputs, names)
+    module = loading.load(component, folder, dtype=None)
     weights = StoredWeights(module)
     assert all(weight.is_meta for weight in module.parameters())
     for _ in range(2):

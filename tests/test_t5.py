@@ -17,7 +17,7 @@ from latentrt.engines.spec import Array, Precision
 from latentrt.export.graphs import golden, half_precision, ranges, run
 from latentrt.export.graphs.external_data import save_graph
 from latentrt.export.graphs.types import load_typed
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading, modules
 from latentrt.export.networks.streamed_weights import StoredWeights
 from latentrt.export.sources.unigram import read_unigram
 from latentrt.export.work.finished import Finished, golden_path, graph_path
@@ -145,7 +145,7 @@ def test_every_weight_is_read_from_its_file_when_its_layer_computes(
 ) -> None:
     # transformers would load `wo` in float32, which is a copy of 4 GB of T5-XXL
     save_as(folder, tmp_path, {key: tensor.to(dtype) for key, tensor in read(folder).items()})
-    module = modules.load(NAME, tmp_path, dtype=None)
+    module = loading.load(NAME, tmp_path, dtype=None)
     weights = StoredWeights(module)
     assert not weights._kept
     ids = draw_ids(2, 20)
@@ -170,7 +170,7 @@ def test_the_embedding_may_be_stored_under_either_name_or_both(
     tensors = read(folder)
     table = tensors.pop("shared.weight")
     save_as(folder, tmp_path, tensors | {f"{name}.weight": table.clone() for name in names})
-    module, ids = modules.load(NAME, tmp_path), draw_ids(1, 9)
+    module, ids = loading.load(NAME, tmp_path), draw_ids(1, 9)
     found = modules.run(module, {"input_ids": ids}, ["last_hidden_state"])
     assert relative_error(found["last_hidden_state"], theirs(folder, ids)) < 1e-5
 

@@ -13,7 +13,7 @@ import pytest
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
-from latentrt.export.networks import modules
+from latentrt.export.networks import loading
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources import hub
@@ -58,7 +58,7 @@ def save_again(root: Path, component: str, **options: Any) -> Path:
 def test_shards_and_variants_load_as_one_file_does(
     sd1_checkpoint: Path, copy: Path, component: str, variant: str | None
 ) -> None:
-    expected = modules.load(component, sd1_checkpoint / FOLDERS[component]).state_dict()
+    expected = loading.load(component, sd1_checkpoint / FOLDERS[component]).state_dict()
     folder = save_again(copy, component, variant=variant, max_shard_size="40KB")
     found = find_weights(folder)
     assert found.variant == variant
@@ -66,7 +66,7 @@ def test_shards_and_variants_load_as_one_file_does(
     assert sorted(path.name for path in found.paths) == sorted(p.name for p in folder.iterdir() if p.stem != "config")
     checkpoint = open_checkpoint(str(copy))
     assert {f"{folder.name}/{path.name}" for path in found.paths} <= set(checkpoint.files)
-    loaded = modules.load(component, folder).state_dict()
+    loaded = loading.load(component, folder).state_dict()
     for key, tensor in expected.items():
         np.testing.assert_array_equal(loaded[key].numpy(), tensor.numpy())
     hosted = {f"{folder.name}/{path.name}" for path in found.paths}
@@ -151,7 +151,7 @@ def loaded(root: Path, component: str, folder: Path) -> dict[str, Any]:
     weight_source = open_checkpoint(str(root), options=CheckpointOptions(allow_pickle=True)).networks[component]
     assert isinstance(weight_source, WeightSource)
     with written(weight_source, folder):
-        return modules.load(component, folder).state_dict()
+        return loading.load(component, folder).state_dict()
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -161,7 +161,7 @@ def test_a_directory_of_pickles_is_opened_where_that_is_allowed(
 ) -> None:
     import torch
 
-    expected = modules.load(component, sd1_checkpoint / FOLDERS[component]).state_dict()
+    expected = loading.load(component, sd1_checkpoint / FOLDERS[component]).state_dict()
     folder = copy / FOLDERS[component]
     model = kind(component).from_pretrained(folder)
     next(folder.glob("*.safetensors")).unlink()
@@ -190,9 +190,9 @@ def test_a_single_pickle_is_opened_where_that_is_allowed(sd1_checkpoint: Path, t
     checkpoint = open_checkpoint(str(file), options=CheckpointOptions(config=str(sd1_checkpoint), allow_pickle=True))
     weight_source = checkpoint.networks["unet"]
     assert isinstance(weight_source, WeightSource)
-    expected = modules.load("unet", sd1_checkpoint / "unet").state_dict()
+    expected = loading.load("unet", sd1_checkpoint / "unet").state_dict()
     with written(weight_source, tmp_path / "weights") as folder:
-        found = modules.load("unet", folder).state_dict()
+        found = loading.load("unet", folder).state_dict()
     for key, tensor in found.items():
         np.testing.assert_array_equal(tensor.numpy(), expected[key].numpy())
 

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
+from latentrt.engines.bundle.consistency import faults
 from latentrt.engines.bundle.manifest import (
     ENGINE_RECORD,
     MANIFEST,
+    SCHEMA_VERSION,
     EngineRecord,
     FileRecord,
     Manifest,
-    engine_record_from_json,
-    manifest_from_json,
-    manifest_to_json,
 )
-from latentrt.engines.bundle.parsing import ParseError, brief, read_content
+from latentrt.engines.bundle.parsing import ParseError, brief, decode, parse, read_content
+from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.errors import BundleError
 
 Check = Literal["hash", "size"]
+T = TypeVar("T")
 
 HUB_REPOSITORY = re.compile(r"(models|datasets|spaces)--.")  # how the hub's cache names a repository's directory
 
@@ -246,3 +248,44 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
+    """Write a manifest or an engine record as indented JSON."""
+    return json.dumps(msgspec.to_builtins(manifest), indent=1, allow_nan=False) + "\n"
+
+
+def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
+    """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
+    manifest = _decode(Manifest, content, where=where, fix="export the checkpoint again")
+    for fault in faults(manifest):
+        raise BundleError(f"{where} {brief(fault)}")
+    return manifest
+
+
+def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord:
+    """Read an engine record strictly; `where` is the file's path, for the error. Raises BundleError."""
+    record = _decode(EngineRecord, content, where=where, fix="delete its directory and run `latentrt build`")
+    for component, entry in record.entries.items():
+        if entry not in record.files or component not in record.specs:
+            raise BundleError(
+                f"{where} $.entries.{brief(component)}: '{brief(entry)}' is not among $.files, or the component is not "
+                "among $.specs; delete its directory and run `latentrt build`"
+            )
+    return record
+
+
+def _decode(kind: type[T], content: bytes | str, *, where: str, fix: str) -> T:
+    try:
+        document = decode(content, strict=True)
+    except ParseError as error:
+        raise BundleError(f"{where} {error}; {fix}") from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{where} has schema version {version}, this latentrt reads up to {SCHEMA_VERSION}; upgrade latentrt"
+        )
+    try:
+        return parse(kind, upgrade(document) if kind is Manifest else document)
+    except ParseError as error:
+        raise BundleError(f"{where} {error}; {fix}") from None

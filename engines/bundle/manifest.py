@@ -1,21 +1,16 @@
-"""The manifest: everything the runtime must know about a bundle, and its JSON."""
+"""The manifest: everything the runtime must know about a bundle."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.consistency import faults
-from latentrt.engines.bundle.parsing import ParseError, brief, decode, parse
 from latentrt.engines.bundle.quantisation import Quantisation
-from latentrt.engines.bundle.schema_1 import upgrade
 from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.bundle.windows import Windows, plan_windows
-from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import Array, Document, EngineKey, EngineSpec, Precision, TensorSpec
 from latentrt.engines.tensor_names import COND, row_groups
 
@@ -385,47 +380,3 @@ class EngineRecord(Document, frozen=True, kw_only=True):
     entries: Mapping[str, str]
     files: Mapping[str, FileRecord]
     build_s: float
-
-
-def manifest_to_json(manifest: Manifest | EngineRecord) -> str:
-    """Write a manifest or an engine record as indented JSON."""
-    return json.dumps(msgspec.to_builtins(manifest), indent=1, allow_nan=False) + "\n"
-
-
-def manifest_from_json(content: bytes | str, *, where: str) -> Manifest:
-    """Read a manifest strictly; `where` is the file's path, for the error. Raises BundleError."""
-    manifest = _decode(Manifest, content, where=where, fix="export the checkpoint again")
-    for fault in faults(manifest):
-        raise BundleError(f"{where} {brief(fault)}")
-    return manifest
-
-
-def engine_record_from_json(content: bytes | str, *, where: str) -> EngineRecord:
-    """Read an engine record strictly; `where` is the file's path, for the error. Raises BundleError."""
-    record = _decode(EngineRecord, content, where=where, fix="delete its directory and run `latentrt build`")
-    for component, entry in record.entries.items():
-        if entry not in record.files or component not in record.specs:
-            raise BundleError(
-                f"{where} $.entries.{brief(component)}: '{brief(entry)}' is not among $.files, or the component is not "
-                "among $.specs; delete its directory and run `latentrt build`"
-            )
-    return record
-
-
-T = TypeVar("T")
-
-
-def _decode(kind: type[T], content: bytes | str, *, where: str, fix: str) -> T:
-    try:
-        document = decode(content, strict=True)
-    except ParseError as error:
-        raise BundleError(f"{where} {error}; {fix}") from None
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if type(version) is int and version > SCHEMA_VERSION:
-        raise BundleError(
-            f"{where} has schema version {version}, this latentrt reads up to {SCHEMA_VERSION}; upgrade latentrt"
-        )
-    try:
-        return parse(kind, upgrade(document) if kind is Manifest else document)
-    except ParseError as error:
-        raise BundleError(f"{where} {error}; {fix}") from None

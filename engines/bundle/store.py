@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from latentrt.engines.bundle.files import check_file, disk_errors, inside, write_manifest
-from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, FileRecord, engine_record_from_json
+from latentrt.engines.bundle.files import check_file, disk_errors, engine_record_from_json, inside, write_manifest
+from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord, FileRecord
 from latentrt.engines.bundle.staging import staged_file
 from latentrt.engines.errors import BundleError, EngineError, LatentrtError, NotInstalledError
 from latentrt.engines.progress import Report

@@ -17,6 +17,7 @@ from latentrt.engines.graphs.compiled import on_device, on_host
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
 from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
 from latentrt.engines.graphs.locate_weights import GraphValues, places
+from latentrt.engines.graphs.widen import widen
 from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
 from latentrt.engines.onnxruntime.keys import DEFAULT_RECIPE, DEFAULTS
@@ -60,7 +61,7 @@ def _build_one(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
         widened = edited.with_name("widened.data") if large else None
-        if not (provider == "cpu" and graphs.widen(model, files[0].parent, widened)):
+        if not (provider == "cpu" and widen(model, files[0].parent, widened)):
             for data in files[1:]:
                 graphs.link_data(data, edited.parent)
         role = bundle.manifest.components[component].role

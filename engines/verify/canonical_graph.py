@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.graphs import edits as graphs
+from latentrt.engines.graphs.widen import widen
 from latentrt.engines.onnxruntime import library
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine, spec_of
 
@@ -29,7 +30,7 @@ def open_canonical(bundle: Bundle, component: str, directory: Path, *, edit: Edi
     model = graphs.load_graph(files[0])
     with tempfile.TemporaryDirectory(dir=directory, prefix=".edit-") as beside:
         edited = Path(beside) / "model.onnx"
-        widened = graphs.widen(model, files[0].parent, edited.with_name("widened.data"))
+        widened = widen(model, files[0].parent, edited.with_name("widened.data"))
         if not widened and edit is None:
             return _open_plain(component, files[0])
         if not widened:

@@ -10,8 +10,9 @@ import numpy as np
 from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
+from latentrt.export.configs.tensors import Tensor
 from latentrt.export.graphs.run import Arrays, run_in_pieces
-from latentrt.export.networks.components import Case, Component, Tensor, place_of
+from latentrt.export.networks.components import Case, Component, place_of
 
 Pair = tuple[Mapping[str, Array], Mapping[str, Array]]
 """Inputs and the outputs they must give."""

@@ -17,6 +17,7 @@ from latentrt.engines.bundle.manifest import ComponentSpec, Manifest
 from latentrt.engines.bundle.quantisation import Quantisation, QuantisedLevel
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.graphs import edits
+from latentrt.engines.graphs.widen import widen
 from latentrt.engines.progress import Report
 from latentrt.engines.spec import Array, Quantised
 from latentrt.export.graphs.external_data import save_graph, weights_bytes
@@ -130,7 +131,7 @@ def _into_8_bits(
 def _widened(graph: Path, folder: Path) -> Path:
     """Write a float16 graph as one that computes the same in float32; return where."""
     model, wide = edits.load_graph(graph), folder / "wide.onnx"
-    edits.widen(model, graph.parent, folder / "wide.data")
+    widen(model, graph.parent, folder / "wide.data")
     edits.save_graph(model, wide)
     return wide
 

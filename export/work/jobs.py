@@ -212,10 +212,10 @@ def _float32_graph(job: ExportJob) -> Path:
 @contextmanager
 def _loaded(job: ExportJob) -> Iterator[tuple[nn.Module, Mapping[str, Any]]]:
     """Load the network and its config; where it has a weight source, its folder is there for the block alone."""
-    from latentrt.export.networks import conversion, modules
+    from latentrt.export.networks import conversion, loading
 
     load = partial(
-        modules.load,
+        loading.load,
         job.row,
         takes=tuple(tensor.name for tensor in COMPONENTS[job.row].takes(job.dimensions)),
         normed=_normed(job),

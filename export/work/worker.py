@@ -39,7 +39,7 @@ PRELOAD = {
         "torch",
         "onnx",
         "onnx_ir",
-        "latentrt.export.networks.modules",
+        "latentrt.export.networks.loading",
         # What each stage would import again for seconds. What tracing needs is not here: most graphs are kept.
         "diffusers.models.adapter",
         "diffusers.models.autoencoders",

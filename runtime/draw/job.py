@@ -391,3 +391,12 @@ def split(
     switch = int(np.argmax(below))
     parts = range(switch), range(switch, plan.stages)
     return tuple(DenoiserRange(denoiser=name, stages=part) for name, part in zip(denoisers, parts, strict=True) if part)
+
+
+def ordinary(manifest: Manifest) -> Request:
+    """Return a request like those that come: a few steps, guided, of the bundle's own size."""
+    if not repaints(manifest):
+        return Request(prompt="", steps=3, seed=0)
+    width, height = manifest.default_size
+    grey = np.full((height, width, 3), 127, dtype=np.uint8)
+    return Request(prompt="", steps=3, seed=0, image=grey, mask=np.full((height, width), 255, dtype=np.uint8))

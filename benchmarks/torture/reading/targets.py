@@ -44,7 +44,7 @@ def _file(folder: Path, name: str, read: Callable[[Path], object]) -> Callable[[
 
 
 def _manifest(given: Sources, folder: Path) -> Target:
-    from latentrt.engines.bundle.manifest import manifest_from_json
+    from latentrt.engines.bundle.files import manifest_from_json
 
     seeds = tuple((root / "manifest.json").read_bytes() for root in (given.bundle, given.other))
     return Target(
@@ -56,7 +56,7 @@ def _manifest(given: Sources, folder: Path) -> Target:
 
 
 def _record(given: Sources, folder: Path) -> Target:
-    from latentrt.engines.bundle.manifest import engine_record_from_json
+    from latentrt.engines.bundle.files import engine_record_from_json
 
     seeds = tuple(file.read_bytes() for file in given.bundle.glob("engines/*/engine.json"))
     return Target(

@@ -11,8 +11,8 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.verify.verify import compare_engine
 from latentrt.engines.workspace.contract import WorkspaceShape
 from latentrt.runtime.batching.drawing_loop import doubling
-from latentrt.runtime.draw.job import resolve
-from latentrt.runtime.pipeline import Pipeline, ordinary
+from latentrt.runtime.draw.job import ordinary, resolve
+from latentrt.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from latentrt.runtime.batching.batcher import Batcher
@@ -59,5 +59,5 @@ def warm_up(pipe: Pipeline, slots: int) -> tuple[int, ...]:
     shape = WorkspaceShape(pictures=slots, tokens=pipe.loaded.tokens(job)[denoiser], width=width, height=height)
     counts = opened.slot_counts(shape) or doubling(slots)
     for count in counts:
-        pipe.draw(msgspec.structs.replace(request, n=count))
+        pipe.warm_up(msgspec.structs.replace(request, n=count))
     return counts
