@@ -263,6 +263,32 @@ def test_the_command_writes_a_movie(motion: Controlled, tmp_path: Path) -> None:
         assert opened.n_frames == 4  # type: ignore[attr-defined]
 
 
+def test_the_command_writes_an_mp4(motion: Controlled, tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    words = ["video", str(motion.bundle), "a red circle", "--frames", "3", "--steps", "2", "--size", "32x32"]
+    done = CliRunner().invoke(cli, [*words, "--fps", "5", "--backend", "cpu", "-o", str(tmp_path / "video.mp4")])
+    assert done.exit_code == 0, done.output
+    with av.open(str(tmp_path / "video.mp4")) as opened:
+        stream = opened.streams.video[0]
+        assert (sum(1 for _ in opened.decode(stream)), stream.width, float(stream.average_rate)) == (3, 32, 5)
+
+
+def test_guidance_goes_from_the_first_frame_to_the_last(pipe: Pipeline) -> None:
+    _, rising = drawn(pipe, PROMPT, 4, seed=3, guidance=6.0, first_guidance=1.5)
+    _, alike = drawn(pipe, PROMPT, 4, seed=3, guidance=6.0)
+    _, same = drawn(pipe, PROMPT, 4, seed=3, guidance=6.0, first_guidance=6.0)
+    assert np.array_equal(alike, same)
+    assert not np.allclose(rising, alike)
+
+
+@pytest.mark.parametrize("name", ["motion_bucket", "noise_augmentation"])
+def test_what_is_for_videos_of_an_image_is_refused(pipe: Pipeline, name: str) -> None:
+    with pytest.raises(RequestError, match=f"^{name}"):
+        pipe.video(PROMPT, 4, **{name: 1}, **ASKED)
+    with pytest.raises(RequestError, match=r"^prompt"):
+        pipe.video(frames=4, **ASKED)
+
+
 @pytest.mark.parametrize(
     ("words", "kind"),
     [(["a", "b"], "RequestError"), (["a@0", "--frames", "0"], "RequestError"), (["a", "-o", "x.avi"], "RequestError")],

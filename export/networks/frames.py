@@ -144,19 +144,35 @@ class Framed(nn.Module):
 
 @contextmanager
 def spread() -> Iterator[None]:
-    """Have `repeat_interleave` multiply rows by ones.
+    """Have `repeat_interleave` multiply rows by ones, and frames be counted by adding up ones.
 
-    Traced with a number that is not known, it gives an Expand without a rank; rows picked by numbers, which ONNX
-    Runtime computes on the CPU, could not be recorded as a CUDA graph.
+    Traced with a number that is not known, the first gives an Expand without a rank; rows picked by numbers and frames
+    that are counted, which ONNX Runtime computes on the CPU, could not be recorded as a CUDA graph.
     """
+    from diffusers.models.transformers import transformer_temporal
 
     def repeat(tensor: Tensor, repeats: int, dim: int = 0, **_: object) -> Tensor:
         assert dim == 0
         ones = torch.ones(repeats, dtype=tensor.dtype).reshape(1, -1, *[1] * (tensor.ndim - 1))
-        return (tensor.unsqueeze(1) * ones).flatten(0, 1)
+        rows = (tensor.unsqueeze(1) * ones).flatten(0, 1)
+        # a view's strides hold the least of two numbers, which a later reshape would have to know
+        return rows.clone(memory_format=torch.contiguous_format)
 
-    with mock.patch.object(torch.Tensor, "repeat_interleave", repeat):
+    with (
+        mock.patch.object(torch.Tensor, "repeat_interleave", repeat),
+        mock.patch.object(transformer_temporal, "torch", _Counting()),
+    ):
         yield
+
+
+class _Counting:
+    """torch, but for how a module of diffusers counts frames."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def arange(self, count: int, **_: object) -> Tensor:
+        return torch.ones(count, dtype=torch.float32).cumsum(0) - 1
 
 
 def wrap_motion(model: Any, takes: Sequence[str]) -> nn.Module:
