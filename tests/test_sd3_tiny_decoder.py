@@ -23,7 +23,12 @@ from tests.test_tiny_decoder import save_tiny_vae
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("numbers", [{}, {"scaling_factor": 1.5, "shift_factor": 0.06}], ids=["TAESD3's", "others"])
+OTHERS = {"scaling_factor": 1.5, "shift_factor": 0.06}
+
+
+@pytest.mark.parametrize(
+    "numbers", [pytest.param({}, id="TAESD3's"), pytest.param(OTHERS, id="others", marks=pytest.mark.slow)]
+)
 def test_pictures_are_those_of_diffusers(made: Make, tmp_path: Path, numbers: dict[str, float]) -> None:
     """TAESD3 takes latents as the transformer gives them: its scaling factor is 1 and its shift 0."""
     checkpoint, _ = made("sd3", "")
