@@ -26,6 +26,7 @@ from cpu_kernels import Edit, compare, make_parser, print_ways
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
+from latentrt.engines.graphs.locate_weights import GraphValues
 from latentrt.export.graphs.ranges import MEASURED, tell_largest
 from latentrt.export.graphs.run import run_in_pieces
 from latentrt.export.graphs.types import load_typed
@@ -170,10 +171,9 @@ def of(largest: float) -> np.ndarray:
 
 def eight(model: ModelProto, name: str, path: Path, *, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a weight's scale for each place of an axis, and its numbers in 8 bits."""
-    from onnx import numpy_helper
-
-    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
-    array = numpy_helper.to_array(tensor, base_dir=str(path.parent))
+    found = GraphValues(model, path).get(name)
+    assert found is not None
+    array = found.values
     others = tuple(n for n in range(array.ndim) if n != axis)
     scale = np.maximum(np.abs(array).max(axis=others), 1e-8).astype(np.float32) / 127
     wide = scale.reshape([-1 if n == axis else 1 for n in range(array.ndim)])

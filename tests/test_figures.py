@@ -266,6 +266,16 @@ def test_pngs_take_as_long_and_are_as_large_as_was_measured() -> None:
     assert round(100 * max(one["bytes_ratio"] for one in ours) - 100) == 11
 
 
+def test_int8_on_the_cpu_takes_as_long_as_was_measured() -> None:
+    found = {name: result(f"cpu-int8-{name}") for name in ("demo", "middle")}
+    for way, lost in found["demo"]["decibels"].items():
+        ratios = [one["ways"][way]["ratio"] for one in found.values()]
+        cells = [f"{one['estimate']:.2f} ({one['low']:.2f} to {one['high']:.2f})" for one in ratios]
+        assert row(way, *cells, f"{lost['median']:.1f} dB") in PAGE.splitlines()
+    best = found["demo"]["ways"]["linear layers and convolutions"]["ratio"]["estimate"]
+    assert f"{1 / best:.2f} times as fast" in PAGE and 1 / best < 1.3
+
+
 def test_cold_starts_take_as_long_as_was_measured() -> None:
     from benchmarks.load import place
 
