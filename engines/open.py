@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 
 from latentrt.engines.backends import OnOpen, Opened, Opening, backend_on
-from latentrt.engines.bundle.comparison import Comparison
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import EngineRecord, FileRecord, LatentSpec
+from latentrt.engines.comparison import Comparison
 from latentrt.engines.find import FOR_CPUS, Choice, choose, find_engines, fits, serving_engines
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, keys_of
 from latentrt.engines.spec import QUANTISED, Array, Closing, Engine, EngineKey, EngineSpec, Inputs

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle import comparison
-from latentrt.engines.bundle.comparison import Comparison
+from latentrt.engines import comparison
 from latentrt.engines.bundle.files import Bundle, Check, check_file, record_tree
 from latentrt.engines.bundle.manifest import FileRecord
+from latentrt.engines.comparison import Comparison
 from latentrt.engines.errors import BundleError, RequestError
 from latentrt.engines.find import find_engines
 from latentrt.engines.onnxruntime import backend, engines, session
