@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import os
 import pickle
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -30,8 +33,11 @@ from latentrt.__main__ import Refusal, refused
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle, check_file, record_file
 from latentrt.engines.bundle.safetensors_header import read_header, weights_format
-from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.engines.errors import BundleError, CheckpointError, ClosedError
+from latentrt.runtime.batching.batcher import Batcher, BatcherOptions
 from latentrt.runtime.calls import Turn
+from latentrt.runtime.pipeline import Pipeline
+from latentrt.runtime.request import Request
 from latentrt.runtime.serve.openai.store import put
 
 
@@ -173,7 +179,32 @@ def test_a_slope_tells_growth_from_swinging() -> None:
 
 def test_the_table_of_the_page_is_that_of_the_results() -> None:
     assert with_table(PAGE.read_text()) == PAGE.read_text()
-    assert {report["part"] for report in reports()} <= set(PARTS)
+    assert {report["part"] for report in reports()} == set(PARTS)
+
+
+def test_a_batcher_in_a_fork_is_refused_whatever_its_thread_held_then(sd1_bundle: Path) -> None:
+    holding, done = threading.Event(), threading.Event()
+    with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe, Batcher(pipe, BatcherOptions(slots=2)) as batcher:
+
+        def hold() -> None:
+            with batcher._line.change:
+                holding.set()
+                done.wait(60)
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        assert holding.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            with contextlib.suppress(ClosedError):
+                batcher.submit(Request(prompt="a"))
+                os._exit(1)
+            batcher.close()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        done.set()
+        holder.join()
 
 
 def test_the_turn_goes_to_who_has_waited_longest_and_not_to_who_had_it_last() -> None:

@@ -17,6 +17,7 @@ BEGIN = """
 import os, signal, sys, threading, time
 import numpy as np
 from latentrt import Pipeline
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have left ignored
 ASKED = dict(prompt="a red circle", steps=2, seed=1, size=(64, 64))
 LONG = ASKED | dict(steps=900)
 pipe = Pipeline.load(sys.argv[1], "cpu", threads=2)

@@ -87,8 +87,11 @@ class Batcher:
         on_step: called after each stage of each picture with the picture's number, from 0, and its step, on the
             batcher's thread: it must be quick
         cancel: ends all of the request's pictures within a stage
-        Raises RequestError, of its kinds QueueFullError and DrainingError where nothing is wrong with the request.
+        Raises RequestError, of its kinds QueueFullError and DrainingError where nothing is wrong with the request, and
+        ClosedError, also in a process that was forked from the one that draws.
         """
+        if self._loop.forked:
+            raise ClosedError("this service draws in the process that this one was forked from; make a new one here")
         limits = Limits.of(request, cancel)
         job = resolve(request, self._loaded.manifest)
         if len(job.prompts) > self.options.waiting:
@@ -151,9 +154,6 @@ class Batcher:
         waiting = len(self._line.waiting)
         if self._closed:
             return "closed", ClosedError("this service is closed")
-        if not self._loop.alive:
-            words = "this service draws in the process that this one was forked from; make a new one here"
-            return "closed", ClosedError(words)
         if self._loop.lost is not None:
             return "lost", DeviceLostError(str(self._loop.lost))
         if self._draining or self._held:
@@ -239,6 +239,8 @@ class Batcher:
 
     def close(self) -> None:
         """End the thread; whatever is not drawn yet is cancelled. The loaded bundle stays open."""
+        if self._loop.forked:
+            return
         with self._line.change:
             self._closed = True
         self._loop.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ class DrawingLoop:
         self._most: dict[Group, int] = {}  # pictures at a time, where more had no room
         self._turns: Turns[Group] = Turns(lambda _: max(LEAST_TURN_S, TURN_OVER_CHANGE * self._adapt_s))
         self._adapt_s = 0.0
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         self._thread = threading.Thread(target=self._run, name="latentrt-batch", daemon=True)
         self._thread.start()
 
@@ -73,9 +74,9 @@ class DrawingLoop:
         return None if at is None else max(at, self._beside.ended_at)
 
     @property
-    def alive(self) -> bool:
-        """Tell whether anything will be drawn: not in a process that was forked from the one that made this."""
-        return self._thread.is_alive()
+    def forked(self) -> bool:
+        """Tell whether this process was forked from the one that draws: then a lock may be held for ever here."""
+        return os.getpid() != self._process
 
     @property
     def busy(self) -> bool:

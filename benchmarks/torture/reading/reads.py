@@ -2,15 +2,13 @@
 
 Execution number n of a seed is always the same, so that a run goes on where an earlier one stopped. What is found is
 kept in `kept/`, and read again by tests/test_torture.py. Where atheris is installed,
-`python -m benchmarks.torture.reading.reads TARGET WORK` searches with coverage instead, from the same seeds.
+`python -m benchmarks.torture.reading.search TARGET WORK` searches with coverage instead, from the same seeds.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -125,36 +123,3 @@ def run(work: Path, *, seed: int, seconds: float, short: bool, only: Sequence[st
         states[name] = state
     counts = {what: sum(getattr(state, what) for state in states.values()) for what in ("executions", "read")}
     return Result(counts=counts, targets=states, found=[one for state in states.values() for one in state.found])
-
-
-def search(name: str, work: Path, further: Sequence[str]) -> None:
-    """Search with atheris for inputs of one reader. further: options of libFuzzer, such as -max_total_time=600"""
-    import atheris
-
-    with atheris.instrument_imports(include=["latentrt"]):
-        target = TARGETS[name](sources(work / "sources"), work)
-    corpus, state = work / "corpus" / name.replace(" ", "-"), State(seed=0)
-    corpus.mkdir(parents=True, exist_ok=True)
-    for data in target.seeds:
-        (corpus / kept_name(name, data)).write_bytes(data)
-
-    def once(data: bytes) -> None:
-        state.executions += 1
-        was_read, wrong = attempt(target, data)
-        state.read += was_read
-        if wrong is not None:
-            note(state, name, state.executions, wrong, data)
-            print(json.dumps(msgspec.to_builtins(state.found[-1])), file=sys.stderr)
-
-    def change(data: bytes, most: int, seed: int) -> bytes:
-        chance = random.Random(seed)
-        own = chance.random() < 0.5
-        return mutate(data, chance, target.kind)[:most] if own else bytes(atheris.Mutate(data, most))
-
-    options = ["-max_len=65536", "-timeout=60", "-rss_limit_mb=4096", *further]
-    atheris.Setup([sys.argv[0], *options, str(corpus)], once, custom_mutator=change)
-    atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    search(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -187,12 +187,12 @@ def run(work: Path, *, seed: int, seconds: float, short: bool, only: Sequence[st
     """
     chosen = [name for name, scene in SCENES.items() if (name in only) or not (only or (short and scene.torch))]
     given = sources(work / "sources")
-    end, tallies = time.monotonic() + seconds, dict[str, Tally]()
+    tallies = dict[str, Tally]()
     with layer(work, with_torch=any(SCENES[name].torch for name in chosen)) as there:
-        for number, name in enumerate(sorted(chosen, key=lambda name: SCENES[name].torch)):
-            now = time.monotonic()
-            until = now + (end - now) / (len(chosen) - number)
-            tallies[name] = try_scene(Trial(name, given, there), random.Random(f"{seed} {name}"), until)
+        for name in sorted(chosen, key=lambda name: SCENES[name].torch):
+            trial = Trial(name, given, there)
+            until = time.monotonic() + seconds / len(chosen)
+            tallies[name] = try_scene(trial, random.Random(f"{seed} {name}"), until)
     counted = ("calls", "distinct", "tried", "refused", "passed")
     scenes = {name: {what: getattr(tally, what) for what in counted} for name, tally in tallies.items()}
     return Result(
