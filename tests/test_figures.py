@@ -266,6 +266,17 @@ def test_pngs_take_as_long_and_are_as_large_as_was_measured() -> None:
     assert round(100 * max(one["bytes_ratio"] for one in ours) - 100) == 11
 
 
+def test_8_bits_cost_what_was_measured() -> None:
+    page, found = (ROOT / "docs" / "quantisation.md").read_text().splitlines(), result("quantised")
+    for kind in ("fp8", "int8"):
+        one = found["bundles"][f"shapes-{kind}"]
+        told, lost = one["told"]["unet"], one["decibels"]
+        far = f"{lost['median']:.1f} ({lost['least']:.1f} to {lost['most']:.1f})"
+        right = f"{one['right']} of {found['prompts']}"
+        assert row(kind, f"{told['nodes']} of {told['of']}", f"{told['noise']:.4f}", far, right) in page
+        assert one["right"] == found["prompts"] == 100 and lost["median"] >= 35
+
+
 def test_int8_on_the_cpu_takes_as_long_as_was_measured() -> None:
     found = {name: result(f"cpu-int8-{name}") for name in ("demo", "middle")}
     for way, lost in found["demo"]["decibels"].items():
