@@ -67,7 +67,7 @@ def workshop() -> Path:
     workshop = shelf / _sources()
     workshop.mkdir(parents=True, exist_ok=True)
     for old in set(shelf.iterdir()) - {workshop}:
-        if time.time() - old.stat().st_mtime > FORGOTTEN_S:  # another session may be at work in a younger one
+        if time.time() - old.lstat().st_mtime > FORGOTTEN_S:  # another session may be at work in a younger one
             shutil.rmtree(old, ignore_errors=True)
     return workshop
 

@@ -152,7 +152,8 @@ def test_a_controlnet_runs_where_it_is_followed_and_nowhere_else(
     run_bound = OnnxRuntimeEngine.run_bound
 
     def watch(self: OnnxRuntimeEngine, binding: Any, *, graph: int = 0) -> None:
-        ran.append(self.spec.component)
+        if not self.spec.component.startswith("text_encoder"):  # it runs for what no test has drawn yet
+            ran.append(self.spec.component)
         run_bound(self, binding, graph=graph)
 
     monkeypatch.setattr(OnnxRuntimeEngine, "run_bound", watch)
