@@ -221,6 +221,7 @@ def test_tiles_cut_the_picture_and_not_the_video(pipe: Pipeline) -> None:
         ("strength", {"strength": 0.5}),
         ("mask", {"mask": np.full((32, 40), 255, np.uint8)}),
         ("refine_from", {"refine_from": 0.8}),
+        ("original_size", {"original_size": (512, 512)}),
     ],
 )
 def test_what_no_video_of_an_image_has_is_refused(pipe: Pipeline, name: str, options: dict[str, Any]) -> None:

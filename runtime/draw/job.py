@@ -135,7 +135,7 @@ def resolve_any(request: Request, manifest: Manifest) -> Job:
         raise RequestError(f"image: found {len(pixels)} for {len(prompts)} pictures, expected one, or one for each")
     seeds, variations = _all_seeds(request, len(prompts))
     scale = manifest.defaults.guidance if request.guidance is None else _number("guidance", request.guidance)
-    if not any(spec.sizes for spec in manifest.denoisers.values()):
+    if not any("original_height" in spec.sizes for spec in manifest.denoisers.values()):
         for name, default in (("original_size", None), ("target_size", None), ("crop", (0, 0))):
             if getattr(request, name) != default:
                 raise RequestError(f"{name}: this checkpoint was not trained with picture sizes; omit it")
