@@ -134,6 +134,20 @@ def _plain(folder: Path, bundle: Path, family: str, variant: str) -> None:
     _export(_network(save_tiny, folder / "checkpoint", family=family, variant=variant), bundle)
 
 
+def _moving(folder: Path, bundle: Path) -> None:
+    from tests.svd import make_svd
+
+    _export(_network(make_svd, folder / "checkpoint"), bundle)
+
+
+def _moving_requests() -> Mapping[str, Draw]:
+    return {
+        "a video": video(4, prompt="", image=photo()),
+        "guidance from frame to frame": video(4, prompt="", image=photo(), first_guidance=1.5, guidance=4.0),
+        "a video again": video(4, prompt="", image=photo()),
+    }
+
+
 def _three_requests() -> Mapping[str, Draw]:
     return {
         "text": picture(),
@@ -187,6 +201,7 @@ def _plain_requests() -> Mapping[str, Draw]:
 KINDS: Mapping[str, Kind] = {
     "tiny-sd3": Kind(export=_three, requests=_three_requests),
     "tiny-video": Kind(export=_motion, requests=_motion_requests),
+    "tiny-svd": Kind(export=_moving, requests=_moving_requests),
     "tiny-shown": Kind(
         export=lambda folder, bundle: _shown(folder, bundle, "sd1", ("plain", "plus")), requests=_shown_requests
     ),

@@ -164,6 +164,7 @@ def bundles(
     controlled: MakeControlled,
     motion: Controlled,
     shown: Callable[[str], Controlled],
+    svd: tuple[Path, Path],
 ) -> Callable[[str], Path]:
     """Return bundles by their kinds."""
 
@@ -181,12 +182,13 @@ def bundles(
         "image prompts": lambda: shown("sdxl").bundle,
         "skipped layers": skipping,
         "video": lambda: motion.bundle,
+        "moving image": lambda: svd[1],
     }
     return lambda kind: kinds[kind]()
 
 
 @pytest.mark.parametrize(
-    "kind", ["controlnets", "inpainting", "sd2", "refiner", "image prompts", "skipped layers", "video"]
+    "kind", ["controlnets", "inpainting", "sd2", "refiner", "image prompts", "skipped layers", "video", "moving image"]
 )
 def test_every_kind_of_stage_can_be_recorded_as_a_cuda_graph(
     stubs: Path, bundles: Callable[[str], Path], tmp_path: Path, kind: str

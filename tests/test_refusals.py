@@ -102,7 +102,7 @@ REFUSALS: tuple[tuple[tuple[str, ...], str | None], ...] = (  # arguments, and t
     (("build", BUNDLE, "--size", "wide"), "sizes"),
     (("export", NOTHING, "out"), None),
     (("export", "demo", "out", "--no-build", "--backend", "cpu"), None),
-    (("export", "demo", "out", "--precision", "fp8"), "precision"),
+    (("export", "demo", "out", "--precision", "fp4"), "precision"),
     (("export", "demo", "picture.png", "--no-build"), None),
     (("export", "demo", "picture.png/below", "--no-build"), None),
     (("inspect", "picture.png"), None),
