@@ -282,7 +282,7 @@ def test_a_change_smaller_than_float16_can_tell_is_kept() -> None:
 def test_written_shards_are_read_as_one(
     sd1_checkpoint: Path, factors: list[Factors], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from latentrt.export.networks import conversion, modules
+    from latentrt.export.networks import conversion, loading
 
     checkpoint = with_loras(sd1_checkpoint, (save(tmp_path / "a.safetensors", kohya(factors)), 0.5))
     weight_source = checkpoint.networks["unet"]
@@ -292,7 +292,7 @@ def test_written_shards_are_read_as_one(
         monkeypatch.setattr(conversion, "SHARD_BYTES", size)
         with written(weight_source, tmp_path / "unet") as folder:
             assert (len(list(folder.glob("*.safetensors"))) > 1) == (size < 1 << 30)
-            loaded.append(modules.load("unet", folder).state_dict())
+            loaded.append(loading.load("unet", folder).state_dict())
     for key, tensor in loaded[0].items():
         np.testing.assert_array_equal(tensor.numpy(), loaded[1][key].numpy())
 

@@ -52,10 +52,12 @@ HERE = {
     "my-sd15",
     "my-looks",
     "./my-video",
+    "./my-svd",
+    "./harbour.png",
     "./my-sd3",
     "./trace.jsonl",
 }
-WRITTEN = {"./engines", "./circle.mp4", "./boat.mp4", "./lake.webp"}
+WRITTEN = {"./engines", "./circle.mp4", "./boat.mp4", "./lake.webp", "./harbour.mp4", "./harbour.webp"}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -75,6 +77,7 @@ def desk(
     controlled: MakeControlled,
     shown: Callable[[str], Controlled],
     motion: Controlled,
+    svd: tuple[Path, Path],
     made: Make,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
@@ -84,10 +87,11 @@ def desk(
     edged = controlled("sd1", "")
     (desk / "my-sd15").symlink_to(edged.bundle)
     (desk / "my-video").symlink_to(motion.bundle)
+    (desk / "my-svd").symlink_to(svd[1])
     (desk / "my-sd3").symlink_to(made("sd3", "")[1])
     (desk / "my-looks").symlink_to(shown("sd1").bundle)
     grey = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[:, None], (128, 3)).reshape(128, 128, 3))
-    for name in ("star", "edges", "depth"):
+    for name in ("star", "edges", "depth", "harbour"):
         grey.resize((128, 128) if name == "star" else (32, 32)).save(desk / f"{name}.png")
     (desk / "trace.jsonl").write_text('{"at_s": 0.0, "steps": 2}\n{"at_s": 0.1, "steps": 1}\n')
     for seed, name in enumerate(("style", "person")):

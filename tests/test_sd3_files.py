@@ -14,7 +14,7 @@ from latentrt.engines.errors import CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
 from latentrt.export.configs.published import CONFIGS
 from latentrt.export.inspection import inspect_checkpoint
-from latentrt.export.networks import conversion, modules
+from latentrt.export.networks import conversion, loading, modules
 from latentrt.export.networks.components import COMPONENTS
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.hub import choose_files
@@ -51,9 +51,9 @@ def test_a_file_has_the_weights_of_the_directory(checkpoint: Path, single: Path,
         assert isinstance(source, WeightSource) and isinstance(folder, Path)
         row = one.rows.get(name, name)
         takes = tuple(tensor.name for tensor in COMPONENTS[row].takes(one.dimensions))
-        expected = modules.load(row, folder, takes=takes).state_dict()
+        expected = loading.load(row, folder, takes=takes).state_dict()
         with conversion.written(source, tmp_path / name) as made:
-            found = modules.load(row, made, takes=takes).state_dict()
+            found = loading.load(row, made, takes=takes).state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), name
 
