@@ -142,9 +142,9 @@ def _moving(folder: Path, bundle: Path) -> None:
 
 def _moving_requests() -> Mapping[str, Draw]:
     return {
-        "a video": video(4, prompt="", image=photo()),
-        "guidance from frame to frame": video(4, prompt="", image=photo(), first_guidance=1.5, guidance=4.0),
-        "a video again": video(4, prompt="", image=photo()),
+        "a video": video(4, prompt=None, image=photo()),
+        "guidance from frame to frame": video(4, prompt=None, image=photo(), first_guidance=1.5, guidance=4.0),
+        "a video again": video(4, prompt=None, image=photo()),
     }
 
 
