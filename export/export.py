@@ -213,7 +213,7 @@ def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:
 def _require_tools(source: Source) -> None:
     absent = [name for name in NEEDED[source] if importlib.util.find_spec(name) is None]
     if absent:
-        raise NotInstalledError(f"exporting needs {', '.join(absent)}, which is not installed", install=INSTALL)
+        raise NotInstalledError(f"exporting needs what is not installed: {', '.join(absent)}", install=INSTALL)
 
 
 def _existing(target: Path, provenance: Provenance, *, overwrite: bool) -> Bundle | None:

@@ -154,8 +154,15 @@ def _published(single: SingleFile, networks: Mapping[str, str], options: Checkpo
     known = {**published, single.denoiser: {**published[single.denoiser], **own}}
     configs = {name: known[folder] for name, folder in networks.items() if folder in known}
     where = f"{single.label}'s published config"
+    try:
+        completed = {name: complete(PARTS[name], config, where=where) for name, config in configs.items()}
+    except CheckpointError as error:  # what its weights' shapes say is none of theirs
+        raise CheckpointError(
+            f"'{single.file.path}' has networks of other sizes than published ones; pass --config DIRECTORY with its "
+            f"configs ({error})"
+        ) from None
     return Documents(
-        configs={name: complete(PARTS[name], config, where=where) for name, config in configs.items()},
+        configs=completed,
         scheduler={**published["scheduler"], "prediction_type": prediction},
         index=published["index"],
     )
