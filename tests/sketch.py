@@ -21,7 +21,7 @@ from latentrt.engines.graphs.denoise_stage import fuse_stage
 from latentrt.engines.graphs.edits import append_pixel_tail, prepend_state_head
 from latentrt.engines.onnxruntime.session import OnnxRuntimeEngine
 from latentrt.engines.onnxruntime.workspace import OnnxRuntimeWorkspace
-from latentrt.engines.spec import Array
+from latentrt.engines.spec import Array, EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import SKIP_LAYERS
 from latentrt.engines.tensorrt.engines import TensorRTSession, open_tensorrt
 from latentrt.engines.workspace.contract import WorkspaceShape, sums_of_squares
@@ -119,6 +119,12 @@ skipping_unet.spec = takes("sample", "timestep", "encoder_hidden_states", SKIP_L
 def vae(inputs: Any) -> dict[str, Array]:
     sums = sums_of_squares(inputs["latent_sample"])
     return {"pixels": to_pixels(inputs["latent_sample"]), "squares": np.stack([sums, sums], axis=1)}
+
+
+# What a workspace asks of an engine beside calling it.
+vae.spec = EngineSpec(  # type: ignore[attr-defined]
+    component="vae_decoder", inputs=(TensorSpec(name="latent_sample", dtype="float32", shape=()),), outputs=()
+)
 
 
 def numpy_workspace(pictures: int, state_rows: int, *, skips: bool = False) -> NumpyWorkspace:

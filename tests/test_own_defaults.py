@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from latentrt import Pipeline, Request
-from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.bundle.manifest import Defaults, manifest_from_json, manifest_to_json
+from latentrt.engines.bundle.files import Bundle, manifest_from_json, manifest_to_json
+from latentrt.engines.bundle.manifest import Defaults
 from latentrt.engines.errors import BundleError
 from latentrt.export.configs.families import FAMILIES
 from latentrt.runtime.draw.job import resolve
