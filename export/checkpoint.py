@@ -258,7 +258,8 @@ def _family(parts: Parts) -> Family:
     activations = [row.activation for row in FAMILIES.values() if row.activation]
     for name, text in texts.items():
         kinds, activation = text.get("architectures") or CLIP_MODELS, text["hidden_act"]
-        if activation not in activations or not set(kinds) & set(CLIP_MODELS):
+        known = isinstance(kinds, list | tuple) and any(kind in CLIP_MODELS for kind in kinds)
+        if activation not in activations or not known:
             raise CheckpointError(
                 f"{root}/{name}/config.json: found {kinds} with hidden_act '{activation}', expected "
                 f"{' or '.join(CLIP_MODELS)} with one of {', '.join(activations)}; this family is not supported"

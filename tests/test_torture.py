@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -33,6 +35,8 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle, check_file, record_file
 from latentrt.engines.bundle.safetensors_header import read_header, weights_format
 from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.options import CheckpointOptions
 from latentrt.runtime.calls import Turn
 from latentrt.runtime.serve.openai.store import put
 
@@ -209,6 +213,34 @@ sys.exit(ended)
 def test_a_batcher_in_a_fork_is_refused_whatever_its_thread_held_then(sd1_bundle: Path) -> None:
     """In a program of its own: to fork the process of the whole suite takes more memory than there may be."""
     assert subprocess.run([sys.executable, "-c", FORKED, str(sd1_bundle)], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("scheduler/scheduler_config.json", "trained_betas", True),
+        ("text_encoder/config.json", "architectures", [["CLIPTextModel"]]),
+        ("text_encoder/config.json", "architectures", 1),
+    ],
+)
+def test_values_of_another_kind_in_a_checkpoints_configs_are_refused(
+    sd1_checkpoint: Path, tmp_path: Path, file: str, key: str, value: object
+) -> None:
+    copy = shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint")
+    config = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(str(copy), options=CheckpointOptions())
+
+
+def test_a_class_that_is_no_name_is_one_that_nobody_knows(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint")
+    index = json.loads((copy / "model_index.json").read_text())
+    found = []
+    for name in ("Somebody's", {"a": 1}):
+        (copy / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", name]}))
+        found.append(open_checkpoint(str(copy), options=CheckpointOptions()).family)
+    assert found == ["sd1", "sd1"]
 
 
 def test_the_turn_goes_to_who_has_waited_longest_and_not_to_who_had_it_last() -> None:

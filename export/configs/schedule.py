@@ -156,5 +156,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
     if algorithm == "sde-dpmsolver" and values.get("solver_order") == 3:
         raise ParseError("$.solver_order: found 3, expected 1 or 2 with algorithm_type sde-dpmsolver")
     betas = values.get("trained_betas")
+    if betas is not None and not isinstance(betas, list):
+        raise ParseError(f"$.trained_betas: found {betas!r}, expected null or a list of numbers")
     if betas is not None and len(betas) != values["num_train_timesteps"]:
         raise ParseError(f"$.trained_betas: found {len(betas)}, expected one for each of the training timesteps")

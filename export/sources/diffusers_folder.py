@@ -116,7 +116,8 @@ def read_config(part: Part, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_other_networks(root: Path, index: Mapping[str, Any]) -> None:
-    entries = {role: entry[-1] for role, entry in index.items() if isinstance(entry, list) and entry and entry[-1]}
+    there = _roles(index)
+    entries = {role: _class_of(index, role) for role in index if role in there}
     other = next((OTHER_NETWORKS[kind] for kind in entries.values() if kind in OTHER_NETWORKS), None)
     denoiser = denoiser_of(entries)
     if other is None and entries.get(denoiser) not in DENOISER_CLASSES.get(denoiser, entries.values()):
