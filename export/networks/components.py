@@ -98,6 +98,10 @@ class Component:
 DENOISER, REFINER = "unet", "refiner"  # a UNet of a checkpoint's own, and one of another checkpoint that refines
 LATENTS = ("batch", "latent_channels", "latent_height", "latent_width")
 PICTURES = ("batch", "picture_channels", "height", "width")
+# What several networks take alike.
+TIMESTEP = Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps")
+TEXT = Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width"))
+POOLED = Tensor(name="pooled_projections", shape=("batch", "pooled_width"))
 # The sizes of all networks that run at each stage.
 STAGE_TRACED = {"batch": 2, "steps": 1, "latent_height": 2, "latent_width": 3, "tokens": 77}
 STAGE_CHECKED = {"batch": 3, "steps": 3, "latent_height": 1, "latent_width": 2, "tokens": 8}
@@ -139,8 +143,8 @@ CONTROLNET = Component(
     role="controlnet",
     inputs=(
         Tensor(name="sample", shape=LATENTS),
-        Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
-        Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+        TIMESTEP,
+        TEXT,
         Tensor(name="text_embeds", shape=("batch", "pooled_width")),
         Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
         # What it follows, from 0 to 1, and how strongly: it multiplies the residuals.
@@ -189,8 +193,8 @@ _NETWORKS: Mapping[str, Component] = {
                 Tensor(name="sample", shape=("batch", "unet_channels", "latent_height", "latent_width")),
                 # float32: sigma spacings give fractional timesteps, and above 2048 float16 has none.
                 # One entry serves every row, or each row has its own: the graph expands it.
-                Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
-                Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+                TIMESTEP,
+                TEXT,
                 # SDXL: what the whole text is, and the sizes in pixels that the picture was trained to look like.
                 Tensor(name="text_embeds", shape=("batch", "pooled_width")),
                 Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
@@ -264,9 +268,9 @@ _LATER = (
         role="denoiser",
         inputs=(
             Tensor(name="sample", shape=("batch", "unet_channels", "latent_height", "latent_width")),
-            Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
-            Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
-            Tensor(name="pooled_projections", shape=("batch", "pooled_width")),
+            TIMESTEP,
+            TEXT,
+            POOLED,
             Tensor(name=SKIP_LAYERS, shape=("batch",), dtype="float32", values="switch", where="skip_layers"),
         ),
         outputs=(Tensor(name="out_sample", shape=LATENTS),),
@@ -282,9 +286,9 @@ _TRANSFORMER_CONTROLNET = replace(
     name="transformer_controlnet",
     inputs=(
         Tensor(name="sample", shape=LATENTS),
-        Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
-        Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
-        Tensor(name="pooled_projections", shape=("batch", "pooled_width")),
+        TIMESTEP,
+        TEXT,
+        POOLED,
         Tensor(name=COND, shape=LATENTS),
         Tensor(name=SCALE, shape=("batch",), dtype="float32", values="unit"),
     ),
@@ -322,8 +326,8 @@ VIDEOS: tuple[Component, ...] = (
         name="video_unet",
         inputs=(
             Tensor(name="sample", shape=LATENTS),
-            Tensor(name="timestep", shape=("steps",), dtype="float32", values="timesteps"),
-            Tensor(name="encoder_hidden_states", shape=("batch", "tokens", "attention_width")),
+            TIMESTEP,
+            TEXT,
             Tensor(name="time_ids", shape=("batch", "size_numbers"), dtype="float32", values="sizes"),
             Tensor(name=IMAGE_LATENTS, shape=LATENTS),
             _PLACES,
