@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy tests/user_program.py tests/test_cuda_contract.py
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 # ONNX Runtime for GPUs beside the CPU's, whose module has the same name: its provider is opened on stub libraries
