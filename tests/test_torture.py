@@ -27,7 +27,7 @@ from benchmarks.torture.reading.targets import TARGETS
 from benchmarks.torture.soak import slope
 from benchmarks.torture.sources import Sources
 from benchmarks.torture.writing.layer import compiled, layer
-from benchmarks.torture.writing.writes import Trial, distinct, faults
+from benchmarks.torture.writing.writes import Fault, Trial, distinct, faults
 from safetensors.numpy import save_file
 
 from latentrt.__main__ import Refusal, refused
@@ -49,7 +49,7 @@ def _compiler() -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("scene", ["fetch", "publish"])
+@pytest.mark.parametrize("scene", ["fetch", "fetch into the cache", "publish"])
 def test_a_write_that_fails_leaves_the_old_state_one_sentence_and_a_rerun_that_works(
     scene: str, sd1_bundle: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +65,19 @@ def test_a_write_that_fails_leaves_the_old_state_one_sentence_and_a_rerun_that_w
             (came, said), *wrong = trial.check(fault)
             assert wrong == [], fault
             assert came == "passed" or "latentrt: " in said
+
+
+def test_engines_that_went_into_the_cache_are_gone_when_the_next_call_fails(sd1_bundle: Path, tmp_path: Path) -> None:
+    """Else its rerun found them there and left the bundle without, whatever had failed."""
+    build_engines(Bundle.open(sd1_bundle), "cpu", store=str(tmp_path / "shelf"))
+    given = Sources(checkpoint=sd1_bundle, bundle=sd1_bundle, other=sd1_bundle, store=tmp_path / "shelf")
+    with layer(tmp_path / "work", with_torch=False) as there:
+        trial = Trial("fetch", given, there)
+        for kind, error, comes in (("mkdir", errno.EACCES, "passed"), ("rename", errno.EIO, "refused")):
+            call = next(call for call in trial.calls if call.kind == kind)
+            fault = Fault(number=call.number, kind=kind, path=call.path, error=error, stays=False)
+            (came, _), *wrong = trial.check(fault)
+            assert (came, wrong) == (comes, [])
 
 
 class Unreadable:

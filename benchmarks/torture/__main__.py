@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -28,11 +29,18 @@ PARTS = {  # name: (module, what it does, seconds of the short form)
 LONG_S = 3600.0
 
 
-def run_part(name: str, work: Path, *, seed: int, seconds: float, short: bool) -> dict[str, Any]:
+def module_of(name: str) -> ModuleType:
+    """Return the module of a part. Its NAMES are what it can be told to try alone, where it can."""
+    return importlib.import_module(f"benchmarks.torture.{PARTS[name][0]}")
+
+
+def run_part(
+    name: str, work: Path, *, seed: int, seconds: float, short: bool, only: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Run one part. Return its result: what it is of, what it did, and under `found` what should not have been."""
     start = time.monotonic()
-    part = importlib.import_module(f"benchmarks.torture.{PARTS[name][0]}")
-    done = part.run(work, seed=seed, seconds=seconds, short=short)
+    chosen = {"only": only} if only else {}
+    done = module_of(name).run(work, seed=seed, seconds=seconds, short=short, **chosen)
     head = {
         "part": name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -49,17 +57,28 @@ def run_part(name: str, work: Path, *, seed: int, seconds: float, short: bool) -
 @click.option("--seed", default=1, show_default=True, help="Of all that is drawn.")
 @click.option("--seconds", type=float, help="For each part. Default: its short form, or an hour with --long.")
 @click.option("--long", is_flag=True, help="Try everything once, instead of a sample.")
+@click.option("--only", multiple=True, help="A scene of writes or kills, or a reader of reads, or several.")
 @click.option("--work", type=click.Path(path_type=Path), help="A folder to work in. Default: a temporary one.")
 @click.option("--output", type=click.Path(path_type=Path), help="A folder for results, as torture-PART.json.")
 def torture(
-    parts: tuple[str, ...], seed: int, seconds: float | None, *, long: bool, work: Path | None, output: Path | None
+    parts: tuple[str, ...],
+    seed: int,
+    seconds: float | None,
+    *,
+    long: bool,
+    only: tuple[str, ...],
+    work: Path | None,
+    output: Path | None,
 ) -> None:
     """Put latentrt under fire, in PARTS, or in all of them; exit code 1 if something gave way."""
+    if only:
+        check_names(parts, only)
     failures = 0
     with tempfile.TemporaryDirectory(prefix="latentrt-torture-") as beside:
         for name in parts or PARTS:
             limit = seconds if seconds is not None else LONG_S if long else PARTS[name][2]
-            result = run_part(name, (work or Path(beside)).resolve(), seed=seed, seconds=limit, short=not long)
+            place = (work or Path(beside)).resolve()
+            result = run_part(name, place, seed=seed, seconds=limit, short=not long, only=only)
             click.echo(f"{name}: {summary(result)}")
             for one in result["found"][:20]:
                 click.echo(f"  {json.dumps(one, ensure_ascii=False)[:800]}")
@@ -69,6 +88,15 @@ def torture(
                 text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
                 (output / f"torture-{name}.json").write_text(text, encoding="utf-8")
     sys.exit(1 if failures else 0)
+
+
+def check_names(parts: tuple[str, ...], only: tuple[str, ...]) -> None:
+    """Raise UsageError unless the one part that is to run has all these names."""
+    known = getattr(module_of(parts[0]), "NAMES", ()) if len(parts) == 1 else ()
+    if not known:
+        raise click.UsageError("--only chooses within one part that has names: writes, kills or reads")
+    if unknown := sorted(set(only) - set(known)):
+        raise click.UsageError(f"--only: {', '.join(unknown)} not among {', '.join(known)}")
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from benchmarks.torture.sources import sources
 KEPT = Path(__file__).parent / "kept"
 SLOW_S = 10.0  # of the processor, for one input
 ALL = 1_000_000  # executions of each reader in the long form
+NAMES = tuple(TARGETS)
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from benchmarks.torture.writing.writes import Trial, names, start_anew
 KILLED = ("build", "build --force", "publish", "export", "export --overwrite")
 SHORT = KILLED[:3]  # without PyTorch
 MOST = 200  # moments in the long form, alone and of two
+NAMES = KILLED
 IN_A_ROW = 4  # kills before one run is left to finish
 
 
@@ -94,9 +95,12 @@ class Killer:
         return Found(scene=self.trial.name, after_s=tuple(moments), what=what, said=said[-2000:])
 
 
-def run(work: Path, *, seed: int, seconds: float, short: bool) -> Result:
-    """Kill commands until each was killed often enough, or the time is over. short: without those that export"""
-    chosen = SHORT if short else KILLED
+def run(work: Path, *, seed: int, seconds: float, short: bool, only: Sequence[str] = ()) -> Result:
+    """Kill commands until each was killed often enough, or the time is over.
+
+    short: without those that export; only: names of scenes, all if empty
+    """
+    chosen = tuple(only) or (SHORT if short else KILLED)
     given = sources(work / "sources")
     counts = dict.fromkeys(("killed", "killed_of_two", "survivors", "finished"), 0)
     scenes, found = dict.fromkeys(chosen, 0), list[Found]()

@@ -19,6 +19,7 @@ from benchmarks.torture.writing.server import Ended, Run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
+CACHE = "user-cache"  # of the commands and of who looks at what they left, below `Layer.folder`: never the user's own
 BLOCK = struct.Struct("6q")  # as `struct block` in faults.c: armed, fail, error, stays, seen, failed
 
 
@@ -84,7 +85,20 @@ class Layer:
 
 
 @contextlib.contextmanager
-def layer(work: Path, *, with_torch: bool, further: dict[str, str] | None = None) -> Iterator[Layer]:
+def own_cache(folder: Path) -> Iterator[None]:
+    """Let this process look for engines in a cache of its own until the block ends, as the commands do."""
+    before = os.environ.get("LATENTRT_CACHE")
+    os.environ["LATENTRT_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["LATENTRT_CACHE"]
+        if before is not None:
+            os.environ["LATENTRT_CACHE"] = before
+
+
+@contextlib.contextmanager
+def layer(work: Path, *, with_torch: bool) -> Iterator[Layer]:
     """Start the process that runs commands, with the layer loaded; end it after the block.
 
     work: a folder for it; commands work below `layer.folder`
@@ -101,9 +115,8 @@ def layer(work: Path, *, with_torch: bool, further: dict[str, str] | None = None
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
-        **(further or {}),
     }
-    with block.open("r+b") as file, mmap.mmap(file.fileno(), BLOCK.size) as shared:
+    with block.open("r+b") as file, mmap.mmap(file.fileno(), BLOCK.size) as shared, own_cache(folder / CACHE):
         command = [sys.executable, "-m", "benchmarks.torture.writing.server", "torch" if with_torch else "plain"]
         process = subprocess.Popen(
             command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT

@@ -149,6 +149,12 @@ def _bare(sources: Sources, under: Path) -> None:
     shutil.copytree(sources.bundle, under / "b", ignore=shutil.ignore_patterns("engines"))
 
 
+def _closed(sources: Sources, under: Path) -> None:
+    """Put a bundle there in which no engines can be put: a file has their folder's name, which stops root too."""
+    _bare(sources, under)
+    (under / "b" / "engines").touch()
+
+
 def _old_results(sources: Sources, under: Path) -> None:
     del sources
     (under / "r.json").write_text("old")
@@ -183,6 +189,9 @@ SCENES = {
     "build --force": Scene(words=(*BUILD, "--force"), prepare=_whole, state=_of("b")),
     "publish": Scene(words=(*BUILD, "--store", "{under}/store"), prepare=_whole, state=_with_store, partly=True),
     "fetch": Scene(words=(*BUILD, "--store", "{store}", "--fetch-only"), prepare=_bare, state=_of("b")),
+    "fetch into the cache": Scene(
+        words=(*BUILD, "--store", "{store}", "--fetch-only"), prepare=_closed, state=_of("b")
+    ),
     "bench": Scene(
         words=(*BENCH, "--json", "{under}/r.json", "--html", "{under}/r.html"),
         prepare=_old_results,
