@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks.torture import watch
 from benchmarks.torture.__main__ import PARTS
 from benchmarks.torture.devices import WAYS, Machine, Row, trial
 from benchmarks.torture.page import PAGE, reports, with_table
@@ -273,6 +274,24 @@ def test_the_turn_goes_to_who_has_waited_longest_and_not_to_who_had_it_last() ->
     for thread in threads:
         thread.join()
     assert order == [*range(21)]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("import threading; threading.Event().wait()", None),
+        ("import time\nwhile time.process_time() < 3: pass", 0),
+        ("import os, time\nif os.fork(): os.wait()\nelse:\n while time.process_time() < 3: pass", 0),
+    ],
+    ids=["waits for ever", "works", "waits for one that works"],
+)
+def test_what_waits_for_ever_is_told_from_what_works_for_long(
+    body: str, code: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "STILL_S", 2.0)
+    with subprocess.Popen([sys.executable, "-c", body], text=True, start_new_session=True) as program:
+        ended = watch.end_of(program)
+    assert (ended is None) == (code is None) and program.returncode == (-9 if code is None else code)
 
 
 ENDS = [

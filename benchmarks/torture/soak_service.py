@@ -6,7 +6,6 @@ import base64
 import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import requests
 from benchmarks.torture.soak import THREADS, Asker, Early, Found, Mode, measure
+from benchmarks.torture.watch import end_of
 from PIL import Image
 
 from latentrt.engines.errors import CancelledError, DeadlineError, RequestError
@@ -35,15 +35,17 @@ def service(bundle: Path, loras: Path, log: Path) -> Iterator[dict[str, Any]]:
     command = [sys.executable, "-m", "latentrt", "serve", str(bundle), "--port", "0", "--json", "--threads", "1"]
     further = ["--slots", "4", "--waiting", str(4 * THREADS), "--loras", str(loras), "--max-connections", "500"]
     with log.open("wb") as said:
-        process = subprocess.Popen([*command, *further], stdout=subprocess.PIPE, stderr=said, text=True, env=os.environ)
+        process = subprocess.Popen(
+            [*command, *further], stdout=subprocess.PIPE, stderr=said, text=True, start_new_session=True
+        )
         try:
             assert process.stdout is not None
             ready = json.loads(process.stdout.readline())
             yield {**ready, "pid": process.pid}
         finally:
             process.send_signal(signal.SIGTERM)
-            code = process.wait(120)
-    assert code == 0, f"the service ended with {code}"
+            ended = end_of(process)
+    assert ended is not None and process.returncode == 0, f"the service ended with {process.returncode}"
 
 
 def png(pixels: Any) -> bytes:

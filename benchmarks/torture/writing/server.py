@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import select
 import signal
@@ -19,8 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-
-ENDS_S = 300.0
+from benchmarks.torture.watch import Watch
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,12 +135,16 @@ def start(run: Run) -> int:
 
 
 def wait(child: int, run: Run, began: float) -> Ended:
-    """Wait for a command's end, and see to it."""
-    handle = os.pidfd_open(child)
+    """Wait for a command's end, and see to it: at its time, or when it is stuck."""
+    handle, watch = os.pidfd_open(child), Watch()
     try:
-        limit = ENDS_S if run.kill_after_s is None else run.kill_after_s
-        if not select.select([handle], [], [], max(0.0, began + limit - time.monotonic()))[0]:
-            os.kill(child, signal.SIGKILL)
+        if run.kill_after_s is not None:
+            if not select.select([handle], [], [], max(0.0, began + run.kill_after_s - time.monotonic()))[0]:
+                os.kill(child, signal.SIGKILL)
+        else:
+            while not select.select([handle], [], [], 1.0)[0]:
+                if watch.stuck():
+                    os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     finally:
         os.close(handle)
@@ -153,7 +157,10 @@ def serve(ask: IO[str], answer: IO[str]) -> None:
         runs = msgspec.json.decode(line, type=list[Run])
         began = time.monotonic()
         children = [start(run) for run in runs]
-        ends = sorted(zip(children, runs, strict=True), key=lambda pair: pair[1].kill_after_s or ENDS_S)
+        ends = sorted(
+            zip(children, runs, strict=True),
+            key=lambda pair: math.inf if pair[1].kill_after_s is None else pair[1].kill_after_s,
+        )
         ended: dict[int, Any] = {child: wait(child, run, began) for child, run in ends}
         answer.write(json.dumps([msgspec.to_builtins(ended[child]) for child in children]) + "\n")
         answer.flush()

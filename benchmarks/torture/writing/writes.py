@@ -191,19 +191,20 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run(work: Path, *, seed: int, seconds: float, short: bool, only: Sequence[str] = ()) -> Result:
-    """Let each call of each scene fail, as far as the time goes: scenes share it equally.
+    """Let each call of each scene fail, as far as the time goes: scenes share it, and what one leaves is for the next.
 
     short: without the scenes that export, which load PyTorch
     only: names of scenes, all if empty
     """
     chosen = [name for name, scene in SCENES.items() if (name in only) or not (only or (short and scene.torch))]
-    given = sources(work / "sources")
+    given, left_s = sources(work / "sources"), seconds
     tallies = dict[str, Tally]()
     with layer(work, with_torch=any(SCENES[name].torch for name in chosen)) as there:
         for name in sorted(chosen, key=lambda name: SCENES[name].torch):
             trial = Trial(name, given, there)
-            until = time.monotonic() + seconds / len(chosen)
-            tallies[name] = try_scene(trial, random.Random(f"{seed} {name}"), until)
+            start, share_s = time.monotonic(), left_s / (len(chosen) - len(tallies))
+            tallies[name] = try_scene(trial, random.Random(f"{seed} {name}"), start + share_s)
+            left_s = max(0.0, left_s - (time.monotonic() - start))
     counted = ("calls", "distinct", "tried", "refused", "passed")
     scenes = {name: {what: getattr(tally, what) for what in counted} for name, tally in tallies.items()}
     return Result(
