@@ -72,7 +72,7 @@ def build_engines(
         _check_can_build(
             backend, options, device, f"{store} holds no engines of {key.directory}, and " if shelf else ""
         )
-        there = _home(bundle) / key.directory
+        there = _place(bundle, key)
         building = partial(_build_into, bundle, backend_on(backend, device), key, options, report=report)
         record = _put(there, building, overwrite=force)
         _log.info("built %s for %s in %.2f s", there, backend, record.build_s)
@@ -124,6 +124,17 @@ def _home(bundle: Bundle) -> Path:
         f"nothing can be written in {' or in '.join(map(str, homes))}; name a folder for engines with the environment "
         "variable LATENTRT_CACHE"
     )
+
+
+def _place(bundle: Bundle, key: EngineKey) -> Path:
+    """Return where engines are to be built. Raises BundleError where nobody would find them: older ones go first."""
+    place, own = _home(bundle) / key.directory, bundle.root / "engines" / key.directory
+    if place != own and (own / ENGINE_RECORD).is_file():
+        raise BundleError(
+            f"{own} cannot be replaced: nothing can be written in {own.parent}, and what was built in {place.parent} "
+            "would not be used as long as it is there; run this where you may write to the bundle, or on a copy of it"
+        )
+    return place
 
 
 def _put(target: Path, fill: Callable[[Path], EngineRecord], *, overwrite: bool = False) -> EngineRecord:

@@ -127,21 +127,36 @@ def test_an_altered_engine_in_the_cache_is_refused(sealed: Bundle) -> None:
         draw(sealed.root, build=True)
 
 
-@pytest.mark.parametrize("code", READ_ONLY, ids=[errno.errorcode[code] for code in READ_ONLY])
-def test_every_way_of_being_read_only_leads_to_the_cache(
-    code: int, bare: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def read_only(root: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a folder be one in which nothing can be prepared, for root too."""
     real = tempfile.TemporaryFile
 
     def refuse(*arguments: Any, dir: Path, **options: Any) -> Any:
-        if dir.is_relative_to(bare.root):
+        if dir.is_relative_to(root):
             raise OSError(code, "no")
         return real(*arguments, dir=dir, **options)
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+
+
+@pytest.mark.parametrize("code", READ_ONLY, ids=[errno.errorcode[code] for code in READ_ONLY])
+def test_every_way_of_being_read_only_leads_to_the_cache(
+    code: int, bare: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_only(bare.root, code, monkeypatch)
     record = build_engines(bare, "cpu")
     place = engines_at(bare, record.key)
     assert place is not None and place.is_relative_to(cache)
+
+
+def test_engines_that_would_stay_hidden_behind_those_of_a_read_only_bundle_are_not_built(
+    bare: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = build_engines(bare, "cpu")
+    read_only(bare.root, errno.EROFS, monkeypatch)
+    with pytest.raises(BundleError):
+        build_engines(bare, "cpu", force=True)
+    assert not list(cache.rglob("engine.json")) and engines_at(bare, record.key) is not None
 
 
 def test_a_full_disk_is_not_answered_by_another_place(

@@ -167,18 +167,18 @@ class Trial:
 
 
 def try_scene(trial: Trial, chance: random.Random, until: float) -> Tally:
-    """Let calls of a scene fail, each in a run of its own, until all have or the time is over."""
+    """Let calls of a scene fail, each in a run of its own, until all have or the time is over; one in any case."""
     all_of_them = faults(distinct(trial.calls), chance)
     tally = Tally(calls=len(trial.calls), distinct=len(all_of_them))
     for fault in all_of_them:
-        if time.monotonic() > until:
-            break
         (first, _), *wrong = trial.check(fault)
         tally.tried += 1
         tally.refused += first == "refused"
         tally.passed += first == "passed"
         for what, said in wrong:
             tally.found.append(Found(scene=trial.name, fault=fault, what=what, said=said[-2000:]))
+        if time.monotonic() > until:
+            break
     return tally
 
 
