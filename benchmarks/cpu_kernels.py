@@ -24,6 +24,8 @@ from paired import paired_ratio
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
+from latentrt.engines.graphs.winograd import use_winograd
+from latentrt.engines.spec import Array
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.rounds import take_turns
 
@@ -32,6 +34,11 @@ EDITS: Mapping[str, tuple[Edit, ...]] = {
     "as exported": (),
     "host kernels": (lambda model, _: use_host_kernels(model),),
     "host kernels, split upsampling": (lambda model, _: use_host_kernels(model), split_upsampling),
+    "host kernels, split upsampling, Winograd": (
+        lambda model, _: use_host_kernels(model),
+        split_upsampling,
+        use_winograd,
+    ),
 }
 
 
@@ -114,6 +121,15 @@ def make_pass(
     path: Path, edits: tuple[Edit, ...], folder: Path, side: int, rows: int, options: onnxruntime.SessionOptions
 ) -> Callable[[], Any]:
     """Edit the graph, open it as an engine is built, and return what runs it once on random numbers."""
+    session = open_edited(path, edits, folder, options)
+    inputs = random_inputs(session, side=side, rows=rows)
+    return lambda: session.run(None, inputs)
+
+
+def open_edited(
+    path: Path, edits: tuple[Edit, ...], folder: Path, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    """Edit a graph in a new folder and open it."""
     folder.mkdir()
     model = graphs.load_graph(path)
     for edit in edits:
@@ -121,15 +137,18 @@ def make_pass(
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     for data in path.parent.glob("*data"):
         graphs.link_data(data, folder)
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+
+
+def random_inputs(session: onnxruntime.InferenceSession, *, side: int, rows: int) -> dict[str, Array]:
+    """Return random numbers for each input. side: of the latents; rows: pictures, or twice as many with guidance"""
     generator, sizes = np.random.default_rng(0), {"latent_height": side, "latent_width": side, "tokens": 77}
-    inputs = {
+    return {
         taken.name: generator.standard_normal(
             [axis if isinstance(axis, int) else sizes.get(axis, rows) for axis in taken.shape], dtype=np.float32
         )
         for taken in session.get_inputs()
     }
-    return lambda: session.run(None, inputs)
 
 
 if __name__ == "__main__":

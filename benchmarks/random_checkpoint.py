@@ -54,13 +54,14 @@ XL: Mapping[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-# `middle` has SD 1.5's depth and attention at a fifth of its width; `sd15` and `sdxl` are full size; `turbo` is SD
-# 2.1's layout with SD-Turbo's schedule.
+# `middle` has SD 1.5's depth and attention at a fifth of its width; `sd15` and `sdxl` are full size; `vae` is SD 1.5's
+# VAE with the UNet of `tiny`; `turbo` is SD 2.1's layout with SD-Turbo's schedule.
 SHAPES = {
     "tiny": Shape(unet=(32, 64), unet_heads=4, vae=(16, 16), side=16, width=32, layers=2, heads=2),
     "middle": Shape(
         unet=(64, 128, 256, 256), unet_heads=8, vae=(32, 64, 128, 128), side=32, width=192, layers=6, heads=3
     ),
+    "vae": Shape(unet=(32, 64), unet_heads=4, vae=(128, 256, 512, 512), side=64, width=32, layers=2, heads=2),
     "sd15": Shape(
         unet=(320, 640, 1280, 1280), unet_heads=8, vae=(128, 256, 512, 512), side=64, width=768, layers=12, heads=12
     ),

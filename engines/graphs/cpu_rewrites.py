@@ -170,19 +170,24 @@ def split_upsampling(model: ModelProto, path: Path) -> int:
             model.graph.initializer.extend(tensors)
             instead[convolution.output[0]] = nodes
     graph.replace(instead)
-    _drop_unused_weights(model.graph)
+    drop_unused_weights(model.graph)
     return len(instead)
 
 
 def _convolution(resize: NodeProto, graph: GraphView, values: GraphValues) -> NodeProto | None:
     """Return the one 3 x 3 convolution behind an upsampling, whose weights the graph holds."""
     takers = graph.takers.get(resize.output[0], []) if resize.op_type == "Resize" else []
-    if len(takers) != 1 or takers[0].op_type != "Conv":
+    if len(takers) != 1:
         return None
-    (node,) = takers
-    weights = [values.get(name) for name in node.input[1:]]
-    fits = weights[0] is not None and weights[0].values.shape[2:] == (3, 3) and None not in weights
-    return node if fits and THREE_BY_THREE | _attributes(node) == THREE_BY_THREE else None
+    return takers[0] if three_by_three(takers[0], values) else None
+
+
+def three_by_three(node: NodeProto, values: GraphValues) -> list[Array]:
+    """Return weights, and bias if there is one, of a 3 x 3 convolution that keeps a picture's size; else nothing."""
+    if node.op_type != "Conv" or THREE_BY_THREE | _attributes(node) != THREE_BY_THREE:
+        return []
+    found = [stored.values for name in node.input[1:] if (stored := values.get(name)) is not None]
+    return found if len(found) == len(node.input) - 1 and found[0].shape[2:] == (3, 3) else []
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
@@ -212,7 +217,7 @@ def _phases(x: str, convolution: NodeProto, values: GraphValues) -> tuple[list[N
 
     output = convolution.output[0]
     own = f"{output}.phases"
-    weights, *biases = (stored.values for name in convolution.input[1:] if (stored := values.get(name)) is not None)
+    weights, *biases = three_by_three(convolution, values)
     nodes, tensors, outputs = [], [], []
     tensors += [numpy_helper.from_array(np.array(bias), f"{own}.bias") for bias in biases]
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -227,7 +232,8 @@ def _phases(x: str, convolution: NodeProto, values: GraphValues) -> tuple[list[N
     return nodes, tensors
 
 
-def _drop_unused_weights(graph: GraphProto) -> None:
+def drop_unused_weights(graph: GraphProto) -> None:
+    """Remove the initializers of a graph that no node takes."""
     used = {name for node in graph.node for name in taken(node)}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     if len(kept) < len(graph.initializer):

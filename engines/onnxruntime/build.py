@@ -18,6 +18,7 @@ from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kern
 from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
 from latentrt.engines.graphs.locate_weights import GraphValues, places
 from latentrt.engines.graphs.widen import widen
+from latentrt.engines.graphs.winograd import use_winograd
 from latentrt.engines.onnxruntime import keys
 from latentrt.engines.onnxruntime.assignment import check_assignment, record_assignment
 from latentrt.engines.onnxruntime.keys import DEFAULT_RECIPE, DEFAULTS
@@ -30,6 +31,8 @@ from latentrt.engines.spec import EngineSpec
 EXTERNAL_BYTES = 16 << 20
 # Smaller weights stay in the graph: on CUDA what is no larger than a shape, which ONNX Runtime reads first.
 LEAST_EXTERNAL_BYTES: Mapping[Provider, int] = {"cpu": 1024, "cuda": 128}
+# Where Winograd's convolutions were measured. LoRAs change weights that lie in one place, and so not these.
+VECTORS = frozenset({"avx2", "avx512f"})
 
 
 def build(
@@ -69,6 +72,8 @@ def _build_one(
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
+            if keys.instruction_set() in VECTORS and not bundle.manifest.components[component].weights:
+                use_winograd(model, edited)
         elif (options.recipe or DEFAULT_RECIPE) != "plain":
             use_cuda_kernels(model)
         graphs.save_graph(model, edited)
