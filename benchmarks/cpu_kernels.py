@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.cpu_rewrites import split_upsampling, use_host_kernels
 from latentrt.engines.graphs.winograd import use_winograd
 from latentrt.engines.spec import Array
+from latentrt.export.work.finished import peak_rss_bytes
 from latentrt.runtime.bench.machine import Watch, describe, now
 from latentrt.runtime.bench.rounds import take_turns
 
@@ -43,19 +45,25 @@ EDITS: Mapping[str, tuple[Edit, ...]] = {
 
 
 def main() -> None:
-    arguments = make_parser(__doc__ or "").parse_args()
+    parser = make_parser(__doc__ or "")
+    parser.add_argument("--components", default="unet,vae_decoder")
+    parser.add_argument("--way", choices=list(EDITS), help="This one alone, for the memory that it takes.")
+    arguments = parser.parse_args()
     watch, bundle = Watch(), Bundle.open(arguments.bundle)
-    found = {name: compare(bundle, name, EDITS, arguments) for name in ("unet", "vae_decoder")}
+    ways = {arguments.way: EDITS[arguments.way]} if arguments.way else EDITS
+    found = {name: compare(bundle, name, ways, arguments) for name in arguments.components.split(",")}
     document = {
         "kind": "latentrt cpu kernels",
         "created": now(),
-        "command": f"python benchmarks/cpu_kernels.py {arguments.bundle.name} --side {arguments.side}",
+        "command": "python benchmarks/cpu_kernels.py " + " ".join(sys.argv[1:]),
         "machine": describe(),
         "conditions": msgspec.to_builtins(watch.conditions()),
         "components": found,
+        "peak_rss_bytes": peak_rss_bytes(),
     }
-    for name, ways in found.items():
-        print_ways(name, ways)
+    for name, figures in found.items():
+        print_ways(name, figures)
+    print(f"peak memory of the process: {document['peak_rss_bytes'] / 2**20:.0f} MiB")
     if arguments.output is not None:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 

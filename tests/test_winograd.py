@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from latentrt.engines.graphs import winograd
 from latentrt.engines.graphs.winograd import FILTERS, INPUTS, LEAST_CHANNELS, VECTOR, transform_filters, use_winograd
 from tests.graphs import model_of
 
@@ -55,9 +54,7 @@ def test_a_convolution_by_winograd_is_torchs(
     weights = generator.standard_normal((out, channels, 3, 3), dtype=np.float32)
     bias = generator.standard_normal(out, dtype=np.float32) if biased else None
     model = convolution(weights, bias)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(winograd, "LEAST_CHANNELS", VECTOR)
-        assert use_winograd(model, Path()) == 1
+    assert use_winograd(model, Path(), least_channels=VECTOR) == 1
     assert {tuple(t.dims)[-2:] for t in model.graph.initializer if len(t.dims) == 4} == {(6, 1), (1, 3), (1, 1)}
     taken = None if bias is None else torch.from_numpy(bias)
     expected = torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(weights), taken, padding=1).numpy()

@@ -39,13 +39,16 @@ INPUTS = np.array(
 FILTERS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=np.float64) / 24
 TOGETHER = 4  # rows that are made of one set of products
 VECTOR = 16  # channels: the widest that ONNX Runtime computes at once
-LEAST_CHANNELS = 128  # of inputs and of outputs: with fewer, the sums take longer than the products that they save
+LEAST_CHANNELS = (
+    128  # with fewer, the sums take as long as the products that they save (benchmarks/cpu_convolutions.py)
+)
 
 
-def use_winograd(model: ModelProto, path: Path) -> int:
+def use_winograd(model: ModelProto, path: Path, *, least_channels: int = LEAST_CHANNELS) -> int:
     """Replace every 3 x 3 convolution of many channels. Returns how many.
 
     path: the file that the graph was read from, beside which its weights lie
+    least_channels: of inputs and of outputs
     Twice the weights of each are stored. Outputs differ by rounding: by some 2e-6 of the largest. Any height does: rows
     that are missing for a whole four are computed of zeros, and cut off.
     """
@@ -53,15 +56,15 @@ def use_winograd(model: ModelProto, path: Path) -> int:
     instead: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         weights = three_by_three(node, values)
-        if weights and _pays(weights[0]):
+        if weights and _fits(weights[0], least_channels):
             instead[node.output[0]] = _convolution(node, graph, *weights)
     graph.replace(instead)
     drop_unused_weights(model.graph)
     return len(instead)
 
 
-def _pays(weights: Array) -> bool:
-    return all(channels % VECTOR == 0 and channels >= LEAST_CHANNELS for channels in weights.shape[:2])
+def _fits(weights: Array, least_channels: int) -> bool:
+    return all(channels % VECTOR == 0 and channels >= least_channels for channels in weights.shape[:2])
 
 
 def transform_filters(weights: Array) -> Array:

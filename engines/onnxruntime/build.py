@@ -11,6 +11,7 @@ import msgspec
 
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.manifest import Role
 from latentrt.engines.bundle.weight_map import BuiltWeights, GraphWeights, built_record, read_weights, write_weights
 from latentrt.engines.graphs import edits as graphs
 from latentrt.engines.graphs.compiled import on_device, on_host
@@ -31,7 +32,9 @@ from latentrt.engines.spec import EngineSpec
 EXTERNAL_BYTES = 16 << 20
 # Smaller weights stay in the graph: on CUDA what is no larger than a shape, which ONNX Runtime reads first.
 LEAST_EXTERNAL_BYTES: Mapping[Provider, int] = {"cpu": 1024, "cuda": 128}
-# Where Winograd's convolutions were measured. LoRAs change weights that lie in one place, and so not these.
+# Winograd's convolutions hold twice the weights: little in a VAE, gigabytes in a UNet, whose weights LoRAs also change
+# where they lie in one place. `VECTORS`: where they were measured.
+BY_WINOGRAD: tuple[Role, ...] = ("decoder", "encoder")
 VECTORS = frozenset({"avx2", "avx512f"})
 
 
@@ -72,7 +75,7 @@ def _build_one(
         if provider == "cpu":
             use_host_kernels(model)
             split_upsampling(model, edited)
-            if keys.instruction_set() in VECTORS and not bundle.manifest.components[component].weights:
+            if role in BY_WINOGRAD and keys.instruction_set() in VECTORS:
                 use_winograd(model, edited)
         elif (options.recipe or DEFAULT_RECIPE) != "plain":
             use_cuda_kernels(model)
