@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.graphs.winograd import FILTERS, INPUTS, LEAST_CHANNELS, VECTOR, transform_filters, use_winograd
+from latentrt.engines.onnxruntime import build, keys
 from tests.graphs import model_of
 
 SIDES = st.integers(1, 13)
@@ -129,3 +131,34 @@ def test_what_onnxruntime_saves_stays_in_vectors_and_opens_again(tmp_path: Path)
     assert {node.domain for node in saved.graph.node if node.op_type == "Conv"} == {"com.microsoft.nchwc"}
     session = onnxruntime.InferenceSession(str(tmp_path / "saved.onnx"), providers=["CPUExecutionProvider"])
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_vaes_are_built_so_and_draw_the_same(
+    demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(demo_bundle)
+    monkeypatch.setattr(build, "use_winograd", lambda model, path: use_winograd(model, path, least_channels=VECTOR))
+    outputs = []
+    for which, vectors in (("plain", frozenset[str]()), ("winograd", frozenset({keys.instruction_set()}))):
+        monkeypatch.setattr(build, "VECTORS", vectors)
+        (tmp_path / which).mkdir()
+        made = build.build(opened, tmp_path / which, "cpu", lambda *_: None)
+        tall = {component: sums(tmp_path / which / file) for component, (file, _) in made.items()}
+        components = {"vae_decoder", "vae_encoder"} if which == "winograd" else set()
+        assert {component for component, number in tall.items() if number} == components
+        latents = np.random.default_rng(0).standard_normal((1, 4, 5, 9), dtype=np.float32)
+        outputs.append(decode(tmp_path / which / made["vae_decoder"][0], latents))
+    difference = np.abs(outputs[1] - outputs[0])
+    assert difference.max() <= 1, "a pixel between two levels may become the other"
+    assert np.mean(difference > 0) < 2e-3
+
+
+def sums(graph: Path) -> int:
+    """Return how many convolutions of six rows of taps a graph has."""
+    weights = {tensor.name: list(tensor.dims) for tensor in onnx.load(str(graph)).graph.initializer}
+    return sum(shape[2:] == [6, 1] for shape in weights.values())
+
+
+def decode(graph: Path, latents: Any) -> Any:
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    return session.run(None, {"latent_sample": latents})[0].astype(np.int64)

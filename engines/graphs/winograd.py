@@ -5,14 +5,14 @@ the six inputs that they see. Here the four are rows below each other. Six spars
 six convolutions of one row of taps the products, and sums with the matrix below the four rows, which then only have to
 be put one below the other. ONNX Runtime runs all of it on whole vectors of channels, as the one convolution before.
 
-In both directions at once a quarter of the multiplications would be left, but so many sums that it is slower wherever a
-picture does not stay in the cache (benchmarks/README.md).
+In both directions at once fewer multiplications would be left, but so many sums and passes over memory that large
+pictures, which do not stay in the cache, are slower for it.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -87,12 +87,17 @@ def _convolution(node: NodeProto, graph: GraphView, weights: Array, *bias: Array
         sums = np.tile(INPUTS[i].reshape(1, 1, -1, 1), (channels, 1, 1, 1))
         taken = [node.input[0], graph.constant(f"{own}.sums{i}", sums)]
         # Below, zeros for all that may be missing: from the last row on there is room for one more four, if any is.
-        tall = {"kernel_shape": [6, 1], "strides": [TOGETHER, 1], "pads": [1, 0, TOGETHER, 0], "group": channels}
+        tall: dict[str, Any] = {
+            "kernel_shape": [6, 1],
+            "strides": [TOGETHER, 1],
+            "pads": [1, 0, TOGETHER, 0],
+            "group": channels,
+        }
         nodes.append(helper.make_node("Conv", taken, [f"{own}.in{i}"], f"{own}.in{i}", **tall))
         last = biases if i in (0, 5) else []  # each of these two is in one row alone
         taken = [f"{own}.in{i}", graph.constant(f"{own}.filters{i}", filters), *last]
-        wide = {"kernel_shape": [1, 3], "pads": [0, 1, 0, 1]}
-        nodes.append(helper.make_node("Conv", taken, [f"{own}.{i}"], f"{own}.{i}", **wide))
+        product = helper.make_node("Conv", taken, [f"{own}.{i}"], f"{own}.{i}", kernel_shape=[1, 3], pads=[0, 1, 0, 1])
+        nodes.append(product)
     rows = _rows(own, graph, len(weights), biases)
     _say_equal(own, [each.output[0] for each in (*nodes[1::2], *rows)], graph, len(weights))
     return [*nodes, *rows, *_interleave(own, node, graph, len(weights))]
@@ -102,7 +107,7 @@ def _say_equal(own: str, names: list[str], graph: GraphView, channels: int) -> N
     """Note that tensors are of one shape: else ONNX Runtime lays out anew what it could add as it is."""
     from onnx import TensorProto, helper
 
-    axes = [f"{own}.pictures", channels, f"{own}.fours", f"{own}.columns"]
+    axes: list[str | int | None] = [f"{own}.pictures", channels, f"{own}.fours", f"{own}.columns"]
     graph.proto.value_info.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name in names)
 
 
