@@ -64,7 +64,7 @@ def main() -> None:
             "machine": describe(),
             "conditions": msgspec.to_builtins(watch.conditions()),
             "ceiling_flops": ceiling,
-            "components": found,
+            "components": {component: summary(nodes) for component, nodes in found.items()},
         }
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 
@@ -137,6 +137,16 @@ def operations(operator: str, inputs: Sequence[Sequence[int]], outputs: Sequence
     if operator == "MultiHeadAttention":
         return 4 * math.prod(inputs[0]) * inputs[1][1]
     return 0
+
+
+def summary(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return each operator's seconds and operations, and the nodes that take longest."""
+    operators: dict[str, dict[str, Any]] = {}
+    for node in nodes:
+        one = operators.setdefault(kind_of(node), {"nodes": 0, "seconds": 0.0, "operations": 0})
+        for what, more in (("nodes", 1), ("seconds", node["seconds"]), ("operations", node["operations"])):
+            one[what] += more
+    return {"operators": operators, "longest": nodes[:SHOWN]}
 
 
 def print_profile(component: str, nodes: Sequence[Mapping[str, Any]], ceiling: float) -> None:
