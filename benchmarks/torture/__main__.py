@@ -18,12 +18,12 @@ import msgspec
 from latentrt.runtime.bench.machine import describe
 
 PARTS = {  # name: (module, what it does, seconds of the short form)
-    "writes": ("writing.writes", "Every call that writes fails once.", 30.0),
-    "kills": ("writing.kills", "kill -9 at random moments, of one and of two at once.", 15.0),
-    "reads": ("reading.reads", "Every reader is given what nobody should write.", 26.0),
-    "files": ("reading.files", "Every file of a bundle is altered.", 10.0),
+    "writes": ("writing.writes", "Every call that writes fails once.", 24.0),
+    "kills": ("writing.kills", "kill -9 at random moments, of one and of two at once.", 12.0),
+    "reads": ("reading.reads", "Every reader is given what nobody should write.", 20.0),
+    "files": ("reading.files", "Every file of a bundle is altered.", 8.0),
     "devices": ("devices", "Each call to the GPU and to TensorRT fails once, on the tests' stand-in.", 10.0),
-    "soak": ("soak", "Mixed requests for long: memory, handles, right pictures, fairness.", 16.0),
+    "soak": ("soak", "Mixed requests for long: memory, handles, right pictures, fairness.", 12.0),
     "process": ("process", "Forks and ends while something is drawn.", 60.0),
 }
 LONG_S = 3600.0

@@ -237,20 +237,20 @@ def use_again(machine: Machine, pipe: Pipeline | None, device: FailingDevice, ro
 
 
 def run(work: Path, *, seed: int, seconds: float, short: bool) -> Result:
-    """Let each call fail in each way, in random order, until all have or the time is over."""
+    """Let each call fail in each way, in random order, until all have or the time is over; one in any case."""
     del short  # the time alone decides
-    chance, end, found = random.Random(seed), time.monotonic() + seconds, list[Found]()
+    chance, found = random.Random(seed), list[Found]()
     with pytest.MonkeyPatch.context() as patch:
         machine = Machine(patch, work, sources(work / "sources").bundle)
         calls = [(machine.cuda_calls, way) for way in WAYS]
         calls += [(machine.tensorrt_calls, way) for way in ("refused", "silent")]
         tries = [(number, way, names) for names, way in calls for number in range(1, len(names) + 1)]
-        rows = {way: Row(way=way) for _, way in calls}
+        rows, end = {way: Row(way=way) for _, way in calls}, time.monotonic() + seconds
         for number, way, names in chance.sample(tries, len(tries)):
-            if time.monotonic() > end:
-                break
             report = partial(Found, call=names[number - 1], number=number, way=way)
             found += [report(what=what) for what in trial(machine, number, way, rows[way])]
+            if time.monotonic() > end:
+                break
     done = sum(row.failed + row.passed for row in rows.values())
     counts = {"calls": len(machine.cuda_calls) + len(machine.tensorrt_calls), "ways": len(tries), "tried": done}
     return Result(counts=counts, ways=list(rows.values()), found=found)

@@ -19,7 +19,7 @@ def done(result: Mapping[str, Any]) -> str:
     words = {
         "writes": "{tried:,} of {distinct:,} calls failed once: {refused:,} refusals, {passed:,} that did their work",
         "kills": "{killed:,} commands killed alone, {killed_of_two:,} of two at once; {finished:,} runs after them",
-        "reads": "{executions:,} inputs to {readers} readers, {read:,} of them read",
+        "reads": "{executions:,} inputs to {readers} readers, at least {least:,} to each; {read:,} of them read",
         "files": "{tried:,} alterations of {families}: {refused:,} refused, {harmless:,} harmless",
         "devices": "{tried:,} of {ways:,} failures of {calls:,} calls",
         "process": "{tried:,} of {programs:,} programs",
@@ -27,6 +27,7 @@ def done(result: Mapping[str, Any]) -> str:
     }[result["part"]]
     further = {
         "readers": len(result.get("targets", ())),
+        "least": min((target["executions"] for target in result.get("targets", {}).values()), default=0),
         "families": ", ".join(result.get("families", ())),
         "modes": ", ".join(f"{mode['mode']} ({mode['threads']})" for mode in result.get("modes", ())),
         "others": sum(counts.values()) - counts.get("right", 0),

@@ -149,8 +149,8 @@ def run(work: Path, *, seed: int, seconds: float, short: bool) -> Result:
         found_bundles = {"sd1": sources(work / "sources").bundle}
     else:
         found_bundles = bundles(work / "families")
-    end, found = time.monotonic() + seconds, list[Found]()
     altered = [Altered(family, source, work / f"altered-{family}") for family, source in found_bundles.items()]
+    end, found = time.monotonic() + seconds, list[Found]()
     for number in range(MOST // len(altered)):
         for one in altered:
             if time.monotonic() < end:
