@@ -3,8 +3,10 @@ what is measured.
 
     python peer_worker.py WAY JOB
 
-JOB is JSON: checkpoint, bundle, cache, prompt, steps, guidance, width, height, batch, threads. Answers are JSON lines
-on what was standard output; whatever a library prints goes to standard error.
+JOB is JSON: checkpoint, bundle, cache, tiny, prompt, steps, guidance, sigmas, width, height, batch, threads. It is
+asked by lines: `draw`, or `picture FILE` for the first picture of the prompt itself and torch's noise of seed 1, whose
+bytes are written there. Answers are JSON lines on what was standard output; whatever a library prints goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -16,11 +18,20 @@ import time
 from collections.abc import Callable
 from itertools import count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Job = dict[str, Any]
-Drawn = tuple[float | None, list[float]]  # seconds of the whole picture, or None; seconds of each step
-Draw = Callable[[], Drawn]
+
+
+class Drawn(NamedTuple):
+    """Seconds of the whole batch, None if there are steps alone; of each step; the batch's pictures, 8 bits."""
+
+    seconds: float | None
+    steps: list[float]
+    pictures: Any = None
+
+
+Draw = Callable[[bool], Drawn]  # asked whether the picture is wanted, rather than its time
 
 
 def latentrt(job: Job) -> Draw:
@@ -29,18 +40,21 @@ def latentrt(job: Job) -> Draw:
     pipe = Pipeline.load(job["bundle"], "cpu", threads=job["threads"])
     fresh = count(1)
 
-    def draw() -> Drawn:
+    def draw(picture: bool) -> Drawn:
+        # texts are remembered, and the others encode theirs each time
+        prompt = job["prompt"] if picture else f"{job['prompt']}, {next(fresh)}"
         start = time.perf_counter()
         result = pipe(
-            f"{job['prompt']}, {next(fresh)}",  # texts are remembered, and the others encode theirs each time
+            prompt,
             n=job["batch"],
             steps=job["steps"],
             guidance=job["guidance"],
             sampler="euler",
             size=(job["width"], job["height"]),
             seed=1,
+            decoder="tiny" if job["tiny"] else "full",
         )
-        return time.perf_counter() - start, list(result.step_seconds)
+        return Drawn(time.perf_counter() - start, list(result.step_seconds), result.pixels)
 
     return draw
 
@@ -57,21 +71,24 @@ def plain(job: Job) -> Draw:
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     context = next(taken.shape[2] for taken in session.get_inputs() if taken.name == "encoder_hidden_states")
     generator, batch, factor = np.random.default_rng(0), job["batch"], manifest["latents"]["factor"]
-    text = generator.standard_normal((2 * batch, 77, context), dtype=np.float32)
+    times = 2 if job["guidance"] > 1 else 1
+    text = generator.standard_normal((times * batch, 77, context), dtype=np.float32)
     shape = (batch, manifest["latents"]["channels"], job["height"] // factor, job["width"] // factor)
     sigmas = np.append(np.geomspace(14.6, 0.03, job["steps"]), 0.0).astype(np.float32)
-    times = np.linspace(999.0, 1.0, job["steps"])
+    timesteps = np.linspace(999.0, 1.0, job["steps"])
 
-    def draw() -> Drawn:
+    def draw(_: bool) -> Drawn:
         x = generator.standard_normal(shape, dtype=np.float32) * 14.6
         marks = [time.perf_counter()]
-        for sigma, following, at in zip(sigmas[:-1], sigmas[1:], times, strict=True):
-            rows = np.concatenate([x, x]) / np.sqrt(sigma**2 + 1)
-            feed = {"sample": rows, "timestep": np.full(2 * batch, at, np.float32), "encoder_hidden_states": text}
+        for sigma, following, at in zip(sigmas[:-1], sigmas[1:], timesteps, strict=True):
+            rows = np.concatenate([x] * times) / np.sqrt(sigma**2 + 1)
+            feed = {"sample": rows, "timestep": np.full(len(rows), at, np.float32), "encoder_hidden_states": text}
             output = session.run(None, feed)[0]
-            x = x + (following - sigma) * (output[:batch] + job["guidance"] * (output[batch:] - output[:batch]))
+            if times == 2:
+                output = output[:batch] + job["guidance"] * (output[batch:] - output[:batch])
+            x = x + (following - sigma) * output
             marks.append(time.perf_counter())
-        return None, np.diff(marks).tolist()
+        return Drawn(None, np.diff(marks).tolist())
 
     return draw
 
@@ -92,12 +109,15 @@ def diffusers_compiled(job: Job) -> Draw:
 
 def _diffusers(job: Job) -> Any:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
     torch.set_num_threads(job["threads"])
-    return StableDiffusionPipeline.from_pretrained(
+    pipe = StableDiffusionPipeline.from_pretrained(
         job["checkpoint"], torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
+    if job["tiny"]:
+        pipe.vae = AutoencoderTiny.from_pretrained(job["tiny"])
+    return pipe
 
 
 def _diffusers_draw(pipe: Any, job: Job) -> Draw:
@@ -108,7 +128,7 @@ def _diffusers_draw(pipe: Any, job: Job) -> Draw:
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw() -> Drawn:
+    def draw(_: bool) -> Drawn:
         marks: list[float] = []
 
         def mark(*_: Any) -> dict[str, Any]:
@@ -116,7 +136,7 @@ def _diffusers_draw(pipe: Any, job: Job) -> Draw:
             return {}
 
         start = time.perf_counter()
-        pipe(
+        pictures = pipe(
             job["prompt"],
             num_images_per_prompt=job["batch"],
             num_inference_steps=job["steps"],
@@ -126,8 +146,8 @@ def _diffusers_draw(pipe: Any, job: Job) -> Draw:
             generator=torch.Generator().manual_seed(1),
             output_type="np",
             callback_on_step_end=mark,
-        )
-        return time.perf_counter() - start, _between(marks)
+        ).images
+        return Drawn(time.perf_counter() - start, _between(marks), (pictures * 255).round().astype("uint8"))
 
     return draw
 
@@ -153,21 +173,31 @@ def optimum(job: Job) -> Draw:
 
 
 def openvino(job: Job) -> Draw:
+    return _openvino(job, "openvino")
+
+
+def openvino_int8(job: Job) -> Draw:
+    return _openvino(job, "openvino-int8")
+
+
+def _openvino(job: Job, folder: str) -> Draw:
     import openvino_genai
 
-    converted = Path(job["cache"]) / "openvino"
+    converted = Path(job["cache"]) / folder
     properties = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": job["threads"]}
     pipe = openvino_genai.Text2ImagePipeline(converted, "CPU", **properties)
     kind = openvino_genai.Scheduler.Type.EULER_DISCRETE
     pipe.set_scheduler(openvino_genai.Scheduler.from_config(converted / "scheduler/scheduler_config.json", kind))
 
-    def draw() -> Drawn:
+    def draw(picture: bool) -> Drawn:
         marks: list[float] = []
 
         def mark(*_: Any) -> bool:
             marks.append(time.perf_counter())
             return False
 
+        # torch's noise takes torch
+        noise = {"generator": openvino_genai.TorchGenerator(1)} if picture else {"rng_seed": 1}
         start = time.perf_counter()
         images = pipe.generate(
             job["prompt"],
@@ -176,33 +206,56 @@ def openvino(job: Job) -> Draw:
             guidance_scale=job["guidance"],
             width=job["width"],
             height=job["height"],
-            rng_seed=1,
             callback=mark,
+            **noise,
         )
         assert images.data.shape[0] == job["batch"]
-        return time.perf_counter() - start, _between(marks)
+        return Drawn(time.perf_counter() - start, _between(marks), images.data)
 
     return draw
 
 
 def sdcpp(job: Job) -> Draw:
+    return _sdcpp(job, "default")
+
+
+def sdcpp_q8(job: Job) -> Draw:
+    return _sdcpp(job, "q8_0")
+
+
+def _sdcpp(job: Job, weights: str) -> Draw:
     from stable_diffusion_cpp import StableDiffusion
 
-    model = StableDiffusion(model_path=job["checkpoint"], n_threads=job["threads"], wtype="f32", verbose=False)
+    sigmas = ",".join(f"{sigma:.8g}" for sigma in job["sigmas"]) if job["sigmas"] else None
+    tiny = f"{job['tiny']}/diffusion_pytorch_model.safetensors" if job["tiny"] else ""
+    model = StableDiffusion(
+        model_path=job["checkpoint"],
+        taesd_path=tiny,
+        vae_decode_only=True,
+        n_threads=job["threads"],
+        wtype=weights,
+        rng_type="cpu",  # torch's noise
+        sampler_rng_type="cpu",
+        prediction="eps",
+        verbose=True,
+    )
 
-    def draw() -> Drawn:
+    def draw(_: bool) -> Drawn:
+        marks: list[float] = []
         start = time.perf_counter()
-        model.generate_image(
+        images = model.generate_image(
             prompt=job["prompt"],
             batch_count=job["batch"],
             sample_steps=job["steps"],
+            sigmas=sigmas,
             cfg_scale=job["guidance"],
             sample_method="euler",
             width=job["width"],
             height=job["height"],
             seed=1,
+            progress_callback=lambda *_: marks.append(time.perf_counter()),
         )
-        return time.perf_counter() - start, []
+        return Drawn(time.perf_counter() - start, _between(marks), images)
 
     return draw
 
@@ -214,7 +267,9 @@ WAYS: dict[str, Callable[[Job], Draw]] = {
     "diffusers-compiled": diffusers_compiled,
     "optimum": optimum,
     "openvino": openvino,
+    "openvino-int8": openvino_int8,
     "sdcpp": sdcpp,
+    "sdcpp-q8": sdcpp_q8,
 }
 
 
@@ -229,9 +284,12 @@ def main() -> None:
     start = time.perf_counter()
     draw = WAYS[sys.argv[1]](json.loads(sys.argv[2]))
     answer(load_s=time.perf_counter() - start)
-    for _ in sys.stdin:
-        seconds, steps = draw()
-        answer(seconds=seconds, steps=steps, peak_rss_bytes=_peak_rss())
+    for line in sys.stdin:
+        asked, _, file = line.strip().partition(" ")
+        drawn = draw(asked == "picture")
+        if file:
+            Path(file).write_bytes(drawn.pictures[0].tobytes())
+        answer(seconds=drawn.seconds, steps=drawn.steps, peak_rss_bytes=_peak_rss())
 
 
 def _peak_rss() -> int | None:

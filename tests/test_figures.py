@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from cold_start import PLACE, cold_table  # noqa: E402
+from peer_report import tables as peer_tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = (ROOT / "docs" / "figures.md").read_text()
@@ -35,16 +36,6 @@ LATER_ON_A_GPU = {
     "SDXL: PyTorch, recorded": "sdxl: torch recorded",
 }
 STEP_TFLOP = {"sd15": 2 * 0.80327, "turbo": 0.80426, "sdxl": 2 * 6.76124}  # see benchmarks/gpu_models.py
-MIB = 1 << 20
-PEERS = {
-    "latentrt": "latentrt",
-    "plain": "ONNX Runtime, plain loop (steps alone)",
-    "diffusers": "diffusers, eager",
-    "diffusers-compiled": "diffusers, torch.compile",
-    "optimum": "optimum-onnx",
-    "openvino": "OpenVINO GenAI",
-}
-RUNS = ("demo-batch1", "middle-batch1", "middle-batch4", "sd15-batch1")
 SAMPLERS = {
     "euler": "Euler",
     "euler_ancestral": "Euler a",
@@ -70,18 +61,6 @@ def row(*cells: object) -> str:
 def line_with(start: str) -> str:
     (line,) = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
     return line
-
-
-def table_of(name: str) -> dict[str, list[str]]:
-    """Return the rows of a Markdown table in the results, by their first cell."""
-    lines = (RESULTS / f"{name}.md").read_text().splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {first: rest for first, *rest in cells}
-
-
-def ratio(cells: list[str]) -> str:
-    """Return times ours, of a batch where it was measured and of a step elsewhere."""
-    return cells[1] or cells[3]
 
 
 def test_a_picture_takes_as_long_as_before_the_workspace_as_was_measured() -> None:
@@ -219,25 +198,11 @@ def test_text_encoders_on_demand_take_what_was_measured() -> None:
     assert f"{found['weights_bytes']['text_encoder_3'] / 1e9:.2f} GB" in SD3
 
 
-@pytest.mark.parametrize("peer", PEERS)
-def test_other_libraries_take_as_long_as_was_measured(peer: str) -> None:
-    tables = [table_of(f"peers-{run}").get(PEERS[peer].removesuffix(" (steps alone)")) for run in RUNS]
-    ratios = ["not run" if cells is None else ratio(cells) for cells in tables]
-    expected = ["1.00"] * len(RUNS) if peer == "latentrt" else ratios
-    *_, last = [cells for cells in tables if cells is not None]
-    peak = last[4] if tables[-1] is not None else "–"
-    assert row(PEERS[peer], *expected, peak, *last[5:]) in PAGE.splitlines()
+def test_other_libraries_take_as_long_and_as_much_as_was_measured() -> None:
+    from benchmarks.load import place
 
-
-def test_memory_is_what_was_measured() -> None:
-    for run, start in (
-        ("demo-batch1", "demo |"),
-        ("middle-batch1", "`middle`: "),
-        ("sd15-batch1", "SD 1.5, full size |"),
-    ):
-        peak = result(f"peers-{run}")["peers"]["latentrt"]["peak_rss_bytes"] / MIB
-        lines = [line for line in PAGE.splitlines() if line.startswith(f"| {start}")]
-        assert any(line.endswith(f"| {peak:.0f} |") for line in lines)
+    for name, table in peer_tables().items():
+        assert f"<!-- {name} -->" in PAGE and place(PAGE, name, table) == PAGE
 
 
 def test_loras_take_as_long_as_was_measured() -> None:

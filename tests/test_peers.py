@@ -15,15 +15,19 @@ from PIL import Image
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import peer_models  # noqa: E402
+import peer_process  # noqa: E402
+import peer_report  # noqa: E402
 import peers  # noqa: E402
 import plots  # noqa: E402
 import scaling  # noqa: E402
 from paired import paired_ratio  # noqa: E402
+from peer_tables import ENVIRONMENTS, PEERS, Environment, PeerError  # noqa: E402
 
 from latentrt.runtime.bench.measure import Asked, run_bench  # noqa: E402
 from latentrt.runtime.bench.result import to_json  # noqa: E402
 
-HERE = peers.Environment(installs=(), imports="import latentrt.runtime.pipeline")
+HERE = Environment(installs=(), imports="import latentrt.runtime.pipeline")
 
 
 def asked(**changes: Any) -> argparse.Namespace:
@@ -38,7 +42,7 @@ def settle(cache: Path, environment: str) -> None:
     python = folder / "bin" / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (folder / "complete").write_text(json.dumps(peers.ENVIRONMENTS[environment].installs))
+    (folder / "complete").write_text(json.dumps(ENVIRONMENTS[environment].installs))
 
 
 @pytest.fixture
@@ -47,18 +51,20 @@ def job(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path, monkeypatch: pyt
         "checkpoint": str(sd1_checkpoint),
         "bundle": str(sd1_bundle),
         "cache": str(tmp_path),
+        "tiny": None,
         "prompt": "a red circle",
         "steps": 3,
         "guidance": 3.0,
+        "sigmas": None,
         "width": 32,
         "height": 32,
         "batch": 2,
         "threads": 1,
     }
     monkeypatch.setattr(peers, "make_job", lambda arguments, cache: found)
-    broken = peers.Environment(installs=(("--there-is-no-such-option",),))
+    broken = Environment(installs=(("--there-is-no-such-option",),))
     for name, environment in {"latentrt": HERE, "diffusers": HERE, "sdcpp": HERE, "optimum": broken}.items():
-        monkeypatch.setitem(peers.ENVIRONMENTS, name, environment)
+        monkeypatch.setitem(ENVIRONMENTS, name, environment)
     for name in ("latentrt", "diffusers", "sdcpp"):
         settle(tmp_path, name)
     return found
@@ -74,6 +80,8 @@ def test_peers_take_turns_and_those_that_cannot_are_in_the_table_with_the_reason
     assert all(len(one["step"]["samples"]) == 7 for one in document["peers"].values())
     assert document["peers"]["plain"]["batch"] is None  # its loop ends with latents
     assert document["peers"]["diffusers"]["batch_ratio"]["estimate"] > 0
+    assert document["peers"]["diffusers"]["decibels"] > 50  # another library's picture, of the same noise
+    assert [document["peers"][name]["decibels"] for name in ("latentrt", "plain")] == [None, None]
     assert "stable_diffusion_cpp" in document["missing"]["sdcpp"]
     assert "no such option" in document["missing"]["optimum"]
     table = document["table"].splitlines()
@@ -94,11 +102,11 @@ def test_a_worker_that_dies_on_the_way_is_left_out_with_its_last_words(
         "sys.stdin.readline()\n"
         "sys.exit('the model fell over')\n"
     )
-    monkeypatch.setattr(peers, "WORKER", worker)
-    made = peers.Worker("latentrt", job, tmp_path)
-    with pytest.raises(peers.PeerError, match="ended with code 1: the model fell over"):
+    monkeypatch.setattr(peer_process, "WORKER", worker)
+    made = peer_process.Worker("latentrt", job, tmp_path)
+    with pytest.raises(PeerError, match="ended with code 1: the model fell over"):
         made.draw()
-    with pytest.raises(peers.PeerError):
+    with pytest.raises(PeerError):
         made.draw()
     made.close()
 
@@ -106,18 +114,51 @@ def test_a_worker_that_dies_on_the_way_is_left_out_with_its_last_words(
 def test_a_worker_that_hangs_is_ended(job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(peers, "WORKER", worker)
-    monkeypatch.setattr(peers, "LOAD_S", 0.5)
-    with pytest.raises(peers.PeerError, match="no answer within 0 s"):
-        peers.Worker("latentrt", job, tmp_path)
+    monkeypatch.setattr(peer_process, "WORKER", worker)
+    monkeypatch.setattr(peer_process, "LOAD_S", 0.5)
+    with pytest.raises(PeerError, match="no answer within 0 s"):
+        peer_process.Worker("latentrt", job, tmp_path)
 
 
 def test_every_peer_has_an_environment_and_a_way_to_draw() -> None:
     import peer_worker
 
-    assert set(peers.PEERS) == set(peer_worker.WAYS)
-    assert {peer.environment for peer in peers.PEERS.values()} <= set(peers.ENVIRONMENTS)
-    assert {peer.convert for peer in peers.PEERS.values() if peer.convert} <= set(peers.ENVIRONMENTS)
+    assert set(PEERS) == set(peer_worker.WAYS)
+    assert {peer.environment for peer in PEERS.values()} <= set(ENVIRONMENTS)
+    assert {peer.draws for peer in PEERS.values() if peer.draws} <= set(ENVIRONMENTS)
+    assert {what for peer in PEERS.values() for what in peer.needs} == set(peer_models.CONVERSIONS)
+
+
+def test_peers_that_do_not_fit_together_take_turns_with_us_in_groups(
+    job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(peers.MODELS, "sd1", peers.Model(together=1))
+    document = peers.compare(asked(cache=tmp_path, rounds=3), ["latentrt", "plain", "diffusers"])
+    assert document["groups"] == [["latentrt", "plain"], ["latentrt", "diffusers"]]
+    assert list(document["peers"]) == ["latentrt", "plain", "diffusers"]
+    assert all(one["step_ratio"]["estimate"] > 0 for one in document["peers"].values())
+
+
+def test_sigmas_are_those_of_diffusers_trailing_steps(sd1_checkpoint: Path) -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    scheduler = EulerDiscreteScheduler.from_pretrained(sd1_checkpoint / "scheduler", timestep_spacing="trailing")
+    for steps in (1, 2, 8, 20):
+        scheduler.set_timesteps(steps)
+        found = peer_models.trailing_sigmas(sd1_checkpoint, steps)
+        np.testing.assert_allclose(found, scheduler.sigmas.numpy(), rtol=1e-5)
+
+
+def test_a_peer_that_is_faster_is_bold_and_one_in_fewer_bits_shows_how_far_its_picture_is() -> None:
+    def cell(name: str, low: float | None, high: float | None, decibels: float = 41.26) -> str:
+        ratio = {"estimate": 0.9, "low": low, "high": high}
+        one = {"batch_ratio": ratio, "step_ratio": None, "decibels": decibels}
+        return peer_report.speed_cell({"peers": {name: one}, "missing": {"sdcpp": "it cannot"}}, name)
+
+    assert cell("openvino", 0.8, 0.95) == "**0.90 (0.80 to 0.95)**"
+    assert cell("openvino", 0.8, 1.05) == "0.90 (0.80 to 1.05)"
+    assert cell("openvino-int8", None, None) == "**0.90; 41.3 dB**"
+    assert peer_report.speed_cell({"peers": {}, "missing": {"sdcpp": "it cannot"}}, "sdcpp") == "cannot"
 
 
 def test_scaling_curves_grow_one_number_each_and_are_plotted(sd1_bundle: Path, tmp_path: Path) -> None:
