@@ -63,6 +63,7 @@ def make_checkpoint(name: str, checkpoint: Path, cache: Path) -> Path:
     """Write a checkpoint of random weights, once. Returns its folder. Raises PeerError."""
     if not (checkpoint / "vae" / "config.json").is_file():
         save_random(name, checkpoint)
+    prefix_keys(checkpoint / "text_encoder" / "model.safetensors")
     if MODELS.get(name, Model()).published and not (checkpoint / "published").is_file():
         patch(checkpoint / "scheduler" / "scheduler_config.json", timestep_spacing="trailing")
         text_encoder = checkpoint / "text_encoder" / "config.json"
@@ -72,6 +73,25 @@ def make_checkpoint(name: str, checkpoint: Path, cache: Path) -> Path:
         write_vocabulary(checkpoint / "tokenizer", cache / "wheels", pad="!" if wide else END)
         (checkpoint / "published").touch()
     return checkpoint
+
+
+def prefix_keys(file: Path) -> None:
+    """Give a text encoder's tensors the names that published files have, once.
+
+    transformers 5 leaves out a prefix without which its version 4 draws weights of its own, and stable-diffusion.cpp
+    finds none.
+    """
+    with file.open("rb") as old:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        if any(name.startswith("text_model.") for name in header):
+            return
+        named = {name if name == "__metadata__" else f"text_model.{name}": one for name, one in header.items()}
+        text = json.dumps(named).encode()
+        beside = file.with_suffix(".beside")
+        with beside.open("wb") as new:
+            new.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(old, new, 1 << 24)
+    beside.replace(file)
 
 
 def patch(file: Path, **changes: Any) -> None:

@@ -61,7 +61,7 @@ def tables() -> dict[str, str]:
         (run, json.loads(file.read_text())) for run in RUNS if (file := RESULTS / f"peers-{run.result}.json").is_file()
     ]
     return {
-        "peers' speed": _by_run(found, speed_cell),
+        "peers' speed": f"{_by_run(found, speed_cell)}\n\n{machines([result for _, result in found])}",
         "peers' pictures": _by_run(found, picture_cell, leave_out=("latentrt", "plain")),
         "peers' memory": _by_run(found, memory_cell),
         "peers' installations": installations([result for _, result in found]),
@@ -106,6 +106,15 @@ def memory_cell(result: Result, name: str) -> str:
     """Return the most memory that a peer had, in MiB."""
     found = result["peers"].get(name, {}).get("peak_rss_bytes")
     return NOT_RUN if found is None else f"{found / MIB:.0f}"
+
+
+def machines(results: Sequence[Result]) -> str:
+    """Return a sentence with the machine of each run, and on which day."""
+    told = [
+        f"{one['machine']['processor']}, {one['machine']['cores']} cores, {one['created'].partition('T')[0]}"
+        for one in results
+    ]
+    return f"Machine and day: {'; '.join(dict.fromkeys(told))}."
 
 
 def installations(results: Sequence[Result]) -> str:

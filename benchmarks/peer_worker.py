@@ -255,7 +255,8 @@ def _sdcpp(job: Job, weights: str) -> Draw:
             seed=1,
             progress_callback=lambda *_: marks.append(time.perf_counter()),
         )
-        return Drawn(time.perf_counter() - start, _between(marks), images)
+        seconds = time.perf_counter() - start
+        return Drawn(seconds, _between(marks), [image.convert("RGB") for image in images])
 
     return draw
 
