@@ -56,7 +56,9 @@ def measure_install(environment: str, python: Path, cache: Path, imports: int) -
     figures = folder / "figures.json"
     if not figures.is_file():
         figures.write_text(json.dumps({"install_bytes": _bytes(folder) - _empty_bytes(cache)}))
-    seconds = [import_seconds(python, ENVIRONMENTS[environment].imports) for _ in range(imports + 1)][1:]
+    seconds = [import_seconds(python, ENVIRONMENTS[environment].imports) for _ in range(imports + 1 if imports else 0)][
+        1:
+    ]
     return json.loads(figures.read_text()) | {"import_s": statistics.median(seconds) if seconds else None}
 
 

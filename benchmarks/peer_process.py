@@ -39,7 +39,11 @@ class Worker:
                 stderr=log,
                 env={**own_environment(), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"])},
             )
-        self.load_s = float(self._answer(LOAD_S)["load_s"])
+        try:
+            self.load_s = float(self._answer(LOAD_S)["load_s"])
+        except PeerError:
+            self.close()
+            raise
 
     def draw(self) -> tuple[float | None, list[float]]:
         """Return the seconds of a batch, None if there are steps alone, and those of its steps."""

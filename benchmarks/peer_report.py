@@ -61,7 +61,7 @@ def tables() -> dict[str, str]:
         (run, json.loads(file.read_text())) for run in RUNS if (file := RESULTS / f"peers-{run.result}.json").is_file()
     ]
     return {
-        "peers' speed": f"{_by_run(found, speed_cell)}\n\n{machines([result for _, result in found])}",
+        "peers' speed": f"{_by_run(found, speed_cell)}\n\n{how([result for _, result in found])}",
         "peers' pictures": _by_run(found, picture_cell, leave_out=("latentrt", "plain")),
         "peers' memory": _by_run(found, memory_cell),
         "peers' installations": installations([result for _, result in found]),
@@ -108,18 +108,23 @@ def memory_cell(result: Result, name: str) -> str:
     return NOT_RUN if found is None else f"{found / MIB:.0f}"
 
 
-def machines(results: Sequence[Result]) -> str:
-    """Return a sentence with the machine of each run, and on which day."""
+def how(results: Sequence[Result]) -> str:
+    """Return sentences with the machine and the day of the runs, and their commands."""
     told = [
         f"{one['machine']['processor']}, {one['machine']['cores']} cores, {one['created'].partition('T')[0]}"
         for one in results
     ]
-    return f"Machine and day: {'; '.join(dict.fromkeys(told))}."
+    commands = [f"- `{one['command']}`" for one in results]
+    return "\n".join([f"Machine and day: {'; '.join(dict.fromkeys(told))}. The commands:", "", *commands])
 
 
 def installations(results: Sequence[Result]) -> str:
-    """Return megabytes and seconds of import of each peer, from the last run in which it took part."""
-    last = {name: result["installs"][name] for result in results for name in result["peers"]}
+    """Return megabytes and seconds of import of each peer, from the last run that timed it."""
+    last: dict[str, Result] = {}
+    for result in results:
+        for name in result["peers"]:
+            if name not in last or result["installs"][name]["import_s"] is not None:
+                last[name] = result["installs"][name]
     rows = [
         [PEERS[name].title, f"{last[name]['install_bytes'] / 1e6:.0f}", _seconds(last[name]["import_s"])]
         for name in PEERS

@@ -16,12 +16,14 @@ measured too.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ def main() -> None:
         parser.error(f"there is no peer '{unknown[0]}'; choose of {', '.join(PEERS)}")
     if arguments.prepare:
         cache = arguments.cache.resolve()
-        prepare_all(names, make_job(arguments, cache), cache)
+        prepare_all(names, make_job(arguments, cache), cache, arguments.imports)
         return
     document = compare(arguments, names)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -79,15 +81,9 @@ def compare(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, An
     cache = arguments.cache.resolve()
     job = make_job(arguments, cache)
     watch = Watch()  # a process that ended counts as ours: so from before the first one to after the last one
-    pictures, missing = prepare_all(names, job, cache)
+    prepared = prepare_all(names, job, cache, arguments.imports)
+    pictures, missing = prepared.pictures, prepared.missing
     results: dict[str, Any] = {}
-    installs = {
-        name: measure_install(
-            PEERS[name].environment, install(PEERS[name].environment, cache), cache, arguments.imports
-        )
-        for name in names
-        if name not in missing
-    }
     ours = Worker(OURS, job, cache)
     try:
         pictures[OURS] = draw_picture(OURS, job, cache, ours)
@@ -114,31 +110,40 @@ def compare(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, An
         "model": arguments.model,
         "groups": [[OURS, *group] for group in groups],
         "peers": results,
-        "installs": installs,
+        "installs": prepared.installs,
         "missing": missing,
     }
     return document | {"table": format_table(document)}
 
 
-def prepare_all(
-    names: Sequence[str], job: Mapping[str, Any], cache: Path
-) -> tuple[dict[str, Array | None], dict[str, str]]:
-    """Install every peer, convert the model for it and draw its picture. Returns pictures, and who cannot and why."""
-    pictures: dict[str, Array | None] = {}
-    missing: dict[str, str] = {}
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """What there is before the first measurement: pictures, figures of installations, and who cannot and why."""
+
+    pictures: dict[str, Array | None] = field(default_factory=dict)
+    installs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def prepare_all(names: Sequence[str], job: Mapping[str, Any], cache: Path, imports: int) -> Prepared:
+    """Install every peer, measure that, convert the model for it and draw its picture."""
+    prepared = Prepared()
+    once = functools.cache(install)
     for name in names:
+        environment, draws = PEERS[name].environment, PEERS[name].draws
         try:
-            install(PEERS[name].environment, cache)
+            python = once(environment, cache)
+            prepared.installs[name] = measure_install(environment, python, cache, imports)
             for what in PEERS[name].needs:
                 convert(what, job, cache)
+            if draws is not None:
+                once(draws, cache)
             if name != OURS:  # ours is drawn by the code of today, while it is measured
-                if (draws := PEERS[name].draws) is not None:
-                    install(draws, cache)
-                pictures[name] = draw_picture(name, job, cache)
+                prepared.pictures[name] = draw_picture(name, job, cache)
         except PeerError as error:
-            missing[name] = str(error)
+            prepared.missing[name] = str(error)
             say(f"{name}: left out: {error}")
-    return pictures, missing
+    return prepared
 
 
 def split(names: Sequence[str], together: int | None) -> Iterator[list[str]]:
