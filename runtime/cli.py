@@ -196,11 +196,13 @@ def _lines(summary: dict[str, Any]) -> str:
 @click.command()
 @click.option("--plan", "sampler", default=None, metavar="NAME", help="Print the plan of one sampler, not the list.")
 @click.option("--steps", default=20, show_default=True, help="Number of steps of the plan.")
+@click.option("--forecast", "calls", type=int, default=None, help="How many of them call the denoiser. Default: all.")
 @click.option("--bundle", default=None, help="Bundle whose noise schedule is used. Default: that of SD 1.x.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --plan, all that another runtime needs.")
-def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool) -> None:
+def samplers(sampler: str | None, steps: int, calls: int | None, bundle: str | None, as_json: bool) -> None:
     """List the samplers, or print the plan of one of them."""
     from latentrt.engines.bundle.files import Bundle
+    from latentrt.runtime.sampling.forecast import forecast
     from latentrt.runtime.sampling.make import make_plan
     from latentrt.runtime.sampling.plan_text import format_plan, format_samplers, plan_to_json, samplers_table
     from latentrt.runtime.sampling.schedule import STABLE_DIFFUSION
@@ -214,4 +216,5 @@ def samplers(sampler: str | None, steps: int, bundle: str | None, as_json: bool)
     else:
         tokens = manifest.latents.tokens(manifest.default_size)
         plan = make_plan(sampler, manifest.schedule, steps=steps, tokens=tokens)
+    plan = plan if calls is None else forecast(plan, calls)
     click.echo((plan_to_json(plan) if as_json else format_plan(plan)).rstrip())

@@ -159,6 +159,7 @@ SAMPLING = (
     click.option("--stop", type=float, default=1.0, help="Stop after this share of the steps, with noise left."),
     click.option("--timesteps", type=Many(click.FLOAT, "999,700,300"), default=None, help="Timesteps to run."),
     click.option("--sigmas", type=Many(click.FLOAT, "14.6,1.2,0"), default=None, help="Noise levels, ending in 0."),
+    click.option("--forecast", type=int, default=None, help="Call the denoiser in so many of the steps, 7 and more."),
     click.option("--guidance", type=float, default=None, help="Scale of guidance. Default: the bundle's own."),
     click.option("--guidance-interval", type=Interval(), default="0-1", help="Guide only here, e.g. 0.2-0.8."),
     click.option("--guidance-rescale", default=0.0, help="How much contrast to restore after guidance, 0 to 1."),

@@ -32,6 +32,7 @@ FURTHER = frozenset(
         "stop",
         "timesteps",
         "sigmas",
+        "forecast",
         "guidance_interval",
         "guidance_rescale",
         "skip_layer_guidance",
@@ -75,6 +76,7 @@ class Options(TypedDict, total=False):
     stop: float
     timesteps: Sequence[float] | None
     sigmas: Sequence[float] | None
+    forecast: int | None
     guidance: float | None
     guidance_interval: tuple[float, float]
     guidance_rescale: float
@@ -133,6 +135,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampler: any of `latentrt.runtime.sampling.sampler_names()`, or a name that the community or diffusers has for it;
         None for the checkpoint's own scheduler
     spacing, eta, shift, stop, timesteps, sigmas: see `latentrt.runtime.sampling.make_plan`
+    forecast: how many steps call the denoiser, 7 and more; what it gives in the others is extrapolated. It comes near
+        the picture of all steps, see docs/samplers.md; None for all
     guidance: the scale of classifier-free guidance; None for the bundle's own: 7.5, and 7 for SD 3. At 1 and below, as
         in diffusers, the prompt alone is followed: the negative prompt is not computed and a step costs half as much
     guidance_interval: the fractions of the steps between which guidance is on; outside, a step costs half as much
@@ -185,6 +189,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stop: float = 1.0
     timesteps: Sequence[float] | None = None
     sigmas: Sequence[float] | None = None
+    forecast: int | None = None
     guidance: float | None = None
     guidance_interval: tuple[float, float] = ALWAYS
     guidance_rescale: float = 0.0
@@ -209,6 +214,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     negative_aesthetic_score: float = SCORES["negative_aesthetic_score"]
     tile: int | None = None
     deadline: float | None = None
+
+    @property
+    def midway(self) -> str | None:
+        """Return an option that changes midway through the steps what the denoiser gives, None where none does."""
+        steady = Request(prompt="")
+        names = ("guidance_interval", "skip_layer_guidance", "refine_from")
+        changes = {name: getattr(self, name) != getattr(steady, name) for name in names}
+        controls = self.controls if isinstance(self.controls, list | tuple) else ()
+        changes["controls"] = any(isinstance(one, Control) and (one.start, one.stop) != (0, 1) for one in controls)
+        return next((name for name, changed in changes.items() if changed), None)
 
     @property
     def further(self) -> dict[str, Any]:

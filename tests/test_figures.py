@@ -14,6 +14,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from cold_start import PLACE, cold_table  # noqa: E402
+from forecast import PLACE as FORECASTS  # noqa: E402
+from forecast import forecast_table  # noqa: E402
 from peer_report import tables as peer_tables  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -263,6 +265,13 @@ def test_cold_starts_take_as_long_as_was_measured() -> None:
 
     if any(RESULTS.glob("cold-start-*.json")):
         assert place(PAGE, PLACE, cold_table()) == PAGE
+
+
+def test_forecasts_come_as_near_as_was_measured() -> None:
+    from benchmarks.load import place
+
+    page = (ROOT / "docs" / "samplers.md").read_text()
+    assert "| Euler | 19 |" in page and place(page, FORECASTS, forecast_table(result("forecast"))) == page
 
 
 def test_guidance_for_part_of_the_steps_is_what_was_measured() -> None:

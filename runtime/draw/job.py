@@ -20,6 +20,7 @@ from latentrt.runtime.image_prompts.resolve import ResolvedImage, resolve_images
 from latentrt.runtime.images.sources import MAX_PIXELS, ImageSource
 from latentrt.runtime.images.tiling import Tiling, plan_tiles
 from latentrt.runtime.request import DECODERS, NO_TINY, NOISES, SCORES, Control, KeyFrame, Request
+from latentrt.runtime.sampling.forecast import forecast
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
 from latentrt.runtime.sampling.plan import SamplingPlan
@@ -264,7 +265,7 @@ def _strength(request: Request, manifest: Manifest) -> float:
 
 def _plan(request: Request, manifest: Manifest, size: tuple[int, int]) -> SamplingPlan:
     free = request.timesteps is None and request.sigmas is None
-    return make_plan(
+    plan = make_plan(
         request.sampler,
         manifest.schedule,
         steps=20 if request.steps is None and free else request.steps,
@@ -277,6 +278,14 @@ def _plan(request: Request, manifest: Manifest, size: tuple[int, int]) -> Sampli
         timesteps=request.timesteps,
         sigmas=request.sigmas,
     )
+    if request.forecast is None:
+        return plan
+    if request.midway is not None:
+        raise RequestError(
+            f"forecast: {request.midway} changes midway what the denoiser gives, and what it gave before says nothing "
+            "of that; omit one of the two"
+        )
+    return forecast(plan, request.forecast)
 
 
 def check_size(size: tuple[int, int] | None, manifest: Manifest) -> tuple[int, int]:

@@ -66,6 +66,7 @@ FIELDS: Mapping[str, Tensor] = {  # of `Request`, by their own names
     "stop": NUMBER,
     "timesteps": NUMBERS,
     "sigmas": NUMBERS,
+    "forecast": WHOLE,
     "guidance": NUMBER,
     "guidance_interval": SPAN,
     "guidance_rescale": NUMBER,

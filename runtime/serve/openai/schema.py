@@ -93,6 +93,7 @@ class Drawing(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     stop: Share | None = None
     timesteps: tuple[Annotated[float, Meta(ge=0, le=1e6)], ...] | None = None
     sigmas: tuple[Annotated[float, Meta(ge=0, le=1e6)], ...] | None = None
+    forecast: Annotated[int, Meta(ge=1, le=1000)] | None = None
     guidance: Number | None = None
     guidance_interval: tuple[Share, Share] | None = None
     guidance_rescale: Share | None = None
