@@ -21,7 +21,7 @@ from latentrt.runtime.bench.machine import describe
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.sampling.catalogue import SAMPLERS, find
 
-STEPS, CALLS, BATCH, GUIDANCE = 50, (19, 10, 7), 8, 3.0
+STEPS, CALLS, BATCH, GUIDANCE = 50, (19, 10), 8, 3.0
 RESULT = Path("benchmarks/results/forecast.json")
 PAGE, PLACE = Path("docs/samplers.md"), "forecast"
 
@@ -29,7 +29,7 @@ PAGE, PLACE = Path("docs/samplers.md"), "forecast"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samplers", nargs="+", default=["euler", "dpmpp_2m_karras", "unipc"])
     arguments = parser.parse_args()
     with Pipeline.load(arguments.bundle, build=True) as pipe:

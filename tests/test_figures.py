@@ -267,11 +267,21 @@ def test_cold_starts_take_as_long_as_was_measured() -> None:
         assert place(PAGE, PLACE, cold_table()) == PAGE
 
 
+def ways_of(sampler: Any) -> list[Any]:
+    return [way for ways in sampler["calls"].values() for way in ways.values()]
+
+
 def test_forecasts_come_as_near_as_was_measured() -> None:
     from benchmarks.load import place
 
     page = (ROOT / "docs" / "samplers.md").read_text()
-    assert "| Euler | 19 |" in page and place(page, FORECASTS, forecast_table(result("forecast"))) == page
+    found = result("forecast")
+    assert "| Euler | 19 |" in page and place(page, FORECASTS, forecast_table(found)) == page
+    for calls in ("19", "10"):
+        ways = [one["calls"][calls] for one in found["samplers"].values()]
+        nearer = [way["forecast"]["median"] - way["fewer steps"]["median"] for way in ways]
+        assert f"{calls} calls{' come' if calls == '19' else ''} {min(nearer):.0f} to {max(nearer):.0f} dB" in page
+    assert all(one["right"] == way["right"] for one in found["samplers"].values() for way in ways_of(one))
 
 
 def test_guidance_for_part_of_the_steps_is_what_was_measured() -> None:
