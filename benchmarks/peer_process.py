@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from peer_install import own_environment, say
-from peer_tables import ENVIRONMENTS, PEERS, PeerError
+from peer_tables import ENVIRONMENTS, PEERS, ROOT, PeerError
 from PIL import Image
 
 Array = np.ndarray[Any, Any]
@@ -84,7 +84,8 @@ class Worker:
         return found
 
     def _last_words(self) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        told = self.log.read_text(errors="replace").replace(f"{ROOT}/", "")
+        lines = [line for line in told.splitlines() if line.strip()]
         return f"ended with code {self._process.poll()}: {' | '.join(lines[-2:])[:300]}"
 
     def close(self) -> None:

@@ -237,8 +237,10 @@ def _sdcpp(job: Job, weights: str) -> Draw:
         rng_type="cpu",  # torch's noise
         sampler_rng_type="cpu",
         prediction="eps",
-        verbose=True,
+        verbose=True,  # it says in its log, and nowhere else, why it cannot load a model
     )
+    if not model._model.model:
+        sys.exit("it cannot load this model")
 
     def draw(_: bool) -> Drawn:
         marks: list[float] = []
