@@ -37,8 +37,12 @@ def replace_decoder(vae: str, target: str) -> None:
     tiny: Any = AutoencoderTiny.from_pretrained(vae).eval()
 
     class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tiny = tiny  # its weights would be constants, which cannot be traced, if they were not this module's
+
         def forward(self, latent_sample: Any) -> Any:
-            return tiny.decode(latent_sample, return_dict=False)[0]
+            return self.tiny.decode(latent_sample, return_dict=False)[0]
 
     latents = torch.zeros(1, tiny.config.latent_channels, EDGE, EDGE)
     with torch.no_grad():
