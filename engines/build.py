@@ -54,7 +54,7 @@ def build_engines(
     try:
         key = backend_on(backend, device).key(bundle, options)
     except EngineError:
-        _check_can_build(backend, options, device)  # which says more
+        check_can_build(backend, options, device)  # which says more
         raise
     shelf = Store(store) if store is not None else None
     there = None if force else engines_at(bundle, key)
@@ -69,9 +69,7 @@ def build_engines(
             "without --fetch-only to build them and to publish them there"
         )
     else:
-        _check_can_build(
-            backend, options, device, f"{store} holds no engines of {key.directory}, and " if shelf else ""
-        )
+        check_can_build(backend, options, device, f"{store} holds no engines of {key.directory}, and " if shelf else "")
         there = _place(bundle, key)
         building = partial(_build_into, bundle, backend_on(backend, device), key, options, report=report)
         record = _put(there, building, overwrite=force)
@@ -100,16 +98,17 @@ def build_missing(bundle: Bundle, asked: str, *, device: int = 0) -> Choice:
     return msgspec.structs.replace(choice, reason=f"{choice.reason}; built when it was loaded, in {place}")
 
 
+def check_can_build(backend: BackendName, options: BuildOptions = DEFAULTS, device: int = 0, before: str = "") -> None:
+    """Raise EngineError where a backend's engines cannot be built on this machine. before: begins its sentence"""
+    reason = cannot_build(backend, options, device=device)
+    if reason is not None:
+        raise reason.within(f"{before}the backend '{backend}' cannot build here: ")
+
+
 def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:
     """Return where the engines of a key lie, the bundle's own before the cache's; None if there are none."""
     places = (home / key.directory for home in bundle.engine_homes())
     return next((place for place in places if (place / ENGINE_RECORD).is_file()), None)
-
-
-def _check_can_build(backend: BackendName, options: BuildOptions, device: int, before: str = "") -> None:
-    reason = cannot_build(backend, options, device=device)
-    if reason is not None:
-        raise reason.within(f"{before}the backend '{backend}' cannot build here: ")
 
 
 def _home(bundle: Bundle) -> Path:

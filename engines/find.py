@@ -9,7 +9,7 @@ import msgspec
 
 from latentrt.engines.backends import BACKENDS, backend_on
 from latentrt.engines.build_options import REFITTABLE, BuildOptions
-from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.files import Bundle, typed
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.bundle.quantisation import ON_THE_CPU
 from latentrt.engines.cuda import gpus
@@ -54,7 +54,7 @@ def choose(asked: str, bundle: Bundle, *, device: int = 0) -> Choice:
         reason = f"auto: {gpu.name} answers here, and the bundle's {name} {record.key.backend_version} engines"
         return Choice(backend=name, device=device, reason=reason)
     words = (
-        f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {bundle.root}"
+        f"{gpu.name} answers here and '{bundle.root}' holds no engines for it; run `latentrt build {typed(bundle.root)}"
         f"{_asking(device)}` on this machine, or choose --backend {FOR_CPUS} ({'; '.join(map(str, reasons))})"
     )
     other = next((error for error in reasons if isinstance(error, WrongMachineError) and error.differences), None)
@@ -165,7 +165,7 @@ def _engines(bundle: Bundle, backend: BackendName, device: int) -> list[tuple[Pa
             raise BundleError(
                 f"{path / ENGINE_RECORD} was built for something other than its directory's name says "
                 f"({'; '.join(differences) or 'other shapes or options'}); delete {path} and run "
-                f"`latentrt build {bundle.root} --backend {backend}`"
+                f"`latentrt build {typed(bundle.root)} --backend {backend}`"
             )
         found.append((path, record, differences))
     return found
@@ -209,7 +209,7 @@ def _build_command(bundle: Bundle, backend: BackendName, device: int) -> str:
     """Return the command that builds engines for this machine, and what it lacks to run it."""
     lacking = cannot_build(backend, BuildOptions(), device=device)
     first = f" (first: {lacking})" if lacking is not None else ""
-    return f"run `latentrt build {bundle.root} --backend {backend}{_asking(device)}` on this machine{first}"
+    return f"run `latentrt build {typed(bundle.root)} --backend {backend}{_asking(device)}` on this machine{first}"
 
 
 def _asking(device: int) -> str:
@@ -224,7 +224,7 @@ def _no_shape(
     return (
         f"'{bundle.root}' holds no {backend} engines for {needs.width}x{needs.height} pictures {needs.pictures} "
         f"tokens {needs.tokens}, and shapes must match exactly; it holds {', '.join(held)}; run `latentrt build "
-        f"{bundle.root} --backend {backend} --size {needs.width}x{needs.height} --batch {needs.pictures} "
+        f"{typed(bundle.root)} --backend {backend} --size {needs.width}x{needs.height} --batch {needs.pictures} "
         f"--tokens {needs.tokens}`"
     )
 

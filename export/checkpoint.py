@@ -40,6 +40,7 @@ from latentrt.export.sources.parts import (
     Source,
     WeightSource,
 )
+from latentrt.export.sources.places import HUB_ID, find_place
 from latentrt.export.sources.single_file import open_file
 
 DEMO = Path(__file__).parent / "demo" / "checkpoint"
@@ -55,7 +56,6 @@ OPTIONS = {
     "motion_adapter": "--motion-adapter",
     "refiner": "--refiner",
 }  # fields of the options that are not for every denoiser
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,20 +232,22 @@ def locate(name: str, *, revision: str | None = None, without: Collection[str] =
     without: text encoders that are not fetched
     """
     if name == "demo":
+        if revision is not None:
+            raise CheckpointError(f"the demo checkpoint has no revision '{revision}'; omit --revision")
         if not (DEMO / "model_index.json").is_file():
             raise CheckpointError(f"the demo checkpoint is missing at {DEMO}; install latentrt again")
         return DEMO
-    path = Path(name).expanduser()
+    path = find_place(name, revision=revision)
     if path.is_file():
         return path
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise CheckpointError(
                 f"'{path}' is not a checkpoint: it holds no model_index.json; "
-                "give a directory in diffusers' or optimum's layout"
+                f"give a directory in diffusers' or optimum's layout; `latentrt inspect {path}` says what it is"
             )
         return path
-    if HUB_ID.fullmatch(name) and not name.startswith("."):
+    if HUB_ID.fullmatch(name):
         return download(name, revision=revision, without=without)
     raise CheckpointError(
         f"there is no checkpoint at '{name}'; "

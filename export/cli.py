@@ -50,7 +50,7 @@ class Blocks(click.ParamType[tuple[int, ...]]):
 @click.option("--backend", "backends", multiple=True, help=f"auto, {', '.join(BACKENDS)}; repeatable.")
 @click.option("--no-build", is_flag=True, help="Write the ONNX graphs only, without engines.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
-@click.option("--revision", default=None, help="Branch, tag or commit of a hub id.")
+@click.option("--revision", default=None, help="Branch, tag or commit of a hub id or its cache.")
 @click.option("--vae", default=None, metavar="PATH", help="Use the VAE of another directory or file.")
 @click.option("--tiny-vae", default=None, metavar="DIR", help="Add a tiny decoder: an AutoencoderTiny's directory.")
 @click.option("--unet", default=None, metavar="PATH", help="Use the UNet of another directory or file.")

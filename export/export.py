@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from latentrt import __version__
-from latentrt.engines.build import build_engines
+from latentrt.engines.build import build_engines, check_can_build
 from latentrt.engines.bundle.files import Bundle, disk_errors, record_file, write_manifest
 from latentrt.engines.bundle.manifest import (
     MANIFEST,
@@ -199,6 +199,7 @@ def _require_computed(precision: Precision, backends: Sequence[BackendName], dra
     for backend in backends:
         if reason := refusal(precision, backend):
             raise reason
+        check_can_build(backend)
 
 
 def _provenance(checkpoint: Checkpoint, precision: Precision) -> Provenance:

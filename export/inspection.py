@@ -14,7 +14,7 @@ from latentrt.engines.lora.file import read_lora
 from latentrt.export.additions.controlnet_files import DIFFERENCE
 from latentrt.export.additions.controlnets import CLASSES
 from latentrt.export.additions.t2i_adapters import KIND as ADAPTER_KIND
-from latentrt.export.checkpoint import DEMO, HUB_ID, Checkpoint, open_checkpoint
+from latentrt.export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from latentrt.export.configs.defaults import per_level
 from latentrt.export.configs.families import (
     BASES,
@@ -31,6 +31,7 @@ from latentrt.export.configs.families import (
 from latentrt.export.sources.diffusers_folder import graph_files
 from latentrt.export.sources.hub import find_cached
 from latentrt.export.sources.parts import TEXT_ENCODERS, denoiser_of
+from latentrt.export.sources.places import HUB_ID, find_place
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 from latentrt.export.sources.weight_files import find_weights, has_safetensors
 
@@ -83,7 +84,7 @@ def inspect_checkpoint(name: str, *, revision: str | None = None) -> Inspection:
 
     Raises CheckpointError if there is nothing, or where a file is damaged.
     """
-    path = DEMO if name == "demo" else Path(name)
+    path = DEMO if name == "demo" else find_place(name, revision=revision)
     if not path.exists() and HUB_ID.fullmatch(name):
         path = find_cached(name, revision=revision) or path
     if not path.exists():
@@ -193,7 +194,8 @@ def _changes(file: TensorFile) -> list[str]:
             kinds.setdefault(lora.kind_name(part, target), set()).update({lora.rank(part, target) or 0} - {0})
         changed = " and ".join(_ranked(kind, sorted(ranks)) for kind, ranks in kinds.items())
         sentences.append(f"it changes {len(targets)} parameters of the {part}, by {changed}")
-    return [*sentences, "it is added to a checkpoint with: latentrt export CHECKPOINT BUNDLE --lora FILE:SCALE"]
+    sentences += ["it is added to a checkpoint with: latentrt export CHECKPOINT BUNDLE --lora FILE:SCALE"]
+    return [*sentences, "it is added to one call with: latentrt generate BUNDLE PROMPT --lora FILE:SCALE"]
 
 
 def _ranked(kind: str, ranks: Sequence[int]) -> str:

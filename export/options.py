@@ -50,7 +50,7 @@ class ControlNetOption:
 class CheckpointOptions:
     """Choices that go with a checkpoint. None means "as the checkpoint says".
 
-    revision: branch, tag or commit of a hub id
+    revision: branch, tag or commit of a hub id, or of its folder in the hub's cache
     config: a diffusers directory whose configs and tokenizer a single file uses instead of the published ones
     tokenizer: a directory with CLIP's vocabulary, or a checkpoint with one; a single file contains none
     vae: a VAE to use instead of the checkpoint's: a directory or a file

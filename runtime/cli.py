@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # what draws is imported when something is drawn, so that --h
     from latentrt.runtime.request import KeyFrame
     from latentrt.runtime.result import Result
 
+OTHER_PICTURES = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".tif", ".tiff", ".webp")  # which are no directory's name
+
 
 @click.command(cls=TextCommand)
 @click.argument("bundle")
@@ -61,8 +63,7 @@ def generate(
     """Draw pictures of PROMPT from BUNDLE and write them as PNG."""
     from latentrt.engines.bundle.files import disk_errors
 
-    if output.suffix.lower() == ".png" and request["n"] > 1:
-        raise RequestError(f"output: found the file '{output}' for {request['n']} pictures; name a directory")
+    _check_output(output, pictures=request["n"])
     with load(bundle, request, prompt=prompt) as pipe:
         with _progress(quiet=as_json) as on_step:
             result = pipe(prompt, on_step=on_step, **request)
@@ -137,6 +138,18 @@ def _progress(*, quiet: bool) -> Iterator[Any]:
             report("denoise", step.stage, step.stages)
 
         yield on_step
+
+
+def _check_output(output: Path, *, pictures: int) -> None:
+    """Raise RequestError or BundleError, before anything is drawn, where pictures cannot be written to a path."""
+    from latentrt.engines.bundle.files import require_writable
+
+    ending = output.suffix.lower()
+    if ending == ".png" and pictures > 1:
+        raise RequestError(f"output: found the file '{output}' for {pictures} pictures; name a directory")
+    if ending != ".png" and (output.is_file() or (ending in OTHER_PICTURES and not output.is_dir())):
+        raise RequestError(f"output: '{output}' is neither a .png file nor a directory; pictures are written as PNG")
+    require_writable(output if ending == ".png" else output / "picture.png")
 
 
 def _save(result: Result, output: Path) -> list[Path]:

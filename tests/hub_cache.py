@@ -12,7 +12,7 @@ REVISION = "5d1c3b2a0f9e8d7c6b5a49382716051423344556"
 
 
 def in_hub_cache(given: Path, cache: Path, *, repository: str = "models--user--name") -> Path:
-    """Lay a file or a directory out as huggingface_hub does, and return its path in the snapshot.
+    """Lay a file or a directory out as huggingface_hub does, as the branch `main`; return its path in the snapshot.
 
     Every file is a relative link `models--user--name/snapshots/REVISION/unet/config.json -> ../../../blobs/SHA-256`.
     """
@@ -26,4 +26,6 @@ def in_hub_cache(given: Path, cache: Path, *, repository: str = "models--user--n
         link.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, blob)
         link.symlink_to(os.path.relpath(blob, link.parent))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(REVISION)
     return snapshot if given.is_dir() else snapshot / given.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import shlex
 from pathlib import Path
 
 import jsonschema
@@ -147,6 +148,15 @@ def test_the_written_schema_of_the_manifest_is_current(root: Path) -> None:
     jsonschema.validate(document, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document | {"surprise": 1}, schema)
+
+
+@pytest.mark.parametrize("name", ["a checkpoint", "a checkpoint/model.safetensors"], ids=["a directory", "a file"])
+def test_what_is_no_bundle_is_told_how_it_becomes_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a checkpoint").mkdir()
+    (tmp_path / "a checkpoint" / "model.safetensors").touch()
+    with pytest.raises(BundleError, match="is not a bundle") as caught:
+        Bundle.open(tmp_path / name)
+    assert shlex.split(str(caught.value).split("`")[1]) == ["latentrt", "export", str(tmp_path / name), "BUNDLE"]
 
 
 def test_a_directory_without_a_manifest_and_no_directory_are_told_apart(tmp_path: Path) -> None:

@@ -168,6 +168,9 @@ def test_build_says_what_it_built(sd1_bundle: Path, tmp_path: Path) -> None:
         (("--image", "nowhere.png"), "image: 'nowhere.png' cannot be read"),
         (("-n", 0), "-n: found 0, expected a whole number of pictures from 1 up"),
         (("--backend", "gpu"), "there is no backend 'gpu'; choose one of auto, cpu"),
+        (("-o", "one.jpg"), "--output: 'one.jpg' is neither a .png file nor a directory"),
+        (("-o", __file__), "--output: '"),
+        (("-o", f"{__file__}/one.png"), "could not be written"),
         (("-n", 2, "-o", "one.png"), "--output: found the file 'one.png' for 2 pictures; name a directory"),
     ],
 )

@@ -167,7 +167,10 @@ def test_two_exports_at_once_make_one_bundle(graphs: str, tmp_path: Path) -> Non
     assert leftovers(target) == []
 
 
-def test_a_backend_that_cannot_build_here_leaves_no_bundle(graphs: str, tmp_path: Path) -> None:
+def test_a_backend_that_cannot_build_here_is_refused_before_anything_is_exported(
+    graphs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "staged", None)
     with pytest.raises(EngineError, match="the backend 'cuda' cannot build here"):
         export_checkpoint(graphs, tmp_path / "bundle", precision="fp32", backends=("cuda",))
     assert not (tmp_path / "bundle").exists()

@@ -16,12 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.refiner import add_refiner
 from latentrt.export.checkpoint import Checkpoint, open_checkpoint
 from latentrt.export.inspection import inspect_checkpoint
 from latentrt.export.networks.conversion import written
 from latentrt.export.options import CheckpointOptions, ControlNetOption, LoraOption
 from latentrt.export.sources.parts import WeightSource
+from latentrt.export.sources.places import find_place
 from latentrt.runtime.text.textual_inversion import load_embedding
 from tests.conftest import _tiny
 from tests.hub_cache import in_hub_cache
@@ -175,6 +177,19 @@ ENTRANCES: tuple[Enter, ...] = (
     refiner,
 )
 
+WHOLE_FOLDERS: tuple[Enter, ...] = (
+    directory,
+    directory_of_pickles,
+    single_file,
+    unet_directory_of_pickles,
+    vae_directory,
+    tiny_vae,
+    controlnet,
+    adapter,
+    refiner,
+)
+"""Those of ENTRANCES that are given a directory."""
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
@@ -210,6 +225,82 @@ def test_what_lies_in_the_hubs_cache_is_what_was_published(
         assert expected and set(found) == set(expected)
         for key, tensor in expected.items():
             np.testing.assert_array_equal(found[key].numpy(), tensor.numpy())
+
+
+@pytest.mark.parametrize("enter", WHOLE_FOLDERS, ids=lambda enter: enter.__name__)
+def test_a_repositorys_folder_in_the_cache_means_its_main_branch(
+    enter: Enter, sd1_checkpoint: Path, place: Place, tmp_path: Path
+) -> None:
+    def repository(given: Path) -> Path:
+        return place(given).parent.parent if given.is_dir() else place(given)
+
+    for name in ("plain", "cached"):
+        (tmp_path / name).mkdir()
+    plain = enter(tmp_path / "plain", sd1_checkpoint, lambda path: path)
+    cached = enter(tmp_path / "cached", sd1_checkpoint, repository)
+    assert set(cached.files) == set(plain.files)
+    assert (cached.configs, cached.family) == (plain.configs, plain.family)
+
+
+def test_what_a_repository_has_of_a_revision_is_found_by_its_name_and_by_its_commit(
+    sd1_checkpoint: Path, place: Place
+) -> None:
+    main = place(sd1_checkpoint)
+    repository = main.parent.parent
+    other = Path(shutil.copytree(main, main.with_name("f" * 40), symlinks=True))
+    (repository / "refs" / "v2").write_text(other.name)
+    assert find_place(str(repository)) == main
+    assert find_place(str(repository), revision="v2") == find_place(str(repository), revision=other.name) == other
+    (repository / "refs" / "main").unlink()
+    assert find_place(str(repository)) == repository, "which of two is meant is not guessed"
+    shutil.rmtree(other)
+    assert find_place(str(repository)) == main
+    assert inspect_checkpoint(str(repository)).problem is None
+
+
+def test_a_revision_of_what_has_none_is_refused(sd1_checkpoint: Path, place: Place) -> None:
+    for given in (sd1_checkpoint, place(sd1_checkpoint).parent.parent, place(sd1_checkpoint)):
+        with pytest.raises(CheckpointError, match="--revision"):
+            opened(given, revision="v3")
+        with pytest.raises(CheckpointError, match="--revision"):
+            inspect_checkpoint(str(given), revision="v3")
+
+
+REPOSITORY = "user/name"
+ADDED: Mapping[str, dict[str, Any]] = {
+    "a ControlNet": {"controlnets": (ControlNetOption(name="edges", path=REPOSITORY),)},
+    "an adapter": {"adapters": (ControlNetOption(name="sketch", path=REPOSITORY),)},
+    "an IP-Adapter": {"ip_adapters": (ControlNetOption(name="style", path=REPOSITORY),)},
+    "a VAE": {"vae": REPOSITORY},
+    "a tiny VAE": {"tiny_vae": REPOSITORY},
+    "a UNet": {"unet": REPOSITORY},
+    "a motion adapter": {"motion_adapter": REPOSITORY},
+}
+
+
+@pytest.mark.parametrize("options", ADDED.values(), ids=ADDED)
+def test_a_hub_id_where_none_is_fetched_is_told_how_to_get_it(options: dict[str, Any], sd1_checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"`hf download {REPOSITORY}`"):
+        opened(sd1_checkpoint, **options)
+
+
+@pytest.mark.parametrize(
+    ("save", "kind", "option"),
+    [(save_adapter, "controlnets", "--adapter"), (save_controlnet, "adapters", "--controlnet")],
+    ids=["an adapter", "a ControlNet"],
+)
+def test_what_was_given_to_the_wrong_option_names_its_own(
+    save: Callable[[Path], Path], kind: str, option: str, sd1_checkpoint: Path, tmp_path: Path
+) -> None:
+    given = ControlNetOption(name="edges", path=str(save(tmp_path / "network")))
+    with pytest.raises(CheckpointError, match=f"add it with {option}$"):
+        opened(sd1_checkpoint, **{kind: (given,)})
+
+
+def test_a_lora_that_was_given_as_a_controlnet_names_its_own_option(sd1_checkpoint: Path, tmp_path: Path) -> None:
+    file = save(tmp_path / "style.safetensors", kohya(make_factors(sd1_checkpoint, seed=1)))
+    with pytest.raises(CheckpointError, match="add it with --lora"):
+        opened(sd1_checkpoint, controlnets=(ControlNetOption(name="edges", path=str(file)),))
 
 
 def test_a_learned_word_has_the_links_name(place: Place, tmp_path: Path) -> None:

@@ -42,11 +42,15 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     def open(cls, root: str | os.PathLike[str]) -> Bundle:
         """Read the manifest of the bundle at `root`. Raises BundleError; files are checked when they are used."""
         path = Path(root)
-        if not path.is_dir():
-            raise BundleError(f"there is no bundle at '{path}'; make one with `latentrt export CHECKPOINT {path}`")
-        file = inside(path, MANIFEST)
-        if not file.is_file():
-            raise BundleError(f"'{path}' is not a bundle: it holds no {MANIFEST}; make one with `latentrt export`")
+        if not path.exists():
+            raise BundleError(
+                f"there is no bundle at '{path}'; make one with `latentrt export CHECKPOINT {typed(path)}`"
+            )
+        file = inside(path, MANIFEST) if path.is_dir() else None
+        if file is None or not file.is_file():
+            found = "it is a file" if file is None else f"it holds no {MANIFEST}"
+            command = f"latentrt export {typed(path)} BUNDLE"
+            raise BundleError(f"'{path}' is not a bundle: {found}; of a checkpoint make one with `{command}`")
         return cls(root=path, manifest=manifest_from_json(_content(file), where=str(file)))
 
     @property
@@ -81,6 +85,13 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
                 directory = inside(root, file.relative_to(root).as_posix()).parent
                 found.setdefault(directory.name, directory)
         return {directory: read_engine_record(directory) for directory in found.values()}
+
+
+def typed(path: str | os.PathLike[str]) -> str:
+    """Return a path as it is typed in a shell: quoted where it holds spaces or the like."""
+    import shlex  # for sentences about what is wrong
+
+    return shlex.quote(os.fspath(path))
 
 
 def cache_folder() -> Path | None:
@@ -239,6 +250,13 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         sentence = sentences.get(error.errno, f"{error.strerror}; choose another place")
         raise BundleError(f"{path} could not be written: {sentence}") from error
+
+
+def require_writable(path: Path) -> None:
+    """Raise BundleError where nothing can be put at a path, so far as can be told without writing."""
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise BundleError(f"{path} could not be written: nothing can be put into '{folder}'; choose another place")
 
 
 def sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.files import Bundle, typed
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.bundle.weight_map import BuiltWeights, arrange, built_record, read_weights, restore
 from latentrt.engines.errors import EngineError, RequestError
@@ -67,7 +67,8 @@ class Adaptable(msgspec.Struct, frozen=True, kw_only=True):
         if strange := sorted(set(changes.deltas) - set(known)):
             raise EngineError(
                 f"{component}: {len(strange)} of the weights that change ({strange[0]}, …) cannot be told from others "
-                f"in the engines of {self.directory}; add the LoRA when exporting: latentrt export --lora"
+                f"in the engines of {self.directory}; add the LoRA when exporting: "
+                "latentrt export CHECKPOINT BUNDLE --lora FILE"
             )
 
     def changed(self, component: str, name: str, deltas: Sequence[Delta]) -> tuple[str, Array]:
@@ -102,5 +103,5 @@ class Adaptable(msgspec.Struct, frozen=True, kw_only=True):
 
 def adaptable(bundle: Bundle, directory: Path, record: EngineRecord) -> Adaptable:
     """Return the weights of engines whose own files hold them."""
-    command = f"latentrt build {bundle.root} --backend {record.key.backend} --force"
+    command = f"latentrt build {typed(bundle.root)} --backend {record.key.backend} --force"
     return Adaptable(record=record, directory=directory, files=directory, command=command)

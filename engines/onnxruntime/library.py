@@ -50,7 +50,8 @@ def unavailable(provider: Provider, *, device: int = 0) -> EngineError | None:
     except EngineError as error:
         return error
     if PROVIDERS[provider] not in ort.get_available_providers():
-        return NotInstalledError("this onnxruntime has no CUDA provider", install="pip install 'latentrt[cuda]'")
+        install = "pip uninstall -y onnxruntime && pip install 'latentrt[cuda]'"  # both would be one Python module
+        return NotInstalledError("this onnxruntime has no CUDA provider", install=install)
     if provider == "cuda":
         return lacks_gpu(device, "no NVIDIA GPU answers here")
     return None if device == 0 else EngineError(f"it runs on no GPU, and GPU {device} was asked for: omit the device")

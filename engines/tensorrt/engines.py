@@ -14,7 +14,7 @@ import msgspec
 from cachetools import LRUCache
 
 from latentrt.engines.build_options import REFITTABLE
-from latentrt.engines.bundle.files import Bundle, cache_folder
+from latentrt.engines.bundle.files import Bundle, cache_folder, typed
 from latentrt.engines.bundle.manifest import EngineRecord
 from latentrt.engines.cuda.device import CudaDevice, Device
 from latentrt.engines.cuda.stream import WorkQueue
@@ -241,7 +241,7 @@ def refit(program: Program, weights: Mapping[str, Array], base: Callable[[str], 
         if own is None:
             raise EngineError(
                 f"{name}: its compiler has put '{initializer}' together with a weight that changes, and its own values "
-                "are not known; add the LoRA when exporting: latentrt export --lora"
+                "are not known; add the LoRA when exporting: latentrt export CHECKPOINT BUNDLE --lora FILE"
             )
         kept[initializer] = own
         _set(refitter, initializer, own, name, log)
@@ -343,7 +343,7 @@ def open_engines(
     session = open_tensorrt(
         library, directory, record, CudaDevice(device), factor=factor, components=components, graphs=graphs
     )
-    command = f"latentrt build {bundle.root} --backend {flavor} --refittable"
+    command = f"latentrt build {typed(bundle.root)} --backend {flavor} --refittable"
     weights = Adaptable(record=record, directory=directory, files=bundle.root, command=command)
     engines = {name: in_micro_batches(session.engine(name)) for name in components}
     return OnDevice(engines=engines, session=session, refits=Refits(session, weights))

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from latentrt.engines.bundle.files import typed
 from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import EngineSpec, TensorSpec
 from latentrt.engines.tensor_names import level_axes
@@ -70,7 +71,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
     def build_command(self, spec: EngineSpec, asked: Mapping[str, int]) -> str:
         """Return the command that builds what there is and what was asked."""
-        words = [f"latentrt build {self.bundle} --backend {self.backend}"]
+        words = [f"latentrt build {typed(self.bundle)} --backend {self.backend}"]
         profiles = [*spec.profiles, asked]
         options: dict[str, list[object]] = {
             "--size": [self._size(sizes) for sizes in profiles],

@@ -13,7 +13,7 @@ from latentrt.export.configs.families import CONTROLNET
 from latentrt.export.sources.diffusers_folder import to_weight_source
 from latentrt.export.sources.markers import find_strangers
 from latentrt.export.sources.parts import Layout, Parts, WeightSource
-from latentrt.export.sources.recognise_file import PREFIXES, name_other
+from latentrt.export.sources.recognise_file import PREFIXES, name_other, say_instead
 from latentrt.export.sources.structure import CONTROLNET_NAMES, read_structure
 
 PREFIX = "control_model."
@@ -58,10 +58,10 @@ def read_controlnet(name: str, file: TensorFile, parts: Parts) -> tuple[Mapping[
     """
     tensors = {key.removeprefix(PREFIX): stored for key, stored in file.tensors.items()}
     layout = next((layout for layout, (first, mark, _) in KEYS.items() if {first, mark} <= tensors.keys()), None)
-    what = name_other(file)[0]
-    if layout is None or what != CONTROLNET:
-        but = f" but a {what}" if what and what != CONTROLNET else ""
-        raise CheckpointError(f"{name} holds no ControlNet{but}; `latentrt inspect` says what it holds")
+    other = name_other(file)[0] != CONTROLNET
+    if layout is None or other:
+        instead = say_instead(file) if other else "; `latentrt inspect` says what it holds"
+        raise CheckpointError(f"{name} holds no ControlNet{instead}")
     _refuse_strangers(name, file, layout)
     config = _config(name, tensors, layout, parts.configs["unet"])
     base = _base(name, config, parts) if DIFFERENCE in tensors else None

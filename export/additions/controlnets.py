@@ -11,7 +11,7 @@ from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.additions.controlnet_files import read_controlnet
-from latentrt.export.additions.controls import Found, add_controls
+from latentrt.export.additions.controls import Found, add_controls, option_instead
 from latentrt.export.configs.defaults import per_level
 from latentrt.export.configs.residuals import transformer_width
 from latentrt.export.options import ControlNetOption
@@ -23,6 +23,7 @@ from latentrt.export.sources.diffusers_folder import (
     to_weight_source,
 )
 from latentrt.export.sources.parts import PARTS, Part, Parts, WeightSource
+from latentrt.export.sources.places import absent, find_place
 from latentrt.export.sources.single_file import read_weights_header
 
 Config = Mapping[str, Any]
@@ -61,7 +62,7 @@ def add_controlnets(parts: Parts, options: Sequence[ControlNetOption], *, allow_
 
 
 def _read(option: ControlNetOption, parts: Parts, *, kind: Kind, allow_pickle: bool) -> Found:
-    path = Path(option.path).expanduser()
+    path = find_place(option.path)
     config: Config
     if path.is_dir():
         _require_kind(option, read_json(path / "config.json"), kind)
@@ -73,7 +74,7 @@ def _read(option: ControlNetOption, parts: Parts, *, kind: Kind, allow_pickle: b
         files = [path]
     else:
         known = f"a directory with a {kind.label}" + (", or a safetensors file" if kind.files else "")
-        found = "is a file" if path.is_file() else "is not there"
+        found = "is a file" if path.is_file() else absent(option.path)
         raise CheckpointError(f"{_name(option)} {found}; give {known}")
     _check(option, config, parts, kind)
     return config, kind.completed(config, network, parts), files
@@ -86,10 +87,11 @@ def _name(option: ControlNetOption) -> str:
 def _require_kind(option: ControlNetOption, config: Config, kind: Kind) -> None:
     found = config.get("_class_name", kind.label)
     if found != kind.label:
-        raise CheckpointError(
-            f"{_name(option)} was recognised as {found}, which is not supported beside this checkpoint; expected a "
-            f"{kind.label}"
-        )
+        instead = option_instead(found, "--controlnet")
+        fault = f", expected a {kind.label}{instead}"
+        if not instead:
+            fault = f", which is not supported beside this checkpoint; expected a {kind.label}"
+        raise CheckpointError(f"{_name(option)} was recognised as {found}{fault}")
 
 
 def _check(option: ControlNetOption, config: Config, parts: Parts, kind: Kind) -> None:

@@ -14,6 +14,21 @@ from latentrt.export.sources.parts import ControlKind, ControlNetwork, Parts, We
 Found = tuple[Mapping[str, Any], Path | WeightSource, Sequence[Path]]
 """A network's config, where its weights are, and the files that the export reads."""
 
+ADDED_WITH: Mapping[str, str] = {
+    "ControlNetModel": "--controlnet",
+    "SD3ControlNetModel": "--controlnet",
+    "T2IAdapter": "--adapter",
+    "MotionAdapter": "--motion-adapter",
+    "AutoencoderTiny": "--tiny-vae",
+}
+"""By diffusers' class: the option of what is added to a checkpoint."""
+
+
+def option_instead(found: str, option: str) -> str:
+    """Say which option takes a network of diffusers' class `found`; empty if none does, or the one that was used."""
+    other = ADDED_WITH.get(found, option)
+    return f"; add it with {other}" if other != option else ""
+
 
 def _none(_: Mapping[str, Any]) -> dict[str, int]:
     return {}

@@ -14,6 +14,7 @@ from latentrt.export.configs.defaults import per_level
 from latentrt.export.options import CheckpointOptions, ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
 from latentrt.export.sources.parts import ImageAdapter, Parts, WeightSource
+from latentrt.export.sources.places import absent, find_place
 from latentrt.export.sources.single_file import read_weights_header
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ def _where(option: ControlNetOption) -> str:
 
 
 def _read(option: ControlNetOption, *, allow_pickle: bool) -> TensorFile:
-    path, where = Path(option.path).expanduser(), _where(option)
+    path, where = find_place(option.path), _where(option)
     if not path.is_file():
-        raise CheckpointError(f"{where} is not there; give a safetensors file")
+        raise CheckpointError(f"{where} {absent(option.path)}; give a safetensors file")
     file = read_weights_header(path, allow_pickle=allow_pickle)
     if _reads_faces(file):
         raise CheckpointError(
@@ -130,7 +131,7 @@ def _find_encoder(
 ) -> tuple[Path, dict[str, Any]]:
     """Return the directory and the config of the encoder that all the adapters read images with."""
     named = options.image_encoder
-    places = [Path(named).expanduser()] if named else list(_published_places(files))
+    places = [find_place(named)] if named else list(_published_places(files))
     there = [place for place in places if (place / "config.json").is_file()]
     if not there:
         where = (
@@ -161,7 +162,7 @@ def _find_encoder(
 def _published_places(files: Sequence[tuple[ControlNetOption, TensorFile]]) -> Iterator[Path]:
     """Yield where the published repository has encoders: beside a family's adapters, and one for several families."""
     for option, _ in files:
-        folder = Path(option.path).expanduser().absolute().parent
+        folder = find_place(option.path).absolute().parent
         yield folder / IMAGE_ENCODER
         yield folder.parent / "models" / IMAGE_ENCODER
 

@@ -16,6 +16,7 @@ from latentrt.export.configs.defaults import complete, per_level
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config, to_weight_source
 from latentrt.export.sources.parts import Layout, Parts, WeightSource
+from latentrt.export.sources.places import absent, find_place
 from latentrt.export.sources.single_file import read_weights_header
 
 KIND, UNET_KIND = "MotionAdapter", "UNetMotionModel"
@@ -63,10 +64,12 @@ def add_motion(parts: Parts, options: CheckpointOptions) -> Parts:
         raise CheckpointError(
             f"{where}: a UNet with motion modules takes no T2I-Adapters and no IP-Adapters; omit these options"
         )
-    path = Path(options.motion_adapter).expanduser()
+    path = find_place(options.motion_adapter)
     read = _from_folder if path.is_dir() else _from_file
     if not path.exists():
-        raise CheckpointError(f"{where} is not there; give a directory in diffusers' layout, or a file")
+        raise CheckpointError(
+            f"{where} {absent(options.motion_adapter)}; give a directory in diffusers' layout, or a file"
+        )
     config, adapter, files = read(where, path, allow_pickle=options.allow_pickle)
     unet = parts.configs["unet"]
     _require_fit(where, config, unet)

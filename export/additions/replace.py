@@ -11,7 +11,7 @@ from typing import Any
 from latentrt.engines.bundle.safetensors_header import TensorFile
 from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.errors import CheckpointError
-from latentrt.export.configs.families import DENOISER_PREFIX, option_for
+from latentrt.export.configs.families import DENOISER_PREFIX
 from latentrt.export.sources.diffusers_folder import (
     network_files,
     open_network,
@@ -21,7 +21,8 @@ from latentrt.export.sources.diffusers_folder import (
 )
 from latentrt.export.sources.markers import find_markers, find_prediction, find_strangers, read_changes
 from latentrt.export.sources.parts import Layout, Part, Parts, WeightSource
-from latentrt.export.sources.recognise_file import PREFIXES, VAE_PREFIX, name_other
+from latentrt.export.sources.places import absent, find_place
+from latentrt.export.sources.recognise_file import PREFIXES, VAE_PREFIX, say_instead
 from latentrt.export.sources.single_file import read_weights_header
 from latentrt.export.sources.structure import UNET_NAMES, read_structure
 
@@ -32,7 +33,7 @@ Network = tuple[Mapping[str, Any], Path | WeightSource, list[Path]]
 def replace_vae(parts: Parts, name: str, *, allow_pickle: bool = False) -> Parts:
     """Put another VAE in place of a checkpoint's: a directory of one, a checkpoint, or a safetensors file."""
     _refuse_graphs(parts, "--vae", name)
-    path = Path(name)
+    path = find_place(name)
     if path.is_file():
         network = _vae_of(read_weights_header(path, allow_pickle=allow_pickle), parts.configs["vae_decoder"])
     else:
@@ -49,7 +50,7 @@ def replace_unet(parts: Parts, name: str, *, allow_pickle: bool = False, predict
     prediction: what it is known to predict, where it contradicts itself
     """
     _refuse_graphs(parts, "--unet", name)
-    path = Path(name)
+    path = find_place(name)
     if path.is_file():
         file = read_weights_header(path, allow_pickle=allow_pickle)
         network = _unet_of(file, parts.configs["unet"])
@@ -67,7 +68,7 @@ def _refuse_graphs(parts: Parts, option: str, name: str) -> None:
 
 def _from_folder(part: Part, option: str, path: Path, *, allow_pickle: bool) -> Network:
     if not path.is_dir():
-        raise CheckpointError(f"{option} '{path}' is not there; give a directory or a safetensors file")
+        raise CheckpointError(f"{option} '{path}' {absent(str(path))}; give a directory or a safetensors file")
     folder = path / part if (path / part).is_dir() else path
     config = read_config(part, folder)
     network = open_network(part, folder, allow_pickle=allow_pickle)
@@ -88,19 +89,10 @@ def _with(parts: Parts, components: tuple[str, ...], part: Part, found: Network)
 def _vae_of(file: TensorFile, config: Mapping[str, Any]) -> Network:
     tensors = {key.removeprefix(VAE_PREFIX): stored for key, stored in file.tensors.items()}
     if VAE_KEY not in tensors:
-        raise CheckpointError(f"--vae '{file.path}' holds no VAE{_instead(file)}")
+        raise CheckpointError(f"--vae '{file.path}' holds no VAE{say_instead(file)}")
     own = {**config, "latent_channels": tensors[VAE_KEY].shape[1]}
     diffusers = any(key.startswith("decoder.up_blocks.") for key in tensors)
     return own, _weight_source("vae", file, own, layout="diffusers" if diffusers else "original"), [file.path]
-
-
-def _instead(file: TensorFile) -> str:
-    """Say what a file holds in place of what it was given for, and how that is given."""
-    what = name_other(file)[0]
-    if not what:
-        return "; `latentrt inspect` says what it holds"
-    option = option_for(what)
-    return f" but a {what}; " + (f"add it with {option}" if option else "`latentrt inspect` says what it holds")
 
 
 VAE_KEY = "decoder.conv_in.weight"
@@ -138,7 +130,7 @@ def _unet_of(file: TensorFile, config: Mapping[str, Any]) -> Network:
     tensors = {key.removeprefix(DENOISER_PREFIX): stored for key, stored in file.tensors.items()}
     layout = next((layout for layout, (first, _) in UNET_KEYS.items() if first in tensors), None)
     if layout is None or not any(key.startswith(("down_blocks.", "input_blocks.1.")) for key in tensors):
-        raise CheckpointError(f"--unet '{file.path}' holds no UNet{_instead(file)}")
+        raise CheckpointError(f"--unet '{file.path}' holds no UNet{say_instead(file)}")
     blocks = read_structure({key: stored.shape for key, stored in tensors.items()}, layout).changes(config)
     if blocks is None:
         raise CheckpointError(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.tensor_names import FEATURE
-from latentrt.export.additions.controls import Found, add_controls
+from latentrt.export.additions.controls import Found, add_controls, option_instead
 from latentrt.export.options import ControlNetOption
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config
 from latentrt.export.sources.parts import Parts
+from latentrt.export.sources.places import absent, find_place
 
 KIND = "T2IAdapter"
 Sizes = list[tuple[int, int]]
@@ -25,12 +25,14 @@ def add_adapters(parts: Parts, options: Sequence[ControlNetOption], *, allow_pic
 
 
 def _read(option: ControlNetOption, parts: Parts, *, allow_pickle: bool) -> Found:
-    path, name = Path(option.path).expanduser(), f"--adapter {option.name}='{option.path}'"
+    path, name = find_place(option.path), f"--adapter {option.name}='{option.path}'"
     if not path.is_dir():
-        raise CheckpointError(f"{name} is not there; give a directory in diffusers' layout")
+        raise CheckpointError(f"{name} {absent(option.path)}; give a directory in diffusers' layout")
     config = read_config("adapter", path)
     if config.get("_class_name", KIND) != KIND:
-        raise CheckpointError(f"{name} was recognised as {config['_class_name']}, expected a {KIND}")
+        other = str(config["_class_name"])
+        instead = option_instead(other, "--adapter")
+        raise CheckpointError(f"{name} was recognised as {other}, expected a {KIND}{instead}")
     if config["in_channels"] not in (1, 3):
         raise CheckpointError(f"{name} reads {config['in_channels']} channels, expected grey or RGB")
     wanted, found = block_features(parts.configs["unet"]), adapter_features(config, factor=_factor(parts.configs))

@@ -14,6 +14,7 @@ from latentrt.export.configs.published import CONFIGS
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.diffusers_folder import network_files, open_network, read_config, read_json
 from latentrt.export.sources.parts import CLIPS, PARTS, TEXT_ENCODERS, Parts, WeightSource
+from latentrt.export.sources.places import absent, find_place
 from latentrt.export.sources.recognise_file import TEXTS
 from latentrt.export.sources.single_file import read_weights_header, require_numbers
 
@@ -35,13 +36,13 @@ def find_text_encoders(options: CheckpointOptions) -> dict[str, Found]:
     """Find the text encoders that options name, by component. Raises CheckpointError if a path holds none."""
     found: dict[str, Found] = {}
     for name in options.text_encoders:
-        path = Path(name).expanduser()
+        path = find_place(name)
         if path.is_dir():
             given = dict(_in_folder(path, allow_pickle=options.allow_pickle))
         elif path.is_file():
             given = dict(_in_file(read_weights_header(path, allow_pickle=options.allow_pickle), options))
         else:
-            raise CheckpointError(f"--text-encoder '{name}' is not there; give a safetensors file or a directory")
+            raise CheckpointError(f"--text-encoder '{name}' {absent(name)}; give a safetensors file or a directory")
         if not given:
             raise CheckpointError(
                 f"--text-encoder '{name}' holds none of SD 3's text encoders (CLIP L, CLIP G, T5); "
@@ -96,7 +97,7 @@ def _bare(file: TensorFile, options: CheckpointOptions) -> list[str]:
 
 
 def _width(component: str, options: CheckpointOptions) -> Any:
-    path = Path(options.config) / component / "config.json" if options.config else None
+    path = find_place(options.config) / component / "config.json" if options.config else None
     config = read_json(path) if path and path.is_file() else CONFIGS["sd3"][component]
     return config.get("hidden_size")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from latentrt.engines.bundle.manifest import LatentSpec
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.sources.diffusers_folder import network_files, read_config
 from latentrt.export.sources.parts import Parts
+from latentrt.export.sources.places import absent, find_place
 
 KIND = "AutoencoderTiny"
 TINY_DECODER = "tiny_decoder"
@@ -25,7 +25,9 @@ def add_tiny_vae(parts: Parts, name: str) -> Parts:
         raise CheckpointError(
             f"--tiny-vae '{name}' cannot be added to graphs that optimum exported; give diffusers' layout"
         )
-    path = Path(name)
+    path = find_place(name)
+    if not path.exists():
+        raise CheckpointError(f"--tiny-vae '{name}' {absent(name)}; give a directory of diffusers")
     if not path.is_dir():
         raise CheckpointError(
             f"--tiny-vae '{name}' is not a directory; give one of diffusers, with config.json beside the weights"

@@ -23,6 +23,7 @@ from latentrt.export.configs.families import (
     TRANSFORMER,
     VIDEO_KEY,
     Base,
+    option_for,
 )
 from latentrt.export.configs.published import CONFIGS
 from latentrt.export.sources.markers import Marker, find_markers, find_prediction, find_strangers
@@ -201,3 +202,12 @@ def name_other(file: TensorFile) -> tuple[str, bool]:
     if 0 < len(file.tensors) <= 2 and all(len(stored.shape) == 2 for stored in file.tensors.values()):
         return "textual inversion embedding", False
     return "", False
+
+
+def say_instead(file: TensorFile) -> str:
+    """Say what a file holds in place of what it was given for, and how that is given."""
+    what = name_other(file)[0]
+    if not what:
+        return "; `latentrt inspect` says what it holds"
+    option = option_for(what)
+    return f" but a {what}; " + (f"add it with {option}" if option else "`latentrt inspect` says what it holds")

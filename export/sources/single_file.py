@@ -19,6 +19,7 @@ from latentrt.export.sources.diffusers_folder import read_configs, read_json, re
 from latentrt.export.sources.markers import read_changes
 from latentrt.export.sources.parts import CLIPS, PARTS, TEXT_ENCODERS, Parts, WeightSource, folders
 from latentrt.export.sources.pickles import read_pickle_header
+from latentrt.export.sources.places import find_place
 from latentrt.export.sources.recognise_file import SingleFile, name_other, recognise
 
 NUMBERS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -128,7 +129,7 @@ def _not_whole(file: TensorFile) -> str:
 
 
 def _given(name: str, denoiser: str, networks: Mapping[str, str]) -> Documents:
-    root = Path(name)
+    root = find_place(name)
     if not (root / denoiser / "config.json").is_file():
         raise CheckpointError(
             f"--config '{name}' holds no {denoiser}/config.json; give a directory in diffusers' layout"
@@ -214,10 +215,10 @@ def _find_tokenizers(networks: Mapping[str, str], options: CheckpointOptions) ->
 
 def _find_tokenizer(name: str, options: CheckpointOptions) -> Path | None:
     if name in (TEXT_ENCODERS[encoder] for encoder in OPTIONAL_TEXT):  # no other vocabulary serves it
-        given = [Path(root) / name for root in (options.tokenizer, options.config) if root]
+        given = [find_place(root) / name for root in (options.tokenizer, options.config) if root]
         return next((folder for folder in given if _holds_vocabulary(folder)), None)
     if options.tokenizer:
-        root = Path(options.tokenizer)
+        root = find_place(options.tokenizer)
         for folder in (root, root / name, root / "tokenizer", root / "onnx" / name, root / "onnx" / "tokenizer"):
             if _holds_vocabulary(folder):
                 return folder
@@ -225,9 +226,8 @@ def _find_tokenizer(name: str, options: CheckpointOptions) -> Path | None:
             f"--tokenizer '{options.tokenizer}' holds neither vocab.json with merges.txt nor tokenizer.json; "
             "give a tokenizer's directory, or a checkpoint's or a bundle's"
         )
-    if options.config:
-        return next((path for path in (Path(options.config) / name,) if _holds_vocabulary(path)), _cached_tokenizer())
-    return _cached_tokenizer()
+    beside = find_place(options.config) / name if options.config else None
+    return beside if beside and _holds_vocabulary(beside) else _cached_tokenizer()
 
 
 def _holds_vocabulary(folder: Path) -> bool:
@@ -253,7 +253,7 @@ def _config_files(options: CheckpointOptions, networks: Mapping[str, str]) -> di
         return {}
     names = [f"{folder}/config.json" for folder in dict.fromkeys(networks.values())]
     names += ["scheduler/scheduler_config.json", "model_index.json"]
-    return {f"config/{name}": Path(options.config) / name for name in names}
+    return {f"config/{name}": find_place(options.config) / name for name in names}
 
 
 def _tokenizer_files(tokenizers: Mapping[str, Path]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from latentrt.engines.bundle.files import Bundle, hash_file
+from latentrt.engines.bundle.files import Bundle, hash_file, typed
 from latentrt.engines.bundle.weight_map import GraphWeights, read_weights
 from latentrt.engines.errors import CheckpointError, RequestError
 from latentrt.engines.lora.weight_changes import NOTHING, Changes, Delta
@@ -98,7 +98,8 @@ class Loras:
         if lora.vectors(component) and all(len(shape) > 1 for shape in shapes.values()):
             raise CheckpointError(
                 f"{lora.path} changes biases or normalizations, for which '{self._bundle.root}' has no record, since "
-                "an older latentrt exported it; export the checkpoint again with `latentrt export --overwrite`"
+                "an older latentrt exported it; export it again: `latentrt export CHECKPOINT "
+                f"{typed(self._bundle.root)} --overwrite`"
             )
         return find_deltas(lora, component, shapes, strength=scale)
 
@@ -117,8 +118,8 @@ class Loras:
             if record is None:
                 raise RequestError(
                     f"loras: '{self._bundle.root}' was exported without a record of which of {component}'s weights is "
-                    "which, by an older latentrt or from graphs that another tool made; export the checkpoint again "
-                    "with `latentrt export --overwrite`"
+                    "which, by an older latentrt or from graphs that another tool made; export the checkpoint itself "
+                    f"again: `latentrt export CHECKPOINT {typed(self._bundle.root)} --overwrite`"
                 )
             known = read_weights(self._bundle.path(record, check="hash"), GraphWeights).weights
             self._shapes[component] = {name: weight.shape for name, weight in known.items()}

@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 from PIL import Image
 
-from latentrt.engines.bundle.files import atomic_write, disk_errors
+from latentrt.engines.bundle.files import atomic_write, disk_errors, require_writable
 from latentrt.engines.errors import NotInstalledError, RequestError
 from latentrt.engines.spec import Array
 
@@ -26,7 +26,7 @@ def check_movie(path: Path, *, fps: float) -> None:
     """Raise if no movie can be written to a path with this ending, before the first frame is drawn.
 
     Raises RequestError on another ending than .gif, .webp or .mp4 or an impossible fps, EngineError where MP4's writer
-    is missing.
+    is missing, BundleError where nothing can be put.
     """
     fastest = FASTEST.get(path.suffix.lower())
     if fastest is None:
@@ -35,6 +35,7 @@ def check_movie(path: Path, *, fps: float) -> None:
         raise RequestError(f"fps: found {fps:g}, expected above 0 and at most {fastest} for {path.suffix.lower()}")
     if path.suffix.lower() == ".mp4":
         require_av()
+    require_writable(path)
 
 
 def save_movie(frames: Iterable[Array], path: Path, *, fps: float = 8.0, loop: bool = True) -> None:

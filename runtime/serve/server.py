@@ -51,9 +51,15 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except OverflowError:
         listener.close()
-        raise RequestError(f"port: '{host}' with port {port} cannot be listened on: {error}") from error
+        raise RequestError(f"port: found {port}, expected 0 to 65535") from None
+    except OSError as error:
+        listener.close()
+        raise RequestError(
+            f"port: '{host}' with port {port} cannot be listened on ({error.strerror}); choose another --port (0 "
+            "for any that is free) or --host"
+        ) from error
     return listener
 
 
