@@ -144,7 +144,7 @@ def test_what_is_no_controlnet_is_refused(controlled: MakeControlled, tmp_path: 
     with pytest.raises(CheckpointError, match="--controlnet edges='nowhere' is not there"):
         open_checkpoint(path, options=options("edges=nowhere"))
     (other,) = (made.checkpoint / "vae").glob("*.safetensors")
-    with pytest.raises(CheckpointError, match="holds no ControlNet but a VAE; `latentrt inspect`"):
+    with pytest.raises(CheckpointError, match="holds no ControlNet but a VAE; add it with --vae"):
         open_checkpoint(path, options=options(f"edges={other}"))
     with pytest.raises(CheckpointError, match="the name 'edges' was given twice"):
         open_checkpoint(path, options=options(f"edges={network}", f"edges={network}"))

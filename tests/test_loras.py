@@ -382,7 +382,7 @@ def test_layers_whose_weights_are_equal_change_alone_or_are_refused(varied: tupl
         lora = save(tmp_path / "b.safetensors", kohya([rows[f"{RESNET}.conv2"]]))
         words = refusal(pipe, Lora(file=lora), error=EngineError)
         assert f"1 of the weights that change ({RESNET}.conv2.weight" in words
-        assert "latentrt export --lora" in words
+        assert "latentrt export CHECKPOINT BUNDLE --lora" in words
         np.testing.assert_array_equal(draw(pipe), base)
 
 
@@ -547,7 +547,7 @@ def test_a_bundle_of_an_older_export_is_refused(made: Make, styles: list[Path], 
         words = refusal(pipe, Lora(file=styles[0]))
         assert draw(pipe).any()
     assert "was exported without a record" in words
-    assert "export --overwrite" in words
+    assert "latentrt export CHECKPOINT" in words and "--overwrite" in words
 
 
 def test_biases_of_which_an_older_export_made_no_note_are_refused(made: Make, tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_biases_of_which_an_older_export_made_no_note_are_refused(made: Make, tm
     with Pipeline.load(old, "cpu", threads=1) as pipe:
         words = refusal(pipe, Lora(file=lora))
     assert "changes biases or normalizations" in words
-    assert "export --overwrite" in words
+    assert "latentrt export CHECKPOINT" in words and "--overwrite" in words
 
 
 def test_engines_of_an_older_build_are_refused(made: Make, styles: list[Path], tmp_path: Path) -> None:

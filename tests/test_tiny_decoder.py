@@ -307,7 +307,7 @@ def test_one_that_was_made_for_other_latents_is_refused(
 def test_what_is_no_tiny_vae_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
     for given, sentence in (
         (sd1_checkpoint / "vae", r"\$\._class_name: found 'AutoencoderKL', expected AutoencoderTiny; .* with --vae"),
-        (tmp_path / "nothing", "is not a directory; give one of diffusers"),
+        (tmp_path / "nothing", "is not there; give a directory of diffusers"),
         (tmp_path, "config.json is missing"),
     ):
         with pytest.raises(CheckpointError, match=sentence):
