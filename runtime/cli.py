@@ -142,12 +142,14 @@ def _progress(*, quiet: bool) -> Iterator[Any]:
 
 def _check_output(output: Path, *, pictures: int) -> None:
     """Raise RequestError or BundleError, before anything is drawn, where pictures cannot be written to a path."""
-    from latentrt.engines.bundle.files import require_writable
+    from latentrt.engines.bundle.files import disk_errors, require_writable
 
     ending = output.suffix.lower()
     if ending == ".png" and pictures > 1:
         raise RequestError(f"output: found the file '{output}' for {pictures} pictures; name a directory")
-    if ending != ".png" and (output.is_file() or (ending in OTHER_PICTURES and not output.is_dir())):
+    with disk_errors(output):  # of names that no file system holds
+        is_file, is_directory = output.is_file(), output.is_dir()
+    if ending != ".png" and (is_file or (ending in OTHER_PICTURES and not is_directory)):
         raise RequestError(f"output: '{output}' is neither a .png file nor a directory; pictures are written as PNG")
     require_writable(output if ending == ".png" else output / "picture.png")
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
+from playwright.sync_api import APIResponse, Browser, ConsoleMessage, Locator, Page, Route, expect, sync_playwright
 
 from latentrt import Request
 from latentrt.engines.spec import Array
@@ -450,6 +450,24 @@ def test_a_removed_picture_stays_away_and_arrows_lead_through_the_history(page: 
     page.reload()
     ready(page)
     expect(tiles(page)).to_have_count(0)
+
+
+def test_a_picture_that_is_drawn_before_the_form_is_answered_leaves_the_queue(page: Page) -> None:
+    held: list[tuple[Route, APIResponse]] = []
+
+    def hold(route: Route) -> None:
+        held.append((route, route.fetch()))
+
+    page.route("**/jobs", hold)
+    draw(page)
+    drawn(page, 1)
+    ((route, answer),) = held
+    assert answer.json()["state"] != "done"
+    with page.expect_response("**/jobs"):
+        route.fulfill(response=answer)
+    expect(page.locator("#live")).to_have_text("In the queue", timeout=WAIT_MS)
+    drawn(page, 1)
+    expect(page.locator("#stage img")).to_have_attribute("alt", PROMPT)
 
 
 def test_pictures_are_compared_with_the_keyboard(page: Page) -> None:

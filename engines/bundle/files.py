@@ -254,7 +254,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def require_writable(path: Path) -> None:
     """Raise BundleError where nothing can be put at a path, so far as can be told without writing."""
-    folder = next(parent for parent in path.parents if parent.exists())
+    with disk_errors(path):  # of names that no file system holds
+        folder = next(parent for parent in path.parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
         raise BundleError(f"{path} could not be written: nothing can be put into '{folder}'; choose another place")
 

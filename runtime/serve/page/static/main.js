@@ -32,9 +32,10 @@ async function draw() {
   form.refuse(null);
   try {
     const job = await api.submit(await form.body());
-    queue.take(job);
+    queue.takeAnswer(job);
     const busy = follows && queue.find(follows) && queue.active(queue.find(follows));
-    if (!busy) showJob(job.id);
+    const entry = history.list().find((one) => one.job === job.id);
+    if (!busy) { if (entry) show(entry); else showJob(job.id); }
     for (const part of ["stage", "stage-progress"]) $(part).scrollIntoView({ block: "nearest" });
     announce("In the queue");
   } catch (error) { fail(error); }

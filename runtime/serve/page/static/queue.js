@@ -37,6 +37,11 @@ export function take(job) {
   render();
 }
 
+/** Take in the answer to a form. The job's own events may have been quicker, and know more. */
+export function takeAnswer(job) {
+  if (!told.has(job.id)) take(job);
+}
+
 function tell(job, before) {
   const prompt = job.asked.prompt.slice(0, 60);
   if (job.state === "drawing" && before) announce(`Drawing: ${prompt}`);
