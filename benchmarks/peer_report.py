@@ -109,13 +109,12 @@ def memory_cell(result: Result, name: str) -> str:
 
 
 def how(results: Sequence[Result]) -> str:
-    """Return sentences with the machine and the day of the runs, and their commands."""
-    told = [
-        f"{one['machine']['processor']}, {one['machine']['cores']} cores, {one['created'].partition('T')[0]}"
-        for one in results
-    ]
-    commands = [f"- `{one['command']}`" for one in results]
-    return "\n".join([f"Machine and day: {'; '.join(dict.fromkeys(told))}. The commands:", "", *commands])
+    """Return each run's command, with the machine and the day."""
+    told = []
+    for one in results:
+        machine, day = one["machine"], one["created"].partition("T")[0]
+        told.append(f"- `{one['command']}`: {machine['processor']}, {machine['cores']} cores, {day}")
+    return "\n".join(["The commands, each with its machine and day. A ratio is of one run on one machine:", "", *told])
 
 
 def installations(results: Sequence[Result]) -> str:
