@@ -90,13 +90,18 @@ def print_ways(name: str, ways: Mapping[str, Any]) -> None:
         print(f"{name:12} {way:32} {1000 * seconds:9.2f} ms  {ratio:.3f}{between}")
 
 
+def rows_of(bundle: Bundle, component: str, rows: int) -> int:
+    """Return how many pictures a component takes where the denoiser takes so many rows."""
+    return rows if bundle.manifest.components[component].role == "denoiser" else 1
+
+
 def compare(bundle: Bundle, component: str, ways: Mapping[str, tuple[Edit, ...]], arguments: Any) -> dict[str, Any]:
     """Return each way's seconds, and its ratio to the first.
 
     arguments: side, rows, rounds, seconds and one_thread, as on the command line
     """
     path = bundle.path(bundle.manifest.components[component].graph)
-    rows = arguments.rows if component == "unet" else 1
+    rows = rows_of(bundle, component, arguments.rows)
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = int(arguments.one_thread)

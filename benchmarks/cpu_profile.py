@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import onnxruntime
-from cpu_kernels import Edit, open_edited, random_inputs
+from cpu_kernels import Edit, open_edited, random_inputs, rows_of
 from onnx import TensorProto, helper
 
 from latentrt.engines.bundle.files import Bundle
@@ -52,7 +52,7 @@ def main() -> None:
     found = {}
     for component in arguments.components.split(","):
         path = bundle.path(bundle.manifest.components[component].graph)
-        rows = arguments.rows if component == "unet" else 1
+        rows = rows_of(bundle, component, arguments.rows)
         edits = EDITS[component]
         found[component] = profile(path, edits, side=arguments.side, rows=rows, passes=arguments.passes)
         print_profile(component, found[component], ceiling)

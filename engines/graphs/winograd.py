@@ -39,9 +39,8 @@ INPUTS = np.array(
 FILTERS = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=np.float64) / 24
 TOGETHER = 4  # rows that are made of one set of products
 VECTOR = 16  # channels: the widest that ONNX Runtime computes at once
-LEAST_CHANNELS = (
-    128  # with fewer, the sums take as long as the products that they save (benchmarks/cpu_convolutions.py)
-)
+# With fewer channels the sums take as long as the products that they save (benchmarks/cpu_convolutions.py).
+LEAST_CHANNELS = 128
 
 
 def use_winograd(model: ModelProto, path: Path, *, least_channels: int = LEAST_CHANNELS) -> int:
