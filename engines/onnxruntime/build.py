@@ -35,7 +35,7 @@ LEAST_EXTERNAL_BYTES: Mapping[Provider, int] = {"cpu": 1024, "cuda": 128}
 # Winograd's convolutions hold twice the weights: little in a VAE, gigabytes in a UNet, whose weights LoRAs also change
 # where they lie in one place. `VECTORS`: where they were measured.
 BY_WINOGRAD: tuple[Role, ...] = ("decoder", "encoder")
-VECTORS = frozenset({"x86_64 avx2"})
+VECTORS = frozenset({"x86_64 avx2", "x86_64 avx512f"})
 
 
 def build(
