@@ -58,6 +58,16 @@ SkipGroupNormSilu <groups, epsilon> (x, gamma, beta, skip) => (y, sum) {
     gate = Sigmoid (made)
     y = Mul (made, gate)
 }
+<domain: "standard", opset_import: ["" : 23, "standard" : 1]>
+SkipGroupNormBias <groups, epsilon> (x, gamma, beta, skip, bias) => (y, sum) {
+    biased = Add (x, bias)
+    y, sum = standard.SkipGroupNorm <groups: int = @groups, epsilon: float = @epsilon> (biased, gamma, beta, skip)
+}
+<domain: "standard", opset_import: ["" : 23, "standard" : 1]>
+SkipGroupNormBiasSilu <groups, epsilon> (x, gamma, beta, skip, bias) => (y, sum) {
+    biased = Add (x, bias)
+    y, sum = standard.SkipGroupNormSilu <groups: int = @groups, epsilon: float = @epsilon> (biased, gamma, beta, skip)
+}
 <domain: "standard", opset_import: ["" : 23]>
 SkipLayerNormalization <epsilon> (x, skip, gamma, beta, bias) => (y, mean, deviation, sum) {
     biased = Add (x, bias)
@@ -96,6 +106,7 @@ def _use_function(node: Any) -> None:
     node.domain = STANDARD
     if node.op_type in ("GroupNorm", "SkipGroupNorm"):
         assert attributes.pop("channels_last") == 1
+        node.op_type += "Bias" if len(node.input) == 5 else ""
         node.op_type += "Silu" if attributes.pop("activation") else ""
     if node.op_type == "NhwcConv":
         assert attributes.pop("group", 1) == 1

@@ -112,11 +112,57 @@ def test_a_picture_is_laid_out_again_where_it_enters_and_where_it_leaves() -> No
     # Of the network's sums one is of an embedding, and the others are taken elsewhere too or are not normalised.
     assert (counts["NhwcConv"], counts["GroupNorm"], counts["SkipGroupNorm"]) == (6, 2, 1)
     assert not counts.keys() & {"Conv", "GroupNormalization", "Sigmoid"}
+    taken = [len(node.input) for node in model.graph.node if node.op_type == "NhwcConv"]
+    assert sorted(taken) == [2, 2, 2, 2, 3, 3], "the sum with an embedding adds the bias of what it is of"
     assert all(attribute.i == 1 for node in model.graph.node for attribute in node.attribute if attribute.name in ONES)
     np.testing.assert_allclose(run(standard(model), **feeds()), expected, atol=2e-5)
 
 
 ONES = {"activation", "channels_last"}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("others", ["nothing", "the sum", "the convolution", "an output"])
+def test_the_bias_of_a_convolution_is_added_with_the_sum_that_alone_takes_it(others: str, swapped: bool) -> None:
+    generator = np.random.default_rng(6)
+    shapes = {"w": (WIDE, WIDE, 3, 3), "b": (WIDE,), "scale": (WIDE,), "shift": (WIDE,)}
+    constants = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    further = {"the sum": "total", "the convolution": "made"}.get(others, "normal")
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["made"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["x", "made"] if swapped else ["made", "x"], ["total"]),
+        helper.make_node("GroupNormalization", ["total", "scale", "shift"], ["normal"], num_groups=4, epsilon=1e-3),
+        helper.make_node("Mul", ["normal", further], ["y"]),
+    ]
+    axes = ["rows", WIDE, "height", "width"]
+    outputs = {"y": axes} | ({"made": axes} if others == "an output" else {})
+    model = model_of(nodes, {"x": axes}, outputs, constants)
+    x = generator.standard_normal((2, WIDE, 5, 3)).astype(np.float32)
+    expected = run(model, x=x)
+    use_cuda_kernels(model)
+    (convolution,) = [node for node in model.graph.node if node.op_type == "NhwcConv"]
+    (norm,) = [node for node in model.graph.node if node.op_type == "SkipGroupNorm"]
+    alone = others in ("nothing", "the sum")
+    assert (len(convolution.input), len(norm.input)) == ((2, 5) if alone else (3, 4))
+    for found, right in zip(run(standard(model), x=x), expected, strict=True):
+        np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-4)
+
+
+def test_a_sum_of_a_convolution_with_itself_keeps_its_bias() -> None:
+    generator = np.random.default_rng(6)
+    shapes = {"w": (WIDE, WIDE, 1, 1), "b": (WIDE,), "scale": (WIDE,), "shift": (WIDE,)}
+    constants = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["made"]),
+        helper.make_node("Add", ["made", "made"], ["total"]),
+        helper.make_node("GroupNormalization", ["total", "scale", "shift"], ["y"], num_groups=4, epsilon=1e-3),
+    ]
+    axes = ["rows", WIDE, "height", "width"]
+    model = model_of(nodes, {"x": axes}, {"y": axes}, constants)
+    x = generator.standard_normal((2, WIDE, 5, 3)).astype(np.float32)
+    expected = run(model, x=x)
+    use_cuda_kernels(model)
+    np.testing.assert_allclose(run(standard(model), x=x), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -37,6 +37,7 @@ class ChannelsLast:
         self._missing: set[str] = set()  # tensors of which there is only the twin so far
         self._taken_along: set[str] = set()  # outputs of nodes that another one computes too
         self._nodes: list[NodeProto] = []
+        self._biased: dict[str, NodeProto] = {}  # by what they give, new convolutions that add a bias
         self._handlers: Mapping[str, Callable[[NodeProto], bool]] = {
             "Conv": self._convolution,
             "GroupNormalization": self._normalization,
@@ -119,6 +120,8 @@ class ChannelsLast:
             return False
         takes = [*map(self._twin, node.input[:2]), *node.input[2:]]
         self._add("NhwcConv", takes, [self._gives(node.output[0])], MICROSOFT, **attributes)
+        if len(takes) == 3:
+            self._biased[node.output[0]] = self._nodes[-1]
         return True
 
     def suits(self) -> bool:
@@ -156,7 +159,10 @@ class ChannelsLast:
         return names
 
     def _normalized_sum(self, node: NodeProto) -> bool:
-        """Have the one normalisation of a sum compute the sum too."""
+        """Have the one normalisation of a sum compute the sum too, with the bias of a convolution in it.
+
+        cuDNN's convolutions are fastest without a bias, and ONNX Runtime then adds it in another pass over the picture.
+        """
         takers = self._graph.takers.get(node.output[0], [])
         norms = [taker for taker in takers if taker.op_type == "GroupNormalization"]
         spread = [self._spread_over_pixels(name) for name in node.input]
@@ -164,7 +170,8 @@ class ChannelsLast:
             return False
         if not all(map(self._is_picture, node.input)):
             return False
-        (norm,), first = norms, 1 if spread[0] else 0
+        (norm,), pictures = norms, [number for number in (0, 1) if not spread[number]]
+        first = next((number for number in pictures if self._adds_bias(node, number)), pictures[0])
         silu = self._silu(norm.output[0])
         self._taken_along.add(norm.output[0])
         outputs = {output.name for output in self._graph.proto.output}
@@ -172,9 +179,16 @@ class ChannelsLast:
         takes, skip = self._twin(node.input[first]), spread[1 - first] or self._twin(node.input[1 - first])
         gives = [self._gives(silu or norm.output[0]), *([self._gives(node.output[0])] if others else [])]
         attributes = self._group_attributes(norm)
-        inputs = [takes, *self._vectors(norm), skip]
+        bias = [self._biased[node.input[first]].input.pop()] if self._adds_bias(node, first) else []
+        inputs = [takes, *self._vectors(norm), skip, *bias]
         self._add("SkipGroupNorm", inputs, gives, MICROSOFT, activation=int(bool(silu)), **attributes)
         return True
+
+    def _adds_bias(self, total: NodeProto, number: int) -> bool:
+        """Tell whether one input of a sum is a convolution with a bias that nothing else takes."""
+        name, outputs = total.input[number], {output.name for output in self._graph.proto.output}
+        alone = self._graph.takers[name] == [total] and len(set(total.input)) == 2 and name not in outputs
+        return alone and name in self._biased
 
     def _rows_last(self, x: str, y: str) -> str:
         """Return (rows, channels, pixels) as pictures of one row with their channels last."""

@@ -7,8 +7,9 @@
 - What lies between them (sums, concatenations, upsampling, padding) is carried over, so that a picture is laid out
   anew where it enters and where it leaves, and nowhere else.
 - `Attention` becomes `MultiHeadAttention`, which takes its heads side by side: no transposition around it.
-- Sums go into the normalisations behind them: `SkipGroupNorm` and `SkipLayerNormalization` give
-  both. ONNX Runtime is told to sum those in float32 (`enable_skip_layer_norm_strict_mode`).
+- Sums go into the normalisations behind them, the bias of a convolution or a product among what is added:
+  `SkipGroupNorm` and `SkipLayerNormalization` give both. ONNX Runtime is told to sum rows in float32
+  (`enable_skip_layer_norm_strict_mode`).
 - A gated GELU becomes `BiasSplitGelu`: one pass instead of four.
 """
 

@@ -18,7 +18,7 @@ from latentrt.engines.spec import QUANTISED, EngineKey
 # On a GPU the sampler's state stays there: the UNet is built as the fused denoise stage, and the VAE reads the state.
 FUSED: frozenset[Provider] = frozenset({"cuda"})
 # Counts up when what is built of a bundle changes though the bundle does not.
-RECIPES: Mapping[Provider, int] = {"cpu": 4, "cuda": 6}
+RECIPES: Mapping[Provider, int] = {"cpu": 4, "cuda": 7}
 DEFAULT_RECIPE: Recipe = "nhwc"
 DEFAULTS = BuildOptions()
 INSTRUCTION_SETS = ("avx512f", "avx2", "avx", "asimd")
