@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from onnx import helper, parser
 
-from latentrt.engines.graphs.cpu_rewrites import MICROSOFT
+from latentrt.engines.graphs.edits import MICROSOFT
 
 STANDARD = "standard"
 FUNCTIONS = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.graphs.cpu_rewrites import MICROSOFT, use_host_kernels
+from latentrt.engines.graphs.cpu_rewrites import use_host_kernels
+from latentrt.engines.graphs.cuda_rewrites import use_cuda_kernels
+from latentrt.engines.graphs.edits import MICROSOFT
 from tests.graphs import model_of
 
 SIZES = st.integers(1, 6)
@@ -92,6 +95,62 @@ def test_attention_is_torchs_attention(
     np.testing.assert_allclose(run(model, query=query, key=key, value=value), expected.numpy(), atol=1e-5)
     assert count(model)["Transpose"] == 0, "the heads are no longer transposed"
     assert count(model)["Attention"] == 0
+
+
+def streams_model(*, heads: int, width: int, norm: str, split_first: bool = True) -> onnx.ModelProto:
+    """Return attention of two streams as Stable Diffusion 3 has it: each head is normalised, tokens are joined.
+
+    norm: the operator, of queries and keys
+    split_first: heads before tokens, where streams are joined
+    """
+    constants: dict[str, Any] = {"split": np.array([0, -1, heads, width]), "joined": np.array([0, 0, -1])}
+    generator, nodes, joined = np.random.default_rng(heads), [], []
+    for side in ("query", "key", "value"):
+        parts = []
+        for stream in ("first", "second"):
+            name = f"{stream}.{side}"
+            nodes.append(helper.make_node("Reshape", [name, "split"], [f"{name}.split"]))
+            nodes.append(helper.make_node("Transpose", [f"{name}.split"], [f"{name}.heads"], perm=[0, 2, 1, 3]))
+            parts.append(f"{name}.heads")
+            if norm and side != "value":
+                constants[f"{name}.scale"] = generator.standard_normal(width).astype(np.float32)
+                nodes.append(helper.make_node(norm, [parts[-1], f"{name}.scale"], [f"{name}.norm"], epsilon=1e-3))
+                parts[-1] = f"{name}.norm"
+        nodes.append(helper.make_node("Concat", parts, [side], axis=2 if split_first else 3))
+        joined.append(side)
+    nodes.append(helper.make_node("Attention", joined, ["mixed"], name="attn/Attention"))
+    nodes.append(helper.make_node("Transpose", ["mixed"], ["back"], perm=[0, 2, 1, 3]))
+    nodes.append(helper.make_node("Reshape", ["back", "joined"], ["y"]))
+    axes = {
+        f"{stream}.{side}": ["rows", f"{stream}.tokens", heads * width]
+        for stream in ("first", "second")
+        for side in ("query", "key", "value")
+    }
+    return model_of(nodes, axes, {"y": ["rows", "tokens", None]}, constants)
+
+
+@pytest.mark.parametrize("norm", ["RMSNormalization", "LayerNormalization", ""])
+@pytest.mark.parametrize("kernels", [use_host_kernels, use_cuda_kernels], ids=["cpu", "cuda"])
+def test_attention_of_two_streams_is_the_same_without_transposing_heads(
+    norm: str, kernels: Callable[[onnx.ModelProto], object]
+) -> None:
+    generator, model = np.random.default_rng(4), streams_model(heads=3, width=4, norm=norm)
+    given = {
+        f"{stream}.{side}": generator.standard_normal((2, tokens, 12)).astype(np.float32)
+        for stream, tokens in (("first", 5), ("second", 2))
+        for side in ("query", "key", "value")
+    }
+    expected = run(model, **given)
+    kernels(model)
+    assert (count(model)["Transpose"], count(model)["Attention"], count(model)["MultiHeadAttention"]) == (0, 0, 1)
+    np.testing.assert_allclose(run(model, **given), expected, atol=1e-5)
+
+
+def test_attention_of_streams_whose_heads_are_joined_stays() -> None:
+    model = streams_model(heads=3, width=4, norm="", split_first=False)
+    before = model.SerializeToString()
+    assert use_host_kernels(model) == 0
+    assert model.SerializeToString() == before
 
 
 @pytest.mark.parametrize("how", [{"mask": True}, {"is_causal": 1}, {"softcap": 30.0}])

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentrt.engines.graphs.cpu_rewrites import MICROSOFT
-from latentrt.engines.graphs.edits import GraphView, taken
+from latentrt.engines.graphs.edits import MICROSOFT, GraphView, taken
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -10,28 +10,20 @@ Two operators, by what was measured on them (benchmarks/README.md):
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from latentrt.engines.graphs.edits import GraphView
-
-if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentrt.engines.graphs.edits import taken
+import numpy as np
+
+from latentrt.engines.graphs.attention import multi_head_attention
+from latentrt.engines.graphs.edits import MICROSOFT, GraphView, taken
 from latentrt.engines.graphs.locate_weights import GraphValues
 from latentrt.engines.spec import Array
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-
-MICROSOFT = "com.microsoft"
 GROUPS_SINCE = 21  # from this opset on GroupNormalization scales by channel, before by group
-SPLIT_HEADS = [0, 2, 1, 3]  # (rows, tokens, heads, width) to (rows, heads, tokens, width), and back
 
 
 def use_host_kernels(model: ModelProto) -> int:
@@ -91,53 +83,6 @@ def _normalization(node: NodeProto, graph: GraphView) -> list[NodeProto]:
         helper.make_node("Add", [f"{own}.scaled", f"{own}.bias"], [f"{own}.moved"]),
         helper.make_node("Reshape", [f"{own}.moved", f"{own}.shape"], [node.output[0]]),
     ]
-
-
-def multi_head_attention(node: NodeProto, graph: GraphView) -> list[NodeProto]:
-    """Return the nodes for one Attention without a mask, whose heads are split and joined around it."""
-    from onnx import helper
-
-    plain = {"scale", "is_causal", "softcap", "qk_matmul_output_mode"}
-    attributes = {a.name: a for a in node.attribute}
-    dressed = len([name for name in node.input if name]) != 3 or len(node.output) != 1 or not set(attributes) <= plain
-    if dressed or any(attributes[name].i or attributes[name].f for name in set(attributes) - {"scale"}):
-        return []
-    split = [_before_transpose(name, graph) for name in node.input]
-    heads = {_heads(name, graph) for name in split}
-    after = graph.takers.get(node.output[0], [])
-    if None in heads or len(heads) != 1 or len(after) != 1 or not _swaps_heads(after[0]):
-        return []
-    own, (count,) = f"{node.output[0]}.host", heads
-    joined = graph.constant(f"{own}.joined", [0, 0, -1])
-    apart = graph.constant(f"{own}.apart", [0, 0, int(count or 0), -1])
-    names = [f"{own}.{which}" for which in ("query", "key", "value")]
-    back = after[0]
-    scale = {"scale": attributes["scale"].f} if "scale" in attributes else {}
-    nodes = [helper.make_node("Reshape", [name, joined], [made]) for name, made in zip(split, names, strict=True)]
-    nodes.append(
-        helper.make_node("MultiHeadAttention", names, [f"{own}.out"], own, domain=MICROSOFT, num_heads=count, **scale)
-    )
-    together = back.output[0]
-    back.output[0] = f"{own}.unused"  # nobody takes it: it goes with the other nodes that nobody needs
-    nodes.append(helper.make_node("Reshape", [f"{own}.out", apart], [together]))
-    return nodes
-
-
-def _before_transpose(name: str, graph: GraphView) -> str:
-    """Return what is transposed from (rows, tokens, heads, width) to make a tensor, or nothing."""
-    node = graph.made_by(name, "Transpose")
-    return node.input[0] if node is not None and _swaps_heads(node) else ""
-
-
-def _swaps_heads(node: NodeProto) -> bool:
-    return node.op_type == "Transpose" and [list(a.ints) for a in node.attribute] == [SPLIT_HEADS]
-
-
-def _heads(name: str, graph: GraphView) -> int | None:
-    """Return the third axis of a tensor that is made by splitting heads, where the graph holds it."""
-    split = graph.made_by(name, "Reshape")
-    shape = [] if split is None else graph.numbers(split.input[1])
-    return shape[2] if len(shape) == 4 else None
 
 
 DOUBLED = [1, 1, 2, 2]

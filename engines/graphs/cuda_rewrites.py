@@ -18,9 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from latentrt.engines.graphs.attention import multi_head_attention
 from latentrt.engines.graphs.channels_last import ChannelsLast, axis_of, ranks_of
-from latentrt.engines.graphs.cpu_rewrites import MICROSOFT, multi_head_attention
-from latentrt.engines.graphs.edits import GraphView
+from latentrt.engines.graphs.edits import MICROSOFT, GraphView
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

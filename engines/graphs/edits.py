@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 from latentrt.engines.tensor_names import EXTRA_EMBEDDINGS, FRAMES, PIXELS, SQUARES
 
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
 
 def unavailable() -> EngineError | None:
     """Return the error that says why graphs cannot be edited here, or None. Imports nothing."""
