@@ -51,6 +51,7 @@ JOBS = Path(__file__).with_name("gpu_parts.py")
 CONTRACT = Path(__file__).parent.parent / "tests" / "test_cuda_contract.py"
 LIBRARIES = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cudnn-cu13", "triton")
 LOOKED_INTO = "sd15"  # the model whose operators, kernels and ways are measured
+BY_KERNEL = ("sd35",)  # models of which the kernels alone are
 SHARED = ("demo", "sd15")  # the models whose pictures share stages
 HOWS = ("eager", "recorded", "compiled")
 
@@ -259,6 +260,8 @@ class Plan:
                 )
             if (not label or way.options) and looked_into and backend in ("cuda", REHEARSAL):
                 yield from self._inside(name, backend, label, facts)
+            elif not label and name in BY_KERNEL and backend == "cuda":
+                yield self._kernels(name, backend, facts)
 
     def _kind(self, name: str) -> Iterator[Part]:
         """Draw with a tiny bundle of a kind, and compare."""
@@ -301,8 +304,11 @@ class Plan:
         on = f"{backend} {label}".strip()
         needs, folder = (f"{name}: build {on}",), f"{facts['root']}-profiles"
         yield _part(f"{name}: profile {on}", "profile", {**facts, "folder": folder}, most_s=60, needs=needs)
-        missing = self._present["torch"]
-        yield _part(f"{name}: kernels {on}", "kernels", facts, most_s=60, needs=needs, missing=missing)
+        yield self._kernels(name, on, facts)
+
+    def _kernels(self, name: str, on: str, facts: Mapping[str, Any]) -> Part:
+        needs, missing = (f"{name}: build {on}",), self._present["torch"]
+        return _part(f"{name}: kernels {on}", "kernels", facts, most_s=60, needs=needs, missing=missing)
 
     def _no_bundle(self, name: str, model: Model) -> str | None:
         """Say why there can be no bundle of a model, or return None."""

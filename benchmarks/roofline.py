@@ -4,7 +4,7 @@
     python benchmarks/roofline.py --tables docs/roofline.md     # writes the tables of a result into the page
 
 Graphs follow from shapes alone: each network is traced as an export traces it, from a checkpoint whose weights are
-zeros that take no room. What was measured are the kernels of SD 1.5's UNet on an H200 (results/gpu-h200.json).
+zeros that take no room. What was measured are the kernels of two denoisers on an H200 (results/gpu-h200-4.json).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = {"sd15": (512, 77, None), "sdxl": (1024, 77, None), "sd35-medium": (1024, 77 + 256, 256)}
 TITLES = {"sd15": "SD 1.5, 512x512", "sdxl": "SDXL, 1024x1024", "sd35-medium": "SD 3.5 medium, 1024x1024"}
 DENOISERS = ("unet", "transformer")
+MEASURED = {"sd15": "sd15", "sd35-medium": "sd35"}  # shapes, and their names in the GPU suite
 TEXT = "encoder_hidden_states"
 KINDS = {"fp16": False, "8 bits": True}
 SHOWN = 8  # operators of a denoiser
@@ -39,7 +40,7 @@ KERNELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "convolutions": (r"fprop_implicit_gemm|convolve|Conv", ("Conv",)),
     "attention": (r"sdpa|flash|fmha", ("Attention",)),
     "matrix products": (r"nvjet|gemm|cutlass", ("MatMul", "Gemm")),
-    "layer norms": (r"LayerNorm", ("LayerNormalization",)),
+    "layer norms": (r"LayerNorm", ("LayerNormalization", "RMSNormalization")),
     "group norms": (r"GroupNorm", ("GroupNormalization",)),
 }
 REST = "all else"
@@ -151,10 +152,13 @@ def text_seconds(model: Any, folder: Path, sizes: Mapping[str, int]) -> dict[str
 def tables(found: Mapping[str, Any]) -> dict[str, str]:
     """Return the page's tables by name."""
     every = {"passes": table(pass_rows(found["models"])), "text": table(text_rows(found["models"]))}
-    kernels = json.loads((RESULTS / "gpu-h200.json").read_text())["parts"]["sd15: kernels cuda"]["figures"]
-    every["measured"] = table(measured_rows(found["models"]["sd15"]["unet"]["h200"]["fp16"], kernels))
+    parts = json.loads((RESULTS / "gpu-h200-4.json").read_text())["parts"]
     for shape, networks in found["models"].items():
-        every[shape] = table(operator_rows(next(networks[name] for name in DENOISERS if name in networks)))
+        network = next(networks[name] for name in DENOISERS if name in networks)
+        if shape in MEASURED:
+            kernels = parts[f"{MEASURED[shape]}: kernels cuda"]["figures"]
+            every[f"{shape} measured"] = table(measured_rows(network["h200"]["fp16"], kernels))
+        every[shape] = table(operator_rows(network))
     return every
 
 
