@@ -181,6 +181,16 @@ def test_a_call_to_a_gpu_that_fails_is_told_and_the_next_one_works_or_is_told_wh
         assert row.failed == 3 and (row.restart if way in ("sticky", "forked") else row.next_works) == 3
 
 
+@pytest.mark.parametrize("way", ["forked", "sticky"])
+def test_a_gpu_that_is_lost_at_the_first_call_is_lost_at_the_next_load_too(
+    way: str, sd1_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine, row = Machine(monkeypatch, tmp_path, sd1_bundle), Row(way=way)
+    assert machine.cuda_calls[0] == "create_stream"
+    assert list(trial(machine, 1, way, row)) == [] and row.restart == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_slope_tells_growth_from_swinging() -> None:
     seconds = [float(second) for second in range(100)]
     noise = np.random.default_rng(1).normal(0, 1, 100)

@@ -111,8 +111,13 @@ def open_programs(library: ModuleType, plans: Mapping[str, Plan], device: Device
     A driver must have answered before: without one some releases of TensorRT crash the process.
     Raises EngineError with the logger's words, BundleError where a file cannot be read.
     """
-    with ThreadPoolExecutor(max_workers=max(len(plans), 1), initializer=device.enter) as pool:
-        return dict(zip(plans, pool.map(lambda plan: open_program(library, *plan), plans.values()), strict=True))
+
+    def entered(plan: Plan) -> Program:  # not as the pool's initializer, whose errors are not given on
+        device.enter()
+        return open_program(library, *plan)
+
+    with ThreadPoolExecutor(max_workers=max(len(plans), 1)) as pool:
+        return dict(zip(plans, pool.map(entered, plans.values()), strict=True))
 
 
 def open_program(library: ModuleType, file: Path, spec: EngineSpec, kernels: Kernels) -> Program:
