@@ -26,7 +26,7 @@ from latentrt.export.networks.shared_encoder import require_same
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import SharedEncoder
 from latentrt.runtime.cli import generate
-from latentrt.runtime.draw.job import split
+from latentrt.runtime.draw.ranges import split
 from latentrt.runtime.sampling.make import make_plan
 from tests.conftest import REFINED, Make
 from tests.refused import about

@@ -16,7 +16,8 @@ from latentrt.runtime.batching.observer import When
 from latentrt.runtime.batching.stage_times import PATIENCE_S
 from latentrt.runtime.calls import Limits
 from latentrt.runtime.draw.denoise import Batch
-from latentrt.runtime.draw.job import DenoiserRange, Job
+from latentrt.runtime.draw.job import Job
+from latentrt.runtime.draw.ranges import DenoiserRange
 from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
 

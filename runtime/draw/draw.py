@@ -24,7 +24,8 @@ from latentrt.runtime.draw.controls import Features, feature_shapes
 from latentrt.runtime.draw.decode import decode_in_place, on_workspace, takes_frames, through_engine
 from latentrt.runtime.draw.denoise import Batch, Loop, stages_of
 from latentrt.runtime.draw.finite import HINTED, LATENTS, START, finite
-from latentrt.runtime.draw.job import DenoiserRange, Job, latent_shape, repaints
+from latentrt.runtime.draw.job import Job, latent_shape, repaints
+from latentrt.runtime.draw.ranges import DenoiserRange
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.start import Start, check_latents, hint_latents, start_from_image, start_inpainting
 from latentrt.runtime.draw.step import Look, Noise, Stages, Step
