@@ -26,8 +26,8 @@ from latentrt.export.networks.shared_encoder import require_same
 from latentrt.export.options import CheckpointOptions
 from latentrt.export.sources.parts import SharedEncoder
 from latentrt.runtime.cli import generate
-from latentrt.runtime.draw.ranges import split
 from latentrt.runtime.sampling.make import make_plan
+from latentrt.runtime.sampling.plan import split
 from tests.conftest import REFINED, Make
 from tests.refused import about
 from tests.sampler_oracle import STABLE_DIFFUSION

@@ -9,9 +9,9 @@ from latentrt.engines.workspace.contract import STATE, Event, Workspace
 from latentrt.runtime.batching.ticket import Ticket
 from latentrt.runtime.draw.denoise import Batch, Loop
 from latentrt.runtime.draw.draw import Drawing
-from latentrt.runtime.draw.ranges import DenoiserRange
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.step import Step
+from latentrt.runtime.sampling.plan import DenoiserRange
 
 Make = Callable[[int], Workspace]
 """gives a blank workspace with so many slots"""

@@ -17,9 +17,9 @@ from latentrt.runtime.batching.stage_times import PATIENCE_S
 from latentrt.runtime.calls import Limits
 from latentrt.runtime.draw.denoise import Batch
 from latentrt.runtime.draw.job import Job
-from latentrt.runtime.draw.ranges import DenoiserRange
 from latentrt.runtime.draw.step import Noise, OnStep
 from latentrt.runtime.result import Result
+from latentrt.runtime.sampling.plan import DenoiserRange
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,12 +25,12 @@ from latentrt.runtime.draw.decode import decode_in_place, on_workspace, takes_fr
 from latentrt.runtime.draw.denoise import Batch, Loop, stages_of
 from latentrt.runtime.draw.finite import HINTED, LATENTS, START, finite
 from latentrt.runtime.draw.job import Job, latent_shape, repaints
-from latentrt.runtime.draw.ranges import DenoiserRange
 from latentrt.runtime.draw.slots import write_rows
 from latentrt.runtime.draw.start import Start, check_latents, hint_latents, start_from_image, start_inpainting
 from latentrt.runtime.draw.step import Look, Noise, Stages, Step
 from latentrt.runtime.images.tiling import Tiling, decode_tiles, encode_tiles
 from latentrt.runtime.request import NO_TINY, NOISES, NoiseSource
+from latentrt.runtime.sampling.plan import DenoiserRange
 
 if TYPE_CHECKING:
     from latentrt.engines.open import OpenEngines

@@ -16,7 +16,6 @@ from latentrt.engines.spec import Array
 from latentrt.runtime.draw.animation import variation_seeds
 from latentrt.runtime.draw.controls import ResolvedControl, resolve_controls
 from latentrt.runtime.draw.loras import check_loras
-from latentrt.runtime.draw.ranges import DenoiserRange, split
 from latentrt.runtime.image_prompts.resolve import ResolvedImage, resolve_images
 from latentrt.runtime.images.sources import MAX_PIXELS, ImageSource
 from latentrt.runtime.images.tiling import Tiling, plan_tiles
@@ -24,7 +23,7 @@ from latentrt.runtime.request import DECODERS, NO_TINY, NOISES, SCORES, Control,
 from latentrt.runtime.sampling.forecast import forecast
 from latentrt.runtime.sampling.guidance import Guidance, plan_guidance
 from latentrt.runtime.sampling.make import make_plan
-from latentrt.runtime.sampling.plan import SamplingPlan
+from latentrt.runtime.sampling.plan import DenoiserRange, SamplingPlan, split
 from latentrt.runtime.text.tokenizer import Prompt
 
 
