@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,14 +24,15 @@ from latentrt.runtime.serve.app import build
 from latentrt.runtime.serve.models import Models
 from latentrt.runtime.serve.options import ServeOptions
 from latentrt.runtime.serve.web_errors import WebError
+from tests.lora_files import save
 from tests.serving import served
 
 
 class Service:
     """A service that is attacked."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
+    def __init__(self, address: str, loras: Path) -> None:
+        self.address, self.loras = address, loras
 
     def send(self, path: str, body: bytes, media: str, **headers: str) -> int:
         """Return the status of an answer to a POST."""
@@ -65,9 +67,12 @@ def service(sd1_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     folder = tmp_path_factory.mktemp("loras")
     (folder.parent / "outside.safetensors").write_bytes(b"secret")
     (folder / "damaged.safetensors").write_bytes(b"no LoRA")
+    (folder / "folder.safetensors").mkdir()
+    zeros = {"lora_A": np.zeros((1, 4, 3, 3), np.float32), "lora_B": np.zeros((32, 1, 1, 1), np.float32)}
+    save(folder / "alone.safetensors", {f"base_model.model.unet.conv_in.{role}.weight": zeros[role] for role in zeros})
     options = ServeOptions(loras=folder, pictures=tmp_path_factory.mktemp("pictures"))
     with Models({"tiny": sd1_bundle}, options, {"backend": "cpu"}) as models, served(build(models)) as address:
-        yield Service(address)
+        yield Service(address, folder)
 
 
 def huge_png() -> bytes:
@@ -118,16 +123,28 @@ def test_names_are_never_paths(service: Service, path: str, body: Any) -> None:
     ("path", "body"),
     [
         ("/v1/images/generations", {**DRAW, "loras": [{"name": "damaged"}]}),
+        ("/v1/images/generations", {**DRAW, "loras": [{"name": "alone"}]}),
+        ("/jobs", {**DRAW, "loras": [{"name": "alone"}]}),
         ("/sdapi/v1/txt2img", {"prompt": "a circle <lora:damaged:1>", "steps": 1}),
+        ("/sdapi/v1/txt2img", {"prompt": "a circle <lora:alone:1>", "steps": 1}),
     ],
 )
 def test_where_a_lora_lies_is_not_told(service: Service, path: str, body: Any) -> None:
     connection = http.client.HTTPConnection(urlsplit(service.address).netloc, timeout=60)
-    connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+    headers = {"content-type": "application/json", "x-latentrt-session": "abcdefghijklmnop"}
+    connection.request("POST", path, json.dumps(body), headers)
     answer = connection.getresponse()
     text = answer.read().decode()
     connection.close()
-    assert answer.status == 400 and "damaged" in text and "/damaged" not in text
+    assert answer.status == 400 and ("'damaged'" in text or "'alone'" in text) and str(service.loras) not in text
+
+
+def test_a_folder_is_no_lora(service: Service) -> None:
+    connection = http.client.HTTPConnection(urlsplit(service.address).netloc, timeout=60)
+    connection.request("GET", "/sdapi/v1/loras")
+    names = [one["name"] for one in json.loads(connection.getresponse().read())]
+    connection.close()
+    assert names == ["alone", "damaged"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def lora_files(options: ServeOptions) -> dict[str, Path]:
     """Return the service's LoRA files by their names, which are all that a client can ask for."""
     found = sorted(options.loras.glob("*.safetensors")) if options.loras is not None else []
-    return {path.stem: path for path in found}
+    return {path.stem: path for path in found if path.is_file()}
 
 
 @contextmanager
@@ -30,8 +30,10 @@ def by_name(request: Request) -> Iterator[None]:
         yield
     except RequestError as error:
         sentence = str(error)
-        for lora in request.loras:
-            sentence = sentence.replace(str(lora.file), f"'{Path(lora.file).stem}'")
+        for file in (Path(lora.file) for lora in request.loras):
+            for told in (f"'{file}'", str(file)):
+                sentence = sentence.replace(told, f"'{file.stem}'")
+            sentence = sentence.replace(f"{file.parent}/", "")  # of the config of PEFT's own files
         if sentence == str(error):
             raise
         raise RequestError(sentence) from error
