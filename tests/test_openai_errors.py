@@ -195,6 +195,23 @@ def test_what_is_no_request_is_refused(address: str, body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("inner", "code", "place"),
+    [
+        ({"scale": 0.5}, "missing_required_parameter", "loras[1].name"),
+        ({"name": "ink", "file": "ink"}, "unknown_parameter", "loras[1].file"),
+        ({"name": "ink", "scale": 99}, "invalid_type", "loras[1].scale"),
+        ({"name": "ink", "scale": "0.5"}, "invalid_type", "loras[1].scale"),
+        ("ink", "invalid_type", "loras[1]"),
+    ],
+)
+def test_a_refusal_says_where_in_a_list(address: str, inner: Any, code: str, place: str) -> None:
+    body = json.dumps({"prompt": "a", "loras": [{"name": "ink"}, inner]}).encode()
+    status, answer, _ = send(address, "/v1/images/generations", body)
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, code, "loras")
+    assert answer["error"]["message"].startswith(f"{place}: ")
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ([("prompt", "a"), ("guidance", "nan")], "guidance"),

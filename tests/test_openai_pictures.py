@@ -298,7 +298,7 @@ def test_the_longest_prompts_are_drawn_in_every_format(client: openai.OpenAI, ki
         ({"quality": "best"}, "quality"),
         ({"extra_body": {"complexity": "high"}}, "complexity"),
         ({"extra_body": {"loras": [{"name": "../ink"}]}}, "loras"),
-        ({"extra_body": {"loras": [{"name": "ink", "path": "/"}]}}, "path"),
+        ({"extra_body": {"loras": [{"name": "ink", "path": "/"}]}}, "loras"),
         ({"extra_body": {"controls": [{"name": "edges", "image": "&"}]}}, "controls"),
         ({"extra_body": {"guidance": 1e30}}, "guidance"),
         ({"extra_body": {"seed": -1}}, "seed"),

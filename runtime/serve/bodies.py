@@ -16,6 +16,10 @@ from latentrt.runtime.serve.web_errors import WebError
 T = TypeVar("T")
 LONG = 256 * 1024  # bytes that take longer to parse than the event loop has
 SHORT, SENTENCE = 64, 300  # characters of a name, and of what a schema says, that a client is told
+ABSENT = (  # how msgspec's sentences begin, the error's code, and what is said of the field
+    ("Object contains unknown field `", "unknown_parameter", "this service knows no such field"),
+    ("Object missing required field `", "missing_required_parameter", "it is missing"),
+)
 MOST_COMMAS = 100_000  # of texts too; the longest request has a fraction, and each value takes far more than its bytes
 
 
@@ -79,17 +83,16 @@ def refuse_nul(value: Any, name: str) -> None:
 
 
 def invalid(error: msgspec.ValidationError) -> WebError:
-    """Return what a body's schema refuses, by its field: `size: Expected str`."""
-    sentence, _, place = str(error).partition(" - at `")
-    if sentence.startswith("Object contains unknown field `"):
-        name = shortened(sentence.split("`")[1])
-        return WebError(f"{name}: this service knows no such field", code="unknown_parameter", param=name)
-    if sentence.startswith("Object missing required field `"):
-        name = sentence.split("`")[1]
-        return WebError(f"{name}: it is missing", code="missing_required_parameter", param=name)
-    param = re.split(r"[.\[]", place.strip("`").removeprefix("$").lstrip("."))[0] or None
-    said = shortened(sentence, SENTENCE)
-    return WebError(f"{param or 'the body'}: {said}", code="invalid_type", param=param)
+    """Return what a body's schema refuses, by its place: `loras[0].scale: Expected float`, whose `param` is `loras`."""
+    sentence, _, path = str(error).partition(" - at `")
+    place = path.strip("`").removeprefix("$").lstrip(".")
+    code, said = "invalid_type", shortened(sentence, SENTENCE)
+    for start, its_code, what in ABSENT:
+        if sentence.startswith(start):
+            name = shortened(sentence.split("`")[1])
+            place, code, said = f"{place}.{name}" if place else name, its_code, what
+    param = re.split(r"[.\[]", place)[0] or None
+    return WebError(f"{place or 'the body'}: {said}", code=code, param=param)
 
 
 def shortened(text: str, most: int = SHORT) -> str:
