@@ -77,7 +77,13 @@ class Args(BaseModel):
     @classmethod
     def named(cls, given: object) -> object:
         """Read what a command line says."""
-        return dict(pair.split("=", 1) for pair in given.split(",")) if isinstance(given, str) else given
+        if not isinstance(given, str):
+            return given
+        pairs = [pair.partition("=") for pair in given.split(",")]
+        for name, _, value in pairs:
+            if not (name and value):
+                raise ValueError(f"found '{given}', expected NAME=VALUE, as in shapes=demo/shapes")
+        return {name: value for name, _, value in pairs}
 
     @property
     def options(self) -> ServeOptions:
@@ -153,6 +159,8 @@ def app(args: Args) -> serve.Application:
             check_health(self.app.state.models)
 
         async def __del__(self) -> None:
+            if not hasattr(self, "app"):  # its bundles were not loaded
+                return
             models: Models = self.app.state.models
             await asyncio.to_thread(models.drain)
             await asyncio.to_thread(models.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -28,6 +29,7 @@ from latentrt.engines.errors import EngineError
 from latentrt.engines.spec import Array
 
 pytest.importorskip("ray")
+from pydantic import ValidationError
 from ray import serve
 
 from latentrt.runtime.ray_app import SPARE, Args, app, check_health
@@ -77,6 +79,20 @@ def test_wrong_arguments_are_refused_before_anything_is_deployed(wrong: dict[str
     given = {"bundles": {"tiny": "tiny"}, **wrong} if wrong else {}
     with pytest.raises(ValueError):  # pydantic's, or RequestError
         app(Args.model_validate(given))
+
+
+@pytest.mark.parametrize("given", ["demo/shapes", "shapes=", "=demo/shapes", "shapes=demo/shapes,", ""])
+def test_a_bundle_without_a_name_is_refused_by_what_was_typed(given: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Args.model_validate({"bundles": given})
+    (error,) = refused.value.errors()
+    assert error["loc"] == ("bundles",) and f"'{given}'" in error["msg"]
+
+
+def test_a_replica_that_could_not_load_its_bundles_ends_quietly(tmp_path: Path) -> None:
+    deployed = app(Args(bundles={"tiny": str(tmp_path / "nowhere")}))._bound_deployment
+    replica_class = cast("Any", deployed.func_or_class).__base__  # without what Ray adds
+    asyncio.run(replica_class.__del__(SimpleNamespace()))
 
 
 @pytest.fixture
