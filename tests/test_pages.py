@@ -96,6 +96,8 @@ def desk(
     (desk / "trace.jsonl").write_text('{"at_s": 0.0, "steps": 2}\n{"at_s": 0.1, "steps": 1}\n')
     for seed, name in enumerate(("style", "person")):
         save(desk / f"{name}.safetensors", kohya(make_factors(edged.checkpoint, seed=seed)))
+    (desk / "loras").mkdir()
+    shutil.copy(desk / "style.safetensors", desk / "loras")
     return desk
 
 
