@@ -121,7 +121,7 @@ def export_checkpoint(
     precision = precision or (DEFAULT_PRECISION[backends[0]] if backends else "fp32")
     _require_computed(precision, backends, draw)
     report("reading the checkpoint", 1, 1)
-    what = f"exporting: {_require_room(opened, target, precision, backends, overwrite=overwrite)}"
+    what = f"exporting ({_require_room(opened, target, precision, backends, overwrite=overwrite)})"
     report(what, 0, 1)
     provenance = _provenance(opened, precision)
     _existing(target, provenance, overwrite=overwrite)  # refused before anything is written

@@ -193,7 +193,7 @@ def _changes(file: TensorFile) -> list[str]:
         for target in targets:
             kinds.setdefault(lora.kind_name(part, target), set()).update({lora.rank(part, target) or 0} - {0})
         changed = " and ".join(_ranked(kind, sorted(ranks)) for kind, ranks in kinds.items())
-        sentences.append(f"it changes {len(targets)} parameters of the {part}, by {changed}")
+        sentences.append(f"it changes {len(targets)} of the {part}'s parameters, by {changed}")
     sentences += ["it is added to a checkpoint with: latentrt export CHECKPOINT BUNDLE --lora FILE:SCALE"]
     return [*sentences, "it is added to one call with: latentrt generate BUNDLE PROMPT --lora FILE:SCALE"]
 

@@ -127,7 +127,7 @@ def require_room(target: Path, needed: Need) -> str:
             "give a bundle's path on a larger disk, or take less: --precision fp16, --no-build, or --no-t5 where there "
             "is a T5"
         )
-    return f"takes {needed}, and {free / GB:.3g} GB of that disk are free"
+    return f"{needed}; {free / GB:.3g} GB are free"
 
 
 def free_bytes(target: Path) -> int:
