@@ -209,8 +209,8 @@ def test_a_loras_changes_are_counted(tmp_path: Path) -> None:
         tensors |= {f"lora_{name}.lora_down.weight": (rank, 4), f"lora_{name}.lora_up.weight": (4, rank)}
     file = save_header(tmp_path / "a.safetensors", tensors, metadata={"ss_base_model_version": "sd_v1"})
     notes = inspect_checkpoint(str(file)).notes
-    assert "it changes 2 parameters of the unet, by LoRA of rank 4 to 8" in notes
-    assert "it changes 1 parameters of the text_encoder, by LoRA of rank 2" in notes
+    assert "it changes 2 of the unet's parameters, by LoRA of rank 4 to 8" in notes
+    assert "it changes 1 of the text_encoder's parameters, by LoRA of rank 2" in notes
     assert "its metadata say ss_base_model_version: sd_v1" in notes
 
 
