@@ -83,7 +83,7 @@ def test_what_is_run_once_a_picture_is_not_recorded() -> None:
     assert "enable_cuda_graph" not in cuda_settings(OnnxRuntimeOptions(), spec("float16", "x"), every_stage=True)
 
 
-def test_only_bound_buffers_are_recorded(tmp_path: Path) -> None:
+def test_only_bound_buffers_are_recorded(caplog: pytest.LogCaptureFixture) -> None:
     """A recording reads the addresses that it was made on, and a call's arrays lie somewhere else every time."""
     graphs: list[str] = []
 
@@ -94,12 +94,15 @@ def test_only_bound_buffers_are_recorded(tmp_path: Path) -> None:
         def run_with_iobinding(self, _binding: Any, options: Any) -> None:
             graphs.append(options.get_run_config_entry("gpu_graph_id"))
 
-    engine = session.OnnxRuntimeEngine(Session(), spec("float32", "x"))
+    assert session.OnnxRuntimeEngine(Session(), spec("float32", "x")).new_recording() == session.NOT_RECORDED
+    engine = session.OnnxRuntimeEngine(Session(), spec("float32", "x"), recorded=True)
     engine({"x": [1.0]})
     engine.run_bound(engine.new_binding(), graph=3)
     assert graphs == ["-1", "3"]
-    numbers = [engine.new_recording() for _ in range(session.MOST_RECORDINGS + 2)]
+    with caplog.at_level("WARNING"):
+        numbers = [engine.new_recording() for _ in range(session.MOST_RECORDINGS + 2)]
     assert numbers == [*range(1, session.MOST_RECORDINGS + 1), session.NOT_RECORDED, session.NOT_RECORDED]
+    assert len(caplog.records) == 1, "what is slower from now on is told, once"
 
 
 def test_onnx_runtime_is_told_to_report_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

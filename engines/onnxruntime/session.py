@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import threading
 from collections.abc import Mapping
@@ -27,10 +28,13 @@ DTYPES: dict[str, DType] = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+_log = logging.getLogger(__name__)
+
 # Output buffers are kept for this many different input shapes, then the oldest are dropped.
 KEPT_SHAPES = 8
 NOT_RECORDED = -1  # of CUDA graphs' numbers: a recording would read the buffers that it was made on
 MOST_RECORDINGS = 64  # of one session, for nothing lets go of one before the session goes
+RECORDED: Mapping[str, str] = {"enable_cuda_graph": "1"}
 NO_SETTINGS: Mapping[str, str] = {}
 NOT_CHANGED: Mapping[str, Array] = {}
 NOT_CAPTURED = "cannot use the graph capture feature"
@@ -127,7 +131,7 @@ def load(
             raise
         raise _not_recordable(file, settings, spec.component) from error
     check_assignment(session, provider, spec.component)
-    return OnnxRuntimeEngine(session, spec, weights=weights)
+    return OnnxRuntimeEngine(session, spec, weights=weights, recorded=RECORDED.items() <= settings.items())
 
 
 def _not_recordable(file: Path, settings: Mapping[str, str], component: str) -> EngineError:
@@ -162,7 +166,7 @@ def cuda_settings(options: OnnxRuntimeOptions, spec: EngineSpec, *, every_stage:
     """Return the CUDA provider's options for a component. every_stage: it runs at every stage"""
     half = any(tensor.dtype == "float16" for tensor in spec.inputs)
     tf32 = options.tf32 if options.tf32 is not None else half or not every_stage
-    recorded = {"enable_cuda_graph": "1"} if options.cuda_graph and every_stage else NO_SETTINGS
+    recorded = RECORDED if options.cuda_graph and every_stage else NO_SETTINGS
     return {**on_gpu(options.device), "use_tf32": str(int(tf32)), **recorded, **options.settings}
 
 
@@ -210,9 +214,12 @@ def _hold_memory() -> bool:
 class OnnxRuntimeEngine(Closing):
     """One graph in one session. Output buffers are reused: they hold until the next call with the same shapes."""
 
-    def __init__(self, session: Any, spec: EngineSpec, *, weights: object = None) -> None:
-        """Take a session. weights: what it refers to and does not own, kept for as long."""
-        self.spec = spec
+    def __init__(self, session: Any, spec: EngineSpec, *, weights: object = None, recorded: bool = False) -> None:
+        """Take a session.
+
+        weights: what it refers to and does not own, kept for as long; recorded: it records kernels as CUDA graphs
+        """
+        self.spec, self._recorded = spec, recorded
         self._session, self._weights = session, weights
         self._recordings = 0
         self._outputs: LRUCache[tuple[tuple[int, ...], ...], list[Any]] = LRUCache(KEPT_SHAPES)
@@ -240,11 +247,23 @@ class OnnxRuntimeEngine(Closing):
         return self._open.io_binding()
 
     def new_recording(self) -> int:
-        """Return a number for the recording of a binding's kernels, `NOT_RECORDED` where the session holds enough."""
-        if self._recordings >= MOST_RECORDINGS:
+        """Return a number for the recording of a binding's kernels, `NOT_RECORDED` where there is none or enough.
+
+        The first one past enough is told, for what is not recorded is slower.
+        """
+        if not self._recorded:
             return NOT_RECORDED
         self._recordings += 1
-        return self._recordings
+        if self._recordings <= MOST_RECORDINGS:
+            return self._recordings
+        if self._recordings == MOST_RECORDINGS + 1:
+            _log.warning(
+                "%s: %d CUDA graphs are recorded, the most there may be; sizes and numbers of pictures that come from "
+                "now on are drawn without, and slower; loading the bundle again begins anew",
+                self.spec.component,
+                MOST_RECORDINGS,
+            )
+        return NOT_RECORDED
 
     def run_bound(self, binding: Any, *, graph: int = NOT_RECORDED) -> None:
         """Run on a binding's buffers; the work is done when this returns.
