@@ -1,4 +1,4 @@
-"""`python -m benchmarks.torture.page`: the table of docs/reliability.md, from benchmarks/results/torture-*.json."""
+"""`python -m benchmarks.torture.page`: the tables of docs/reliability.md, from benchmarks/results/torture-*.json."""
 
 from __future__ import annotations
 
@@ -10,6 +10,20 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "reliability.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
+SOAK_BEGIN, SOAK_END = "<!-- soak -->\n", "<!-- end of soak -->\n"
+SOAK_COLUMNS = (
+    "asked",
+    "threads",
+    "right pictures",
+    "of each thread",
+    "memory, MiB an hour",
+    "drift, MiB",
+    "swing, MiB",
+    "handles an hour",
+    "median wait, s",
+    "longest",
+)
+SOAK_HEAD = f"| {' | '.join(SOAK_COLUMNS)} |\n|{'---|' * len(SOAK_COLUMNS)}\n"
 HEAD = "| part | what was done | found | run |\n|---|---|---|---|\n"
 
 
@@ -47,11 +61,37 @@ def reports() -> list[dict[str, Any]]:
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("torture-*.json"))]
 
 
+def soak_row(mode: Mapping[str, Any]) -> str:
+    """Return the row of one way to ask for long."""
+    memory, (fewest, most) = mode["memory_mib"], mode["per_thread"]
+    slope = f"{memory['per_hour']:.2f} ({memory['low']:.2f} to {memory['high']:.2f})"
+    cells = (
+        mode["mode"],
+        mode["threads"],
+        f"{mode['outcomes']['right']:,}",
+        f"{fewest:,} to {most:,}" if fewest != most else f"{fewest:,}",
+        slope,
+        f"{memory['drift']:.2f}",
+        f"{memory['spread']:.2f}",
+        f"{mode['handles']['per_hour']:g}",
+        f"{mode['median_wait_s']:.3f}",
+        f"{mode['longest_wait_s']:.1f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
 def with_table(page: str) -> str:
-    """Return the page with the table of the results that are there."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + HEAD + "".join(map(row, reports())) + END + after
+    """Return the page with the tables of the results that are there."""
+    found = reports()
+    modes = next((report["modes"] for report in found if report["part"] == "soak"), [])
+    page = _placed(page, BEGIN, HEAD + "".join(map(row, found)), END)
+    return _placed(page, SOAK_BEGIN, SOAK_HEAD + "".join(map(soak_row, modes)), SOAK_END)
+
+
+def _placed(page: str, begin: str, text: str, end: str) -> str:
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return before + begin + text + end + after
 
 
 if __name__ == "__main__":
