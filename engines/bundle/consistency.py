@@ -126,5 +126,6 @@ def _latents(manifest: Manifest) -> Iterator[str]:
     largest = 1 if space.largest is None else space.largest
     if min(*manifest.default_size, space.channels, space.factor, space.multiple, largest) < 1:
         yield "$.latents or $.default_size: sizes must be positive"
-    if space.preview is not None and [len(row) for row in space.preview] != [3] * (space.channels + 1):
+    rows = [] if space.preview is None else [len(row) for row in space.preview]
+    if space.preview is not None and (len(rows) != space.channels + 1 or set(rows) != {3}):
         yield f"$.latents.preview: expected {space.channels + 1} rows of red, green and blue"
