@@ -37,6 +37,7 @@ from latentrt.engines.bundle.files import Bundle, check_file, record_file
 from latentrt.engines.bundle.safetensors_header import read_header, weights_format
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.graphs.golden import load_golden, save_golden
 from latentrt.export.options import CheckpointOptions
 from latentrt.runtime.calls import Turn
 from latentrt.runtime.serve.openai.store import put
@@ -115,6 +116,20 @@ def test_weights_that_cannot_be_read_are_one_sentence(
     Unreadable(monkeypatch, file)
     with pytest.raises(CheckpointError):
         read(file)
+
+
+def test_goldens_that_cannot_be_written_or_read_are_errors_of_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors' own functions for files have errors of their own for a full disk, which were tracebacks."""
+    file, arrays = tmp_path / "golden.safetensors", {"x": np.ones(3, np.float32)}
+    save_golden(file, arrays, arrays)
+    assert [list(side) for side in load_golden(file)] == [["x"], ["x"]]
+    Unreadable(monkeypatch, file)
+    for action in (lambda: save_golden(file, arrays, arrays), lambda: load_golden(file)):
+        with pytest.raises(OSError) as caught:
+            action()
+        assert caught.value.errno == errno.EIO
 
 
 def test_a_picture_that_cannot_be_kept_for_its_address_is_one_sentence(tmp_path: Path) -> None:

@@ -39,10 +39,12 @@ def read_golden(bundle: Bundle, component: str) -> Pair:
 
 def _read(path: Path, *, fix: str) -> Arrays:
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     try:
-        return dict(load_file(path))
+        return dict(load(path.read_bytes()))
+    except OSError as error:
+        raise BundleError(f"{path} could not be read ({error.strerror}); {fix}") from None
     except SafetensorError as error:
         raise BundleError(f"{path} is not a safetensors file ({error}); {fix}") from None
 
@@ -69,7 +71,7 @@ def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
     A row of the golden pair serves where its sizes fit. Otherwise the inputs are drawn from the golden pair's own
     values, which are tokens, timesteps and latents as the network meets them, always the same for the same sizes.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     golden = read_golden(bundle, spec.component)
     shapes = [row_shapes(bundle, spec.component, sizes) for sizes in distinct_sizes(spec)]
@@ -84,7 +86,7 @@ def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
         assert pair is not None
         for side, values in zip(("input", "output"), pair, strict=True):
             arrays |= {f"{number}.{side}.{name}": np.ascontiguousarray(array) for name, array in values.items()}
-    save_file(arrays, str(directory / reference_file(spec.component)))
+    (directory / reference_file(spec.component)).write_bytes(save(arrays))
 
 
 def read_references(bundle: Bundle, component: str, directory: Path, record: EngineRecord) -> list[Pair]:

@@ -146,20 +146,20 @@ def widen(inputs: Mapping[str, Array]) -> Arrays:
 
 
 def save_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-    """Write `input.<name>` in the graph's dtypes and `output.<name>` in float32 as safetensors."""
-    from safetensors.numpy import save_file
+    """Write `input.<name>` in the graph's dtypes and `output.<name>` in float32 as safetensors. Raises OSError."""
+    from safetensors.numpy import save  # `save_file` has an error of its own for a full disk
 
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"input.{name}": array for name, array in inputs.items()}
     arrays |= {f"output.{name}": array.astype(np.float32) for name, array in outputs.items()}
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, str(path))
+    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
 
 
 def load_golden(path: Path) -> Pair:
-    """Read what `save_golden` wrote."""
-    from safetensors.numpy import load_file
+    """Read what `save_golden` wrote. Raises OSError."""
+    from safetensors.numpy import load
 
-    arrays = load_file(str(path))
+    arrays = load(path.read_bytes())
     inputs, outputs = (
         {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
         for kind in ("input.", "output.")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -285,7 +285,13 @@ def _save(folder: Path, stem: str, tensors: Tensors, changes: WeightDeltas) -> N
         for key in keys:
             tensor = fuse(stored[key].read() if key in stored else tensors[key], changes.get(key, ()))
             shard[key] = tensor.float() if key in wide else tensor.to(types[key])
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(shard, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{folder / name}: weights in between could not be written ({error}); free some disk, or give a "
+                "path on a larger one, and run the command again"
+            ) from error
         places |= dict.fromkeys(keys, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
