@@ -22,7 +22,13 @@ from latentrt.engines.find import find_engines
 from latentrt.engines.onnxruntime import keys
 from latentrt.engines.spec import Array, Engine, EngineSpec, Inputs, TensorSpec
 from latentrt.engines.verify.canonical_view import as_canonical
-from latentrt.engines.verify.references import distinct_sizes, read_golden, read_references, reference_file
+from latentrt.engines.verify.references import (
+    distinct_sizes,
+    read_arrays,
+    read_golden,
+    read_references,
+    reference_file,
+)
 from latentrt.engines.verify.verify import Row, verify
 from tests.stand_in import install
 
@@ -270,3 +276,12 @@ def test_rows_that_belong_to_no_picture_are_refused(sd1_bundle: Path) -> None:
     unet = as_canonical(Recorder(stage_spec()), Bundle.open(sd1_bundle).manifest.latents, pictures=2)
     with pytest.raises(EngineError, match="expected 3 rows of which row r is that of picture r % 2"):
         unet({"sample": np.zeros((3, 4, 2, 2)), "timestep": np.zeros(3)})
+
+
+def test_arrays_of_a_file_are_writable_and_in_the_order_of_their_names(tmp_path: Path) -> None:
+    names = ["input.timestep", "output.sample", "input.hidden", "input.sample"]
+    written = {name: np.full(3, number, np.float32) for number, name in enumerate(names)}
+    save_file(written, tmp_path / "golden.safetensors")
+    arrays = read_arrays(tmp_path / "golden.safetensors")
+    assert list(arrays) == sorted(names)
+    assert all(np.array_equal(arrays[name], written[name]) and arrays[name].flags.writeable for name in names)

@@ -124,7 +124,6 @@ def test_goldens_that_cannot_be_written_or_read_are_errors_of_the_system(
     """safetensors' own functions for files have errors of their own for a full disk, which were tracebacks."""
     file, arrays = tmp_path / "golden.safetensors", {"x": np.ones(3, np.float32)}
     save_golden(file, arrays, arrays)
-    assert [list(side) for side in load_golden(file)] == [["x"], ["x"]]
     Unreadable(monkeypatch, file)
     for action in (lambda: save_golden(file, arrays, arrays), lambda: load_golden(file)):
         with pytest.raises(OSError) as caught:

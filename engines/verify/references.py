@@ -34,19 +34,31 @@ def read_golden(bundle: Bundle, component: str) -> Pair:
     """Read a component's recorded inputs and fp32 outputs. Raises BundleError."""
     path = bundle.path(bundle.manifest.components[component].golden, check="hash")
     arrays = _read(path, fix="export the checkpoint again")
-    return _side(arrays, "input."), _side(arrays, "output.")
+    return golden_pair(arrays)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read a safetensors file's arrays in the order of their names. Raises OSError, SafetensorError."""
+    from safetensors.numpy import load  # `load_file`'s errors of a disk have no number and no `strerror`
+
+    arrays = load(path.read_bytes())
+    return {name: arrays[name].copy() for name in sorted(arrays)}  # else they are not writable, in any order
 
 
 def _read(path: Path, *, fix: str) -> Arrays:
     from safetensors import SafetensorError
-    from safetensors.numpy import load
 
     try:
-        return dict(load(path.read_bytes()))
+        return read_arrays(path)
     except OSError as error:
         raise BundleError(f"{path} could not be read ({error.strerror}); {fix}") from None
     except SafetensorError as error:
         raise BundleError(f"{path} is not a safetensors file ({error}); {fix}") from None
+
+
+def golden_pair(arrays: Mapping[str, Array]) -> Pair:
+    """Return the inputs and the outputs among a golden file's arrays, without their prefixes."""
+    return _side(arrays, "input."), _side(arrays, "output.")
 
 
 def _side(arrays: Mapping[str, Array], prefix: str) -> Arrays:

@@ -10,6 +10,7 @@ import numpy as np
 from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
+from latentrt.engines.verify.references import golden_pair, read_arrays
 from latentrt.export.configs.tensors import Tensor
 from latentrt.export.graphs.run import Arrays, run_in_pieces
 from latentrt.export.networks.components import Case, Component, place_of
@@ -157,11 +158,4 @@ def save_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, A
 
 def load_golden(path: Path) -> Pair:
     """Read what `save_golden` wrote. Raises OSError."""
-    from safetensors.numpy import load
-
-    arrays = load(path.read_bytes())
-    inputs, outputs = (
-        {name.removeprefix(kind): array for name, array in arrays.items() if name.startswith(kind)}
-        for kind in ("input.", "output.")
-    )
-    return inputs, outputs
+    return golden_pair(read_arrays(path))
