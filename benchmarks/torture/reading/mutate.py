@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ODD: tuple[Any, ...] = (
@@ -89,21 +90,41 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     for key, inner in pairs:
         if len(found) > 2000:
             break
-        found += _places(inner, (*path, key))
+        place = (*path, key)
+        found += _places(inner, place) if isinstance(inner, dict | list) else [place]
     return found
+
+
+@functools.lru_cache(maxsize=64)  # most changes are the first one of a seed
+def _parsed(data: bytes) -> tuple[Any, list[tuple[Any, ...]]]:
+    """Return a JSON document, which nobody may change, and the path of each value in it. Raises ValueError."""
+    document = json.loads(data)
+    return document, _places(document)
+
+
+def _at(document: Any, path: Sequence[Any]) -> Any:
+    for step in path:
+        document = document[step]
+    return document
+
+
+def _copied(document: Any, path: Sequence[Any]) -> tuple[Any, Any]:
+    """Copy a document as far as what lies at a path may be changed. Return the copy, and its part at the path."""
+    copy = document.copy() if isinstance(document, dict | list) else document
+    if not path:
+        return copy, copy
+    copy[path[0]], part = _copied(document[path[0]], path[1:])
+    return copy, part
 
 
 def _document(data: bytes, chance: random.Random) -> bytes:
     """Change one place of a JSON document: another value, none, another key, a copy of another place."""
     try:
-        document = json.loads(data)
+        document, places = _parsed(data)
     except (ValueError, RecursionError):
         return _flip(data, chance)
-    places = _places(document)
     *outer, last = chance.choice(places) or (None,)
-    parent = document
-    for step in outer:
-        parent = parent[step]
+    document, parent = _copied(document, outer)
     if last is None or not isinstance(parent, dict | list):
         return json.dumps(chance.choice(ODD)).encode()
     act = chance.randrange(4)
@@ -112,10 +133,7 @@ def _document(data: bytes, chance: random.Random) -> bytes:
     elif act == 1 and isinstance(parent, dict):
         parent[str(chance.choice(ODD))[:200]] = parent.pop(last)
     elif act == 2:
-        value: Any = document
-        for step in chance.choice(places):
-            value = value[step]
-        parent[last] = json.loads(json.dumps(value))  # no circle
+        parent[last] = _at(_parsed(data)[0], chance.choice(places))
     else:
         parent[last] = chance.choice(ODD)
     return json.dumps(document).encode()
