@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 from import_time import environment, install
-from load import place
+from page_tables import place
 from paired import paired_ratio
 
 from latentrt.runtime.bench.machine import describe, now

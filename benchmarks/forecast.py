@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load import place
+from page_tables import place
 
 from latentrt.export.demo.scoring import held_out_prompts
 from latentrt.export.quantisation.quantise import decibels

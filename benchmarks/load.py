@@ -8,10 +8,11 @@ python benchmarks/load.py page                 # writes the tables again from th
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
+
+from page_tables import place
 
 from latentrt.engines.bundle.parsing import decode, parse
 from latentrt.runtime.bench.load.result import read_report
@@ -35,13 +36,6 @@ def tables() -> dict[str, str]:
     if fleet.is_file():
         found["fleet"] = survey_table(parse(Survey, decode(fleet.read_bytes(), strict=True))).rstrip()
     return found
-
-
-def place(page: str, name: str, table: str) -> str:
-    """Return a page with a table between the two marks of its place."""
-    return re.sub(
-        rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: f"{m[1]}\n{table}\n\n{m[2]}", page, flags=re.S
-    )
 
 
 def main() -> None:

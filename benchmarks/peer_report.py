@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from load import place
+from page_tables import place
 from peer_tables import PEERS, ROOT
 
 from latentrt.runtime.bench.report.text import milliseconds

@@ -272,7 +272,7 @@ def missed(model: str, bytes_per_s: float, part: Mapping[str, Any]) -> str | Non
 
 def with_tables(page: str, found: Mapping[str, Any]) -> str:
     """Return a page with each table between its marks."""
-    from load import place  # which the GPU suite does without
+    from page_tables import place  # which the GPU suite does without
 
     for name, text in tables(found).items():
         page = place(page, name, text)

@@ -227,7 +227,7 @@ def test_text_encoders_on_demand_take_what_was_measured() -> None:
 
 
 def test_other_libraries_take_as_long_and_as_much_as_was_measured() -> None:
-    from benchmarks.load import place
+    from benchmarks.page_tables import place
 
     for name, table in peer_tables().items():
         assert f"<!-- {name} -->" in PAGE and place(PAGE, name, table) == PAGE
@@ -287,7 +287,7 @@ def test_int8_on_the_cpu_takes_as_long_as_was_measured() -> None:
 
 
 def test_cold_starts_take_as_long_as_was_measured() -> None:
-    from benchmarks.load import place
+    from benchmarks.page_tables import place
 
     if any(RESULTS.glob("cold-start-*.json")):
         assert place(PAGE, PLACE, cold_table()) == PAGE
@@ -298,7 +298,7 @@ def ways_of(sampler: Any) -> list[Any]:
 
 
 def test_forecasts_come_as_near_as_was_measured() -> None:
-    from benchmarks.load import place
+    from benchmarks.page_tables import place
 
     page = (ROOT / "docs" / "samplers.md").read_text()
     found = result("forecast")
@@ -322,7 +322,8 @@ def _figures(one: Mapping[str, float]) -> tuple[tuple[float, int], tuple[float, 
 
 
 def test_the_tables_of_loads_are_those_of_their_results() -> None:
-    from benchmarks.load import place, tables
+    from benchmarks.load import tables
+    from benchmarks.page_tables import place
 
     page = PAGE
     for name, table in tables().items():

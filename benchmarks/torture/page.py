@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.page_tables import place
+
 ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-SOAK_BEGIN, SOAK_END = "<!-- soak -->\n", "<!-- end of soak -->\n"
 SOAK_COLUMNS = (
     "asked",
     "threads",
@@ -84,14 +84,8 @@ def with_table(page: str) -> str:
     """Return the page with the tables of the results that are there."""
     found = reports()
     modes = next((report["modes"] for report in found if report["part"] == "soak"), [])
-    page = _placed(page, BEGIN, HEAD + "".join(map(row, found)), END)
-    return _placed(page, SOAK_BEGIN, SOAK_HEAD + "".join(map(soak_row, modes)), SOAK_END)
-
-
-def _placed(page: str, begin: str, text: str, end: str) -> str:
-    before, _, rest = page.partition(begin)
-    _, _, after = rest.partition(end)
-    return before + begin + text + end + after
+    page = place(page, "results", HEAD + "".join(map(row, found)))
+    return place(page, "soak", SOAK_HEAD + "".join(map(soak_row, modes)))
 
 
 if __name__ == "__main__":
