@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import pickle
 import random
 import shutil
@@ -28,7 +29,7 @@ from benchmarks.torture.reading.targets import TARGETS
 from benchmarks.torture.soak import slope
 from benchmarks.torture.sources import Sources
 from benchmarks.torture.writing.layer import compiled, layer
-from benchmarks.torture.writing.writes import Fault, Trial, distinct, faults
+from benchmarks.torture.writing.writes import Fault, Trial, distinct, faults, try_scene
 from safetensors.numpy import save_file
 
 from latentrt.__main__ import Refusal, refused
@@ -67,6 +68,19 @@ def test_a_write_that_fails_leaves_the_old_state_one_sentence_and_a_rerun_that_w
             (came, said), *wrong = trial.check(fault)
             assert wrong == [], fault
             assert came == "passed" or "latentrt: " in said
+
+
+def test_a_run_in_the_long_form_goes_on_where_the_last_one_of_its_seed_stopped(
+    sd1_bundle: Path, tmp_path: Path
+) -> None:
+    given = Sources(checkpoint=sd1_bundle, bundle=sd1_bundle, other=sd1_bundle, store=tmp_path / "none")
+    with layer(tmp_path / "work", with_torch=False) as there:
+        trial, kept = Trial("keep a picture", given, there), tmp_path / "kept.json"
+        assert [try_scene(trial, 1, kept, until=0.0).tried for _ in range(2)] == [1, 2]
+        whole = try_scene(trial, 1, kept, until=math.inf)
+        assert whole.tried == whole.distinct == whole.refused + whole.passed > 2
+        assert try_scene(trial, 1, kept, until=math.inf) == whole
+        assert try_scene(trial, 2, kept, until=0.0).tried == 1
 
 
 def test_engines_that_went_into_the_cache_are_gone_when_the_next_call_fails(sd1_bundle: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from benchmarks.torture.sources import Sources, sources
 from benchmarks.torture.writing.layer import CACHE, Call, Layer, layer
 from benchmarks.torture.writing.scenes import SCENES, Scene
 
+from latentrt.engines.bundle.files import atomic_write
+
 ERRORS = {  # what each kind of call can meet
     "create": (errno.ENOSPC, errno.EACCES, errno.EIO),
     "open": (errno.EIO, errno.EACCES),
@@ -55,8 +57,9 @@ class Tally(msgspec.Struct, kw_only=True):
     refused: ended with one sentence; passed: did its work all the same
     """
 
-    calls: int = 0
-    distinct: int = 0
+    seed: int
+    calls: int
+    distinct: int
     tried: int = 0
     refused: int = 0
     passed: int = 0
@@ -166,17 +169,30 @@ class Trial:
             yield f"after the rerun: left {sorted(left)[:3]}, missing {sorted(self.names - there)[:3]}", said
 
 
-def try_scene(trial: Trial, chance: random.Random, until: float) -> Tally:
-    """Let calls of a scene fail, each in a run of its own, until all have or the time is over; one in any case."""
-    all_of_them = faults(distinct(trial.calls), chance)
-    tally = Tally(calls=len(trial.calls), distinct=len(all_of_them))
-    for fault in all_of_them:
+def begun(trial: Trial, seed: int, kept: Path) -> Tally:
+    """Return how far an earlier run of the same faults has come, or that none of them was tried yet."""
+    tally = Tally(seed=seed, calls=len(trial.calls), distinct=len(distinct(trial.calls)))
+    if not kept.is_file():
+        return tally
+    before = msgspec.json.decode(kept.read_bytes(), type=Tally)
+    return before if (before.seed, before.distinct) == (seed, tally.distinct) else tally
+
+
+def try_scene(trial: Trial, seed: int, kept: Path, until: float) -> Tally:
+    """Let calls of a scene fail, each in a run of its own, until all have or the time is over; one more in any case.
+
+    kept: a file with what came of them so far, for a later run to go on from
+    """
+    tally = begun(trial, seed, kept)
+    for fault in faults(distinct(trial.calls), random.Random(f"{seed} {trial.name}"))[tally.tried :]:
         (first, _), *wrong = trial.check(fault)
         tally.tried += 1
         tally.refused += first == "refused"
         tally.passed += first == "passed"
         for what, said in wrong:
             tally.found.append(Found(scene=trial.name, fault=fault, what=what, said=said[-2000:]))
+        with atomic_write(kept) as file:
+            file.write_bytes(msgspec.json.encode(tally))
         if time.monotonic() > until:
             break
     return tally
@@ -193,6 +209,7 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 def run(work: Path, *, seed: int, seconds: float, short: bool, only: Sequence[str] = ()) -> Result:
     """Let each call of each scene fail, as far as the time goes: scenes share it, and what one leaves is for the next.
 
+    In the long form a later run of the same seed goes on from here.
     short: without the scenes that export, which load PyTorch
     only: names of scenes, all if empty
     """
@@ -203,7 +220,10 @@ def run(work: Path, *, seed: int, seconds: float, short: bool, only: Sequence[st
         for name in sorted(chosen, key=lambda name: SCENES[name].torch):
             trial = Trial(name, given, there)
             start, share_s = time.monotonic(), left_s / (len(chosen) - len(tallies))
-            tallies[name] = try_scene(trial, random.Random(f"{seed} {name}"), start + share_s)
+            kept = work / "writes" / f"{name.replace(' ', '-')}.json"
+            if short:
+                kept.unlink(missing_ok=True)
+            tallies[name] = try_scene(trial, seed, kept, start + share_s)
             left_s = max(0.0, left_s - (time.monotonic() - start))
     counted = ("calls", "distinct", "tried", "refused", "passed")
     scenes = {name: {what: getattr(tally, what) for what in counted} for name, tally in tallies.items()}
