@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -116,6 +117,7 @@ def _placed(kinds: Mapping[str, tuple[str, tuple[int, ...]]], begin: int) -> dic
     return placed
 
 
+@functools.cache
 def bits(dtype: str) -> int:
     """Return how many bits an element of one of the format's types takes, which is the first number in its name."""
     number = re.search(r"\d+", dtype)
