@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -13,12 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from latentrt.engines.build import build_engines
+from latentrt.engines.bundle import staging
 from latentrt.engines.bundle.files import Bundle, atomic_write, write_manifest
 from latentrt.engines.bundle.staging import (
     LOCK,
@@ -97,6 +99,63 @@ def test_publishing_replaces_the_old_directory_only_when_asked(tmp_path: Path) -
             publish(directory, target, overwrite=overwrite)
         assert (target / "file").read_text() == expected
         assert names(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+@pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "in two steps"])
+def test_whatever_stands_there_is_replaced(
+    exchanges: bool, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    target = tmp_path / "bundle"
+    target.mkdir() if kind == "directory" else target.touch()
+    with staged(target, "new") as directory:
+        (directory / "file").write_text("new")
+        publish(directory, target, overwrite=True)
+    assert (target / "file").read_text() == "new"
+    assert names(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "in two steps"])
+@pytest.mark.parametrize("stays", [False, True], ids=["once", "for good"])
+def test_a_rename_that_fails_leaves_the_old_directory_in_its_place(
+    exchanges: bool, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file system that cannot exchange, one that fails for good between the two steps has no way back."""
+    calls, failing = 0, 0
+
+    def counted(real: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
+        def call(one: Path, other: Path) -> object:
+            nonlocal calls
+            calls += 1
+            if failing and (calls == failing or (stays and calls > failing)):
+                raise OSError(errno.EIO, "Input/output error", str(other))
+            return real(one, other)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(staging, "_exchange", counted(staging._exchange) if exchanges else lambda one, other: False)
+    told: list[bool] = []
+    while not told or told[-1]:
+        target, failing, calls = tmp_path / str(len(told)) / "bundle", 0, 0
+        for content in ("old", "new"):
+            with staged(target, content) as directory:
+                (directory / "file").write_text(content)
+                if content == "old":
+                    publish(directory, target)
+                    continue
+                calls, failing = 0, len(told) + 1
+                with contextlib.suppress(BundleError):
+                    publish(directory, target, overwrite=True)
+        told.append(calls >= failing)
+        there = (target / "file").read_text() if target.exists() else "nothing"
+        between = not exchanges and stays and failing == 4
+        assert there == ("nothing" if between else "old" if told[-1] else "new")
+        sweep(target.parent)
+        assert names(target.parent) == ([] if between else ["bundle"])
+    assert len(told) == (4 if exchanges else 5)
 
 
 def test_a_path_is_held_by_one_thread_at_a_time(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from latentrt.engines.bundle.files import atomic_write, disk_errors, sync
 
 PARTIAL = ".partial-"
 LOCK = ".lock"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 # Nothing can be prepared in a folder: it is not ours, read-only, no folder, or on a file system without locks.
 UNUSABLE = (
     errno.EACCES,
@@ -85,10 +86,9 @@ def publish(directory: Path, target: Path, *, overwrite: bool = False) -> None:
             if not overwrite:
                 shutil.rmtree(directory)
                 break
-            aside = target.with_name(f".{target.name}{PARTIAL}old-{os.getpid():x}-{time.monotonic_ns():x}")
             with contextlib.suppress(FileNotFoundError):  # another process moved it first
-                target.rename(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+                _replace(directory, target)
+                break
         sync(target.parent)
 
 
@@ -101,6 +101,50 @@ def _rename_into(directory: Path, target: Path) -> bool:
             raise
         return False
     return True
+
+
+def _replace(directory: Path, target: Path) -> None:
+    """Put a directory where another one stands, which goes. Raises OSError, and then the old one stands as before."""
+    beside = _beside(target)
+    directory.rename(beside)  # a name without a key: what a kill leaves here is never taken for finished work
+    try:
+        old = beside if _exchange(beside, target) else _put_aside(beside, target)
+    except OSError:
+        with contextlib.suppress(OSError):  # else the next sweep removes it
+            beside.rename(directory)
+        raise
+    _remove(old)
+
+
+def _put_aside(directory: Path, target: Path) -> Path:
+    """Put a directory in another one's place in two steps, between which there is none. Return where the old one is."""
+    old = _beside(target)
+    target.rename(old)
+    try:
+        directory.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    return old
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}{PARTIAL}old-{os.getpid():x}-{time.monotonic_ns():x}")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step (renameat2(2)); False where the file system cannot. Raises OSError."""
+    import ctypes  # Python has no function for it, and only who replaces something needs it
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        raise OSError(code, os.strerror(code), str(other))
+    return False
 
 
 @contextlib.contextmanager

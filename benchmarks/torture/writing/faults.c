@@ -164,6 +164,11 @@ int renameat(int from_folder, const char *from, int to_folder, const char *to) {
     return passes_at("rename", to_folder, to, 1) ? -1 : real(from_folder, from, to_folder, to);
 }
 
+int renameat2(int from_folder, const char *from, int to_folder, const char *to, unsigned int flags) {
+    REAL(renameat2);
+    return passes_at("rename", to_folder, to, 1) ? -1 : real(from_folder, from, to_folder, to, flags);
+}
+
 int link(const char *from, const char *to) {
     REAL(link);
     return passes_at("link", AT_FDCWD, to, 1) ? -1 : real(from, to);
