@@ -165,14 +165,14 @@ def test_another_checkpoints_adapter_is_refused(adapted: Adapted, tmp_path: Path
         options = CheckpointOptions(adapters=(ControlNetOption(name="a", path=str(path)),))
         open_checkpoint(str(made.checkpoint), options=options)
 
-    with pytest.raises(CheckpointError, match="--adapter a='nowhere' is not there"):
+    with pytest.raises(CheckpointError, match="--adapter a='nowhere'"):
         open_with("nowhere")
-    with pytest.raises(CheckpointError, match="was made for another checkpoint: its features are 16 channels at 1/2"):
+    with pytest.raises(CheckpointError, match=r" 16 .* 1/2\b"):
         open_with(adapted("sdxl").networks["sketch"])
-    with pytest.raises(CheckpointError, match="was recognised as ControlNetModel, expected a T2IAdapter"):
+    with pytest.raises(CheckpointError, match=r"ControlNetModel.*T2IAdapter"):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": "ControlNetModel"}))
         open_with(tmp_path)
     network = ControlNetOption(name="a", path=str(made.networks["sketch"]))
-    with pytest.raises(CheckpointError, match="--adapter: the name 'a' was given twice"):
+    with pytest.raises(CheckpointError, match=r"^--adapter: .*'a'"):
         open_checkpoint(str(made.checkpoint), options=CheckpointOptions(adapters=(network, network)))
     assert "--adapter NAME=" in (inspect_checkpoint(str(made.networks["sketch"])).problem or "")

@@ -199,7 +199,7 @@ def test_a_learned_word_does_not_stand_for_the_whole_text(worded: tuple[Path, Pa
 def test_rows_that_config_json_does_not_know_of_are_named(sd1_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint")
     add_words(checkpoint, "text_encoder", CLIPTextModel, vocab_size=SIZE)
-    with pytest.raises(CheckpointError, match=rf"token_embedding.weight of shape \({SIZE + len(ADDED)}, 32\)"):
+    with pytest.raises(CheckpointError, match=rf"token_embedding\.weight.*\({SIZE + len(ADDED)}, 32\)"):
         load("text_encoder", checkpoint / "text_encoder")
 
 

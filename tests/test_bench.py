@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from latentrt.engines.bundle.files import Bundle
+from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.bundle.parsing import json_schema
 from latentrt.engines.errors import RequestError
 from latentrt.engines.open import open_engines
@@ -209,7 +211,7 @@ def test_prompt_accuracy_lies_beside_the_speed(demo_bundle: Path) -> None:
 
 
 def test_accuracy_is_refused_where_nobody_knows_the_answers(sd1_bundle: Path) -> None:
-    with pytest.raises(RequestError, match="prompts with known answers exist for 'demo'"):
+    with pytest.raises(RequestError, match=r"^--accuracy: .*'demo'"):
         run_bench(str(sd1_bundle), Asked(accuracy=5), prompt_sets={"demo": held_out_prompts})
 
 
@@ -282,8 +284,9 @@ def test_the_command_measures_writes_and_shows(sd1_bundle: Path, tmp_path: Path)
     options = ("--steps", "1", "--rounds", 3, "--seconds", 0.1, "--cold", 0, "--no-golden", "--json")
     result = latentrt("bench", sd1_bundle, *options, file)
     assert result.returncode == 0, result.stderr
-    assert "denoise stages a second" in result.stdout
-    assert read_report(file).command.startswith("latentrt bench ")
+    saved = read_report(file)
+    assert saved.machine.processor in result.stdout
+    assert saved.command.startswith("latentrt bench ")
     assert latentrt("bench", "--show", file).stdout == result.stdout
     assert latentrt("bench", "--show", file, "--markdown").stdout.startswith("| drawn |")
     printed = latentrt("bench", sd1_bundle, *options, "-")
@@ -297,35 +300,36 @@ def test_compare_exits_with_1_for_a_regression_and_0_without(report: Report, tmp
     write_report(altered(calm, lambda seconds: 1.2 * seconds), tmp_path / "b.json")
     regressed = latentrt("bench", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     assert regressed.returncode == 1
-    assert "2 regressed: 1 step: denoise; 3 steps: denoise" in regressed.stdout
+    assert "1 step: denoise; 3 steps: denoise" in regressed.stdout
     better = latentrt("bench", "--compare", tmp_path / "b.json", tmp_path / "a.json")
-    assert (better.returncode, "none regressed" in better.stdout) == (0, True)
+    assert better.returncode == 0 and "1 step: denoise" not in better.stdout
 
 
 @pytest.mark.parametrize(
-    ("document", "sentence"),
+    ("document", "told"),
     [
-        (None, "cannot be read"),
-        ("{", "is not JSON"),
-        ("{}", "is not a result of `latentrt bench`"),
-        ('{"kind": "latentrt bench", "schema_version": 9}', "has schema version 9"),
+        (None, os.strerror(errno.ENOENT)),
+        ("{", "JSON"),
+        ("{}", "`latentrt bench`"),
+        ('{"kind": "latentrt bench", "schema_version": 9}', " 9, "),
         ('{"kind": "latentrt bench", "schema_version": 1}', "created"),
     ],
 )
 def test_compare_refuses_what_is_no_result_with_exit_code_2(
-    saved: Path, tmp_path: Path, document: str | None, sentence: str
+    saved: Path, tmp_path: Path, document: str | None, told: str
 ) -> None:
     other = tmp_path / "b.json"
     if document is not None:
         other.write_text(document)
     result = latentrt("bench", "--compare", saved, other)
     assert (result.returncode, result.stdout) == (2, "")
-    assert sentence in result.stderr.splitlines()[-1]
+    _, name, rest = result.stderr.splitlines()[-1].partition(str(other))
+    assert name and told in rest
 
 
 def test_results_with_nothing_in_common_are_not_compared(report: Report) -> None:
     one, other = (msgspec.structs.replace(report, variants=(variant,)) for variant in report.variants)
-    with pytest.raises(RequestError, match="no variant with equal settings"):
+    with pytest.raises(RequestError):
         compare(one, other)
 
 
@@ -341,24 +345,24 @@ def test_too_few_rounds_are_refused_not_passed(report: Report, tmp_path: Path) -
         write_report(few, tmp_path / name)
     result = latentrt("bench", "--compare", tmp_path / "a.json", tmp_path / "b.json")
     assert (result.returncode, result.stdout) == (2, "")
-    assert "too few rounds" in result.stderr
+    assert "--rounds 10" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "told"),
     [
-        ((), "bench takes one of"),
-        (("x", "--schema"), "bench takes one of"),
-        (("x", "--steps", "a"), "expected comma-separated values, as in 4,20"),
-        (("x", "--steps", "0"), "expected comma-separated values"),
-        (("x", "--size", "big"), "as in 256x256,512x512"),
-        (("nowhere",), "there is no bundle at 'nowhere'"),
+        ((), "--show FILE, --compare A B, --schema"),
+        (("x", "--schema"), "--show FILE, --compare A B, --schema"),
+        (("x", "--steps", "a"), "4,20"),
+        (("x", "--steps", "0"), "4,20"),
+        (("x", "--size", "big"), "256x256,512x512"),
+        (("nowhere",), "'nowhere'"),
     ],
 )
-def test_bench_refuses_in_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+def test_bench_refuses_in_one_sentence(arguments: tuple[str, ...], told: str) -> None:
     result = latentrt("bench", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert sentence in result.stderr.splitlines()[-1]
+    assert told in result.stderr.splitlines()[-1]
 
 
 def test_an_unknown_sampler_is_refused_before_anything_is_loaded(sd1_bundle: Path) -> None:
@@ -376,7 +380,10 @@ def test_engines_that_drift_are_not_measured(sd1_bundle: Path, tmp_path: Path) -
     golden = bundle / "golden" / "unet.safetensors"
     arrays = load_file(golden)
     save_file({name: a + (1 if name.startswith("output") else 0) for name, a in arrays.items()}, golden)
+    manifest, name = Bundle.open(bundle).manifest, "golden/unet.safetensors"
+    files = {**manifest.files, name: record_file(bundle, name)}
+    write_manifest(bundle, msgspec.structs.replace(manifest, files=files))
     result = latentrt("bench", bundle, "--rounds", 1)
     assert result.returncode == 2
-    assert "a broken engine is not measured" in result.stderr
+    assert "unet (cpu)" in result.stderr.splitlines()[-1]
     open_engines(Bundle.open(bundle), "cpu", components=("unet",)).close()

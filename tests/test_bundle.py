@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from latentrt.engines.bundle.parsing import json_schema
 from latentrt.engines.bundle.training import TrainingSchedule
 from latentrt.engines.errors import BundleError
 from latentrt.engines.spec import TensorSpec
+from tests.refused import caused_by
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +114,7 @@ def test_every_file_of_a_whole_bundle_passes_both_checks(root: Path) -> None:
 
 def test_a_manifest_from_the_future_is_refused_by_its_version_alone(root: Path) -> None:
     edit(root, schema_version=SCHEMA_VERSION + 1, something_new=True)
-    with pytest.raises(BundleError, match=r"schema version 3.*reads up to 2; upgrade latentrt"):
+    with pytest.raises(BundleError, match=rf"manifest\.json\D+{SCHEMA_VERSION + 1}\D+{SCHEMA_VERSION}\b"):
         Bundle.open(root)
 
 
@@ -154,15 +156,15 @@ def test_the_written_schema_of_the_manifest_is_current(root: Path) -> None:
 def test_what_is_no_bundle_is_told_how_it_becomes_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "a checkpoint").mkdir()
     (tmp_path / "a checkpoint" / "model.safetensors").touch()
-    with pytest.raises(BundleError, match="is not a bundle") as caught:
+    with pytest.raises(BundleError) as caught:
         Bundle.open(tmp_path / name)
     assert shlex.split(str(caught.value).split("`")[1]) == ["latentrt", "export", str(tmp_path / name), "BUNDLE"]
 
 
 def test_a_directory_without_a_manifest_and_no_directory_are_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"holds no manifest\.json"):
+    with pytest.raises(BundleError, match=r"\bmanifest\.json"):
         Bundle.open(tmp_path)
-    with pytest.raises(BundleError, match="there is no bundle at"):
+    with pytest.raises(BundleError, match=r"`latentrt export CHECKPOINT .*nowhere`"):
         Bundle.open(tmp_path / "nowhere")
 
 
@@ -175,7 +177,7 @@ def test_what_is_no_manifest_is_refused_and_the_file_is_named(root: Path, text: 
 
 def test_bytes_that_are_no_text_are_refused(root: Path) -> None:
     (root / MANIFEST).write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(BundleError, match="is not text"):
+    with pytest.raises(BundleError, match="UTF-8"):
         Bundle.open(root)
 
 
@@ -215,40 +217,40 @@ def test_a_missing_entry_is_named(root: Path) -> None:
 
 def test_a_truncated_file_is_refused_without_hashing(root: Path) -> None:
     (root / "onnx/unet/model.onnx").write_text("short")
-    with pytest.raises(BundleError, match="holds 5 bytes where its record says 35: it is truncated or altered"):
+    with pytest.raises(BundleError, match=r"onnx/unet/model\.onnx\D+5\D+35\b"):
         Bundle.open(root).path("onnx/unet/model.onnx", check="size")
 
 
 def test_an_altered_file_of_the_same_size_is_refused_by_its_hash(root: Path) -> None:
     file = root / "onnx/unet/model.onnx"
     file.write_text(file.read_text().replace("content", "CONTENT"))
-    with pytest.raises(BundleError, match="was altered"):
+    with pytest.raises(BundleError, match=r"onnx/unet/model\.onnx.*SHA-256"):
         Bundle.open(root).path("onnx/unet/model.onnx", check="hash")
 
 
 def test_a_missing_file_is_refused(root: Path) -> None:
     (root / "onnx/unet/model.onnx").unlink()
-    with pytest.raises(BundleError, match="is missing"):
+    with pytest.raises(BundleError, match=r"onnx/unet/model\.onnx"):
         Bundle.open(root).path("onnx/unet/model.onnx")
 
 
 def test_a_file_that_the_manifest_does_not_name_is_never_read(root: Path) -> None:
     (root / "extra.onnx").write_text("extra")
-    with pytest.raises(BundleError, match="not named"):
+    with pytest.raises(BundleError, match=r"extra\.onnx"):
         Bundle.open(root).path("extra.onnx")
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "onnx/../../secret", "", ".", "..\\secret"])
 def test_a_path_that_leaves_the_bundle_is_refused(root: Path, path: str) -> None:
     (root.parent / "secret").write_text("secret")
-    with pytest.raises(BundleError, match="leads outside the bundle"):
+    with pytest.raises(BundleError, match=re.escape(repr(path))):
         inside(root, path)
 
 
 def test_a_link_that_leaves_the_bundle_is_refused(root: Path) -> None:
     (root.parent / "secret").write_text("secret")
     (root / "link").symlink_to(root.parent / "secret")
-    with pytest.raises(BundleError, match="leads outside the bundle"):
+    with pytest.raises(BundleError, match="'link'"):
         inside(root, "link")
 
 
@@ -268,12 +270,12 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     manifest = write_bundle(tmp_path / "bundle")
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(BundleError, match="the disk is full; free some space"):
+    with pytest.raises(BundleError, check=caused_by(errno.ENOSPC)):
         write_manifest(tmp_path / "bundle", msgspec.structs.replace(manifest, producer="other"))
 
 
 def test_an_error_of_the_disk_that_has_no_sentence_of_its_own_says_what_the_system_says() -> None:
-    with pytest.raises(BundleError, match="x could not be written: gone"), disk_errors(Path("x")):
+    with pytest.raises(BundleError, match=r"^x\b.* gone"), disk_errors(Path("x")):
         raise FileNotFoundError(errno.ENOENT, "gone")
 
 

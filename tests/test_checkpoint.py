@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -92,82 +93,84 @@ def test_given_keys_of_a_schedule_are_kept() -> None:
 
 
 def test_a_path_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert f"there is no checkpoint at '{tmp_path / 'absent'}'" in refusal(tmp_path / "absent")
+    said = refusal(tmp_path / "absent")
+    assert f"'{tmp_path / 'absent'}'" in said and "'demo'" in said
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert "it holds no model_index.json" in refusal(tmp_path)
+    assert "model_index.json" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "words"), [("model.ckpt", "is a pickle"), ("model.safetensors", "is truncated")])
-def test_a_damaged_single_file_is_refused(tmp_path: Path, name: str, words: str) -> None:
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_a_damaged_single_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    assert words in refusal(tmp_path / name)
+    said = refusal(tmp_path / name)
+    assert str(tmp_path / name) in said and ("--allow-pickle" in said) == (name == "model.ckpt")
 
 
 def test_weights_that_are_only_a_pickle_are_refused(copy: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    assert "only as a pickle (diffusion_pytorch_model.bin)" in refusal(copy)
+    assert "(diffusion_pytorch_model.bin)" in refusal(copy)
 
 
 @pytest.mark.parametrize("folder", ["unet", "vae", "text_encoder", "scheduler", "tokenizer"])
 def test_a_missing_component_is_named(copy: Path, folder: str) -> None:
     shutil.rmtree(copy / folder)
-    assert f"it holds no {folder}/" in refusal(copy)
+    assert f" {folder}/;" in refusal(copy)
 
 
 def test_missing_weights_are_named(copy: Path) -> None:
     (copy / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "vae holds no weights" in refusal(copy)
+    assert re.search(r"/vae\b.*\(diffusion_pytorch_model\.safetensors\)", refusal(copy))
 
 
 @pytest.mark.parametrize("keep", [4, 100, -1])
 def test_truncated_weights_are_refused(copy: Path, keep: int) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    assert "diffusion_pytorch_model.safetensors is truncated or damaged" in refusal(copy)
+    assert str(weights) in refusal(copy)
 
 
 def test_a_header_that_is_noise_is_refused(copy: Path) -> None:
     weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"\x10" + b"\x00" * 7 + b"not json at all!" * 4)
-    assert "truncated or damaged" in refusal(copy)
+    assert str(weights) in refusal(copy)
 
 
 def test_a_config_that_is_not_json_is_refused(copy: Path) -> None:
     (copy / "unet" / "config.json").write_text("{")
-    assert "config.json is not JSON" in refusal(copy)
+    assert re.search(r"unet/config\.json .*JSON", refusal(copy))
 
 
 OTHERS: list[tuple[str, Edit, str]] = [
     ("model_index.json", lambda d: d.update(transformer=["diffusers", "NewModel"], unet=None), "Stable Diffusion"),
     ("model_index.json", lambda d: d.update(transformer=["diffusers", "FluxTransformer2DModel"]), "Flux"),
     ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="WuerstchenDecoderPipeline"), "Wuerstchen"),
-    ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="NewPipeline"), "recognised as NewPipeline"),
+    ("model_index.json", lambda d: d.update(unet=[None, None], _class_name="NewPipeline"), "NewPipeline"),
     (
         "unet/config.json",
         lambda d: d.update(addition_embed_type="text_time"),
-        "expected text_encoder and text_encoder_2",
+        "text_encoder_2",
     ),
-    ("unet/config.json", lambda d: d.update(addition_embed_type="image"), "a UNet with added embeddings"),
-    ("unet/config.json", lambda d: d.update(class_embed_type="timestep"), "class embeddings"),
-    ("unet/config.json", lambda d: d.update(in_channels=7), "expected 4, or 9 for inpainting"),
-    ("unet/config.json", lambda d: d.update(cross_attention_dim=64), "not from the same checkpoint"),
+    ("unet/config.json", lambda d: d.update(addition_embed_type="image"), "addition_embed_type: image"),
+    ("unet/config.json", lambda d: d.update(class_embed_type="timestep"), "class_embed_type: timestep"),
+    ("unet/config.json", lambda d: d.update(in_channels=7), " 7 "),
+    ("unet/config.json", lambda d: d.update(cross_attention_dim=64), "cross_attention_dim"),
     ("text_encoder/config.json", lambda d: d.update(hidden_act="relu"), "hidden_act 'relu'"),
     ("text_encoder/config.json", lambda d: d.update(architectures=["T5EncoderModel"]), "T5EncoderModel"),
-    ("scheduler/scheduler_config.json", lambda d: d.update(_class_name="MyScheduler"), "'MyScheduler' is not"),
-    ("scheduler/scheduler_config.json", lambda d: d.update(prediction_type="flow"), "$.prediction_type: found 'flow'"),
-    ("vae/config.json", lambda d: d.pop("block_out_channels"), "names 3 down_block_types and 1 block_out_channels"),
+    ("scheduler/scheduler_config.json", lambda d: d.update(_class_name="MyScheduler"), "'MyScheduler'"),
+    ("scheduler/scheduler_config.json", lambda d: d.update(prediction_type="flow"), "$.prediction_type: "),
+    ("vae/config.json", lambda d: d.pop("block_out_channels"), "3 down_block_types and 1 block_out_channels"),
 ]
 
 
-@pytest.mark.parametrize(("file", "change", "words"), OTHERS, ids=[row[2] for row in OTHERS])
+@pytest.mark.parametrize(("file", "change", "named"), OTHERS, ids=[row[2] for row in OTHERS])
 def test_what_is_not_supported_is_named_with_what_was_recognised(
-    copy: Path, file: str, change: Edit, words: str
+    copy: Path, file: str, change: Edit, named: str
 ) -> None:
     edit(copy / file, change)
-    assert words in refusal(copy)
+    assert named in refusal(copy)
 
 
 def test_weights_in_a_variant_and_in_shards_are_found(copy: Path) -> None:
@@ -201,7 +204,7 @@ def test_the_hub_serves_configs_and_one_variant_and_never_a_pickle() -> None:
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "the hub could not be reached" in refusal("someone/some-model")
+    assert re.search(r"'someone/some-model'.*\([A-Z]\w+\)", refusal("someone/some-model"))  # the library's error
 
 
 def test_families_are_told_apart_by_what_a_checkpoint_holds() -> None:

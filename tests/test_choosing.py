@@ -20,7 +20,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.files import Bundle, record_file, write_manifest
 from latentrt.engines.bundle.manifest import ENGINE_RECORD
 from latentrt.engines.cuda.gpus import Gpu
-from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
+from latentrt.engines.errors import BundleError, EngineError, NotInstalledError, WrongMachineError
 from latentrt.engines.find import choose, choose_to_build, find_engines, serving_engines, shapes_of
 from latentrt.engines.onnxruntime import keys
 from latentrt.engines.open import open_engines
@@ -91,7 +91,7 @@ def test_auto_takes_the_fastest_engines_that_the_bundle_has_for_this_gpu(
         pretend(copy, key_of(copy, L4, backend=backend))
     choice = choose("auto", copy)
     assert choice.backend == taken
-    assert choice.reason.startswith(f"auto: NVIDIA L4 answers here, and the bundle's {taken} ")
+    assert choice.reason.startswith("auto") and L4.name in choice.reason and f" {taken} " in choice.reason
 
 
 def test_auto_takes_onnx_runtimes_cuda_engines_where_there_are_no_others(
@@ -109,11 +109,10 @@ def test_auto_never_leaves_the_gpu_without_a_word(copy: Bundle, monkeypatch: pyt
     """The bundle holds engines for the CPU, which would run: slowly, and nobody asked for it."""
     install(monkeypatch, tensorrt="11.4.0.106")
     pretend(copy, key_of(copy, H200))
-    words = r"NVIDIA L4 answers here and '.*' holds no engines for it; run `latentrt build .*` on this machine, or"
-    with pytest.raises(EngineError, match=words) as caught:
+    with pytest.raises(WrongMachineError, match=rf"{L4.name} .*`latentrt build {re.escape(str(copy.root))}`") as caught:
         open_engines(copy)
-    assert "device: NVIDIA L4 here, NVIDIA H200 there" in str(caught.value)
-    assert open_engines(copy, "cpu").choice.reason == "as asked"  # a name of the user's own is always obeyed
+    assert "device: NVIDIA L4 here, NVIDIA H200 there" in caught.value.differences
+    assert open_engines(copy, "cpu").choice.backend == "cpu"  # a name of the user's own is always obeyed
 
 
 @pytest.mark.parametrize(
@@ -128,13 +127,13 @@ def test_auto_builds_the_best_that_can_be_built_here(
 ) -> None:
     install(monkeypatch, gpu=gpu, **libraries)
     choice = choose_to_build("auto", options)
-    assert choice.backend == taken and choice.reason == f"auto: {gpu.name} answers here, and {taken} can build for it"
+    assert choice.backend == taken and gpu.name in choice.reason and f" {taken} " in choice.reason
 
 
 def test_auto_builds_nothing_that_this_gpu_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorRT-RTX does not serve an H200: its engines would be built and never run."""
     install(monkeypatch, gpu=H200, tensorrt_rtx="1.7.1.116")
-    with pytest.raises(EngineError, match=r"nothing can build engines for it \(.*serves no compute capability 9\.0"):
+    with pytest.raises(EngineError, match=rf"{H200.name} .*\b9\.0\b"):
         choose_to_build("auto", SMALL)
 
 
@@ -236,7 +235,7 @@ def test_a_shape_that_no_engine_has_names_those_there_are_and_the_command(
     install(monkeypatch, tensorrt="11.4.0.106")
     for options in (SMALL, TALL):
         build_engines(copy, "tensorrt", options=options)
-    with pytest.raises(EngineError, match=rf"run `latentrt build .* --backend tensorrt {mend}`") as caught:
+    with pytest.raises(EngineError, match=rf"`latentrt build .* --backend tensorrt {mend}`") as caught:
         find_engines(copy, "tensorrt", needs=shape)
     held = ("32x32 pictures 1 tokens 77", "32x64 pictures 1 tokens 77", "32x64 pictures 2 tokens 77")
     assert all(words in str(caught.value) for words in held)
@@ -262,8 +261,8 @@ def test_what_was_chosen_is_logged_once(
     with caplog.at_level(logging.INFO, logger="latentrt"):
         opened = open_engines(copy)
         opened.workspace(copy.manifest.latents, ONE, state_rows=6, **DRAWN)
-    (line,) = [record.getMessage() for record in caplog.records if "opening" in record.getMessage()]
-    assert "auto: NVIDIA L4 answers here, and the bundle's tensorrt 11.4.0.106 engines" in line
+    (line,) = [record.getMessage() for record in caplog.records if opened.choice.reason in record.getMessage()]
+    assert "auto" in line and L4.name in line and "tensorrt 11.4.0.106" in line
     opened.close()
 
 
@@ -287,7 +286,7 @@ def test_a_record_whose_key_is_not_its_directorys_is_refused(copy: Bundle, monke
     install(monkeypatch, tensorrt="11.4.0.106")
     directory = pretend(copy, key_of(copy, H200))
     directory.rename(directory.with_name(key_of(copy, L4).directory))
-    with pytest.raises(BundleError, match=r"its directory's name says \(device: NVIDIA L4 here, NVIDIA H200 there"):
+    with pytest.raises(BundleError, match=r"\(device: NVIDIA L4 here, NVIDIA H200 there"):
         find_engines(copy, "tensorrt")
 
 
@@ -306,40 +305,45 @@ def damage(bundle: Bundle, how: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("how", "error", "words"),
+    ("how", "error", "told"),
     [
-        ("truncated", BundleError, "it is truncated or altered"),
-        ("corrupted", BundleError, "was altered: its SHA-256 is not the recorded one"),
-        ("truncated, recorded", EngineError, "tensorrt 11.4.0.106 cannot load .*unet.engine"),
-        ("corrupted, recorded", EngineError, "tensorrt 11.4.0.106 cannot load .*unet.engine"),
+        ("truncated", BundleError, r"unet\.engine\D+20\D"),
+        ("corrupted", BundleError, r"unet\.engine.*SHA-256"),
+        ("truncated, recorded", EngineError, r"tensorrt 11\.4\.0\.106 .*unet\.engine"),
+        ("corrupted, recorded", EngineError, r"tensorrt 11\.4\.0\.106 .*unet\.engine"),
     ],
 )
 def test_a_damaged_plan_is_refused(
-    how: str, error: type[Exception], words: str, copy: Bundle, monkeypatch: pytest.MonkeyPatch
+    how: str, error: type[Exception], told: str, copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, tensorrt="11.4.0.106")
     build_engines(copy, "tensorrt", options=SMALL)
     damage(copy, how)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=told):
         open_engines(copy, "tensorrt")
 
 
 @pytest.mark.parametrize(
-    ("libraries", "gpu", "words"),
+    ("libraries", "gpu", "error", "told"),
     [
-        ({"tensorrt": "11.4.0.106"}, None, "needs an NVIDIA GPU and none answers here"),
-        ({}, L4, r"no tensorrt runtime is installed; install it with: pip install 'latentrt\[tensorrt\]'"),
+        ({"tensorrt": "11.4.0.106"}, None, WrongMachineError, "NVIDIA"),
+        ({}, L4, NotInstalledError, r"pip install 'latentrt\[tensorrt\]'"),
     ],
     ids=["no driver", "no library"],
 )
 def test_a_machine_that_lacks_something_is_told_what(
-    libraries: dict[str, str], gpu: Gpu | None, words: str, copy: Bundle, monkeypatch: pytest.MonkeyPatch
+    libraries: dict[str, str],
+    gpu: Gpu | None,
+    error: type[EngineError],
+    told: str,
+    copy: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as there:
         install(there, tensorrt="11.4.0.106")
         build_engines(copy, "tensorrt", options=SMALL)
     install(monkeypatch, gpu=gpu, **libraries)
-    with pytest.raises(EngineError, match=rf"the backend 'tensorrt' cannot run here: .*{words}"):
+    with pytest.raises(error, match=rf"'tensorrt' .*{told}"):
         open_engines(copy, "tensorrt")
 
 
@@ -360,6 +364,6 @@ def test_the_pipeline_draws_with_compiled_engines_what_it_draws_on_the_cpu(
         for options in ({"n": 1}, {"n": 3}, {"n": 1, "guidance": 1.0}):
             asked: Any = {"seed": 7, "size": (32, 32), "steps": 3, **options}
             found, expected = (pipe("a red circle", **asked) for pipe in (compiled, plain))
-            assert found.backend == "tensorrt" and found.reason.startswith("auto: NVIDIA L4 answers here")
+            assert found.backend == "tensorrt" and L4.name in found.reason
             assert abs(found.pixels.astype(int) - expected.pixels.astype(int)).max() <= 1
     assert device.leftovers() == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -141,8 +142,9 @@ def test_verify_proves_a_bundle_and_finds_an_altered_file(sd1_bundle: Path, tmp_
     shutil.copytree(sd1_bundle, tmp_path / "bundle")
     file = tmp_path / "bundle" / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace("circle", "cIrcle"))
-    assert "tokenizer.json was altered" in latentrt("verify", tmp_path / "bundle", code=2).stderr
-    assert "tokenizer.json was altered" in refusal("generate", tmp_path / "bundle", "a circle", "-o", tmp_path)
+    told = r"tokenizer\.json.*SHA-256"
+    assert re.search(told, latentrt("verify", tmp_path / "bundle", code=2).stderr)
+    assert re.search(told, refusal("generate", tmp_path / "bundle", "a circle", "-o", tmp_path))
 
 
 def test_build_says_what_it_built(sd1_bundle: Path, tmp_path: Path) -> None:
@@ -153,56 +155,56 @@ def test_build_says_what_it_built(sd1_bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "told"),
     [
-        (("--size", "33x32"), "--size: found 33x32, expected multiples of 4 pixels; the nearest is 32x32"),
-        (("--size", "0x32"), "size: found 0x32, expected multiples of 4"),
-        (("--size", "big"), "'big' is not a size; write it as 512x768"),
-        (("--steps", 0), "steps: found 0, expected 1 to 1000"),
-        (("--sampler", "dpmpp_2mm"), "unknown sampler 'dpmpp_2mm'; did you mean 'dpmpp_2m'?"),
-        (("--guidance", -1), "guidance: found -1.0, expected a number from 0 up"),
-        (("--guidance-interval", "0.5"), "found '0.5', expected two fractions of the steps, as in 0.2-0.8"),
-        (("--guidance-interval", "0.5-0.2"), "--guidance-interval: found 0.5 to 0.2"),
-        (("--timesteps", "9,x"), "found '9,x', expected comma-separated values"),
-        (("--strength", 0.5), "strength: it changes an image, and there is none"),
-        (("--image", "nowhere.png"), "image: 'nowhere.png' cannot be read"),
-        (("-n", 0), "-n: found 0, expected a whole number of pictures from 1 up"),
-        (("--backend", "gpu"), "there is no backend 'gpu'; choose one of auto, cpu"),
-        (("-o", "one.jpg"), "--output: 'one.jpg' is neither a .png file nor a directory"),
-        (("-o", __file__), "--output: '"),
-        (("-o", f"{__file__}/one.png"), "could not be written"),
-        (("-n", 2, "-o", "one.png"), "--output: found the file 'one.png' for 2 pictures; name a directory"),
+        (("--size", "33x32"), "--size: .*33x32.* 4 .*32x32"),
+        (("--size", "0x32"), "--size: .*0x32.* 4 "),
+        (("--size", "big"), "'--size': .*'big'.*512x768"),
+        (("--steps", 0), "--steps: .* 0, .* 1 .* 1000"),
+        (("--sampler", "dpmpp_2mm"), "--sampler: .*'dpmpp_2mm'.*'dpmpp_2m'"),
+        (("--guidance", -1), "--guidance: .* -1.0, .* 0 "),
+        (("--guidance-interval", "0.5"), "'--guidance-interval': .*'0.5'.* 0.2-0.8"),
+        (("--guidance-interval", "0.5-0.2"), "--guidance-interval: .* 0.5 .* 0.2, "),
+        (("--timesteps", "9,x"), "'--timesteps': .*'9,x'"),
+        (("--strength", 0.5), "--strength: .*--image"),
+        (("--image", "nowhere.png"), "--image: .*'nowhere.png'"),
+        (("-n", 0), "-n: .* 0, .* 1 "),
+        (("--backend", "gpu"), "'gpu'.* auto, cpu"),
+        (("-o", "one.jpg"), "--output: .*'one.jpg'.*.png"),
+        (("-o", __file__), "--output: .*'.*test_cli.py'"),
+        (("-o", f"{__file__}/one.png"), "test_cli.py/one.png .*'.*test_cli.py'"),
+        (("-n", 2, "-o", "one.png"), "--output: .*'one.png'.* 2 "),
     ],
 )
 def test_generate_refuses_in_one_sentence(
-    sd1_bundle: Path, tmp_path: Path, arguments: tuple[object, ...], sentence: str, monkeypatch: pytest.MonkeyPatch
+    sd1_bundle: Path, tmp_path: Path, arguments: tuple[object, ...], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sentence in refusal("generate", sd1_bundle, "a circle", *arguments)
+    assert re.search(told, refusal("generate", sd1_bundle, "a circle", *arguments))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "build"])
 def test_no_bundle_is_one_sentence_for_every_command(command: str, tmp_path: Path) -> None:
-    assert f"there is no bundle at '{tmp_path / 'x'}'" in refusal(command, tmp_path / "x")
+    assert f"'{tmp_path / 'x'}'" in refusal(command, tmp_path / "x")
 
 
 def test_a_manifest_from_the_future_is_one_sentence(sd1_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(sd1_bundle, tmp_path / "bundle")
     manifest = tmp_path / "bundle" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 7}))
-    assert "schema version 7" in refusal("generate", tmp_path / "bundle", "a circle")
+    assert re.search(rf"{MANIFEST}\D+7\D", refusal("generate", tmp_path / "bundle", "a circle"))
 
 
 def test_a_path_that_leaves_the_bundle_is_one_sentence(sd1_bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(sd1_bundle, tmp_path / "bundle")
     manifest = tmp_path / "bundle" / MANIFEST
     manifest.write_text(manifest.read_text().replace("tokenizer/tokenizer.json", "../../tokenizer.json"))
-    assert "leads outside the bundle" in refusal("generate", tmp_path / "bundle", "a circle")
+    assert "'../../tokenizer.json'" in refusal("generate", tmp_path / "bundle", "a circle")
 
 
 def test_samplers_lists_every_name_and_prints_a_plan() -> None:
     assert "dpmpp_2m" in latentrt("samplers").stdout
     table = json.loads(latentrt("samplers", "--plan", "DPM++ 2M Karras", "--steps", 6, "--json").stdout)
     assert len(table["timesteps"]) == len(table["transitions"]) == 6
-    assert "did you mean" in refusal("samplers", "--plan", "dpmpp_2mm")
+    assert "'dpmpp_2m'" in refusal("samplers", "--plan", "dpmpp_2mm")

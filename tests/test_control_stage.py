@@ -175,7 +175,7 @@ def test_what_is_followed_must_be_on_the_workspace(bound: tuple[tuple[str, str],
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OnnxRuntimeWorkspace, "write", forget)
-        with pytest.raises(EngineError, match=r"controlnet_edges.controlnet_cond was not written to the workspace"):
+        with pytest.raises(EngineError, match=r"^controlnet_edges\.controlnet_cond\b"):
             draw(pipe, controls=[EDGES])
 
 
@@ -235,7 +235,7 @@ def test_verify_compares_every_profile_of_a_controlnet(compiled: tuple[tuple[str
 def test_a_graph_that_is_no_controlnet_is_refused(controlled: MakeControlled) -> None:
     bundle = Bundle.open(controlled("sd1", "").bundle)
     unet = onnx.load(str(bundle.path(bundle.manifest.components["unet"].graph)), load_external_data=False)
-    with pytest.raises(BundleError, match="the ControlNet's graph takes sample, timestep"):
+    with pytest.raises(BundleError, match=r"ControlNet\b.* sample, timestep"):
         fuse_control(unet)
 
 

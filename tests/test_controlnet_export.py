@@ -115,43 +115,41 @@ def test_a_single_file_with_the_names_of_diffusers(controlled: MakeControlled, t
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "told"),
     [
-        ({"cross_attention_dim": 77}, "another checkpoint: its cross_attention_dim is 77 where this one's is 32"),
-        ({"block_out_channels": [16, 64]}, r"its block_out_channels is \[16, 64\] where"),
-        ({"in_channels": 9}, "its in_channels is 9 where this one's is 4"),
-        ({"conditioning_embedding_out_channels": [8, 16]}, "its pixels a latent is 2 where this one's is 4"),
-        ({"global_pool_conditions": True}, "says global_pool_conditions: True"),
-        ({"conditioning_channels": 1}, "one for other pictures than RGB"),
-        ({"_class_name": "ControlNetUnionModel"}, "was recognised as ControlNetUnionModel, which is not supported"),
+        ({"cross_attention_dim": 77}, r"\bcross_attention_dim .* 77 .* 32\b"),
+        ({"block_out_channels": [16, 64]}, r"\bblock_out_channels .* \[16, 64\]"),
+        ({"in_channels": 9}, r"\bin_channels .* 9 .* 4\b"),
+        ({"conditioning_embedding_out_channels": [8, 16]}, r" 2 .* 4\b"),
+        ({"global_pool_conditions": True}, "global_pool_conditions: True"),
+        ({"conditioning_channels": 1}, "conditioning_channels: 1"),
+        ({"_class_name": "ControlNetUnionModel"}, "ControlNetUnionModel"),
     ],
 )  # fmt: skip
 def test_another_checkpoints_controlnet_is_refused(
-    controlled: MakeControlled, tmp_path: Path, change: dict[str, Any], words: str
+    controlled: MakeControlled, tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     made = controlled("sd1", "")
     config = json.loads((made.networks["edges"] / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     (weights,) = made.networks["edges"].glob("*.safetensors")
     (tmp_path / weights.name).symlink_to(weights)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=told):
         open_checkpoint(str(made.checkpoint), options=options(f"edges={tmp_path}"))
 
 
 def test_what_is_no_controlnet_is_refused(controlled: MakeControlled, tmp_path: Path) -> None:
     made = controlled("sd1", "")
     path, network = str(made.checkpoint), made.networks["edges"]
-    with pytest.raises(CheckpointError, match="--controlnet edges='nowhere' is not there"):
+    with pytest.raises(CheckpointError, match="--controlnet edges='nowhere'"):
         open_checkpoint(path, options=options("edges=nowhere"))
     (other,) = (made.checkpoint / "vae").glob("*.safetensors")
-    with pytest.raises(CheckpointError, match="holds no ControlNet but a VAE; add it with --vae"):
+    with pytest.raises(CheckpointError, match="--vae"):
         open_checkpoint(path, options=options(f"edges={other}"))
-    with pytest.raises(CheckpointError, match="the name 'edges' was given twice"):
+    with pytest.raises(CheckpointError, match=r"^--controlnet: .*'edges'"):
         open_checkpoint(path, options=options(f"edges={network}", f"edges={network}"))
     for text in ("edges", "edges=", "a/b=x", "=x"):
-        with pytest.raises(
-            CheckpointError, match="expected a name of letters, digits, - and _, then = and a directory"
-        ):
+        with pytest.raises(CheckpointError, match=f"^--controlnet '{text}': "):
             ControlNetOption.parse(text)
 
 
@@ -186,5 +184,5 @@ def test_a_path_with_a_colon_is_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["edges", "=a.png", "edges=a.png:strong", "edges=a.png:1:0.2", "edges=a.png:1.2.3"])
 def test_a_control_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(click.BadParameter, match=r"as in (edges=edges.png:)?0.8:0.2:0.9"):
+    with pytest.raises(click.BadParameter, match=r"(edges=edges\.png:)?0\.8:0\.2:0\.9"):
         Followed().convert(text, None, None)

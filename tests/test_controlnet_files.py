@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,43 +138,41 @@ def test_differences_to_another_unet_are_refused(made: tuple[Path, Path], tmp_pa
     checkpoint, edges = made
     inpainting = save_tiny(tmp_path / "inpainting", family="sd1", variant="inpainting")
     save_file({**differences(checkpoint, edges), "difference": torch.ones(1)}, tmp_path / "a.safetensors")
-    assert "differences to a UNet that takes 4 channels, and the checkpoint's takes 9" in refusal(
-        inpainting, tmp_path / "a.safetensors"
-    )
+    assert re.search(r" 4 .* 9;", refusal(inpainting, tmp_path / "a.safetensors"))
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"),
+    ("extra", "named"),
     [
-        ("task_embedding", "holds no ControlNet but a ControlNet Union"),
-        ("lora_controlnet", "holds no ControlNet but a Control-LoRA"),
-        ("encoder_hid_proj.weight", "holds no ControlNet but a Kolors"),
-        ("time_gate.weight", "holds tensors that no ControlNet known here has (time_gate.weight)"),
+        ("task_embedding", "ControlNet Union"),
+        ("lora_controlnet", "Control-LoRA"),
+        ("encoder_hid_proj.weight", "Kolors"),
+        ("time_gate.weight", "(time_gate.weight)"),
     ],
 )
-def test_what_is_no_plain_controlnet_is_named(made: tuple[Path, Path], tmp_path: Path, extra: str, words: str) -> None:
+def test_what_is_no_plain_controlnet_is_named(made: tuple[Path, Path], tmp_path: Path, extra: str, named: str) -> None:
     save_file({**tensors_of(made[1]), extra: torch.ones(1)}, tmp_path / "a.safetensors")
-    assert words in refusal(made[0], tmp_path / "a.safetensors")
+    assert named in refusal(made[0], tmp_path / "a.safetensors")
 
 
 def test_a_file_for_another_checkpoint_is_refused_by_its_shapes(made: tuple[Path, Path], tmp_path: Path) -> None:
     other = save_controlnet(tmp_path / "other", family="sdxl")
     (weights,) = other.glob("*.safetensors")
-    assert "its cross_attention_dim is 80 where this one's is 32" in refusal(made[0], weights)
+    assert re.search(r"\bcross_attention_dim .* 80 .* 32\b", refusal(made[0], weights))
     (weights,) = made[1].glob("*.safetensors")
     wide = {**load_file(weights), "controlnet_cond_embedding.conv_in.weight": torch.zeros(8, 6, 3, 3)}
     save_file(wide, tmp_path / "wide.safetensors")
-    assert "one for other pictures than RGB" in refusal(made[0], tmp_path / "wide.safetensors")
+    assert "conditioning_channels: 6" in refusal(made[0], tmp_path / "wide.safetensors")
 
 
 def test_blocks_that_keys_do_not_tell_need_a_directory(made: tuple[Path, Path], tmp_path: Path) -> None:
     tensors = {key: t for key, t in tensors_of(made[1]).items() if not key.startswith("mid_block.resnets.1.")}
     save_file(tensors, tmp_path / "a.safetensors")
-    assert "give a directory that holds its config.json" in refusal(made[0], tmp_path / "a.safetensors")
+    assert "config.json" in refusal(made[0], tmp_path / "a.safetensors")
 
 
 def test_inspect_says_that_weights_are_differences(made: tuple[Path, Path], tmp_path: Path) -> None:
     save_file({**differences(*made), "difference": torch.ones(1)}, tmp_path / "a.safetensors")
     inspection = inspect_checkpoint(str(tmp_path / "a.safetensors"))
     assert inspection.model == "ControlNet"
-    assert "its weights are differences to a UNet's: those of the checkpoint that it is added to" in inspection.notes
+    assert any("UNet" in note for note in inspection.notes)

@@ -32,6 +32,7 @@ from latentrt.engines.cuda.device import CudaDevice
 from latentrt.engines.cuda.gpus import find_gpu
 from latentrt.engines.cuda.stream import Allocations, StagingRing, Turn, WorkQueue
 from latentrt.engines.errors import (
+    RESTART,
     EngineError,
     NotInstalledError,
     OutOfMemoryError,
@@ -954,7 +955,7 @@ def test_an_error_that_stays_is_told_first_and_last_and_everything_closes() -> N
     answers = run_process(CRASH)
     tell("sticky error", **answers)
     assert re.match(r"DeviceLostError: cudaEventQuery: cuda\w+ ", answers["first"])
-    assert "process is restarted" in answers["first"]
+    assert RESTART in answers["first"]
     for name in ("again", "allocate", "record", "drain"):
         assert answers[name] == answers["first"], name
     for name in ("settle", "graph", "close", "stream"):

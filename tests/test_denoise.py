@@ -292,9 +292,9 @@ def test_an_impossible_guidance_rescale_is_refused(rescale: float) -> None:
 def test_what_was_never_written_is_named() -> None:
     plan = make_plan("euler", STABLE_DIFFUSION, steps=2)
     workspace = workspace_for(plan, Unet())
-    with pytest.raises(EngineError, match="state was not written"):
+    with pytest.raises(EngineError, match=r"^state\b"):
         list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: latents(2), denoiser="unet"))
-    with pytest.raises(EngineError, match=r"state: found shape \(1, 2\), expected \(1, 1, 4"):
+    with pytest.raises(EngineError, match=r"^state: .*\(1, 2\).*\(1, 1, 4"):
         workspace.write("state", np.zeros((1, 2), dtype=np.float32))
-    with pytest.raises(EngineError, match="pixels was not written"):
+    with pytest.raises(EngineError, match=r"^pixels\b"):
         workspace.read("pixels")

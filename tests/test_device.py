@@ -67,7 +67,7 @@ CALLS: dict[str, Callable[[CudaDevice], Any]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_every_call_passes_what_the_bindings_take_and_tells_their_error(unprobed: CudaDevice, name: str) -> None:
     """The bindings check number and types of the arguments before the driver is asked for anything."""
-    with pytest.raises(EngineError, match=rf"^{name.split()[0]}: cudaErrorInsufficientDriver \(CUDA driver"):
+    with pytest.raises(EngineError, match=rf"^{name.split()[0]}: cudaErrorInsufficientDriver\b"):
         CALLS[name](unprobed)
 
 
@@ -115,7 +115,7 @@ def test_a_full_gpu_is_told_in_mebibytes_with_the_mend(unprobed: CudaDevice, run
     codes = runtime.cudaError_t
     full = (codes.cudaErrorMemoryAllocation, None)
     unprobed._cuda = Driver(runtime, cudaMalloc=full, cudaMemGetInfo=(codes.cudaSuccess, 5 << 20, 9 << 30))
-    with pytest.raises(OutOfMemoryError, match=r"^the GPU has 5 MiB free and 8 MiB more are needed"):
+    with pytest.raises(OutOfMemoryError, match=r"\b5 MiB .*\b8 MiB "):
         unprobed.allocate((7 << 20) + 1)
 
 

@@ -211,14 +211,14 @@ def test_what_holds_no_unet_is_refused(made: Make, tmp_path: Path) -> None:
     base = made("sd1", "")[0]
     lora = save(tmp_path / "lightning_lora.safetensors", kohya(make_factors(base, seed=1)))
     (vae,) = (base / "vae").glob("*.safetensors")
-    for path, sentence in (
-        (lora, "holds no UNet but a LoRA; add it with --lora"),
-        (vae, "holds no UNet but a VAE; add it with --vae"),
-        (tmp_path / "nothing", "is not there; give a directory or a safetensors file"),
+    for path, told in (
+        (lora, "--lora FILE$"),
+        (vae, "; .*--vae "),
+        (tmp_path / "nothing", "^--unet '.*nothing'"),
     ):
-        with pytest.raises(CheckpointError, match=sentence):
+        with pytest.raises(CheckpointError, match=told):
             with_unet(base, path)
-    with pytest.raises(CheckpointError, match="cannot replace a graph that optimum exported"):
+    with pytest.raises(CheckpointError, match=r"^--unet .*optimum"):
         with_unet(made("sd1", "")[1] / "onnx", base)
 
 

@@ -17,7 +17,7 @@ from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle, Check
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.compare import relative_error, to_pixels
-from latentrt.engines.errors import BundleError, EngineError
+from latentrt.engines.errors import BundleError, EngineError, WrongMachineError
 from latentrt.engines.find import choose, find_engines
 from latentrt.engines.onnxruntime import build as onnxruntime
 from latentrt.engines.onnxruntime import keys
@@ -60,9 +60,9 @@ def test_outputs_hold_until_the_next_call_with_the_same_shapes(sd1_bundle: Path)
 
 def test_a_wrong_name_and_a_wrong_shape_are_named(sd1_bundle: Path) -> None:
     engine = open_engines(Bundle.open(sd1_bundle), "cpu").engines["text_encoder"]
-    with pytest.raises(EngineError, match="text_encoder takes input_ids, extra_embeddings, found tokens"):
+    with pytest.raises(EngineError, match=r"^text_encoder .*input_ids, extra_embeddings, .*tokens"):
         engine({"tokens": np.zeros((1, 77))})
-    with pytest.raises(EngineError, match=r"takes input_ids: int64\[batch, 77\], found shape \(1, 5\)"):
+    with pytest.raises(EngineError, match=r"input_ids: int64\[batch, 77\], .*\(1, 5\)"):
         engine({"input_ids": np.zeros((1, 5)), "extra_embeddings": np.zeros((1, 32))})
 
 
@@ -97,7 +97,7 @@ def test_two_builders_of_one_key_do_not_harm_each_other(copy: Bundle) -> None:
 
 def test_no_engines_for_this_machine_names_the_command(copy: Bundle) -> None:
     shutil.rmtree(copy.root / "engines")
-    with pytest.raises(EngineError, match=r"no engines for the backend 'cpu'; run `latentrt build .* --backend cpu`"):
+    with pytest.raises(EngineError, match=r"`latentrt build .* --backend cpu`"):
         open_engines(copy, "cpu")
 
 
@@ -105,8 +105,9 @@ def test_engines_of_another_machine_are_refused_and_the_difference_is_named(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "instruction_set", lambda: "x86_64 pentium")
-    with pytest.raises(EngineError, match=r"\(device: x86_64 pentium here, .* there\); run `latentrt build"):
+    with pytest.raises(WrongMachineError, match=r"`latentrt build .* --backend cpu`") as caught:
         open_engines(copy, "cpu")
+    assert any(one.startswith("device: x86_64 pentium ") for one in caught.value.differences)
 
 
 def test_a_record_whose_key_is_not_its_directorys_is_refused(copy: Bundle) -> None:
@@ -124,7 +125,7 @@ def test_an_altered_engine_is_refused_before_it_is_opened(copy: Bundle) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(BundleError, match="was altered"):
+    with pytest.raises(BundleError, match=rf"{file.stem}\..*SHA-256"):
         open_engines(copy, "cpu")
     assert [row.ok for row in verify(copy, backend="cpu")] == [True, False]
 
@@ -132,7 +133,7 @@ def test_an_altered_engine_is_refused_before_it_is_opened(copy: Bundle) -> None:
 def test_a_truncated_canonical_graph_is_refused_by_name(copy: Bundle) -> None:
     file = copy.root / copy.manifest.components["unet"].graph
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(BundleError, match=r"unet/model\.onnx holds 1000 bytes"):
+    with pytest.raises(BundleError, match=r"unet/model\.onnx\D+1000\D"):
         build_engines(copy, "cpu", force=True)
     assert not list((copy.root / "engines").glob(".*"))
 
@@ -143,7 +144,7 @@ def test_drift_is_reported_not_hidden(copy: Bundle, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("latentrt.engines.verify.verify.read_golden", lambda bundle, component: (inputs, moved))
     row = next(row for row in verify(copy, backend="cpu") if row.what == "text_encoder")
     assert not row.ok
-    assert "drifts" in row.message
+    assert row.error is not None and row.limit is not None and row.error > row.limit
 
 
 def test_nan_is_an_infinite_error() -> None:
@@ -172,7 +173,7 @@ def test_two_threads_that_miss_an_engine_open_it_once(sd1_bundle: Path, monkeypa
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are(sd1_bundle: Path) -> None:
-    with pytest.raises(EngineError, match=r"no backend 'cpuu'; choose one of auto, cpu, cuda"):
+    with pytest.raises(EngineError, match=r"'cpuu'.* auto, cpu, cuda"):
         choose("cpuu", Bundle.open(sd1_bundle))
 
 

@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ from latentrt.export.sources.hub import download
 from latentrt.export.work.finished import MARKERS
 from latentrt.runtime.pipeline import Pipeline
 from tests.conftest import Make
-from tests.refused import about
+from tests.refused import about, caused_by
 from tests.tiny import NETWORKS
 
 # As on a machine that has neither: not to be found, and not to be imported.
@@ -128,14 +129,14 @@ def test_the_same_export_again_does_nothing(graphs: str, tmp_path: Path) -> None
     assert exported.already_there
     assert (target / "manifest.json").stat().st_mtime_ns == before
     assert leftovers(target) == []
-    again = subprocess.run(command(graphs, target), check=True, capture_output=True, text=True)
-    assert "was there already" in again.stdout
+    again = subprocess.run(command(graphs, target, "--json"), check=True, capture_output=True, text=True)
+    assert json.loads(again.stdout)["already_there"]
 
 
 def test_another_bundle_is_replaced_only_when_asked(graphs: str, sd2_bundle: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     export_checkpoint(str(sd2_bundle / "onnx"), target, backends=())
-    with pytest.raises(BundleError, match="pass --overwrite to replace it"):
+    with pytest.raises(BundleError, match="--overwrite"):
         export_checkpoint(graphs, target, backends=())
     assert Bundle.open(target).manifest.family == "sd2"
     export_checkpoint(graphs, target, backends=(), overwrite=True)
@@ -147,7 +148,7 @@ def test_what_is_not_a_bundle_is_never_replaced(graphs: str, tmp_path: Path) -> 
     target = tmp_path / "thesis"
     target.mkdir()
     (target / "chapter.txt").write_text("years of work")
-    with pytest.raises(BundleError, match="exists and is not a bundle"):
+    with pytest.raises(BundleError, match=r"'.*/thesis'"):
         export_checkpoint(graphs, target, overwrite=True)
     assert (target / "chapter.txt").read_text() == "years of work"
 
@@ -171,13 +172,13 @@ def test_a_backend_that_cannot_build_here_is_refused_before_anything_is_exported
     graphs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(exporting, "staged", None)
-    with pytest.raises(EngineError, match="the backend 'cuda' cannot build here"):
+    with pytest.raises(EngineError, match="'cuda'"):
         export_checkpoint(graphs, tmp_path / "bundle", precision="fp32", backends=("cuda",))
     assert not (tmp_path / "bundle").exists()
 
 
 def test_graphs_of_another_precision_name_the_option(graphs: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="export it with --precision fp32"):
+    with pytest.raises(CheckpointError, match="--precision fp32"):
         export_checkpoint(graphs, tmp_path / "bundle", precision="fp16", backends=())
 
 
@@ -186,7 +187,7 @@ def test_a_full_disk_is_one_sentence(graphs: str, tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(exporting, "write_configs", full)
-    with pytest.raises(BundleError, match="the disk is full; free some space and run the command again: it resumes"):
+    with pytest.raises(BundleError, check=caused_by(errno.ENOSPC)):
         export_checkpoint(graphs, tmp_path / "bundle", backends=())
     assert not (tmp_path / "bundle").exists()
 
@@ -196,7 +197,7 @@ def test_a_disk_that_fills_up_under_the_graphs_is_one_sentence(
 ) -> None:
     """Another program takes what was free before the export."""
     monkeypatch.setattr(exporting, "require_room", lambda *_: "")
-    with pytest.raises(BundleError, match="the disk is full"):
+    with pytest.raises(BundleError, match="full"):  # another process has met it, and only its sentence comes here
         export_checkpoint(graphs, small_disk / "bundle")
 
 
@@ -204,7 +205,7 @@ def test_a_disk_that_is_too_small_is_one_sentence(graphs: str, small_disk: Path)
     result = subprocess.run(command(graphs, small_disk / "bundle"), capture_output=True, text=True, check=False)
     assert list(small_disk.iterdir()) == []
     assert result.returncode == 2
-    assert "GB of that disk are free" in result.stderr.splitlines()[-1]
+    assert re.search(r"\d GB .*--no-build", result.stderr.splitlines()[-1])
     assert "Traceback" not in result.stderr
 
 
@@ -294,20 +295,20 @@ def test_states_of_each_layer_become_those_that_sdxl_reads(made: Make, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("make", "sentence"),
+    ("make", "told"),
     [
-        (lambda path: None, "there is no checkpoint at"),
-        (lambda path: path.mkdir(), "it holds no model_index.json"),
-        (lambda path: path.write_bytes(b"x"), "is not a safetensors file"),
+        (lambda path: None, "'demo'"),
+        (lambda path: path.mkdir(), "model_index.json"),
+        (lambda path: path.write_bytes(b"x"), "safetensors"),
     ],
 )
-def test_the_command_refuses_with_one_sentence_and_code_2(tmp_path: Path, make: Any, sentence: str) -> None:
+def test_the_command_refuses_with_one_sentence_and_code_2(tmp_path: Path, make: Any, told: str) -> None:
     make(tmp_path / "checkpoint")
     result = subprocess.run(
         command(tmp_path / "checkpoint", tmp_path / "bundle"), capture_output=True, text=True, check=False
     )
     assert result.returncode == 2
-    assert sentence in result.stderr.splitlines()[-1]
+    assert told in result.stderr.splitlines()[-1]
     assert result.stdout == ""
     assert not (tmp_path / "bundle").exists()
 
@@ -319,8 +320,8 @@ def test_the_summary_is_plain_data_and_a_table(graphs: str, tmp_path: Path) -> N
     assert unet["error"] is None  # optimum's layout holds no weights to compare the graph with
     assert set(unet) >= {"weights_bytes", "seconds", "peak_rss_bytes", "peak_rss_over_weights", "error", "resumed"}
     result = subprocess.run(command(graphs, tmp_path / "b"), capture_output=True, text=True, check=True)
-    assert all(name in result.stdout for name in (*NETWORKS, "peak memory", "is ready", "not compared"))
-    assert "exporting unet: done in" in result.stderr
+    assert all(name in result.stdout for name in (*NETWORKS, f"'{tmp_path / 'b'}'"))
+    assert re.search(r"\bunet: .*\d", result.stderr)
 
 
 def test_a_moved_bundle_still_opens(sd1_bundle: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from latentrt.engines.find import cannot_build, find_engines
 from latentrt.engines.onnxruntime import keys
 from latentrt.engines.verify.verify import verify
 from latentrt.runtime.pipeline import Pipeline
+from tests.refused import caused_by
 from tests.stand_in import L4, install
 
 ROOT = Path(__file__).parent.parent
@@ -166,7 +167,7 @@ def test_a_full_disk_is_not_answered_by_another_place(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(BundleError, match="the disk is full"):
+    with pytest.raises(BundleError, check=caused_by(errno.ENOSPC)):
         build_engines(bare, "cpu")
     assert not cache.exists()
 
@@ -204,8 +205,8 @@ def test_the_best_backend_of_a_gpu_is_built_and_not_the_cpus(bare: Bundle, monke
     build_engines(bare, "cpu")
     install(monkeypatch, gpu=L4, tensorrt="11.4.0.106")
     choice = build_missing(bare, "auto")
-    assert choice.backend == "tensorrt" and "built when it was loaded" in choice.reason
-    assert "built when it was loaded" not in build_missing(bare, "auto").reason
+    assert choice.backend == "tensorrt" and str(bare.root / "engines") in choice.reason
+    assert str(bare.root) not in build_missing(bare, "auto").reason  # nothing is built any more
     assert {record.key.backend for record in bare.engine_directories().values()} == {"cpu", "tensorrt"}
 
 
@@ -241,9 +242,7 @@ def test_what_building_lacks_is_onnx_and_never_torch(
         lambda: Pipeline.load(bare.root, backend),
         lambda: Pipeline.load(bare.root, backend, build=True),
     ):
-        with pytest.raises(
-            EngineError, match=r"needs onnx; install it with: pip install 'latentrt\[build\]'"
-        ) as caught:
+        with pytest.raises(EngineError, match=r"\bonnx\b.*pip install 'latentrt\[build\]'") as caught:
             attempt()
         assert "export" not in str(caught.value)
     assert not (bare.root / "engines").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_a_seed_that_is_another_is_found_when_it_grows(sd1_half_bundle: Path, tm
     shutil.copytree(sd1_half_bundle, root)
     holes = sow(root)
     wrong = [Hole(**{**{f: getattr(holes[0], f) for f in Hole.__dataclass_fields__}, "seed": 999}), *holes[1:]]
-    with pytest.raises(BundleError, match="was altered"):
+    with pytest.raises(BundleError, match="SHA-256"):
         unpack(pack(root, wrong, tmp_path / "packed.tar.gz"), tmp_path / "grown")
 
 
@@ -211,7 +212,7 @@ def test_what_there_is_no_time_for_is_skipped_not_begun(tmp_path: Path) -> None:
     parts = [part("first", "time.sleep(1.2)"), part("long", GOOD, least_s=30.0), part("short", GOOD, least_s=0.1)]
     outcomes = run_parts(parts, seconds=6, folder=tmp_path, save=lambda _: None, say=lambda _: None)
     assert [one["status"] for one in outcomes.parts.values()] == ["ok", "skipped", "ok"]
-    assert "s left" in outcomes.parts["long"]["why"]
+    assert re.search(r"\d s\b", outcomes.parts["long"]["why"])
     assert Outcomes().figures("nothing") == {}
 
 
@@ -358,7 +359,7 @@ def suite(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_without_a_gpu_the_suite_says_so_and_exits_with_2(tmp_path: Path) -> None:
     result = suite("--output", tmp_path / "gpu.json")
     assert (result.returncode, list(tmp_path.iterdir())) == (2, [])
-    assert "--cpu rehearses the same flow" in result.stderr
+    assert "--cpu" in result.stderr.splitlines()[-1]
 
 
 # Takes the place of the finder of installed packages: those that a bare machine lacks are not found.

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from latentrt.engines.build import build_engines
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.errors import BundleError, CheckpointError
+from latentrt.engines.errors import BundleError, CheckpointError, printable
 from latentrt.engines.graphs.edits import load_graph
 from latentrt.engines.graphs.widen import widen
 from latentrt.engines.verify.verify import verify
@@ -155,31 +155,31 @@ def test_data_outside_the_graphs_folder_is_refused(tmp_path: Path, location: str
     onnx.save(relocate(small(), location=location), str(tmp_path / "unet" / "model.onnx"))
     with pytest.raises(CheckpointError) as caught:
         data_files(tmp_path / "unet" / "model.onnx")
-    assert "not in its folder" in str(caught.value) and str(caught.value).isprintable()
+    assert printable(repr(location)) in str(caught.value) and str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("said", "told"),
     [
-        ({"location": "absent"}, "is missing"),
-        ({"location": "data", "offset": 4000}, "holds 4096 bytes"),
-        ({"location": "data", "length": 10**18}, "holds 4096 bytes"),
-        ({"location": "data", "offset": "x"}, "does not say where"),
-        ({"location": "data", "offset": -4000}, "does not say where"),
-        ({"offset": 0}, "not in its folder"),
+        ({"location": "absent"}, "/absent "),
+        ({"location": "data", "offset": 4000}, r"/data\D+4096\D"),
+        ({"location": "data", "length": 10**18}, r"/data\D+4096\D"),
+        ({"location": "data", "offset": "x"}, r"model\.onnx .*'data'"),
+        ({"location": "data", "offset": -4000}, r"model\.onnx .*'data'"),
+        ({"offset": 0}, r"model\.onnx .*''"),
     ],
 )
-def test_data_that_is_not_there_is_refused(tmp_path: Path, said: dict[str, object], words: str) -> None:
+def test_data_that_is_not_there_is_refused(tmp_path: Path, said: dict[str, object], told: str) -> None:
     (tmp_path / "data").write_bytes(bytes(4096))
     onnx.save(relocate(small(), **said), str(tmp_path / "model.onnx"))
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=told):
         data_files(tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x0a", bytes(100)])
 def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(content)
-    with pytest.raises(CheckpointError, match="is not an ONNX graph"):
+    with pytest.raises(CheckpointError, match=r"/model\.onnx .*ONNX"):
         data_files(tmp_path / "model.onnx")
 
 
@@ -257,7 +257,7 @@ def test_data_in_a_bundle_outside_the_graphs_folder_is_refused(adopted: Path) ->
         tensor.data_type = TensorProto.FLOAT16
         for entry in tensor.external_data:
             entry.value = "../../secret" if entry.key == "location" else entry.value
-    with pytest.raises(BundleError, match="not beside it"):
+    with pytest.raises(BundleError, match=r"'\.\./\.\./secret'"):
         widen(model, adopted / "onnx" / "unet", None)
 
 

@@ -162,7 +162,7 @@ def test_every_other_link_is_refused(published: Path, attack: Attack) -> None:
 def test_a_graph_that_is_such_a_link_is_not_opened(published: Path) -> None:
     (published / GRAPH).unlink()
     (published / GRAPH).symlink_to(other_blob(published))
-    with pytest.raises(BundleError, match="leads outside"):
+    with pytest.raises(BundleError, match=f"'{GRAPH}'"):
         Bundle.open(published).path(GRAPH)
 
 
@@ -197,5 +197,5 @@ def test_engines_that_a_directory_link_brings_are_refused(published: Path, tmp_p
     (elsewhere / "engine.json").write_text("{}")
     (published / "engines").mkdir()
     (published / "engines" / "cpu-key").symlink_to(elsewhere)
-    with pytest.raises(BundleError, match="leads outside"):
+    with pytest.raises(BundleError, match=r"'engines/cpu-key/engine\.json'"):
         Bundle.open(published).engine_directories()

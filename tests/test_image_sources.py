@@ -186,20 +186,21 @@ def pillows_limit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def test_a_decompression_bomb_is_refused_from_its_header(pillows_limit: int | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(RequestError, match=r"image: .*(is 60000x60000, more|has too many pixels)"):
+        with pytest.raises(RequestError, match=r"^image: .*(60000x60000|3600000000)"):
             read_pictures(png_header(60000, 60000), factor=FACTOR)
 
 
 def test_one_pixel_over_the_limit_is_refused() -> None:
     side = int(MAX_PIXELS**0.5)
-    with pytest.raises(RequestError, match=f"is {side}x{side + 1}, more than {MAX_PIXELS} pixels"):
+    with pytest.raises(RequestError, match=f"{side}x{side + 1}.*{MAX_PIXELS}"):
         decode(png_header(side, side + 1), name="image")
-    with pytest.raises(RequestError, match="truncated or damaged"):  # the limit itself is decoded: there is nothing
+    with pytest.raises(RequestError) as caught:  # the limit itself is decoded: there is nothing
         decode(png_header(side, side), name="image")
+    assert str(MAX_PIXELS) not in str(caught.value) and "PNG" not in str(caught.value)
 
 
 def test_a_program_is_no_picture() -> None:
-    with pytest.raises(RequestError, match="cannot be decoded: it is none of"):
+    with pytest.raises(RequestError, match=r"^image: .*\bPNG\b"):
         read_pictures(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n", factor=FACTOR)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from latentrt.engines.bundle.safetensors_header import read_header
 from latentrt.engines.errors import CheckpointError
 from latentrt.export.cli import inspect
 from latentrt.export.configs.families import SUPPORTED
-from latentrt.export.inspection import Inspection, inspect_checkpoint
+from latentrt.export.inspection import DISTILLED, Inspection, inspect_checkpoint
 from latentrt.export.sources.recognise_file import recognise
 from tests.sd3 import make_sd3
 from tests.single_files import clip_tensors, open_clip_tensors, save_header, save_single_file, unet_tensors, vae_tensors
@@ -126,8 +127,8 @@ def test_files_in_published_sizes_are_recognised(
     assert networks["unet"].parameters == pytest.approx(millions * 1e6, rel=1e-5)
     assert networks["vae"].parameters == pytest.approx(83.65e6, rel=1e-3)
     assert networks["unet"].dtypes == {"F16": 1.0}
-    assert ("it holds no text encoder" in inspection.notes) == (not text)
-    assert any("cannot be told from the weights" in note for note in inspection.notes)
+    assert any("text encoder" in note for note in inspection.notes) == (not text)
+    assert DISTILLED in inspection.notes
 
 
 def test_what_a_file_says_of_its_prediction_is_believed(sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_what_a_file_says_of_its_prediction_is_believed(sd1_checkpoint: Path, tm
     file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", metadata=written)
     inspection = inspect_checkpoint(str(file))
     assert inspection.prediction == "v_prediction (by modelspec.prediction_type in its metadata)"
-    assert "its metadata call it 'A title'" in inspection.notes
+    assert any("'A title'" in note for note in inspection.notes)
 
 
 # One of diffusers' own names of models, what we call it. The keys and shapes are those by which diffusers tells them.
@@ -170,7 +171,7 @@ def test_files_of_other_models_are_named(tmp_path: Path, name: str, label: str) 
     inspection = inspect_checkpoint(str(file))
     assert inspection.model == label
     assert inspection.problem is not None
-    assert inspection.problem.startswith(f"{label} was recognised") and SUPPORTED in inspection.problem
+    assert inspection.problem.startswith(f"{label} ") and SUPPORTED in inspection.problem
 
 
 PARTS = {
@@ -200,7 +201,7 @@ def test_parts_and_additions_are_named(tmp_path: Path, key: str, label: str) -> 
     inspection = inspect_checkpoint(str(save_header(tmp_path / "a.safetensors", {key: (4, 4)})))
     assert inspection.model == label
     assert inspection.problem is not None
-    assert "is a part or an addition" in inspection.problem
+    assert label in inspection.problem
 
 
 def test_a_loras_changes_are_counted(tmp_path: Path) -> None:
@@ -209,17 +210,16 @@ def test_a_loras_changes_are_counted(tmp_path: Path) -> None:
         tensors |= {f"lora_{name}.lora_down.weight": (rank, 4), f"lora_{name}.lora_up.weight": (4, rank)}
     file = save_header(tmp_path / "a.safetensors", tensors, metadata={"ss_base_model_version": "sd_v1"})
     notes = inspect_checkpoint(str(file)).notes
-    assert "it changes 2 of the unet's parameters, by LoRA of rank 4 to 8" in notes
-    assert "it changes 1 of the text_encoder's parameters, by LoRA of rank 2" in notes
-    assert "its metadata say ss_base_model_version: sd_v1" in notes
+    for part, numbers in (("unet", ["2", "4", "8"]), ("text_encoder", ["1", "2"])):
+        (note,) = (note for note in notes if part in note)
+        assert "LoRA" in note and re.findall(r"\d+", note) == numbers
+    assert any("ss_base_model_version: sd_v1" in note for note in notes)
 
 
 def test_what_nobody_knows_is_said_with_a_name_from_inside(tmp_path: Path) -> None:
     inspection = inspect_checkpoint(str(save_header(tmp_path / "a.safetensors", {"x.y": (4,), "z": (2, 2, 2)})))
-    assert (inspection.model, inspection.problem) == (
-        "",
-        "it is nothing that is known here: 2 tensors, the first named x.y, z",
-    )
+    assert inspection.model == ""
+    assert inspection.problem is not None and re.search(r" 2 .* x\.y, z$", inspection.problem)
 
 
 @pytest.mark.parametrize(("family", "label"), [("sd1", "Stable Diffusion 1.x"), ("sd2", "Stable Diffusion 2.x")])
@@ -257,7 +257,7 @@ def test_everything_that_is_missing_is_named_at_once(sd1_checkpoint: Path, tmp_p
     (root / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     inspection = inspect_checkpoint(str(root))
     told = " ".join((str(inspection.problem), *inspection.notes))
-    assert all(words in told for words in ("no vae/", "no tokenizer/", "diffusion_pytorch_model.safetensors is trunc"))
+    assert all(name in told for name in (" vae/", " tokenizer/", "unet/diffusion_pytorch_model.safetensors"))
 
 
 def test_a_directory_of_another_model_is_named(sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_directory_of_another_model_is_named(sd1_checkpoint: Path, tmp_path: P
     inspection = inspect_checkpoint(str(root))
     assert inspection.model == "Stable Diffusion's upscaler"
     assert inspection.problem is not None
-    assert "(an upscaler) (unet/config.json says num_class_embeds: 1000)" in inspection.problem
+    assert "num_class_embeds: 1000" in inspection.problem
 
 
 @pytest.mark.parametrize(
@@ -293,14 +293,14 @@ def test_one_network_is_named_by_its_class(sd1_checkpoint: Path) -> None:
     inspection = inspect_checkpoint(str(sd1_checkpoint / "vae"))
     assert inspection.model == "AutoencoderKL"
     assert inspection.problem is not None
-    assert "one network (AutoencoderKL)" in inspection.problem
+    assert "AutoencoderKL" in inspection.problem
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
     inspection = inspect_checkpoint(str(tmp_path / "model.ckpt"))
     assert inspection.problem is not None
-    assert "can run any code" in inspection.problem
+    assert "pickle" in inspection.layout
     assert not (tmp_path / "opened").exists()
 
 
@@ -313,10 +313,10 @@ def refusal(path: Path) -> str:
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<html>")
-    assert "neither a directory nor a safetensors file" in refusal(tmp_path / "page.html")
-    assert "there is no bundle at" in refusal(tmp_path / "absent")
+    for name in ("page.html", "absent"):
+        assert f"'{tmp_path / name}'" in refusal(tmp_path / name)
     (tmp_path / "pointer.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n")
-    assert "git-lfs pointer" in refusal(tmp_path / "pointer.safetensors")
+    assert "`git lfs pull`" in refusal(tmp_path / "pointer.safetensors")
 
 
 def header(document: object, tail: int) -> bytes:
@@ -349,7 +349,7 @@ DAMAGE = {
 @pytest.mark.parametrize("data", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
-    assert "a.safetensors is truncated or damaged" in refusal(tmp_path / "a.safetensors")
+    assert str(tmp_path / "a.safetensors") in refusal(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
@@ -369,11 +369,9 @@ def test_tensors_are_read_as_torch_reads_them(tmp_path: Path, dtype: str) -> Non
 
 def test_the_command_prints_words_and_json(sd1_checkpoint: Path) -> None:
     text = CliRunner().invoke(inspect, [str(sd1_checkpoint)]).output
-    assert all(
-        word in text for word in ("Stable Diffusion 1.x", "epsilon", "32x32", "AutoencoderKL", "can be exported")
-    )
+    assert all(word in text for word in ("Stable Diffusion 1.x", "epsilon", "32x32", "AutoencoderKL"))
     document = json.loads(CliRunner().invoke(inspect, [str(sd1_checkpoint), "--json"]).output)
-    assert set(document) == set(Inspection.__dataclass_fields__)
+    assert set(document) == set(Inspection.__dataclass_fields__) and document["problem"] is None
     assert "Stable Diffusion 1.x" in CliRunner().invoke(inspect, ["demo"]).output
 
 

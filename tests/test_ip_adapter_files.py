@@ -130,11 +130,11 @@ def test_what_does_not_fit_is_refused_in_a_sentence(sd1_checkpoint: Path, publis
 def test_other_refusals(sd1_checkpoint: Path, made: Make, published: Path, tmp_path: Path) -> None:
     models = published / "models"
     plain = models / "plain.safetensors"
-    with pytest.raises(CheckpointError, match="another checkpoint"):
+    with pytest.raises(CheckpointError, match=r"\(16, 32\) .*\(32, 80\)"):
         opened(made("sdxl", "")[0], plain)
-    with pytest.raises(CheckpointError, match="not there"):
+    with pytest.raises(CheckpointError, match=r"'.*nothing\.safetensors'"):
         opened(sd1_checkpoint, models / "nothing.safetensors")
-    with pytest.raises(CheckpointError, match="twice"):
+    with pytest.raises(CheckpointError, match=r"^--ip-adapter: .*'plain'"):
         opened(sd1_checkpoint, plain, plain)
     with pytest.raises(CheckpointError, match="--image-encoder"):
         opened(sd1_checkpoint, plain, image_encoder=str(tmp_path / "empty"))

@@ -161,7 +161,7 @@ def test_pefts_own_directory_has_its_alpha_in_another_file(
         tensors[f"base_model.model.{row.module}.lora_A.weight"] = row.down
         tensors[f"base_model.model.{row.module}.lora_B.weight"] = row.up
     file = save(tmp_path / "adapter_model.safetensors", tensors)
-    assert "its scale is in" in refusal(sd1_checkpoint, file)
+    assert "adapter_config.json" in refusal(sd1_checkpoint, file)
     config = adapter_metadata(rows, prefix=False) | {"use_rslora": stabilised}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     found = fused(with_loras(sd1_checkpoint, (file, 1.0)), "unet", tmp_path / "unet")
@@ -314,51 +314,51 @@ UP = f"{TO_Q}.lora_up.weight"
 REFUSED: dict[str, tuple[Tensors, str]] = {
     "a module of another model": (
         pair(TO_Q) | pair("lora_unet_down_blocks_7_attentions_0_proj_in"),
-        r"1 of the 2 modules that it changes are not in this checkpoint's unet \(down_blocks_7_attentions_0_proj_in\)",
+        r" 1 .* 2 .*\(down_blocks_7_attentions_0_proj_in\)",
     ),
-    "another width": (pair(TO_Q, inputs=32), r"\(2, 32\) and \(16, 2\), which do not fit .*to_q\.weight of shape"),
-    "two ranks": (pair(TO_Q) | {UP: np.zeros((16, 3), np.float32)}, "do not fit"),
-    "rank zero": (pair(TO_Q, rank=0), "do not fit"),
-    "no up": ({f"{TO_Q}.lora_down.weight": np.zeros((2, 16), np.float32)}, "lacks its lora_up"),
-    "only an alpha": ({f"{TO_Q}.alpha": np.zeros(())}, "lacks what '.*alpha' belongs to"),
-    "two alphas": (pair(TO_Q) | {f"{TO_Q}.alpha": np.zeros(2)}, "do not fit"),
-    "a second text encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "changes a text_encoder_2"),
-    "another network": (pair("lora_transformer_single_blocks_0"), "changes a transformer"),
-    "no lora": ({"x.weight": np.zeros((2, 2), np.float32)}, "'x.weight' is not a tensor of a LoRA"),
-    "nothing": ({}, "holds nothing"),
-    "half a loha": ({f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "lacks its hada_w1_b and its hada_w2_b and its hada_w2_a"),
-    "half a lokr": ({f"{TO_Q}.lokr_w1": np.zeros((2, 2))}, "lacks its lokr_w2_b and its lokr_w2_a"),
-    "two kinds at once": (pair(TO_Q) | {f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "as LoHa and as LoRA"),
-    "magnitudes alone": ({f"{TO_Q}.dora_scale": np.zeros((2, 2))}, "lacks what '.*dora_scale' belongs to"),
-    "magnitudes of another shape": (pair(TO_Q) | {f"{TO_Q}.dora_scale": np.zeros((2, 2))}, "do not fit"),
+    "another width": (pair(TO_Q, inputs=32), r"\(2, 32\) .*\(16, 2\).*to_q\.weight"),
+    "two ranks": (pair(TO_Q) | {UP: np.zeros((16, 3), np.float32)}, r"\(2, 16\) .*\(16, 3\)"),
+    "rank zero": (pair(TO_Q, rank=0), r"\(0, 16\) .*\(16, 0\)"),
+    "no up": ({f"{TO_Q}.lora_down.weight": np.zeros((2, 16), np.float32)}, "lora_up"),
+    "only an alpha": ({f"{TO_Q}.alpha": np.zeros(())}, "'.*alpha'"),
+    "two alphas": (pair(TO_Q) | {f"{TO_Q}.alpha": np.zeros(2)}, r"\(2, 16\) .*\(16, 2\).*\(16, 16\)"),
+    "a second text encoder": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "text_encoder_2"),
+    "another network": (pair("lora_transformer_single_blocks_0"), " transformer,"),
+    "no lora": ({"x.weight": np.zeros((2, 2), np.float32)}, r"'x\.weight'"),
+    "nothing": ({}, r"a\.safetensors'"),
+    "half a loha": ({f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "hada_w1_b .*hada_w2_b .*hada_w2_a"),
+    "half a lokr": ({f"{TO_Q}.lokr_w1": np.zeros((2, 2))}, "lokr_w2_b .*lokr_w2_a"),
+    "two kinds at once": (pair(TO_Q) | {f"{TO_Q}.hada_w1_a": np.zeros((2, 2))}, "LoHa .*LoRA"),
+    "magnitudes alone": ({f"{TO_Q}.dora_scale": np.zeros((2, 2))}, "'.*dora_scale'"),
+    "magnitudes of another shape": (pair(TO_Q) | {f"{TO_Q}.dora_scale": np.zeros((2, 2))}, r"\(2, 2\)"),
     "magnitudes twice": (
         pair(TO_Q) | {f"{TO_Q}.{name}": np.ones((16, 1)) for name in ("dora_scale", "lora_magnitude_vector")},
-        "has no meaning for a LoRA",
+        "'.*(dora_scale|lora_magnitude_vector)' .*LoRA",
     ),
     "a scaled difference": (
         {f"{TO_Q}.diff": np.zeros((16, 16)), f"{TO_Q}.alpha": np.zeros(())},
-        "alpha' has no meaning for a difference",
+        "alpha' .*difference",
     ),
     "a bias that is not there": (pair(TO_Q) | {f"{TO_Q}.diff_b": np.zeros(16)}, r"\(.*_to_q\.bias\)"),
-    "oft": ({f"{TO_Q}.oft_blocks": np.zeros((2, 2, 2))}, "holds an OFT or BOFT"),
-    "glora": ({f"{TO_Q}.{name}.weight": np.zeros((2, 2)) for name in ("a1", "a2", "b1", "b2")}, "holds a GLoRA"),
-    "ia3": ({f"{TO_Q}.weight": np.zeros(16), f"{TO_Q}.on_input": np.zeros(())}, "holds an IA3"),
-    "learned words": (pair(TO_Q) | {"bundle_emb.cat.clip_l": np.zeros((1, 32))}, "holds learned words"),
+    "oft": ({f"{TO_Q}.oft_blocks": np.zeros((2, 2, 2))}, "OFT"),
+    "glora": ({f"{TO_Q}.{name}.weight": np.zeros((2, 2)) for name in ("a1", "a2", "b1", "b2")}, "GLoRA"),
+    "ia3": ({f"{TO_Q}.weight": np.zeros(16), f"{TO_Q}.on_input": np.zeros(())}, "IA3"),
+    "learned words": (pair(TO_Q) | {"bundle_emb.cat.clip_l": np.zeros((1, 32))}, r"'bundle_emb\.cat\.clip_l'"),
     "biases of a lora": (
         {f"unet.x.lora_{name}": np.zeros((2, 2)) for name in ("A.weight", "B.weight", "B.bias")},
-        "holds biases of a LoRA",
+        r"'unet\.x\.lora_B\.bias'",
     ),
     "several adapters": (
         {f"unet.x.lora_A.{name}.weight": np.zeros((2, 2)) for name in ("a", "b")},
-        r"holds several adapters \(a, b\)",
+        r"\(a, b\)",
     ),
     "the same twice": (
         pair(TO_Q) | {f"{TO_Q}.lora_A.weight": np.zeros((2, 16), np.float32)},
-        "say the same thing twice",
+        r"lora_A\.weight' .*lora_down\.weight'|lora_down\.weight' .*lora_A\.weight'",
     ),
     "one weight by two names": (
         pair(TO_Q) | pair("lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"),
-        "to_q.weight twice",
+        r"to_q\.weight .*input_blocks_1_1",
     ),
 }
 
@@ -392,7 +392,7 @@ def test_what_it_was_made_for_is_told_where_the_file_says_it(sd1_checkpoint: Pat
     metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
     tensors = pair("lora_unet_input_blocks_4_1_transformer_blocks_9_attn1_to_q", 640, 640)
     file = save(tmp_path / "a.safetensors", tensors, metadata=metadata)
-    assert "its metadata say that it was made for sdxl_base_v1-0" in refusal(sd1_checkpoint, file)
+    assert "sdxl_base_v1-0" in refusal(sd1_checkpoint, file)
 
 
 def test_a_lora_for_another_checkpoint_is_refused_for_a_single_file_too(sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -401,23 +401,23 @@ def test_a_lora_for_another_checkpoint_is_refused_for_a_single_file_too(sd1_chec
     weight_source = with_loras(file, (lora, 1.0), config=str(sd1_checkpoint)).networks["unet"]
     assert isinstance(weight_source, WeightSource)
     with (
-        pytest.raises(CheckpointError, match="not in this checkpoint's unet"),
+        pytest.raises(CheckpointError, match=r"\(down_blocks_7_attentions_0_proj_in\)"),
         written(weight_source, tmp_path / "unet"),
     ):
         pass
 
 
 def test_files_that_are_none_are_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
-    assert "there is no LoRA at" in refusal(sd1_checkpoint, tmp_path / "absent.safetensors")
+    assert "FILE:SCALE" in refusal(sd1_checkpoint, tmp_path / "absent.safetensors")
     (tmp_path / "a.pt").write_bytes(b"x")
-    assert "is not a safetensors file" in refusal(sd1_checkpoint, tmp_path / "a.pt")
+    assert "a.pt'" in refusal(sd1_checkpoint, tmp_path / "a.pt")
     (tmp_path / "b.safetensors").write_bytes(b"x")
-    assert "truncated or damaged" in refusal(sd1_checkpoint, tmp_path / "b.safetensors")
+    assert str(tmp_path / "b.safetensors") in refusal(sd1_checkpoint, tmp_path / "b.safetensors")
 
 
 def test_graphs_of_optimum_cannot_be_changed(sd1_checkpoint: Path, sd1_bundle: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(sd1_bundle / "onnx", tmp_path / "graphs"))
-    assert "--lora cannot change graphs" in refusal(root, save(tmp_path / "a.safetensors", pair(TO_Q)))
+    assert re.search("^--lora .*optimum", refusal(root, save(tmp_path / "a.safetensors", pair(TO_Q))))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +435,7 @@ def test_a_file_and_its_strength_are_written_as_one_word(text: str, path: str, s
 
 @pytest.mark.parametrize("text", ["a.safetensors:nan", "a.safetensors:inf", ":0.5"])
 def test_strengths_that_are_no_numbers_are_refused(text: str) -> None:
-    with pytest.raises(CheckpointError, match="expected a file and a number"):
+    with pytest.raises(CheckpointError, match=f"^--lora '{text}': "):
         LoraOption.parse(text)
 
 

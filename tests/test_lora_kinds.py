@@ -147,23 +147,23 @@ def test_pefts_own_names_take_their_scale_from_its_config(prefix: str, adapter: 
 
 
 CONFIGS: dict[str, tuple[str, str]] = {
-    "no json": ("{", "is not JSON"),
-    "no object": ("[]", "is not a JSON object"),
-    "another kind": ('{"peft_type": "IA3"}', "it is PEFT's IA3"),
-    "another base": ('{"init_lora_weights": "pissa_niter_4"}', "changes the base's weights too"),
-    "lost magnitudes": ('{"use_dora": true}', "holds no magnitudes"),
-    "no number": ('{"lora_alpha": "many"}', "found 'many' as the rank or alpha"),
+    "no json": ("{", r"/adapter_config\.json .*JSON"),
+    "no object": ("[]", r"/adapter_config\.json .*JSON"),
+    "another kind": ('{"peft_type": "IA3"}', " IA3,"),
+    "another base": ('{"init_lora_weights": "pissa_niter_4"}', "init_lora_weights 'pissa"),
+    "lost magnitudes": ('{"use_dora": true}', "use_dora"),
+    "no number": ('{"lora_alpha": "many"}', "'many'"),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_that_means_other_weights_is_refused(name: str, tmp_path: Path) -> None:
-    text, words = CONFIGS[name]
+    text, told = CONFIGS[name]
     start = "base_model.model.time_embedding.linear_1.lora_"
     tensors = {f"{start}A.weight": np.ones((2, 8), np.float32), f"{start}B.weight": np.ones((12, 2), np.float32)}
     file = save(tmp_path / "adapter_model.safetensors", tensors)
     (tmp_path / "adapter_config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=told):
         added(file, 1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -148,40 +149,38 @@ def test_metadata_of_several_writers_is_read(sd1_checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("marks", "metadata", "words"),
+    ("marks", "metadata", "told"),
     [
         (
             {"v_pred": []},
             {"modelspec.prediction_type": "epsilon"},
-            "needs --prediction-type epsilon or v_prediction, because it contradicts itself: the marker v_pred says",
+            r"--prediction-type epsilon or v_prediction.*\bv_pred\b",
         ),
         (
             {},
             {"modelspec.prediction_type": "flow"},
-            "needs --prediction-type epsilon or v_prediction, because its metadata say modelspec.prediction_type: "
-            "'flow'",
+            r"--prediction-type epsilon or v_prediction.*\bmodelspec\.prediction_type: 'flow'",
         ),
-        ({"edm_vpred.sigma_max": [0.0]}, {}, "the mark edm_vpred.sigma_max is [0.0], which cannot be right"),
+        ({"edm_vpred.sigma_max": [0.0]}, {}, r"\bedm_vpred\.sigma_max .*\[0\.0\]"),
         (
             {**PLAYGROUND, "edm_vpred.sigma_max": [80.0]},
             {},
-            "the marks edm_vpred.sigma_max and edm_mean, which contradict each other; remove one of them",
+            r"\bedm_vpred\.sigma_max .*\bedm_mean\b",
         ),
-        ({"edm_mean": [0.0]}, {}, "1 of its tensors belong to no network and are not known here (edm_mean)"),
+        ({"edm_mean": [0.0]}, {}, r" 1 .*\(edm_mean\)"),
         (
             {"time_gate.weight": [1.0], "scale_factor": 0.18215},
             {},
-            "needs --config DIRECTORY with all its configs, because 2 of its tensors belong to no network and are not "
-            "known here (scale_factor, time_gate.weight)",
+            r"--config DIRECTORY .* 2 .*\(scale_factor, time_gate\.weight\)",
         ),
     ],
 )
 def test_what_cannot_be_followed_is_named_before_anything_is_written(
-    xl: dict[str, Any], tmp_path: Path, marks: Any, metadata: dict[str, str], words: str
+    xl: dict[str, Any], tmp_path: Path, marks: Any, metadata: dict[str, str], told: str
 ) -> None:
     file = save_header(tmp_path / "a.safetensors", xl, metadata=metadata, marks=marks)
-    assert words in refusal(file)
-    assert words in str(inspect_checkpoint(str(file)).problem)
+    assert re.search(told, refusal(file))
+    assert re.search(told, str(inspect_checkpoint(str(file)).problem))
     result = CliRunner().invoke(export, [str(file), str(tmp_path / "bundle"), "--tokenizer", str(DEMO), "--no-build"])
     assert isinstance(result.exception, CheckpointError) and not (tmp_path / "bundle").exists()
 
@@ -193,7 +192,7 @@ def test_a_marks_numbers_are_not_read_from_a_pickle(sd1_checkpoint: Path, tmp_pa
 
     path = tmp_path / "a.ckpt"
     torch.save({**checkpoint_tensors(sd1_checkpoint), "edm_vpred.sigma_max": torch.tensor(120.0)}, path)
-    with pytest.raises(CheckpointError, match="convert it to safetensors"):
+    with pytest.raises(CheckpointError, match=r"\bedm_vpred\.sigma_max\b.* safetensors$"):
         open_file(path, CheckpointOptions(config=str(sd1_checkpoint), allow_pickle=True))
 
 
@@ -211,7 +210,7 @@ def test_what_training_leaves_is_no_obstacle(xl: dict[str, Any], tmp_path: Path,
 def test_configs_of_its_own_say_all_that_unknown_tensors_could(sd1_checkpoint: Path, tmp_path: Path) -> None:
     file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", marks={"time_gate.weight": [1.0]})
     assert open_file(file, CheckpointOptions(config=str(sd1_checkpoint))).configs
-    assert "it holds tensors of no network that is known here: time_gate.weight" in inspect_checkpoint(str(file)).notes
+    assert any("time_gate.weight" in note for note in inspect_checkpoint(str(file)).notes)
 
 
 # --- marks of a UNet that is given beside a checkpoint ---
@@ -232,10 +231,10 @@ def test_a_unet_from_a_file_brings_the_schedule_that_it_was_trained_for(sd1_chec
 def test_a_unets_file_that_cannot_be_followed_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
     metadata = {"modelspec.prediction_type": "epsilon"}
     file = save_single_file(sd1_checkpoint, tmp_path / "a.safetensors", marks={"v_pred": []}, metadata=metadata)
-    with pytest.raises(CheckpointError, match="needs --prediction-type, because it contradicts itself"):
+    with pytest.raises(CheckpointError, match=r"^--unet .*--prediction-type\b"):
         open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(unet=str(file)))
     options = CheckpointOptions(unet=str(file), prediction_type="epsilon")
     assert open_checkpoint(str(sd1_checkpoint), options=options).schedule.prediction_type == "epsilon"
     strange = save_single_file(sd1_checkpoint, tmp_path / "b.safetensors", marks={"time_gate.weight": [1.0]})
-    with pytest.raises(CheckpointError, match=r"no UNet known here has \(time_gate.weight\)"):
+    with pytest.raises(CheckpointError, match=r"^--unet .*\(time_gate\.weight\)"):
         open_checkpoint(str(sd1_checkpoint), options=CheckpointOptions(unet=str(strange)))

@@ -116,5 +116,5 @@ def test_prompts_mix_as_torch_mixes_them(weight: float) -> None:
 
 
 def test_prompts_of_different_lengths_are_refused() -> None:
-    with pytest.raises(RequestError, match="found 77 tokens in one and 154 in the other"):
+    with pytest.raises(RequestError, match=r" 77 .* 154 "):
         mix_text(noise(1, 77, 4), noise(2, 154, 4), 0.5)

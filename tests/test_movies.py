@@ -126,7 +126,7 @@ def test_a_missing_writer_is_said_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)  # as where it is not installed
-    with pytest.raises(EngineError, match=r"writing MP4 needs PyAV.*pip install 'latentrt\[video\]'"):
+    with pytest.raises(EngineError, match=r"\bPyAV\b.*pip install 'latentrt\[video\]'"):
         check_movie(tmp_path / "movie.mp4", fps=8)
 
 

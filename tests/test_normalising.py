@@ -168,10 +168,10 @@ def test_one_of_the_two_and_a_shift_change_no_picture_of_diffusers(copy: Path, g
     ],
 )
 def test_what_is_no_mean_and_no_deviation_is_refused(copy: Path, key: str, value: object) -> None:
-    with pytest.raises(CheckpointError, match=rf"the VAE's config \$\.{key}: found .*, expected"):
+    with pytest.raises(CheckpointError, match=rf" \$\.{key}: "):
         opened(copy, **KNOWN | {key: value})
 
 
 def test_a_refiner_of_other_latents_is_refused(copy: Path, made: Make) -> None:
-    with pytest.raises(CheckpointError, match="its latents are not those of the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"^--refiner .*VAE"):
         add_refiner(opened(copy, **KNOWN), CheckpointOptions(refiner=str(made("sdxl", "refiner")[0])))

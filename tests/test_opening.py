@@ -73,7 +73,7 @@ def test_weights_are_compared_while_sessions_open_and_altered_ones_end_those(
     monkeypatch.setattr(Sessions, "__init__", open_sessions)
     monkeypatch.setattr(Sessions, "close", lambda self: closed.append(self))
     monkeypatch.setattr(comparison, "check_file", check)
-    with pytest.raises(BundleError, match=r"unet\.onnx\.data was altered"):
+    with pytest.raises(BundleError, match=r"unet\.onnx\.data .*SHA-256"):
         open_engines(copy, "cpu", threads=1)
     assert len(closed) == 1
 
@@ -82,7 +82,7 @@ def test_sizes_are_compared_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"1")
     files = record_tree(tmp_path)
     (tmp_path / "one").write_bytes(b"12")
-    with pytest.raises(BundleError, match="truncated"):
+    with pytest.raises(BundleError, match=r"/one\D+2\D+1\D"):
         Comparison(tmp_path, files, check="hash")
 
 

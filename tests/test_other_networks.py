@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,16 @@ def test_a_tiny_vae_given_as_the_vae_is_named_with_its_option(sd1_checkpoint: Pa
 def test_a_checkpoint_whose_vae_is_of_another_class_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(sd1_checkpoint, tmp_path / "checkpoint"))
     config = json.loads((root / "vae" / "config.json").read_text())
-    for kind, words in (("AutoencoderTiny", "is a tiny VAE"), ("AsymmetricAutoencoderKL", "expected AutoencoderKL")):
+    for kind, told in (("AutoencoderTiny", "--tiny-vae DIRECTORY"), ("AsymmetricAutoencoderKL", " AutoencoderKL")):
         (root / "vae" / "config.json").write_text(json.dumps({**config, "_class_name": kind}))
-        assert words in refusal(root)
+        assert told in refusal(root)
         assert open_checkpoint(str(root), options=CheckpointOptions(vae=str(sd1_checkpoint))).latents.channels == 4
 
 
 def test_a_vae_of_other_latents_is_refused_before_it_is_loaded(sd1_checkpoint: Path, tmp_path: Path) -> None:
     keys = {"decoder.conv_in.weight": (16, 16, 3, 3), "decoder.up_blocks.0.resnets.0.conv1.weight": (16, 16, 3, 3)}
     file = save_header(tmp_path / "flux.safetensors", keys)
-    assert "the VAE has 16 latent channels" in refusal(sd1_checkpoint, vae=str(file))
+    assert " 16 latent" in refusal(sd1_checkpoint, vae=str(file))
 
 
 def test_kolors_is_named_as_what_it_is(sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_kolors_is_named_as_what_it_is(sd1_checkpoint: Path, tmp_path: Path) -> 
     index = json.loads((root / "model_index.json").read_text())
     index |= {"_class_name": "KolorsPipeline", "text_encoder": ["kolors", "ChatGLMModel"]}
     (root / "model_index.json").write_text(json.dumps(index))
-    assert "was recognised as Kolors, which is not supported" in refusal(root)
+    assert "Kolors" in refusal(root)
     assert inspect_checkpoint(str(root)).model == "Kolors"
 
 
@@ -67,8 +68,8 @@ def test_other_models_in_the_sizes_of_sdxl_are_named(tmp_path: Path) -> None:
     tensors = published(XL, TWO)
     added = tensors | {"model.diffusion_model.label_emb.0.0.weight": (1280, 5632)}
     file = save_header(tmp_path / "a.safetensors", added)
-    assert "with 5632 added numbers in place of 2816 (another model, such as Kolors)" in refusal(file)
+    assert re.search(" 5632 .* 2816 .*Kolors", refusal(file))
     editor = tensors | {"model.diffusion_model.input_blocks.0.0.weight": (320, 8, 3, 3)}
     marks = {"edm_vpred.sigma_max": [120.0]}
     file = save_header(tmp_path / "cosxl_edit.safetensors", editor, marks=marks)
-    assert "an editor of pictures (InstructPix2Pix), which is not supported" in refusal(file, tokenizer=str(DEMO))
+    assert "(InstructPix2Pix)" in refusal(file, tokenizer=str(DEMO))

@@ -236,7 +236,7 @@ def test_constants_and_weights_that_float16_cannot_hold_keep_their_layers(tmp_pa
 
 def test_an_output_beyond_float16_names_the_option(tmp_path: Path) -> None:
     model = Model(tmp_path, nn.Linear(16, 8).requires_grad_(False).apply(_amplify), x=tokens(4, 16))
-    with pytest.raises(CheckpointError, match=r"toy: .* by infinity: something is not finite; .* --precision fp32"):
+    with pytest.raises(CheckpointError, match=r"^toy: .* infinity\b.* --precision fp32"):
         model.narrow()
 
 
@@ -457,5 +457,5 @@ def test_the_strongly_typed_compiler_takes_mixed_graphs(loud_bundle: Path, tmp_p
 
 def test_a_checkpoint_that_gives_no_numbers_is_refused() -> None:
     outputs = {"sample": np.array([1.0, np.nan]), "other": np.zeros(2)}
-    with pytest.raises(CheckpointError, match="vae_decoder: the checkpoint's own sample is not finite in float32"):
+    with pytest.raises(CheckpointError, match=r"^vae_decoder: .* sample .* float32\b"):
         golden.require_finite("vae_decoder", outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from latentrt.engines.errors import BundleError, RequestError
 from latentrt.export.sources.tokenizer import read_tokenizer, write_tokenizer
 from latentrt.runtime.text.tokenizer import MOST_CHUNKS, Chunk, Prompt, PromptTokenizer
+from tests.refused import about
 from tests.tiny import END, WORDS, clip_vocabulary, save_tokenizer
 
 ROOM = 75
@@ -100,7 +102,7 @@ def test_each_token_has_its_segments_weight(tokenizer: PromptTokenizer) -> None:
 def test_plain_prompts_keep_their_signs_and_say_so(tokenizer: PromptTokenizer, caplog: Any) -> None:
     (chunk,) = tokenizer.chunks(Prompt(text="a (red:1.2) BREAK"))
     assert spell(tokenizer, chunk).replace(" ", "") == "a(red:1.2)break"
-    assert "'(red:1.2)' included; weights need prompt_syntax 'weighted'" in caplog.text
+    assert "'(red:1.2)'" in caplog.text and "'weighted'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -117,7 +119,7 @@ def test_what_a_plain_prompt_does_not_load_is_said(
 def test_truncation_is_said(tokenizer: PromptTokenizer, caplog: Any) -> None:
     with caplog.at_level(logging.WARNING):
         tokenizer.chunks(Prompt(text="a " * 80, overflow="truncate"))
-    assert "the prompt has 80 tokens; the last 5 are not used" in caplog.text
+    assert re.search(" 80 .* 5 ", caplog.text)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t"])
@@ -129,33 +131,32 @@ def test_an_empty_prompt_is_one_empty_chunk(tokenizer: PromptTokenizer, text: st
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "field"),
     [
-        ({"text": 3}, "prompt: found int (3), expected a string"),
-        ({"text": "a", "syntax": "a1111"}, "prompt_syntax: found 'a1111', expected one of plain, weighted"),
-        ({"text": "a", "overflow": "drop"}, "overflow: found 'drop', expected one of chunks, truncate"),
-        ({"text": "a", "clip_skip": -1}, "clip_skip: found -1, expected a number of layers from 0 up"),
-        ({"text": "a", "clip_skip": 1.0}, "clip_skip: found 1.0, expected a number of layers from 0 up"),
+        ({"text": 3}, "prompt"),
+        ({"text": "a", "syntax": "a1111"}, "prompt_syntax"),
+        ({"text": "a", "overflow": "drop"}, "overflow"),
+        ({"text": "a", "clip_skip": -1}, "clip_skip"),
+        ({"text": "a", "clip_skip": 1.0}, "clip_skip"),
     ],
 )
-def test_fields_without_a_meaning_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_fields_without_a_meaning_are_refused(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError, check=about(field)):
         Prompt(**fields)
-    assert str(caught.value) == message
 
 
 def test_a_lone_surrogate_is_no_text(tokenizer: PromptTokenizer) -> None:
-    with pytest.raises(RequestError, match=r"'a \\ud800' is not valid Unicode text"):
+    with pytest.raises(RequestError, match=r"'a \\ud800'"):
         tokenizer.chunks(Prompt(text="a \ud800"))
 
 
 def test_an_essay_is_refused(tokenizer: PromptTokenizer) -> None:
     tokenizer.chunks(Prompt(text="a " * ROOM * MOST_CHUNKS))
-    with pytest.raises(RequestError, match="found 2401 tokens in 33 chunks, expected at most 32 chunks of 75 tokens"):
+    with pytest.raises(RequestError, match=r" 2401 .* 33 .* 32 .* 75 "):
         tokenizer.chunks(Prompt(text="a " * (ROOM * MOST_CHUNKS + 1)))
 
 
 def test_a_damaged_tokenizer_is_refused(tokenizer: PromptTokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer .*; export the checkpoint again"):
+    with pytest.raises(BundleError, match=r"/tokenizer\.json .*\(.+\)"):
         PromptTokenizer(tmp_path / "tokenizer.json", tokenizer.spec)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def test_no_bundle_learns_half_a_word(tmp_path: Path, keys: tuple[str, ...]) -> 
             assert all(word.taught(component).vectors.shape == (2, 8) for component in components)
 
 
-def refused(path: Path, sentence: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(sentence)) as caught:
+def refused(path: Path, told: str = "") -> None:
+    with pytest.raises(RequestError) as caught:
         load_embedding(path)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(caught.value) and told in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -89,24 +90,22 @@ def test_pickles_are_refused_unopened(tmp_path: Path) -> None:
     torch.save({"<cat>": draw(32)}, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     (tmp_path / "named.safetensors").write_bytes(pickle.dumps({"<cat>": [1.0]}))
     for name in ("zip.pt", "old.bin", "named.safetensors"):
-        refused(tmp_path / name, "is a pickle, which can run any code when it is opened; convert it to safetensors")
+        refused(tmp_path / name, " pickle")
 
 
 def test_other_contents_are_refused(tmp_path: Path) -> None:
-    refused(tmp_path / "absent.safetensors", "cannot be read (No such file or directory)")
-    refused(tmp_path, "cannot be read (Is a directory)")
+    refused(tmp_path / "absent.safetensors", f"({os.strerror(errno.ENOENT)})")
+    refused(tmp_path, f"({os.strerror(errno.EISDIR)})")
     file = tmp_path / "a.safetensors"
-    refused(save(file, clip_l=draw(1, 32), clip_g=draw(2, 40)), "found 2 in clip_g, 1 in clip_l, expected as many")
-    refused(save(file, clip_l=draw(1, 32), clip_x=draw(1, 40)), "found 2 tensors (clip_l, clip_x), expected one")
-    refused(
-        save(file, **{f"layer.{n}": draw(2, 2) for n in range(5)}), "found 5 tensors (layer.0, layer.1, layer.2, …)"
-    )
-    refused(save(file, cat=draw(1, 2, 3)), "found the shape (1, 2, 3), expected (tokens, width)")
-    refused(save(file, cat=draw(0, 3)), "found the shape (0, 3)")
-    refused(save(file, cat=draw(3).int()), "cat is I32, expected one of F64, F32, F16, BF16")
-    refused(save(file, cat=draw(3) / 0), "holds values that are not finite")
+    refused(save(file, clip_l=draw(1, 32), clip_g=draw(2, 40)), "2 in clip_g, 1 in clip_l")
+    refused(save(file, clip_l=draw(1, 32), clip_x=draw(1, 40)), "(clip_l, clip_x)")
+    refused(save(file, **{f"layer.{n}": draw(2, 2) for n in range(5)}), "(layer.0, layer.1, layer.2, …)")
+    refused(save(file, cat=draw(1, 2, 3)), "(1, 2, 3)")
+    refused(save(file, cat=draw(0, 3)), "(0, 3)")
+    refused(save(file, cat=draw(3).int()), "F64, F32, F16, BF16")
+    refused(save(file, cat=draw(3) / 0))
     file.write_bytes(bytes((16 << 20) + 1))
-    refused(file, "is larger than 16 MiB, too large for an embedding")
+    refused(file, " 16 MiB")
 
 
 @given(content=st.binary(max_size=200))

@@ -38,29 +38,28 @@ MEANINGS: dict[str, list[list[tuple[str, float]]]] = {
 }
 
 REFUSED = {
-    "(red": "character 1: '(' is never closed; write \\( for the sign itself",
-    "a [red": "character 3: '[' is never closed",
-    "red)": "character 4: ')' closes no bracket; write \\) for the sign itself",
-    "(red]": "character 5: ']' closes no bracket",
-    "(red:)": "character 5: found the weight '', expected a number from 0 to 100; write \\: for the sign itself",
-    "(red:blue)": "character 5: found the weight 'blue', expected a number",
-    "(red:1.2.3)": "found the weight '1.2.3'",
-    "(red:-1)": "found the weight '-1'",
-    "(red:1e1)": "found the weight '1e1'",
-    "(red:nan)": "found the weight 'nan'",
-    "(red:101)": "found the weight '101'",
-    "(red:٣)": "found the weight '٣'",
-    "(red:" + "9" * 400 + ")": "found the weight '9999999999999999999…'",
-    "((red:20):20)": "character 2: nested weights multiply to 400, more than 100",
-    "[red:blue:0.5]": "character 10: '[from:to:when]' changes the prompt between steps",
-    "[red:0.5]": "a weight is (words:weight)",
-    "a <lora:style:0.8>": "character 3: '<lora:style:0.8>' loads nothing here: LoRAs are given beside the prompt, with "
-    "loras=[Lora(file=..., scale=...)] or --lora FILE:SCALE; write \\: for the sign itself",
-    "(a <LORA:a name that goes on:1>:1.2)": "character 4: '<LORA:a name that g…' loads nothing here",
-    "<lyco:x:1>": "or --lora FILE:SCALE",
-    "<hypernet:x:1>": "hypernetworks are not supported",
-    "(embedding:bad.pt:1.2)": "character 2: 'embedding:bad.pt' loads nothing here: learned words are loaded beside",
-    "[red|blue]": "character 5: '[this|that]' changes the prompt between steps",
+    "(red": r"character 1: '\('.* \\\( ",
+    "a [red": r"character 3: '\['",
+    "red)": r"character 4: '\)'.* \\\) ",
+    "(red]": r"character 5: '\]'",
+    "(red:)": r"character 5: .*''.* 0 .* 100; .*\\: ",
+    "(red:blue)": "character 5: .*'blue'",
+    "(red:1.2.3)": "'1.2.3'",
+    "(red:-1)": "'-1'",
+    "(red:1e1)": "'1e1'",
+    "(red:nan)": "'nan'",
+    "(red:101)": "'101'",
+    "(red:٣)": "'٣'",
+    "(red:" + "9" * 400 + ")": "'9999999999999999999…'",
+    "((red:20):20)": "character 2: .* 400, .* 100;",
+    "[red:blue:0.5]": r"character 10: '\[from:to:when\]'",
+    "[red:0.5]": r"\(words:weight\)",
+    "a <lora:style:0.8>": r"character 3: '<lora:style:0\.8>'.* loras=\[Lora\(file=.* --lora FILE:SCALE; .*\\: ",
+    "(a <LORA:a name that goes on:1>:1.2)": "character 4: '<LORA:a name that g…'",
+    "<lyco:x:1>": "--lora FILE:SCALE",
+    "<hypernet:x:1>": "hypernetworks",
+    "(embedding:bad.pt:1.2)": r"character 2: 'embedding:bad\.pt'",
+    "[red|blue]": r"character 5: '\[this\|that\]'",
 }
 
 
@@ -72,7 +71,7 @@ def test_a_sign_means_what_the_table_says(text: str) -> None:
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_what_does_not_parse_is_refused_with_its_place(text: str) -> None:
-    with pytest.raises(RequestError, match=re.escape(REFUSED[text])) as caught:
+    with pytest.raises(RequestError, match=REFUSED[text]) as caught:
         parse_weighted(text)
     assert "\n" not in str(caught.value)
 

@@ -217,7 +217,7 @@ def test_embeddings_that_do_not_fit_are_refused(learned: Pair) -> None:
     with pytest.raises(RequestError, check=about("embeddings")):
         add("<dog>", width=7)
     for name in ("red</w>", "<|endoftext|>", " "):
-        with pytest.raises(RequestError, match="cannot be the name of an embedding: the tokenizer has it"):
+        with pytest.raises(RequestError, check=about(None)):
             add(name)
     with pytest.raises(RequestError, check=about("embeddings")):
         learned.text.remove("<dog>")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -140,8 +141,7 @@ def test_what_cannot_be_recorded_is_refused_with_the_node_that_prevents_it(stubs
     opened(model, tmp_path, stubs)
     told = run(LOADED, stubs, str(tmp_path / "optimised.onnx"))
     assert told.returncode == 1
-    assert "EngineError: unet's kernels cannot be recorded" in told.stderr
-    assert "InstanceNormalization 'the norm'" in told.stderr.splitlines()[-1]
+    assert re.search("EngineError: unet.*InstanceNormalization 'the norm'", told.stderr.splitlines()[-1])
 
 
 def test_what_has_no_kernel_is_named(stubs: Path, tmp_path: Path) -> None:

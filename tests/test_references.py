@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_a_profile_that_computes_something_else_is_named(
     monkeypatch.setitem(BACKENDS, "tensorrt", replace(BACKENDS["tensorrt"], open=open_broken))
     bad = [row for row in rows_of(bundle) if not row.ok]
     assert {row.what for row in bad} == {"unet"}
-    assert len(bad) == 2 and all("rows 4" in row.profile and "drifts" in row.message for row in bad)
+    assert len(bad) == 2 and all("rows 4" in row.profile for row in bad)
+    assert all(row.error is not None and row.limit is not None and row.error > row.limit for row in bad)
 
 
 def test_references_are_what_the_checkpoint_computes(
@@ -161,7 +163,7 @@ def test_without_references_the_engines_are_the_same_and_verify_says_what_is_mis
     assert {name for name in records[0].files if name not in records[1].files} == {
         reference_file(component) for component in records[0].entries
     }
-    assert all(not row.ok and "built without" in row.message for row in rows_of(second))
+    assert all(not row.ok and reference_file(row.what) in row.message for row in rows_of(second))
 
 
 def test_fused_engines_that_take_any_shape_are_compared_with_the_golden_pairs(
@@ -195,22 +197,22 @@ def spoil(bundle: Bundle, change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "told"),
     [
-        ("absent", "holds no unet.references.safetensors, it was built without; run `latentrt build"),
-        ("other shapes", "does not hold the references that its record promises; run `latentrt build"),
-        ("no safetensors", "is not a safetensors file"),
-        ("altered", "was altered: its SHA-256 is not the recorded one"),
+        ("absent", r" unet\.references\.safetensors.*`latentrt build"),
+        ("other shapes", r"/unet\.references\.safetensors.*`latentrt build"),
+        ("no safetensors", r"/unet\.references\.safetensors .*\(.+\)"),
+        ("altered", r"/unet\.references\.safetensors .*SHA-256"),
     ],
 )
 def test_references_that_cannot_be_used_are_one_sentence(
-    change: str, words: str, stand_in: None, sd1_bundle: Path, tmp_path: Path
+    change: str, told: str, stand_in: None, sd1_bundle: Path, tmp_path: Path
 ) -> None:
     bundle = built(sd1_bundle, tmp_path)
     spoil(bundle, change)
     bad = [row for row in rows_of(bundle) if not row.ok]
-    assert len(bad) == 1 and words in bad[0].message
-    with pytest.raises(BundleError, match=words):
+    assert len(bad) == 1 and re.search(told, bad[0].message)
+    with pytest.raises(BundleError, match=told):
         read_references(bundle, "unet", *find_engines(bundle, "tensorrt"))
 
 
@@ -274,7 +276,7 @@ def test_what_the_stage_takes_besides_has_no_effect(sd1_bundle: Path) -> None:
 
 def test_rows_that_belong_to_no_picture_are_refused(sd1_bundle: Path) -> None:
     unet = as_canonical(Recorder(stage_spec()), Bundle.open(sd1_bundle).manifest.latents, pictures=2)
-    with pytest.raises(EngineError, match="expected 3 rows of which row r is that of picture r % 2"):
+    with pytest.raises(EngineError, match=r" 3 .*r % 2"):
         unet({"sample": np.zeros((3, 4, 2, 2)), "timestep": np.zeros(3)})
 
 

@@ -243,27 +243,27 @@ def test_what_each_kind_takes(followed: Controlled) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "told"),
     [
-        ({"extra_conditioning_channels": 1}, "for inpainting, which reads a mask"),
-        ({"num_attention_heads": 3}, "its width is 24 where this one's is 32"),
-        ({"joint_attention_dim": 48}, "its joint_attention_dim is 48 where this one's is 64"),
-        ({"pooled_projection_dim": 48}, "its pooled_projection_dim is 48 where this one's is 64"),
-        ({"pos_embed_max_size": 8}, "its pos_embed_max_size is 8 where this one's is 16"),
-        ({"in_channels": 4}, "its in_channels is 4 where this one's is 16"),
-        ({"_class_name": "FluxControlNetModel"}, "was recognised as FluxControlNetModel"),
+        ({"extra_conditioning_channels": 1}, "extra_conditioning_channels: 1"),
+        ({"num_attention_heads": 3}, r"\bwidth .* 24 .* 32\b"),
+        ({"joint_attention_dim": 48}, r"\bjoint_attention_dim .* 48 .* 64\b"),
+        ({"pooled_projection_dim": 48}, r"\bpooled_projection_dim .* 48 .* 64\b"),
+        ({"pos_embed_max_size": 8}, r"\bpos_embed_max_size .* 8 .* 16\b"),
+        ({"in_channels": 4}, r"\bin_channels .* 4 .* 16\b"),
+        ({"_class_name": "FluxControlNetModel"}, "FluxControlNetModel"),
     ],
 )  # fmt: skip
 def test_another_checkpoints_controlnet_is_refused(
-    followed: Controlled, tmp_path: Path, change: dict[str, Any], words: str
+    followed: Controlled, tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     config = json.loads((followed.networks["edges"] / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     (weights,) = followed.networks["edges"].glob("*.safetensors")
     (tmp_path / weights.name).symlink_to(weights)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=told):
         open_checkpoint(str(followed.checkpoint), options=options(f"edges={tmp_path}"))
-    with pytest.raises(CheckpointError, match="is a file; give a directory"):
+    with pytest.raises(CheckpointError, match=r"^--controlnet edges='.*\.safetensors' .*SD3ControlNetModel"):
         open_checkpoint(str(followed.checkpoint), options=options(f"edges={weights}"))
 
 
@@ -273,7 +273,7 @@ def test_a_unets_controlnet_and_a_transformers_are_told_apart(followed: Controll
         (followed.checkpoint, unets.networks["edges"]),
         (unets.checkpoint, followed.networks["edges"]),
     ):
-        with pytest.raises(CheckpointError, match=r"was recognised as .*ControlNetModel, which is not"):
+        with pytest.raises(CheckpointError, match=r"ControlNetModel\b.*ControlNetModel\b"):
             open_checkpoint(str(checkpoint), options=options(f"edges={network}"))
 
 

@@ -174,7 +174,7 @@ def test_engines_that_compute_something_else_fail_the_test(
     from latentrt.engines.verify import verify
 
     monkeypatch.setattr(verify, "tolerance", lambda *_: 0.0)
-    with pytest.raises(EngineError, match="drifts"):
+    with pytest.raises(EngineError, match=r"' .*\b(text_encoder|unet|vae_encoder|vae_decoder)\b.*`latentrt verify`"):
         Models({"a": three["a"]}, ServeOptions(), CPU)
 
 

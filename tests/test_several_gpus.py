@@ -65,7 +65,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_how_many_are(machine: Machine, 
         lambda: build_engines(bundle, "tensorrt", options=OPTIONS, device=index),
         lambda: Pipeline.load(machine.root, device=index),
     ):
-        with pytest.raises(WrongMachineError, match=rf"no GPU {index}: 2 GPUs answer here"):
+        with pytest.raises(WrongMachineError, match=rf"\bGPU {index}\b.* 2 "):
             attempt()
 
 
@@ -80,7 +80,7 @@ def test_a_gpu_without_engines_is_told_with_the_command_that_names_it(machine: M
     bundle = Bundle.open(shutil.copytree(machine.root, tmp_path / "bundle"))
     shutil.rmtree(find_engines(bundle, "tensorrt", device=1)[0])
     for asked in ("auto", "tensorrt"):
-        with pytest.raises(WrongMachineError, match=r"latentrt build .* --device 1` on this machine"):
+        with pytest.raises(WrongMachineError, match=r"`latentrt build .* --device 1`"):
             Pipeline.load(bundle.root, asked, device=1)
 
 
@@ -97,9 +97,9 @@ def test_pipelines_on_two_gpus_serve_side_by_side_each_on_its_own(machine: Machi
 
 def test_a_cpu_has_no_other_device_than_0(machine: Machine) -> None:
     bundle = Bundle.open(machine.root)
-    with pytest.raises(EngineError, match="GPU 1 was asked for"):
+    with pytest.raises(EngineError, match=r"\bGPU 1\b"):
         Pipeline.load(machine.root, "cpu", device=1)
-    with pytest.raises(EngineError, match="GPU 1 was asked for"):
+    with pytest.raises(EngineError, match=r"\bGPU 1\b"):
         build_engines(bundle, "cpu", device=1, force=True)
 
 

@@ -210,12 +210,11 @@ def full_size(tmp_path: Path) -> Path:
 def test_all_that_a_file_lacks_is_asked_for_at_once(full_size: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(full_size.parent))
     sentence = refusal(full_size)
-    assert "(Stable Diffusion 2.x) needs --vae PATH, because it holds no VAE; and --prediction-type epsilon" in sentence
-    assert "; and --tokenizer DIRECTORY with CLIP's vocab.json" in sentence
+    lacking = ("(Stable Diffusion 2.x)", "--vae PATH", "--prediction-type epsilon", "--tokenizer DIRECTORY")
+    assert all(option in sentence for option in lacking)
     given = {"vae": str(DEMO), "tokenizer": str(DEMO)}
-    assert "needs --prediction-type epsilon or v_prediction, because SD 2.x was published with" in refusal(
-        full_size, **given
-    )
+    said = refusal(full_size, **given)
+    assert "--prediction-type epsilon or v_prediction" in said and "--vae" not in said
 
 
 @pytest.mark.parametrize(("prediction", "side"), [("epsilon", 512), ("v_prediction", 768)])
@@ -312,9 +311,9 @@ def check_vae(checkpoint: Path, given: Path, expected: Path, tmp_path: Path) -> 
 
 def test_what_is_no_vae_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
     lora = save_header(tmp_path / "a.safetensors", {"x.lora_down.weight": (4, 4)})
-    assert "holds no VAE" in refusal(sd1_checkpoint, vae=str(lora))
-    assert "is not there" in refusal(sd1_checkpoint, vae=str(tmp_path / "absent"))
-    assert "config.json is missing" in refusal(sd1_checkpoint, vae=str(tmp_path))
+    assert "--lora" in refusal(sd1_checkpoint, vae=str(lora))
+    assert f"'{tmp_path / 'absent'}'" in refusal(sd1_checkpoint, vae=str(tmp_path / "absent"))
+    assert "config.json" in refusal(sd1_checkpoint, vae=str(tmp_path))
 
 
 def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Path, tmp_path: Path) -> None:
@@ -325,9 +324,9 @@ def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Pat
     extra, absent = "model.diffusion_model.time_gate.weight", "model.diffusion_model.middle_block.1.proj_in.weight"
     save_file(tensors | {extra: tensors["betas"].clone()}, tmp_path / "more.safetensors")
     save_file({key: tensor for key, tensor in tensors.items() if key != absent}, tmp_path / "less.safetensors")
-    for name, words in (
-        ("more", f"the UNet holds 1 tensors that its architecture does not have ({extra}"),
-        ("less", f"{tmp_path}/less.safetensors: 1 of the network's weights are missing"),
+    for name, told in (
+        ("more", f"({extra}"),
+        ("less", f"{tmp_path}/less.safetensors: 1 "),
     ):
         options = CheckpointOptions(config=str(sd1_checkpoint))
         checkpoint = open_checkpoint(str(tmp_path / f"{name}.safetensors"), options=options)
@@ -346,33 +345,33 @@ def test_tensors_of_another_architecture_are_refused_by_name(sd1_checkpoint: Pat
         )
         with pytest.raises(CheckpointError) as caught:
             run_job(job)
-        assert words in str(caught.value)
+        assert told in str(caught.value)
 
 
 def test_files_that_are_no_whole_checkpoint_are_refused(tmp_path: Path) -> None:
     named = {
-        "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": (4, 4)}, "recognised as Flux"),
-        "lora": ({"x.lora_down.weight": (4, 4)}, "recognised as LoRA, which is not a whole checkpoint"),
-        "what": ({"x.y": (4, 4, 4)}, "a checkpoint that is known here"),
-        "less": (published({"cross_attention_dim": 768}, {}), "holds no text_encoder"),
-        "half": (published(XL, SECOND), "(Stable Diffusion XL) holds no text_encoder;"),
-        "xl": ({"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "pass --config DIRECTORY"),
+        "flux": ({"double_blocks.0.img_attn.norm.key_norm.scale": (4, 4)}, "Flux"),
+        "lora": ({"x.lora_down.weight": (4, 4)}, "LoRA"),
+        "what": ({"x.y": (4, 4, 4)}, "`latentrt inspect`"),
+        "less": (published({"cross_attention_dim": 768}, {}), " text_encoder"),
+        "half": (published(XL, SECOND), " text_encoder;"),
+        "xl": ({"model.diffusion_model.input_blocks.0.0.weight": (320, 4, 3, 3)}, "--config DIRECTORY"),
     }
-    for name, (tensors, words) in named.items():
-        assert words in refusal(save_header(tmp_path / f"{name}.safetensors", tensors), tokenizer=str(DEMO))
+    for name, (tensors, told) in named.items():
+        assert told in refusal(save_header(tmp_path / f"{name}.safetensors", tensors), tokenizer=str(DEMO))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    assert "is not a safetensors file" in refusal(tmp_path / "a.gguf")
+    assert "a.gguf'" in refusal(tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "told"),
     [
-        (("--tokenizer", "absent"), "--tokenizer 'absent' holds neither vocab.json with merges.txt nor tokenizer.json"),
-        (("--config", "absent"), "--config 'absent' holds no unet/config.json"),
+        (("--tokenizer", "absent"), "--tokenizer 'absent'"),
+        (("--config", "absent"), "--config 'absent'"),
     ],
 )
-def test_the_command_refuses_in_one_sentence(full_size: Path, arguments: tuple[str, ...], sentence: str) -> None:
+def test_the_command_refuses_in_one_sentence(full_size: Path, arguments: tuple[str, ...], told: str) -> None:
     command = [str(full_size), str(full_size.with_name("bundle")), "--no-build", "--json", *arguments]
     result = CliRunner().invoke(export, command)
     assert isinstance(result.exception, LatentrtError)
-    assert sentence in str(result.exception)
+    assert told in str(result.exception)

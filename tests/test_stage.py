@@ -183,7 +183,7 @@ def test_every_sampler_fits_the_fused_stage(bench: Workbench) -> None:
 
 
 def test_a_plan_that_keeps_more_than_the_graph_is_refused(bench: Workbench) -> None:
-    with pytest.raises(EngineError, match=r"keeps 4 rows of state and this engine was built for 2; .*--state-rows"):
+    with pytest.raises(EngineError, match=r"^unipc .* 4 .* 2; .*--state-rows"):
         pack_controls(plan_of("unipc", bench.schedule), 2)
 
 
@@ -199,7 +199,7 @@ def test_control_rows_pad_smaller_plans_with_zeros(bench: Workbench) -> None:
 
 
 def test_a_graph_that_is_no_unet_is_refused(sd1_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="takes latent_sample and gives 1 outputs, expected sample, timestep"):
+    with pytest.raises(BundleError, match=r" latent_sample .* 1 .* sample, timestep"):
         fuse_stage(load_graph(sd1_bundle / "onnx/vae_decoder/model.onnx"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -21,10 +22,11 @@ from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import ENGINE_RECORD, EngineRecord
 from latentrt.engines.bundle.store import Store
 from latentrt.engines.cli import build as build_command
-from latentrt.engines.errors import BundleError, EngineError, LatentrtError, RequestError
+from latentrt.engines.errors import BundleError, EngineError, LatentrtError, NotInstalledError, RequestError
 from latentrt.engines.find import find_engines
 from latentrt.engines.tensorrt import library as trt_library
 from latentrt.engines.verify.verify import verify
+from tests.refused import caused_by
 from tests.stand_in import H200, install
 
 SMALL = BuildOptions(sizes=((32, 32),))
@@ -110,7 +112,7 @@ def test_a_machine_with_the_lean_runtime_alone_fetches_what_it_cannot_build(
     build_engines(machines("builder"), "tensorrt", options=lean, store=url)
     install(monkeypatch, tensorrt_lean_bindings="11.4.0.106")
     service = machines("service")
-    with pytest.raises(EngineError, match="the backend 'tensorrt' cannot build here: tensorrt is not installed"):
+    with pytest.raises(NotInstalledError, match=r"'tensorrt' .*pip install 'latentrt\[tensorrt\]'"):
         build_engines(service, "tensorrt", options=lean)
     build_engines(service, "tensorrt", options=lean, store=url)
     directory, record = find_engines(service, "tensorrt")
@@ -123,9 +125,9 @@ def test_what_is_not_there_is_not_built_where_only_fetching_was_asked(
     url: str, machines: Callable[[str], Bundle], no_building: Callable[[], None]
 ) -> None:
     no_building()
-    with pytest.raises(EngineError, match=r"holds no engines for this machine and these options \(cpu-.*--fetch-only"):
+    with pytest.raises(EngineError, match=r"\(cpu-.*--fetch-only"):
         build_engines(machines("one"), "cpu", store=url, fetch_only=True)
-    with pytest.raises(RequestError, match="--fetch-only needs --store URL"):
+    with pytest.raises(RequestError, match="--store URL"):
         build_engines(machines("two"), "cpu", fetch_only=True)
 
 
@@ -149,7 +151,7 @@ def test_publishing_that_is_cut_off_is_never_fetched_and_can_be_done_again(
     first, second = machines("first"), machines("second")
     with monkeypatch.context() as patch:
         patch.setattr(Store, "_put", cut)
-        with pytest.raises(EngineError, match="cannot be used"):
+        with pytest.raises(EngineError, match=r"^--store: .*\(CutError\b"):
             build_engines(first, "cpu", store=url)
     _, record = find_engines(first, "cpu")
     assert not Store(url).holds(record.key)
@@ -223,25 +225,25 @@ def spoil(url: str, record: EngineRecord, change: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "told"),
     [
-        ("altered", "holds different content for unet.onnx than its record says; remove it from the store"),
-        ("truncated", "holds different content for unet.onnx than its record says"),
-        ("missing", "cannot be used .*; name another URL, or omit --store"),
-        ("leads outside", "leads outside the bundle"),
-        ("absolute", "leads outside the bundle"),
-        ("no hash", "'../../../etc/passwd' is not a SHA-256"),
-        ("another key", r"was built for something other than its name says \(device: .* here, another machine there\)"),
-        ("unknown field", r"\$.run: unknown"),
-        ("half a record", "is not JSON"),
+        ("altered", r" unet\.onnx .* --store$"),
+        ("truncated", r" unet\.onnx .* --store$"),
+        ("missing", r"^--store: .* --store$"),
+        ("leads outside", r"'\.\./\.\./\.\./escaped'"),
+        ("absolute", "'/tmp/escaped'"),
+        ("no hash", r"'\.\./\.\./\.\./etc/passwd'"),
+        ("another key", r"\(device: .* here, another machine there\)"),
+        ("unknown field", r" \$\.run: "),
+        ("half a record", "JSON"),
     ],
 )
 def test_what_a_store_holds_is_not_trusted(
-    change: str, words: str, url: str, machines: Callable[[str], Bundle], tmp_path: Path
+    change: str, told: str, url: str, machines: Callable[[str], Bundle], tmp_path: Path
 ) -> None:
     first, second = machines("first"), machines("second")
     spoil(url, build_engines(first, "cpu", store=url), change)
-    with pytest.raises(LatentrtError, match=words):
+    with pytest.raises(LatentrtError, match=told):
         build_engines(second, "cpu", store=url)
     assert not (second.root / "engines").exists() or not list((second.root / "engines").iterdir())
     assert not list(tmp_path.rglob("escaped")) and not Path("/tmp/escaped").exists()
@@ -259,22 +261,22 @@ def test_a_full_disk_is_not_blamed_on_the_store(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(LocalFileSystem, "get_file", full)
-    with pytest.raises(BundleError, match="the disk is full"):
+    with pytest.raises(BundleError, check=caused_by(errno.ENOSPC)):
         build_engines(machines("second"), "cpu", store=url)
 
 
 @pytest.mark.parametrize(
-    ("url", "words"),
+    ("url", "told"),
     [
-        ("nowhere://shelf", "nowhere://shelf cannot be used .*nowhere"),
-        ("http://127.0.0.1:9/shelf", "http://127.0.0.1:9/shelf cannot be used"),
+        ("nowhere://shelf", r"^--store: nowhere://shelf .*\(.*nowhere"),
+        ("http://127.0.0.1:9/shelf", r"^--store: http://127\.0\.0\.1:9/shelf "),
     ],
 )
 def test_a_url_that_cannot_be_used_is_one_sentence(
-    url: str, words: str, machines: Callable[[str], Bundle], no_building: Callable[[], None]
+    url: str, told: str, machines: Callable[[str], Bundle], no_building: Callable[[], None]
 ) -> None:
     no_building()
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(EngineError, match=told):
         build_engines(machines("one"), "cpu", store=url)
 
 
@@ -282,7 +284,7 @@ def test_without_fsspec_the_error_is_the_install_command(
     machines: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(EngineError, match=r"--store needs fsspec; install it with: pip install 'latentrt\[store\]'"):
+    with pytest.raises(NotInstalledError, match=r"^--store .*\bfsspec\b.*pip install 'latentrt\[store\]'"):
         build_engines(machines("one"), "cpu", store="file:///tmp/none")
 
 

@@ -169,15 +169,15 @@ def add_begin(document: dict[str, Any]) -> None:
 
 # What is wrong with a folder, and what the refusal names.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing": (lambda folder: (folder / "tokenizer.json").unlink(), "neither tokenizer.json nor spiece.model"),
+    "nothing": (lambda folder: (folder / "tokenizer.json").unlink(), "spiece.model"),
     "no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer.json"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "byte pairs": (
         edit("tokenizer.json", lambda d: d.update(model={"type": "BPE", "vocab": {"</s>": 1}, "merges": []})),
-        "not a unigram",
+        "unigram",
     ),
     "an unknown end": (edit("tokenizer_config.json", lambda d: d.update(eos_token="<end>")), "<end>"),
-    "a begin": (edit("tokenizer.json", add_begin), "no begin"),
+    "a begin": (edit("tokenizer.json", add_begin), "'a'"),
     "a word without a vector": (edit("tokenizer_config.json", lambda d: None), "vocab_size"),
 }
 

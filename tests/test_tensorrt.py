@@ -204,17 +204,17 @@ def spoil(bundle: Bundle, component: str, *, op: str | None = None, takes: str |
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "told"),
     [
-        ({"op": "Frobnicate"}, "refused by the ONNX parser: Frobnicate spoilt: .+"),
-        ({"takes": "nowhere"}, "refused by the ONNX parser: Shape spoilt: .*input was not registered"),
+        ({"op": "Frobnicate"}, "Frobnicate spoilt: .+"),
+        ({"takes": "nowhere"}, "Shape spoilt: .+"),
     ],
     ids=["unknown operator", "dangling input"],
 )
 def test_what_the_parser_refuses_is_said_in_its_words(
-    library: Any, copy: Bundle, change: dict[str, str], words: str
+    library: Any, copy: Bundle, change: dict[str, str], told: str
 ) -> None:
-    with pytest.raises(EngineError, match=f"the graph of text_encoder was {words}"):
+    with pytest.raises(EngineError, match=f" text_encoder .*{told}"):
         build_engines(spoil(copy, "text_encoder", **change), "tensorrt-rtx", options=ADA)
     assert not list((copy.root / "engines").glob("*tensorrt*"))
     assert not list((copy.root / "engines").glob(".*"))
@@ -225,7 +225,7 @@ def test_what_the_compiler_refuses_is_said_in_the_loggers_words(
     library: Any, copy: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt_compile, "_let_attention_decompose", lambda library, network: None)
-    with pytest.raises(EngineError, match=r"text_encoder could not be compiled: .*Attention .* dedicated kernel"):
+    with pytest.raises(EngineError, match=r"^text_encoder .*\bAttention\b"):
         build_engines(copy, "tensorrt-rtx", options=ADA)
 
 
@@ -277,7 +277,7 @@ def test_the_command_builds_for_a_fleet(library: Any, copy: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("--size 32,x", "as in 512x512,768x512"), ("--batch two", "as in 1,2,4")],
+    [("--size 32,x", " 512x512,768x512"), ("--batch two", " 1,2,4")],
 )
 def test_the_command_says_how_shapes_are_written(copy: Bundle, words: str, expected: str) -> None:
     result = CliRunner().invoke(build_command, [str(copy.root), *words.split()])
@@ -285,17 +285,17 @@ def test_the_command_says_how_shapes_are_written(copy: Bundle, words: str, expec
 
 
 def test_a_gpu_type_that_the_library_does_not_serve_is_refused(library: Any, copy: Bundle) -> None:
-    with pytest.raises(EngineError, match=r"serves no compute capability 9\.0, it serves .*8\.9"):
+    with pytest.raises(EngineError, match=r" 9\.0\b.* 8\.9\b"):
         build_engines(copy, "tensorrt-rtx", options=replace(ADA, compute_capability="9.0"))
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="a GPU answers here")
 def test_a_plan_without_a_driver_is_an_error_and_no_crash(built: Bundle) -> None:
-    with pytest.raises(EngineError, match="running tensorrt-rtx engines needs an NVIDIA GPU and none answers here"):
+    with pytest.raises(EngineError, match=r" tensorrt-rtx .*NVIDIA"):
         open_engines(built, "tensorrt-rtx")
     directory, record = rtx_record(built)
     opening = Opening(bundle=built, directory=directory, record=record, components=("unet",))
-    with pytest.raises(EngineError, match="cannot be opened here: running tensorrt-rtx"):
+    with pytest.raises(EngineError, match=r" tensorrt-rtx .*NVIDIA"):
         BACKENDS["tensorrt-rtx"].open(opening)
 
 
@@ -321,14 +321,14 @@ def test_a_library_whose_shared_objects_are_missing_is_one_sentence(monkeypatch:
         raise FileNotFoundError("libnvinfer.so.11")
 
     monkeypatch.setattr("importlib.import_module", broken)
-    with pytest.raises(NotInstalledError, match=r"is installed and does not load \(libnvinfer\.so\.11\)"):
+    with pytest.raises(NotInstalledError, match=r"\(libnvinfer\.so\.11\)"):
         trt_library.require("tensorrt")
 
 
 @pytest.mark.parametrize("version", ["8.6.0", "10.13.3.9.post1", "10.14.0.5"])
 def test_a_library_that_is_too_old_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", type("old", (), {"__version__": version}))
-    with pytest.raises(NotInstalledError, match=rf"tensorrt {version} is too old, 10\.14\.1 is needed"):
+    with pytest.raises(NotInstalledError, match=rf"tensorrt {version} .* 10\.14\.1 "):
         trt_library.require("tensorrt")
 
 
@@ -338,23 +338,22 @@ def test_the_oldest_library_that_knows_attention_is_taken(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "option"),
     [
-        ({"compute_capability": None}, "say what to build for, as in --compute-capability 8.9"),
-        ({"refit": True}, "builds --refit engines only where an NVIDIA GPU answers"),
-        ({"version_compatible": True}, "--lean is for tensorrt"),
+        ({"compute_capability": None}, "--compute-capability 8.9"),
+        ({"refit": True}, "--refit"),
+        ({"version_compatible": True}, "--lean"),
     ],
 )
 def test_what_a_machine_without_gpu_cannot_build_is_refused(
-    library: Any, no_gpu_here: None, change: dict[str, Any], words: str
+    library: Any, no_gpu_here: None, change: dict[str, Any], option: str
 ) -> None:
-    assert words in str(BACKENDS["tensorrt-rtx"].cannot_build(replace(ADA, **change)))
+    assert option in str(BACKENDS["tensorrt-rtx"].cannot_build(replace(ADA, **change)))
 
 
 def test_tensorrt_builds_only_where_its_gpu_is(monkeypatch: pytest.MonkeyPatch, no_gpu_here: None) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", type("new", (), {"__version__": "11.4.0.106"}))
-    reason = str(BACKENDS["tensorrt"].cannot_build(BuildOptions()))
-    assert "no NVIDIA GPU answers here" in reason and "--backend tensorrt-rtx" in reason
+    assert "--backend tensorrt-rtx" in str(BACKENDS["tensorrt"].cannot_build(BuildOptions()))
 
 
 def test_tensorrts_key_names_the_gpu_and_its_driver(
@@ -399,23 +398,24 @@ def test_the_builder_is_told_whether_it_may_use_tf32(library: Any, tf32: bool) -
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "told"),
     [
-        (BuildOptions(sizes=((30, 32),)), r"--size: found 30x32, expected multiples of 4"),
-        (BuildOptions(batches=(1, 0)), "--batch: found 0, expected 1 or more"),
-        (BuildOptions(tokens=(-77,)), "--tokens: found -77, expected 1 or more"),
-        (BuildOptions(tokens=(77, 100)), "--tokens: found 77, 100, expected multiples of 77"),
-        (BuildOptions(optimization_level=6), "--optimization-level: found 6, expected 0 to 5"),
+        (BuildOptions(sizes=((30, 32),)), "^--size: .* 30x32, .* 4$"),
+        (BuildOptions(batches=(1, 0)), "^--batch: .* 0, .* 1 "),
+        (BuildOptions(tokens=(-77,)), "^--tokens: .* -77, .* 1 "),
+        (BuildOptions(tokens=(77, 100)), "^--tokens: .* 77, 100, .* 77"),
+        (BuildOptions(optimization_level=6), "^--optimization-level: .* 6, .* 0 .* 5$"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(copy: Bundle, options: BuildOptions, words: str) -> None:
-    with pytest.raises(RequestError, match=words):
+def test_options_that_make_no_sense_are_refused(copy: Bundle, options: BuildOptions, told: str) -> None:
+    with pytest.raises(RequestError, match=told):
         options.profiles(copy.manifest)
 
 
 def test_the_cpu_takes_no_shapes(copy: Bundle) -> None:
-    with pytest.raises(EngineError, match="cpu engines take any shape: omit the build options"):
+    with pytest.raises(EngineError, match="'cpu'") as caught:
         build_engines(copy, "cpu", options=BuildOptions(batches=(2,)))
+    assert caught.type is EngineError  # no library is missing
 
 
 @pytest.mark.parametrize("component", ["controlnet_edges", "unet"])

@@ -108,7 +108,7 @@ def test_a_failed_refit_leaves_the_base(place: Workplace) -> None:
         plain = place.draw(pipe)
         fails, library = {"refit_cuda_engine_async"}, place.library
         library.refuses = _Once(fails)
-        with pytest.raises(EngineError, match="its weights could not be exchanged: refit_cuda_engine_async"):
+        with pytest.raises(EngineError, match="refit_cuda_engine_async"):
             place.draw(pipe, 0.8)
         np.testing.assert_array_equal(place.draw(pipe), plain)
         assert not np.array_equal(place.draw(pipe, 0.8), plain)
@@ -129,7 +129,7 @@ def test_mixed_weights_draw_nothing(place: Workplace) -> None:
         plain = place.draw(pipe)
         place.library.refuses = {"refit_cuda_engine_async"}
         for scales in ((0.8,), (), ()):
-            with pytest.raises(EngineError, match="could not be exchanged"):
+            with pytest.raises(EngineError, match="refit_cuda_engine_async"):
                 place.draw(pipe, *scales)
         place.library.refuses = set()
         np.testing.assert_array_equal(place.draw(pipe), plain)
@@ -144,7 +144,7 @@ def test_weights_that_were_put_together_are_supplied_together(place: Workplace) 
     with Pipeline.load(place.root, "tensorrt") as compiled, Pipeline.load(place.root, "cpu", threads=1) as plain:
         assert_close(place.draw(compiled, 0.8), place.draw(plain, 0.8))
         place.library.combined = {initializers[0]: ["stage.nobody"]}
-        with pytest.raises(EngineError, match=r"put 'stage\.nobody' together with a weight that changes"):
+        with pytest.raises(EngineError, match=r"'stage\.nobody'"):
             place.draw(compiled, 0.5)
         place.library.combined = {}
         assert_close(place.draw(compiled), place.draw(plain))
@@ -156,7 +156,7 @@ def test_engines_that_were_not_built_for_it_are_refused(place: Workplace) -> Non
             shutil.rmtree(record.parent)
     with Pipeline.load(place.root, "tensorrt") as pipe:
         plain = place.draw(pipe)
-        with pytest.raises(EngineError, match=r"run `latentrt build .* --backend tensorrt --refittable`"):
+        with pytest.raises(EngineError, match=r"`latentrt build .* --backend tensorrt --refittable`"):
             place.draw(pipe, 0.8)
         np.testing.assert_array_equal(place.draw(pipe), plain)
 

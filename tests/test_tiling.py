@@ -282,6 +282,6 @@ def test_compiled_engines_draw_in_tiles_of_a_size_that_they_have(sd1_bundle: Pat
             asked: dict[str, Any] = {**CALL, "n": 2, "size": (64, 48)}
             found, expected = compiled(**asked, tile=32), plain(**asked, tile=32)
             assert np.abs(found.pixels.astype(int) - expected.pixels.astype(int)).max() <= 2
-            with pytest.raises(EngineError, match=r"run `latentrt build .* --size 40x40 --batch 2 --tokens 77`"):
+            with pytest.raises(EngineError, match=r"`latentrt build .* --size 40x40 --batch 2 --tokens 77`"):
                 compiled(**asked, tile=40)
         assert device.leftovers() == {}

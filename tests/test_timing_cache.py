@@ -5,6 +5,7 @@ On a stand-in for the builder's configuration: only TensorRT itself uses the cac
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from latentrt.engines.backends import BACKENDS
 from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.errors import BundleError, EngineError
 from latentrt.engines.tensorrt.compile import attach_timing_cache, save_timing_cache
+from tests.refused import caused_by
 from tests.stand_in import install
 
 
@@ -58,7 +60,7 @@ def test_what_was_measured_is_kept_and_found_again(tmp_path: Path) -> None:
 def test_a_file_that_is_not_this_gpus_is_refused_and_kept(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "timing.cache"
     file.write_bytes(content)
-    with pytest.raises(EngineError, match=r"timing\.cache is no timing cache of this TensorRT on this GPU"):
+    with pytest.raises(EngineError, match=r"/timing\.cache\b"):
         attach_timing_cache(Config(), file)
     assert file.read_bytes() == content
 
@@ -70,7 +72,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypa
     config = Config()
     attach_timing_cache(config, tmp_path / "timing.cache")
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BundleError, match="the disk is full"):
+    with pytest.raises(BundleError, check=caused_by(errno.ENOSPC)):
         save_timing_cache(config, tmp_path / "timing.cache")
     assert list(tmp_path.iterdir()) == []
 
@@ -80,6 +82,6 @@ def test_tensorrt_rtx_takes_no_timing_cache_and_tensorrts_key_does_not_name_it(
 ) -> None:
     install(monkeypatch, tensorrt="11.4.0.106", tensorrt_rtx="1.7.1.116")
     cached = BuildOptions(timing_cache=tmp_path / "timing.cache")
-    assert "omit --timing-cache" in str(BACKENDS["tensorrt-rtx"].cannot_build(cached))
+    assert "--timing-cache" in str(BACKENDS["tensorrt-rtx"].cannot_build(cached))
     assert BACKENDS["tensorrt"].cannot_build(cached) is None
     assert cached.key_lines() == replace(cached, timing_cache=None).key_lines()

@@ -279,36 +279,35 @@ def test_the_command_line_decodes_with_it(bundle: Bundle, tmp_path: Path, pipe: 
 
 
 def test_a_bundle_without_one_says_so_in_a_sentence(sd1_bundle: Path) -> None:
-    sentence = "this bundle holds no tiny decoder; export the checkpoint again with --tiny-vae DIRECTORY"
     with Pipeline.load(sd1_bundle, "cpu", threads=1) as pipe:
         with pytest.raises(RequestError, check=about("decoder")):
             pipe(**CALL, steps=1, decoder="tiny")
-        with pytest.raises(BundleError, match=f"^{sentence}$"):
+        with pytest.raises(BundleError, match=r"--tiny-vae DIRECTORY$"):
             pipe(**CALL, steps=1, on_step=lambda step: np.asarray(step.draft).sum())
         with pytest.raises(RequestError, check=about("decoder")):
             pipe(**CALL, steps=1, decoder="small")  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
-    ("config", "sentence"),
+    ("config", "told"),
     [
-        ({"latent_channels": 6}, "found a decoder of 6 latent channels, 4 pixels to a latent .* has 4 latent channels"),
-        ({"channels": (8, 8)}, "found a decoder of 4 latent channels, 2 pixels to a latent"),
+        ({"latent_channels": 6}, "^--tiny-vae: .* 6 .* 4 .* 4 .* 4 "),
+        ({"channels": (8, 8)}, "^--tiny-vae: .* 4 .* 2 .* 4 .* 4 "),
     ],
 )
 def test_one_that_was_made_for_other_latents_is_refused(
-    config: dict[str, Any], sentence: str, sd1_checkpoint: Path, tmp_path: Path
+    config: dict[str, Any], told: str, sd1_checkpoint: Path, tmp_path: Path
 ) -> None:
     vae = save_tiny_vae(tmp_path / "vae", **config)
-    with pytest.raises(CheckpointError, match=rf"--tiny-vae: {sentence}.*give the tiny VAE that was made for it"):
+    with pytest.raises(CheckpointError, match=told):
         export_checkpoint(str(sd1_checkpoint), tmp_path / "b", options=CheckpointOptions(tiny_vae=str(vae)))
 
 
 def test_what_is_no_tiny_vae_is_refused(sd1_checkpoint: Path, tmp_path: Path) -> None:
-    for given, sentence in (
-        (sd1_checkpoint / "vae", r"\$\._class_name: found 'AutoencoderKL', expected AutoencoderTiny; .* with --vae"),
-        (tmp_path / "nothing", "is not there; give a directory of diffusers"),
-        (tmp_path, "config.json is missing"),
+    for given, told in (
+        (sd1_checkpoint / "vae", r" \$\._class_name: .*'AutoencoderKL', .* AutoencoderTiny; .* --vae$"),
+        (tmp_path / "nothing", "^--tiny-vae '.*/nothing'"),
+        (tmp_path, r"/config\.json\b"),
     ):
-        with pytest.raises(CheckpointError, match=sentence):
+        with pytest.raises(CheckpointError, match=told):
             export_checkpoint(str(sd1_checkpoint), tmp_path / "b", options=CheckpointOptions(tiny_vae=str(given)))

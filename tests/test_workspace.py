@@ -137,10 +137,10 @@ def test_a_wiped_workspace_knows_nothing_of_the_last_batch(fused: Engines, bundl
     assert not np.array_equal(masked, expected)
     assert np.array_equal(paint(workspace, bundle, write=None)[1], expected)
     workspace.reset(decoder="vae_decoder")
-    with pytest.raises(EngineError, match="pixels was not written"):
+    with pytest.raises(EngineError, match=r"^pixels\b"):
         workspace.read("pixels")
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
-    with pytest.raises(EngineError, match="state was not written"):
+    with pytest.raises(EngineError, match=r"^state\b"):
         list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6)), denoiser="unet"))
 
 
@@ -156,15 +156,15 @@ def test_what_was_given_may_be_changed_afterwards(fused: Engines, bundle: Bundle
 
 def test_wrong_names_and_shapes_are_refused(fused: Engines, bundle: Bundle) -> None:
     workspace = device(fused, bundle)
-    with pytest.raises(EngineError, match=r"state: found shape \(2, 4\), expected \(2, 6, 4, 8, 6\)"):
+    with pytest.raises(EngineError, match=r"^state: .* \(2, 4\), .* \(2, 6, 4, 8, 6\)"):
         workspace.write("state", np.zeros((2, 4)))
-    with pytest.raises(EngineError, match="nothing here takes a 'text'"):
+    with pytest.raises(EngineError, match="'text'"):
         workspace.write("text", np.zeros((2, 4)))
-    with pytest.raises(EngineError, match="pixels was not written"):
+    with pytest.raises(EngineError, match=r"^pixels\b"):
         workspace.read("pixels")
     plan = make_plan("euler", bundle.manifest.schedule, steps=2)
     workspace.write("state", np.zeros((2, STATE_ROWS, 4, 8, 6)))
-    with pytest.raises(EngineError, match="encoder_hidden_states was not written"):
+    with pytest.raises(EngineError, match=r"^encoder_hidden_states\b"):
         list(denoise(workspace, plan, plan_guidance(plan, 1.0, 2), lambda: np.zeros((2, 4, 8, 6)), denoiser="unet"))
 
 
@@ -173,5 +173,5 @@ def test_heavy_operators_on_the_cpu_are_refused_by_name(sd1_bundle: Path) -> Non
     assignment.record_assignment(options)
     opened = session.open_session(sd1_bundle / "onnx/unet/model.onnx", options, "cpu")
     assignment.check_assignment(opened, "cpu", "unet")
-    with pytest.raises(EngineError, match=r"no Attention, Conv, .* for its CUDAExecutionProvider"):
+    with pytest.raises(EngineError, match=r"\bAttention, Conv, .*\bCUDAExecutionProvider\b"):
         assignment.check_assignment(opened, "cuda", "unet")
