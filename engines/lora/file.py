@@ -87,7 +87,11 @@ class LoraFile(msgspec.Struct, frozen=True, kw_only=True):
     def _check(self, part: str, match: Match, name: str, shape: Shape) -> None:
         target, changed = match.target, match.share.shape(shape)
         shapes = self._shapes(part, target)
-        if math.prod(shapes.pop(ALPHA, ())) != 1 or not self.kind(part, target).fits(shapes, changed):
+        if math.prod(alpha := shapes.pop(ALPHA, ())) != 1:
+            raise CheckpointError(
+                f"{self.path}: the alpha of {target[0]} has the shape {alpha}, expected one number; save the LoRA again"
+            )
+        if not self.kind(part, target).fits(shapes, changed):
             raise CheckpointError(
                 f"{self.path}: {target[0]} has the shapes {' and '.join(map(str, shapes.values()))}, which do not fit "
                 f"{name} of shape {shape}; give a LoRA that was made for this checkpoint's family"

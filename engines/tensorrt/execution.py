@@ -325,7 +325,7 @@ class Execution:
         if can is not None and not can(queue.stream):
             raise EngineError(
                 f"{self.name} cannot be recorded as a CUDA graph; build it again with this version of latentrt, "
-                "or open the engines with graphs=False, which is slower"
+                "or open the bundle with cuda_graphs=False, which is slower"
             )
         queue.device.begin_capture(queue.stream)
         try:
