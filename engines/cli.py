@@ -168,7 +168,7 @@ def _print_heading(bundle: Bundle, console: Console) -> None:
         "family": f"{manifest.family}, {manifest.schedule.prediction_type}, {manifest.precision}",
         "checkpoint": ", ".join([manifest.provenance.checkpoint, *_options(manifest.provenance)]),
         "picture": f"{width}x{height}, latents 1/{manifest.latents.factor} with {manifest.latents.channels} channels",
-        "made by": f"{manifest.producer}, schema {manifest.schema_version}",
+        "made by": f"{manifest.producer}, read as schema {manifest.schema_version}",
     }
     for name, value in lines.items():
         console.print(f"{name:<11}{value}", highlight=False, soft_wrap=True)
