@@ -401,8 +401,9 @@ def _build(bundle: Bundle, backends: Sequence[BackendName], report: Report) -> d
 
 
 def _publish(directory: Path, target: Path, *, overwrite: bool) -> None:
-    shutil.rmtree(directory / MARKERS, ignore_errors=True)
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
+    with disk_errors(target):
+        shutil.rmtree(directory / MARKERS)
+        if target.is_dir() and not any(target.iterdir()):
+            target.rmdir()
     publish(directory, target, overwrite=overwrite)
     sweep(target.parent, glob.escape(target.name))  # killed exports to this place, with other options

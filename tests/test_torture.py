@@ -38,10 +38,14 @@ from latentrt.engines.bundle.files import Bundle, check_file, record_file
 from latentrt.engines.bundle.safetensors_header import read_header, weights_format
 from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.export.checkpoint import open_checkpoint
+from latentrt.export.export import _publish
 from latentrt.export.graphs.golden import load_golden, save_golden
 from latentrt.export.options import CheckpointOptions
+from latentrt.export.work.finished import MARKERS
+from latentrt.export.work.jobs import ExportJob, run_job
 from latentrt.runtime.calls import Turn
 from latentrt.runtime.serve.openai.store import put
+from tests.refused import caused_by
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +147,38 @@ def test_goldens_that_cannot_be_written_or_read_are_errors_of_the_system(
         with pytest.raises(OSError) as caught:
             action()
         assert caught.value.errno == errno.EIO
+
+
+def test_a_note_of_an_export_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    job = ExportJob(
+        component="unet",
+        row="unet",
+        source="torch",
+        folder="",
+        root=str(tmp_path),
+        precision="fp16",
+        dimensions={},
+        scaling_factor=1.0,
+        phase="narrow",
+    )
+    with pytest.raises(BundleError, match=rf"{MARKERS}/unet\.made\.json"):
+        run_job(job)
+
+
+def test_an_export_whose_notes_cannot_be_removed_is_not_put_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they were in the bundle for ever."""
+    (tmp_path / "work" / MARKERS).mkdir(parents=True)
+
+    def fails(path: Path, **options: object) -> None:
+        if not options.get("ignore_errors"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.raises(BundleError, check=caused_by(errno.EIO)):
+        _publish(tmp_path / "work", tmp_path / "bundle", overwrite=False)
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_picture_that_cannot_be_kept_for_its_address_is_one_sentence(tmp_path: Path) -> None:

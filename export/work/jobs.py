@@ -20,8 +20,9 @@ import msgspec
 
 from latentrt.engines.bundle.files import disk_errors, record_file
 from latentrt.engines.bundle.manifest import FileRecord
+from latentrt.engines.bundle.parsing import ParseError
 from latentrt.engines.bundle.weight_map import GraphWeights, graph_record, read_weights, write_weights
-from latentrt.engines.errors import CheckpointError
+from latentrt.engines.errors import BundleError, CheckpointError
 from latentrt.engines.spec import Precision
 from latentrt.export.graphs import golden
 from latentrt.export.graphs.normalised_latents import Affine
@@ -281,7 +282,11 @@ def _narrow(job: ExportJob) -> Finished:
 
 
 def _made(job: ExportJob) -> Finished:
-    return parse_marker(Path(job.root) / MARKERS / f"{job.component}.made.json")
+    marker = Path(job.root) / MARKERS / f"{job.component}.made.json"
+    try:
+        return parse_marker(marker)
+    except ParseError as error:
+        raise BundleError(f"{marker} {error}; run the command again: it resumes") from None
 
 
 def _adopt(job: ExportJob) -> Finished:
