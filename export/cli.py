@@ -177,7 +177,7 @@ def _table(summary: dict[str, Any]) -> str:
     )
     memory = (
         f"peak memory {summary['peak_rss_bytes'] / MIB:.0f} MiB, libraries included: "
-        f"{summary['peak_rss_over_largest']} of the largest component's weights"
+        f"{summary['peak_rss_over_largest']} times the largest component's weights"
     )
     notes = [f"{name}: {note}" for name, row in summary["components"].items() for note in row["notes"]]
     return "\n".join([head, *rows, memory, *notes, *summary["notes"], last] if rows else [*summary["notes"], last])
