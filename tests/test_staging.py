@@ -118,6 +118,28 @@ def test_whatever_stands_there_is_replaced(
     assert names(tmp_path) == ["bundle"]
 
 
+@pytest.mark.parametrize("step", ["_exchange", "_put_aside"])
+def test_what_is_about_to_take_its_place_is_not_swept_away(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(staging, step)
+
+    def swept(one: Path, other: Path) -> object:
+        sweep(other.parent)
+        return real(one, other)
+
+    if step == "_put_aside":
+        monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(staging, step, swept)
+    target = tmp_path / "bundle"
+    for content in ("old", "new"):
+        with staged(target, content) as directory:
+            (directory / "file").write_text(content)
+            publish(directory, target, overwrite=True)
+    assert (target / "file").read_text() == "new"
+    assert names(tmp_path) == ["bundle"]
+
+
 @pytest.mark.parametrize("exchanges", [True, False], ids=["in one step", "in two steps"])
 @pytest.mark.parametrize("stays", [False, True], ids=["once", "for good"])
 def test_a_rename_that_fails_leaves_the_old_directory_in_its_place(

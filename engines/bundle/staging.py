@@ -106,25 +106,27 @@ def _rename_into(directory: Path, target: Path) -> bool:
 def _replace(directory: Path, target: Path) -> None:
     """Put a directory where another one stands, which goes. Raises OSError, and then the old one stands as before."""
     beside = _beside(target)
-    directory.rename(beside)  # a name without a key: what a kill leaves here is never taken for finished work
-    try:
-        old = beside if _exchange(beside, target) else _put_aside(beside, target)
-    except OSError:
-        with contextlib.suppress(OSError):  # else the next sweep removes it
-            beside.rename(directory)
-        raise
-    _remove(old)
+    with claimed(beside):  # or whoever sweeps here would remove it
+        directory.rename(beside)  # a name without a key: what a kill leaves here is never taken for finished work
+        try:
+            old = beside if _exchange(beside, target) else _put_aside(beside, target)
+        except OSError:
+            with contextlib.suppress(OSError):  # else the next sweep removes it
+                beside.rename(directory)
+            raise
+        _remove(old)
 
 
 def _put_aside(directory: Path, target: Path) -> Path:
     """Put a directory in another one's place in two steps, between which there is none. Return where the old one is."""
     old = _beside(target)
-    target.rename(old)
-    try:
-        directory.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
+    with claimed(old):
+        target.rename(old)
+        try:
+            directory.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
     return old
 
 
