@@ -74,6 +74,8 @@ class Layer:
         """Run commands at once, nothing failing, each with the seconds after which it is killed."""
         assert self._process.stdin is not None and self._process.stdout is not None
         outputs = [f"{self._log}-{number}" for number in range(len(commands))]
+        for output in outputs:  # which a command that is killed at once does not open
+            Path(f"{output}.err").write_bytes(b"")
         runs = [
             Run(words=words, output=output, kill_after_s=after)
             for (words, after), output in zip(commands, outputs, strict=True)
