@@ -17,8 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from latentrt.__main__ import COMMANDS, cli, find_command, in_options
-from latentrt.engines.errors import RequestError
+from latentrt.__main__ import COMMANDS, Refusal, cli, find_command, in_options, refused
+from latentrt.engines.errors import BundleError, CheckpointError, LatentrtError, RequestError
 from latentrt.runtime.batching.batcher import BatcherOptions
 from latentrt.runtime.bench.load.arrivals import Item
 from latentrt.runtime.ray_app import Args
@@ -254,6 +254,10 @@ def test_what_stands_in_quotes_and_plain_words_stay() -> None:
     assert in_options("give noise='cuda'", generate)[0] == "give --noise 'cuda'"
     assert in_options("output: found 0", generate) == ("--output: found 0", "output")
     assert in_options("n: found 0", None) == ("n: found 0", None)
+    export, path = find_command("export"), "/x/b/text_encoder/text_encoder.json"
+    for sentence in (f"{path} cannot be read", f"see {path}.", "golden/text_encoder.safetensors was altered"):
+        assert in_options(sentence, export) == (sentence, None)
+    assert in_options("see text_encoder.", export)[0] == "see --text-encoder."
 
 
 def sentences() -> Iterator[tuple[str, str]]:
@@ -297,3 +301,13 @@ def test_errors_of_the_runtime_are_told_apart_by_their_type(sd1_bundle: Path, he
     error = json.loads(found.stdout)["error"]
     assert error["type"] == "NotFiniteError" and "stage 1 of 2" in error["message"]
     assert issubclass(RequestError, ValueError)
+
+
+@pytest.mark.parametrize("kind", [CheckpointError, BundleError])
+def test_a_component_is_not_told_as_the_option_of_its_name(kind: type[LatentrtError]) -> None:
+    with pytest.raises(Refusal) as caught, refused(["export", "demo", "b"]):
+        raise kind("text_encoder: it differs from the checkpoint")
+    assert caught.value.message == "text_encoder: it differs from the checkpoint"
+    with pytest.raises(Refusal) as caught, refused(["export", "demo", "b"]):
+        raise RequestError("text_encoder: it is not there")
+    assert "--text-encoder" in caught.value.message

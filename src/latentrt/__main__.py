@@ -18,7 +18,7 @@ from typing import IO, Any
 import click
 
 from latentrt import __version__
-from latentrt.engines.errors import FIELD, LatentrtError
+from latentrt.engines.errors import FIELD, BundleError, CheckpointError, LatentrtError
 
 COMMANDS = {  # name: (module, attribute, one line for --help)
     "export": ("latentrt.export.cli", "export", "Turn a checkpoint into a bundle."),
@@ -55,7 +55,8 @@ SYSTEM = (
 JSON = "--json"
 # In a sentence: what is quoted and stays, `name`, name='value', some_name.
 NAMES = re.compile(
-    r"(?<!\w)'[^']*'|`(?P<marked>[a-z0-9_]+)`|\b(?P<set>[a-z_]+)=(?P<value>'\w+')|\b(?P<plain>[a-z]+_[a-z_]+)\b"
+    r"(?<!\w)'[^']*'|`(?P<marked>[a-z0-9_]+)`|\b(?P<set>[a-z_]+)=(?P<value>'\w+')"
+    r"|(?<![\w/.-])(?P<plain>[a-z]+_[a-z_]+)(?![\w/-]|\.\w)"  # not in a path
 )
 
 
@@ -153,7 +154,8 @@ def refused(arguments: Sequence[str]) -> Iterator[None]:
         field = None if error.ctx is None else getattr(getattr(error, "param", None), "name", None)
         raise Refusal("UsageError", error.format_message(), field, retryable=False, as_json=True) from error
     except LatentrtError as error:
-        message, field = in_options(str(error), called(arguments))
+        told = isinstance(error, (CheckpointError, BundleError))  # these name files and components, and no fields
+        message, field = (str(error), None) if told else in_options(str(error), called(arguments))
         kind, as_json = type(error).__name__, prints_json(arguments)
         raise Refusal(kind, message, field, retryable=error.retryable, as_json=as_json) from error
     except OSError as error:
@@ -183,7 +185,8 @@ def in_options(message: str, command: click.Command | None) -> tuple[str, str | 
     """Return a sentence about fields of a request with the names of a command's options, and the field at fault.
 
     `guidance_rescale: found 2` is `--guidance-rescale: found 2` there. Fields are known where they begin a sentence,
-    by their underscores, in `backquotes`, and as name='value'; what is in quotes came from the user and stays.
+    by their underscores, in `backquotes`, and as name='value'; what is in quotes came from the user and stays, and so
+    do paths.
     """
     params = command.params if command else []
     known = {name: param for param in params for name in _names(param)}
