@@ -49,9 +49,16 @@ def done(result: Mapping[str, Any]) -> str:
     return words.format(**counts, **further)
 
 
+def duration(result: Mapping[str, Any]) -> str:
+    """Return how long a part took; of one that goes on where it stopped, all runs together, or nothing."""
+    if "targets" in result:
+        return f", {sum(target['seconds'] for target in result['targets'].values()):.0f} s"
+    return ", in several runs" if result["part"] == "writes" else f", {result['seconds']:.0f} s"
+
+
 def row(result: Mapping[str, Any]) -> str:
     """Return a result's row."""
-    run = f"{result['date']}, seed {result['seed']}, {result['form']}, {result['seconds']:.0f} s"
+    run = f"{result['date']}, seed {result['seed']}, {result['form']}{duration(result)}"
     found = len(result["found"]) or "nothing"
     return f"| `{result['part']}` | {done(result)} | {found} | {run} |\n"
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import mmap
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def layer(work: Path, *, with_torch: bool) -> Iterator[Layer]:
     with_torch: it exports too
     """
     folder, block, log = work / "under", work / "block", work / "log"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a run that was stopped left
+    folder.mkdir(parents=True)
     block.write_bytes(bytes(BLOCK.size))
     environment = {
         "LD_PRELOAD": str(compiled()),
