@@ -50,10 +50,11 @@ def done(result: Mapping[str, Any]) -> str:
 
 
 def duration(result: Mapping[str, Any]) -> str:
-    """Return how long a part took; of one that goes on where it stopped, all runs together, or nothing."""
+    """Return how long a part took: all runs of one that goes on together, or that there were several."""
     if "targets" in result:
         return f", {sum(target['seconds'] for target in result['targets'].values()):.0f} s"
-    return ", in several runs" if result["part"] == "writes" else f", {result['seconds']:.0f} s"
+    resumed = result["part"] == "writes" and result["form"] == "long"
+    return ", in several runs" if resumed else f", {result['seconds']:.0f} s"
 
 
 def row(result: Mapping[str, Any]) -> str:

@@ -45,6 +45,13 @@ def read_arrays(path: Path) -> Arrays:
     return {name: arrays[name].copy() for name in sorted(arrays)}  # else they are not writable, in any order
 
 
+def write_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
+    """Write arrays as a safetensors file. Raises OSError."""
+    from safetensors.numpy import save  # `save_file` has an error of its own for a full disk
+
+    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+
+
 def _read(path: Path, *, fix: str) -> Arrays:
     from safetensors import SafetensorError
 
@@ -83,8 +90,6 @@ def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
     A row of the golden pair serves where its sizes fit. Otherwise the inputs are drawn from the golden pair's own
     values, which are tokens, timesteps and latents as the network meets them, always the same for the same sizes.
     """
-    from safetensors.numpy import save
-
     golden = read_golden(bundle, spec.component)
     shapes = [row_shapes(bundle, spec.component, sizes) for sizes in distinct_sizes(spec)]
     pairs = dict(enumerate(_fitting_row(golden, wanted) for wanted in shapes))
@@ -97,8 +102,8 @@ def write_references(bundle: Bundle, spec: EngineSpec, directory: Path) -> None:
     for number, pair in pairs.items():
         assert pair is not None
         for side, values in zip(("input", "output"), pair, strict=True):
-            arrays |= {f"{number}.{side}.{name}": np.ascontiguousarray(array) for name, array in values.items()}
-    (directory / reference_file(spec.component)).write_bytes(save(arrays))
+            arrays |= {f"{number}.{side}.{name}": array for name, array in values.items()}
+    write_arrays(directory / reference_file(spec.component), arrays)
 
 
 def read_references(bundle: Bundle, component: str, directory: Path, record: EngineRecord) -> list[Pair]:

@@ -10,7 +10,7 @@ import numpy as np
 from latentrt.engines.compare import relative_error
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.spec import Array, Precision
-from latentrt.engines.verify.references import golden_pair, read_arrays
+from latentrt.engines.verify.references import golden_pair, read_arrays, write_arrays
 from latentrt.export.configs.tensors import Tensor
 from latentrt.export.graphs.run import Arrays, run_in_pieces
 from latentrt.export.networks.components import Case, Component, place_of
@@ -148,12 +148,10 @@ def widen(inputs: Mapping[str, Array]) -> Arrays:
 
 def save_golden(path: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
     """Write `input.<name>` in the graph's dtypes and `output.<name>` in float32 as safetensors. Raises OSError."""
-    from safetensors.numpy import save  # `save_file` has an error of its own for a full disk
-
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"input.{name}": array for name, array in inputs.items()}
     arrays |= {f"output.{name}": array.astype(np.float32) for name, array in outputs.items()}
-    path.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+    write_arrays(path, arrays)
 
 
 def load_golden(path: Path) -> Pair:

@@ -169,13 +169,12 @@ class Trial:
             yield f"after the rerun: left {sorted(left)[:3]}, missing {sorted(self.names - there)[:3]}", said
 
 
-def begun(trial: Trial, seed: int, kept: Path) -> Tally:
+def begun(anew: Tally, kept: Path) -> Tally:
     """Return how far an earlier run of the same faults has come, or that none of them was tried yet."""
-    tally = Tally(seed=seed, calls=len(trial.calls), distinct=len(distinct(trial.calls)))
     if not kept.is_file():
-        return tally
+        return anew
     before = msgspec.json.decode(kept.read_bytes(), type=Tally)
-    return before if (before.seed, before.distinct) == (seed, tally.distinct) else tally
+    return before if (before.seed, before.distinct) == (anew.seed, anew.distinct) else anew
 
 
 def try_scene(trial: Trial, seed: int, kept: Path, until: float) -> Tally:
@@ -183,8 +182,9 @@ def try_scene(trial: Trial, seed: int, kept: Path, until: float) -> Tally:
 
     kept: a file with what came of them so far, for a later run to go on from
     """
-    tally = begun(trial, seed, kept)
-    for fault in faults(distinct(trial.calls), random.Random(f"{seed} {trial.name}"))[tally.tried :]:
+    all_of_them = faults(distinct(trial.calls), random.Random(f"{seed} {trial.name}"))
+    tally = begun(Tally(seed=seed, calls=len(trial.calls), distinct=len(all_of_them)), kept)
+    for fault in all_of_them[tally.tried :]:
         (first, _), *wrong = trial.check(fault)
         tally.tried += 1
         tally.refused += first == "refused"
