@@ -69,7 +69,8 @@ def build_engines(
             "without --fetch-only to build them and to publish them there"
         )
     else:
-        check_can_build(backend, options, device, f"{store} holds no engines of {key.directory}, and " if shelf else "")
+        before = f"{store} holds no engines of {key.directory}, and none can be built: " if shelf else ""
+        check_can_build(backend, options, device, before)
         there = _place(bundle, key)
         building = partial(_build_into, bundle, backend_on(backend, device), key, options, report=report)
         record = _put(there, building, overwrite=force)
@@ -102,7 +103,7 @@ def check_can_build(backend: BackendName, options: BuildOptions = DEFAULTS, devi
     """Raise EngineError where a backend's engines cannot be built on this machine. before: begins its sentence"""
     reason = cannot_build(backend, options, device=device)
     if reason is not None:
-        raise reason.within(f"{before}the backend '{backend}' cannot build here: ")
+        raise reason.within(f"{before}backend '{backend}': ")
 
 
 def engines_at(bundle: Bundle, key: EngineKey) -> Path | None:

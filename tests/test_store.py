@@ -112,7 +112,7 @@ def test_a_machine_with_the_lean_runtime_alone_fetches_what_it_cannot_build(
     build_engines(machines("builder"), "tensorrt", options=lean, store=url)
     install(monkeypatch, tensorrt_lean_bindings="11.4.0.106")
     service = machines("service")
-    with pytest.raises(NotInstalledError, match=r"'tensorrt' .*pip install 'latentrt\[tensorrt\]'"):
+    with pytest.raises(NotInstalledError, match=r"'tensorrt'.*pip install 'latentrt\[tensorrt\]'"):
         build_engines(service, "tensorrt", options=lean)
     build_engines(service, "tensorrt", options=lean, store=url)
     directory, record = find_engines(service, "tensorrt")

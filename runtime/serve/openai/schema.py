@@ -24,7 +24,7 @@ class NamedLora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """A LoRA of the service's own folder, by its file's name without the ending."""
 
     name: Name
-    scale: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+    scale: Number = 1.0
 
 
 class SentControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,7 +35,7 @@ class SentControl(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     name: Name
     image: str | None = None
-    scale: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+    scale: Number = 1.0
     start: Share = 0.0
     stop: Share = 1.0
 
@@ -50,9 +50,7 @@ class SentImagePrompt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     name: Name
     image: str | None = None
     scale: (
-        Annotated[float, Meta(ge=-10, le=10)]
-        | Annotated[list[Annotated[float, Meta(ge=-10, le=10)]], Meta(max_length=1000)]
-        | Annotated[dict[Name, Annotated[float, Meta(ge=-10, le=10)]], Meta(max_length=1000)]
+        Number | Annotated[list[Number], Meta(max_length=1000)] | Annotated[dict[Name, Number], Meta(max_length=1000)]
     ) = 1.0
 
 
