@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import glob
 import logging
+import socket
+import ssl
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
 
@@ -28,8 +31,12 @@ FOLDERS = (
     "tokenizer_2",
     "tokenizer_3",
 )
+_log = logging.getLogger(__name__)
 READ = (".json", ".txt", ".safetensors", ".onnx")
-NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")  # httpx2 and httpcore2 too
+ANSWERS_S = 10.0  # how long the hub may take to name a repository's files; the one call that is not tried again
+UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
+# Each HTTP library of the hub's client has its own kinds of network failure; httpx2 and httpcore2 are meant too.
+NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
 
 
 def download(name: str, *, revision: str | None, without: Collection[str] = ()) -> Path:
@@ -40,28 +47,38 @@ def download(name: str, *, revision: str | None, without: Collection[str] = ()) 
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise NotInstalledError(
             f"'{name}' is not a directory here, and fetching it from the hub needs huggingface_hub", install=INSTALL
         ) from None
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries, a line each; how it ends is said below
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        wanted = choose_files(HfApi().list_repo_files(name, revision=revision), name, without=without)
+        listed = HfApi().model_info(name, revision=revision, timeout=ANSWERS_S).siblings or []
+        wanted = choose_files([file.rfilename for file in listed], name, without=without)
         root = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         if data := graph_data(root, wanted):
             snapshot_download(name, revision=revision, allow_patterns=data)
         return root
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no answer"
+        status = error.response.status_code
+        if status >= 500:
+            return _cached(name, revision, f"it answered {status}")
         raise CheckpointError(
             f"'{name}' is not a directory here, and the hub refused it ({status}); check the name, "
             "the revision and your access token"
         ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        return _cached(name, revision, error)
-    except Exception as error:  # each HTTP library of the hub's client has its own kinds of network failure
-        if type(error).__module__.startswith(NETWORK_LIBRARIES):
-            return _cached(name, revision, error)
+    except OfflineModeIsEnabled:
+        return _cached(name, revision, "HF_HUB_OFFLINE is set", logging.INFO)
+    except Exception as error:
+        if isinstance(error, (LocalEntryNotFoundError, *UNREACHABLE)) or type(error).__module__.startswith(
+            NETWORK_LIBRARIES
+        ):
+            return _cached(name, revision, type(error).__name__)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"'{name}' could not be put into the hub's cache: {error}") from error
         raise
 
 
@@ -107,21 +124,27 @@ def _is_ours(path: PurePosixPath, folders: Collection[str]) -> bool:
 
 
 def find_cached(name: str, *, revision: str | None) -> Path | None:
-    """Return the directory of what an earlier run fetched, None if there is nothing."""
+    """Return the directory of what an earlier run fetched, None if there is nothing.
+
+    That is a choice of the repository's files, which its client takes for a broken download if it is asked for all.
+    Whoever reads the directory refuses it where something is missing.
+    """
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[]))
     except (ImportError, OSError, ValueError):
         return None
 
 
-def _cached(name: str, revision: str | None, error: Exception) -> Path:
-    """Fall back on what an earlier run fetched."""
+def _cached(name: str, revision: str | None, why: str, level: int = logging.WARNING) -> Path:
+    """Fall back on what an earlier run fetched, and say so: the hub may hold a newer one."""
     found = find_cached(name, revision=revision)
     if found is None:
         raise CheckpointError(
-            f"there is no directory '{name}', and the hub could not be reached for it "
-            f"({type(error).__name__}); check the path, or the network"
-        ) from error
+            f"there is no directory '{name}', and the hub could not be reached for it ({why}); "
+            "check the path, or the network"
+        )
+    words = "the hub could not be reached for '%s' (%s): taking what was fetched before, revision %s"
+    _log.log(level, words, name, why, found.name)
     return found

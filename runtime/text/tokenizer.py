@@ -227,7 +227,8 @@ def _hint(text: str) -> None:
     """Say so where a plain prompt holds another interface's syntax: taken as text, it draws brackets and numbers."""
     found = re.search(EXPLICIT_WEIGHT, text)
     if found:
-        logger.warning("the prompt is plain text, '%s' included; weights need prompt_syntax 'weighted'", found[0])
+        how = "prompt_syntax='weighted', or --weighted"
+        logger.warning("the prompt is plain text, '%s' included; weights need %s", found[0], how)
     for named, where in loaded_by_name(text):
         logger.warning("the prompt is plain text, '%s' included, which loads nothing here: %s", named[0], where)
 
