@@ -18,7 +18,7 @@ from latentrt.engines.build import build_engines, engines_at
 from latentrt.engines.build_options import BuildOptions, Recipe
 from latentrt.engines.bundle.files import Bundle
 from latentrt.engines.bundle.manifest import Provenance
-from latentrt.engines.cli_types import Many, Size, on_gpu
+from latentrt.engines.cli_parts import Many, Size, on_gpu, printed, table
 from latentrt.engines.errors import RequestError
 from latentrt.engines.find import choose_to_build, shapes_of
 from latentrt.engines.graphs.roofline import CEILINGS, Roofline, rooflines
@@ -125,7 +125,7 @@ def show_bundle(bundle: Path, *, as_json: bool) -> None:
         document = {"manifest": msgspec.to_builtins(opened.manifest), "engines": engines}
         click.echo(json.dumps(document, indent=1))
         return
-    console = Console()
+    console = printed()
     _print_heading(opened, console)
     console.print(_component_table(opened))
     for name, component in opened.manifest.components.items():
@@ -142,21 +142,21 @@ def show_rooflines(bundle: Path, *, gpu: str, size: tuple[int, int] | None, eigh
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(found), indent=1))
         return
-    console = Console()
+    console = printed()
     for name, pass_ in found.items():
         console.print(_roofline_table(name, gpu, pass_))
 
 
 def _roofline_table(name: str, gpu: str, found: Roofline) -> Table:
-    table = Table("operator", "nodes", "GFLOP", "MB", "ms", title=f"{name} on {gpu}", title_justify="left")
+    listed = table("operator", "nodes", "GFLOP", "MB", "ms", title=f"{name} on {gpu}")
     for cost in found.costs:
         work, moved = cost.operations / GIGA, cost.bytes / MB
-        table.add_row(cost.operator, str(cost.nodes), f"{work:.1f}", f"{moved:.1f}", f"{1000 * cost.seconds:.3g}")
+        listed.add_row(cost.operator, str(cost.nodes), f"{work:.1f}", f"{moved:.1f}", f"{1000 * cost.seconds:.3g}")
     work, moved = (sum(getattr(cost, what) for cost in found.costs) for what in ("operations", "bytes"))
-    table.add_section()
-    table.add_row("in turn", "", f"{work / GIGA:.1f}", f"{moved / MB:.1f}", f"{1000 * found.seconds:.3g}")
-    table.add_row("fused", "", "", "", f"{1000 * found.fused_s:.3g}")
-    return table
+    listed.add_section()
+    listed.add_row("in turn", "", f"{work / GIGA:.1f}", f"{moved / MB:.1f}", f"{1000 * found.seconds:.3g}")
+    listed.add_row("fused", "", "", "", f"{1000 * found.fused_s:.3g}")
+    return listed
 
 
 def _print_heading(bundle: Bundle, console: Console) -> None:
@@ -180,24 +180,22 @@ def _options(provenance: Provenance) -> list[str]:
 
 
 def _component_table(bundle: Bundle) -> Table:
-    table = Table("component", "inputs", "outputs", "weights", "error", title="components", title_justify="left")
+    listed = table("component", "inputs", "outputs", "weights", "error", title="components")
     for name, component in bundle.manifest.components.items():
         inputs, outputs = ("\n".join(map(str, tensors)) for tensors in (component.inputs, component.outputs))
         error = "not compared" if component.error is None else f"{component.error:.1e}"
-        table.add_row(name, _plain(inputs), _plain(outputs), f"{component.weights_bytes / MB:.1f} MB", error)
-    return table
+        listed.add_row(name, _plain(inputs), _plain(outputs), f"{component.weights_bytes / MB:.1f} MB", error)
+    return listed
 
 
 def _engine_table(bundle: Bundle) -> Table:
-    table = Table(
-        "engines", "backend", "target", "computes in", "shapes", "size", title="engines", title_justify="left"
-    )
+    listed = table("engines", "backend", "target", "computes in", "shapes", "size", title="engines")
     for path, record in bundle.engine_directories().items():
         key = record.key
         size = sum(file.bytes for file in record.files.values()) / MB
         library, shapes = f"{key.backend} {key.backend_version}", "\n".join(shapes_of(record)) or "any"
-        table.add_row(path.name, library, key.device, key.precision, shapes, f"{size:.1f} MB")
-    return table
+        listed.add_row(path.name, library, key.device, key.precision, shapes, f"{size:.1f} MB")
+    return listed
 
 
 def _plain(text: str) -> str:

@@ -17,7 +17,7 @@ from latentrt.engines.build_options import BuildOptions
 from latentrt.engines.bundle.manifest import MANIFEST
 from latentrt.engines.bundle.training import Prediction
 from latentrt.engines.cli import show_bundle, show_for_polygraphy, show_rooflines
-from latentrt.engines.cli_types import Many, Size
+from latentrt.engines.cli_parts import Many, Size, printed, table
 from latentrt.engines.errors import CheckpointError
 from latentrt.engines.find import choose_to_build
 from latentrt.engines.graphs.roofline import CEILINGS
@@ -161,10 +161,11 @@ def summarise(exported: Exported, bundle: Path) -> dict[str, Any]:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    head = f"{'component':<13}{'weights':>12}{'seconds':>9}{'peak memory':>14}{'of weights':>12}{'max error':>14}"
+    width = max(13, 1 + max(map(len, summary["components"]), default=0))
+    head = f"{'component':<{width}}{'weights':>12}{'seconds':>9}{'peak memory':>14}{'of weights':>12}{'max error':>14}"
     head += f"{'graph':>9}"
     rows = [
-        f"{name:<13}{row['weights_bytes'] / MIB:>8.1f} MiB{row['seconds']:>9.1f}"
+        f"{name:<{width}}{row['weights_bytes'] / MIB:>8.1f} MiB{row['seconds']:>9.1f}"
         f"{row['peak_rss_bytes'] / MIB:>10.0f} MiB{row['peak_rss_over_weights']:>12.2f}{_error(row['error']):>14}"
         f"{row['graph'] or 'adopted':>9}" + ("  (from an earlier run)" if row["resumed"] else "")
         for name, row in summary["components"].items()
@@ -230,7 +231,7 @@ def _show_checkpoint(inspection: Inspection, *, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(inspection), indent=1))
     else:
-        _print(inspection, Console())
+        _print(inspection, printed())
 
 
 def _print(inspection: Inspection, console: Console) -> None:
@@ -252,14 +253,14 @@ def _print(inspection: Inspection, console: Console) -> None:
 
 
 def _networks(inspection: Inspection) -> Table:
-    table = Table("network", "class", "parameters", "stored in", "size")
+    listed = table("network", "class", "parameters", "stored in", "size")
     for network in inspection.networks:
         dtypes = ", ".join(f"{dtype} {share:.0%}" for dtype, share in network.dtypes.items())
-        table.add_row(
+        listed.add_row(
             network.name,
             network.kind,
             "" if network.parameters is None else f"{network.parameters / MB:.2f} M",
             dtypes if len(network.dtypes) > 1 else dtypes.split(" ")[0],
             f"{network.bytes / MB:.1f} MB",
         )
-    return table
+    return listed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latentrt.engines.cli_types import Size
+from latentrt.engines.cli_parts import Size
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import Report, terminal_report
 from latentrt.runtime.cli_options import (

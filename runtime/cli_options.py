@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from latentrt.engines.cli_types import Many, on_gpu
+from latentrt.engines.cli_parts import Many, on_gpu
 
 if TYPE_CHECKING:  # what draws is imported when something is drawn, so that --help stays instant
     from latentrt.runtime.pipeline import Pipeline

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from latentrt.engines.bundle.parsing import json_schema
-from latentrt.engines.cli_types import Many, Size, on_gpu
+from latentrt.engines.cli_parts import Many, Size, on_gpu
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.compare import TOLERANCE, compare, undecided

@@ -7,13 +7,12 @@ import sys
 
 import click
 import msgspec
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from latentrt.engines.backends import BACKENDS
 from latentrt.engines.bundle.files import Bundle
-from latentrt.engines.cli_types import on_gpu
+from latentrt.engines.cli_parts import on_gpu, printed, table
 from latentrt.engines.find import choose
 from latentrt.engines.progress import terminal_report
 from latentrt.engines.verify.layers import verify_layers
@@ -47,7 +46,7 @@ def verify(bundle: str, backend: str | None, device: int, stages: bool, layers: 
     if as_json:
         click.echo(json.dumps(msgspec.to_builtins(rows), indent=1))
     else:
-        Console().print(_table(rows))
+        printed().print(_table(rows))
     faults = [row for row in rows if not row.ok]
     for row in faults:
         click.echo(f"latentrt: {row.what}{f', {row.profile}' if row.profile else ''}: {row.message}", err=True)
@@ -58,8 +57,8 @@ def verify(bundle: str, backend: str | None, device: int, stages: bool, layers: 
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table("what", "at", "backend", "ok", "error", "limit", "")
+    listed = table("what", "at", "backend", "ok", "error", "limit", "")
     for row in rows:
         error, limit = (f"{value:.1e}" if value is not None else "" for value in (row.error, row.limit))
-        table.add_row(row.what, row.profile, row.backend, "yes" if row.ok else "NO", error, limit, escape(row.message))
-    return table
+        listed.add_row(row.what, row.profile, row.backend, "yes" if row.ok else "NO", error, limit, escape(row.message))
+    return listed

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from latentrt.engines.bundle.parsing import json_schema
-from latentrt.engines.cli_types import Many, Size, on_gpu
+from latentrt.engines.cli_parts import Many, Size, on_gpu
 from latentrt.engines.errors import RequestError
 from latentrt.engines.progress import terminal_report
 from latentrt.runtime.bench.load.arrivals import GUIDANCE, Share, read_trace

@@ -1,13 +1,20 @@
-"""What several commands take: a size in pixels, comma-separated lists, and which GPU."""
+"""What several commands take, a size in pixels, comma-separated lists, which GPU, and what they print: tables."""
 
 from __future__ import annotations
 
+import os
 import re
-from typing import Any, Generic, TypeVar
+import sys
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import click
 
+if TYPE_CHECKING:  # of the commands that are only asked for help, none loads rich
+    from rich.console import Console
+    from rich.table import Table
+
 T = TypeVar("T")
+WIDE = 200  # characters of a line where no terminal says how many there are
 
 on_gpu = click.option("--device", type=click.IntRange(min=0), default=0, help="Which of the visible GPUs, from 0.")
 
@@ -38,3 +45,19 @@ class Many(click.ParamType[tuple[T, ...]], Generic[T]):
             return tuple(self._kind.convert(part.strip(), param, ctx) for part in str(value).split(","))
         except click.BadParameter:
             self.fail(f"found '{value}', expected comma-separated values, as in {self._example}", param, ctx)
+
+
+def printed() -> Console:
+    """Return a console on stdout, as wide as its terminal or as $COLUMNS says, or wide in a file or a pipe."""
+    from rich.console import Console
+
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else WIDE)
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """Return a table whose cells wrap and are never cut: a name is of no use without its end."""
+    from rich.table import Column, Table
+
+    headed = (Column(column, overflow="fold") for column in columns)
+    return Table(*headed, title=title, title_justify="left")
