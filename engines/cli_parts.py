@@ -51,8 +51,9 @@ def printed() -> Console:
     """Return a console on stdout, as wide as its terminal or as $COLUMNS says, or wide in a file or a pipe."""
     from rich.console import Console
 
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if known else WIDE)
+    if sys.stdout.isatty() or "COLUMNS" in os.environ:
+        return Console()
+    return Console(width=WIDE, height=25)  # without a height, rich asks the system for both
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -137,6 +137,19 @@ def test_inspect_shows_components_and_engines(sd1_bundle: Path) -> None:
     assert len(document["engines"]) == 1
 
 
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_a_table_cuts_no_name(columns: str | None, sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    (engines,) = (path.name for path in (sd1_bundle / "engines").iterdir() if path.is_dir())
+    lines = latentrt("inspect", sd1_bundle).stdout.splitlines()
+    first = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
+    assert engines in first
+    assert columns is not None or any(f" {engines} " in line for line in lines)
+    assert all(len(line) <= int(columns or 200) for line in lines if line.startswith("│"))
+
+
 def test_verify_proves_a_bundle_and_finds_an_altered_file(sd1_bundle: Path, tmp_path: Path) -> None:
     assert all(row["ok"] for row in json.loads(latentrt("verify", sd1_bundle, "--json").stdout))
     shutil.copytree(sd1_bundle, tmp_path / "bundle")
