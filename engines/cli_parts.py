@@ -53,7 +53,7 @@ def printed() -> Console:
 
     if sys.stdout.isatty() or "COLUMNS" in os.environ:
         return Console()
-    return Console(width=WIDE, height=25)  # without a height, rich asks the system for both
+    return Console(width=WIDE, height=25)  # with a height: rich takes 80 without one where TERM is dumb
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -137,17 +138,18 @@ def test_inspect_shows_components_and_engines(sd1_bundle: Path) -> None:
     assert len(document["engines"]) == 1
 
 
-@pytest.mark.parametrize("columns", [None, "60"])
-def test_a_table_cuts_no_name(columns: str | None, sd1_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if columns is not None:
-        monkeypatch.setenv("COLUMNS", columns)
+@pytest.mark.parametrize("columns", [None, 60])
+def test_a_table_cuts_no_name(columns: int | None, sd1_bundle: Path) -> None:
+    # Given whole: readline, which pytest imports, sets COLUMNS where os.environ does not see it.
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment |= {} if columns is None else {"COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "latentrt", "inspect", str(sd1_bundle)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    lines = [line for line in run.stdout.splitlines() if line.startswith("│")]
     (engines,) = (path.name for path in (sd1_bundle / "engines").iterdir() if path.is_dir())
-    lines = latentrt("inspect", sd1_bundle).stdout.splitlines()
-    first = "".join(line.split("│")[1].strip() for line in lines if line.startswith("│"))
-    assert engines in first
-    assert columns is not None or any(f" {engines} " in line for line in lines)
-    assert all(len(line) <= int(columns or 200) for line in lines if line.startswith("│"))
+    assert engines in "".join(line.split("│")[1].strip() for line in lines)
+    assert any(engines in line for line in lines) == (columns is None)
+    assert all(len(line) <= (columns or 200) for line in lines)
 
 
 def test_verify_proves_a_bundle_and_finds_an_altered_file(sd1_bundle: Path, tmp_path: Path) -> None:
