@@ -57,9 +57,13 @@ def run_part(
 @click.option("--seed", default=1, show_default=True, help="Of all that is drawn.")
 @click.option("--seconds", type=float, help="For each part. Default: its short form, or an hour with --long.")
 @click.option("--long", is_flag=True, help="Try everything once, instead of a sample.")
-@click.option("--only", multiple=True, help="A scene of writes or kills, or a reader of reads, or several.")
+@click.option("--only", multiple=True, help="A scene of writes or kills, a reader of reads, a way of soak; or several.")
 @click.option("--work", type=click.Path(path_type=Path), help="A folder to work in. Default: a temporary one.")
-@click.option("--output", type=click.Path(path_type=Path), help="A folder for results, as torture-PART.json.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="A folder for results: torture-PART[-NAMES].json.",
+)
 def torture(
     parts: tuple[str, ...],
     seed: int,
@@ -77,8 +81,8 @@ def torture(
     with tempfile.TemporaryDirectory(prefix="latentrt-torture-") as beside:
         for name in parts or PARTS:
             limit = seconds if seconds is not None else LONG_S if long else PARTS[name][2]
-            place = (work or Path(beside)).resolve()
-            result = run_part(name, place, seed=seed, seconds=limit, short=not long, only=only)
+            folder = (work or Path(beside)).resolve()
+            result = run_part(name, folder, seed=seed, seconds=limit, short=not long, only=only)
             click.echo(f"{name}: {summary(result)}")
             for one in result["found"][:20]:
                 click.echo(f"  {json.dumps(one, ensure_ascii=False)[:800]}")
@@ -86,7 +90,8 @@ def torture(
             if output is not None:
                 output.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-                (output / f"torture-{name}.json").write_text(text, encoding="utf-8")
+                place = output / f"torture-{'-'.join((name, *only)).replace(' ', '-')}.json"
+                place.write_text(text, encoding="utf-8")
     sys.exit(1 if failures else 0)
 
 
@@ -94,7 +99,7 @@ def check_names(parts: tuple[str, ...], only: tuple[str, ...]) -> None:
     """Raise UsageError unless the one part that is to run has all these names."""
     known = getattr(module_of(parts[0]), "NAMES", ()) if len(parts) == 1 else ()
     if not known:
-        raise click.UsageError("--only chooses within one part that has names: writes, kills or reads")
+        raise click.UsageError("--only chooses within one part that has names: writes, kills, reads or soak")
     if unknown := sorted(set(only) - set(known)):
         raise click.UsageError(f"--only: {', '.join(unknown)} not among {', '.join(known)}")
 

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from latentrt.runtime.calls import Cancellation
 from latentrt.runtime.pipeline import Pipeline
 from latentrt.runtime.request import Control, Lora, Request
 
+NAMES = ("one thread", "library", "batcher", "service")  # the ways to ask, with 64 threads but for the first
 THREADS = 64
 MIB = 1 << 20
 LEAST_DRIFT_BYTES = 2 * MIB  # what is no growth: pools of the allocator and of ONNX Runtime come and go
@@ -248,14 +249,14 @@ def _by_batcher(batcher: Batcher, request: Request, cancel: Cancellation) -> Any
     return np.concatenate([future.result().pixels for future in futures])
 
 
-def run(work: Path, *, seed: int, seconds: float, short: bool) -> Result:
-    """Ask in each of the ways for an equal share of the time: one thread, 64 threads, 64 threads of a batcher, HTTP."""
+def run(work: Path, *, seed: int, seconds: float, short: bool, only: Collection[str] = NAMES) -> Result:
+    """Ask in each of the ways, or in some, for an equal share of the time."""
     from benchmarks.torture.soak_service import measure_service
 
     del short
     given = sources(work / "sources")
     bundle = controlled(work / "sources")
-    each, modes, found = seconds / 4, list[Mode](), list[Found]()
+    each, modes, found = seconds / len(only), list[Mode](), list[Found]()
 
     def add(done: tuple[Mode, list[Found]]) -> None:
         modes.append(done[0])
@@ -264,13 +265,16 @@ def run(work: Path, *, seed: int, seconds: float, short: bool) -> Result:
     with Pipeline.load(bundle, "cpu", threads=1) as pipe:
         known = [(one, pipe.draw(one).pixels.copy()) for one in requests(work, given.checkpoint, seed)]
         alone = lambda request, cancel: pipe.draw(request, cancel=cancel).pixels  # noqa: E731
-        for mode, threads in (("library", 1), ("library", THREADS)):
-            askers = [Asker(known, alone, f"{seed} {mode} {number}") for number in range(threads)]
-            add(measure(mode, os.getpid(), askers, each))
-        with Batcher(pipe, BatcherOptions(slots=4, waiting=4 * THREADS)) as batcher:
-            ask = partial(_by_batcher, batcher)
-            askers = [Asker(known, ask, f"{seed} batcher {number}") for number in range(THREADS)]
-            add(measure("batcher", os.getpid(), askers, each))
-    add(measure_service(bundle, known, work, each, seed))
+        for name, threads in (("one thread", 1), ("library", THREADS)):
+            if name in only:
+                askers = [Asker(known, alone, f"{seed} library {number}") for number in range(threads)]
+                add(measure("library", os.getpid(), askers, each))
+        if "batcher" in only:
+            with Batcher(pipe, BatcherOptions(slots=4, waiting=4 * THREADS)) as batcher:
+                ask = partial(_by_batcher, batcher)
+                askers = [Asker(known, ask, f"{seed} batcher {number}") for number in range(THREADS)]
+                add(measure("batcher", os.getpid(), askers, each))
+    if "service" in only:
+        add(measure_service(bundle, known, work, each, seed))
     outcomes = sum((Counter(mode.outcomes) for mode in modes), Counter[str]())
     return Result(counts=dict(outcomes), modes=modes, found=found)
