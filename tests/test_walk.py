@@ -96,6 +96,7 @@ def walk(own: Controlled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> di
     in_hub_cache(own.checkpoint, tmp_path / "hub", repository="models--user--name")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "loras").mkdir()
     style = save(tmp_path / "loras" / "style.safetensors", kohya(every_layer(own.checkpoint, seed=3)))
     with Pipeline.load(own.bundle, "cpu") as pipe:
         plain = pipe(PROMPT[0], **DRAWN)
