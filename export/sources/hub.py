@@ -9,6 +9,7 @@ import ssl
 import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from latentrt.engines.errors import CheckpointError, NotInstalledError
 from latentrt.export import INSTALL
@@ -16,6 +17,9 @@ from latentrt.export.graphs.external_data import locations
 from latentrt.export.sources.diffusers_folder import source_of
 from latentrt.export.sources.parts import TEXT_ENCODERS, denoiser_of, further_networks
 from latentrt.export.sources.weight_files import STEMS, choose_variant, variant_of
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 FOLDERS = (
     "text_encoder",
@@ -33,7 +37,7 @@ FOLDERS = (
 )
 _log = logging.getLogger(__name__)
 READ = (".json", ".txt", ".safetensors", ".onnx")
-ANSWERS_S = 10.0  # how long the hub may take to name a repository's files; the one call that is not tried again
+ANSWERS_S = 10.0  # how long the hub may take to name the files of what was fetched before
 UNREACHABLE = (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 # Each HTTP library of the hub's client has its own kinds of network failure; httpx2 and httpcore2 are meant too.
 NETWORK_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
@@ -56,8 +60,7 @@ def download(name: str, *, revision: str | None, without: Collection[str] = ()) 
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        listed = HfApi().model_info(name, revision=revision, timeout=ANSWERS_S).siblings or []
-        wanted = choose_files([file.rfilename for file in listed], name, without=without)
+        wanted = choose_files(_listed(HfApi(), name, revision), name, without=without)
         root = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         if data := graph_data(root, wanted):
             snapshot_download(name, revision=revision, allow_patterns=data)
@@ -80,6 +83,13 @@ def download(name: str, *, revision: str | None, without: Collection[str] = ()) 
         if isinstance(error, OSError):
             raise CheckpointError(f"'{name}' could not be put into the hub's cache: {error}") from error
         raise
+
+
+def _listed(hub: HfApi, name: str, revision: str | None) -> list[str]:
+    """Return the names of a repository's files. Where nothing was fetched before, the client tries six times."""
+    if find_cached(name, revision=revision) is None:
+        return list(hub.list_repo_files(name, revision=revision))
+    return [file.rfilename for file in hub.model_info(name, revision=revision, timeout=ANSWERS_S).siblings or []]
 
 
 def choose_files(files: Collection[str], where: str = "the repository", *, without: Collection[str] = ()) -> list[str]:
