@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 ODD: tuple[Any, ...] = (
     None,
@@ -40,6 +40,8 @@ ODD: tuple[Any, ...] = (
     {"": {}},
     {"a": 1},
 )
+Path = tuple[Any, ...]
+"""The keys and numbers that lead to a value of a document."""
 BYTES = (b"\x00", b"\xff", b"\xff\xff\xff\xff", b"\x80", b"{", b"[", b'"', b"\\u", b"\n", b"<?", b"9" * 30)
 
 
@@ -52,9 +54,11 @@ def mutate(data: bytes, chance: random.Random, kind: str) -> bytes:
         first = data[:1] if chance.random() < 0.95 else bytes([chance.randrange(256)])
         return first + mutate(data[1:], chance, "json")
     changes = KINDS[kind]
+    held: bytes | Document = data
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        data = chance.choice(changes)(data, chance)
-    return data
+        change = chance.choice(changes)
+        held = _document(held, chance) if change is _document else change(_written(held), chance)
+    return _written(held)
 
 
 def _flip(data: bytes, chance: random.Random) -> bytes:
@@ -81,7 +85,7 @@ def _repeat(data: bytes, chance: random.Random) -> bytes:
     return data[:at] + data[first:last] * chance.choice((1, 2)) + data[at:]
 
 
-def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def _places(value: Any, path: Path = ()) -> list[Path]:
     found = [path]
     if isinstance(value, dict):
         pairs: Any = value.items()
@@ -95,11 +99,35 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
+class Document(NamedTuple):
+    """A JSON document, which nobody may change, between two changes of its bytes.
+
+    texts: of parts that lie at its top, by their identity: most of them stay as they were
+    """
+
+    value: Any
+    texts: Mapping[int, str]
+
+
 @functools.lru_cache(maxsize=64)  # most changes are the first one of a seed
-def _parsed(data: bytes) -> tuple[Any, list[tuple[Any, ...]]]:
-    """Return a JSON document, which nobody may change, and the path of each value in it. Raises ValueError."""
-    document = json.loads(data)
-    return document, _places(document)
+def _parsed(data: bytes) -> tuple[Document, list[Path]]:
+    """Return a JSON document, and the path of each value in it. Raises ValueError."""
+    value = json.loads(data)
+    parts = value.values() if isinstance(value, dict) else ()
+    return Document(value, {id(part): json.dumps(part) for part in parts}), _places(value)
+
+
+def _written(held: bytes | Document) -> bytes:
+    """Return bytes, of a document those that `json.dumps` gives."""
+    if isinstance(held, bytes):
+        return held
+    if not isinstance(held.value, dict):
+        return json.dumps(held.value).encode()
+    parts = (f"{_quoted(key)}: {held.texts.get(id(part)) or json.dumps(part)}" for key, part in held.value.items())
+    return f"{{{', '.join(parts)}}}".encode()
+
+
+_quoted = functools.lru_cache(maxsize=1 << 16)(json.dumps)
 
 
 def _at(document: Any, path: Sequence[Any]) -> Any:
@@ -117,26 +145,29 @@ def _copied(document: Any, path: Sequence[Any]) -> tuple[Any, Any]:
     return copy, part
 
 
-def _document(data: bytes, chance: random.Random) -> bytes:
+def _document(held: bytes | Document, chance: random.Random) -> bytes | Document:
     """Change one place of a JSON document: another value, none, another key, a copy of another place."""
-    try:
-        document, places = _parsed(data)
-    except (ValueError, RecursionError):
-        return _flip(data, chance)
+    if isinstance(held, bytes):
+        try:
+            before, places = _parsed(held)
+        except (ValueError, RecursionError):
+            return _flip(held, chance)
+    else:
+        before, places = held, _places(held.value)
     *outer, last = chance.choice(places) or (None,)
-    document, parent = _copied(document, outer)
+    value, parent = _copied(before.value, outer)
     if last is None or not isinstance(parent, dict | list):
-        return json.dumps(chance.choice(ODD)).encode()
+        return Document(chance.choice(ODD), {})
     act = chance.randrange(4)
     if act == 0:
         del parent[last]
     elif act == 1 and isinstance(parent, dict):
         parent[str(chance.choice(ODD))[:200]] = parent.pop(last)
     elif act == 2:
-        parent[last] = _at(_parsed(data)[0], chance.choice(places))
+        parent[last] = _at(before.value, chance.choice(places))
     else:
         parent[last] = chance.choice(ODD)
-    return json.dumps(document).encode()
+    return Document(value, before.texts)
 
 
 def _header(data: bytes, chance: random.Random) -> bytes:
@@ -144,12 +175,11 @@ def _header(data: bytes, chance: random.Random) -> bytes:
     length = int.from_bytes(data[:8], "little")
     if not 2 <= length <= len(data) - 8:
         return _flip(data, chance)
-    header = _document(data[8 : 8 + length], chance)
+    header = _written(_document(data[8 : 8 + length], chance))
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
-Change = Callable[[bytes, random.Random], bytes]
-KINDS: dict[str, tuple[Change, ...]] = {
+KINDS: dict[str, tuple[Callable[..., Any], ...]] = {
     "bytes": (_flip, _cut, _grow, _repeat),
     "json": (_document, _document, _document, _flip, _cut, _grow, _repeat),
     "tensors": (_header, _header, _header, _flip, _cut, _grow, _repeat),
