@@ -199,7 +199,7 @@ def test_what_is_no_request_is_refused(address: str, body: bytes) -> None:
     [
         ({"scale": 0.5}, "missing_required_parameter", "loras[1].name"),
         ({"name": "ink", "file": "ink"}, "unknown_parameter", "loras[1].file"),
-        ({"name": "ink", "scale": 99}, "invalid_type", "loras[1].scale"),
+        ({"name": "ink", "scale": 1001}, "invalid_type", "loras[1].scale"),
         ({"name": "ink", "scale": "0.5"}, "invalid_type", "loras[1].scale"),
         ("ink", "invalid_type", "loras[1]"),
     ],
