@@ -15,7 +15,8 @@ from threading import Thread
 
 import pytest
 
-REVISION = "5d1c3b2a0f9e8d7c6b5a49382716051423344556"
+from tests.hub_cache import REVISION
+
 PROGRAM = """
 import logging, sys
 from latentrt.engines.errors import LatentrtError

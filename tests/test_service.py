@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,11 @@ class Service:
 
     def run(self, *arguments: object, code: int = 0) -> str:
         """Run latentrt; return what it prints, or its complaint where it is to end with another code."""
-        own = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         done = subprocess.run(
             [str(self.bin / "latentrt"), *map(str, arguments)],
             capture_output=True,
             text=True,
-            env=own | {"LATENTRT_CACHE": str(self.cache)},
+            env=outer() | {"LATENTRT_CACHE": str(self.cache)},
             check=False,
         )
         assert done.returncode == code, done.stderr
@@ -70,22 +70,36 @@ def interpreter(version: str) -> str:
 
 
 def environment(wheel: Path, version: str, runtime: str) -> Path:
-    """Return the programs of an environment that has what `[cpu]` brings, made if there is none."""
+    """Return the programs of an environment that has what `[cpu]` brings, and the wheel as it is now."""
+    name, what = f"{version}-{runtime.strip('=!')}", (f"{wheel}[cpu]", f"onnxruntime{runtime}")
+    return kept_environment(name, version, what, latentrt=(str(wheel),))
+
+
+def kept_environment(name: str, version: str, what: Sequence[str], *, latentrt: Sequence[str]) -> Path:
+    """Return the programs of an environment, made if there is none.
+
+    what: is installed when it is made; latentrt: every time, as pip takes it
+    """
     digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()[:8]
-    root = ROOT / ".cache" / "environments" / f"{version}-{runtime.strip('=!')}-{digest}"
+    root = ROOT / ".cache" / "environments" / f"{name}-{digest}"
     root.parent.mkdir(parents=True, exist_ok=True)
     with claimed(root):
         if not (root / ".whole").is_file():
             shutil.rmtree(root, ignore_errors=True)
             subprocess.run([interpreter(version), "-m", "venv", str(root)], check=True)
-            _pip(root / "bin", f"{wheel}[cpu]", f"onnxruntime{runtime}")
+            _pip(root / "bin", *what)
             (root / ".whole").touch()
-        _pip(root / "bin", "--force-reinstall", "--no-deps", str(wheel))
+        _pip(root / "bin", "--force-reinstall", "--no-deps", *latentrt)
     return root / "bin"
 
 
 def _pip(programs: Path, *what: str) -> None:
     subprocess.run([str(programs / "python"), "-m", "pip", "install", "--quiet", *what], check=True)
+
+
+def outer() -> dict[str, str]:
+    """Return the variables of this process that are no Python's own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,10 @@ pyproject.toml changes. What is drawn must be what this environment draws.
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
-import os
-import shutil
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,19 +23,17 @@ import pytest
 from PIL import Image
 
 from latentrt import Control, Lora, Pipeline
-from latentrt.engines.bundle.staging import claimed
 from latentrt.engines.spec import Array
 from tests.conftest import Controlled, MakeControlled
 from tests.hub_cache import in_hub_cache
 from tests.lora_files import every_layer, kohya, save
 from tests.test_schema_1 import aged
-from tests.test_service import LEAST_DB, ROOT, Service, interpreter, psnr, wheel
+from tests.test_service import LEAST_DB, PROMPT, ROOT, Service, kept_environment, outer, psnr, wheel
 
 __all__ = ["wheel"]  # a fixture
 pytestmark = pytest.mark.slow(reason="makes environments of 6 GB")
 WAIT_S = 300
 DRAWN: dict[str, Any] = {"steps": 3, "seed": 5, "size": (32, 32)}
-PROMPT = ("a red circle", "--steps", "3", "--seed", "5", "--size", "32x32")
 ASKED: dict[str, Any] = {"prompt": "a red circle", "size": "32x32", "extra_body": {"steps": 3, "seed": 5}}
 WITH: dict[str, tuple[str, ...]] = {
     "plain": (),
@@ -56,32 +49,16 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["3.11", "3.12", "3.13"], scope="module")
-def environment(request: pytest.FixtureRequest, wheel: Path) -> Path:
-    """The programs of an environment with all that a newcomer's walk needs."""
-    version = request.param
-    digest = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()[:8]
-    root = ROOT / ".cache" / "environments" / f"walk-{version}-{digest}"
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with claimed(root):
-        if not (root / ".whole").is_file():
-            shutil.rmtree(root, ignore_errors=True)
-            subprocess.run([interpreter(version), "-m", "venv", str(root)], check=True)
-            install(root / "bin", f"{wheel}[export,serve,ray]")
-            (root / ".whole").touch()
-    return root / "bin"
-
-
-def install(programs: Path, *what: str) -> None:
-    subprocess.run([str(programs / "python"), "-m", "pip", "install", "--quiet", *what], check=True)
+@pytest.fixture(params=["3.11", "3.12", "3.13"])
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(params=["wheel", "clone"])
-def programs(request: pytest.FixtureRequest, environment: Path, wheel: Path) -> Path:
-    """The same, with latentrt from the wheel, or from a clone of this repository."""
-    what = [str(wheel)] if request.param == "wheel" else ["--editable", str(request.getfixturevalue("clone"))]
-    install(environment, "--force-reinstall", "--no-deps", *what)
-    return environment
+def programs(request: pytest.FixtureRequest, version: str, wheel: Path) -> Path:
+    """The programs of an environment with all that a walk needs, and latentrt from the wheel, or from a clone."""
+    latentrt = [str(wheel)] if request.param == "wheel" else ["--editable", str(request.getfixturevalue("clone"))]
+    return kept_environment(f"walk-{version}", version, (f"{wheel}[export,serve,ray]",), latentrt=latentrt)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +124,8 @@ def served_pictures(programs: Path, walk: dict[str, Array]) -> None:
         "lora": {"loras": [{"name": "style", "scale": 0.8}]},
         "control": {"controls": [{"name": "edges", "image": image, "scale": 0.5}]},
     }
-    port = free_port()
-    with started([programs / "latentrt", "serve", "mine", "--loras", "loras", "--port", port], port):
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    with started([programs / "latentrt", "serve", "mine", "--loras", "loras", "--port", 0, "--json"]) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         for name, body in bodies.items():
             asked = ASKED | {"extra_body": ASKED["extra_body"] | body}
             data = client.images.generate(model="mine", **asked).data
@@ -177,32 +153,13 @@ def drawn_by_ray(programs: Path, folder: Path) -> Array:
 
 
 @contextmanager
-def started(command: Sequence[object], port: int) -> Iterator[None]:
-    """Run a service until it has been asked; it ends in order when it is told to."""
-    with subprocess.Popen([str(part) for part in command], env=outer()) as process:
+def started(command: Sequence[object]) -> Iterator[str]:
+    """Run a service and give its address; it ends in order when it is told to."""
+    written = [str(part) for part in command]
+    with subprocess.Popen(written, stdout=subprocess.PIPE, text=True, env=outer()) as process:
         try:
-            until = time.monotonic() + WAIT_S
-            while not answers(port):
-                assert process.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.2)
-            yield
+            assert process.stdout is not None
+            yield json.loads(process.stdout.readline())["address"]
         finally:
             process.send_signal(signal.SIGTERM)
             assert process.wait(WAIT_S) == 0
-
-
-def answers(port: int) -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=WAIT_S).is_success
-    except httpx.TransportError:
-        return False
-
-
-def outer() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -66,9 +66,9 @@ def download(name: str, *, revision: str | None, without: Collection[str] = ()) 
             snapshot_download(name, revision=revision, allow_patterns=data)
         return root
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status >= 500:
-            return _cached(name, revision, f"it answered {status}")
+        status = error.response.status_code if error.response is not None else None  # as older clients have it
+        if status is None or status >= 500:
+            return _cached(name, revision, f"it answered {status}" if status else type(error).__name__)
         raise CheckpointError(
             f"'{name}' is not a directory here, and the hub refused it ({status}); check the name, "
             "the revision and your access token"
@@ -76,9 +76,8 @@ def download(name: str, *, revision: str | None, without: Collection[str] = ()) 
     except OfflineModeIsEnabled:
         return _cached(name, revision, "HF_HUB_OFFLINE is set", logging.INFO)
     except Exception as error:
-        if isinstance(error, (LocalEntryNotFoundError, *UNREACHABLE)) or type(error).__module__.startswith(
-            NETWORK_LIBRARIES
-        ):
+        away = isinstance(error, (LocalEntryNotFoundError, *UNREACHABLE))
+        if away or type(error).__module__.startswith(NETWORK_LIBRARIES):
             return _cached(name, revision, type(error).__name__)
         if isinstance(error, OSError):
             raise CheckpointError(f"'{name}' could not be put into the hub's cache: {error}") from error
